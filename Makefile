@@ -1,0 +1,43 @@
+# The verbs of this repository; CI calls the same ones. They need Python >= 3.11 with venv, and make.
+# Another interpreter: PYTHON=python3.12 make demo (after make clean, if .venv is there already).
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo check test bench clean
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+
+demo: .venv/.examples ## train the digits example on 8 local workers
+	$(BIN)/fleet run examples/train_digits.py --workers 8
+
+check: .venv/.test ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy fleet
+	$(BIN)/python -m pytest tests/test_layers.py
+
+test: .venv/.test ## every test, two at a time
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+
+bench: .venv/.bench ## how long a gang takes to start
+	$(BIN)/python bench/startup.py
+
+clean: ## remove what the other verbs made
+	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# A stamp is touched last, so an interrupted installation starts over.
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fleet needs Python 3.11 or newer: PYTHON=python3.12 make ...")'
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+# One stamp per extra. The build backend comes first and from the pins, which an isolated build would not see.
+.venv/.examples .venv/.test .venv/.bench: .venv/.%: pyproject.toml constraints.txt .venv/.made
+	$(PIP) install --quiet -c constraints.txt hatchling editables
+	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[$*]'
+	@touch $@

@@ -1,0 +1,77 @@
+"""Every error fleet raises on purpose, sorted by who must act. Knows nothing of sockets, processes or tensors.
+
+Errors keep their facts as fields and compute their text from them, so that a program can read what a person reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class FleetError(Exception):
+    """Base of all errors that fleet raises on purpose."""
+
+
+class ConfigError(FleetError):
+    """The operator must act: a setting is wrong. Raised before any socket opens wherever that is possible."""
+
+
+class UsageError(FleetError):
+    """The caller must act: this call is illegal here. The text says what is legal."""
+
+
+class ProtocolError(FleetError):
+    """The peer must act: it sent bytes that are not fleet's, or another protocol version. Counted, named, survived."""
+
+
+@dataclass(eq=False)
+class CollectiveMismatch(FleetError):
+    """The script must change: two ranks called different things in the same place."""
+
+    sequence: int
+    rank: int
+    call: str
+    peer: int
+    peer_call: str
+    point_to_point: bool = False
+
+    def __str__(self) -> str:
+        where = "in point-to-point order" if self.point_to_point else f"as collective #{self.sequence}"
+        return (
+            f"ranks {self.rank} and {self.peer} disagree {where}:\n"
+            f"  rank {self.rank} called {self.call}\n"
+            f"  rank {self.peer} called {self.peer_call}\n"
+            "every rank must make the same calls, in the same order, with the same shapes, dtypes, ops and roots"
+        )
+
+
+@dataclass(frozen=True)
+class Late:
+    """A rank that others wait for, and what is known of it."""
+
+    rank: int
+    host: str
+    pid: int
+    doing: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, pid {self.pid}) {self.doing}"
+
+
+@dataclass(eq=False)
+class CollectiveTimeout(FleetError):
+    """Somebody is late, and is named: what was awaited, for how long, and what the missing ranks are doing."""
+
+    sequence: int
+    call: str
+    rank: int
+    waited_s: float
+    late: Sequence[Late]
+
+    def __str__(self) -> str:
+        number = f" #{self.sequence}" if self.sequence else ""
+        head = f"{self.call}{number} on rank {self.rank}: not complete after {self.waited_s:.1f} s"
+        if not self.late:
+            return f"{head}; every rank is inside this same collective: it was slow, not stuck (raise timeout_s)"
+        return "\n".join([f"{head}; waiting for", *(f"  {late}" for late in self.late)])

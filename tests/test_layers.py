@@ -1,0 +1,257 @@
+"""The import graph of fleet, read from the source and never by running it.
+
+Imports point down only. Lazy imports and those under TYPE_CHECKING count too: what a module knows is what it names.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "fleet").rglob("*.py"))
+
+# From the top down. Parts that share a line never import each other.
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"__init__", "__main__"}),
+    frozenset({"cli", "torch"}),
+    frozenset({"client", "worker", "orchestrator"}),
+    frozenset({"collectives"}),
+    frozenset({"bus"}),
+    frozenset({"messages"}),
+    frozenset({"group"}),
+    frozenset({"config"}),
+    frozenset({"errors"}),
+)
+HEIGHT = {part: -depth for depth, parts in enumerate(LAYERS) for part in parts}
+
+# fleet/__init__.py runs before any other module of fleet, so only plain values may load with it.
+EAGER_IN_INIT = frozenset({"messages", "group", "config", "errors"})
+
+DECIDERS = (
+    "fleet/orchestrator/core.py",
+    "fleet/orchestrator/placement.py",
+    "fleet/worker/core.py",
+    "fleet/collectives/schedule.py",
+    "fleet/client/fold.py",
+)
+IMPURE = frozenset({"time", "random", "os", "socket", "threading", "subprocess", "zmq", "multiprocessing"})
+
+ENVIRONMENT = frozenset({"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"})
+LINES_AT_MOST = 400
+
+
+def part_of(path: str) -> str:
+    """The part that a file under fleet/ belongs to: 'bus' for fleet/bus/inbox.py, 'config' for fleet/config.py."""
+    return path.removesuffix(".py").split("/")[1]
+
+
+def imported_names(node: ast.AST, path: str) -> list[str]:
+    """Dotted absolute names that one node imports; `from a import b` gives 'a.b', since b may be a module."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        origin = node.module or ""
+        if node.level:
+            # Level 1 is the file's own folder, for an __init__.py as for its siblings.
+            above = path.split("/")[: -node.level]
+            origin = ".".join([*above, *origin.split(".")] if origin else above)
+        return [f"{origin}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and node.args:
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        name = node.args[0]
+        if called in {"import_module", "__import__"} and isinstance(name, ast.Constant) and isinstance(name.value, str):
+            return [name.value]
+    return []
+
+
+def imports(nodes: Iterable[ast.AST], path: str) -> Iterator[tuple[int, str]]:
+    """(line, name) of every import among the nodes."""
+    for node in nodes:
+        if isinstance(node, ast.stmt | ast.expr):
+            yield from ((node.lineno, name) for name in imported_names(node, path))
+
+
+def part_imported(name: str) -> str | None:
+    """The part of fleet that a dotted name reaches, None for another package.
+
+    A name that is no part (`from fleet import init`) is one of fleet/__init__.py itself.
+    """
+    package, _, rest = name.partition(".")
+    if package != "fleet":
+        return None
+    part = rest.partition(".")[0]
+    return part if part in HEIGHT else "__init__"
+
+
+def eager_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Nodes that run when the module loads: not in a function, not under `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(child, ast.If) and ast.unparse(child.test) in {"TYPE_CHECKING", "typing.TYPE_CHECKING"}:
+            for other in child.orelse:
+                yield other
+                yield from eager_nodes(other)
+            continue
+        yield child
+        yield from eager_nodes(child)
+
+
+def environment_reads(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """(line, name) wherever the source touches the environment through the os module, under whatever alias."""
+    aliases = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+        if alias.name == "os"
+    }
+    if any(
+        isinstance(node, ast.Import) and any(a.name.startswith("os.") for a in node.names) for node in ast.walk(tree)
+    ):
+        aliases.add("os")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "os" and not node.level:
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name in ENVIRONMENT)
+        elif isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT and ast.unparse(node.value) in aliases:
+            yield node.lineno, node.attr
+
+
+def layer_violations(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
+    importer = part_of(path)
+    if importer not in HEIGHT:
+        yield 1, f"{importer} has no place in LAYERS"
+        return
+    for line, name in imports(ast.walk(tree), path):
+        part = part_imported(name)
+        if part and part != importer and HEIGHT[part] >= HEIGHT[importer]:
+            yield line, f"{importer} imports {part}, which is not below it"
+    if path == "fleet/__init__.py":
+        for line, name in imports(eager_nodes(tree), path):
+            part = part_imported(name)
+            if part and part not in EAGER_IN_INIT | {"__init__"}:
+                yield line, f"fleet/__init__.py imports {part} when it loads; import it inside a function"
+
+
+def violations(path: str, source: str) -> list[str]:
+    """Every rule that the source of `path` (relative to the repository, with slashes) breaks, as 'path:line: why'."""
+    tree = ast.parse(source, path)
+    found = list(layer_violations(tree, path))
+    for line, name in imports(ast.walk(tree), path):
+        package = name.partition(".")[0]
+        if package == "zmq" and part_of(path) != "bus":
+            found.append((line, "only fleet/bus imports zmq"))
+        if package in IMPURE and path in DECIDERS:
+            found.append((line, f"a decider imports {package}"))
+    if part_of(path) != "config":
+        found.extend((line, f"only config touches os.{name}") for line, name in environment_reads(tree))
+    lines = len(source.splitlines())
+    if lines > LINES_AT_MOST:
+        found.append((lines, f"{lines} lines, more than {LINES_AT_MOST}"))
+    return [f"{path}:{line}: {why}" for line, why in sorted(set(found))]
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_file_keeps_the_rules(file: Path) -> None:
+    found = violations(file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8"))
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("path", DECIDERS)
+def test_every_decider_is_where_the_rules_look_for_it(path: str) -> None:
+    assert (ROOT / path).is_file(), f"{path} is gone: renamed without its line in DECIDERS?"
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "why"),
+    [
+        # Up, in every spelling of an import.
+        ("fleet/bus/inbox.py", "import fleet.collectives", "bus imports collectives"),
+        ("fleet/bus/inbox.py", "from fleet.collectives.ring import Ring", "bus imports collectives"),
+        ("fleet/bus/inbox.py", "from fleet import collectives", "bus imports collectives"),
+        ("fleet/bus/inbox.py", "from ..collectives import ring", "bus imports collectives"),
+        ("fleet/bus/inbox.py", "from .. import collectives", "bus imports collectives"),
+        ("fleet/bus/__init__.py", "from ..collectives import ring", "bus imports collectives"),
+        ("fleet/bus/deep/inbox.py", "from ...collectives import ring", "bus imports collectives"),
+        ("fleet/bus.py", "from .collectives import ring", "bus imports collectives"),
+        ("fleet/bus/inbox.py", "def f():\n    import fleet.collectives", "bus imports collectives"),
+        ("fleet/bus/inbox.py", "import importlib\nimportlib.import_module('fleet.collectives')", "bus imports coll"),
+        ("fleet/bus/inbox.py", "__import__('fleet.collectives')", "bus imports collectives"),
+        (
+            "fleet/bus/inbox.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fleet.collectives import Work",
+            "bus imports collectives",
+        ),
+        # From the top package itself.
+        ("fleet/worker/agent.py", "import fleet", "worker imports __init__"),
+        ("fleet/worker/agent.py", "from fleet import init", "worker imports __init__"),
+        # Siblings.
+        ("fleet/client/run.py", "from fleet.worker import agent", "client imports worker"),
+        ("fleet/worker/agent.py", "from fleet.orchestrator.core import State", "worker imports orchestrator"),
+        ("fleet/orchestrator/core.py", "from fleet.client import fold", "orchestrator imports client"),
+        ("fleet/cli/main.py", "from fleet.torch import DataParallel", "cli imports torch"),
+        ("fleet/worker/agent.py", "from fleet.cli import main", "worker imports cli"),
+        # The plain values, in their order.
+        ("fleet/group.py", "from fleet.messages import Hello", "group imports messages"),
+        ("fleet/config.py", "from fleet.group import World", "config imports group"),
+        ("fleet/errors.py", "from fleet.config import Config", "errors imports config"),
+        ("fleet/messages.py", "from fleet.bus import Inbox", "messages imports bus"),
+        # A part nobody placed, and an eager fleet/__init__.py.
+        ("fleet/utils.py", "", "utils has no place in LAYERS"),
+        ("fleet/__init__.py", "from fleet.collectives import init", "imports collectives when it loads"),
+        (
+            "fleet/__init__.py",
+            "try:\n    from .torch import x\nexcept ImportError:\n    x = None",
+            "imports torch when",
+        ),
+        # ZeroMQ outside the bus.
+        ("fleet/worker/agent.py", "import zmq", "only fleet/bus imports zmq"),
+        ("fleet/worker/agent.py", "import zmq.asyncio as z", "only fleet/bus imports zmq"),
+        ("fleet/worker/agent.py", "from zmq.utils import monitor", "only fleet/bus imports zmq"),
+        # The environment outside config.
+        ("fleet/bus/inbox.py", "import os\nos.environ['A']", "only config touches os.environ"),
+        ("fleet/bus/inbox.py", "import os\nos.getenv('A')", "only config touches os.getenv"),
+        ("fleet/bus/inbox.py", "import os as o\no.environ.get('A')", "only config touches os.environ"),
+        ("fleet/bus/inbox.py", "import os.path\nos.environ.get('A')", "only config touches os.environ"),
+        ("fleet/bus/inbox.py", "from os import environ as e", "only config touches os.environ"),
+        # Deciders.
+        *((path, "import time", "a decider imports time") for path in DECIDERS),
+        *((DECIDERS[0], f"import {name}", f"a decider imports {name}") for name in sorted(IMPURE)),
+        (DECIDERS[0], "from time import monotonic", "a decider imports time"),
+        (DECIDERS[0], "import os.path", "a decider imports os"),
+        (DECIDERS[0], "def f():\n    import random", "a decider imports random"),
+        # Length.
+        ("fleet/bus/inbox.py", "x = 1\n" * 401, "401 lines, more than 400"),
+    ],
+)
+def test_checker_catches(path: str, source: str, why: str) -> None:
+    assert any(why in found for found in violations(path, source)), violations(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("fleet/cli/main.py", "from fleet.client import run\nfrom fleet.errors import FleetError"),
+        ("fleet/__main__.py", "from fleet.cli import main"),
+        ("fleet/torch/backend.py", "import torch\nfrom fleet.collectives import ring\nfrom . import elastic"),
+        ("fleet/worker/agent.py", "import os\nimport time\nfrom fleet.bus import Inbox\nos.getpid()"),
+        ("fleet/bus/inbox.py", "import zmq\nfrom .outbox import Outbox\nfrom ..errors import ProtocolError"),
+        ("fleet/bus/__init__.py", "from . import inbox\nfrom .inbox import Inbox\nimport zmq"),
+        ("fleet/messages.py", "from fleet import group\nfrom .config import Config\nfrom .errors import FleetError"),
+        ("fleet/config.py", "import os\nfrom fleet.errors import ConfigError\nos.environ.get('A')"),
+        ("fleet/__init__.py", "from fleet.errors import FleetError\ndef init():\n    from fleet.collectives import c"),
+        (
+            "fleet/__init__.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fleet.collectives import Communicator",
+        ),
+        ("fleet/orchestrator/core.py", "from fleet.messages import Hello\nimport math\nfrom . import placement"),
+        ("fleet/orchestrator/shell.py", "import time\nimport fleetwood\nfrom timeit import timeit"),
+        ("fleet/bus/inbox.py", "x = 1\n" * 400),
+    ],
+)
+def test_checker_allows(path: str, source: str) -> None:
+    assert violations(path, source) == []
