@@ -1,0 +1,41 @@
+"""fleet: train a model with more than one Python process. `fleet.init()` gives a rank its communicator."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fleet.errors import (
+    CollectiveMismatch,
+    CollectiveTimeout,
+    ConfigError,
+    FleetError,
+    ProtocolError,
+    UsageError,
+)
+
+if TYPE_CHECKING:
+    from fleet.collectives.communicator import Communicator
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CollectiveMismatch",
+    "CollectiveTimeout",
+    "ConfigError",
+    "FleetError",
+    "ProtocolError",
+    "UsageError",
+    "__version__",
+    "init",
+]
+
+
+def init(timeout_s: float = 30.0, join_timeout_s: float = 300.0) -> Communicator:
+    """This rank's communicator over all ranks of its job; alone, outside `fleet run`, a world of one.
+
+    `timeout_s` is the deadline of each collective, `join_timeout_s` that of the other ranks' own calls of `init`.
+    Calling it again returns the same communicator. Raises CollectiveTimeout, which names the ranks that did not come.
+    """
+    from fleet.collectives.init import init
+
+    return init(timeout_s=timeout_s, join_timeout_s=join_timeout_s)

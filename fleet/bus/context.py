@@ -1,0 +1,90 @@
+"""A ZeroMQ context with its lock, its sockets and their bounded end. Knows no protocol.
+
+One Bus per shell: its sockets belong to that shell's thread, and all of them end with it, in bounded time.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Self
+
+import zmq
+
+from fleet.bus.address import holder_of
+from fleet.bus.lock import Doorkeeper, Lock
+from fleet.errors import ConfigError, UsageError
+
+LINGER_MS = 1000  # what a closed socket may still take to hand over what was sent
+HANDSHAKE_MS = 5000
+RECONNECT_MS, RECONNECT_AT_MOST_MS = 100, 2000
+
+
+class Bus:
+    """Makes sockets that are secured, bounded and gone at `close`."""
+
+    def __init__(self, lock: Lock, io_threads: int = 1) -> None:
+        self.lock = lock
+        self._pid = os.getpid()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads)
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._doorkeeper: Doorkeeper | None = None
+
+    def socket(self, kind: int, hwm: int) -> zmq.Socket[bytes]:
+        """A new socket with a finite queue of `hwm` messages in each direction."""
+        self.check_process()
+        socket = self._context.socket(kind)
+        socket.linger = LINGER_MS
+        socket.sndhwm = socket.rcvhwm = hwm
+        socket.handshake_ivl = HANDSHAKE_MS
+        socket.connect_timeout = HANDSHAKE_MS
+        socket.reconnect_ivl = RECONNECT_MS
+        socket.reconnect_ivl_max = RECONNECT_AT_MOST_MS
+        socket.ipv6 = True
+        self._sockets.append(socket)
+        return socket
+
+    def bind(self, socket: zmq.Socket[bytes], endpoint: str) -> str:
+        """Binds, and returns the endpoint with its real port. Raises ConfigError that names who holds the port."""
+        if self.lock.kind != "open" and self._doorkeeper is None:
+            self._doorkeeper = Doorkeeper(self._context, self.lock)
+        self.lock.bind(socket)
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            holder = holder_of(endpoint) if error.errno == zmq.EADDRINUSE else ""
+            raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}{holder}") from None
+        last: bytes = socket.last_endpoint
+        return last.rstrip(b"\0").decode()
+
+    def connect(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
+        """Connects for ever: a peer that is not there yet, or comes back, is found."""
+        self.lock.connect(socket)
+        try:
+            socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            raise ConfigError(f"cannot connect to {endpoint}: {error.strerror}") from None
+
+    def check_process(self) -> None:
+        """Raises UsageError in a forked child: a socket used there would abort both processes."""
+        if os.getpid() != self._pid:
+            raise UsageError(
+                f"this process (pid {os.getpid()}) was forked from pid {self._pid}, which owns the sockets: "
+                "only the process that called fleet.init() may use them"
+            )
+
+    def close(self, linger: bool = True) -> None:
+        """Ends all sockets. What was sent still goes out if `linger`, for LINGER_MS at most."""
+        if os.getpid() != self._pid:
+            return  # a forked child has only copies of handles that are not its own
+        for socket in self._sockets:
+            socket.close(linger=None if linger else 0)
+        if self._doorkeeper is not None:
+            self._doorkeeper.close()
+        self._context.term()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

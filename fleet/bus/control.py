@@ -1,0 +1,187 @@
+"""Control messages between named peers: one Router that many Dealers hang on. Knows bytes, names and losses only.
+
+Both tell of the connection as it changes, from libzmq's socket monitor: within milliseconds for a process that died,
+within seconds (ZMTP heartbeats, rfc.zeromq.org/spec/37) for a machine that is cut off.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import Enum, auto
+
+import zmq
+
+from fleet.bus.context import Bus
+from fleet.messages import FRAME_LIMIT_BYTES
+
+HWM = 10_000  # messages; a peer this far behind counts as lost, see Router.send
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 3000
+
+_BROKEN_HANDSHAKE = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """Bytes from a peer."""
+
+    peer: bytes
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The connection to a peer ended; the peer may come back."""
+
+    peer: bytes
+
+
+class Link(Enum):
+    """What a Dealer tells of its one connection."""
+
+    UP = auto()
+    DOWN = auto()
+    DENIED = auto()  # somebody answers there, and the handshake fails: a wrong secret, or not fleet at all
+
+
+class _Monitor:
+    """The events of one socket, in order, as (event, file descriptor)."""
+
+    def __init__(self, socket: zmq.Socket[bytes], events: int) -> None:
+        self.socket = socket.get_monitor_socket(events)
+        self.socket.linger = 0
+
+    def events(self) -> list[tuple[int, int]]:
+        found = []
+        while self.socket.poll(0):
+            event: tuple[int, int] = struct.unpack("=HI", self.socket.recv_multipart()[0])
+            found.append(event)
+        return found
+
+
+def _detect_silence(socket: zmq.Socket[bytes]) -> None:
+    socket.heartbeat_ivl = HEARTBEAT_MS
+    socket.heartbeat_timeout = socket.heartbeat_ttl = HEARTBEAT_TIMEOUT_MS
+
+
+class Router:
+    """One bound socket. `receive` yields what arrived and who was lost; `poll_sockets` are what to wait for."""
+
+    def __init__(self, bus: Bus, endpoint: str) -> None:
+        self._socket = bus.socket(zmq.ROUTER, HWM)
+        self._socket.router_mandatory = True  # an unknown peer is an error, never a silent drop
+        self._socket.router_handover = True  # the same peer on a new connection wins over its ghost
+        self._socket.maxmsgsize = FRAME_LIMIT_BYTES
+        if endpoint.startswith("tcp:"):
+            _detect_silence(self._socket)
+        watched = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | _BROKEN_HANDSHAKE
+        self._monitor = _Monitor(self._socket, watched)
+        self.endpoint = bus.bind(self._socket, endpoint)
+        self.refused_count = 0  # handshakes that failed, messages with a wrong number of frames
+        self._peer_of: dict[int, bytes] = {}  # by file descriptor of its connection
+        self._descriptor_of: dict[bytes, int] = {}
+        self._open: set[int] = set()  # descriptors accepted and not disconnected
+        self.poll_sockets = (self._socket, self._monitor.socket)
+
+    def receive(self) -> list[Arrived | Lost]:
+        """All that has happened since the last call, at most a batch; waits for nothing."""
+        found: list[Arrived | Lost] = []
+        for _ in range(256):
+            try:
+                frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                found.extend(self._losses())
+                break
+            # After the message and before its sender is noted: a descriptor may have been used by another before.
+            found.extend(self._losses())
+            if len(frames) != 2:
+                self.refused_count += 1
+                continue
+            peer = frames[0].bytes
+            descriptor = frames[1].get(zmq.SRCFD)
+            found.append(Arrived(peer, frames[1].bytes))
+            if descriptor not in self._open:
+                found.append(Lost(peer))  # it sent and left before we looked
+            elif self._descriptor_of.get(peer) != descriptor:
+                self._peer_of.pop(self._descriptor_of.get(peer, -1), None)
+                self._peer_of[descriptor] = peer
+                self._descriptor_of[peer] = descriptor
+        return found
+
+    def send(self, peer: bytes, data: bytes) -> bool:
+        """False if the peer is not connected, or so far behind that its queue is full."""
+        try:
+            self._socket.send_multipart([peer, data], zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                return False
+            raise
+        return True
+
+    def _losses(self) -> list[Arrived | Lost]:
+        found: list[Arrived | Lost] = []
+        for event, descriptor in self._monitor.events():
+            if event == zmq.EVENT_ACCEPTED:
+                self._open.add(descriptor)
+            elif event == zmq.EVENT_DISCONNECTED:
+                self._open.discard(descriptor)
+                peer = self._peer_of.pop(descriptor, None)
+                if peer is not None:
+                    del self._descriptor_of[peer]
+                    found.append(Lost(peer))
+            else:
+                self.refused_count += 1
+        return found
+
+
+class Dealer:
+    """One connection to one Router, made and made again for ever."""
+
+    def __init__(self, bus: Bus, endpoint: str, identity: bytes) -> None:
+        self._socket = bus.socket(zmq.DEALER, HWM)
+        self._socket.routing_id = identity
+        self._socket.maxmsgsize = FRAME_LIMIT_BYTES
+        if endpoint.startswith("tcp:"):
+            _detect_silence(self._socket)
+        watched = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _BROKEN_HANDSHAKE
+        self._monitor = _Monitor(self._socket, watched)
+        self._shaking_hands = False
+        bus.connect(self._socket, endpoint)
+        self.poll_sockets = (self._socket, self._monitor.socket)
+
+    def changes(self) -> list[Link]:
+        """How the connection changed since the last call."""
+        found = []
+        for event, _ in self._monitor.events():
+            if event == zmq.EVENT_CONNECTED:
+                self._shaking_hands = True
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self._shaking_hands = False
+                found.append(Link.UP)
+            elif self._shaking_hands:
+                self._shaking_hands = False
+                found.append(Link.DENIED)
+            elif event == zmq.EVENT_DISCONNECTED:
+                found.append(Link.DOWN)
+        return found
+
+    def receive(self) -> list[bytes]:
+        """All messages that are there, at most a batch; waits for nothing."""
+        found: list[bytes] = []
+        for _ in range(256):
+            try:
+                frames = self._socket.recv_multipart(zmq.DONTWAIT)
+            except zmq.Again:
+                break
+            found.append(b"".join(frames))
+        return found
+
+    def send(self, data: bytes) -> bool:
+        """False if the queue is full, which means that nobody has read for long."""
+        try:
+            self._socket.send(data, zmq.DONTWAIT)
+        except zmq.Again:
+            return False
+        return True

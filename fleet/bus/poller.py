@@ -1,0 +1,58 @@
+"""Waits for sockets, file descriptors and a wake-up from another thread, all at once. Knows nothing of what they carry."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import zmq
+
+Source = Any  # a socket of ours, or a file descriptor
+
+
+class Wake:
+    """Ends a wait from another thread or a signal handler."""
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def set(self) -> None:
+        try:
+            os.write(self._write, b"!")
+        except BlockingIOError:
+            return  # full of wake-ups already
+
+    def clear(self) -> None:
+        try:
+            os.read(self._read, 4096)
+        except BlockingIOError:
+            return  # nothing to clear
+
+    def close(self) -> None:
+        os.close(self._read)
+        os.close(self._write)
+
+
+class Poller:
+    """The set of things to wait for."""
+
+    def __init__(self, sources: Iterable[Source] = ()) -> None:
+        self._poller = zmq.Poller()
+        for source in sources:
+            self.add(source)
+
+    def add(self, source: Source) -> None:
+        self._poller.register(source, zmq.POLLIN)
+
+    def remove(self, source: Source) -> None:
+        self._poller.unregister(source)
+
+    def wait(self, timeout_s: float | None) -> set[Source]:
+        """The sources that have something to read; empty after `timeout_s` (None: waits for ever)."""
+        # Rounded up: waking a moment early would only spin until the deadline.
+        timeout_ms = None if timeout_s is None else max(0, int(timeout_s * 1000) + 1)
+        return {source for source, _ in self._poller.poll(timeout_ms)}

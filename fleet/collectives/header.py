@@ -1,0 +1,75 @@
+"""The head of every tensor message, and the call that it belongs to. Knows bytes and names, no socket and no rank's state.
+
+    magic 4 · world u64 · group u32 · sequence u64 · source u32 · turn u32 · segment u32 · call length u16 · call
+    call: op u8 · reduction u8 · dtype u8 · dimensions u8 · root or tag i64 · each dimension u64
+
+Little-endian. Calls are compared as bytes, which costs nothing on the hot path; only a mismatch is ever decoded.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from fleet.errors import ProtocolError
+
+MAGIC = b"flt1"
+_HEAD = struct.Struct("<4sQIQIIIH")
+_CALL = struct.Struct("<BBBBq")
+
+OPS = ("all_reduce", "broadcast", "all_gather", "reduce_scatter", "barrier", "send")
+ROOTED = {"broadcast": "root", "send": "tag"}
+REDUCTIONS = ("", "sum", "mean", "prod", "min", "max")
+DTYPES = (
+    "", "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16",
+    "float32", "float64", "complex64", "complex128",
+)  # fmt: skip
+_OP, _REDUCTION, _DTYPE = ({name: number for number, name in enumerate(names)} for names in (OPS, REDUCTIONS, DTYPES))
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Where a message belongs. `call` stays bytes."""
+
+    world: int
+    group: int
+    sequence: int
+    source: int
+    turn: int
+    segment: int
+    call: bytes
+
+
+def pack_head(world: int, group: int, sequence: int, source: int, turn: int, segment: int, call: bytes) -> bytes:
+    return _HEAD.pack(MAGIC, world, group, sequence, source, turn, segment, len(call)) + call
+
+
+def unpack_head(frame: memoryview) -> tuple[Head, memoryview]:
+    """The head, and what follows it in the same frame. Raises ProtocolError for anything that has no head."""
+    if frame.nbytes < _HEAD.size or frame[:4] != MAGIC:
+        raise ProtocolError(f"{frame.nbytes} bytes that are no tensor message of fleet")
+    _, world, group, sequence, source, turn, segment, length = _HEAD.unpack_from(frame)
+    end = _HEAD.size + length
+    if frame.nbytes < end:
+        raise ProtocolError("a tensor message was cut short")
+    return Head(world, group, sequence, source, turn, segment, bytes(frame[_HEAD.size : end])), frame[end:]
+
+
+def pack_call(op: str, reduction: str = "", dtype: str = "", shape: tuple[int, ...] = (), root: int = 0) -> bytes:
+    """What a rank called, such that two ranks called the same if and only if the bytes are equal."""
+    fixed = _CALL.pack(_OP[op], _REDUCTION[reduction], _DTYPE[dtype], len(shape), root)
+    return fixed + struct.pack(f"<{len(shape)}Q", *shape)
+
+
+def describe_call(call: bytes) -> str:
+    """The call as a person would write it: all_reduce(float32[1024, 3], op=sum)."""
+    try:
+        op, reduction, dtype, dimensions, root = _CALL.unpack_from(call)
+        shape = struct.unpack_from(f"<{dimensions}Q", call, _CALL.size)
+        name = OPS[op]
+        inside = [f"{DTYPES[dtype]}[{', '.join(map(str, shape))}]"] if dtype else []
+        inside += [f"op={REDUCTIONS[reduction]}"] if reduction else []
+        inside += [f"{ROOTED[name]}={root}"] if name in ROOTED else []
+    except (struct.error, IndexError):
+        return f"something this version of fleet does not know ({call.hex()})"
+    return f"{name}({', '.join(inside)})"

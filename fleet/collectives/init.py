@@ -1,0 +1,85 @@
+"""`fleet.init()`: from the environment of a rank to its communicator. Puts session, mesh and communicator together."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import socket
+import threading
+
+from fleet.bus.lock import Lock
+from fleet.bus.mesh import Mesh
+from fleet.collectives.channel import Channel
+from fleet.collectives.communicator import Communicator, Progress
+from fleet.collectives.session import Session
+from fleet.config import RankSettings, rank_settings
+from fleet.errors import CollectiveTimeout, UsageError
+from fleet.group import Member, World
+
+_lock = threading.Lock()
+_made: tuple[int, Communicator] | None = None  # (pid that made it, the communicator of this process)
+
+
+def init(timeout_s: float, join_timeout_s: float) -> Communicator:
+    """See fleet.init."""
+    global _made
+    with _lock:
+        if _made is None:
+            settings = rank_settings()
+            comm = _alone(timeout_s) if settings is None else _join(settings, timeout_s, join_timeout_s)
+            _made = os.getpid(), comm
+        pid, comm = _made
+        if pid != os.getpid():
+            raise UsageError(f"fleet.init() was called in pid {pid}, of which this process (pid {os.getpid()}) is a fork")
+        return comm
+
+
+def _alone(timeout_s: float) -> Communicator:
+    me = Member(0, "", socket.gethostname(), os.getpid(), "")
+    return Communicator(0, World(0, (me,)), None, timeout_s)
+
+
+def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Communicator:
+    holder: list[Communicator] = []
+    session = Session(settings, os.getpid(), lambda: holder[0].progress if holder else Progress())
+    try:
+        welcome = session.welcome()
+        mesh = Mesh(Lock(welcome.security, welcome.secret), welcome.bind)
+        try:
+            world = session.join(_reachable(mesh.endpoint, welcome.advertise), join_timeout_s)
+            if world is None:
+                late = [doing.late for doing in session.inquire() if doing.sequence < 0]
+                raise CollectiveTimeout(0, "fleet.init()", settings.rank, join_timeout_s, late)
+        except BaseException:
+            mesh.close(linger=False)
+            raise
+    except BaseException:
+        session.close()
+        raise
+    channel = Channel(mesh, settings.rank, [member.address for member in world.members], _world_id(settings, world))
+    comm = Communicator(settings.rank, world, channel, timeout_s, settings.local_rank, session.inquire)
+    holder.append(comm)
+    pid = os.getpid()
+
+    def end() -> None:
+        if os.getpid() == pid:  # a forked child inherits this hook, and nothing that it would end
+            comm.close()
+            session.close()
+
+    atexit.register(end)
+    return comm
+
+
+def _reachable(endpoint: str, advertise: str) -> str:
+    """The bound endpoint as others must connect to it."""
+    if not advertise:
+        return endpoint
+    host = f"[{advertise}]" if ":" in advertise else advertise
+    return f"tcp://{host}:{endpoint.rpartition(':')[2]}"
+
+
+def _world_id(settings: RankSettings, world: World) -> int:
+    """Tells this world's messages from any other's, also where a later job uses the same port."""
+    name = f"{settings.job_id}/{settings.attempt}/{world.generation}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")

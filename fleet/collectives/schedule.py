@@ -1,0 +1,118 @@
+"""Who sends which chunk to whom, and when: collectives as data. Knows no socket, no tensor and no clock.
+
+A plan is what one rank does, step by step. Within a step its send and its receive may run at once; a step that sends
+the chunk that the step before received may send each piece as soon as it is there. Correctness is a property of the
+plans of all ranks together (see tests/pure/test_schedule.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+
+class Action(Enum):
+    """What becomes of a received chunk."""
+
+    REDUCE = auto()  # combined with this rank's own, and kept for the next step's send
+    REDUCE_LAST = auto()  # combined with this rank's own: now it holds every rank's share
+    COPY = auto()  # it is final already
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One send, one receive, or both. Invariant: peer and chunk are both given or both None."""
+
+    send_to: int | None = None
+    send_chunk: int | None = None
+    recv_from: int | None = None
+    recv_chunk: int | None = None
+    action: Action | None = None
+
+
+Plan = list[Step]
+
+
+def ring_reduce_scatter(rank: int, world_size: int) -> Plan:
+    """Chunk c starts at rank c+1, passes every rank once and ends, complete, at rank c: N-1 steps of S/N bytes.
+
+    The order of the sum in a chunk is fixed by its number, so every run gives the same bits.
+    Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 2009.
+    """
+    after, before = (rank + 1) % world_size, (rank - 1) % world_size
+    return [
+        Step(
+            send_to=after,
+            send_chunk=(rank - 1 - step) % world_size,
+            recv_from=before,
+            recv_chunk=(rank - 2 - step) % world_size,
+            action=Action.REDUCE_LAST if step == world_size - 2 else Action.REDUCE,
+        )
+        for step in range(world_size - 1)
+    ]
+
+
+def ring_all_gather(rank: int, world_size: int) -> Plan:
+    """Chunk c starts at rank c and is passed on around the ring: N-1 steps of S/N bytes. Source: as above."""
+    after, before = (rank + 1) % world_size, (rank - 1) % world_size
+    return [
+        Step(
+            send_to=after,
+            send_chunk=(rank - step) % world_size,
+            recv_from=before,
+            recv_chunk=(rank - 1 - step) % world_size,
+            action=Action.COPY,
+        )
+        for step in range(world_size - 1)
+    ]
+
+
+def ring_all_reduce(rank: int, world_size: int) -> Plan:
+    """Reduce-scatter, then all-gather: 2(N-1) steps and 2(N-1)/N·S bytes per rank, the least there is."""
+    return ring_reduce_scatter(rank, world_size) + ring_all_gather(rank, world_size)
+
+
+def tree_broadcast(rank: int, world_size: int, root: int = 0) -> Plan:
+    """A binomial tree from the root: ⌈log2 N⌉ steps of S bytes, for chunk 0, the whole.
+
+    Source: Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH", 2005.
+    """
+    virtual = (rank - root) % world_size
+    plan = []
+    # A rank receives from the one that has its lowest set bit cleared, and serves those that have a lower bit set.
+    low = virtual & -virtual if virtual else _power_of_two_from(world_size)
+    if virtual:
+        plan.append(Step(recv_from=(virtual - low + root) % world_size, recv_chunk=0, action=Action.COPY))
+    while low > 1:
+        low //= 2
+        if virtual + low < world_size:
+            plan.append(Step(send_to=(virtual + low + root) % world_size, send_chunk=0))
+    return plan
+
+
+def tree_reduce(rank: int, world_size: int, root: int = 0) -> Plan:
+    """The same tree, upwards: children in the order of their distance, so the order of the sum is fixed."""
+    virtual = (rank - root) % world_size
+    plan = []
+    bit = 1
+    children = []
+    while bit < world_size and not virtual & bit:
+        if virtual + bit < world_size:
+            children.append((virtual + bit + root) % world_size)
+        bit *= 2
+    for child in children:
+        last = not virtual and child == children[-1]
+        plan.append(Step(recv_from=child, recv_chunk=0, action=Action.REDUCE_LAST if last else Action.REDUCE))
+    if virtual:
+        plan.append(Step(send_to=(virtual - bit + root) % world_size, send_chunk=0))
+    return plan
+
+
+def tree_all_reduce(rank: int, world_size: int) -> Plan:
+    """To rank 0 and back: 2⌈log2 N⌉ steps of S bytes, for messages whose latency outweighs their bytes."""
+    return tree_reduce(rank, world_size) + tree_broadcast(rank, world_size)
+
+
+def _power_of_two_from(number: int) -> int:
+    """The smallest power of two that is not less than `number`."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,174 @@
+"""A rank's line to its agent, in a thread of its own: joins the world, answers "what are you doing?", and asks it.
+
+The thread owns the socket. It answers while the main thread is stuck in a collective, a data loader or a C extension,
+as long as that one lets go of the GIL. Knows messages, and the progress that the communicator shows; no tensor.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import sysconfig
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from types import FrameType
+
+from fleet import messages as m
+from fleet.bus.context import Bus
+from fleet.bus.control import Dealer
+from fleet.bus.lock import Lock
+from fleet.bus.poller import Poller, Wake
+from fleet.collectives.communicator import Doing, Progress
+from fleet.collectives.header import describe_call
+from fleet.config import RankSettings
+from fleet.errors import FleetError, Late, ProtocolError
+from fleet.group import World
+
+ANSWER_WITHIN_S = 1.0
+AGENT_WITHIN_S = 10.0  # the agent is on this machine
+
+_NOT_THE_USERS = tuple(
+    {
+        str(Path(__file__).resolve().parent.parent),
+        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+        "<frozen",
+    }
+)
+
+
+class Session:
+    """Starts with its construction, ends with `close`. `progress` is called from the session's thread."""
+
+    def __init__(self, settings: RankSettings, pid: int, progress: Callable[[], Progress]) -> None:
+        self._settings = settings
+        self._pid = pid
+        self._progress = progress
+        self._wake = Wake()
+        self._closing = threading.Event()
+        self._out: queue.SimpleQueue[m.Message] = queue.SimpleQueue()
+        self._welcome: queue.SimpleQueue[m.RankWelcome] = queue.SimpleQueue()
+        self._formed: queue.SimpleQueue[World] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[m.Answer] = queue.SimpleQueue()
+        self._question = 0
+        self._world: World | None = None
+        self._thread = threading.Thread(target=self._run, name="fleet-session", daemon=True)
+        self._thread.start()
+
+    def welcome(self) -> m.RankWelcome:
+        """Where the inbox goes. Raises FleetError where no agent answers."""
+        s = self._settings
+        self._send(m.RankHello(s.job_id, s.attempt, s.rank, self._pid))
+        try:
+            return self._welcome.get(timeout=AGENT_WITHIN_S)
+        except queue.Empty:
+            raise FleetError(f"the worker agent at {s.control} did not answer rank {s.rank}: has it died?") from None
+
+    def join(self, address: str, timeout_s: float) -> World | None:
+        """The world, once every rank has joined it; None after `timeout_s`."""
+        s = self._settings
+        self._send(m.Join(s.job_id, s.attempt, s.rank, self._pid, address))
+        try:
+            self._world = self._formed.get(timeout=timeout_s)
+        except queue.Empty:
+            return None
+        return self._world
+
+    def inquire(self) -> list[Doing]:
+        """What every other rank is doing now; one that does not answer within a second is said not to."""
+        s = self._settings
+        self._question += 1
+        self._send(m.Ask(s.job_id, s.attempt, s.rank, self._question))
+        missing = set(range(s.world_size)) - {s.rank}
+        found = []
+        deadline = monotonic() + ANSWER_WITHIN_S
+        while missing:
+            try:
+                answer = self._answers.get(timeout=max(0.0, deadline - monotonic()))
+            except queue.Empty:
+                break
+            if answer.question == self._question and answer.rank in missing:
+                missing.remove(answer.rank)
+                found.append(_doing(answer))
+        for rank in missing:
+            member = self._world.members[rank] if self._world else None
+            host, pid = (member.host, member.pid) if member else ("?", 0)
+            found.append(Doing(Late(rank, host, pid, "is not answering: stopped, frozen or cut off"), -1, False, ""))
+        return sorted(found, key=lambda doing: doing.late.rank)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._wake.set()
+        self._thread.join()
+        self._wake.close()
+
+    def _send(self, message: m.Message) -> None:
+        self._out.put(message)
+        self._wake.set()
+
+    def _run(self) -> None:
+        s = self._settings
+        with Bus(Lock()) as bus:
+            agent = Dealer(bus, s.control, f"{s.job_id}/{s.attempt}/{s.rank}/{self._pid}".encode())
+            poller = Poller([*agent.poll_sockets, self._wake])
+            while not self._closing.is_set():
+                while not self._out.empty():
+                    agent.send(m.encode(self._out.get()))
+                for data in agent.receive():
+                    self._take(data)
+                agent.changes()  # nothing to decide: an agent that is gone takes this process with it
+                poller.wait(None)
+                self._wake.clear()
+
+    def _take(self, data: bytes) -> None:
+        try:
+            message = m.decode(data)
+        except ProtocolError:
+            return  # only the agent can reach this socket, and it speaks this version: see worker/agent.py
+        if isinstance(message, m.RankWelcome):
+            self._welcome.put(message)
+        elif isinstance(message, m.Formed):
+            self._formed.put(message.world)
+        elif isinstance(message, m.Answer):
+            self._answers.put(message)
+        elif isinstance(message, m.Ask):
+            self._answer(message)
+
+    def _answer(self, ask: m.Ask) -> None:
+        s = self._settings
+        progress = self._progress()
+        call = describe_call(progress.call) if progress.call else ""
+        line = main_thread_line()
+        if progress.inside:
+            doing = f"is in collective #{progress.sequence} {call} at {line}"
+        elif progress.sequence:
+            doing = f"is at {line}; its last collective was #{progress.sequence} {call}"
+        else:
+            doing = f"is at {line}; it has made no collective yet"
+        # The call goes as text of its own, so that a rank in the same place with another call can be told.
+        text = f"{call}\n{doing}"
+        self._out.put(
+            m.Answer(
+                s.job_id, s.attempt, ask.rank, ask.question, s.rank, "", self._pid,
+                progress.sequence, progress.inside, text,
+            )
+        )  # fmt: skip
+        self._wake.set()
+
+
+def _doing(answer: m.Answer) -> Doing:
+    call, _, doing = answer.doing.rpartition("\n")
+    return Doing(Late(answer.rank, answer.host, answer.pid, doing), answer.sequence, answer.inside, call)
+
+
+def main_thread_line() -> str:
+    """Where the main thread is in the user's own code: 'train.py:41 in load_batch'."""
+    frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
+    innermost = frame
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        frame = frame.f_back
+    frame = frame or innermost
+    if frame is None:
+        return "an unknown line"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
