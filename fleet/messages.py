@@ -108,6 +108,7 @@ class Submit(Message, frozen=True):
     job_id: str  # made by the client, so that sending it twice is harmless
     world_size: int
     spec: Spec
+    again: bool = False  # after a lost connection: do not start what is not known
 
 
 class Waiting(Message, frozen=True):
@@ -158,6 +159,7 @@ class Assign(Message, frozen=True):
     world_size: int
     ranks: tuple[int, ...]
     group_rank: int
+    group_count: int
     spec: Spec
 
 

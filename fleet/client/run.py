@@ -1,0 +1,175 @@
+"""Runs one job: says hello, submits, sends the bundle, prints what comes, cancels when told, returns how it ended.
+
+The shell of the client. What it prints of itself goes to stderr and begins with `fleet:`.
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from fleet import messages as m
+from fleet.bus.context import Bus
+from fleet.bus.control import Dealer, Link
+from fleet.bus.lock import Lock
+from fleet.bus.poller import Poller, Wake
+from fleet.bus.transfer import read_part
+from fleet.client.printer import Printer
+from fleet.errors import ConfigError, ProtocolError
+
+DENIALS_UNTIL_FINAL = 3
+LEAVE_AFTER_S = 1.8  # after a cancel that nobody answers
+SAY_WAITING_AFTER_S = 2.0
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which orchestrator, and how it is reached."""
+
+    name: str  # as a person wrote it
+    endpoint: str
+    lock: Lock
+    timeout_s: float  # to be let in
+    local: bool  # embedded in this process: no host names in prefixes, and no talk about it
+
+
+class Run:
+    """One job from submission to its end. `cancel` may be called from a signal handler; twice means at once."""
+
+    def __init__(self, target: Target, spec: m.Spec, world_size: int, bundle: Path | None, printer: Printer) -> None:
+        self.job_id = uuid.uuid4().hex[:12]
+        self._target = target
+        self._submit = m.Submit(self.job_id, world_size, spec)
+        self._bundle = bundle
+        self._printer = printer
+        self._cancels: deque[None] = deque()
+        self._cancelled_at: float | None = None
+        self._wake = Wake()
+        self._submitted = False
+        self._denied_count = 0
+        self._ended: m.Ended | None = None
+
+    def cancel(self) -> None:
+        self._cancels.append(None)
+        self._wake.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled_at is not None or bool(self._cancels)
+
+    def run(self, versions: m.Versions) -> m.Ended:
+        """Returns when the job has ended, and all it printed has been printed. Raises ConfigError if it cannot start."""
+        self._hello = m.ClientHello(versions)
+        self._started_at = monotonic()
+        self._said_waiting = self._target.local
+        try:
+            with Bus(self._target.lock) as bus:
+                name = f"client/{uuid.uuid4().hex}"
+                self._orchestrator = Dealer(bus, self._target.endpoint, name.encode())
+                poller = Poller([*self._orchestrator.poll_sockets, self._wake])
+                while self._ended is None:
+                    poller.wait(self._until_deadline())
+                    self._wake.clear()
+                    self._turn()
+                return self._ended
+        finally:
+            self._printer.finish(monotonic())
+            self._wake.close()
+
+    def _turn(self) -> None:
+        while self._cancels and self._ended is None:
+            self._cancels.popleft()
+            self._cancel()
+        for link in self._orchestrator.changes():
+            self._link(link)
+        for data in self._orchestrator.receive():
+            try:
+                self._take(m.decode(data))
+            except ProtocolError as error:
+                raise ConfigError(f"the orchestrator at {self._target.name}: {error}") from None
+        now = monotonic()
+        self._printer.tick(now)
+        if self._cancelled_at is not None and now > self._cancelled_at + LEAVE_AFTER_S and self._ended is None:
+            self._ended = m.Ended(self.job_id, "cancelled; the orchestrator did not answer, it stops the ranks by itself", -1)
+        if not self._submitted:
+            self._wait_for_welcome(now)
+
+    def _until_deadline(self) -> float | None:
+        deadlines = [self._printer.next_deadline()]
+        if not self._submitted:
+            deadlines.append(self._started_at + self._target.timeout_s)
+            deadlines.append(None if self._said_waiting else self._started_at + SAY_WAITING_AFTER_S)
+        if self._cancelled_at is not None:
+            deadlines.append(self._cancelled_at + LEAVE_AFTER_S)
+        given = [deadline for deadline in deadlines if deadline is not None]
+        return max(0.0, min(given) - monotonic()) if given else None
+
+    def _wait_for_welcome(self, now: float) -> None:
+        waited = now - self._started_at
+        if waited >= self._target.timeout_s:
+            raise ConfigError(
+                f"no orchestrator answered at {self._target.name} within {self._target.timeout_s:g} s: is it running, "
+                "and is ORCHESTRATOR_ADDR right? (--timeout waits longer; without ORCHESTRATOR_ADDR the job runs on this machine)"
+            )
+        if not self._said_waiting and waited >= SAY_WAITING_AFTER_S:
+            self._said_waiting = True
+            say(f"no orchestrator answers at {self._target.name} yet; trying for {self._target.timeout_s:g} s")
+
+    def _link(self, link: Link) -> None:
+        if link is Link.UP:
+            self._denied_count = 0
+            self._orchestrator.send(m.encode(self._hello))
+        elif link is Link.DENIED:
+            self._denied_count += 1
+            if self._denied_count >= DENIALS_UNTIL_FINAL:
+                raise ConfigError(
+                    f"the orchestrator at {self._target.name} does not let this client in: the secret is wrong or missing "
+                    "on one side (FLEET_SECRET, FLEET_SECRET_FILE), or no orchestrator of fleet listens there"
+                )
+        elif not self.cancelled:
+            say(f"lost the orchestrator at {self._target.name}; trying again until it is back (Ctrl-C: leave)")
+
+    def _take(self, message: m.Message) -> None:
+        if isinstance(message, m.Welcome):
+            again = self._submitted
+            self._submitted = True
+            submit = self._submit
+            self._orchestrator.send(m.encode(m.Submit(submit.job_id, submit.world_size, submit.spec, again)))
+        elif isinstance(message, m.Unknown):
+            self._orchestrator.send(m.encode(self._hello))
+        elif isinstance(message, m.Refused):
+            raise ConfigError(f"the orchestrator at {self._target.name} refused this client: {message.reason}")
+        elif isinstance(message, m.Want) and self._bundle is not None:
+            self._orchestrator.send(m.encode(read_part(self._bundle, message)))
+        elif isinstance(message, m.Waiting):
+            say(f"job {message.job_id} waits: {message.reason}")
+        elif isinstance(message, m.Started):
+            self._started(message)
+        elif isinstance(message, m.Output):
+            self._printer.write(message.rank, message.stream, message.data, monotonic())
+            self._orchestrator.send(m.encode(m.OutputAck(self.job_id, message.rank, len(message.data))))
+        elif isinstance(message, m.Ended) and message.job_id == self.job_id:
+            self._ended = message
+
+    def _started(self, started: m.Started) -> None:
+        if not self._target.local:
+            workers = started.workers
+            self._printer.name_of = lambda rank: f"{workers[rank]}:{rank}"
+
+    def _cancel(self) -> None:
+        again = self._cancelled_at is not None
+        if not again:
+            self._cancelled_at = monotonic()
+            say("stopping all ranks (once more: at once)")
+        self._orchestrator.send(m.encode(m.Cancel(self.job_id, kill=again)))
+        if again or not self._submitted:
+            self._ended = m.Ended(self.job_id, "cancelled", -1)
+
+
+def say(text: str) -> None:
+    """One line to the person at the terminal."""
+    print(f"fleet: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""Who runs what, where: workers, jobs and gangs. Never touches a tensor."""

@@ -1,0 +1,1 @@
+"""One machine's agent: starts ranks, watches them, carries their output. Decides nothing about the cluster."""

@@ -1,0 +1,290 @@
+"""The agent's shell: sockets, processes, pipes and the clock around the core. Decides nothing, all in one thread.
+
+`run` returns when the agent has ended; every process, socket and file it made is gone then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tarfile
+import threading
+from collections import deque
+from pathlib import Path
+from signal import SIGKILL
+from time import monotonic
+
+from fleet import config
+from fleet import messages as m
+from fleet.bus.address import free_port
+from fleet.bus.context import Bus
+from fleet.bus.control import Arrived, Dealer, Link, Router
+from fleet.bus.lock import Lock
+from fleet.bus.poller import Poller, Wake
+from fleet.errors import FleetError, ProtocolError
+from fleet.worker.bundles import Bundles
+from fleet.worker.core import Core
+from fleet.worker.memory import oom_kill_count
+from fleet.worker.slot import Plan
+from fleet.worker.state import (
+    Attempt,
+    Died,
+    Effect,
+    Event,
+    Exit,
+    FromOrchestrator,
+    FromRank,
+    Key,
+    Kill,
+    LinkDenied,
+    LinkDown,
+    LinkUp,
+    Listen,
+    Log,
+    Prepare,
+    Prepared,
+    PrepareFailed,
+    Printed,
+    Remove,
+    Settings,
+    Shutdown,
+    Spawn,
+    Spawned,
+    TakePart,
+    Tick,
+    ToOrchestrator,
+    ToRank,
+)
+from fleet.worker.zygote import Child, Zygote
+
+READ_BYTES = 64 << 10
+LINKS: dict[Link, Event] = {Link.UP: LinkUp(), Link.DOWN: LinkDown(), Link.DENIED: LinkDenied()}
+
+log = logging.getLogger("fleet.worker")
+
+
+class Agent:
+    """One running agent. `stop` may be called from any thread or signal handler; twice means at once."""
+
+    def __init__(
+        self, settings: Settings, zygote: Zygote, endpoint: str, lock: Lock, runtime: Path, threads: int
+    ) -> None:
+        self._settings = settings
+        self._zygote = zygote
+        self._endpoint = endpoint
+        self._lock = lock
+        self._runtime = runtime
+        self._threads = threads
+        self._bundles = Bundles(runtime)
+        self._waiting: list[m.Assign] = []  # for their bundle
+        self._children: dict[Key, Child] = {}
+        self._oom_kills_before: dict[Key, int] = {}
+        self._readers: dict[int, tuple[Key, str]] = {}  # by descriptor of an open pipe
+        self._sentinels: dict[int, Key] = {}
+        self._wake = Wake()
+        self._stops: deque[None] = deque()
+        self._reason: str | None = None  # set once ended
+
+    def stop(self) -> None:
+        self._stops.append(None)
+        self._wake.set()
+
+    def run(self) -> None:
+        """Serves until it has ended. Raises FleetError if that was not because of `stop`."""
+        self._core = Core(self._settings, monotonic())
+        name = f"{self._settings.worker_id}/{self._settings.incarnation}"
+        try:
+            with Bus(self._lock) as bus, Bus(Lock()) as local:
+                self._orchestrator = Dealer(bus, self._endpoint, name.encode())
+                self._ranks = Router(local, self._settings.control)
+                self._poller = Poller([*self._orchestrator.poll_sockets, *self._ranks.poll_sockets, self._wake])
+                while self._reason is None:
+                    self._turn()
+        finally:
+            for child in self._children.values():
+                _signal_group(child.pid, SIGKILL, alone_too=True)
+            for descriptor in self._readers:
+                os.close(descriptor)
+            self._wake.close()
+            shutil.rmtree(self._runtime, ignore_errors=True)
+        if self._reason:
+            raise FleetError(self._reason)
+
+    def _turn(self) -> None:
+        """Takes everything that happened, then waits for more."""
+        deadline = self._core.next_deadline()
+        ready = self._poller.wait(None if deadline is None else max(0.0, deadline - monotonic()))
+        self._wake.clear()
+        while self._stops:
+            self._stops.popleft()
+            self._step(Shutdown())
+        for link in self._orchestrator.changes():
+            self._step(LINKS[link])
+            if link is Link.UP:
+                for want in self._bundles.resume():
+                    self._orchestrator.send(m.encode(want))
+        for data in self._orchestrator.receive():
+            try:
+                self._step(FromOrchestrator(m.decode(data)))
+            except ProtocolError as error:  # it holds the secret, so it is no stranger: it cannot be worked with
+                self._step(FromOrchestrator(m.Refused(str(error))))
+        for thing in self._ranks.receive():
+            if isinstance(thing, Arrived):
+                self._from_rank(thing)
+        # Output before deaths: what a rank printed last is read before it counts as ended.
+        for descriptor in [source for source in ready if source in self._readers]:
+            self._read(descriptor)
+        for descriptor in [source for source in ready if source in self._sentinels]:
+            self._reap(descriptor)
+        self._step(Tick())
+
+    def _from_rank(self, arrived: Arrived) -> None:
+        try:
+            self._step(FromRank(arrived.peer, m.decode(arrived.data)))
+        except ProtocolError as error:
+            log.warning("message of a rank dropped: %s", error)
+
+    def _step(self, first: Event) -> None:
+        events: deque[Event] = deque([first])
+        while events:
+            for effect in self._core.step(events.popleft(), monotonic()):
+                events.extend(self._perform(effect))
+
+    def _perform(self, effect: Effect) -> list[Event]:
+        """Carries out one effect; returns what came of it at once."""
+        if isinstance(effect, ToOrchestrator):
+            self._orchestrator.send(m.encode(effect.message))
+        elif isinstance(effect, ToRank):
+            self._ranks.send(effect.peer, m.encode(effect.message))
+        elif isinstance(effect, Listen):
+            self._listen(effect)
+        elif isinstance(effect, Kill):
+            # A process that has been reaped leaves its number to others: only what is left of its group is signalled.
+            _signal_group(effect.pid, effect.signal, alone_too=effect.key in self._children)
+        elif isinstance(effect, Spawn):
+            return [self._spawn(effect)]
+        elif isinstance(effect, Prepare):
+            return self._prepare(effect.assign)
+        elif isinstance(effect, TakePart):
+            return self._store(effect.part)
+        elif isinstance(effect, Remove):
+            self._remove(effect.job_id, effect.attempt)
+        elif isinstance(effect, Log):
+            log.log(logging.getLevelNamesMapping()[effect.level.upper()], effect.text)
+        elif isinstance(effect, Exit):
+            self._reason = effect.reason
+        return []
+
+    # Bundles
+
+    def _prepare(self, assign: m.Assign) -> list[Event]:
+        spec = assign.spec
+        try:
+            if not spec.digest:
+                return [Prepared(assign.job_id, assign.attempt, Path(spec.directory), free_port())]
+            if self._bundles.has(spec.digest):
+                folder = self._bundles.unpack(spec.digest, assign.job_id, assign.attempt)
+                return [Prepared(assign.job_id, assign.attempt, folder, free_port())]
+            self._waiting.append(assign)
+            want = self._bundles.fetch(spec.digest, spec.bundle_bytes)
+            if want is not None:
+                self._orchestrator.send(m.encode(want))
+        except (OSError, ValueError, tarfile.TarError) as error:
+            return [PrepareFailed(assign.job_id, assign.attempt, f"its bundle cannot be unpacked: {error}")]
+        return []
+
+    def _store(self, part: m.Part) -> list[Event]:
+        waiting = [assign for assign in self._waiting if assign.spec.digest == part.digest]
+        try:
+            want = self._bundles.store(part)
+        except (OSError, ValueError) as error:
+            self._waiting = [assign for assign in self._waiting if assign not in waiting]
+            return [PrepareFailed(a.job_id, a.attempt, f"its bundle cannot be stored: {error}") for a in waiting]
+        if want is not None:
+            self._orchestrator.send(m.encode(want))
+            return []
+        self._waiting = [assign for assign in self._waiting if assign not in waiting]
+        return [event for assign in waiting for event in self._prepare(assign)]
+
+    # Processes and their output
+
+    def _spawn(self, spawn: Spawn) -> Event:
+        assign, launch, spec = spawn.assign, spawn.launch, spawn.assign.spec
+        key = assign.job_id, assign.attempt, spawn.rank
+        held: Attempt = self._core.attempts[key[:2]]
+        seat = config.Seat(
+            control=self._settings.control,
+            job_id=assign.job_id,
+            attempt=assign.attempt,
+            rank=spawn.rank,
+            world_size=assign.world_size,
+            local_rank=list(held.ranks).index(spawn.rank),
+            local_world_size=len(assign.ranks),
+            group_rank=assign.group_rank,
+            group_world_size=assign.group_count,
+            master_addr=launch.master_addr,
+            master_port=launch.master_port,
+        )
+        environment = config.rank_environment(seat, self._threads, spec.environment)
+        self._oom_kills_before[key] = oom_kill_count()
+        try:
+            child = self._zygote.spawn(Plan(spec.kind, spec.target, spec.args, str(spawn.directory), environment))
+        except (OSError, EOFError) as error:
+            log.error("rank %d of job %s cannot be started: %s", spawn.rank, assign.job_id, error)
+            return Died(key, 1, 0, False)
+        self._children[key] = child
+        self._sentinels[child.sentinel] = key
+        self._poller.add(child.sentinel)
+        for descriptor, stream in ((child.stdout, "stdout"), (child.stderr, "stderr")):
+            self._readers[descriptor] = key, stream
+            self._poller.add(descriptor)
+        return Spawned(key, child.pid)
+
+    def _read(self, descriptor: int) -> None:
+        key, stream = self._readers[descriptor]
+        try:
+            data = os.read(descriptor, READ_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            self._close(descriptor)
+        self._step(Printed(key, stream, data))
+
+    def _reap(self, sentinel: int) -> None:
+        key = self._sentinels.pop(sentinel)
+        self._poller.remove(sentinel)
+        code, signal = self._children.pop(key).status()
+        out_of_memory = signal == SIGKILL and oom_kill_count() > self._oom_kills_before.pop(key)
+        self._step(Died(key, code, signal, out_of_memory))
+
+    def _listen(self, listen: Listen) -> None:
+        for descriptor, (key, _) in self._readers.items():
+            if key == listen.key:
+                if listen.on:
+                    self._poller.add(descriptor)
+                else:
+                    self._poller.remove(descriptor)
+
+    def _close(self, descriptor: int) -> None:
+        with contextlib.suppress(KeyError):
+            self._poller.remove(descriptor)  # not there while a reader is paused
+        del self._readers[descriptor]
+        os.close(descriptor)
+
+    def _remove(self, job_id: str, attempt: int) -> None:
+        for descriptor in [d for d, (key, _) in self._readers.items() if key[:2] == (job_id, attempt)]:
+            self._close(descriptor)
+        self._waiting = [a for a in self._waiting if (a.job_id, a.attempt) != (job_id, attempt)]
+        self._bundles.remove(job_id, attempt)
+
+
+def _signal_group(pid: int, signal: int, alone_too: bool) -> None:
+    """Signals a rank and all it started; `alone_too`: before it leads a group of its own, it alone."""
+    try:
+        os.killpg(pid, signal)
+    except ProcessLookupError:
+        if alone_too:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal)

@@ -1,0 +1,137 @@
+"""A rank's process from fork to exit: its own process group, environment and output, then the user's code.
+
+Runs in the forked child. Knows nothing of the cluster: what it runs calls fleet.init() or does not.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import faulthandler
+import os
+import runpy
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+
+from fleet import config
+
+PR_SET_PDEATHSIG = 1
+COMMAND_NOT_FOUND, COMMAND_NOT_EXECUTABLE = 127, 126  # the shell's
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run, and where."""
+
+    kind: str
+    target: str
+    args: tuple[str, ...]
+    directory: str
+    environment: dict[str, str]
+
+
+def main(plan: Plan, stdout: Connection, stderr: Connection) -> None:
+    """Never returns."""
+    _become_a_rank(stdout, stderr)
+    config.replace_environment(plan.environment)
+    try:
+        os.chdir(plan.directory)
+    except OSError as error:
+        _say(f"fleet: this rank cannot run in {plan.directory}: {error.strerror}")
+        os._exit(1)
+    if plan.kind == "command":
+        _execute(plan)
+    code = _run_python(plan)
+    # What interpreter shutdown does for a script; a forked child of multiprocessing skips it.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            code = code or 120  # as Python itself
+    os._exit(code)
+
+
+def _become_a_rank(stdout: Connection, stderr: Connection) -> None:
+    os.setsid()  # a group of its own, so that a signal reaches all that it starts and a terminal's Ctrl-C does not
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)  # it died before we asked to be told
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(stdout.fileno(), 1)
+    os.dup2(stderr.fileno(), 2)
+    stdout.close()
+    stderr.close()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    faulthandler.enable()
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed()  # the zygote's state would give every rank the same "random" numbers
+
+
+def _execute(plan: Plan) -> None:
+    """Replaces this process by the command."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and an ignored signal stays so across exec
+    try:
+        os.execvpe(plan.target, [plan.target, *plan.args], plan.environment)
+    except FileNotFoundError:
+        _say(f"fleet: command not found: {plan.target}")
+        os._exit(COMMAND_NOT_FOUND)
+    except OSError as error:
+        _say(f"fleet: cannot run {plan.target}: {error.strerror}")
+        os._exit(COMMAND_NOT_EXECUTABLE)
+
+
+def _run_python(plan: Plan) -> int:
+    """Runs the script or module as `__main__`; the exit code that the interpreter would have given."""
+    try:
+        if plan.kind == "script":
+            script = os.path.abspath(plan.target)
+            sys.argv = [plan.target, *plan.args]
+            sys.path[0:1] = [os.path.dirname(script)]
+            runpy.run_path(script, run_name="__main__")
+        else:
+            sys.argv = [plan.target, *plan.args]
+            sys.path[0:1] = [os.getcwd()]
+            runpy.run_module(plan.target, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return _exit_code(end.code)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BaseException as error:
+        sys.excepthook(type(error), error, _users_part(error.__traceback__))
+        return 1
+    return 0
+
+
+def _exit_code(code: object) -> int:
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code & 0xFF
+    _say(str(code))
+    return 1
+
+
+def _users_part(traceback: TracebackType | None) -> TracebackType | None:
+    """The traceback without the frames of fleet and runpy that led to the user's code."""
+    ours = (str(Path(__file__)), runpy.__file__, "<frozen runpy>")
+    rest = traceback
+    while rest is not None and rest.tb_frame.f_code.co_filename in ours:
+        rest = rest.tb_next
+    return rest or traceback
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,221 @@
+"""What an agent knows: its settings and attempts, events in and effects out. Plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fleet import messages as m
+from fleet.config import Security
+
+Key = tuple[str, int, int]  # (job_id, attempt, rank)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An agent's own facts, fixed for its life."""
+
+    worker_id: str
+    incarnation: str
+    slots: int
+    versions: m.Versions
+    orchestrator: str  # as a person wrote it, for messages
+    control: str  # the ipc endpoint that its ranks reach it at
+    inbox: Callable[[str, int, int], str]  # (job_id, rank, slot) -> endpoint that a rank's inbox binds
+    advertise: str  # host that ranks elsewhere reach this machine at; empty: the bound endpoint itself
+    security: Security
+    secret_of: Callable[[str], str]  # of a job
+
+
+@dataclass
+class Rank:
+    """One rank of an attempt. Invariant: `status` is set if and only if the process and its output have ended."""
+
+    rank: int
+    slot: int
+    pid: int = 0  # 0: not started yet
+    peer: bytes = b""  # its session's connection, once it called fleet.init()
+    join: m.Join | None = None
+    unread_bytes: int = 0  # sent towards the client, which has not acknowledged them
+    paused: bool = False
+    stopped: bool = False
+    kill_at: float | None = None  # when SIGTERM has had its time
+    open_streams: set[str] = field(default_factory=set)
+    died: Died | None = None
+    drained_at: float | None = None  # when output that a grandchild may still hold open is given up
+    stderr_tail: bytes = b""
+    status: m.RankStatus | None = None
+
+    @property
+    def running(self) -> bool:
+        return self.pid != 0 and self.died is None
+
+
+@dataclass
+class Attempt:
+    """This worker's share of one attempt of a job."""
+
+    assign: m.Assign
+    directory: Path | None = None  # set once prepared
+    port: int = 0
+    launched: bool = False
+    ranks: dict[int, Rank] = field(default_factory=dict)
+
+
+# Events
+
+
+@dataclass(frozen=True)
+class FromOrchestrator:
+    message: m.Message
+
+
+@dataclass(frozen=True)
+class FromRank:
+    peer: bytes
+    message: m.Message
+
+
+@dataclass(frozen=True)
+class LinkUp:
+    pass
+
+
+@dataclass(frozen=True)
+class LinkDown:
+    pass
+
+
+@dataclass(frozen=True)
+class LinkDenied:
+    pass
+
+
+@dataclass(frozen=True)
+class Prepared:
+    job_id: str
+    attempt: int
+    directory: Path
+    port: int
+
+
+@dataclass(frozen=True)
+class PrepareFailed:
+    job_id: str
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Spawned:
+    key: Key
+    pid: int
+
+
+@dataclass(frozen=True)
+class Printed:
+    key: Key
+    stream: str
+    data: bytes  # empty: the stream is closed
+
+
+@dataclass(frozen=True)
+class Died:
+    key: Key
+    code: int
+    signal: int
+    out_of_memory: bool
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """End this agent: politely the first time, at once the second time."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    pass
+
+
+Event = (
+    FromOrchestrator | FromRank | LinkUp | LinkDown | LinkDenied | Prepared | PrepareFailed | Spawned | Printed | Died
+    | Shutdown | Tick
+)  # fmt: skip
+
+
+# Effects
+
+
+@dataclass(frozen=True)
+class ToOrchestrator:
+    message: m.Message
+
+
+@dataclass(frozen=True)
+class ToRank:
+    peer: bytes
+    message: m.Message
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Get and unpack the bundle, find a free port; answered by Prepared or PrepareFailed."""
+
+    assign: m.Assign
+
+
+@dataclass(frozen=True)
+class TakePart:
+    part: m.Part
+
+
+@dataclass(frozen=True)
+class Spawn:
+    """Start one rank; answered by Spawned, or by Died if it cannot be started."""
+
+    assign: m.Assign
+    launch: m.Launch
+    rank: int
+    directory: Path
+
+
+@dataclass(frozen=True)
+class Kill:
+    """Send a signal to the rank's whole process group."""
+
+    key: Key
+    pid: int
+    signal: int
+
+
+@dataclass(frozen=True)
+class Listen:
+    """Go on reading a rank's output, or leave it in the pipe so that the rank feels it."""
+
+    key: Key
+    on: bool
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Forget all files and pipes of an attempt."""
+
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Log:
+    level: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Exit:
+    """This agent has ended; a reason means that it failed."""
+
+    reason: str = ""
+
+
+Effect = ToOrchestrator | ToRank | Prepare | TakePart | Spawn | Kill | Listen | Remove | Log | Exit
