@@ -123,6 +123,16 @@ def orchestrator_address() -> str | None:
     return os.environ.get("ORCHESTRATOR_ADDR") or None
 
 
+def usable_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def no_colour() -> bool:
+    """NO_COLOR (no-color.org): set to anything, it switches colour off."""
+    return bool(os.environ.get("NO_COLOR"))
+
+
 def worker_port() -> int:
     """WORKER_PORT: the data port of a worker's first slot, the next slot has the next one. 0: any free ports."""
     return _number("WORKER_PORT", WORKER_PORT, 0, 65535)
@@ -144,12 +154,12 @@ def preload() -> tuple[str, ...] | None:
     return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def data_security() -> Security:
-    """FLEET_DATA_SECURITY: how tensors travel over TCP; curve unless an operator says that the network is trusted."""
-    value = os.environ.get("FLEET_DATA_SECURITY", "curve")
+def data_security(default: Security) -> Security:
+    """FLEET_DATA_SECURITY: how tensors travel over TCP. The default is curve, but plain on loopback."""
+    value = os.environ.get("FLEET_DATA_SECURITY") or default
     if value not in ("curve", "plain"):
         raise ConfigError(
-            f"FLEET_DATA_SECURITY is {value!r}: say curve (encrypted, the default), or plain (the same secret lets peers in, "
+            f"FLEET_DATA_SECURITY is {value!r}: say curve (encrypted), or plain (the same secret lets peers in, "
             "but tensors are not encrypted: for a trusted network)"
         )
     return cast(Security, value)

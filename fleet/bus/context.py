@@ -44,6 +44,10 @@ class Bus:
         self._sockets.append(socket)
         return socket
 
+    def own(self, socket: zmq.Socket[bytes]) -> None:
+        """Takes charge of the end of a socket that was made elsewhere: one left open would block `close` for ever."""
+        self._sockets.append(socket)
+
     def bind(self, socket: zmq.Socket[bytes], endpoint: str) -> str:
         """Binds, and returns the endpoint with its real port. Raises ConfigError that names who holds the port."""
         if self.lock.kind != "open" and self._doorkeeper is None:

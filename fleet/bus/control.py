@@ -49,9 +49,9 @@ class Link(Enum):
 class _Monitor:
     """The events of one socket, in order, as (event, file descriptor)."""
 
-    def __init__(self, socket: zmq.Socket[bytes], events: int) -> None:
+    def __init__(self, bus: Bus, socket: zmq.Socket[bytes], events: int) -> None:
         self.socket = socket.get_monitor_socket(events)
-        self.socket.linger = 0
+        bus.own(self.socket)
 
     def events(self) -> list[tuple[int, int]]:
         found = []
@@ -77,7 +77,7 @@ class Router:
         if endpoint.startswith("tcp:"):
             _detect_silence(self._socket)
         watched = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | _BROKEN_HANDSHAKE
-        self._monitor = _Monitor(self._socket, watched)
+        self._monitor = _Monitor(bus, self._socket, watched)
         self.endpoint = bus.bind(self._socket, endpoint)
         self.refused_count = 0  # handshakes that failed, messages with a wrong number of frames
         self._peer_of: dict[int, bytes] = {}  # by file descriptor of its connection
@@ -146,7 +146,7 @@ class Dealer:
         if endpoint.startswith("tcp:"):
             _detect_silence(self._socket)
         watched = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _BROKEN_HANDSHAKE
-        self._monitor = _Monitor(self._socket, watched)
+        self._monitor = _Monitor(bus, self._socket, watched)
         self._shaking_hands = False
         bus.connect(self._socket, endpoint)
         self.poll_sockets = (self._socket, self._monitor.socket)

@@ -16,6 +16,7 @@ class Bundles:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._incoming: dict[str, Incoming] = {}
+        directory.mkdir(mode=0o700)
 
     def has(self, digest: str) -> bool:
         return self._archive(digest).exists()

@@ -1,0 +1,63 @@
+"""A whole cluster in this process, for one job: orchestrator and agent as threads, ranks as processes."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from fleet import config
+from fleet.bus.lock import Lock, derive_secret
+from fleet.cli.versions import versions
+from fleet.client.run import Target
+from fleet.orchestrator.service import Service
+from fleet.worker.agent import Agent
+from fleet.worker.state import Settings
+from fleet.worker.zygote import Zygote
+
+Transport = Literal["tcp", "ipc"]
+HOST = "127.0.0.1"
+
+
+@contextmanager
+def local_cluster(runtime: Path, slots: int, transport: Transport, preload: tuple[str, ...]) -> Iterator[Target]:
+    """Ready when entered; all of it has ended when left. Control goes over sockets in the private runtime folder."""
+    threads = max(1, config.usable_cores() // slots)
+    config.limit_threads(threads)
+    zygote = Zygote(runtime, preload)  # first: it must not inherit a ZeroMQ context or a thread
+    try:
+        endpoint = f"ipc://{runtime}/orchestrator"
+        secret = secrets.token_hex(16)  # thrown away with the job
+        settings = Settings(
+            worker_id="local",
+            incarnation="1",
+            slots=slots,
+            versions=versions(),
+            orchestrator="this machine",
+            control=f"ipc://{runtime}/agent",
+            inbox=lambda job_id, rank, slot: f"tcp://{HOST}:*" if transport == "tcp" else f"ipc://{runtime}/rank-{rank}",
+            advertise=HOST,
+            security="open" if transport == "ipc" else config.data_security("plain"),
+            secret_of=lambda job_id: "" if transport == "ipc" else derive_secret(secret, job_id),
+        )
+        (runtime / "orchestrator-bundles").mkdir()
+        service = Service(endpoint, Lock(), versions(), runtime / "orchestrator-bundles", "least-loaded")
+        agent = Agent(settings, zygote, endpoint, Lock(), runtime / "worker", threads)
+        with _thread("fleet-orchestrator", service.run, service.stop), _thread("fleet-agent", agent.run, agent.stop):
+            yield Target("this machine", endpoint, Lock(), timeout_s=60.0, local=True)
+    finally:
+        zygote.close()
+
+
+@contextmanager
+def _thread(name: str, run: Callable[[], None], stop: Callable[[], None]) -> Iterator[None]:
+    thread = threading.Thread(target=run, name=name)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop()
+        thread.join()

@@ -1,0 +1,142 @@
+"""`fleet run`: checks what can be checked, then runs the job on this machine or on a cluster. Puts the parts together."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from fleet import config
+from fleet import messages as m
+from fleet.bus.address import endpoint, parse
+from fleet.cli.local import Transport, local_cluster
+from fleet.cli.runtime import runtime_folder
+from fleet.cli.script import check_module, check_script, preload_for
+from fleet.cli.security import control_lock
+from fleet.cli.versions import versions
+from fleet.cli.words import Words
+from fleet.client.bundle import pack
+from fleet.client.printer import Printer
+from fleet.client.report import INTERRUPTED, exit_code, report
+from fleet.client.run import Run, Target
+from fleet.errors import ConfigError, UsageError
+
+BROKEN_PIPE = 128 + signal.SIGPIPE
+WORKERS_AT_MOST = 4096
+
+
+@dataclass(frozen=True)
+class Options:
+    """fleet's own options of `fleet run`."""
+
+    workers: int
+    timeout_s: float
+    log_dir: Path | None
+    max_bundle_bytes: int
+    transport: Transport
+    orchestrator: str | None  # None: the embedded local cluster
+    secret_file: Path | None
+    insecure: bool
+
+
+def run_job(words: Words, options: Options) -> int:
+    """Runs the job, and returns the exit code of the command. Raises ConfigError, UsageError before anything starts."""
+    if not 1 <= options.workers <= WORKERS_AT_MOST:
+        raise UsageError(f"--workers is {options.workers}: a job needs from 1 to {WORKERS_AT_MOST} ranks")
+    if options.timeout_s <= 0:
+        raise UsageError(f"--timeout is {options.timeout_s:g}: it must be a number of seconds above 0")
+    imports = _check_target(words)
+    try:
+        printer = Printer(options.workers, sys.stdout, sys.stderr, _coloured, options.log_dir)
+    except OSError as error:
+        raise UsageError(f"--log-dir {options.log_dir} cannot be used: {error.strerror}") from None
+    with ExitStack() as stack:
+        runtime = stack.enter_context(runtime_folder())
+        interruption = stack.enter_context(_interruptions())
+        if options.orchestrator is None:
+            preload = config.preload()
+            preload = preload_for(imports) if preload is None else preload
+            target = stack.enter_context(local_cluster(runtime, options.workers, options.transport, preload))
+            spec, bundle = _spec(words, str(Path.cwd())), None
+        else:
+            host, port = parse(options.orchestrator, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
+            lock = control_lock(options.secret_file, options.insecure)
+            target = Target(f"{host}:{port}", endpoint(host, port), lock, options.timeout_s, local=False)
+            spec, bundle = _bundled(words, runtime, options.max_bundle_bytes)
+        run = Run(target, spec, options.workers, bundle, printer)
+        interruption.run = run
+        for _ in range(interruption.early_count):
+            run.cancel()
+        try:
+            ended = run.run(versions())
+        except BrokenPipeError:
+            return BROKEN_PIPE  # whoever read our output has gone; leaving ends the job
+        if run.cancelled:
+            return INTERRUPTED if interruption.number == signal.SIGINT else 128 + interruption.number
+        text = report(ended, options.workers)
+        if text:
+            print(text, file=sys.stderr, flush=True)
+        return exit_code(ended)
+
+
+def _check_target(words: Words) -> set[str]:
+    if words.kind == "script":
+        return check_script(Path(words.target))
+    return check_module(words.target) if words.kind == "module" else set()
+
+
+def _spec(words: Words, directory: str, target: str = "", digest: str = "", bundle_bytes: int = 0) -> m.Spec:
+    return m.Spec(words.kind, target or words.target, tuple(words.args), directory, digest, bundle_bytes)
+
+
+def _bundled(words: Words, runtime: Path, limit_bytes: int) -> tuple[m.Spec, Path]:
+    """The folder of the script (of a module or command: the current one) as it will travel to the workers."""
+    script = Path(words.target).resolve()
+    folder = script.parent if words.kind == "script" else Path.cwd()
+    bundle = pack(folder, runtime, limit_bytes)
+    name = script.name if words.kind == "script" else words.target
+    return _spec(words, "", name, bundle.digest, bundle.size_bytes), bundle.path
+
+
+@dataclass
+class _Interruption:
+    """Which signal came, and the run that it ends."""
+
+    run: Run | None = None
+    number: int = signal.SIGINT
+    early_count: int = 0  # before there was a run
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        if self.run is None:
+            self.early_count += 1
+        else:
+            self.run.cancel()
+
+
+@contextmanager
+def _interruptions() -> Iterator[_Interruption]:
+    """From here on Ctrl-C, SIGTERM and a closed terminal end the job instead of this process."""
+    interruption = _Interruption()
+    before = {number: signal.signal(number, interruption) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _coloured(stream: TextIO) -> bool:
+    return stream.isatty() and not config.no_colour()
+
+
+def bundle_limit(megabytes: int) -> int:
+    """The --max-bundle option in bytes."""
+    if megabytes < 1:
+        raise ConfigError(f"--max-bundle is {megabytes}: it must be a number of megabytes above 0")
+    return megabytes << 20

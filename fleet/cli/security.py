@@ -1,0 +1,38 @@
+"""Which lock a command's control socket gets: locked by default, open only where somebody said so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fleet import config
+from fleet.bus.address import is_loopback
+from fleet.bus.lock import Lock
+from fleet.errors import ConfigError
+
+
+def control_lock(secret_file: Path | None, insecure: bool) -> Lock:
+    """The lock of whoever connects. Raises ConfigError where there is no secret."""
+    if insecure:
+        return Lock()
+    secret = config.secret(secret_file)
+    if secret is None:
+        raise ConfigError(
+            f"no cluster secret: set FLEET_SECRET_FILE or FLEET_SECRET, or copy the orchestrator's to {config.secret_path()}; "
+            "--insecure goes without, where the orchestrator does so too"
+        )
+    return Lock("curve", secret)
+
+
+def orchestrator_lock(host: str, secret_file: Path | None, insecure: bool) -> Lock:
+    """The lock of an orchestrator that binds `host`. On loopback a missing secret is made, elsewhere it is refused."""
+    if insecure:
+        return Lock()
+    secret = config.secret(secret_file)
+    if secret is None and is_loopback(host):
+        secret = config.create_secret()
+    if secret is None:
+        raise ConfigError(
+            f"refusing to listen on {host} without a cluster secret, since whoever reaches it could run code here: "
+            "set FLEET_SECRET_FILE or FLEET_SECRET, or say --insecure"
+        )
+    return Lock("curve", secret)

@@ -1,0 +1,173 @@
+"""Control messages: each survives its bytes, and bytes that are none are a ProtocolError and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+
+import msgpack
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fleet import messages as m
+from fleet.errors import ProtocolError
+from fleet.messages import FRAME_LIMIT_BYTES, PROTOCOL, Message, decode, encode
+
+settings.register_profile("repeatable", deadline=None, database=None, derandomize=True)
+settings.load_profile("repeatable")
+
+SPEC = m.Spec("script", "train.py", ("--épochs", "3"), "/somewhere", "ab" * 32, 4096, {"A": "1", "Ü": ""})
+STATUS = m.RankStatus(3, "worker-1", "10.0.0.5", 812, 1, 9, True, True, "Traceback …\n", "it was lost")
+VERSIONS = m.Versions("0.1.0", "3.12.1", "2.4.0")
+WORLD = m.World(7, (m.Member(0, "worker-0", "h0", 11, "tcp://h0:1"), m.Member(1, "worker-1", "h1", 12, "ipc:///r1")))
+
+EXAMPLES: list[Message] = [
+    m.WorkerHello("worker-0", "1f", "10.0.0.5", 4, VERSIONS, (("job", 1), ("other", 2))),
+    m.ClientHello(VERSIONS),
+    m.Welcome(VERSIONS, 0.5),
+    m.Refused("another version"),
+    m.Heartbeat(),
+    m.Unknown(),
+    m.Goodbye(),
+    m.Submit("job", 4, SPEC, True),
+    m.Waiting("job", "2 of 4 slots are free"),
+    m.Started("job", ("h0", "h1"), ("worker-0", "worker-1")),
+    m.Cancel("job", True),
+    m.Ended("job", "rank 3 exited with 1", 3, (STATUS, m.RankStatus(0, "worker-0", "h0", 5, 0))),
+    m.Want("ab" * 32, 1 << 20),
+    m.Part("ab" * 32, 0, bytes(range(256))),
+    m.Assign("job", 2, 4, (2, 3), 1, 2, SPEC),
+    m.Assigned("job", 2, 29500),
+    m.AssignFailed("job", 2, "no space left"),
+    m.Launch("job", 2, "10.0.0.5", 29500),
+    m.Stop("job", 2, "cancelled", True),
+    m.Forget("job", 2),
+    m.RankExited("job", 2, STATUS),
+    m.Output("job", 2, 1, "stderr", b"\xff\x00 not text"),
+    m.OutputAck("job", 1, 1 << 40),
+    m.RankHello("job", 2, 1, 812),
+    m.RankWelcome("tcp://*:0", "10.0.0.5", "curve", "secret"),
+    m.Join("job", 2, 1, 812, "tcp://10.0.0.5:50052"),
+    m.Formed("job", 2, WORLD),
+    m.Ask("job", 2, 1, 5),
+    m.Answer("job", 2, 1, 5, 0, "h0", 11, -1, False, "is at train.py:41 in load_batch"),
+    # Defaults and emptiness are values too.
+    m.WorkerHello("", "", "", 0, m.Versions("", "")),
+    m.Submit("", 0, m.Spec("module", "")),
+    m.Ended("", "", -1),
+    m.Part("", 0, b""),
+    m.Formed("", 0, m.World(0, ())),
+    m.Output("job", 0, 0, "stdout", bytes(m.PART_BYTES)),
+]
+
+
+def subclasses(cls: type) -> set[type]:
+    return {found for direct in cls.__subclasses__() for found in {direct, *subclasses(direct)}}
+
+
+def test_no_message_is_forgotten_here() -> None:
+    """A new Message needs an example above; the round trip then proves that it is in the union that decode knows."""
+    assert {type(message) for message in EXAMPLES} == {cls for cls in subclasses(Message) if cls.__module__ == m.__name__}
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_a_message_round_trips(message: Message) -> None:
+    data = encode(message)
+    assert data[0] == PROTOCOL
+    assert decode(data) == message
+    assert type(decode(data)) is type(message)
+    assert len(data) <= FRAME_LIMIT_BYTES
+
+
+def decode_or_refuse(data: bytes) -> None:
+    """Anything but a Message or a ProtocolError fails the test."""
+    with contextlib.suppress(ProtocolError):
+        assert isinstance(decode(data), Message)
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=200))
+@example(b"")
+def test_random_bytes_are_refused(data: bytes) -> None:
+    decode_or_refuse(data)
+    decode_or_refuse(bytes([PROTOCOL]) + data)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=5)
+    | st.binary(max_size=5) | st.sampled_from([type(message).__name__ for message in EXAMPLES])
+    | st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=12)),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=5) | st.binary(max_size=3) | st.integers(0, 9), inner, max_size=3),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(ANYTHING)
+def test_message_pack_that_is_no_message_is_refused(value: object) -> None:
+    decode_or_refuse(bytes([PROTOCOL]) + msgpack.packb(value))
+
+
+@settings(max_examples=300)
+@given(st.sampled_from(EXAMPLES[:-1]), st.sampled_from(["set", "drop", "double"]), st.data())
+def test_a_field_of_another_kind_is_refused_or_read(message: Message, what: str, data: st.DataObject) -> None:
+    fields = msgpack.unpackb(encode(message)[1:])
+    key = data.draw(st.sampled_from(sorted(fields)))
+    if what == "drop":
+        del fields[key]
+    else:
+        fields[key if what == "set" else "unheard_of"] = data.draw(ANYTHING)
+    decode_or_refuse(bytes([PROTOCOL]) + msgpack.packb(fields))
+
+
+@settings(max_examples=500)
+@given(st.sampled_from(EXAMPLES[:-1]), st.data())
+def test_a_damaged_message_is_refused_or_read(message: Message, data: st.DataObject) -> None:
+    damaged = bytearray(encode(message))
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(damaged) - 1))
+        kind = data.draw(st.sampled_from(["flip", "insert", "remove", "cut"]))
+        if kind == "flip":
+            damaged[place] ^= data.draw(st.integers(1, 255))
+        elif kind == "insert":
+            damaged[place:place] = data.draw(st.binary(max_size=8))
+        elif kind == "remove" and len(damaged) > 1:
+            del damaged[place]
+        elif place:
+            del damaged[place:]
+    decode_or_refuse(bytes(damaged))
+
+
+@pytest.mark.parametrize("opening", [b"\x91", b"\x81\xa1a", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"])
+def test_nesting_and_huge_lengths_are_refused(opening: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        decode(bytes([PROTOCOL]) + opening * 100_000)
+
+
+@pytest.mark.parametrize("length", [4, 8, 12, 5])
+def test_timestamps_are_refused(length: int) -> None:
+    """MessagePack's extension -1, which msgpack turns into a value of its own."""
+    with pytest.raises(ProtocolError):
+        decode(bytes([PROTOCOL, 0xC7, length, 0xFF]) + b"\xff" * length)
+
+
+@given(st.integers(0, 255).filter(lambda number: number != PROTOCOL))
+def test_another_protocol_names_both_versions(number: int) -> None:
+    data = bytes([number]) + encode(m.Heartbeat())[1:]
+    with pytest.raises(ProtocolError, match=rf"protocol {number}\b.*protocol {PROTOCOL}\b"):
+        decode(data)
+
+
+def test_an_empty_frame_is_refused() -> None:
+    with pytest.raises(ProtocolError, match="empty"):
+        decode(b"")
+
+
+def test_an_oversize_message_is_refused() -> None:
+    fits = FRAME_LIMIT_BYTES - len(encode(m.Part("", 0, bytes(FRAME_LIMIT_BYTES)))) + FRAME_LIMIT_BYTES
+    message = m.Part("", 0, bytes(fits))
+    assert len(encode(message)) == FRAME_LIMIT_BYTES
+    assert decode(encode(message)) == message
+    with pytest.raises(ProtocolError, match=str(FRAME_LIMIT_BYTES + 1)):
+        decode(encode(m.Part("", 0, bytes(fits + 1))))

@@ -1,0 +1,153 @@
+"""The arithmetic against a wide reference: one combination rounds once, and what has no meaning is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fleet.collectives import reduce
+from fleet.collectives.header import DTYPES, REDUCTIONS
+from fleet.errors import UsageError
+
+OPS = tuple(filter(None, REDUCTIONS))
+NAMES = tuple(filter(None, DTYPES))
+FLOATS = ("float16", "float32", "float64")
+COMPLEX = ("complex64", "complex128")
+INTEGERS = tuple(name for name in NAMES if "int" in name)
+
+
+def legal(op: str, dtype: str) -> bool:
+    if op == "mean":
+        return dtype in (*FLOATS, *COMPLEX, "bfloat16")
+    return not (op in ("min", "max") and dtype in COMPLEX)
+
+
+LEGAL = [(op, dtype) for op in OPS for dtype in NAMES if legal(op, dtype)]
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", NAMES)
+def test_only_what_has_a_meaning_is_legal(op: str, dtype: str) -> None:
+    if legal(op, dtype):
+        reduce.check(op, dtype)
+    else:
+        with pytest.raises(UsageError, match=dtype):
+            reduce.check(op, dtype)
+
+
+def test_refusals_say_what_is_legal() -> None:
+    with pytest.raises(UsageError, match=r"mean of int32 .* op='sum'"):
+        reduce.check("mean", "int32")
+    with pytest.raises(UsageError, match="complex64 has no order, so no min"):
+        reduce.check("min", "complex64")
+    for unknown in ("", "avg", "SUM"):
+        with pytest.raises(UsageError, match=f"op is {unknown!r}: it must be one of {', '.join(OPS)}"):
+            reduce.check(unknown, "float32")
+
+
+def apply(op: str, a: Any, b: Any) -> Any:
+    """The reference on wide or exact values."""
+    if op in ("sum", "mean"):
+        return a + b
+    if op == "prod":
+        return a * b
+    return np.minimum(a, b) if op == "min" else np.maximum(a, b)
+
+
+@pytest.mark.parametrize(("op", "dtype"), [pair for pair in LEGAL if pair[1] in FLOATS])
+def test_floats_round_once(op: str, dtype: str) -> None:
+    random = np.random.default_rng(1)
+    mine, into = (random.uniform(-9, 9, 1001).astype(dtype) for _ in range(2))
+    before = mine.copy()
+    want = apply(op, into.astype(np.float64), mine.astype(np.float64)).astype(dtype)
+    reduce.combination(op, dtype)(mine, into)
+    np.testing.assert_array_equal(into, want, strict=True)
+    np.testing.assert_array_equal(mine, before)
+    if finish := reduce.completion(op, dtype, 3):
+        assert op == "mean"
+        finish(into)
+        np.testing.assert_array_equal(into, (want.astype(np.float64) / 3).astype(dtype), strict=True)
+    else:
+        assert op != "mean"
+
+
+@pytest.mark.parametrize(("op", "dtype"), [pair for pair in LEGAL if pair[1] in COMPLEX])
+def test_complex_numbers(op: str, dtype: str) -> None:
+    random = np.random.default_rng(2)
+    mine, into = ((random.uniform(-9, 9, 101) + 1j * random.uniform(-9, 9, 101)).astype(dtype) for _ in range(2))
+    want = apply(op, into.astype(np.complex128), mine.astype(np.complex128))
+    reduce.combination(op, dtype)(mine, into)
+    tolerance = 1e-5 if dtype == "complex64" else 1e-13
+    np.testing.assert_allclose(into, want, rtol=tolerance, atol=tolerance)
+    if finish := reduce.completion(op, dtype, 3):
+        finish(into)
+        np.testing.assert_allclose(into, want / 3, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("op", "dtype"), [pair for pair in LEGAL if pair[1] in INTEGERS])
+def test_integers_wrap_around(op: str, dtype: str) -> None:
+    bounds = np.iinfo(dtype)
+    edge = [bounds.min, bounds.max, 0, 1, 2, 3, bounds.max // 2 + 1]
+    mine = np.array([a for a in edge for _ in edge], dtype)
+    into = np.array([b for _ in edge for b in edge], dtype)
+    exact = [apply_exactly(op, int(a), int(b)) for a, b in zip(into, mine, strict=True)]
+    span = 1 << bounds.bits
+    want = np.array([(value - bounds.min) % span + bounds.min for value in exact], dtype)
+    reduce.combination(op, dtype)(mine, into)
+    np.testing.assert_array_equal(into, want, strict=True)
+    assert reduce.completion(op, dtype, 3) is None
+
+
+def apply_exactly(op: str, a: int, b: int) -> int:
+    return {"sum": a + b, "prod": a * b, "min": min(a, b), "max": max(a, b)}[op]
+
+
+@pytest.mark.parametrize(("op", "word"), [("sum", any), ("max", any), ("prod", all), ("min", all)])
+def test_bools_are_or_and_and(op: str, word: Any) -> None:
+    mine, into = np.array([0, 0, 1, 1], bool), np.array([0, 1, 0, 1], bool)
+    want = [word(pair) for pair in zip(mine, into, strict=True)]
+    reduce.combination(op, "bool")(mine, into)
+    assert into.dtype == bool
+    assert into.tolist() == want
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_bfloat16_rounds_once(op: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    mine, into = (torch.empty(1001).uniform_(-9, 9, generator=generator).bfloat16() for _ in range(2))
+    before = mine.clone()
+    want = torch.from_numpy(apply(op, into.double().numpy(), mine.double().numpy())).bfloat16()
+    flat = into.view(torch.uint16).numpy()
+    reduce.combination(op, "bfloat16")(mine.view(torch.uint16).numpy(), flat)
+    assert torch.equal(into, want)
+    assert torch.equal(mine, before)
+    finish = reduce.completion(op, "bfloat16", 3)
+    assert (finish is not None) == (op == "mean")
+    if finish is not None:
+        finish(flat)
+        assert torch.equal(into, (want.double() / 3).bfloat16())
+
+
+@pytest.mark.parametrize("op", ["min", "max"])
+@pytest.mark.parametrize("dtype", [*FLOATS, "bfloat16"])
+def test_not_a_number_is_never_lost(op: str, dtype: str) -> None:
+    """Whichever rank has it: else the result would hang on the order of the ranks."""
+    nan = float("nan")
+    mine, into = (torch.tensor(row, dtype=getattr(torch, dtype)) for row in ([nan, 1.0, nan], [1.0, nan, nan]))
+    kernel = reduce.combination(op, dtype)
+    if dtype == "bfloat16":
+        kernel(mine.view(torch.uint16).numpy(), into.view(torch.uint16).numpy())
+    else:
+        kernel(mine.numpy(), into.numpy())
+    assert into.isnan().all()
+
+
+@pytest.mark.parametrize(("op", "dtype"), LEGAL)
+def test_nothing_is_combined_to_nothing(op: str, dtype: str) -> None:
+    empty = np.empty(0, "uint16" if dtype == "bfloat16" else dtype)
+    reduce.combination(op, dtype)(empty.copy(), empty)
+    if finish := reduce.completion(op, dtype, 3):
+        finish(empty)
