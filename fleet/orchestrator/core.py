@@ -163,7 +163,7 @@ class Core:
 
     def _evict(self, worker: Worker, why: str) -> None:
         del self.workers[worker.worker_id]
-        self._log("warning", f"worker {worker.worker_id} {why}")
+        self._log("info" if why == "left" else "warning", f"worker {worker.worker_id} {why}")
         for job in list(self.jobs.values()):
             if worker.worker_id not in job.seats or job.state is JobState.ENDED:
                 continue
