@@ -63,7 +63,13 @@ def main() -> None:
     print(f"fleet / torchrun = {medians['fleet'] / medians['torchrun']:.2f}")
     if options.json:
         records = [
-            {"bench": "startup", "system": system, "world_size": options.workers, "median_s": median, "rounds": options.rounds}
+            {
+                "bench": "startup",
+                "system": system,
+                "world_size": options.workers,
+                "median_s": median,
+                "rounds": options.rounds,
+            }
             for system, median in medians.items()
         ]
         options.json.write_text(json.dumps(records, indent=1) + "\n")

@@ -63,4 +63,6 @@ same = all(torch.equal(theirs.view(torch.int32), parameters.view(torch.int32)) f
 if not same or accuracy <= 0.95:
     raise SystemExit(f"rank {comm.rank}: accuracy {accuracy:.1%}, parameters {'equal' if same else 'differ'}")
 if comm.rank == 0:
-    print(f"all {comm.world_size} ranks hold bitwise the same {len(parameters)} parameters, {time.perf_counter() - started:.1f} s")
+    print(
+        f"all {comm.world_size} ranks hold bitwise the same {len(parameters)} parameters, {time.perf_counter() - started:.1f} s"
+    )

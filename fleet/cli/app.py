@@ -33,7 +33,9 @@ def run_command(
     log_dir: Annotated[Path | None, typer.Option(help="Folder for rank-N.log files.")] = None,
     max_bundle: Annotated[int, typer.Option(help="Largest folder to send to a cluster, in MB.")] = 64,
     transport: Annotated[str, typer.Option(help="Between local ranks: tcp or ipc.")] = "tcp",
-    orchestrator: Annotated[str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR, else this machine.")] = None,
+    orchestrator: Annotated[
+        str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR, else this machine.")
+    ] = None,
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:

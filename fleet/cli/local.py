@@ -38,7 +38,9 @@ def local_cluster(runtime: Path, slots: int, transport: Transport, preload: tupl
             versions=versions(),
             orchestrator="this machine",
             control=f"ipc://{runtime}/agent",
-            inbox=lambda job_id, rank, slot: f"tcp://{HOST}:*" if transport == "tcp" else f"ipc://{runtime}/rank-{rank}",
+            inbox=lambda job_id, rank, slot: (
+                f"tcp://{HOST}:*" if transport == "tcp" else f"ipc://{runtime}/rank-{rank}"
+            ),
             advertise=HOST,
             security="open" if transport == "ipc" else config.data_security("plain"),
             secret_of=lambda job_id: "" if transport == "ipc" else derive_secret(secret, job_id),

@@ -20,7 +20,17 @@ import pathspec
 from fleet.errors import ConfigError
 
 ALWAYS_LEFT_OUT = frozenset(
-    {".git", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".venv", "__pycache__", "node_modules", "venv"}
+    {
+        ".git",
+        ".hypothesis",
+        ".mypy_cache",
+        ".pytest_cache",
+        ".ruff_cache",
+        ".venv",
+        "__pycache__",
+        "node_modules",
+        "venv",
+    }
 )
 NAMED_AT_MOST = 3
 

@@ -94,7 +94,9 @@ class Run:
         now = monotonic()
         self._printer.tick(now)
         if self._cancelled_at is not None and now > self._cancelled_at + LEAVE_AFTER_S and self._ended is None:
-            self._ended = m.Ended(self.job_id, "cancelled; the orchestrator did not answer, it stops the ranks by itself", -1)
+            self._ended = m.Ended(
+                self.job_id, "cancelled; the orchestrator did not answer, it stops the ranks by itself", -1
+            )
         if not self._submitted:
             self._wait_for_welcome(now)
 

@@ -128,9 +128,7 @@ def _receive_chunk(
                 work.finish(arrived)
         for later, peer in onward:
             assert peer is not None
-            channel.send(
-                peer, COLLECTIVE, work.sequence, later, number, work.call, payload.carrier, work.deadline
-            )
+            channel.send(peer, COLLECTIVE, work.sequence, later, number, work.call, payload.carrier, work.deadline)
         # The result is written after it was sent on: the neighbour's work starts earlier by that much.
         out = work.out[step.recv_chunk]
         if step.action is not Action.REDUCE and out is not None:

@@ -31,7 +31,9 @@ def init(timeout_s: float, join_timeout_s: float) -> Communicator:
             _made = os.getpid(), comm
         pid, comm = _made
         if pid != os.getpid():
-            raise UsageError(f"fleet.init() was called in pid {pid}, of which this process (pid {os.getpid()}) is a fork")
+            raise UsageError(
+                f"fleet.init() was called in pid {pid}, of which this process (pid {os.getpid()}) is a fork"
+            )
         return comm
 
 

@@ -24,7 +24,9 @@ class Bundles:
         if not is_digest(digest):
             raise ValueError(f"{digest[:80]!r} is no sha256 digest")
         if size_bytes > self._limit_bytes:
-            raise ValueError(f"it has {size_bytes >> 20} MB, and this orchestrator takes up to {self._limit_bytes >> 20}")
+            raise ValueError(
+                f"it has {size_bytes >> 20} MB, and this orchestrator takes up to {self._limit_bytes >> 20}"
+            )
         self.forget(peer)
         incoming = Incoming(self._path(digest), digest, size_bytes)
         self._incoming[peer, digest] = incoming
@@ -51,7 +53,9 @@ class Bundles:
 
     def serve(self, want: Want) -> Part:
         """One part of a bundle; an empty one where there is no such bundle."""
-        return read_part(self._path(want.digest), want) if is_digest(want.digest) else Part(want.digest, want.offset, b"")
+        return (
+            read_part(self._path(want.digest), want) if is_digest(want.digest) else Part(want.digest, want.offset, b"")
+        )
 
     def _path(self, digest: str) -> Path:
         return self._directory / digest

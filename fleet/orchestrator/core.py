@@ -252,7 +252,10 @@ class Core:
                     if seat in taken:
                         taken[seat] += 1
         return {
-            worker_id: (0 if worker.lost_since is not None else worker.hello.slots - taken[worker_id], worker.hello.slots)
+            worker_id: (
+                0 if worker.lost_since is not None else worker.hello.slots - taken[worker_id],
+                worker.hello.slots,
+            )
             for worker_id, worker in self.workers.items()
         }
 

@@ -21,7 +21,7 @@ def least_loaded(world_size: int, slots: Slots, turn: int) -> Placement:
     """
     if reason := _missing(world_size, slots):
         return None, reason
-    taken = {worker: 0 for worker in slots}
+    taken = dict.fromkeys(slots, 0)
     for _ in range(world_size):
         with_room = [worker for worker, (free, _) in slots.items() if taken[worker] < free]
         chosen = min(with_room, key=lambda w: (slots[w][1] - slots[w][0] + taken[w]) / slots[w][1])
@@ -33,7 +33,7 @@ def round_robin(world_size: int, slots: Slots, turn: int) -> Placement:
     """One rank to each worker in turn, beginning one further for each job."""
     if reason := _missing(world_size, slots):
         return None, reason
-    taken = {worker: 0 for worker in slots}
+    taken = dict.fromkeys(slots, 0)
     order = list(slots)
     position = turn
     for _ in range(world_size):
@@ -55,7 +55,9 @@ def _missing(world_size: int, slots: Slots) -> str:
         return ""
     workers = f"{len(slots)} worker{'' if len(slots) == 1 else 's'}"
     if total < world_size:
-        return f"{free} of {world_size} slots: the cluster has {total} on {workers}; add workers, or ask for fewer ranks"
+        return (
+            f"{free} of {world_size} slots: the cluster has {total} on {workers}; add workers, or ask for fewer ranks"
+        )
     return f"{free} of {world_size} slots free; {total - free} of {total} on {workers} are taken by other jobs"
 
 

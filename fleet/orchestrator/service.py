@@ -113,7 +113,9 @@ class Service:
         elif isinstance(effect, FetchBundle):
             if self._bundles.has(effect.digest):
                 return [BundleStored(effect.digest)]
-            return self._fetched(effect.digest, effect.peer, lambda: self._bundles.fetch(effect.digest, effect.size_bytes, effect.peer))
+            return self._fetched(
+                effect.digest, effect.peer, lambda: self._bundles.fetch(effect.digest, effect.size_bytes, effect.peer)
+            )
         elif isinstance(effect, StorePart):
             return self._fetched(effect.part.digest, effect.peer, lambda: self._bundles.store(effect.peer, effect.part))
         return []

@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import tarfile
-import threading
 from collections import deque
 from pathlib import Path
 from signal import SIGKILL

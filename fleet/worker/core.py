@@ -108,7 +108,9 @@ class Core:
             self._hello()
         elif isinstance(event, LinkDown):
             if self.linked and not self.shutting_down:
-                self._log("warning", f"lost the orchestrator at {self.settings.orchestrator}; trying again until it is back")
+                self._log(
+                    "warning", f"lost the orchestrator at {self.settings.orchestrator}; trying again until it is back"
+                )
                 self.said_unreachable = True
             self.linked = self.welcomed = False
         else:
@@ -200,7 +202,9 @@ class Core:
             self._effects.append(ToRank(rank.peer, ask))
             return
         if rank.died is not None:
-            doing = "has ended " + (f"by signal {rank.died.signal}" if rank.died.signal else f"with code {rank.died.code}")
+            doing = "has ended " + (
+                f"by signal {rank.died.signal}" if rank.died.signal else f"with code {rank.died.code}"
+            )
         else:
             doing = "has not called fleet.init() yet" if rank.pid else "is still starting"
         job_id, number = attempt.assign.job_id, attempt.assign.attempt
@@ -246,7 +250,9 @@ class Core:
             rank.peer = peer
             s = self.settings
             bind = s.inbox(message.job_id, rank.rank, rank.slot)
-            welcome = m.RankWelcome(bind, s.advertise if bind.startswith("tcp://*") else "", s.security, s.secret_of(message.job_id))
+            welcome = m.RankWelcome(
+                bind, s.advertise if bind.startswith("tcp://*") else "", s.security, s.secret_of(message.job_id)
+            )
             self._effects.append(ToRank(peer, welcome))
         elif isinstance(message, m.Join):
             rank.join = message
@@ -341,7 +347,9 @@ class Core:
             self._hello()
         if not self.linked and not self.said_unreachable and self._now >= self.started_at + SAY_UNREACHABLE_AFTER_S:
             self.said_unreachable = True
-            self._log("warning", f"no orchestrator answers at {self.settings.orchestrator} yet; trying again until one does")
+            self._log(
+                "warning", f"no orchestrator answers at {self.settings.orchestrator} yet; trying again until one does"
+            )
         for attempt in list(self.attempts.values()):
             for rank in attempt.ranks.values():
                 if rank.kill_at is not None and self._now >= rank.kill_at:

@@ -38,9 +38,7 @@ HEADS = st.builds(
 
 
 def packed(head: Head) -> bytes:
-    return pack_head(
-        head.world, head.group, head.sequence, head.source, head.turn, head.segment, head.call
-    )
+    return pack_head(head.world, head.group, head.sequence, head.source, head.turn, head.segment, head.call)
 
 
 @given(HEADS, st.binary(max_size=100))

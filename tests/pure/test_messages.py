@@ -67,7 +67,9 @@ def subclasses(cls: type) -> set[type]:
 
 def test_no_message_is_forgotten_here() -> None:
     """A new Message needs an example above; the round trip then proves that it is in the union that decode knows."""
-    assert {type(message) for message in EXAMPLES} == {cls for cls in subclasses(Message) if cls.__module__ == m.__name__}
+    assert {type(message) for message in EXAMPLES} == {
+        cls for cls in subclasses(Message) if cls.__module__ == m.__name__
+    }
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
@@ -139,7 +141,9 @@ def test_a_damaged_message_is_refused_or_read(message: Message, data: st.DataObj
     decode_or_refuse(bytes(damaged))
 
 
-@pytest.mark.parametrize("opening", [b"\x91", b"\x81\xa1a", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"])
+@pytest.mark.parametrize(
+    "opening", [b"\x91", b"\x81\xa1a", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff"]
+)
 def test_nesting_and_huge_lengths_are_refused(opening: bytes) -> None:
     with pytest.raises(ProtocolError):
         decode(bytes([PROTOCOL]) + opening * 100_000)
