@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fleet.config import VERSION as __version__
 from fleet.errors import (
     CollectiveMismatch,
     CollectiveTimeout,
@@ -15,8 +16,6 @@ from fleet.errors import (
 
 if TYPE_CHECKING:
     from fleet.collectives.communicator import Communicator
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CollectiveMismatch",

@@ -16,6 +16,7 @@ from typing import Literal, cast
 
 from fleet.errors import ConfigError
 
+VERSION = "0.1.0"
 DEFAULT_ORCHESTRATOR = "orchestrator:50051"
 ORCHESTRATOR_PORT = 50051
 WORKER_PORT = 50052

@@ -70,7 +70,7 @@ def holder_of(bound: str) -> str:
     port = bound.rpartition(":")[2]
     with contextlib.suppress(psutil.Error, OSError, ValueError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == int(port):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == int(port):
                 if connection.pid is None:
                     return ", held by a process of another user"
                 name = " ".join(psutil.Process(connection.pid).cmdline()) or "?"

@@ -58,8 +58,8 @@ class Bus:
         except zmq.ZMQError as error:
             holder = holder_of(endpoint) if error.errno == zmq.EADDRINUSE else ""
             raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}{holder}") from None
-        last: bytes = socket.last_endpoint
-        return last.rstrip(b"\0").decode()
+        last = socket.last_endpoint
+        return (last if isinstance(last, bytes) else str(last).encode()).rstrip(b"\0").decode()
 
     def connect(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
         """Connects for ever: a peer that is not there yet, or comes back, is found."""

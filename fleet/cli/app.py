@@ -8,7 +8,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from fleet import __version__, config
+from fleet import config
 from fleet.cli.words import Words, split
 from fleet.errors import ConfigError, FleetError, UsageError
 
@@ -94,7 +94,7 @@ def worker_command(
 @app.command("version")
 def version_command() -> None:
     """Print fleet's version."""
-    typer.echo(__version__)
+    typer.echo(config.VERSION)
 
 
 def run() -> None:

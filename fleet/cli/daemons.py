@@ -32,7 +32,7 @@ def run_orchestrator(bind: str, policy: str, secret_file: Path | None, insecure:
     """Serves until a signal ends it."""
     _log_to_stderr()
     host, port = parse(bind, config.ORCHESTRATOR_PORT, "--bind")
-    lock = orchestrator_lock("*" if host == "0.0.0.0" else host, secret_file, insecure)
+    lock = orchestrator_lock(host, secret_file, insecure)
     if insecure and not is_loopback(host):
         log.warning("listening on %s without a secret: whoever reaches it can run code on every worker", bind)
     with runtime_folder() as runtime:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib import metadata
 
-import fleet
+from fleet.config import VERSION
 from fleet.messages import Versions
 
 
@@ -15,4 +15,4 @@ def versions() -> Versions:
         torch = metadata.version("torch")
     except metadata.PackageNotFoundError:
         torch = ""
-    return Versions(fleet.__version__, platform.python_version(), torch)
+    return Versions(VERSION, platform.python_version(), torch)

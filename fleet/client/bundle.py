@@ -57,12 +57,14 @@ def pack(folder: Path, into: Path, limit_bytes: int = 64 << 20) -> Bundle:
             f"{limit_bytes / 1e6:.1f} MB; largest: {named}. List what the job does not need in .gitignore, or raise --max-bundle"
         )
     draft = into / "bundle.part"
-    with draft.open("wb") as raw:
-        # Level 1: the network is faster than a better compression. No name and no time, so equal files give equal bytes.
-        with gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as zipped:
-            with tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-                for path in entries:
-                    _add(archive, path, path.relative_to(folder).as_posix())
+    # Level 1: the network is faster than a better compression. No name and no time, so equal files give equal bytes.
+    with (
+        draft.open("wb") as raw,
+        gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as zipped,
+        tarfile.open(fileobj=zipped, mode="w|", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for path in entries:
+            _add(archive, path, path.relative_to(folder).as_posix())
     with draft.open("rb") as raw:
         digest = hashlib.file_digest(raw, "sha256").hexdigest()
     whole = draft.rename(into / f"{digest}.tar.gz")

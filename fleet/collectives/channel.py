@@ -32,7 +32,7 @@ class Payload(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a message belongs within a sequence number. `turn` counts the chunks between two ranks; for point-to-point it is the tag."""
+    """Where a message belongs within a sequence number. `turn` counts the chunks between two ranks; else it is the tag."""
 
     source: int
     turn: int

@@ -179,8 +179,8 @@ class Core:
             if attempt.launched or attempt.directory is None:
                 return
             attempt.launched = True
-            for rank in attempt.ranks:
-                self._effects.append(Spawn(attempt.assign, message, rank, attempt.directory))
+            for number in attempt.ranks:
+                self._effects.append(Spawn(attempt.assign, message, number, attempt.directory))
         elif isinstance(message, m.Stop):
             for rank in attempt.ranks.values():
                 self._stop(attempt, rank, message.kill)
@@ -273,7 +273,7 @@ class Core:
         if found is None:
             self._effects.append(Kill(event.key, event.pid, SIGKILL))
             return
-        attempt, rank = found
+        _, rank = found
         rank.pid = event.pid
         rank.open_streams = {"stdout", "stderr"}
         if rank.stopped:

@@ -14,9 +14,11 @@ import signal
 import sys
 import threading
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from fleet import config
 
@@ -64,6 +66,11 @@ def _become_a_rank(stdout: Connection, stderr: Connection) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)  # it died before we asked to be told
+    # multiprocessing hands every child the pipe that keeps the zygote alive, so that the zygote would outlive a killed
+    # agent, and with it all ranks. Without it the zygote ends with the agent, and PDEATHSIG ends this process.
+    server: Any = forkserver._forkserver
+    os.close(server._forkserver_alive_fd)
+    server._forkserver_alive_fd = None
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(stdout.fileno(), 1)

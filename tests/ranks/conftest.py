@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -56,7 +56,8 @@ class Worlds:
             for rank in range(n):
                 mesh = Mesh(lock, f"ipc://{directory}/r{rank}" if transport == "ipc" else "tcp://127.0.0.1:*")
                 meshes.append(mesh)
-                stack.callback(mesh.close, linger=False)
+                if n == 1:
+                    stack.callback(mesh.close, linger=False)
             addresses = [mesh.endpoint for mesh in meshes]
             world = World(1, tuple(Member(rank, "w", "h", 0, addresses[rank]) for rank in range(n)))
             comms = []
@@ -64,6 +65,7 @@ class Worlds:
                 channel = Channel(meshes[rank], rank, addresses, WORLD_ID) if n > 1 else None
                 comm = Communicator(rank, world, channel, timeout_s, inquire=inquire[rank] if inquire else None)
                 comms.append(comm)
+                stack.callback(comm.close)
 
             def run(comm: Communicator) -> None:
                 try:
@@ -81,5 +83,5 @@ class Worlds:
 
 
 @pytest.fixture
-def run_world() -> Iterator[Worlds]:
-    yield Worlds()
+def run_world() -> Worlds:
+    return Worlds()
