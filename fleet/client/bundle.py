@@ -65,8 +65,8 @@ def pack(folder: Path, into: Path, limit_bytes: int = 64 << 20) -> Bundle:
     ):
         for path in entries:
             _add(archive, path, path.relative_to(folder).as_posix())
-    with draft.open("rb") as raw:
-        digest = hashlib.file_digest(raw, "sha256").hexdigest()
+    with draft.open("rb") as packed:
+        digest = hashlib.file_digest(packed, "sha256").hexdigest()
     whole = draft.rename(into / f"{digest}.tar.gz")
     return Bundle(whole, digest, whole.stat().st_size)
 

@@ -1,0 +1,485 @@
+"""What goes wrong is told to whoever must act: the caller, the script, or nobody, where a stranger sent garbage."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zmq
+
+from fleet.bus.context import Bus
+from fleet.bus.lock import Lock
+from fleet.collectives.communicator import Communicator, Doing
+from fleet.collectives.header import MAGIC, pack_call, pack_head
+from fleet.errors import CollectiveMismatch, CollectiveTimeout, Late, ProtocolError, UsageError
+
+Call = Callable[[Communicator], None]
+
+
+def read_only(*shape: int) -> Any:
+    x = np.zeros(shape)
+    x.flags.writeable = False
+    return x
+
+
+# In a world of three, on any rank but the ones that a call names: what is wrong, and words of the answer.
+ILLEGAL: list[tuple[Call, str]] = [
+    (lambda comm: comm.all_reduce([1.0, 2.0]), "x is a list: it must be a NumPy array or a torch CPU tensor"),
+    (lambda comm: comm.all_reduce(3.0), "x is a float"),
+    (lambda comm: comm.all_reduce(None), "x is a NoneType"),
+    (lambda comm: comm.all_reduce(np.float64(3)), "x is a float64"),
+    (lambda comm: comm.all_reduce(np.array([1, None], object)), "dtype object: it must be one of bool"),
+    (lambda comm: comm.all_reduce(np.array(["a"])), "dtype <U1"),
+    (lambda comm: comm.all_reduce(np.zeros(2, "datetime64[s]")), "dtype datetime64"),
+    (lambda comm: comm.all_reduce(np.zeros(2, ">f4")), "dtype >f4"),
+    (lambda comm: comm.all_reduce(np.zeros(2, [("a", "f4")])), "must be one of"),
+    (lambda comm: comm.all_reduce(np.zeros(2, np.longdouble)), "must be one of"),
+    (lambda comm: comm.all_reduce(read_only(3)), "x is read-only, and this call writes to it"),
+    (lambda comm: comm.broadcast(read_only(3), root=(comm.rank + 1) % 3), "x is read-only"),
+    (lambda comm: comm.all_gather(read_only(6), np.zeros(2)), "out is read-only"),
+    (lambda comm: comm.reduce_scatter(read_only(2), np.zeros(6)), "out is read-only"),
+    (lambda comm: comm.recv(read_only(2), (comm.rank + 1) % 3), "x is read-only"),
+    (lambda comm: comm.all_reduce(torch.zeros(1).expand(4)), "x is an expanded view"),
+    (lambda comm: comm.all_reduce(torch.zeros(3, 1).expand(3, 4)), "x is an expanded view"),
+    (lambda comm: comm.all_reduce(torch.zeros(2).to_sparse()), "sparse"),
+    (lambda comm: comm.all_reduce(torch.zeros(2, dtype=torch.complex64).conj()), "conjugated"),
+    (lambda comm: comm.all_reduce(torch.zeros(2, device="meta")), "x is on meta: move it to the CPU first"),
+    (lambda comm: comm.all_reduce(torch.zeros(2, dtype=torch.float8_e4m3fn)), "dtype torch.float8_e4m3fn"),
+    (lambda comm: comm.all_reduce(np.zeros(2), "avg"), "op is 'avg': it must be one of sum, mean"),
+    (lambda comm: comm.all_reduce(np.zeros(2, int), "mean"), "mean of int64"),
+    (lambda comm: comm.reduce_scatter(np.zeros(2, complex), np.zeros(6, complex), "max"), "complex128 has no order"),
+    (lambda comm: comm.broadcast(np.zeros(2), root=3), "root is 3: ranks of this world are 0 to 2"),
+    (lambda comm: comm.broadcast(np.zeros(2), root=-1), "root is -1"),
+    (lambda comm: comm.send(np.zeros(2), 3), "dst is 3"),
+    (lambda comm: comm.recv(np.zeros(2), -1), "src is -1"),
+    (lambda comm: comm.send(np.zeros(2), (comm.rank + 1) % 3, tag=-1), "tag is -1"),
+    (lambda comm: comm.recv(np.zeros(2), (comm.rank + 1) % 3, tag=2**31), "tag is 2147483648"),
+    (lambda comm: comm.send(np.zeros(2), comm.rank), "dst is this rank itself"),
+    (lambda comm: comm.recv(np.zeros(2), comm.rank), "src is this rank itself"),
+    (lambda comm: comm.all_gather(np.zeros(5), np.zeros(2)), r"out has shape \[5\].*must be \[6\] or \[3, 2\]"),
+    (lambda comm: comm.all_gather(np.zeros((2, 3)), np.zeros(2)), r"out has shape \[2, 3\]"),
+    (lambda comm: comm.all_gather(np.zeros(()), np.zeros(())), r"out has shape \[\].*must be \[3\]"),
+    (lambda comm: comm.reduce_scatter(np.zeros(2), np.zeros(7)), r"x has shape \[7\].*must be \[6\] or \[3, 2\]"),
+    (lambda comm: comm.reduce_scatter(np.zeros(6), np.zeros(2)), r"x has shape \[2\]"),
+    (lambda comm: comm.all_gather(np.zeros(6, "f4"), np.zeros(2)), "out has dtype float32 and x has float64"),
+    (lambda comm: comm.reduce_scatter(np.zeros(2, "i4"), np.zeros(6)), "x has dtype float64 and out has int32"),
+]
+
+
+def test_illegal_calls_send_nothing_and_break_nothing(run_world: Any) -> None:
+    def illegal(comm: Communicator) -> None:
+        for call, words in ILLEGAL:
+            with pytest.raises(UsageError, match=words):
+                call(comm)
+            assert comm.progress.sequence == 0
+        x = np.ones(3)
+        comm.all_reduce(x)
+        assert (x == 3).all()
+
+    run_world(3, illegal)
+
+
+def test_after_close_every_call_is_illegal(run_world: Any) -> None:
+    def closed(comm: Communicator) -> None:
+        comm.barrier()
+        comm.close()
+        comm.close()
+        peer = 1 - comm.rank
+        calls: list[Call] = [
+            lambda comm: comm.all_reduce(np.zeros(2)),
+            lambda comm: comm.barrier(),
+            lambda comm: comm.send(np.zeros(2), peer),
+            lambda comm: comm.recv(np.zeros(2), peer),
+        ]
+        for call in calls:
+            with pytest.raises(UsageError, match="closed"):
+                call(comm)
+
+    run_world(2, closed)
+
+
+def test_a_world_of_one_has_no_peers(run_world: Any) -> None:
+    def alone(comm: Communicator) -> None:
+        with pytest.raises(UsageError, match="this rank itself"):
+            comm.send(np.zeros(2), 0)
+        with pytest.raises(UsageError, match="dst is 1"):
+            comm.send(np.zeros(2), 1)
+        comm.close()
+        with pytest.raises(UsageError, match="closed"):
+            comm.barrier()
+
+    run_world(1, alone)
+
+
+# What rank 0 calls, what all others call, and how both calls are written.
+DIFFERENT: list[tuple[Call, Call, str, str]] = [
+    (
+        lambda comm: comm.all_reduce(np.ones(4)),
+        lambda comm: comm.all_reduce(np.ones(5)),
+        "all_reduce(float64[4], op=sum)",
+        "all_reduce(float64[5], op=sum)",
+    ),
+    (
+        lambda comm: comm.all_reduce(np.ones(4), "sum"),
+        lambda comm: comm.all_reduce(np.ones(4), "max"),
+        "all_reduce(float64[4], op=sum)",
+        "all_reduce(float64[4], op=max)",
+    ),
+    (
+        lambda comm: comm.all_reduce(np.ones(40_000, np.float32)),
+        lambda comm: comm.all_reduce(np.ones(40_000, np.int32)),
+        "all_reduce(float32[40000], op=sum)",
+        "all_reduce(int32[40000], op=sum)",
+    ),
+    (
+        lambda comm: comm.all_reduce(np.ones((2, 6))),
+        lambda comm: comm.all_reduce(np.ones((6, 2))),
+        "all_reduce(float64[2, 6], op=sum)",
+        "all_reduce(float64[6, 2], op=sum)",
+    ),
+    (
+        lambda comm: comm.all_reduce(np.ones(2)),
+        lambda comm: comm.all_reduce(np.ones(40_000)),  # another algorithm, too
+        "all_reduce(float64[2], op=sum)",
+        "all_reduce(float64[40000], op=sum)",
+    ),
+    (
+        lambda comm: comm.broadcast(np.ones(4), root=1),
+        lambda comm: comm.broadcast(np.ones(4), root=0),
+        "broadcast(float64[4], root=1)",
+        "broadcast(float64[4], root=0)",
+    ),
+    (
+        lambda comm: comm.barrier(),
+        lambda comm: comm.all_reduce(np.ones(4)),
+        "barrier()",
+        "all_reduce(float64[4], op=sum)",
+    ),
+    (
+        lambda comm: comm.all_gather(np.ones((comm.world_size, 4)), np.ones(4)),
+        lambda comm: comm.reduce_scatter(np.ones(4), np.ones((comm.world_size, 4))),
+        "all_gather(float64[4])",
+        "reduce_scatter(float64[{n}, 4], op=sum)",
+    ),
+]
+
+
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("case", range(len(DIFFERENT)))
+def test_different_calls_name_both(run_world: Any, n: int, case: int) -> None:
+    first, others, first_text, others_text = DIFFERENT[case]
+
+    def differ(comm: Communicator) -> None:
+        comm.barrier()
+        (others if comm.rank else first)(comm)
+
+    # A rank that nobody sends anything sees a peer that is late: without agents it cannot ask why.
+    results = run_world.caught(n, differ, timeout_s=0.4)
+    found = [error for error in results if isinstance(error, CollectiveMismatch)]
+    assert found, results
+    for error in found:
+        assert {error.rank == 0, error.peer == 0} == {True, False}
+        assert error.sequence == 2
+        assert first_text in str(error)
+        assert others_text.format(n=n) in str(error)
+        assert f"rank {error.rank} called {error.call}" in str(error)
+    assert all(error is None or isinstance(error, CollectiveMismatch | CollectiveTimeout) for error in results), results
+
+
+def test_a_mismatch_breaks_the_communicator(run_world: Any) -> None:
+    def differ(comm: Communicator) -> None:
+        with pytest.raises((CollectiveMismatch, CollectiveTimeout)) as caught:
+            comm.all_reduce(np.ones(4 + comm.rank))
+        with pytest.raises(type(caught.value)):
+            comm.barrier()
+        raise caught.value
+
+    results = run_world.caught(2, differ, timeout_s=0.4)
+    assert any(isinstance(error, CollectiveMismatch) for error in results), results
+
+
+def test_point_to_point_mismatch(run_world: Any) -> None:
+    def differ(comm: Communicator) -> None:
+        if comm.rank == 0:
+            comm.send(np.ones(3, np.float32), 1, tag=4)
+            return
+        with pytest.raises(CollectiveMismatch) as caught:
+            comm.recv(np.ones((3, 1), np.float32), 0, tag=4)
+        assert "rank 1 called recv(float32[3, 1], tag=4)" in str(caught.value)
+        assert "rank 0 called send(float32[3], tag=4)" in str(caught.value)
+        assert "point-to-point" in str(caught.value)
+
+    run_world(2, differ)
+
+
+LATE_CALLS: list[Call] = [
+    lambda comm: comm.all_reduce(np.ones(3)),
+    lambda comm: comm.all_reduce(np.ones(70_000)),
+    lambda comm: comm.all_gather(np.ones(9), np.ones(3)),
+    lambda comm: comm.broadcast(np.ones(3), root=2),
+    lambda comm: comm.barrier(),
+]
+
+
+@pytest.mark.parametrize("case", range(len(LATE_CALLS)))
+def test_a_rank_that_does_not_come(run_world: Any, case: int) -> None:
+    def late(comm: Communicator) -> None:
+        if comm.rank == 2:
+            return
+        with pytest.raises(CollectiveTimeout, match=r"#1 on rank \d: not complete after 0\.[5-9] s") as caught:
+            LATE_CALLS[case](comm)
+        assert caught.value.rank == comm.rank
+        assert caught.value.sequence == 1
+        assert 0.5 <= caught.value.waited_s < 1
+        assert not comm.progress.inside
+        for again in LATE_CALLS:
+            with pytest.raises(CollectiveTimeout) as repeated:
+                again(comm)
+            assert repeated.value is caught.value
+        with pytest.raises(CollectiveTimeout):
+            comm.send(np.ones(1), 1 - comm.rank)
+
+    run_world(3, late, timeout_s=0.5)
+
+
+def test_the_timeout_of_one_call_wins(run_world: Any) -> None:
+    def late(comm: Communicator) -> None:
+        if comm.rank == 0:
+            with pytest.raises(CollectiveTimeout) as caught:
+                comm.barrier(timeout_s=0.2)
+            assert 0.2 <= caught.value.waited_s < 5
+
+    run_world(2, late, timeout_s=30.0)
+
+
+def test_the_late_are_named(run_world: Any) -> None:
+    """What the agents know, here told by a stand-in, decides what a timeout says."""
+    absent = Doing(Late(1, "h1", 812, "is at train.py:41 in load_batch"), 0, False, "")
+    elsewhere = Doing(Late(1, "h1", 812, "is in collective #1"), 1, True, "barrier()")
+    slow = Doing(Late(1, "h1", 812, "is in collective #1"), 1, True, "all_reduce(float64[3], op=sum)")
+
+    def wait(comm: Communicator) -> None:
+        if comm.rank == 0:
+            comm.all_reduce(np.ones(3), timeout_s=0.1)
+
+    def error_with(known: Doing) -> Exception:
+        return run_world.caught(2, wait, inquire=[lambda: [known], None])[0]
+
+    error = error_with(absent)
+    assert isinstance(error, CollectiveTimeout)
+    assert list(error.late) == [absent.late]
+    assert "rank 1 (h1, pid 812) is at train.py:41 in load_batch" in str(error)
+    error = error_with(elsewhere)
+    assert isinstance(error, CollectiveMismatch)
+    assert "barrier()" in str(error)
+    error = error_with(slow)
+    assert isinstance(error, CollectiveTimeout)
+    assert "slow, not stuck" in str(error)
+
+
+def test_a_receive_in_vain_breaks_nothing(run_world: Any) -> None:
+    gave_up = threading.Event()
+
+    def vain(comm: Communicator) -> None:
+        x = np.zeros(3)
+        if comm.rank == 0:
+            assert gave_up.wait(20)
+            comm.send(np.ones(3), 1)
+        else:
+            with pytest.raises(CollectiveTimeout, match=r"with rank 0 on rank 1: not complete after 0\.2 s"):
+                comm.recv(x, 0, timeout_s=0.2)
+            assert (x == 0).all()
+            gave_up.set()
+            comm.recv(x, 0)
+            assert (x == 1).all()
+        comm.all_reduce(x)
+
+    run_world(2, vain)
+
+
+def endpoint_of(comm: Communicator) -> str:
+    assert comm._channel is not None
+    return comm._channel._mesh.endpoint
+
+
+def receive_until(comm: Communicator, done: Callable[[], bool]) -> None:
+    """Reads the inbox until it has what it should have; a receive that breaks nothing does it."""
+    for _ in range(100):
+        if done():
+            return
+        with contextlib.suppress(CollectiveTimeout):
+            comm.recv(np.zeros(1), (comm.rank + 1) % comm.world_size, tag=99, timeout_s=0.05)
+    pytest.fail("what was sent did not arrive")
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_garbage_is_counted_and_survived(run_world: Any, transport: str) -> None:
+    random = np.random.default_rng(4)
+    valid = pack_head(run_world.world_id, 0, 1, 1, 0, 0, pack_call("all_reduce", "sum", "float64", (3,)))
+    foreign = pack_head(run_world.world_id + 1, 0, 1, 1, 0, 0, pack_call("barrier"))
+    garbage = [
+        [b""],
+        [b"", b""],
+        [MAGIC],
+        [valid[:-1]],
+        [valid[:20], valid[20:]],
+        [b"\x01\x81\xa4type\xa9Heartbeat"],  # a control message
+        [bytes(100_000)],
+        [b"x", bytes(100_000)],
+        [b"one", b"two", b"three", b"four"],
+        *[[random.bytes(int(size))] for size in random.integers(0, 300, 50)],
+    ]
+    stale = [[foreign], [foreign, bytes(100_000)], [foreign + b"payload"], [foreign, b"", b"third"]]
+
+    def survive(comm: Communicator) -> None:
+        channel = comm._channel
+        assert channel is not None
+        if comm.rank == 0:
+            with Bus(Lock()) as bus:
+                stranger = bus.socket(zmq.DEALER, 1000)
+                bus.connect(stranger, endpoint_of(comm))
+                for frames in garbage + stale:
+                    stranger.send_multipart(frames)
+                receive_until(comm, lambda: channel.refused_count + channel.stale_count >= len(garbage + stale))
+            assert channel.refused_count == len(garbage)
+            assert channel.stale_count == len(stale)
+        for count in (3, 70_000):
+            x = np.full(count, comm.rank + 1.0)
+            comm.all_reduce(x)
+            assert (x == 3).all()
+        comm.barrier()
+
+    run_world(2, survive, transport=transport)
+
+
+def test_a_segment_of_the_wrong_size_is_a_protocol_error(run_world: Any) -> None:
+    """Never a wrong result or a crash, not even where the head is right in everything."""
+    head = pack_head(run_world.world_id, 0, 1, 1, 0, 0, pack_call("all_reduce", "sum", "float64", (3,)))
+
+    def forged(comm: Communicator) -> None:
+        if comm.rank == 0:
+            with Bus(Lock()) as bus:
+                stranger = bus.socket(zmq.DEALER, 10)
+                bus.connect(stranger, endpoint_of(comm))
+                stranger.send(head + bytes(8))
+                with pytest.raises(ProtocolError, match="8 bytes arrived where 24 belong"):
+                    comm.all_reduce(np.ones(3))
+
+    run_world(2, forged)
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+@pytest.mark.parametrize("kind", ["plain", "curve"])
+def test_only_holders_of_the_secret_get_in(run_world: Any, kind: Any, transport: str) -> None:
+    lock = Lock(kind, "the secret")
+    strangers = [Lock(kind, "another secret"), Lock(), Lock("plain" if kind == "curve" else "curve", "the secret")]
+
+    def guarded(comm: Communicator) -> None:
+        for count in (3, 70_000):
+            x = np.full(count, comm.rank + 1.0)
+            comm.all_reduce(x)
+            assert (x == 6).all()
+        channel = comm._channel
+        assert channel is not None
+        if comm.rank == 0:
+            for stranger in strangers:
+                assert not handshake(stranger, endpoint_of(comm))
+            # Proof that the strangers' message would have been counted.
+            assert handshake(lock, endpoint_of(comm))
+            receive_until(comm, lambda: channel.refused_count > 0)
+            assert channel.refused_count == 1
+            assert channel.stale_count == 0
+        comm.barrier()
+
+    run_world(3, guarded, lock=lock, transport=transport)
+
+
+def handshake(lock: Lock, endpoint: str) -> bool:
+    """Sends a message as somebody with this lock. Returns whether the inbox let it in."""
+    refused = (
+        zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        | zmq.EVENT_DISCONNECTED
+    )
+    bus = Bus(lock)
+    admitted = False
+    try:
+        socket = bus.socket(zmq.DEALER, 10)
+        monitor = socket.get_monitor_socket(refused | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        monitor.linger = 0
+        bus.connect(socket, endpoint)
+        socket.send(b"let me in")
+        assert monitor.poll(10_000), "neither let in nor refused"
+        event = int.from_bytes(monitor.recv_multipart()[0][:2], "little")
+        admitted = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+        socket.disable_monitor()
+    finally:
+        bus.close(linger=admitted)
+    return admitted
+
+
+FORKED_CALLS: dict[str, Call] = {
+    "all_reduce": lambda comm: comm.all_reduce(np.ones(3)),
+    "large all_reduce": lambda comm: comm.all_reduce(np.ones(70_000)),
+    "broadcast": lambda comm: comm.broadcast(np.ones(3), root=comm.rank),
+    "barrier": lambda comm: comm.barrier(),
+    "send": lambda comm: comm.send(np.ones(3), 1 - comm.rank),
+    "recv": lambda comm: comm.recv(np.ones(3), 1 - comm.rank),
+    "close": lambda comm: comm.close(),
+}
+
+
+def in_forked_child(comm: Communicator, call: Call) -> str:
+    """What the call came to in a forked child: its error's name and text, or 'returned'; 'hung' after five seconds."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            call(comm)
+            os.write(write, b"returned")
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)  # never through the parent's clean-up
+    os.close(write)
+    try:
+        readable, _, _ = select.select([read], [], [], 5)
+        if not readable:
+            os.kill(pid, 9)
+            return "hung"
+        return os.read(read, 4096).decode() or "died"
+    finally:
+        os.waitpid(pid, 0)
+        os.close(read)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # this is what is tested
+@pytest.mark.parametrize("used_before", [False, True])
+def test_use_after_fork_is_illegal(run_world: Any, used_before: bool) -> None:
+    """Both with sockets that the parent had opened, and with those that the child would open."""
+    found: dict[str, str] = {}
+
+    def forks(comm: Communicator) -> None:
+        if used_before:
+            comm.all_reduce(np.ones(3))
+            comm.send(np.ones(3), 1 - comm.rank)
+            comm.recv(np.ones(3), 1 - comm.rank)
+        if comm.rank == 1:  # which sends first in a tree
+            found.update({name: in_forked_child(comm, call) for name, call in FORKED_CALLS.items()})
+        x = np.ones(3)
+        comm.all_reduce(x)
+        assert (x == 2).all(), "the parent was harmed"
+
+    run_world(2, forks, timeout_s=60.0)
+    assert found.pop("close") == "returned"
+    for name, answer in found.items():
+        assert answer.startswith("UsageError: this process"), f"{name}: {answer}"
+        assert "forked" in answer
