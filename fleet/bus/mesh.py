@@ -44,6 +44,7 @@ class Mesh:
         With `track`, returns what tells when it has left; None: at once. Raises TimeoutError after `deadline`
         (monotonic) while the peer's queue is full.
         """
+        self._bus.check_process()
         outbox = self._outboxes.get(peer) or self._open(peer)
         size = len(payload) if isinstance(payload, zmq.Frame | bytearray) else payload.nbytes
         if size < JOIN_FRAMES_BELOW:

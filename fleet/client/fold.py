@@ -1,5 +1,6 @@
 """Output of many ranks as lines for a person: cut into lines, and the same line of many ranks folded into one. Pure.
 
+Refuses to know the clock, the terminal and how a rank is called: `now` comes in, lines go out.
 Nothing is lost, lines of one rank stay in their order, and a line waits for others at most `hold_s`.
 """
 
@@ -14,35 +15,39 @@ HELD_AT_MOST = 1000
 
 
 class Lines:
-    """Cuts one rank's bytes into lines of text."""
+    """Cuts one stream of one rank into lines of text. How the bytes arrive in pieces makes no difference."""
 
     def __init__(self) -> None:
+        # Invariant: at most LINE_BYTES of text, then perhaps the carriage return after which it will be overdrawn.
         self._rest = b""
 
     def feed(self, data: bytes) -> list[str]:
         """The lines that are complete now, without their ends."""
-        whole = self._rest + data
-        *complete, self._rest = whole.split(b"\n")
-        pieces = [piece for line in complete for piece in _cut(line)]
-        if len(self._rest) > LINE_BYTES:
-            *more, self._rest = _cut(self._rest)
-            pieces += more
-        return [_text(piece) for piece in pieces]
+        *complete, unfinished = (self._rest + data).split(b"\n")
+        pieces = [piece for line in complete for piece in _drawn(line)]
+        *full, last = _drawn(unfinished)
+        self._rest = last + b"\r" if last and unfinished.endswith(b"\r") else last
+        return [piece.decode(errors="replace") for piece in pieces + full]
 
     def rest(self) -> list[str]:
         """The last line, which nothing ended."""
-        rest, self._rest = self._rest, b""
-        return [_text(piece) for piece in _cut(rest)] if rest else []
+        rest, self._rest = self._rest.removesuffix(b"\r"), b""
+        return [rest.decode(errors="replace")] if rest else []
 
 
-def _cut(line: bytes) -> list[bytes]:
-    return [line[i : i + LINE_BYTES] for i in range(0, len(line), LINE_BYTES)] or [b""]
+def _drawn(line: bytes) -> list[bytes]:
+    """What stays of a line: its last state, as a progress bar draws over itself with carriage returns.
 
-
-def _text(line: bytes) -> str:
-    """A progress bar draws over itself with carriage returns: what stays is its last state."""
-    drawn = [part for part in line.split(b"\r") if part]
-    return (drawn[-1] if drawn else b"").decode(errors="replace")
+    Before it come the full pieces of states too long to be kept until it is known whether they are overdrawn.
+    A piece ends after a number of bytes, so a character on the edge is shown as two replacement characters.
+    """
+    full: list[bytes] = []
+    last = b""
+    for state in line.split(b"\r"):
+        if state:
+            *more, last = (state[i : i + LINE_BYTES] for i in range(0, len(state), LINE_BYTES))
+            full += more
+    return [*full, last]
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,10 @@ class _Held:
 
 
 class Fold:
-    """Folds equal lines. `held` is in the order in which the lines first came, and so goes out in that order."""
+    """Folds equal lines. They are held, and go out, in the order in which each first came.
+
+    A rank joins only lines behind all that it printed so far: its own lines stay in their order, on both streams together.
+    """
 
     def __init__(self, world_size: int, hold_s: float = 0.1) -> None:
         self._world_size = world_size
@@ -80,16 +88,18 @@ class Fold:
         if found is None:
             self._held.append(_Held(stream, text, now))
             found = self._first + len(self._held) - 1
-        self._held[found - self._first].ranks.add(rank)
+        ranks = self._held[found - self._first].ranks
+        ranks.add(rank)
         self._last_of[rank] = found
-        return self.due(now)
+        # Every rank is past the lines before a complete one, so none of them can be joined any more.
+        complete = self._release(found - self._first + 1) if len(ranks) == self._world_size else []
+        return complete + self.due(now)
 
     def due(self, now: float) -> list[Folded]:
-        """What need not wait any more: too old, seen of every rank, or too much held; and all before that."""
+        """What may not wait any more: too old, or too much held."""
         count = max(0, len(self._held) - HELD_AT_MOST)
-        for number, held in enumerate(self._held, start=1):
-            if now >= held.since + self._hold_s or (number == count + 1 and len(held.ranks) == self._world_size):
-                count = max(count, number)
+        while count < len(self._held) and now >= self._held[count].since + self._hold_s:
+            count += 1
         return self._release(count)
 
     def next_deadline(self) -> float | None:

@@ -239,7 +239,8 @@ class Communicator:
         """The error of a collective that is late: a mismatch if somebody is elsewhere, else who has not come."""
         late = []
         for other in self._inquire() if self._inquire is not None else ():
-            if other.inside and other.sequence == sequence and other.call != describe_call(call):
+            # Also of one that has left it: it left with an error.
+            if other.sequence == sequence and other.call != describe_call(call):
                 return CollectiveMismatch(sequence, self.rank, describe_call(call), other.late.rank, other.call)
             if other.sequence < sequence:
                 late.append(other.late)

@@ -175,6 +175,46 @@ def test_many_segments(run_world: Any, n: int, transport: str) -> None:
     assert all(found == digests[0] for found in digests), "the ranks hold different bits"
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_torch(run_world: Any, n: int) -> None:
+    def wide(found: Any, dtype: torch.dtype) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(found)).to(dtype)
+
+    def grid(comm: Communicator) -> list[str]:
+        rank, digests = comm.rank, []
+        for name in TORCH_DTYPES:
+            dtype = getattr(torch, name)
+            for count in (0, 1, 7, 1000, PAST_THE_THRESHOLD):
+                for op in legal_ops(name) if count <= 1000 else ["sum"]:
+                    x = wide(values(op, name, count, rank), dtype)
+                    comm.all_reduce(x, op)
+                    want = wide(reference(op, name, [values(op, name, count, other) for other in range(n)]), dtype)
+                    torch.testing.assert_close(x, want, rtol=1e-6 if dtype.is_complex else 0, atol=0)
+                    digests.append(digest(x.view(torch.int16) if name == "bfloat16" else x))
+
+                    parts = [values(op, name, count * n, other) for other in range(n)]
+                    whole, out = wide(parts[rank], dtype), torch.empty(count, dtype=dtype)
+                    comm.reduce_scatter(out, whole, op)
+                    want = wide(reference(op, name, parts)[rank * count : (rank + 1) * count], dtype)
+                    torch.testing.assert_close(out, want, rtol=1e-6 if dtype.is_complex else 0, atol=0)
+                    assert torch.equal(whole, wide(parts[rank], dtype))
+                every = [wide(values("sum", name, count, other), dtype) for other in range(n)]
+                gathered = torch.empty((n * count,), dtype=dtype)
+                comm.all_gather(gathered, every[rank])
+                assert torch.equal(gathered, torch.cat(every))
+                x = every[rank].clone()
+                comm.broadcast(x, root=n - 1)
+                assert torch.equal(x, every[-1])
+                if n > 1:
+                    comm.send(every[rank], (rank + 1) % n)
+                    comm.recv(x, (rank - 1) % n)
+                    assert torch.equal(x, every[rank - 1])
+        return digests
+
+    digests = run_world(n, grid)
+    assert all(found == digests[0] for found in digests), "the ranks hold different bits"
+
+
 @pytest.mark.parametrize("n", [1, 3, 4])
 def test_memory_of_every_form(run_world: Any, n: int) -> None:
     """Transposed, strided, reversed, 0-d, part of something larger, or a parameter with a gradient."""

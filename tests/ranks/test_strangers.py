@@ -1,0 +1,226 @@
+"""What does not belong: garbage, other worlds and wrong secrets at an inbox, and a forked child's use of a communicator."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import zmq
+
+from fleet.bus.context import Bus
+from fleet.bus.lock import Lock
+from fleet.collectives.communicator import Communicator
+from fleet.collectives.header import MAGIC, pack_call, pack_head
+from fleet.errors import CollectiveTimeout, ProtocolError
+
+Call = Callable[[Communicator], None]
+
+
+def endpoint_of(comm: Communicator) -> str:
+    assert comm._channel is not None
+    return comm._channel._mesh.endpoint
+
+
+def receive_until(comm: Communicator, done: Callable[[], bool]) -> None:
+    """Reads the inbox until it has what it should have; a receive that breaks nothing does it."""
+    for _ in range(100):
+        if done():
+            return
+        with contextlib.suppress(CollectiveTimeout):
+            comm.recv(np.zeros(1), (comm.rank + 1) % comm.world_size, tag=99, timeout_s=0.05)
+    pytest.fail("what was sent did not arrive")
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+def test_garbage_is_counted_and_survived(run_world: Any, transport: str) -> None:
+    random = np.random.default_rng(4)
+    valid = pack_head(run_world.world_id, 0, 1, 1, 0, 0, pack_call("all_reduce", "sum", "float64", (3,)))
+    foreign = pack_head(run_world.world_id + 1, 0, 1, 1, 0, 0, pack_call("barrier"))
+    garbage = [
+        [b""],
+        [b"", b""],
+        [MAGIC],
+        [valid[:-1]],
+        [valid[:20], valid[20:]],
+        [b"\x01\x81\xa4type\xa9Heartbeat"],  # a control message
+        [bytes(100_000)],
+        [b"x", bytes(100_000)],
+        [b"one", b"two", b"three", b"four"],
+        *[[random.bytes(int(size))] for size in random.integers(0, 300, 50)],
+    ]
+    stale = [[foreign], [foreign, bytes(100_000)], [foreign + b"payload"], [foreign, b"", b"third"]]
+
+    def survive(comm: Communicator) -> None:
+        channel = comm._channel
+        assert channel is not None
+        if comm.rank == 0:
+            with Bus(Lock()) as bus:
+                stranger = bus.socket(zmq.DEALER, 1000)
+                bus.connect(stranger, endpoint_of(comm))
+                for frames in garbage + stale:
+                    stranger.send_multipart(frames)
+                receive_until(comm, lambda: channel.refused_count + channel.stale_count >= len(garbage + stale))
+            assert channel.refused_count == len(garbage)
+            assert channel.stale_count == len(stale)
+        for count in (3, 70_000):
+            x = np.full(count, comm.rank + 1.0)
+            comm.all_reduce(x)
+            assert (x == 3).all()
+        comm.barrier()
+
+    run_world(2, survive, transport=transport)
+
+
+def test_bytes_that_are_not_even_zeromq(run_world: Any) -> None:
+    """A port scanner, a browser or a lost gRPC client at the TCP port itself."""
+    random = np.random.default_rng(5)
+    strangers = [b"GET / HTTP/1.1\r\n\r\n", b"\xff" + bytes(8) + b"\x7f\x03", *(random.bytes(500) for _ in range(8))]
+
+    def survive(comm: Communicator) -> None:
+        if comm.rank == 0:
+            host, _, port = endpoint_of(comm).removeprefix("tcp://").rpartition(":")
+            for data in strangers:
+                with socket.create_connection((host, int(port)), timeout=10) as stranger:
+                    stranger.sendall(data)
+                    stranger.shutdown(socket.SHUT_WR)
+                    with contextlib.suppress(ConnectionResetError):
+                        while stranger.recv(1000):
+                            pass  # its greeting; then it hangs up
+        x = np.full(70_000, comm.rank + 1.0)
+        comm.all_reduce(x)
+        assert (x == 3).all()
+
+    run_world(2, survive, transport="tcp")
+
+
+def test_a_segment_of_the_wrong_size_is_a_protocol_error(run_world: Any) -> None:
+    """Never a wrong result or a crash, not even where the head is right in everything."""
+    head = pack_head(run_world.world_id, 0, 1, 1, 0, 0, pack_call("all_reduce", "sum", "float64", (3,)))
+
+    def forged(comm: Communicator) -> None:
+        if comm.rank == 0:
+            with Bus(Lock()) as bus:
+                stranger = bus.socket(zmq.DEALER, 10)
+                bus.connect(stranger, endpoint_of(comm))
+                stranger.send(head + bytes(8))
+                with pytest.raises(ProtocolError, match="8 bytes arrived where 24 belong"):
+                    comm.all_reduce(np.ones(3))
+
+    run_world(2, forged)
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+@pytest.mark.parametrize("kind", ["plain", "curve"])
+def test_only_holders_of_the_secret_get_in(run_world: Any, kind: Any, transport: str) -> None:
+    lock = Lock(kind, "the secret")
+    strangers = [Lock(kind, "another secret"), Lock(), Lock("plain" if kind == "curve" else "curve", "the secret")]
+
+    def guarded(comm: Communicator) -> None:
+        for count in (3, 70_000):
+            x = np.full(count, comm.rank + 1.0)
+            comm.all_reduce(x)
+            assert (x == 6).all()
+        channel = comm._channel
+        assert channel is not None
+        if comm.rank == 0:
+            for stranger in strangers:
+                assert not handshake(stranger, endpoint_of(comm))
+            # Proof that the strangers' message would have been counted.
+            assert handshake(lock, endpoint_of(comm))
+            receive_until(comm, lambda: channel.refused_count > 0)
+            assert channel.refused_count == 1
+            assert channel.stale_count == 0
+        comm.barrier()
+
+    run_world(3, guarded, lock=lock, transport=transport)
+
+
+def handshake(lock: Lock, endpoint: str) -> bool:
+    """Sends a message as somebody with this lock. Returns whether the inbox let it in."""
+    refused = (
+        zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+        | zmq.EVENT_DISCONNECTED
+    )
+    bus = Bus(lock)
+    admitted, monitor = False, None
+    try:
+        socket = bus.socket(zmq.DEALER, 10)
+        monitor = socket.get_monitor_socket(refused | zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        monitor.linger = 0
+        bus.connect(socket, endpoint)
+        socket.send(b"let me in")
+        assert monitor.poll(10_000), "neither let in nor refused"
+        event = int.from_bytes(monitor.recv_multipart()[0][:2], "little")
+        admitted = event == zmq.EVENT_HANDSHAKE_SUCCEEDED
+    finally:
+        if monitor is not None:
+            monitor.close()  # the context would wait for it for ever
+        bus.close(linger=admitted)
+    return admitted
+
+
+FORKED_CALLS: dict[str, Call] = {
+    "all_reduce": lambda comm: comm.all_reduce(np.ones(3)),
+    "large all_reduce": lambda comm: comm.all_reduce(np.ones(70_000)),
+    "broadcast": lambda comm: comm.broadcast(np.ones(3), root=comm.rank),
+    "barrier": lambda comm: comm.barrier(),
+    "send": lambda comm: comm.send(np.ones(3), 1 - comm.rank),
+    "recv": lambda comm: comm.recv(np.ones(3), 1 - comm.rank),
+    "close": lambda comm: comm.close(),
+}
+
+
+def in_forked_child(comm: Communicator, call: Call) -> str:
+    """What the call came to in a forked child: its error's name and text, or 'returned'; 'hung' after five seconds."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            call(comm)
+            os.write(write, b"returned")
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)  # never through the parent's clean-up
+    os.close(write)
+    try:
+        readable, _, _ = select.select([read], [], [], 5)
+        if not readable:
+            os.kill(pid, 9)
+            return "hung"
+        return os.read(read, 4096).decode() or "died"
+    finally:
+        os.waitpid(pid, 0)
+        os.close(read)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")  # this is what is tested
+@pytest.mark.parametrize("used_before", [False, True])
+def test_use_after_fork_is_illegal(run_world: Any, used_before: bool) -> None:
+    """Both with sockets that the parent had opened, and with those that the child would open."""
+    found: dict[str, str] = {}
+
+    def forks(comm: Communicator) -> None:
+        if used_before:
+            comm.all_reduce(np.ones(3))
+            comm.send(np.ones(3), 1 - comm.rank)
+            comm.recv(np.ones(3), 1 - comm.rank)
+        if comm.rank == 1:  # which sends first in a tree
+            found.update({name: in_forked_child(comm, call) for name, call in FORKED_CALLS.items()})
+        x = np.ones(3)
+        comm.all_reduce(x)
+        assert (x == 2).all(), "the parent was harmed"
+
+    run_world(2, forks, timeout_s=60.0)
+    assert found.pop("close") == "returned"
+    wrong = {name: answer for name, answer in found.items() if not answer.startswith("UsageError: this process")}
+    assert not wrong
+    assert all("forked" in answer for answer in found.values())
