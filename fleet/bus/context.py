@@ -6,6 +6,7 @@ One Bus per shell: its sockets belong to that shell's thread, and all of them en
 from __future__ import annotations
 
 import os
+import re
 from types import TracebackType
 from typing import Self
 
@@ -18,6 +19,7 @@ from fleet.errors import ConfigError, UsageError
 LINGER_MS = 1000  # what a closed socket may still take to hand over what was sent
 HANDSHAKE_MS = 5000
 RECONNECT_MS, RECONNECT_AT_MOST_MS = 100, 2000
+_MAPPED = re.compile(r"\[::ffff:([\d.]+)\]")  # how a socket that takes IPv6 too writes an IPv4 address
 
 
 class Bus:
@@ -59,7 +61,8 @@ class Bus:
             holder = holder_of(endpoint) if error.errno == zmq.EADDRINUSE else ""
             raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}{holder}") from None
         last = socket.last_endpoint
-        return (last if isinstance(last, bytes) else str(last).encode()).rstrip(b"\0").decode()
+        found = (last if isinstance(last, bytes) else str(last).encode()).rstrip(b"\0").decode()
+        return _MAPPED.sub(r"\1", found)
 
     def connect(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
         """Connects for ever: a peer that is not there yet, or comes back, is found."""

@@ -6,15 +6,12 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from commands import fleet, started, wait_for
 
-FLEET = [sys.executable, "-m", "fleet"]
 SUM = "import fleet, numpy as np\ncomm = fleet.init()\nx = np.ones(3)\ncomm.all_reduce(x)\nprint('sum', x[0])\n"
 # Rank 2 says where it is once everybody is in the world, then all wait in a barrier that rank 2 never reaches.
 VICTIM = (
@@ -23,36 +20,10 @@ VICTIM = (
 )
 
 
-def environment(**changes: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("FLEET_", "ORCHESTRATOR_"))}
-    return kept | {"HOME": os.environ["TMPDIR"], "XDG_CONFIG_HOME": os.environ["TMPDIR"]} | changes
-
-
 def run(tmp_path: Path, script: str, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
     path = tmp_path / "script.py"
     path.write_text(script)
-    command = [*FLEET, "run", str(path), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment(**changes))
-
-
-@contextmanager
-def started(*command: str, **changes: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [*FLEET, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**changes)
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def wait_for(process: subprocess.Popen[str], pattern: str, stream: str = "stdout") -> str:
-    """The first line that matches; the test's time limit bounds the wait."""
-    for line in getattr(process, stream):
-        if found := re.search(pattern, line):
-            return found.group(found.re.groups)
-    raise AssertionError(f"{pattern!r} never came; stderr: {process.stderr.read() if process.stderr else ''}")
+    return fleet("run", str(path), *words, **changes)
 
 
 def test_all_ranks_sum_and_equal_lines_are_folded(tmp_path: Path) -> None:
@@ -79,11 +50,11 @@ def test_arguments_logs_and_a_torchrun_environment(tmp_path: Path) -> None:
 
 
 def test_command() -> None:
-    command = [*FLEET, "run", "--workers", "2", "--", "sh", "-c", "echo from $RANK; exit $RANK"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
-    assert done.returncode == 1
+    done = fleet("run", "--workers", "2", "--", "sh", "-c", "echo from $RANK")
+    assert done.returncode == 0
     assert "from 0" in done.stdout
     assert "from 1" in done.stdout
+    assert fleet("run", "--workers", "2", "--", "sh", "-c", "exit $RANK").returncode == 1
 
 
 def test_torch_gloo_runs_unchanged(tmp_path: Path) -> None:
@@ -107,7 +78,7 @@ def test_torch_gloo_runs_unchanged(tmp_path: Path) -> None:
     ],
 )
 def test_bad_words_get_a_sentence(words: list[str], sentence: str) -> None:
-    done = subprocess.run([*FLEET, "run", *words], capture_output=True, text=True, timeout=60, env=environment())
+    done = fleet("run", *words)
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
@@ -200,58 +171,3 @@ def test_different_calls_are_shown(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "CollectiveMismatch" in done.stderr
     assert "all_reduce(float64[4], op=sum)" in done.stderr
-
-
-@pytest.mark.chaos
-def test_cluster_of_two_workers(tmp_path: Path) -> None:
-    secret = tmp_path / "secret"
-    secret.write_text("a secret for this test alone")
-    secret.chmod(0o600)
-    folder = tmp_path / "job"
-    folder.mkdir()
-    (folder / "helper.py").write_text("WORD = 'travelled'\n")
-    (folder / "script.py").write_text("import helper\n" + SUM + "print(helper.WORD, flush=True)\n")
-    shared = {"FLEET_SECRET_FILE": str(secret), "WORKER_PORT": "0"}
-    with started("orchestrator", "--bind", "127.0.0.1:0", **shared) as orchestrator:
-        address = wait_for(orchestrator, r"listens on tcp://(\S+)", "stderr")
-        shared["ORCHESTRATOR_ADDR"] = address
-        job = [*FLEET, "run", str(folder / "script.py"), "--workers", "3"]
-        with (
-            started("worker", "--slots", "1", FLEET_WORKER_ID="one", **shared) as one,
-            started("worker", "--slots", "2", FLEET_WORKER_ID="two", **shared) as two,
-        ):
-            wait_for(one, r"(joined)", "stderr")
-            wait_for(two, r"(joined)", "stderr")
-            done = subprocess.run(job, capture_output=True, text=True, timeout=60, env=environment(**shared))
-            assert done.returncode == 0, done.stderr
-            assert "sum 3.0" in done.stdout
-            assert "travelled" in done.stdout
-            wrong = environment(**shared | {"FLEET_SECRET_FILE": "", "FLEET_SECRET": "this is another secret"})
-            refused = subprocess.run(job, capture_output=True, text=True, timeout=60, env=wrong)
-            assert refused.returncode == 2
-            assert "the secret is wrong or missing" in refused.stderr
-            for worker in (one, two):
-                worker.terminate()
-                assert worker.wait(timeout=20) == 0
-        waits = subprocess.run([*job, "--timeout", "5"], capture_output=True, text=True, timeout=60, env=environment(
-            **shared | {"ORCHESTRATOR_ADDR": "127.0.0.1:9"}), check=False)  # fmt: skip
-        assert waits.returncode == 2
-        assert "no orchestrator answered at 127.0.0.1:9 within 5 s" in waits.stderr
-        taken = subprocess.run(
-            [*FLEET, "orchestrator", "--bind", address],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env=environment(**shared),
-        )
-        assert taken.returncode == 2
-        assert f"held by pid {orchestrator.pid}" in taken.stderr
-        orchestrator.terminate()
-        assert orchestrator.wait(timeout=20) == 0
-
-
-def test_no_secret_no_open_port() -> None:
-    command = [*FLEET, "orchestrator", "--bind", "0.0.0.0:0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
-    assert done.returncode == 2
-    assert "refusing to listen on 0.0.0.0 without a cluster secret" in done.stderr
