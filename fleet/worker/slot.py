@@ -79,9 +79,9 @@ def _become_a_rank(stdout: Connection, stderr: Connection) -> None:
     stderr.close()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True, errors="backslashreplace")
+    # New ones: those inherited from the zygote remember the file, perhaps one with a position, that fd 1 was then.
+    sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
     faulthandler.enable()
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed()  # the zygote's state would give every rank the same "random" numbers

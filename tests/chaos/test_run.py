@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import fleet, started, wait_for
+from commands import FLEET, environment, fleet, started, wait_for
 
 SUM = "import fleet, numpy as np\ncomm = fleet.init()\nx = np.ones(3)\ncomm.all_reduce(x)\nprint('sum', x[0])\n"
 # Rank 2 says where it is once everybody is in the world, then all wait in a barrier that rank 2 never reaches.
@@ -35,6 +35,16 @@ def test_all_ranks_sum_and_equal_lines_are_folded(tmp_path: Path) -> None:
 
 def test_ipc_transport(tmp_path: Path) -> None:
     assert run(tmp_path, SUM, "--workers", "3", "--transport", "ipc").returncode == 0
+
+
+def test_output_that_goes_to_a_file(tmp_path: Path) -> None:
+    """A file has a position, which the pipes of the ranks have not."""
+    (tmp_path / "script.py").write_text("print('from a rank')\n")
+    with (tmp_path / "out").open("wb") as out, (tmp_path / "err").open("wb") as err:
+        command = [*FLEET, "run", str(tmp_path / "script.py"), "--workers", "2"]
+        done = subprocess.run(command, stdout=out, stderr=err, env=environment(), timeout=60, check=False)
+    assert (done.returncode, (tmp_path / "err").read_text()) == (0, "")
+    assert "from a rank" in (tmp_path / "out").read_text()
 
 
 def test_arguments_logs_and_a_torchrun_environment(tmp_path: Path) -> None:
