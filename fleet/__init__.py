@@ -12,10 +12,12 @@ from fleet.errors import (
     FleetError,
     ProtocolError,
     UsageError,
+    WorldChanged,
 )
 
 if TYPE_CHECKING:
     from fleet.collectives.communicator import Communicator
+    from fleet.collectives.reduce import PremulSum
 
 __all__ = [
     "CollectiveMismatch",
@@ -24,8 +26,10 @@ __all__ = [
     "FleetError",
     "ProtocolError",
     "UsageError",
+    "WorldChanged",
     "__version__",
     "init",
+    "premul_sum",
 ]
 
 
@@ -38,3 +42,10 @@ def init(timeout_s: float = 30.0, join_timeout_s: float = 300.0) -> Communicator
     from fleet.collectives.init import init
 
     return init(timeout_s=timeout_s, join_timeout_s=join_timeout_s)
+
+
+def premul_sum(factor: float) -> PremulSum:
+    """The op "sum over all ranks of factor · x", for floating and complex dtypes; all ranks give the same factor."""
+    from fleet.collectives.reduce import PremulSum
+
+    return PremulSum(factor)

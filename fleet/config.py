@@ -166,6 +166,14 @@ def data_security(default: Security) -> Security:
     return cast(Security, value)
 
 
+def shared_memory() -> Path | None:
+    """FLEET_SHM_DIR (/dev/shm): the tmpfs that ranks of one host share. None: FLEET_SHARED_MEMORY is off."""
+    wanted = os.environ.get("FLEET_SHARED_MEMORY") or "on"
+    if wanted not in ("on", "off"):
+        raise ConfigError(f"FLEET_SHARED_MEMORY is {wanted!r}: it must be on, or off for sockets between all ranks")
+    return Path(os.environ.get("FLEET_SHM_DIR") or "/dev/shm") if wanted == "on" else None
+
+
 def secret(file: Path | None = None) -> str | None:
     """The cluster secret from `file`, FLEET_SECRET, FLEET_SECRET_FILE or the user's own file, in this order."""
     if file is not None:

@@ -35,13 +35,15 @@ class CollectiveMismatch(FleetError):
     peer: int
     peer_call: str
     point_to_point: bool = False
+    line: str = ""  # of this rank's script; empty where it is not known
+    peer_line: str = ""
 
     def __str__(self) -> str:
         where = "in point-to-point order" if self.point_to_point else f"as collective #{self.sequence}"
         return (
             f"ranks {self.rank} and {self.peer} disagree {where}:\n"
-            f"  rank {self.rank} called {self.call}\n"
-            f"  rank {self.peer} called {self.peer_call}\n"
+            f"  rank {self.rank} called {self.call}{' at ' + self.line if self.line else ''}\n"
+            f"  rank {self.peer} called {self.peer_call}{' at ' + self.peer_line if self.peer_line else ''}\n"
             "every rank must make the same calls, in the same order, with the same shapes, dtypes, ops and roots"
         )
 
@@ -68,10 +70,34 @@ class CollectiveTimeout(FleetError):
     rank: int
     waited_s: float
     late: Sequence[Late]
+    world_size: int = 0  # 0: it was between two ranks
 
     def __str__(self) -> str:
         number = f" #{self.sequence}" if self.sequence else ""
         head = f"{self.call}{number} on rank {self.rank}: not complete after {self.waited_s:.1f} s"
         if not self.late:
+            if not self.world_size:
+                return head
             return f"{head}; every rank is inside this same collective: it was slow, not stuck (raise timeout_s)"
-        return "\n".join([f"{head}; waiting for", *(f"  {late}" for late in self.late)])
+        missing = {late.rank for late in self.late}
+        came = [str(rank) for rank in range(self.world_size) if rank not in missing]
+        here = f"ranks {', '.join(came)} came; " if came else ""
+        return "\n".join([f"{head}; {here}waiting for", *(f"  {late}" for late in self.late)])
+
+
+@dataclass(eq=False)
+class WorldChanged(FleetError):
+    """Nobody need act: a member of the world went. Says who and why; the communicator's world is no more."""
+
+    generation: int
+    rank: int
+    worker_id: str
+    host: str
+    pid: int
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} ({self.worker_id}, host {self.host}, pid {self.pid}) is gone: {self.reason}; "
+            f"generation {self.generation} has ended"
+        )

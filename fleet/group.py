@@ -16,6 +16,7 @@ class Member(msgspec.Struct, frozen=True):
     host: str
     pid: int
     address: str  # ZeroMQ endpoint of the inbox, such as tcp://10.0.0.5:50052
+    memory: str = ""  # equal for ranks that can map the same files; empty: shares memory with nobody
 
 
 class World(msgspec.Struct, frozen=True):

@@ -6,6 +6,7 @@ To add a message: write its Struct, add it to `Message`, and handle it in the `s
 
 from __future__ import annotations
 
+import signal
 from typing import Literal
 
 import msgpack
@@ -14,7 +15,7 @@ import msgspec
 from fleet.errors import ProtocolError
 from fleet.group import Member, World
 
-PROTOCOL = 1
+PROTOCOL = 2
 FRAME_LIMIT_BYTES = 8 << 20
 PART_BYTES = 1 << 20  # a bundle travels in parts of this size
 
@@ -60,6 +61,17 @@ class RankStatus(msgspec.Struct, frozen=True):
     @property
     def failed(self) -> bool:
         return bool(self.code or self.signal or self.reason)
+
+
+def how(status: RankStatus) -> str:
+    """How a rank ended, in words for a person."""
+    if status.reason:
+        return status.reason
+    if status.signal:
+        name = signal.Signals(status.signal).name if status.signal in set(signal.Signals) else "unknown"
+        memory = "; the machine or container was out of memory" if status.out_of_memory else ""
+        return f"killed by signal {status.signal} ({name}){memory}"
+    return f"exit code {status.code}"
 
 
 # Handshake and liveness
@@ -245,6 +257,7 @@ class Join(Message, frozen=True):
     rank: int
     pid: int
     address: str
+    memory: str = ""  # see group.Member
 
 
 class Formed(Message, frozen=True):
@@ -253,13 +266,24 @@ class Formed(Message, frozen=True):
     world: World
 
 
+class Lost(Message, frozen=True):
+    """A rank of the attempt has gone: whoever waits for it need not. `reason` says why, in words."""
+
+    job_id: str
+    attempt: int
+    status: RankStatus
+    reason: str
+
+
 class Ask(Message, frozen=True):
-    """What is every rank of the job doing now? Asked by a rank whose collective is late."""
+    """What is every rank of the job doing now? Asked by a rank whose collective is late; by a client: rank -1."""
 
     job_id: str
     attempt: int
     rank: int
     question: int
+    group: int = 0  # the communicator
+    records: bool = False  # with all that their flight recorders hold
 
 
 class Answer(Message, frozen=True):
@@ -273,12 +297,29 @@ class Answer(Message, frozen=True):
     sequence: int  # of its running or last collective; -1: it has not joined, or is gone
     inside: bool  # whether it is inside that collective now
     doing: str
+    call: str = ""  # that collective
+    line: str = ""  # of the script, where that was called or the rank is now
+    records: str = ""
+
+
+class Why(Message, frozen=True):
+    """A client asks what the ranks of a running job do, and have done."""
+
+    job_id: str
+
+
+class Because(Message, frozen=True):
+    """What is known at once: an error in words, or how many ranks will answer."""
+
+    job_id: str
+    error: str
+    rank_count: int = 0
 
 
 _ALL = (
     WorkerHello | ClientHello | Welcome | Refused | Heartbeat | Unknown | Goodbye | Submit | Waiting | Started | Cancel
     | Ended | Want | Part | Assign | Assigned | AssignFailed | Launch | Stop | Forget | RankExited | Output | OutputAck
-    | RankHello | RankWelcome | Join | Formed | Ask | Answer
+    | RankHello | RankWelcome | Join | Formed | Lost | Ask | Answer | Why | Because
 )  # fmt: skip
 
 
@@ -307,4 +348,4 @@ def decode(data: bytes) -> Message:
 
 
 __all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Message)]
-__all__ += ["PART_BYTES", "PROTOCOL", "Member", "RankStatus", "Spec", "Versions", "World", "decode", "encode"]
+__all__ += ["PART_BYTES", "PROTOCOL", "Member", "RankStatus", "Spec", "Versions", "World", "decode", "encode", "how"]

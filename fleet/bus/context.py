@@ -5,16 +5,16 @@ One Bus per shell: its sockets belong to that shell's thread, and all of them en
 
 from __future__ import annotations
 
-import os
 import re
 from types import TracebackType
 from typing import Self
 
 import zmq
 
+from fleet.bus import forks
 from fleet.bus.address import holder_of
 from fleet.bus.lock import Doorkeeper, Lock
-from fleet.errors import ConfigError, UsageError
+from fleet.errors import ConfigError
 
 LINGER_MS = 1000  # what a closed socket may still take to hand over what was sent
 HANDSHAKE_MS = 5000
@@ -27,7 +27,7 @@ class Bus:
 
     def __init__(self, lock: Lock, io_threads: int = 1) -> None:
         self.lock = lock
-        self._pid = os.getpid()
+        self._forks = forks.count
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads)
         self._sockets: list[zmq.Socket[bytes]] = []
         self._doorkeeper: Doorkeeper | None = None
@@ -74,15 +74,11 @@ class Bus:
 
     def check_process(self) -> None:
         """Raises UsageError in a forked child: a socket used there would abort both processes."""
-        if os.getpid() != self._pid:
-            raise UsageError(
-                f"this process (pid {os.getpid()}) was forked from pid {self._pid}, which owns the sockets: "
-                "only the process that called fleet.init() may use them"
-            )
+        forks.check(self._forks)
 
     def close(self, linger: bool = True) -> None:
         """Ends all sockets. What was sent still goes out if `linger`, for LINGER_MS at most."""
-        if os.getpid() != self._pid:
+        if self._forks != forks.count:
             return  # a forked child has only copies of handles that are not its own
         for socket in self._sockets:
             socket.close(linger=None if linger else 0)

@@ -91,6 +91,24 @@ def worker_command(
     run_worker(address, slots, secret_file, insecure)
 
 
+@app.command("why")
+def why_command(
+    job: Annotated[str, typer.Argument(help="The job's id.", show_default="the only one that runs")] = "",
+    last: Annotated[int, typer.Option(help="Collectives to show of each rank.")] = 20,
+    timeout: Annotated[float, typer.Option(help="Seconds to keep trying to reach the orchestrator.")] = 10.0,
+    orchestrator: Annotated[
+        str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR, else this machine.")
+    ] = None,
+    secret_file: SecretFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Say what each rank of a running job is doing, and its last collectives."""
+    from fleet.cli.why import explain
+
+    address = orchestrator or config.orchestrator_address()
+    typer.echo(explain(job, last, address, secret_file, insecure, timeout))
+
+
 @app.command("version")
 def version_command() -> None:
     """Print fleet's version."""

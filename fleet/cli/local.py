@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ HOST = "127.0.0.1"
 @contextmanager
 def local_cluster(runtime: Path, slots: int, transport: Transport, preload: tuple[str, ...]) -> Iterator[Target]:
     """Ready when entered; all of it has ended when left. Control goes over sockets in the private runtime folder."""
+    # It tells the client what matters; that its one worker leaves at the end is no news.
+    logging.getLogger("fleet.orchestrator").addHandler(logging.NullHandler())
     threads = max(1, config.usable_cores() // slots)
     config.limit_threads(threads)
     zygote = Zygote(runtime, preload)  # first: it must not inherit a ZeroMQ context or a thread

@@ -13,6 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from fleet import config
+from fleet.bus.shared import sweep
+
 PREFIX = "fleet-"
 LOCK = "lock"
 
@@ -22,6 +25,8 @@ def runtime_folder() -> Iterator[Path]:
     """A fresh folder that only its owner may enter. Short, since a socket's path has 107 bytes at most."""
     base = Path(tempfile.gettempdir())
     _sweep(base)
+    if (memory := config.shared_memory()) is not None:
+        sweep(memory)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
     descriptor = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 from fleet.client.fold import rank_set
-from fleet.messages import Ended, RankStatus
+from fleet.messages import Ended, how
 
 STDERR_LINES = 20
 INTERRUPTED = 128 + signal.SIGINT
@@ -25,7 +25,7 @@ def report(ended: Ended, world_size: int) -> str:
     cause = by_rank.get(ended.cause)
     if cause is None:
         return f"fleet: the job did not succeed: {ended.reason}" if ended.reason else ""
-    lines = [f"fleet: rank {cause.rank} failed (host {cause.host}, pid {cause.pid}): {_how(cause)}"]
+    lines = [f"fleet: rank {cause.rank} failed (host {cause.host}, pid {cause.pid}): {how(cause)}"]
     tail = cause.stderr_tail.rstrip().splitlines()[-STDERR_LINES:]
     if tail:
         lines += [f"fleet: the end of its stderr, {len(tail)} line{'' if len(tail) == 1 else 's'}:"]
@@ -36,7 +36,7 @@ def report(ended: Ended, world_size: int) -> str:
     done = [status.rank for status in others if not status.failed and not status.stopped]
     if stopped:
         lines.append(f"fleet: stopped because of it: {_ranks(stopped, world_size)}")
-    lines += [f"fleet: failed too: rank {status.rank} ({_how(status)})" for status in failed]
+    lines += [f"fleet: failed too: rank {status.rank} ({how(status)})" for status in failed]
     if done:
         lines.append(f"fleet: had finished before: {_ranks(done, world_size)}")
     return "\n".join(lines)
@@ -44,13 +44,3 @@ def report(ended: Ended, world_size: int) -> str:
 
 def _ranks(ranks: list[int], world_size: int) -> str:
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {rank_set(ranks, world_size + 1)}"
-
-
-def _how(status: RankStatus) -> str:
-    if status.reason:
-        return status.reason
-    if status.signal:
-        name = signal.Signals(status.signal).name if status.signal in set(signal.Signals) else "unknown"
-        memory = "; the machine or container was out of memory" if status.out_of_memory else ""
-        return f"killed by signal {status.signal} ({name}){memory}"
-    return f"exit code {status.code}"

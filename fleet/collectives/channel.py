@@ -1,7 +1,8 @@
-"""Tensor messages by their place: what was sent for (sequence, source, turn, segment) is found there, or refused.
+"""Tensor messages by their place: what was sent for (group, sequence, source, turn, segment) is found there, or refused.
 
-Stands between the engine, which wants one particular message next, and the mesh, which yields whatever arrives. Keeps
-what is early, drops what is of another world, and turns a peer's different call into CollectiveMismatch.
+An Inbox stands between the mesh, which yields whatever arrives, and the Channels of this rank's communicators, each of
+which wants one particular message next. Any thread may wait: one of them receives, for all. Early messages are kept,
+those of another world are dropped, and a peer's different call becomes CollectiveMismatch.
 Weakness: ranks that run ahead (the roots of broadcasts) are held back by the queues of ZeroMQ only while this rank is
 outside of collectives; inside one, it keeps what they send.
 """
@@ -9,19 +10,22 @@ outside of collectives; inside one, it keeps what they send.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
-from fleet.bus.mesh import Mesh, Tracker
+from fleet.bus.mesh import TICK_MS, Mesh, Tracker
 from fleet.collectives.header import Head, describe_call, pack_head, unpack_head
 from fleet.errors import CollectiveMismatch, ProtocolError
 
-COLLECTIVE, POINT_TO_POINT = 0, 1  # the group field; numbers from 2 up are for communicators split off
 REMEMBERED_CALLS = 256
+PROBE = 0xFFFFFFFF  # as a turn: no data, only "this is what I call, what do you?"
+PROBE_AFTER_S = 0.4
 
 log = logging.getLogger("fleet.collectives")
+
+Key = tuple[int, int, int, int, int]  # group, sequence, source, turn, segment
 
 
 class Payload(NamedTuple):
@@ -31,82 +35,95 @@ class Payload(NamedTuple):
     carrier: Any
 
 
-class Place(NamedTuple):
-    """Where a message belongs within a sequence number. `turn` counts the chunks between two ranks; else it is the tag."""
+class Inbox:
+    """All tensor messages of one rank in one world. `check` is called while waiting, and raises to end the wait."""
 
-    source: int
-    turn: int
-    segment: int
-
-
-@dataclass(slots=True)
-class _Kept:
-    call: bytes
-    payload: Payload
-
-
-class Channel:
-    """One rank's tensor messages in one world. `world` tells worlds apart, so a late message of another is dropped."""
-
-    def __init__(self, mesh: Mesh, rank: int, addresses: Sequence[str], world: int) -> None:
+    def __init__(
+        self, mesh: Mesh, rank: int, addresses: Sequence[str], world: int, check: Callable[[], None] = lambda: None
+    ) -> None:
         self.rank = rank
         self.refused_count = 0  # messages that were not fleet's
         self.stale_count = 0  # messages of another world
         self._mesh = mesh
         self._world = world
-        self._early: dict[tuple[int, int], dict[Place, _Kept]] = {}  # by (group, sequence)
-        self._calls: dict[int, bytes] = {}  # the running collective and the last ones before it
-        self._sequence = 0
+        self.check = check
+        self._channels: dict[int, Channel] = {}
+        self._early: dict[Key, tuple[bytes, Payload]] = {}
+        self._changed = threading.Condition()
+        self._receiving = False
         mesh.connect(addresses)
+        mesh.check = check
 
-    def begin(self, sequence: int, call: bytes) -> None:
-        """A collective starts: from now on, whatever comes for this sequence number must be the same call."""
-        self._sequence = sequence
-        self._calls[sequence] = call
-        self._calls.pop(sequence - REMEMBERED_CALLS, None)
-        for place, kept in self._early.get((COLLECTIVE, sequence), {}).items():
-            self._compare(sequence, place.source, kept.call)
+    def add(self, channel: Channel) -> None:
+        self._channels[channel.group] = channel
+
+    def remove(self, channel: Channel) -> None:
+        """Its messages, early and late, are of no use any more."""
+        with self._changed:
+            self._channels.pop(channel.group, None)
+            for key in [key for key in self._early if key[0] in (channel.group, channel.group + 1)]:
+                del self._early[key]
 
     def send(
-        self,
-        peer: int,
-        group: int,
-        sequence: int,
-        turn: int,
-        segment: int,
-        call: bytes,
-        payload: Any,
-        deadline: float,
-        track: bool = False,
+        self, peer: int, key: tuple[int, int, int, int], call: bytes, payload: Any, deadline: float, track: bool
     ) -> Tracker | None:
-        """Queues one message; see Mesh.send. Raises TimeoutError after `deadline`."""
+        """Queues one message for (group, sequence, turn, segment); see Mesh.send. Raises TimeoutError."""
+        group, sequence, turn, segment = key
         head = pack_head(self._world, group, sequence, self.rank, turn, segment, call)
         return self._mesh.send(peer, head, payload, deadline, track)
 
-    def expect(self, group: int, sequence: int, place: Place, deadline: float) -> tuple[bytes, Payload]:
-        """(call, payload) of the message for one place. Raises TimeoutError, CollectiveMismatch."""
-        early = self._early.get((group, sequence))
-        if early and (kept := early.pop(place, None)):
-            if not early:
-                del self._early[group, sequence]
-            return kept.call, kept.payload
-        while True:
-            arrived = self._receive()
-            if arrived is None:
-                if monotonic() > deadline:
-                    raise TimeoutError
-                continue
-            head, payload = arrived
-            found = Place(head.source, head.turn, head.segment)
-            if head.group == COLLECTIVE and head.sequence <= self._sequence:
-                self._compare(head.sequence, head.source, head.call)
-            if head.group == group and head.sequence == sequence and found == place:
-                return head.call, payload
-            if head.group != COLLECTIVE or head.sequence >= self._sequence:
-                self._early.setdefault((head.group, head.sequence), {})[found] = _Kept(head.call, payload)
+    def wait_until_sent(self, tracker: Tracker, deadline: float) -> None:
+        """Returns once lent memory may be changed. Raises TimeoutError."""
+        self._mesh.wait_until_sent(tracker, deadline)
+
+    def take(self, channel: Channel, find: Callable[[], Key | None], deadline: float) -> tuple[Key, bytes, Payload]:
+        """The message whose key `find` returns, once it is there. Raises TimeoutError, CollectiveMismatch."""
+        with self._changed:
+            while True:
+                if (key := find()) is not None:
+                    return (key, *self._early.pop(key))
+                if not self._receiving:
+                    break
+                self._changed.wait(TICK_MS / 1000)
+                self._look_up(channel, deadline)
+            self._receiving = True
+        try:
+            while True:
+                arrived = self._receive()
+                if arrived is not None:
+                    with self._changed:
+                        self._keep(*arrived)
+                        if (key := find()) is not None:
+                            return (key, *self._early.pop(key))
+                        self._changed.notify_all()
+                self._look_up(channel, None if arrived else deadline)
+        finally:
+            with self._changed:
+                self._receiving = False
+                self._changed.notify_all()
+
+    def has(self, key: Key) -> bool:
+        return key in self._early
+
+    def keys(self) -> list[Key]:
+        return list(self._early)
 
     def close(self, linger: bool = True) -> None:
         self._mesh.close(linger)
+
+    def _look_up(self, channel: Channel, deadline: float | None) -> None:
+        """What may end a wait, other than the message."""
+        if channel.failed is not None:
+            raise channel.failed
+        self.check()
+        if deadline is not None and monotonic() > deadline:
+            raise TimeoutError
+
+    def _keep(self, head: Head, payload: Payload) -> None:
+        channel = self._channels.get(head.group)
+        # That of a communicator that this rank is about to split off is kept too.
+        if channel is None or channel.wants(head):
+            self._early[head.group, head.sequence, head.source, head.turn, head.segment] = head.call, payload
 
     def _receive(self) -> tuple[Head, Payload] | None:
         """The next message of this world; None after a tick without one."""
@@ -129,7 +146,88 @@ class Channel:
         own = bytearray(rest)  # a copy, so that what is reduced in place is aligned
         return head, Payload(own, own)
 
+
+class Channel:
+    """One communicator's messages: `members` are the world's numbers of its ranks, in the order of their ranks here.
+
+    Its collectives use `group`, its point-to-point messages the group after it.
+    """
+
+    def __init__(self, inbox: Inbox, group: int, members: Sequence[int]) -> None:
+        self.group = group
+        self.members = tuple(members)
+        self.rank = self.members.index(inbox.rank)
+        self.failed: CollectiveMismatch | None = None
+        self.inbox = inbox
+        self._rank_of = {member: rank for rank, member in enumerate(self.members)}
+        self._calls: dict[int, bytes] = {}  # the running collective and the last ones before it
+        self._ahead: dict[int, tuple[int, bytes]] = {}  # what others called in collectives to come
+        self._sequence = 0
+        inbox.add(self)
+
+    def begin(self, sequence: int, call: bytes) -> None:
+        """A collective starts: from now on, whatever comes for this sequence number must be the same call."""
+        self._calls[sequence] = call
+        self._sequence = sequence
+        self._calls.pop(sequence - REMEMBERED_CALLS, None)
+        if self._ahead:
+            ahead = self._ahead.pop(sequence, None)
+            if ahead is not None:
+                self._compare(sequence, *ahead)
+        if self.failed is not None:
+            raise self.failed
+
+    def send(
+        self,
+        peer: int,
+        sequence: int,
+        turn: int,
+        segment: int,
+        call: bytes,
+        payload: Any,
+        deadline: float,
+        track: bool = False,
+    ) -> Tracker | None:
+        """Queues one message of a collective. Raises TimeoutError after `deadline`."""
+        key = self.group, sequence, turn, segment
+        return self.inbox.send(self.members[peer], key, call, payload, deadline, track)
+
+    def expect(self, sequence: int, source: int, turn: int, segment: int, call: bytes, deadline: float) -> Payload:
+        """The message for one place of a collective. Raises TimeoutError, CollectiveMismatch."""
+        inbox = self.inbox
+        key = self.group, sequence, self.members[source], turn, segment
+        first = min(deadline, monotonic() + PROBE_AFTER_S)
+
+        def find() -> Key | None:
+            return key if inbox.has(key) else None
+
+        try:
+            _, theirs, payload = inbox.take(self, find, first)
+        except TimeoutError:
+            if first == deadline:
+                raise
+            # It is late. If it waits in another call than this one, it will find that out from this message.
+            self.send(source, sequence, PROBE, 0, call, b"", deadline)
+            _, theirs, payload = inbox.take(self, find, deadline)
+        if theirs != call:
+            self._compare(sequence, self.members[source], theirs)
+            assert self.failed is not None
+            raise self.failed
+        return payload
+
+    def wants(self, head: Head) -> bool:
+        """Whether a message that arrived is of use now or later; a different call is noted."""
+        if head.sequence <= self._sequence:
+            self._compare(head.sequence, head.source, head.call)
+        elif head.sequence not in self._ahead:
+            self._ahead[head.sequence] = head.source, head.call
+        return head.sequence >= self._sequence and head.turn != PROBE
+
+    def close(self) -> None:
+        self.inbox.remove(self)
+
     def _compare(self, sequence: int, source: int, call: bytes) -> None:
         mine = self._calls.get(sequence)
-        if mine is not None and mine != call:
-            raise CollectiveMismatch(sequence, self.rank, describe_call(mine), source, describe_call(call))
+        if mine is not None and mine != call and self.failed is None:
+            peer = self._rank_of.get(source, source)
+            self.failed = CollectiveMismatch(sequence, self.rank, describe_call(mine), peer, describe_call(call))

@@ -1,294 +1,377 @@
 """The communicator: MPI-like collectives over the ranks of one world. Knows calls and buffers, not how a world forms.
 
-Every call blocks until this rank's part is done, and ends by its deadline. Ranks must make the same calls in the same
-order; what differs is an error that names both calls. Results are the same bits on every rank and from run to run.
+Every call ends by its deadline. Ranks must make the same calls in the same order; what differs is an error that names
+both calls. Results are the same bits on every rank and from run to run. docs/algorithms.md has what runs underneath.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from time import monotonic
+import pickle
+from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
-from fleet.bus.mesh import wait_until_sent
-from fleet.collectives import engine, reduce, schedule
-from fleet.collectives.buffer import Array, Buffer, as_buffer
-from fleet.collectives.channel import POINT_TO_POINT, Channel, Place
-from fleet.collectives.header import describe_call, pack_call
-from fleet.errors import CollectiveMismatch, CollectiveTimeout, FleetError, Late, UsageError
-from fleet.group import World
-
-# Up to here a tree's few steps beat the ring's many; bench/startup.py --allreduce shows both sides of it.
-TREE_BYTES_AT_MOST = 64 << 10
-TAGS = 1 << 31
-
-# Asks every other rank what it does: (rank, sequence, inside, call, doing) of all that answered or are known to be gone.
-Inquiry = Callable[[], Sequence["Doing"]]
-
-
-@dataclass(frozen=True, slots=True)
-class Doing:
-    """What one rank is known to be doing. `sequence` is -1 where it is in no collective and will be in none."""
-
-    late: Late
-    sequence: int
-    inside: bool
-    call: str
+from fleet.collectives.arguments import (
+    check_parts,
+    check_peer,
+    check_rank,
+    check_tag,
+    parts_of,
+    splits_of,
+)
+from fleet.collectives.base import Base, Op
+from fleet.collectives.buffer import Buffer, as_buffer
+from fleet.collectives.job import Job
+from fleet.collectives.paths import GROUPS_PER_COMMUNICATOR
+from fleet.collectives.points import in_background
+from fleet.collectives.work import Work
+from fleet.errors import UsageError
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """The running or last collective of this rank; read by another thread, hence replaced and never changed."""
+class Communicator(Base):
+    """This rank's end of a world. Made by `fleet.init()`, and by `split` of another one.
 
-    sequence: int = 0
-    call: bytes = b""
-    inside: bool = False
-
-
-class Communicator:
-    """This rank's end of a world. Made by `fleet.init()`.
-
-    x and out are NumPy arrays or torch CPU tensors of a bool, integer, floating or complex dtype, of any shape; every
-    rank passes the same shape and dtype. Methods may be called from any thread, one at a time. `timeout_s` overrides
-    the communicator's own deadline for one call. All raise
+    x and out are NumPy arrays or torch CPU tensors of a bool, integer, floating or complex dtype, of any shape and
+    layout; every rank passes the same shape and dtype. Methods may be called from any thread. `timeout_s` overrides the
+    communicator's own deadline for one call. With `async_op=True` a call returns a Work at once, and goes on in the order
+    of the calls; the tensors belong to it until it is done. All raise
 
     - UsageError: illegal here, nothing was sent;
     - CollectiveMismatch: another rank called something else in the same place;
-    - CollectiveTimeout: not complete in time; names the ranks that are late and what they are doing.
+    - CollectiveTimeout: not complete in time; names the ranks that are late and what they are doing;
+    - WorldChanged: a rank has gone; says which and why.
 
-    After the last two the communicator is broken, what was to be written is undefined, and further calls raise again.
+    After the last three the communicator is broken, what was to be written is undefined, and further calls raise again.
     """
 
-    def __init__(
-        self,
-        rank: int,
-        world: World,
-        channel: Channel | None,
-        timeout_s: float = 30.0,
-        local_rank: int = 0,
-        inquire: Inquiry | None = None,
-    ) -> None:
-        self.rank = rank
-        self.world_size = world.size
-        self.local_rank = local_rank
-        self.generation = world.generation
-        self.timeout_s = timeout_s
-        self.progress = Progress()
-        self._world = world
-        self._channel = channel  # None in a world of one
-        self._inquire = inquire
-        self._lock = threading.Lock()
-        self._broken: FleetError | BaseException | None = None
-        self._sent: dict[tuple[int, int], int] = {}  # messages so far, by (peer, tag)
-        self._received: dict[tuple[int, int], int] = {}
+    # Reductions
 
-    def all_reduce(self, x: Any, op: str = "sum", *, timeout_s: float | None = None) -> None:
-        """Combines x over all ranks, in place. op: sum, mean, prod, min, max.
+    def all_reduce(
+        self, x: Any, op: Op = "sum", *, timeout_s: float | None = None, async_op: bool = False, wire: str = ""
+    ) -> Work | None:
+        """Combines x over all ranks, in place. op: sum, mean, prod, min, max, band, bor, bxor, fleet.premul_sum(factor).
 
-        Binomial tree up to TREE_BYTES_AT_MOST bytes, ring above. float16 and bfloat16 are rounded after each of the
-        N-1 additions. mean divides the sum once, and is refused for integers and bools; min and max for complex.
+        float16 and bfloat16 are accumulated in float32 and rounded once (between hosts: once more per host). mean
+        divides the sum once; mean and premul_sum are refused for integers and bools, min and max for complex, the bit
+        operations for all but integers and bools. wire="bf16" sends float32 between hosts in 16 bits: each rank's
+        values and the result are rounded to 8 bits of precision, so the relative error is up to 2**-8 of the sum of
+        absolute values; it halves the bytes, and has no effect where ranks share memory.
         """
         buffer = as_buffer(x, "x", written=True)
-        reduce.check(op, buffer.dtype)
-        with self._collective(pack_call("all_reduce", op, buffer.dtype, buffer.shape), timeout_s) as work:
-            if self.world_size > 1:
-                work.combine = reduce.combination(op, buffer.dtype)
-                work.finish = reduce.completion(op, buffer.dtype, self.world_size)
-                if buffer.flat.nbytes <= TREE_BYTES_AT_MOST:
-                    work.mine = work.out = [buffer.flat]
-                    self._run(schedule.tree_all_reduce(self.rank, self.world_size), work)
-                else:
-                    work.mine = work.out = self._chunks(buffer.flat)
-                    self._run(schedule.ring_all_reduce(self.rank, self.world_size), work)
+        call = self._reduction("all_reduce", op, buffer, wire=wire)
+
+        def act(job: Job) -> None:
+            if self._path is not None:
+                self._path.all_reduce(job, buffer.flat)
+            elif job.kernel.finishes:
+                job.kernel.finish_alone(buffer.flat)
             buffer.write_back()
 
-    def broadcast(self, x: Any, root: int = 0, *, timeout_s: float | None = None) -> None:
-        """Gives every rank root's x, in place. Binomial tree, in segments."""
-        self._check_rank(root, "root")
+        return self._conductor.run(call, act, timeout_s, async_op, wire)
+
+    def reduce(
+        self, x: Any, root: int = 0, op: Op = "sum", *, timeout_s: float | None = None, async_op: bool = False
+    ) -> Work | None:
+        """Combines x over all ranks into root's x; on the others, x stays as it is. op: see all_reduce."""
+        check_rank(root, "root", self.world_size)
+        buffer = as_buffer(x, "x", written=self.rank == root)
+        call = self._reduction("reduce", op, buffer, root)
+
+        def act(job: Job) -> None:
+            if self._path is not None:
+                # Paths may use a rank's memory for partial results, which only root's is there for.
+                flat = buffer.flat if self.rank == root else buffer.flat.copy()
+                self._path.reduce(job, flat, root)
+            elif job.kernel.finishes:
+                job.kernel.finish_alone(buffer.flat)
+            if self.rank == root:
+                buffer.write_back()
+
+        return self._conductor.run(call, act, timeout_s, async_op)
+
+    def reduce_scatter(
+        self, out: Any, x: Any, op: Op = "sum", *, timeout_s: float | None = None, async_op: bool = False
+    ) -> Work | None:
+        """Combines x over all ranks and leaves this rank's share, along dimension 0, in out; x stays as it is.
+
+        out: shape (k, ...); x: (world_size * k, ...), or (world_size, *out.shape) for the same bytes. op: see all_reduce.
+        """
+        target, whole = as_buffer(out, "out", written=True), as_buffer(x, "x", written=False)
+        check_parts("x", whole, "out", target, self.world_size)
+        call = self._reduction("reduce_scatter", op, whole)
+
+        def act(job: Job) -> None:
+            parts = parts_of(whole.flat, self.world_size)
+            if self._path is not None:
+                self._path.reduce_scatter(job, target.flat, parts)
+            else:
+                target.flat[:] = parts[0]
+                job.kernel.finish_alone(target.flat)
+            target.write_back()
+
+        return self._conductor.run(call, act, timeout_s, async_op)
+
+    def scan(self, x: Any, op: Op = "sum", *, timeout_s: float | None = None, async_op: bool = False) -> Work | None:
+        """Combines x over the ranks up to and with this one, in place. op: see all_reduce, but mean."""
+        return self._scan("scan", x, op, timeout_s, async_op)
+
+    def exscan(self, x: Any, op: Op = "sum", *, timeout_s: float | None = None, async_op: bool = False) -> Work | None:
+        """Combines x over the ranks before this one, in place; rank 0's x stays as it is. op: see all_reduce, but mean."""
+        return self._scan("exscan", x, op, timeout_s, async_op)
+
+    # Moves
+
+    def broadcast(
+        self, x: Any, root: int = 0, *, timeout_s: float | None = None, async_op: bool = False
+    ) -> Work | None:
+        """Gives every rank root's x, in place."""
+        check_rank(root, "root", self.world_size)
         buffer = as_buffer(x, "x", written=self.rank != root)
-        with self._collective(pack_call("broadcast", "", buffer.dtype, buffer.shape, root), timeout_s) as work:
-            if self.world_size > 1:
-                work.mine = work.out = [buffer.flat]
-                self._run(schedule.tree_broadcast(self.rank, self.world_size, root), work)
+
+        def act(job: Job) -> None:
+            if self._path is not None:
+                self._path.broadcast(job, buffer.flat, root)
             buffer.write_back()
 
-    def all_gather(self, out: Any, x: Any, *, timeout_s: float | None = None) -> None:
-        """Puts every rank's x into out, one after the other along dimension 0, in the order of the ranks. Ring.
+        return self._conductor.run(self._move("broadcast", buffer, root), act, timeout_s, async_op)
+
+    def all_gather(self, out: Any, x: Any, *, timeout_s: float | None = None, async_op: bool = False) -> Work | None:
+        """Puts every rank's x into out, one after the other along dimension 0, in the order of the ranks.
 
         x: shape (k, ...); out: (world_size * k, ...), or (world_size, *x.shape) for the same bytes.
         """
         target, mine = as_buffer(out, "out", written=True), as_buffer(x, "x", written=False)
-        self._check_parts("out", target, "x", mine)
-        with self._collective(pack_call("all_gather", "", mine.dtype, mine.shape), timeout_s) as work:
-            parts = self._parts(target.flat)
-            parts[self.rank][:] = mine.flat
-            if self.world_size > 1:
-                work.mine = work.out = parts
-                self._run(schedule.ring_all_gather(self.rank, self.world_size), work)
+        check_parts("out", target, "x", mine, self.world_size)
+
+        def act(job: Job) -> None:
+            parts = parts_of(target.flat, self.world_size)
+            if self._path is not None:
+                self._path.all_gather(job, parts, mine.flat)
+            else:
+                parts[0][:] = mine.flat
             target.write_back()
 
-    def reduce_scatter(self, out: Any, x: Any, op: str = "sum", *, timeout_s: float | None = None) -> None:
-        """Combines x over all ranks and leaves this rank's share, along dimension 0, in out; x stays as it is. Ring.
+        return self._conductor.run(self._move("all_gather", mine), act, timeout_s, async_op)
 
-        out: shape (k, ...); x: (world_size * k, ...), or (world_size, *out.shape) for the same bytes. op as in all_reduce.
+    def gather(
+        self, out: Any, x: Any, root: int = 0, *, timeout_s: float | None = None, async_op: bool = False
+    ) -> Work | None:
+        """As all_gather, at root only; elsewhere out is not looked at and may be None."""
+        check_rank(root, "root", self.world_size)
+        mine = as_buffer(x, "x", written=False)
+        target = as_buffer(out, "out", written=True) if self.rank == root else None
+        if target is not None:
+            check_parts("out", target, "x", mine, self.world_size)
+
+        def act(job: Job) -> None:
+            parts = parts_of(target.flat, self.world_size) if target is not None else None
+            if self._path is not None:
+                self._path.gather(job, parts, mine.flat, root)
+            elif parts is not None:
+                parts[0][:] = mine.flat
+            if target is not None:
+                target.write_back()
+
+        return self._conductor.run(self._move("gather", mine, root), act, timeout_s, async_op)
+
+    def scatter(
+        self, out: Any, x: Any, root: int = 0, *, timeout_s: float | None = None, async_op: bool = False
+    ) -> Work | None:
+        """Gives each rank its share of root's x, along dimension 0; elsewhere x is not looked at and may be None.
+
+        out: shape (k, ...); x: (world_size * k, ...), or (world_size, *out.shape) for the same bytes.
         """
-        target, whole = as_buffer(out, "out", written=True), as_buffer(x, "x", written=False)
-        reduce.check(op, whole.dtype)
-        self._check_parts("x", whole, "out", target)
-        with self._collective(pack_call("reduce_scatter", op, whole.dtype, whole.shape), timeout_s) as work:
-            parts = self._parts(whole.flat)
-            if self.world_size > 1:
-                work.combine = reduce.combination(op, whole.dtype)
-                work.finish = reduce.completion(op, whole.dtype, self.world_size)
-                work.mine = parts
-                work.out = [target.flat if rank == self.rank else None for rank in range(self.world_size)]
-                self._run(schedule.ring_reduce_scatter(self.rank, self.world_size), work)
-            else:
+        check_rank(root, "root", self.world_size)
+        target = as_buffer(out, "out", written=True)
+        whole = as_buffer(x, "x", written=False) if self.rank == root else None
+        if whole is not None:
+            check_parts("x", whole, "out", target, self.world_size)
+
+        def act(job: Job) -> None:
+            parts = parts_of(whole.flat, self.world_size) if whole is not None else None
+            if self._path is not None:
+                self._path.scatter(job, target.flat, parts, root)
+            elif parts is not None:
                 target.flat[:] = parts[0]
             target.write_back()
 
-    def barrier(self, *, timeout_s: float | None = None) -> None:
-        """Returns once every rank has called it. Binomial tree of empty messages, up and down."""
-        with self._collective(pack_call("barrier"), timeout_s) as work:
-            if self.world_size > 1:
-                work.mine, work.out = [np.empty(0, np.uint8)], [None]
-                work.combine = reduce.combination("sum", "uint8")
-                self._run(schedule.tree_all_reduce(self.rank, self.world_size), work)
+        return self._conductor.run(self._move("scatter", target, root), act, timeout_s, async_op)
 
-    def send(self, x: Any, dst: int, tag: int = 0, *, timeout_s: float | None = None) -> None:
+    def all_to_all(
+        self,
+        out: Any,
+        x: Any,
+        out_splits: Sequence[int] | None = None,
+        x_splits: Sequence[int] | None = None,
+        *,
+        timeout_s: float | None = None,
+        async_op: bool = False,
+    ) -> Work | None:
+        """Sends the r-th part of x, along dimension 0, to rank r, whose parts for this rank come into out, in order.
+
+        The splits are the rows of each part, None: equal ones. What one rank sends to another must be what that one
+        expects: each rank's x_splits[r] is rank r's out_splits for it. Shapes may differ but for dimension 0.
+        """
+        target, whole = as_buffer(out, "out", written=True), as_buffer(x, "x", written=False)
+        if target.dtype != whole.dtype or target.shape[1:] != whole.shape[1:]:
+            raise UsageError(
+                f"out is {target.dtype}{list(target.shape)} and x is {whole.dtype}{list(whole.shape)}: "
+                "dtype and all dimensions but the first must be the same"
+            )
+        into = splits_of("out", target, out_splits, self.world_size)
+        parts = splits_of("x", whole, x_splits, self.world_size)
+        even = out_splits is None and x_splits is None
+        call = self._move("all_to_all", Buffer(whole.flat, whole.dtype, whole.shape if even else whole.shape[1:]))
+
+        def act(job: Job) -> None:
+            if self._path is None:
+                into[0][:] = parts[0]
+            else:
+                longest = len(parts[0]) if even else self._agree_on_splits(job, into, parts)
+                self._path.all_to_all(job, into, parts, longest)
+            target.write_back()
+
+        return self._conductor.run(call, act, timeout_s, async_op)
+
+    def barrier(self, *, timeout_s: float | None = None, async_op: bool = False) -> Work | None:
+        """Returns once every rank has called it."""
+
+        def act(job: Job) -> None:
+            if self._path is not None:
+                self._path.barrier(job)
+
+        return self._conductor.run(self._barrier, act, timeout_s, async_op)
+
+    # Between two ranks
+
+    def send(
+        self, x: Any, dst: int, tag: int = 0, *, timeout_s: float | None = None, async_op: bool = False
+    ) -> Work | None:
         """Sends x to rank dst; returns when x may be changed again, which may be before dst has received it.
 
-        Messages of one tag arrive in the order they were sent. tag: from 0 to 2**31 - 1.
+        Messages of one tag arrive in the order they were sent. tag: from 0 to 2**31 - 1. It waits for no collective.
         """
-        channel = self._check_peer(dst, "dst", tag)
+        check_peer(dst, "dst", tag, self.rank, self.world_size)
         buffer = as_buffer(x, "x", written=False)
-        call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
-        with self._lock:
-            deadline = self._deadline(timeout_s)
-            count = self._sent.get((dst, tag), 0)
-            try:
-                payload = buffer.flat.view(np.uint8)
-                tracker = channel.send(dst, POINT_TO_POINT, count, tag, 0, call, payload, deadline, track=True)
-                self._sent[dst, tag] = count + 1
-                if tracker is not None:
-                    wait_until_sent(tracker, deadline)
-            except TimeoutError:
-                raise self._point_to_point_timeout(call, dst, timeout_s) from None
+        self._conductor.check_usable()
+        assert self._points is not None
+        work = Work() if async_op else None
+        self._points.send(buffer, dst, tag, self._limit(timeout_s), work)
+        return work
 
-    def recv(self, x: Any, src: int, tag: int = 0, *, timeout_s: float | None = None) -> None:
-        """Receives into x what rank src sent with this tag; shape and dtype must be the sender's.
+    def recv(
+        self, x: Any, src: int | None = None, tag: int = 0, *, timeout_s: float | None = None, async_op: bool = False
+    ) -> Work | int:
+        """Receives into x what rank src (None: any rank) sent with this tag; returns the rank that sent it.
 
-        A CollectiveTimeout here breaks nothing: the call may be made again.
+        Shape and dtype must be the sender's. A CollectiveTimeout here breaks nothing: the call may be made again. The
+        rank that sent is `source` of the Work of an asynchronous call.
         """
-        channel = self._check_peer(src, "src", tag)
+        if src is not None:
+            check_peer(src, "src", tag, self.rank, self.world_size)
+        check_tag(tag)
         buffer = as_buffer(x, "x", written=True)
-        call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
-        with self._lock:
-            count = self._received.get((src, tag), 0)
-            try:
-                place = Place(src, tag, 0)
-                sent, payload = channel.expect(POINT_TO_POINT, count, place, self._deadline(timeout_s))
-            except TimeoutError:
-                raise self._point_to_point_timeout(call, src, timeout_s) from None
-            self._received[src, tag] = count + 1
-            if sent != call:
-                mine = describe_call(call).replace("send", "recv", 1)
-                raise CollectiveMismatch(count, self.rank, mine, src, describe_call(sent), point_to_point=True)
-            buffer.flat[:] = np.frombuffer(payload.view, dtype=buffer.flat.dtype)
+        self._conductor.check_usable()
+        points, limit_s = self._points, self._limit(timeout_s)
+        if points is None:
+            raise UsageError("there is no other rank to receive from")
+        if not async_op:
+            return points.recv(buffer, src, tag, limit_s)
+        work = Work()
+        in_background(lambda: points.recv(buffer, src, tag, limit_s), work)
+        return work
+
+    # Objects, groups, memory
+
+    def broadcast_object(self, obj: Any = None, root: int = 0, *, timeout_s: float | None = None) -> Any:
+        """root's obj, on every rank. It travels pickled, among ranks that hold the job's secret."""
+        check_rank(root, "root", self.world_size)
+        data = np.frombuffer(pickle.dumps(obj), np.uint8) if self.rank == root else np.empty(0, np.uint8)
+        size = np.array([len(data)])
+        self.broadcast(size, root, timeout_s=timeout_s)
+        whole = data if self.rank == root else np.empty(int(size[0]), np.uint8)
+        self.broadcast(whole, root, timeout_s=timeout_s)
+        return obj if self.rank == root else pickle.loads(whole.tobytes())
+
+    def all_gather_object(self, obj: Any, *, timeout_s: float | None = None) -> list[Any]:
+        """Every rank's obj, in the order of the ranks. They travel pickled, among ranks that hold the job's secret."""
+        data = np.frombuffer(pickle.dumps(obj), np.uint8)
+        sizes = np.empty(self.world_size, np.int64)
+        self.all_gather(sizes, np.array([len(data)]), timeout_s=timeout_s)
+        mine, all_data = np.zeros(sizes.max(), np.uint8), np.empty((self.world_size, sizes.max()), np.uint8)
+        mine[: len(data)] = data
+        self.all_gather(all_data, mine, timeout_s=timeout_s)
+        return [pickle.loads(row[:size].tobytes()) for row, size in zip(all_data, sizes, strict=True)]
+
+    def split(self, color: int | None, key: int = 0, *, timeout_s: float | None = None) -> Communicator | None:
+        """A communicator of the ranks that gave this color, ordered by key, then by rank here; None for color None.
+
+        A collective of all ranks. Colors are whole numbers from 0. The new one lives as long as this one.
+        """
+        if color is not None and color < 0:
+            raise UsageError(
+                f"color is {color}: it must be a whole number from 0, or None for a rank that joins nobody"
+            )
+        mine = np.array([-1 if color is None else color, key])
+        table = np.empty((self.world_size, 2), np.int64)
+        self.all_gather(table, mine, timeout_s=timeout_s)
+        self._split_count += 1
+        if color is None:
+            return None
+        ranks = sorted((int(key), rank) for rank, (other, key) in enumerate(table) if other == color)
+        members = [self._members[rank] for _, rank in ranks]
+        name = f"{self._group}/{self._split_count}/{color}".encode()
+        group = int.from_bytes(blake2b(name, digest_size=4).digest(), "little") // GROUPS_PER_COMMUNICATOR
+        child = Communicator(
+            members.index(self._members[self.rank]),
+            members,
+            self._world,
+            group=group * GROUPS_PER_COMMUNICATOR or GROUPS_PER_COMMUNICATOR,
+            timeout_s=self._conductor.timeout_s,
+            local_rank=self.local_rank,
+            generation=self.generation,
+            inquire=self._inquire,
+        )
+        self._children.append(child)
+        return child
+
+    def empty(self, shape: int | Sequence[int], dtype: Any = "float32", *, timeout_s: float | None = None) -> Any:
+        """A zeroed tensor that lies in memory shared with the ranks of this host: all_reduce of it needs no staging copy.
+
+        A collective of all ranks, with the same arguments. dtype: a NumPy dtype or its name, for a NumPy array; a torch
+        dtype, for a torch tensor. Parts of it count as well, as do tensors made from it without a copy. Where ranks
+        share no memory, it is an ordinary tensor.
+        """
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        torch_dtype = None if isinstance(dtype, str | type | np.dtype) else dtype
+        item_bytes = np.dtype(dtype).itemsize if torch_dtype is None else torch_dtype.itemsize
+        size = int(np.prod(shape)) * item_bytes
+        # Also a check that all ranks ask for the same.
+        self.barrier(timeout_s=timeout_s)
+        data = self._shared_bytes(size) if self._path is not None and size else np.zeros(size, np.uint8)
+        if torch_dtype is None:
+            return data.view(dtype).reshape(shape)
+        import torch
+
+        return torch.from_numpy(data).view(torch_dtype).reshape(shape)
+
+    def _scan(self, name: str, x: Any, op: Op, timeout_s: float | None, async_op: bool) -> Work | None:
+        if op == "mean":
+            raise UsageError(f"{name} knows no mean: divide the sum by rank + 1")
+        buffer = as_buffer(x, "x", written=True)
+
+        def act(job: Job) -> None:
+            if self._path is not None:
+                self._path.scan(job, buffer.flat, name == "exscan")
+            elif name == "scan":
+                job.kernel.finish_alone(buffer.flat)
             buffer.write_back()
 
-    def close(self) -> None:
-        """Ends this rank's part: sockets close, what was sent is still delivered. Happens by itself at exit."""
-        with self._lock:
-            if self._channel is not None and not isinstance(self._broken, UsageError):
-                self._channel.close(linger=self._broken is None)
-            self._broken = UsageError("this communicator is closed")
+        return self._conductor.run(self._reduction(name, op, buffer), act, timeout_s, async_op)
 
-    @contextmanager
-    def _collective(self, call: bytes, timeout_s: float | None) -> Iterator[engine.Work]:
-        """One collective: numbered, timed, and the end of the communicator if it fails half way."""
-        with self._lock:
-            self._check_usable()
-            sequence = self.progress.sequence + 1
-            started = monotonic()
-            work = engine.Work(sequence, call, self._deadline(timeout_s), [], [])
-            self.progress = Progress(sequence, call, inside=True)
-            try:
-                if self._channel is not None:
-                    self._channel.begin(sequence, call)
-                yield work
-            except TimeoutError:
-                self._broken = self._timeout(sequence, call, monotonic() - started)
-                raise self._broken from None
-            except BaseException as error:
-                self._broken = error
-                raise
-            finally:
-                self.progress = Progress(sequence, call, inside=False)
 
-    def _run(self, plan: schedule.Plan, work: engine.Work) -> None:
-        assert self._channel is not None
-        engine.run(plan, self._channel, work)
-
-    def _timeout(self, sequence: int, call: bytes, waited_s: float) -> FleetError:
-        """The error of a collective that is late: a mismatch if somebody is elsewhere, else who has not come."""
-        late = []
-        for other in self._inquire() if self._inquire is not None else ():
-            # Also of one that has left it: it left with an error.
-            if other.sequence == sequence and other.call != describe_call(call):
-                return CollectiveMismatch(sequence, self.rank, describe_call(call), other.late.rank, other.call)
-            if other.sequence < sequence:
-                late.append(other.late)
-        return CollectiveTimeout(sequence, describe_call(call), self.rank, waited_s, late)
-
-    def _point_to_point_timeout(self, call: bytes, peer: int, timeout_s: float | None) -> CollectiveTimeout:
-        waited_s = self.timeout_s if timeout_s is None else timeout_s
-        known = self._inquire() if self._inquire is not None else ()
-        late = [other.late for other in known if other.late.rank == peer]
-        return CollectiveTimeout(0, f"{describe_call(call)} with rank {peer}", self.rank, waited_s, late)
-
-    def _deadline(self, timeout_s: float | None) -> float:
-        return monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
-
-    def _chunks(self, flat: Array) -> list[Array]:
-        """Nearly equal shares of a flat array, one per rank."""
-        size, count = len(flat), self.world_size
-        return [flat[size * i // count : size * (i + 1) // count] for i in range(count)]
-
-    def _parts(self, flat: Array) -> list[Array]:
-        return list(flat.reshape(self.world_size, -1)) if flat.size else [flat] * self.world_size
-
-    def _check_parts(self, name: str, whole: Buffer, part_name: str, part: Buffer) -> None:
-        if whole.dtype != part.dtype:
-            raise UsageError(f"{name} has dtype {whole.dtype} and {part_name} has {part.dtype}: they must be the same")
-        stacked = (self.world_size, *part.shape)
-        joined = (self.world_size * part.shape[0], *part.shape[1:]) if part.shape else stacked
-        if whole.shape not in (joined, stacked):
-            raise UsageError(
-                f"{name} has shape {list(whole.shape)}: for {self.world_size} ranks with {part_name} of shape "
-                f"{list(part.shape)} it must be {list(joined)} or {list(stacked)}"
-            )
-
-    def _check_rank(self, rank: int, name: str) -> None:
-        if not 0 <= rank < self.world_size:
-            raise UsageError(f"{name} is {rank}: ranks of this world are 0 to {self.world_size - 1}")
-
-    def _check_peer(self, peer: int, name: str, tag: int) -> Channel:
-        self._check_rank(peer, name)
-        self._check_usable()
-        if not 0 <= tag < TAGS:
-            raise UsageError(f"tag is {tag}: it must be from 0 to {TAGS - 1}")
-        if peer == self.rank or self._channel is None:
-            raise UsageError(f"{name} is this rank itself ({self.rank}): copy the array instead")
-        return self._channel
-
-    def _check_usable(self) -> None:
-        if isinstance(self._broken, FleetError):
-            raise self._broken
-        if self._broken is not None:
-            raise UsageError(f"an earlier collective was interrupted by {self._broken!r}: ranks are no longer in step")
+def alone(timeout_s: float) -> Communicator:
+    """The communicator of a process outside `fleet run`: a world of one."""
+    return Communicator(0, [0], None, timeout_s=timeout_s)

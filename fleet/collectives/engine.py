@@ -8,44 +8,174 @@ A chunk travels in segments, each sent on as soon as it is combined, so that all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fleet.bus.mesh import Tracker, wait_until_sent
 from fleet.collectives.buffer import Array
-from fleet.collectives.channel import COLLECTIVE, Channel, Payload, Place
-from fleet.collectives.reduce import Combine, Finish
+from fleet.collectives.channel import Channel, Payload
+from fleet.collectives.job import Job
 from fleet.collectives.schedule import Action, Plan, Step
 from fleet.errors import ProtocolError
 
-SEGMENT_BYTES_AT_LEAST = 512 << 10  # measured: smaller ones cost more in wake-ups than they gain in overlap
+# Two at least, so that a link is busy while the one before is combined; few, since each costs about 0.1 ms of interpreter
+# that the data has pushed out of the caches. Measured: bench/network.py at 1 MB, bench/allreduce.py at 64 MB.
+TWO_SEGMENTS_FROM = 128 << 10
+SEGMENT_BYTES = 1 << 20
 SEGMENTS_AT_MOST = 64  # per chunk, well under the mesh's HWM: all that can be under way fits the queues
 
-
-@dataclass(slots=True)
-class Work:
-    """One call: where its chunks lie and how they are combined. `out` entries are None where nothing is to be written."""
-
-    sequence: int
-    call: bytes
-    deadline: float
-    mine: Sequence[Array | None]
-    out: Sequence[Array | None]
-    combine: Combine | None = None
-    finish: Finish | None = None
-    lent: list[Tracker] = field(default_factory=list)  # the caller's memory that libzmq may still read
+Chunks = Sequence[Array | None]
 
 
 def segments(chunk: Array) -> list[slice]:
     """The pieces that a chunk travels in; both ends compute the same. An empty chunk still travels, as one message."""
-    count = max(1, min(SEGMENTS_AT_MOST, chunk.nbytes // SEGMENT_BYTES_AT_LEAST))
-    size = len(chunk)
+    size, size_bytes = len(chunk), chunk.nbytes
+    if size_bytes < TWO_SEGMENTS_FROM:
+        return [slice(0, size)]
+    count = max(2, min(SEGMENTS_AT_MOST, size_bytes // SEGMENT_BYTES))
     return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
 
 
-def followers(plan: Plan, index: int) -> list[int]:
+class Move(NamedTuple):
+    """A step with what follows from the whole plan: names of its messages, and who gets each received piece at once.
+
+    A turn is the number of steps before with the same peer. Sender and receiver count alike, so it names a message
+    within a collective even where their plans differ in length, as in a tree.
+    """
+
+    step: Step
+    sent: bool  # piece by piece, as an earlier step received it
+    send_turn: int
+    recv_turn: int
+    onward: tuple[tuple[int, int], ...]  # (turn, peer)
+
+
+def compile(plan: Plan) -> tuple[Move, ...]:
+    """The plan's moves, worked out once for many calls."""
+    send_turn = _turns([step.send_to for step in plan])
+    recv_turn = _turns([step.recv_from for step in plan])
+    sent: set[int] = set()
+    moves = []
+    for index, step in enumerate(plan):
+        onward = []
+        if step.recv_from is not None:
+            for later in _followers(plan, index):
+                sent.add(later)
+                peer = plan[later].send_to
+                assert peer is not None
+                onward.append((send_turn[later], peer))
+        moves.append(Move(step, index in sent, send_turn[index], recv_turn[index], tuple(onward)))
+    return tuple(moves)
+
+
+def run(moves: Sequence[Move], channel: Channel, job: Job, mine: Chunks, out: Chunks, first_turn: int = 0) -> None:
+    """Carries out the moves: `mine` are this rank's chunks, results go to `out` where that is not None.
+
+    `first_turn` tells this plan's messages from those of another part of the same collective.
+    Raises TimeoutError after the deadline, CollectiveMismatch; then `out` is undefined.
+    """
+    # Combined pieces that a later step still needs, by chunk. What is sent on at once is never kept.
+    kept: dict[int, list[Payload]] = {}
+    for move in moves:
+        if first_turn:
+            move = _later(move, first_turn)
+        if move.step.send_to is not None and not move.sent:
+            _send_chunk(channel, job, move, _memory(mine, out, move.step.send_chunk), kept)
+        if move.step.recv_from is not None:
+            _receive_chunk(channel, job, move, mine, out, kept)
+    finish(channel, job)
+
+
+def send(channel: Channel, job: Job, peer: int, chunk: Array, turn: int = 0) -> None:
+    """Sends this rank's own memory in segments; it is lent until `finish`."""
+    call = job.call.data
+    for number, piece in enumerate(segments(chunk)):
+        memory = chunk[piece].view(np.uint8)
+        tracker = channel.send(peer, job.sequence, turn, number, call, memory, job.deadline, track=True)
+        if tracker is not None:
+            if job.lent is None:
+                job.lent = []
+            job.lent.append(tracker)
+
+
+def receive(channel: Channel, job: Job, peer: int, into: Array, turn: int = 0) -> None:
+    """Receives a chunk into `into`."""
+    for number, piece in enumerate(segments(into)):
+        payload = channel.expect(job.sequence, peer, turn, number, job.call.data, job.deadline)
+        into[piece] = as_array(payload, into[piece])
+
+
+def finish(channel: Channel, job: Job) -> None:
+    """Returns once all memory that was lent may be changed again."""
+    for tracker in job.lent or ():
+        channel.inbox.wait_until_sent(tracker, job.deadline)
+    job.lent = None
+
+
+def as_array(payload: Payload, like: Array) -> Array:
+    """What arrived, as elements."""
+    if len(payload.view) != like.nbytes:
+        raise ProtocolError(f"a segment of {len(payload.view)} bytes arrived where {like.nbytes} belong")
+    return np.frombuffer(payload.view, dtype=like.dtype)
+
+
+def _send_chunk(channel: Channel, job: Job, move: Move, chunk: Array, kept: dict[int, list[Payload]]) -> None:
+    peer, number = move.step.send_to, move.step.send_chunk
+    assert peer is not None
+    assert number is not None
+    payloads = kept.pop(number, None)
+    if payloads is None:
+        send(channel, job, peer, chunk, move.send_turn)
+        return
+    for segment, payload in enumerate(payloads):
+        carrier: Any = payload.carrier
+        channel.send(peer, job.sequence, move.send_turn, segment, job.call.data, carrier, job.deadline)
+
+
+def _receive_chunk(
+    channel: Channel, job: Job, move: Move, mine: Chunks, out: Chunks, kept: dict[int, list[Payload]]
+) -> None:
+    step, call = move.step, job.call.data
+    assert step.recv_from is not None
+    assert step.recv_chunk is not None
+    chunk = _memory(mine, out, step.recv_chunk)
+    before = kept.pop(step.recv_chunk, None)
+    target = out[step.recv_chunk] if step.action is not Action.REDUCE else None
+    after: list[Payload] = []
+    for number, piece in enumerate(segments(chunk)):
+        payload = channel.expect(job.sequence, step.recv_from, move.recv_turn, number, call, job.deadline)
+        arrived = as_array(payload, chunk[piece])
+        if step.action is not Action.COPY:
+            job.kernel.combine(chunk[piece] if before is None else as_array(before[number], chunk[piece]), arrived)
+            if step.action is Action.REDUCE_LAST:
+                job.kernel.finish(arrived)
+        for turn, peer in move.onward:
+            channel.send(peer, job.sequence, turn, number, call, payload.carrier, job.deadline)
+        # The result is written after it was sent on: the neighbour's work starts earlier by that much.
+        if target is not None:
+            target[piece] = arrived
+        if not move.onward:
+            after.append(payload)
+    if not move.onward:
+        kept[step.recv_chunk] = after
+
+
+def _later(move: Move, turns: int) -> Move:
+    onward = tuple((turn + turns, peer) for turn, peer in move.onward)
+    return Move(move.step, move.sent, move.send_turn + turns, move.recv_turn + turns, onward)
+
+
+def _memory(mine: Chunks, out: Chunks, chunk: int | None) -> Array:
+    """The caller's memory for a chunk, which also tells its length and dtype."""
+    assert chunk is not None
+    memory = mine[chunk]
+    if memory is None:
+        memory = out[chunk]
+    assert memory is not None
+    return memory
+
+
+def _followers(plan: Plan, index: int) -> list[int]:
     """The steps after `index` that send what it receives, and may therefore send each piece as it comes."""
     chunk = plan[index].recv_chunk
     found = []
@@ -58,97 +188,10 @@ def followers(plan: Plan, index: int) -> list[int]:
     return found
 
 
-def turns(peers: list[int | None]) -> list[int]:
-    """For each step, how many steps before it had the same peer. Sender and receiver count alike, so it names a message
-    within a collective even where their plans differ in length, as in a tree."""
+def _turns(peers: list[int | None]) -> list[int]:
     seen: dict[int | None, int] = {}
     found = []
     for peer in peers:
         found.append(seen.get(peer, 0))
         seen[peer] = found[-1] + 1
     return found
-
-
-def run(plan: Plan, channel: Channel, work: Work) -> None:
-    """Carries out the plan. Raises TimeoutError after the deadline, CollectiveMismatch; then `out` is undefined."""
-    # Combined pieces that a later step still needs, by chunk. What is sent on at once is never kept.
-    kept: dict[int, list[Payload]] = {}
-    sent: set[int] = set()
-    send_turn = turns([step.send_to for step in plan])
-    recv_turn = turns([step.recv_from for step in plan])
-    for index, step in enumerate(plan):
-        if step.send_to is not None and index not in sent:
-            _send_chunk(channel, work, send_turn[index], step, kept)
-        if step.recv_from is not None:
-            following = followers(plan, index)
-            sent.update(following)
-            onward = [(send_turn[later], plan[later].send_to) for later in following]
-            _receive_chunk(channel, work, recv_turn[index], step, onward, kept)
-    for tracker in work.lent:
-        wait_until_sent(tracker, work.deadline)
-
-
-def _send_chunk(channel: Channel, work: Work, turn: int, step: Step, kept: dict[int, list[Payload]]) -> None:
-    assert step.send_to is not None
-    assert step.send_chunk is not None
-    payloads = kept.pop(step.send_chunk, None)
-    chunk = _memory(work, step.send_chunk)
-    for number, piece in enumerate(segments(chunk)):
-        carrier: Any = chunk[piece].view(np.uint8) if payloads is None else payloads[number].carrier
-        track = payloads is None
-        tracker = channel.send(
-            step.send_to, COLLECTIVE, work.sequence, turn, number, work.call, carrier, work.deadline, track
-        )
-        if tracker is not None:
-            work.lent.append(tracker)
-
-
-def _receive_chunk(
-    channel: Channel,
-    work: Work,
-    turn: int,
-    step: Step,
-    onward: list[tuple[int, int | None]],
-    kept: dict[int, list[Payload]],
-) -> None:
-    assert step.recv_from is not None
-    assert step.recv_chunk is not None
-    chunk = _memory(work, step.recv_chunk)
-    before = kept.pop(step.recv_chunk, None)
-    after: list[Payload] = []
-    for number, piece in enumerate(segments(chunk)):
-        place = Place(step.recv_from, turn, number)
-        _, payload = channel.expect(COLLECTIVE, work.sequence, place, work.deadline)
-        arrived = _as_array(payload, chunk[piece])
-        if step.action is not Action.COPY:
-            assert work.combine is not None
-            mine = chunk[piece] if before is None else _as_array(before[number], chunk[piece])
-            work.combine(mine, arrived)
-            if step.action is Action.REDUCE_LAST and work.finish is not None:
-                work.finish(arrived)
-        for later, peer in onward:
-            assert peer is not None
-            channel.send(peer, COLLECTIVE, work.sequence, later, number, work.call, payload.carrier, work.deadline)
-        # The result is written after it was sent on: the neighbour's work starts earlier by that much.
-        out = work.out[step.recv_chunk]
-        if step.action is not Action.REDUCE and out is not None:
-            out[piece] = arrived
-        if not onward:
-            after.append(payload)
-    if not onward:
-        kept[step.recv_chunk] = after
-
-
-def _memory(work: Work, chunk: int) -> Array:
-    """The caller's memory for a chunk, which also tells its length and dtype."""
-    memory = work.mine[chunk]
-    if memory is None:
-        memory = work.out[chunk]
-    assert memory is not None
-    return memory
-
-
-def _as_array(payload: Payload, like: Array) -> Array:
-    if len(payload.view) != like.nbytes:
-        raise ProtocolError(f"a segment of {len(payload.view)} bytes arrived where {like.nbytes} belong")
-    return np.frombuffer(payload.view, dtype=like.dtype)

@@ -1,7 +1,7 @@
 """The head of every tensor message, and the call that it belongs to. Knows bytes and names, no socket and no rank's state.
 
     magic 4 · world u64 · group u32 · sequence u64 · source u32 · turn u32 · segment u32 · call length u16 · call
-    call: op u8 · reduction u8 · dtype u8 · dimensions u8 · root or tag i64 · each dimension u64
+    call: op u8 · reduction u8 · dtype u8 · dimensions u8 · root, tag or factor i64 · each dimension u64
 
 Little-endian. Calls are compared as bytes, which costs nothing on the hot path; only a mismatch is ever decoded.
 """
@@ -9,17 +9,23 @@ Little-endian. Calls are compared as bytes, which costs nothing on the hot path;
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fleet.errors import ProtocolError
 
-MAGIC = b"flt1"
+MAGIC = b"flt2"
 _HEAD = struct.Struct("<4sQIQIIIH")
 _CALL = struct.Struct("<BBBBq")
+_FACTOR = struct.Struct("<d")
 
-OPS = ("all_reduce", "broadcast", "all_gather", "reduce_scatter", "barrier", "send")
-ROOTED = {"broadcast": "root", "send": "tag"}
-REDUCTIONS = ("", "sum", "mean", "prod", "min", "max")
+OPS = (
+    "all_reduce", "broadcast", "all_gather", "reduce_scatter", "barrier", "send", "reduce", "gather", "scatter",
+    "all_to_all", "scan", "exscan", "split", "empty",
+)  # fmt: skip
+ROOTED = {
+    "broadcast": "root", "send": "tag", "reduce": "root", "gather": "root", "scatter": "root", "split": "color",
+}  # fmt: skip
+REDUCTIONS = ("", "sum", "mean", "prod", "min", "max", "band", "bor", "bxor", "premul_sum")
 DTYPES = (
     "", "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16",
     "float32", "float64", "complex64", "complex128",
@@ -27,9 +33,8 @@ DTYPES = (
 _OP, _REDUCTION, _DTYPE = ({name: number for number, name in enumerate(names)} for names in (OPS, REDUCTIONS, DTYPES))
 
 
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Where a message belongs. `call` stays bytes."""
+class Head(NamedTuple):
+    """Where a message belongs. `group` is the communicator's; `call` stays bytes."""
 
     world: int
     group: int
@@ -55,10 +60,20 @@ def unpack_head(frame: memoryview) -> tuple[Head, memoryview]:
     return Head(world, group, sequence, source, turn, segment, bytes(frame[_HEAD.size : end])), frame[end:]
 
 
-def pack_call(op: str, reduction: str = "", dtype: str = "", shape: tuple[int, ...] = (), root: int = 0) -> bytes:
+def pack_call(
+    op: str,
+    reduction: str = "",
+    dtype: str = "",
+    shape: tuple[int, ...] = (),
+    root: int = 0,
+    factor: float = 1.0,
+    wire: str = "",
+) -> bytes:
     """What a rank called, such that two ranks called the same if and only if the bytes are equal."""
+    if reduction == "premul_sum":
+        (root,) = struct.unpack("<q", _FACTOR.pack(factor))
     fixed = _CALL.pack(_OP[op], _REDUCTION[reduction], _DTYPE[dtype], len(shape), root)
-    return fixed + struct.pack(f"<{len(shape)}Q", *shape)
+    return fixed + struct.pack(f"<{len(shape)}Q", *shape) + wire.encode()
 
 
 def describe_call(call: bytes) -> str:
@@ -66,10 +81,15 @@ def describe_call(call: bytes) -> str:
     try:
         op, reduction, dtype, dimensions, root = _CALL.unpack_from(call)
         shape = struct.unpack_from(f"<{dimensions}Q", call, _CALL.size)
+        wire = call[_CALL.size + 8 * dimensions :].decode("ascii", "replace")
         name = OPS[op]
         inside = [f"{DTYPES[dtype]}[{', '.join(map(str, shape))}]"] if dtype else []
         inside += [f"op={REDUCTIONS[reduction]}"] if reduction else []
-        inside += [f"{ROOTED[name]}={root}"] if name in ROOTED else []
+        if REDUCTIONS[reduction] == "premul_sum":
+            inside[-1] += f"({_FACTOR.unpack(struct.pack('<q', root))[0]:g})"
+        elif name in ROOTED:
+            inside.append(f"{ROOTED[name]}={root}")
+        inside += [f"wire={wire}"] if wire else []
     except (struct.error, IndexError):
         return f"something this version of fleet does not know ({call.hex()})"
     return f"{name}({', '.join(inside)})"

@@ -5,17 +5,19 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
-import socket
 import threading
+from pathlib import Path
 
 from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
-from fleet.collectives.channel import Channel
-from fleet.collectives.communicator import Communicator, Progress
+from fleet.bus.shared import host_key
+from fleet.collectives.channel import Inbox
+from fleet.collectives.communicator import Communicator, alone
+from fleet.collectives.paths import World
 from fleet.collectives.session import Session
-from fleet.config import RankSettings, rank_settings
+from fleet.config import RankSettings, rank_settings, shared_memory
 from fleet.errors import CollectiveTimeout, UsageError
-from fleet.group import Member, World
+from fleet.group import World as Members
 
 _lock = threading.Lock()
 _made: tuple[int, Communicator] | None = None  # (pid that made it, the communicator of this process)
@@ -27,7 +29,7 @@ def init(timeout_s: float, join_timeout_s: float) -> Communicator:
     with _lock:
         if _made is None:
             settings = rank_settings()
-            comm = _alone(timeout_s) if settings is None else _join(settings, timeout_s, join_timeout_s)
+            comm = alone(timeout_s) if settings is None else _join(settings, timeout_s, join_timeout_s)
             _made = os.getpid(), comm
         pid, comm = _made
         if pid != os.getpid():
@@ -37,30 +39,37 @@ def init(timeout_s: float, join_timeout_s: float) -> Communicator:
         return comm
 
 
-def _alone(timeout_s: float) -> Communicator:
-    me = Member(0, "", socket.gethostname(), os.getpid(), "")
-    return Communicator(0, World(0, (me,)), None, timeout_s)
-
-
 def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Communicator:
     holder: list[Communicator] = []
-    session = Session(settings, os.getpid(), lambda: holder[0].progress if holder else Progress())
+    session = Session(settings, os.getpid(), lambda: holder[0].recorders if holder else [])
+    directory = shared_memory()
     try:
         welcome = session.welcome()
         mesh = Mesh(Lock(welcome.security, welcome.secret), welcome.bind)
         try:
-            world = session.join(_reachable(mesh.endpoint, welcome.advertise), join_timeout_s)
+            address = _reachable(mesh.endpoint, welcome.advertise)
+            world = session.join(address, host_key(directory) if directory is not None else "", join_timeout_s)
             if world is None:
                 late = [doing.late for doing in session.inquire() if doing.sequence < 0]
-                raise CollectiveTimeout(0, "fleet.init()", settings.rank, join_timeout_s, late)
+                raise CollectiveTimeout(0, "fleet.init()", settings.rank, join_timeout_s, late, settings.world_size)
+            addresses = [member.address for member in world.members]
+            inbox = Inbox(mesh, settings.rank, addresses, _world_id(settings, world), session.check)
+            name = f"{settings.job_id}-{settings.attempt}-{world.generation}"
+            comm = Communicator(
+                settings.rank,
+                range(world.size),
+                World(inbox, world.members, directory or Path(), name, session.check),
+                timeout_s=timeout_s,
+                local_rank=settings.local_rank,
+                generation=world.generation,
+                inquire=session.inquire,
+            )
         except BaseException:
             mesh.close(linger=False)
             raise
     except BaseException:
         session.close()
         raise
-    channel = Channel(mesh, settings.rank, [member.address for member in world.members], _world_id(settings, world))
-    comm = Communicator(settings.rank, world, channel, timeout_s, settings.local_rank, session.inquire)
     holder.append(comm)
     pid = os.getpid()
 
@@ -81,7 +90,7 @@ def _reachable(endpoint: str, advertise: str) -> str:
     return f"tcp://{host}:{endpoint.rpartition(':')[2]}"
 
 
-def _world_id(settings: RankSettings, world: World) -> int:
+def _world_id(settings: RankSettings, world: Members) -> int:
     """Tells this world's messages from any other's, also where a later job uses the same port."""
     name = f"{settings.job_id}/{settings.attempt}/{world.generation}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")

@@ -1,7 +1,7 @@
 """A rank's line to its agent, in a thread of its own: joins the world, answers "what are you doing?", and asks it.
 
 The thread owns the socket. It answers while the main thread is stuck in a collective, a data loader or a C extension,
-as long as that one lets go of the GIL. Knows messages, and the progress that the communicator shows; no tensor.
+as long as that one lets go of the GIL. Knows messages, and what the flight recorders show; no tensor.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import queue
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -20,10 +20,10 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Dealer
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
-from fleet.collectives.communicator import Doing, Progress
-from fleet.collectives.header import describe_call
+from fleet.collectives.conductor import Doing
+from fleet.collectives.recorder import Recorder, text
 from fleet.config import RankSettings
-from fleet.errors import FleetError, Late, ProtocolError
+from fleet.errors import FleetError, Late, ProtocolError, WorldChanged
 from fleet.group import World
 
 ANSWER_WITHIN_S = 1.0
@@ -39,12 +39,15 @@ _NOT_THE_USERS = tuple(
 
 
 class Session:
-    """Starts with its construction, ends with `close`. `progress` is called from the session's thread."""
+    """Starts with its construction, ends with `close`. `recorders` is called from the session's thread."""
 
-    def __init__(self, settings: RankSettings, pid: int, progress: Callable[[], Progress]) -> None:
+    def __init__(
+        self, settings: RankSettings, pid: int, recorders: Callable[[], Sequence[tuple[int, Recorder]]]
+    ) -> None:
         self._settings = settings
         self._pid = pid
-        self._progress = progress
+        self._recorders = recorders
+        self._lost: WorldChanged | None = None
         self._wake = Wake()
         self._closing = threading.Event()
         self._out: queue.SimpleQueue[m.Message] = queue.SimpleQueue()
@@ -65,21 +68,26 @@ class Session:
         except queue.Empty:
             raise FleetError(f"the worker agent at {s.control} did not answer rank {s.rank}: has it died?") from None
 
-    def join(self, address: str, timeout_s: float) -> World | None:
+    def check(self) -> None:
+        """Raises WorldChanged once a rank of this world has gone. Called wherever this rank waits for others."""
+        if self._lost is not None:
+            raise self._lost
+
+    def join(self, address: str, memory: str, timeout_s: float) -> World | None:
         """The world, once every rank has joined it; None after `timeout_s`."""
         s = self._settings
-        self._send(m.Join(s.job_id, s.attempt, s.rank, self._pid, address))
+        self._send(m.Join(s.job_id, s.attempt, s.rank, self._pid, address, memory))
         try:
             self._world = self._formed.get(timeout=timeout_s)
         except queue.Empty:
             return None
         return self._world
 
-    def inquire(self) -> list[Doing]:
-        """What every other rank is doing now; one that does not answer within a second is said not to."""
+    def inquire(self, group: int = 0) -> list[Doing]:
+        """What every other rank is doing now, in one communicator; one that does not answer within a second is said not to."""
         s = self._settings
         self._question += 1
-        self._send(m.Ask(s.job_id, s.attempt, s.rank, self._question))
+        self._send(m.Ask(s.job_id, s.attempt, s.rank, self._question, group))
         missing = set(range(s.world_size)) - {s.rank}
         found = []
         deadline = monotonic() + ANSWER_WITHIN_S
@@ -134,32 +142,40 @@ class Session:
             self._answers.put(message)
         elif isinstance(message, m.Ask):
             self._answer(message)
+        elif isinstance(message, m.Lost) and self._lost is None:
+            gone, generation = message.status, self._world.generation if self._world else self._settings.attempt
+            reason = message.reason
+            self._lost = WorldChanged(generation, gone.rank, gone.worker_id, gone.host, gone.pid, reason)
 
     def _answer(self, ask: m.Ask) -> None:
         s = self._settings
-        progress = self._progress()
-        call = describe_call(progress.call) if progress.call else ""
-        line = main_thread_line()
-        if progress.inside:
-            doing = f"is in collective #{progress.sequence} {call} at {line}"
-        elif progress.sequence:
-            doing = f"is at {line}; its last collective was #{progress.sequence} {call}"
+        recorders = self._recorders()
+        record = next((recorder.last for group, recorder in recorders if group == ask.group), None)
+        call, line, sequence = "", main_thread_line(), 0
+        if record is not None:
+            call, sequence = str(record.call), record.sequence
+            if not record.ended:
+                line = record.where
+                doing = f"is in collective #{sequence} {call} at {line}"
+            else:
+                doing = f"is at {line}; its last collective was #{sequence} {call}"
         else:
             doing = f"is at {line}; it has made no collective yet"
-        # The call goes as text of its own, so that a rank in the same place with another call can be told.
-        text = f"{call}\n{doing}"
+        records = ""
+        if ask.records:
+            records = text((f"communicator {number}", recorder) for number, (_, recorder) in enumerate(recorders))
         self._out.put(
             m.Answer(
-                s.job_id, s.attempt, ask.rank, ask.question, s.rank, "", self._pid,
-                progress.sequence, progress.inside, text,
+                s.job_id, s.attempt, ask.rank, ask.question, s.rank, "", self._pid, sequence,
+                record is not None and not record.ended, doing, call, line, records,
             )
         )  # fmt: skip
         self._wake.set()
 
 
 def _doing(answer: m.Answer) -> Doing:
-    call, _, doing = answer.doing.rpartition("\n")
-    return Doing(Late(answer.rank, answer.host, answer.pid, doing), answer.sequence, answer.inside, call)
+    late = Late(answer.rank, answer.host, answer.pid, answer.doing)
+    return Doing(late, answer.sequence, answer.inside, answer.call, answer.line)
 
 
 def main_thread_line() -> str:

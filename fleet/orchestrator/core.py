@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fleet import messages as m
-from fleet.group import Member, World
+from fleet.group import Member
+from fleet.messages import how
 from fleet.orchestrator.placement import POLICIES, Policy, least_loaded
 from fleet.orchestrator.state import (
     BundleRefused,
@@ -123,22 +124,14 @@ class Core:
             elif job.state is JobState.STOPPING:
                 self._send(worker.peer, m.Stop(job.job_id, job.attempt, job.reason))
             else:
-                self._send(worker.peer, self._launch(job))
+                self._send(worker.peer, job.launch())
                 if len(job.joined) == job.world_size:
-                    self._send(worker.peer, self._formed(job))
+                    self._send(worker.peer, job.formed())
 
     def _assign(self, job: Job, worker_id: str) -> m.Assign:
         groups = job.workers
         ranks, group_rank = job.ranks_on(worker_id), groups.index(worker_id)
         return m.Assign(job.job_id, job.attempt, job.world_size, ranks, group_rank, len(groups), job.spec)
-
-    def _launch(self, job: Job) -> m.Launch:
-        first = job.workers[0]
-        return m.Launch(job.job_id, job.attempt, job.hosts[0], job.ports[first])
-
-    def _formed(self, job: Job) -> m.Formed:
-        world = World(job.attempt, tuple(job.joined[rank] for rank in range(job.world_size)))
-        return m.Formed(job.job_id, job.attempt, world)
 
     def _peer_lost(self, peer: bytes, now: float) -> None:
         worker = self._worker_at(peer)
@@ -158,6 +151,7 @@ class Core:
             if since is not None and now - since >= RECONNECT_GRACE_S:
                 del self.clients[peer]
                 for job in list(self.jobs.values()):
+                    job.curious.discard(peer)
                     if job.client == peer:
                         self._stop(job, "its client went away")
 
@@ -174,7 +168,10 @@ class Core:
                         job.cause = rank
                     pid = job.joined[rank].pid if rank in job.joined else 0
                     host = worker.hello.host
-                    job.exits[rank] = m.RankStatus(rank, worker.worker_id, host, pid, 1, reason=reason)
+                    status = m.RankStatus(rank, worker.worker_id, host, pid, 1, reason=reason)
+                    if not job.reason:
+                        self._tell_workers(job, m.Lost(job.job_id, job.attempt, status, reason))
+                    job.exits[rank] = status
             self._stop(job, reason)
             self._end_if_done(job)
 
@@ -189,6 +186,8 @@ class Core:
             self._submit(peer, message)
         elif isinstance(message, m.Part):
             self._effects.append(StorePart(peer, message))
+        elif isinstance(message, m.Why):
+            self._why(peer, message.job_id)
         elif isinstance(message, m.Cancel | m.OutputAck):
             job = self.jobs.get(message.job_id)
             if job is None or job.client != peer:
@@ -200,11 +199,27 @@ class Core:
             else:
                 self._stop(job, "cancelled", message.kill)
 
+    def _why(self, peer: bytes, job_id: str) -> None:
+        if not job_id:
+            running = [j.job_id for j in self.jobs.values() if j.state is JobState.RUNNING]
+            job_id = running[0] if len(running) == 1 else ""
+        job = self.jobs.get(job_id)
+        if job is None or job.state not in (JobState.RUNNING, JobState.STOPPING):
+            running = [j.job_id for j in self.jobs.values() if j.state is JobState.RUNNING]
+            what = f"job {job_id} is unknown here" if job_id else "say which job"
+            what = what if job is None else f"job {job_id} is {job.state.name.lower()}"
+            known = f"running: {', '.join(running)}" if running else "no job runs"
+            self._send(peer, m.Because(job_id, f"{what}; {known}"))
+            return
+        job.curious.add(peer)
+        self._send(peer, m.Because(job_id, "", job.world_size - len(job.exits)))
+        self._tell_workers(job, m.Ask(job.job_id, job.attempt, -1, 0, records=True))
+
     def _submit(self, peer: bytes, submit: m.Submit) -> None:
         known = self.jobs.get(submit.job_id)
         if known is not None:
             if known.state is JobState.ENDED:
-                self._send(peer, self._result(known))
+                self._send(peer, known.result())
             return
         if submit.again:
             self._send(peer, m.Ended(submit.job_id, "the orchestrator was restarted and no longer knows this job", -1))
@@ -289,7 +304,10 @@ class Core:
             self._exited(job, message.status)
         elif isinstance(message, m.Ask):
             self._tell_workers(job, message)
-        elif isinstance(message, m.Answer) and 0 <= message.asker < job.world_size:
+        elif isinstance(message, m.Answer) and message.asker < 0:
+            for client in job.curious:
+                self._send(client, message)
+        elif isinstance(message, m.Answer) and message.asker < job.world_size:
             self._send_worker(job.seats[message.asker], message)
 
     def _prepared(self, job: Job, worker_id: str, port: int) -> None:
@@ -299,16 +317,18 @@ class Core:
         if len(job.ports) < len(job.workers):
             return
         job.move(JobState.RUNNING)
-        self._tell_workers(job, self._launch(job))
+        self._tell_workers(job, job.launch())
         self._send(job.client, m.Started(job.job_id, job.hosts, job.seats))
         self._log("info", f"job {job.job_id} started on {', '.join(job.workers)}")
 
     def _joined(self, job: Job, worker: Worker, join: m.Join) -> None:
         if job.seats[join.rank : join.rank + 1] != (worker.worker_id,):
             return
-        job.joined[join.rank] = Member(join.rank, worker.worker_id, worker.hello.host, join.pid, join.address)
+        job.joined[join.rank] = Member(
+            join.rank, worker.worker_id, worker.hello.host, join.pid, join.address, join.memory
+        )
         if len(job.joined) == job.world_size:
-            self._tell_workers(job, self._formed(job))
+            self._tell_workers(job, job.formed())
 
     def _exited(self, job: Job, status: m.RankStatus) -> None:
         if status.rank in job.exits or job.state is JobState.ENDED:
@@ -316,6 +336,7 @@ class Core:
         job.exits[status.rank] = status
         if status.failed and not status.stopped and job.cause < 0 and not job.reason:
             job.cause = status.rank
+            self._tell_workers(job, m.Lost(job.job_id, job.attempt, status, how(status)))
             self._stop(job, f"rank {status.rank} failed")
         self._end_if_done(job)
 
@@ -344,15 +365,12 @@ class Core:
         job.reason = reason
         job.move(JobState.ENDED)
         self._tell_workers(job, m.Forget(job.job_id, job.attempt))
-        self._send(job.client, self._result(job))
+        self._send(job.client, job.result())
         self._log("info", f"job {job.job_id} ended{': ' + reason if reason else ''}")
         ended = [other for other in self.jobs.values() if other.state is JobState.ENDED]
         for old in ended[:-ENDED_JOBS_KEPT]:
             del self.jobs[old.job_id]
         self._place()
-
-    def _result(self, job: Job) -> m.Ended:
-        return m.Ended(job.job_id, job.reason, job.cause, tuple(job.exits[rank] for rank in sorted(job.exits)))
 
     # Effects
 

@@ -57,6 +57,7 @@ class Job:
     ports: dict[str, int] = field(default_factory=dict)  # by worker that is prepared
     joined: dict[int, m.Member] = field(default_factory=dict)
     exits: dict[int, m.RankStatus] = field(default_factory=dict)
+    curious: set[bytes] = field(default_factory=set)  # clients that asked why, and get the ranks' answers
     cause: int = -1  # the rank that failed first
     reason: str = ""  # why it ends, if not by itself
 
@@ -67,6 +68,17 @@ class Job:
 
     def ranks_on(self, worker_id: str) -> tuple[int, ...]:
         return tuple(rank for rank, seat in enumerate(self.seats) if seat == worker_id)
+
+    def launch(self) -> m.Launch:
+        return m.Launch(self.job_id, self.attempt, self.hosts[0], self.ports[self.workers[0]])
+
+    def formed(self) -> m.Formed:
+        """The world, once every rank has joined."""
+        members = tuple(self.joined[rank] for rank in range(self.world_size))
+        return m.Formed(self.job_id, self.attempt, m.World(self.attempt, members))
+
+    def result(self) -> m.Ended:
+        return m.Ended(self.job_id, self.reason, self.cause, tuple(self.exits[rank] for rank in sorted(self.exits)))
 
     def move(self, state: JobState) -> None:
         assert state in MOVES[self.state], f"job {self.job_id}: {self.state.name} -> {state.name}"

@@ -22,6 +22,7 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Link, Router
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
+from fleet.bus.shared import sweep
 from fleet.errors import FleetError, ProtocolError
 from fleet.worker.bundles import Bundles
 from fleet.worker.core import Core
@@ -82,6 +83,7 @@ class Agent:
         self._oom_kills_before: dict[Key, int] = {}
         self._readers: dict[int, tuple[Key, str]] = {}  # by descriptor of an open pipe
         self._sentinels: dict[int, Key] = {}
+        self._early: list[Spawn] | None = []  # while the zygote still imports; then None
         self._wake = Wake()
         self._stops: deque[None] = deque()
         self._reason: str | None = None  # set once ended
@@ -99,6 +101,7 @@ class Agent:
                 self._orchestrator = Dealer(bus, self._endpoint, name.encode())
                 self._ranks = Router(local, self._settings.control)
                 self._poller = Poller([*self._orchestrator.poll_sockets, *self._ranks.poll_sockets, self._wake])
+                self._poller.add(self._zygote.fileno())
                 while self._reason is None:
                     self._turn()
         finally:
@@ -108,6 +111,7 @@ class Agent:
                 os.close(descriptor)
             self._wake.close()
             shutil.rmtree(self._runtime, ignore_errors=True)
+            self._sweep_memory()
         if self._reason:
             raise FleetError(self._reason)
 
@@ -132,6 +136,12 @@ class Agent:
         for thing in self._ranks.receive():
             if isinstance(thing, Arrived):
                 self._from_rank(thing)
+        if self._early is not None and self._zygote.fileno() in ready:
+            self._poller.remove(self._zygote.fileno())
+            early, self._early = self._early, None
+            for spawn in early:
+                if (spawn.assign.job_id, spawn.assign.attempt) in self._core.attempts:
+                    self._step(self._spawn(spawn))
         # Output before deaths: what a rank printed last is read before it counts as ended.
         for descriptor in [source for source in ready if source in self._readers]:
             self._read(descriptor)
@@ -162,6 +172,8 @@ class Agent:
         elif isinstance(effect, Kill):
             # A process that has been reaped leaves its number to others: only what is left of its group is signalled.
             _signal_group(effect.pid, effect.signal, alone_too=effect.key in self._children)
+        elif isinstance(effect, Spawn) and self._early is not None:
+            self._early.append(effect)  # waiting for it here would keep this agent from its heartbeats
         elif isinstance(effect, Spawn):
             return [self._spawn(effect)]
         elif isinstance(effect, Prepare):
@@ -277,6 +289,13 @@ class Agent:
             self._close(descriptor)
         self._waiting = [a for a in self._waiting if (a.job_id, a.attempt) != (job_id, attempt)]
         self._bundles.remove(job_id, attempt)
+        self._sweep_memory()
+
+    def _sweep_memory(self) -> None:
+        """Shared memory whose maker was killed before the others had it."""
+        directory = config.shared_memory()
+        if directory is not None:
+            sweep(directory)
 
 
 def _signal_group(pid: int, signal: int, alone_too: bool) -> None:

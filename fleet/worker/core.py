@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from signal import SIGKILL, SIGTERM
 
+from msgspec.structs import replace
+
 from fleet import messages as m
 from fleet.worker.state import (
     Attempt,
@@ -39,6 +41,7 @@ from fleet.worker.state import (
     ToRank,
 )
 
+WORLD_CHANGED_GRACE_S = 0.5  # for a rank that was told whom it has lost to say so, before SIGTERM
 STOP_GRACE_S = 1.2  # between SIGTERM and SIGKILL: Ctrl-C promises an end within 2 s
 DRAIN_S = 0.5  # for output that a grandchild holds open after its rank has died
 WINDOW_BYTES = 1 << 20  # of output under way per rank
@@ -93,7 +96,8 @@ class Core:
 
     def next_deadline(self) -> float | None:
         """When to send a Tick if nothing else happens."""
-        deadlines = [r.kill_at for r in self._ranks()] + [r.drained_at for r in self._ranks() if not r.paused]
+        deadlines = [r.kill_at for r in self._ranks()] + [r.term_at for r in self._ranks()]
+        deadlines += [r.drained_at for r in self._ranks() if not r.paused]
         if self.linked:
             deadlines.append(self.next_heartbeat)
         elif not self.said_unreachable:
@@ -141,7 +145,7 @@ class Core:
             for (job_id, _), attempt in self.attempts.items():
                 if job_id == message.job_id and message.rank in attempt.ranks:
                     self._acknowledged(attempt, attempt.ranks[message.rank], message.count_bytes)
-        elif isinstance(message, m.Launch | m.Stop | m.Forget | m.Formed | m.Ask | m.Answer):
+        elif isinstance(message, m.Launch | m.Stop | m.Forget | m.Formed | m.Lost | m.Ask | m.Answer):
             attempt_or_none = self.attempts.get((message.job_id, message.attempt))
             if attempt_or_none is not None:
                 self._about_attempt(attempt_or_none, message)
@@ -186,9 +190,10 @@ class Core:
                 self._stop(attempt, rank, message.kill)
         elif isinstance(message, m.Forget):
             self._forget(attempt)
-        elif isinstance(message, m.Formed | m.Answer):
+        elif isinstance(message, m.Formed | m.Lost | m.Answer):
             for rank in attempt.ranks.values():
-                if rank.peer and (isinstance(message, m.Formed) or message.asker == rank.rank):
+                rank.warned = rank.warned or (isinstance(message, m.Lost) and rank.join is not None)
+                if rank.peer and (not isinstance(message, m.Answer) or message.asker == rank.rank):
                     self._effects.append(ToRank(rank.peer, message))
         elif isinstance(message, m.Ask):
             for rank in attempt.ranks.values():
@@ -224,11 +229,17 @@ class Core:
             return
         key = self._key(attempt, rank)
         if kill:
-            rank.kill_at = None
+            rank.kill_at = rank.term_at = None
             self._effects.append(Kill(key, rank.pid, SIGKILL))
+        elif first and rank.warned:
+            rank.term_at = self._now + WORLD_CHANGED_GRACE_S
         elif first:
-            rank.kill_at = self._now + STOP_GRACE_S
-            self._effects.append(Kill(key, rank.pid, SIGTERM))
+            self._terminate(attempt, rank)
+
+    def _terminate(self, attempt: Attempt, rank: Rank) -> None:
+        rank.term_at = None
+        rank.kill_at = self._now + STOP_GRACE_S
+        self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGTERM))
 
     def _forget(self, attempt: Attempt) -> None:
         for rank in attempt.ranks.values():
@@ -258,13 +269,7 @@ class Core:
             rank.join = message
             self._send(message)
         elif isinstance(message, m.Answer):
-            a = message
-            host = self.settings.advertise
-            self._send(
-                m.Answer(
-                    a.job_id, a.attempt, a.asker, a.question, a.rank, host, a.pid, a.sequence, a.inside, a.doing
-                )
-            )  # fmt: skip
+            self._send(replace(message, host=self.settings.advertise))
         else:
             self._send(message)
 
@@ -312,7 +317,7 @@ class Core:
         if found is None:
             return
         attempt, rank = found
-        rank.died, rank.kill_at = event, None
+        rank.died, rank.kill_at, rank.term_at = event, None, None
         rank.drained_at = self._now + DRAIN_S
         if rank.pid:  # whatever it started goes with it
             self._effects.append(Kill(event.key, rank.pid, SIGKILL))
@@ -352,6 +357,8 @@ class Core:
             )
         for attempt in list(self.attempts.values()):
             for rank in attempt.ranks.values():
+                if rank.term_at is not None and self._now >= rank.term_at:
+                    self._terminate(attempt, rank)
                 if rank.kill_at is not None and self._now >= rank.kill_at:
                     rank.kill_at = None
                     self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGKILL))

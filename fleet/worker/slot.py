@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import faulthandler
+import multiprocessing
 import os
 import runpy
 import signal
@@ -21,6 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from fleet import config
+from fleet.errors import WorldChanged
 
 PR_SET_PDEATHSIG = 1
 COMMAND_NOT_FOUND, COMMAND_NOT_EXECUTABLE = 127, 126  # the shell's
@@ -71,6 +73,8 @@ def _become_a_rank(stdout: Connection, stderr: Connection) -> None:
     server: Any = forkserver._forkserver
     os.close(server._forkserver_alive_fd)
     server._forkserver_alive_fd = None
+    # multiprocessing also hands on how a process was started; a script, and its DataLoaders, get Python's own default.
+    multiprocessing.set_start_method(None, force=True)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(stdout.fileno(), 1)
@@ -80,8 +84,9 @@ def _become_a_rank(stdout: Connection, stderr: Connection) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # New ones: those inherited from the zygote remember the file, perhaps one with a position, that fd 1 was then.
-    sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = os.fdopen(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)
+        vars(sys).update({name: stream, f"__{name}__": stream})
     faulthandler.enable()
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed()  # the zygote's state would give every rank the same "random" numbers
@@ -116,8 +121,11 @@ def _run_python(plan: Plan) -> int:
         return _exit_code(end.code)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except WorldChanged:
+        return 1  # the job's report says whom this rank has lost; a traceback from every rank would bury it
     except BaseException as error:
-        sys.excepthook(type(error), error, _users_part(error.__traceback__))
+        error.__traceback__ = _users_part(error.__traceback__)  # the hook shows this one, not its argument
+        sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
 

@@ -40,6 +40,8 @@ class Rank:
     unread_bytes: int = 0  # sent towards the client, which has not acknowledged them
     paused: bool = False
     stopped: bool = False
+    warned: bool = False  # it has been told that the world changed
+    term_at: float | None = None  # when it has had the time to act on that
     kill_at: float | None = None  # when SIGTERM has had its time
     open_streams: set[str] = field(default_factory=set)
     died: Died | None = None

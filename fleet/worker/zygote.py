@@ -6,9 +6,11 @@ Measured: docs/decisions.md.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.process
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
@@ -47,6 +49,19 @@ class Zygote:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*ALWAYS, *preload])
         forkserver.ensure_running()
+        self._ready, self._say_ready = os.pipe2(os.O_CLOEXEC)
+        threading.Thread(target=self._wait_for_imports, name="fleet-zygote", daemon=True).start()
+
+    def fileno(self) -> int:
+        """A descriptor that can be read once the imports are done; a spawn before that waits for them."""
+        return self._ready
+
+    def _wait_for_imports(self) -> None:
+        probe = self._context.Process(target=os.getpid)
+        with contextlib.suppress(OSError, EOFError):  # the server has died: the first spawn will say so
+            probe.start()
+            probe.join()
+        os.write(self._say_ready, b"!")
 
     def close(self) -> None:
         """Ends the server and waits for it. Children that still run die with it."""

@@ -51,6 +51,13 @@ EXAMPLES: list[Message] = [
     m.Formed("job", 2, WORLD),
     m.Ask("job", 2, 1, 5),
     m.Answer("job", 2, 1, 5, 0, "h0", 11, -1, False, "is at train.py:41 in load_batch"),
+    m.Answer("job", 2, 1, 5, 0, "h0", 11, 3, True, "is in collective #3", "barrier()", "a.py:1 in f", "records\n"),
+    m.Ask("job", 2, -1, 5, 8, True),
+    m.Join("job", 2, 1, 812, "tcp://10.0.0.5:50052", "boot/1f/2"),
+    m.Because("job", "no such job"),
+    m.Lost("job", 2, STATUS, "killed by signal 9 (SIGKILL)"),
+    m.Why("job"),
+    m.Because("job", "", 4),
     # Defaults and emptiness are values too.
     m.WorkerHello("", "", "", 0, m.Versions("", "")),
     m.Submit("", 0, m.Spec("module", "")),

@@ -1,29 +1,38 @@
-"""Worlds of ranks for one test: a thread, an inbox and a communicator for each, over real sockets."""
+"""Worlds of ranks for one test: a thread, an inbox and a communicator for each, over real sockets or shared memory."""
 
 from __future__ import annotations
 
 import tempfile
 import threading
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
-from fleet.collectives.channel import Channel
-from fleet.collectives.communicator import Communicator, Inquiry
-from fleet.group import Member, World
+from fleet.bus.shared import host_key
+from fleet.collectives.channel import Inbox
+from fleet.collectives.communicator import Communicator
+from fleet.collectives.conductor import Inquiry
+from fleet.collectives.paths import World
+from fleet.group import Member
 
 WORLD_ID = 7
 OPEN = Lock()
+SHM = Path("/dev/shm")
 
 Function = Callable[[Communicator], Any]
 
 
 class Worlds:
-    """Calls make a world, run a function on each of its ranks, close it, and return what the ranks returned."""
+    """Calls make a world, run a function on each of its ranks, close it, and return what the ranks returned.
+
+    transport: ipc or tcp sockets between all ranks; shared: memory; an integer: so many hosts, memory inside each.
+    """
 
     world_id = WORLD_ID
 
@@ -43,43 +52,54 @@ class Worlds:
         self,
         n: int,
         function: Function,
-        transport: str = "ipc",
+        transport: str | int = "ipc",
         lock: Lock = OPEN,
         timeout_s: float = 20.0,
         inquire: Sequence[Inquiry | None] | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> tuple[list[Any], list[BaseException]]:
         results: list[Any] = [None] * n
         failures: list[BaseException] = []
+        name = f"test-{uuid.uuid4().hex[:12]}"
         with ExitStack() as stack:
             directory = stack.enter_context(tempfile.TemporaryDirectory())
             meshes = []
             for rank in range(n):
-                mesh = Mesh(lock, f"ipc://{directory}/r{rank}" if transport == "ipc" else "tcp://127.0.0.1:*")
-                meshes.append(mesh)
-                if n == 1:
-                    stack.callback(mesh.close, linger=False)
+                meshes.append(Mesh(lock, "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{directory}/r{rank}"))
             addresses = [mesh.endpoint for mesh in meshes]
-            world = World(1, tuple(Member(rank, "w", "h", 0, addresses[rank]) for rank in range(n)))
-            comms = []
-            for rank in range(n):
-                channel = Channel(meshes[rank], rank, addresses, WORLD_ID) if n > 1 else None
-                comm = Communicator(rank, world, channel, timeout_s, inquire=inquire[rank] if inquire else None)
-                comms.append(comm)
-                stack.callback(comm.close)
+            members = [Member(r, "w", "h", 0, addresses[r], memory_key(transport, r, n)) for r in range(n)]
 
-            def run(comm: Communicator) -> None:
+            def run(rank: int) -> None:
+                comm = None
                 try:
-                    results[comm.rank] = function(comm)
+                    inbox = Inbox(meshes[rank], rank, addresses, WORLD_ID, check)
+                    world = World(inbox, members, SHM, name, check)
+                    asks = inquire[rank] if inquire else None
+                    comm = Communicator(rank, range(n), world, timeout_s=timeout_s, generation=1, inquire=asks)
+                    results[rank] = function(comm)
                 except BaseException as error:
                     failures.append(error)
-                    results[comm.rank] = error
+                    results[rank] = error
+                finally:
+                    ended.wait()
+                    if comm is not None:
+                        comm.close()
+                    else:
+                        meshes[rank].close(linger=False)
 
-            threads = [threading.Thread(target=run, args=(comm,), daemon=True) for comm in comms]
+            ended = threading.Barrier(n)  # nobody leaves before all have tried
+            threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(n)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
         return results, failures
+
+
+def memory_key(transport: str | int, rank: int, n: int) -> str:
+    if transport == "shared":
+        return host_key(SHM)
+    return f"host {rank * transport // n}" if isinstance(transport, int) else ""
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from fleet.collectives.communicator import TREE_BYTES_AT_MOST, Communicator
+from fleet.collectives.communicator import Communicator
+from fleet.collectives.sockets import small_limits
 
 NUMPY_DTYPES = (
     "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64",
@@ -20,7 +21,8 @@ WORLD_SIZES = (1, 2, 3, 4, 5, 8)
 ELEMENTS = (0, 1, 7, 1000)
 PAST_THE_THRESHOLD = 70_000  # elements: past both the tree's bytes and what pyzmq copies anyway
 LARGE = 1_500_000  # elements: several segments in each chunk
-assert PAST_THE_THRESHOLD * 4 > TREE_BYTES_AT_MOST
+assert all(max(small_limits(n)) < PAST_THE_THRESHOLD * 4 for n in WORLD_SIZES)
+TRANSPORTS = ("ipc", "shared", 2)  # sockets between all; shared memory; two hosts with shared memory inside
 
 
 def legal_ops(dtype: str) -> list[str]:
@@ -111,11 +113,11 @@ def check_moves(comm: Communicator, dtype: str, count: int) -> None:
         np.testing.assert_array_equal(x, every[rank])
 
 
-@pytest.mark.parametrize("transport", ["ipc", "tcp"])
+@pytest.mark.parametrize("transport", ["ipc", "tcp", "shared", 2])
 @pytest.mark.parametrize("n", WORLD_SIZES)
-def test_grid(run_world: Any, n: int, transport: str) -> None:
+def test_grid(run_world: Any, n: int, transport: str | int) -> None:
     # Over TCP the bytes are the same: a part of the grid shows that they arrive.
-    dtypes = NUMPY_DTYPES if transport == "ipc" else ("bool", "float16", "float64")
+    dtypes = NUMPY_DTYPES if transport in ("ipc", "shared") else ("bool", "float16", "float64")
 
     def grid(comm: Communicator) -> list[str]:
         digests = []
@@ -130,8 +132,8 @@ def test_grid(run_world: Any, n: int, transport: str) -> None:
     assert all(found == digests[0] for found in digests), "the ranks hold different bits"
 
 
-@pytest.mark.parametrize(("n", "transport"), [(n, "ipc") for n in WORLD_SIZES] + [(3, "tcp")])
-def test_past_the_zero_copy_threshold(run_world: Any, n: int, transport: str) -> None:
+@pytest.mark.parametrize(("n", "transport"), [(n, t) for n in WORLD_SIZES for t in TRANSPORTS] + [(3, "tcp")])
+def test_past_the_zero_copy_threshold(run_world: Any, n: int, transport: str | int) -> None:
     def large(comm: Communicator) -> list[str]:
         check_moves(comm, "float32", PAST_THE_THRESHOLD)
         check_moves(comm, "uint16", PAST_THE_THRESHOLD)
@@ -142,8 +144,10 @@ def test_past_the_zero_copy_threshold(run_world: Any, n: int, transport: str) ->
     assert all(found == digests[0] for found in digests), "the ranks hold different bits"
 
 
-@pytest.mark.parametrize(("n", "transport"), [(2, "ipc"), (3, "tcp"), (4, "ipc")])
-def test_many_segments(run_world: Any, n: int, transport: str) -> None:
+@pytest.mark.parametrize(
+    ("n", "transport"), [(2, "ipc"), (3, "tcp"), (4, "ipc"), (2, "shared"), (3, "shared"), (4, 2), (5, 2)]
+)
+def test_many_segments(run_world: Any, n: int, transport: str | int) -> None:
     """Rounded sums: near the reference in float64, and the same bits on every rank and in every run."""
     index = np.arange(LARGE, dtype=np.float64)
 
@@ -175,8 +179,8 @@ def test_many_segments(run_world: Any, n: int, transport: str) -> None:
     assert all(found == digests[0] for found in digests), "the ranks hold different bits"
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 5])
-def test_torch(run_world: Any, n: int) -> None:
+@pytest.mark.parametrize(("n", "transport"), [(1, "ipc"), (2, "ipc"), (3, "shared"), (5, "ipc"), (3, 2), (4, 2)])
+def test_torch(run_world: Any, n: int, transport: str | int) -> None:
     def wide(found: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(np.asarray(found)).to(dtype)
 
@@ -211,12 +215,12 @@ def test_torch(run_world: Any, n: int) -> None:
                     assert torch.equal(x, every[rank - 1])
         return digests
 
-    digests = run_world(n, grid)
+    digests = run_world(n, grid, transport=transport)
     assert all(found == digests[0] for found in digests), "the ranks hold different bits"
 
 
-@pytest.mark.parametrize("n", [1, 3, 4])
-def test_memory_of_every_form(run_world: Any, n: int) -> None:
+@pytest.mark.parametrize(("n", "transport"), [(1, "ipc"), (3, "ipc"), (4, "shared"), (3, 2)])
+def test_memory_of_every_form(run_world: Any, n: int, transport: str | int) -> None:
     """Transposed, strided, reversed, 0-d, part of something larger, or a parameter with a gradient."""
     total = n * (n + 1) // 2
 
@@ -290,11 +294,12 @@ def test_memory_of_every_form(run_world: Any, n: int) -> None:
             assert (framed[:, ::2] == total).all()
             assert (framed[:, 1::2] == mine).all()
 
-    run_world(n, forms)
+    run_world(n, forms, transport=transport)
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("n", WORLD_SIZES)
-def test_broadcast_from_every_root(run_world: Any, n: int) -> None:
+def test_broadcast_from_every_root(run_world: Any, n: int, transport: str | int) -> None:
     def roots(comm: Communicator) -> None:
         for root in range(n):
             for count in (0, 3, PAST_THE_THRESHOLD):
@@ -302,7 +307,7 @@ def test_broadcast_from_every_root(run_world: Any, n: int) -> None:
                 comm.broadcast(x, root)
                 assert (x == root).all()
 
-    run_world(n, roots)
+    run_world(n, roots, transport=transport)
 
 
 def test_tags_keep_messages_apart(run_world: Any) -> None:
@@ -339,8 +344,10 @@ def test_large_messages_both_ways_at_once(run_world: Any, transport: str) -> Non
     run_world(3, exchange, transport=transport)
 
 
-@pytest.mark.parametrize(("n", "transport"), [(2, "tcp"), (3, "ipc"), (4, "tcp"), (5, "ipc")])
-def test_buffers_may_be_overwritten_at_once(run_world: Any, n: int, transport: str) -> None:
+@pytest.mark.parametrize(
+    ("n", "transport"), [(2, "tcp"), (3, "ipc"), (4, "tcp"), (5, "ipc"), (2, "shared"), (5, "shared"), (4, 2)]
+)
+def test_buffers_may_be_overwritten_at_once(run_world: Any, n: int, transport: str | int) -> None:
     """A neighbour never receives the next step's values: memory lent to libzmq is free again when a call returns.
 
     In each step one rank overwrites its buffers the moment a call returns, while the others look at what they got.
@@ -390,17 +397,19 @@ def test_buffers_may_be_overwritten_at_once(run_world: Any, n: int, transport: s
     run_world(n, steps, transport=transport)
 
 
-def test_a_root_may_run_ahead(run_world: Any) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_root_may_run_ahead(run_world: Any, transport: str | int) -> None:
     def ahead(comm: Communicator) -> None:
         for step in range(400):  # more than the queues hold
             x = np.full(100, step if comm.rank == 0 else -1)
             comm.broadcast(x)
             assert (x == step).all()
 
-    run_world(3, ahead)
+    run_world(3, ahead, transport=transport)
 
 
-def test_no_rank_leaves_a_barrier_before_all_came(run_world: Any) -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_no_rank_leaves_a_barrier_before_all_came(run_world: Any, transport: str | int) -> None:
     entered: list[int] = []
 
     def barriers(comm: Communicator) -> None:
@@ -409,7 +418,7 @@ def test_no_rank_leaves_a_barrier_before_all_came(run_world: Any) -> None:
             comm.barrier()
             assert len(entered) >= comm.world_size * (step + 1)
 
-    run_world(5, barriers)
+    run_world(5, barriers, transport=transport)
 
 
 def test_what_was_sent_is_delivered_after_the_sender_left(run_world: Any) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fleet.collectives.communicator import Communicator, Doing
-from fleet.collectives.header import describe_call
+from fleet.collectives.communicator import Communicator
+from fleet.collectives.conductor import Doing
 from fleet.errors import CollectiveMismatch, CollectiveTimeout, Late, UsageError
 
 Call = Callable[[Communicator], None]
@@ -53,6 +53,13 @@ ILLEGAL: list[tuple[Call, str]] = [
     (lambda comm: comm.broadcast(np.zeros(2), root=-1), "root is -1"),
     (lambda comm: comm.send(np.zeros(2), 3), "dst is 3"),
     (lambda comm: comm.recv(np.zeros(2), -1), "src is -1"),
+    (lambda comm: comm.gather(None, np.zeros(2), comm.rank), "out is a NoneType"),
+    (lambda comm: comm.scan(np.zeros(2), "mean"), "scan knows no mean"),
+    (lambda comm: comm.all_reduce(np.zeros(2), "band"), "band works on bits"),
+    (lambda comm: comm.all_reduce(np.zeros(2), wire="bf16"), "goes with float32 only"),
+    (lambda comm: comm.all_to_all(np.zeros(4), np.zeros(4)), "out has 4 rows, which do not divide by 3"),
+    (lambda comm: comm.all_to_all(np.zeros(3), np.zeros(3), [1, 1, 2]), r"out_splits is \[1, 1, 2\]"),
+    (lambda comm: comm.split(-1), "color is -1"),
     (lambda comm: comm.send(np.zeros(2), (comm.rank + 1) % 3, tag=-1), "tag is -1"),
     (lambda comm: comm.recv(np.zeros(2), (comm.rank + 1) % 3, tag=2**31), "tag is 2147483648"),
     (lambda comm: comm.send(np.zeros(2), comm.rank), "dst is this rank itself"),
@@ -72,7 +79,7 @@ def test_illegal_calls_send_nothing_and_break_nothing(run_world: Any) -> None:
         for call, words in ILLEGAL:
             with pytest.raises(UsageError, match=words):
                 call(comm)
-            assert comm.progress.sequence == 0
+            assert comm.recorders[0][1].last is None
         x = np.ones(3)
         comm.all_reduce(x)
         assert (x == 3).all()
@@ -165,9 +172,10 @@ DIFFERENT: list[tuple[Call, Call, str, str]] = [
 ]
 
 
+@pytest.mark.parametrize("transport", ["ipc", "shared"])
 @pytest.mark.parametrize("n", [2, 3])
 @pytest.mark.parametrize("case", range(len(DIFFERENT)))
-def test_different_calls_name_both(run_world: Any, n: int, case: int) -> None:
+def test_different_calls_name_both(run_world: Any, n: int, case: int, transport: str) -> None:
     first, others, first_text, others_text = DIFFERENT[case]
 
     def differ(comm: Communicator) -> None:
@@ -176,7 +184,7 @@ def test_different_calls_name_both(run_world: Any, n: int, case: int) -> None:
         comm.barrier()  # a root goes on, and learns of it here
 
     # A rank that nobody sends anything sees a peer that is late: without agents it cannot ask why.
-    results = run_world.caught(n, differ, timeout_s=0.4)
+    results = run_world.caught(n, differ, timeout_s=1.0, transport=transport)
     found = [error for error in results if isinstance(error, CollectiveMismatch)]
     assert found, results
     for error in found:
@@ -184,7 +192,7 @@ def test_different_calls_name_both(run_world: Any, n: int, case: int) -> None:
         assert error.sequence == 2
         assert first_text in str(error)
         assert others_text.format(n=n) in str(error)
-        assert f"rank {error.rank} called {error.call}" in str(error)
+        assert f"rank {error.rank} called {error.call} at test_errors.py:" in str(error)
     assert all(error is None or isinstance(error, CollectiveMismatch | CollectiveTimeout) for error in results), results
 
 
@@ -194,16 +202,17 @@ def test_ranks_that_wait_for_each_other_learn_why(run_world: Any) -> None:
 
     def ask(rank: int) -> list[Doing]:
         peer = comms[rank]
-        progress = peer.progress
-        late = Late(rank, "h", 1, f"is in or after collective #{progress.sequence}")
-        return [Doing(late, progress.sequence, progress.inside, describe_call(progress.call))]
+        job = peer.recorders[0][1].last
+        assert job is not None
+        late = Late(rank, "h", 1, f"is in or after collective #{job.sequence}")
+        return [Doing(late, job.sequence, not job.ended, str(job.call), job.where)]
 
     def differ(comm: Communicator) -> None:
         comms[comm.rank] = comm
         comm.barrier()
         comm.broadcast(np.ones(4), root=1 - comm.rank, timeout_s=0.2 + 0.3 * comm.rank)
 
-    results = run_world.caught(2, differ, inquire=[lambda: ask(1), lambda: ask(0)])
+    results = run_world.caught(2, differ, inquire=[lambda group: ask(1), lambda group: ask(0)])
     assert isinstance(results[0], CollectiveMismatch), results[0]
     assert "root=1" in str(results[0])
     assert "root=0" in str(results[0])
@@ -218,7 +227,7 @@ def test_a_mismatch_breaks_the_communicator(run_world: Any) -> None:
             comm.barrier()
         raise caught.value
 
-    results = run_world.caught(2, differ, timeout_s=0.4)
+    results = run_world.caught(2, differ, timeout_s=1.0)
     assert any(isinstance(error, CollectiveMismatch) for error in results), results
 
 
@@ -245,8 +254,9 @@ LATE_CALLS: list[Call] = [
 ]
 
 
+@pytest.mark.parametrize("transport", ["ipc", "shared"])
 @pytest.mark.parametrize("case", range(len(LATE_CALLS)))
-def test_a_rank_that_does_not_come(run_world: Any, case: int) -> None:
+def test_a_rank_that_does_not_come(run_world: Any, case: int, transport: str) -> None:
     def late(comm: Communicator) -> None:
         if comm.rank == 2:
             return
@@ -255,7 +265,7 @@ def test_a_rank_that_does_not_come(run_world: Any, case: int) -> None:
         assert caught.value.rank == comm.rank
         assert caught.value.sequence == 1
         assert 0.5 <= caught.value.waited_s < 1
-        assert not comm.progress.inside
+        assert comm.recorders[0][1].last.ended
         for again in LATE_CALLS:
             with pytest.raises(CollectiveTimeout) as repeated:
                 again(comm)
@@ -263,7 +273,7 @@ def test_a_rank_that_does_not_come(run_world: Any, case: int) -> None:
         with pytest.raises(CollectiveTimeout):
             comm.send(np.ones(1), 1 - comm.rank)
 
-    run_world(3, late, timeout_s=0.5)
+    run_world(3, late, timeout_s=0.5, transport=transport)
 
 
 def test_the_timeout_of_one_call_wins(run_world: Any) -> None:
@@ -287,7 +297,7 @@ def test_the_late_are_named(run_world: Any) -> None:
             comm.all_reduce(np.ones(3), timeout_s=0.1)
 
     def error_with(known: Doing) -> Exception:
-        return run_world.caught(2, wait, inquire=[lambda: [known], None])[0]
+        return run_world.caught(2, wait, inquire=[lambda group: [known], None])[0]
 
     error = error_with(absent)
     assert isinstance(error, CollectiveTimeout)
@@ -310,7 +320,7 @@ def test_a_receive_in_vain_breaks_nothing(run_world: Any) -> None:
             assert gave_up.wait(20)
             comm.send(np.ones(3), 1)
         else:
-            with pytest.raises(CollectiveTimeout, match=r"with rank 0 on rank 1: not complete after 0\.2 s"):
+            with pytest.raises(CollectiveTimeout, match=r"from rank 0 on rank 1: not complete after 0\.2 s"):
                 comm.recv(x, 0, timeout_s=0.2)
             assert (x == 0).all()
             gave_up.set()

@@ -23,8 +23,7 @@ Call = Callable[[Communicator], None]
 
 
 def endpoint_of(comm: Communicator) -> str:
-    assert comm._channel is not None
-    return comm._channel._mesh.endpoint
+    return comm._channel.inbox._mesh.endpoint
 
 
 def receive_until(comm: Communicator, done: Callable[[], bool]) -> None:
@@ -57,17 +56,16 @@ def test_garbage_is_counted_and_survived(run_world: Any, transport: str) -> None
     stale = [[foreign], [foreign, bytes(100_000)], [foreign + b"payload"], [foreign, b"", b"third"]]
 
     def survive(comm: Communicator) -> None:
-        channel = comm._channel
-        assert channel is not None
+        inbox = comm._channel.inbox
         if comm.rank == 0:
             with Bus(Lock()) as bus:
                 stranger = bus.socket(zmq.DEALER, 1000)
                 bus.connect(stranger, endpoint_of(comm))
                 for frames in garbage + stale:
                     stranger.send_multipart(frames)
-                receive_until(comm, lambda: channel.refused_count + channel.stale_count >= len(garbage + stale))
-            assert channel.refused_count == len(garbage)
-            assert channel.stale_count == len(stale)
+                receive_until(comm, lambda: inbox.refused_count + inbox.stale_count >= len(garbage + stale))
+            assert inbox.refused_count == len(garbage)
+            assert inbox.stale_count == len(stale)
         for count in (3, 70_000):
             x = np.full(count, comm.rank + 1.0)
             comm.all_reduce(x)
@@ -126,16 +124,15 @@ def test_only_holders_of_the_secret_get_in(run_world: Any, kind: Any, transport:
             x = np.full(count, comm.rank + 1.0)
             comm.all_reduce(x)
             assert (x == 6).all()
-        channel = comm._channel
-        assert channel is not None
+        inbox = comm._channel.inbox
         if comm.rank == 0:
             for stranger in strangers:
                 assert not handshake(stranger, endpoint_of(comm))
             # Proof that the strangers' message would have been counted.
             assert handshake(lock, endpoint_of(comm))
-            receive_until(comm, lambda: channel.refused_count > 0)
-            assert channel.refused_count == 1
-            assert channel.stale_count == 0
+            receive_until(comm, lambda: inbox.refused_count > 0)
+            assert inbox.refused_count == 1
+            assert inbox.stale_count == 0
         comm.barrier()
 
     run_world(3, guarded, lock=lock, transport=transport)

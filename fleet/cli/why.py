@@ -1,0 +1,43 @@
+"""`fleet why`: which orchestrator to ask, that of a cluster or one embedded in a `fleet run` of this user."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from fleet import config
+from fleet.bus.address import endpoint, parse
+from fleet.bus.lock import Lock
+from fleet.cli.runtime import PREFIX
+from fleet.cli.security import control_lock
+from fleet.cli.versions import versions
+from fleet.client.run import Target
+from fleet.client.why import ask, described
+from fleet.errors import ConfigError, UsageError
+
+LOCAL_WITHIN_S = 2.0
+
+
+def explain(
+    job_id: str, count: int, orchestrator: str | None, secret_file: Path | None, insecure: bool, timeout_s: float
+) -> str:
+    """What the ranks of a job do, in words. Raises ConfigError, UsageError."""
+    if orchestrator is not None:
+        host, port = parse(orchestrator, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
+        lock = control_lock(secret_file, insecure)
+        target = Target(f"{host}:{port}", endpoint(host, port), lock, timeout_s, local=False)
+        return described(*ask(target, job_id, versions()), count)
+    found, reasons = [], []
+    for socket in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/orchestrator")):
+        target = Target("this machine", f"ipc://{socket}", Lock(), LOCAL_WITHIN_S, local=True)
+        try:
+            found.append(described(*ask(target, job_id, versions()), count))
+        except UsageError as error:
+            reasons.append(str(error))
+        except ConfigError:
+            continue  # left by a killed one, or another user's
+    if found:
+        return "\n".join(found)
+    raise UsageError(
+        "; ".join(reasons) or "no job runs on this machine; set ORCHESTRATOR_ADDR to ask a cluster's orchestrator"
+    )

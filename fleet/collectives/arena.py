@@ -1,0 +1,290 @@
+"""A communicator's shared mapping: a word per rank and phase, and slots for tensor bytes. Knows waiting, no algorithm.
+
+    page 0                     bus.shared's own
+    a kilobyte for each rank   posted word · folded word · window, offset · the rank's call
+    halves                     2 per rank, used in turn by blocks with one synchronisation
+    slots                      1 per rank, and one for results: blocks with two synchronisations
+
+Collectives run as blocks, numbered alike on all ranks. A rank's posted word holds the number of the block it has posted
+and a digest of its calls so far, so that one comparison tells "here, and on the same way". Two rules make the memory safe:
+
+1. posted(b) is written when this rank has finished reading whatever blocks before b published;
+2. a half is written for block b once all have posted b-1 (nobody reads b-2), a slot once all have folded the last block
+   that used slots (nobody reads it any more).
+
+Plain stores and loads, ordered as written: x86-64 only, which bus.shared.host_key checks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from fleet.bus.shared import PAGE_BYTES
+from fleet.collectives.buffer import Array
+
+RANK_BYTES = 1024
+# Words from the start of a rank's kilobyte, each on a cache line of its own. The bell is in the first rank's.
+FOLDED, WINDOW, CALLS, ASLEEP, BELL = 8, 16, 24, 104, 112
+CALL_BYTES_AT_MOST = 256  # of the running collective's call, and of the one's before it
+DIGEST_BITS = 21
+DIRECT = 1  # lowest bit of a word: this rank's tensor lies in shared memory already
+BLOCK_SHIFT = DIGEST_BITS + 1
+_TAG_MASK = (1 << BLOCK_SHIFT) - 2
+
+# Of all ranks together: measured with 8 ranks on 2 cores, where 4 MB lose to the cost of meeting what they gain in caches.
+SLOTS_BYTES = 8 << 20
+SLOT_BYTES_AT_MOST, SLOT_BYTES_AT_LEAST = 1 << 20, 64 << 10
+
+_SPINS = 2000  # loads before sleeping where every rank has a core of its own: about 0.1 ms
+_YIELDS = 10  # then so many times the core is left to others: with more ranks than cores, most are there by then
+# Then a rank sleeps on a futex, which those who complete what it waits for ring. Compared with yielding on, it costs no
+# CPU, and the ranks that have work run at once even where other programs compete for the cores. A ring may be missed,
+# since Python has no store that is ordered before a load: hence a short first sleep.
+_FIRST_SLEEP_S, _SLEEP_AT_MOST_S = 0.002, 0.05
+_SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE, _ALL = 202, 0, 1, 0x7FFFFFFF  # x86-64, futex(2); not private: between processes
+_syscall = ctypes.CDLL(None).syscall
+_syscall.argtypes = [ctypes.c_long, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p]
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = [("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long)]
+
+
+class Late(TimeoutError):
+    """The deadline passed while waiting for one local rank."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(rank)
+        self.rank = rank
+
+
+class Differs(Exception):
+    """A local rank is in the same block with another call, or came there by another one."""
+
+    def __init__(self, rank: int, call: bytes, before: bytes) -> None:
+        super().__init__(rank)
+        self.rank = rank
+        self.call = call
+        self.before = before  # the call of the collective before this one
+
+
+def slot_bytes(count: int) -> int:
+    """The size of each slot and of the two halves together, for `count` ranks."""
+    return min(SLOT_BYTES_AT_MOST, max(SLOT_BYTES_AT_LEAST, SLOTS_BYTES // count & -PAGE_BYTES))
+
+
+def arena_bytes(count: int) -> int:
+    """The size of the whole mapping."""
+    return PAGE_BYTES + count * RANK_BYTES + (2 * count + 1) * slot_bytes(count) + PAGE_BYTES
+
+
+def digest(call: bytes) -> int:
+    """What goes into a posted word beside the block's number, for one call."""
+    return int.from_bytes(blake2b(call, digest_size=4).digest(), "little") % (1 << DIGEST_BITS) << 1
+
+
+class Arena:
+    """This host's end of a communicator: `ranks` are the communicator's numbers of the ranks here, `index` is this one.
+
+    `check` is called while waiting, and raises to end the wait.
+    """
+
+    def __init__(self, memory: mmap.mmap, index: int, ranks: Sequence[int], check: Callable[[], None]) -> None:
+        self.index = index
+        self.ranks = ranks
+        self.count = count = len(ranks)
+        self.others = [other for other in range(count) if other != index]
+        self.slot_bytes = slot_bytes(count)
+        self.half_bytes = self.slot_bytes // 2
+        self.block = 0  # the last one posted
+        self._seen = 0  # the last one that all are known to have posted
+        self._check = check
+        self._spins = _SPINS if count <= len(os.sched_getaffinity(0)) else 1
+        self._memory = memory
+        self.words = memoryview(memory)[PAGE_BYTES : PAGE_BYTES + count * RANK_BYTES].cast("Q")
+        self.at = [rank * RANK_BYTES // 8 for rank in range(count)]  # the posted word of each rank
+        self._begun_count = 0
+        self._shown = [b"", b""]
+        self._tag = 0
+        whole: Array = np.frombuffer(memory, np.uint8)
+        self._asleep_at = index * RANK_BYTES // 8 + ASLEEP
+        self._bell = memoryview(memory)[PAGE_BYTES + BELL * 8 : PAGE_BYTES + BELL * 8 + 4].cast("I")
+        self._bell_address = int(whole.ctypes.data) + PAGE_BYTES + BELL * 8
+        self._timespec = _Timespec()
+        start = -(-(PAGE_BYTES + count * RANK_BYTES) // PAGE_BYTES) * PAGE_BYTES
+        size, half = self.slot_bytes, self.half_bytes
+        self._halves = [
+            [whole[start + (parity * count + r) * half :][:half] for r in range(count)] for parity in (0, 1)
+        ]
+        start += count * size
+        self._slots = [whole[start + r * size :][:size] for r in range(count + 1)]  # the last one is for results
+        self._views: dict[Any, list[Array]] = {}
+
+    def begin(self, call: bytes, tag: int) -> None:
+        """A collective begins: the others can read what this rank calls, and will find it in its words."""
+        self._begun_count += 1
+        # Of all calls so far: roots that wait for nobody are told apart by the next collective.
+        self._tag = (self._tag * 31 + tag) & _TAG_MASK
+        turn = self._begun_count & 1
+        if self._shown[turn] is not call:
+            self._shown[turn] = call
+            at, size = self._call_at(self.index, turn), min(len(call), CALL_BYTES_AT_MOST - 2)
+            self._memory[at : at + size + 2] = size.to_bytes(2, "little") + call[:size]
+
+    def _call_of(self, index: int, turn: int) -> bytes:
+        at = self._call_at(index, turn)
+        size = int.from_bytes(self._memory[at : at + 2], "little")
+        return self._memory[at + 2 : at + 2 + size]
+
+    def _call_at(self, index: int, turn: int) -> int:
+        return PAGE_BYTES + index * RANK_BYTES + CALLS * 8 + turn * CALL_BYTES_AT_MOST
+
+    def halves(self, dtype: Any, length: int) -> list[Array]:
+        """Every rank's half for the next block, as `length` elements."""
+        key = ((self.block + 1) & 1, dtype, length)
+        found = self._views.get(key)
+        if found is None:
+            found = self._keep(key, [half[: length * dtype.itemsize].view(dtype) for half in self._halves[key[0]]])
+        return found
+
+    def slots(self, dtype: Any, length: int) -> list[Array]:
+        """Every rank's slot and the slot for results, as `length` elements."""
+        key = (2, dtype, length)
+        found = self._views.get(key)
+        if found is None:
+            found = self._keep(key, [slot[: length * dtype.itemsize].view(dtype) for slot in self._slots])
+        return found
+
+    def _keep(self, key: Any, views: list[Array]) -> list[Array]:
+        if len(self._views) >= 64:
+            self._views.clear()
+        self._views[key] = views
+        return views
+
+    def post(self, direct: int = 0) -> int:
+        """The next block begins for this rank, with what it published; returns the word that all will hold."""
+        self.block += 1
+        word = self.block << BLOCK_SHIFT | self._tag | direct
+        self.words[self.at[self.index]] = word
+        return word
+
+    def post_for_one(self) -> int:
+        """As `post`, where others wait for this rank alone."""
+        word = self.post()
+        self._ring()
+        return word
+
+    def await_all(self, word: int, deadline: float) -> None:
+        """Until every rank has posted this block, with the same call. Raises Late, Differs."""
+        words, at = self.words, self.at
+        waited = False
+        for other in self.others:
+            if words[at[other]] != word:
+                waited = True
+                self.await_one(other, word, deadline)
+        self._seen = self.block
+        if not waited:  # this rank came last
+            self._ring()
+
+    def await_one(self, other: int, word: int, deadline: float) -> None:
+        """Until one rank has posted this block, with the same call. Raises Late, Differs."""
+        at, words = self.at[other], self.words
+        block, direct = word >> BLOCK_SHIFT, word & DIRECT
+
+        def there() -> bool:
+            found = words[at]
+            if found == word:
+                return True
+            if found >> BLOCK_SHIFT != block:
+                return found >> BLOCK_SHIFT > block
+            if (found ^ word) & ~DIRECT:
+                turn = self._begun_count & 1
+                raise Differs(self.ranks[other], self._call_of(other, turn), self._call_of(other, 1 - turn))
+            return bool(direct)  # its tensor is elsewhere than mine; if mine is direct, it is for me to give way
+
+        self._wait(there, other, deadline)
+
+    def fold(self, block: int) -> None:
+        """This rank's part of the block's results is there."""
+        self.words[self.at[self.index] + FOLDED] = block
+
+    def await_folded(self, block: int, deadline: float) -> None:
+        words, waited = self.words, False
+        for other in self.others:
+            at = self.at[other] + FOLDED
+            if words[at] < block:
+                waited = True
+                self._wait(lambda at=at: words[at] >= block, other, deadline)  # type: ignore[misc]
+        if not waited:
+            self._ring()
+
+    def await_idle(self, deadline: float) -> None:
+        """Until a half may be written for the next block: all have posted the last one."""
+        block, words = self.block, self.words
+        if self._seen < block:
+            for other in self.others:
+                at = self.at[other]
+                if words[at] >> BLOCK_SHIFT < block:
+                    self._wait(lambda at=at: words[at] >> BLOCK_SHIFT >= block, other, deadline)  # type: ignore[misc]
+            self._seen = block
+
+    def give_way(self, word: int) -> int:
+        """This rank's tensor counts as an ordinary one after all, and its slot holds it now."""
+        self.words[self.at[self.index]] = word & ~DIRECT
+        self._ring()
+        return word & ~DIRECT
+
+    def all_direct(self, word: int) -> bool:
+        """Whether all, who have posted this block, have their tensors in shared memory."""
+        return all(self.words[self.at[other]] == word for other in self.others)
+
+    def tell_window(self, window: int, offset: int) -> None:
+        at = self.at[self.index] + WINDOW
+        self.words[at], self.words[at + 1] = window, offset
+
+    def window_of(self, other: int) -> tuple[int, int]:
+        at = self.at[other] + WINDOW
+        return self.words[at], self.words[at + 1]
+
+    def _ring(self) -> None:
+        """Wakes the ranks that sleep, if any does."""
+        words = self.words
+        for other in self.others:
+            if words[self.at[other] + ASLEEP]:
+                self._bell[0] = (self._bell[0] + 1) & 0xFFFFFFFF
+                _syscall(_SYS_FUTEX, self._bell_address, _FUTEX_WAKE, _ALL, None)
+                return
+
+    def _wait(self, there: Callable[[], bool], other: int, deadline: float) -> None:
+        for _ in range(self._spins):
+            if there():
+                return
+        for _ in range(_YIELDS):
+            os.sched_yield()
+            if there():
+                return
+        started = monotonic()
+        words, asleep_at, time = self.words, self._asleep_at, self._timespec
+        words[asleep_at] = 1
+        try:
+            while True:
+                rung = self._bell[0]
+                if there():
+                    return
+                now = monotonic()
+                if now > deadline:
+                    raise Late(self.ranks[other])
+                self._check()
+                sleep_s = min(_SLEEP_AT_MOST_S, max(_FIRST_SLEEP_S, (now - started) / 10), max(deadline - now, 0.0001))
+                time.tv_nsec = int(sleep_s * 1e9)
+                _syscall(_SYS_FUTEX, self._bell_address, _FUTEX_WAIT, rung, ctypes.addressof(time))
+        finally:
+            words[asleep_at] = 0

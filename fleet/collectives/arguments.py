@@ -1,0 +1,62 @@
+"""What a collective call may be given: sentences for what it may not. Knows shapes and ranks, no peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+from fleet.collectives.buffer import Array, Buffer
+from fleet.errors import UsageError
+
+TAGS = 1 << 31
+
+
+def check_rank(rank: int, name: str, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise UsageError(f"{name} is {rank}: ranks of this world are 0 to {world_size - 1}")
+
+
+def check_peer(peer: int, name: str, tag: int, rank: int, world_size: int) -> None:
+    check_rank(peer, name, world_size)
+    check_tag(tag)
+    if peer == rank:
+        raise UsageError(f"{name} is this rank itself ({rank}): copy the array instead")
+
+
+def check_tag(tag: int) -> None:
+    if not 0 <= tag < TAGS:
+        raise UsageError(f"tag is {tag}: it must be from 0 to {TAGS - 1}")
+
+
+def check_parts(name: str, whole: Buffer, part_name: str, part: Buffer, world_size: int) -> None:
+    """`whole` must hold one `part` per rank, joined along dimension 0 or stacked."""
+    if whole.dtype != part.dtype:
+        raise UsageError(f"{name} has dtype {whole.dtype} and {part_name} has {part.dtype}: they must be the same")
+    stacked = (world_size, *part.shape)
+    joined = (world_size * part.shape[0], *part.shape[1:]) if part.shape else stacked
+    if whole.shape not in (joined, stacked):
+        raise UsageError(
+            f"{name} has shape {list(whole.shape)}: for {world_size} ranks with {part_name} of shape "
+            f"{list(part.shape)} it must be {list(joined)} or {list(stacked)}"
+        )
+
+
+def parts_of(flat: Array, world_size: int) -> list[Array]:
+    """One equal part per rank."""
+    return list(flat.reshape(world_size, -1)) if flat.size else [flat] * world_size
+
+
+def splits_of(name: str, buffer: Buffer, splits: Sequence[int] | None, world_size: int) -> list[Array]:
+    """The parts of `splits` rows each, None: equal ones."""
+    rows = buffer.shape[0] if buffer.shape else 1
+    if splits is None:
+        if rows % world_size:
+            raise UsageError(f"{name} has {rows} rows, which do not divide by {world_size} ranks: give {name}_splits")
+        splits = [rows // world_size] * world_size
+    if len(splits) != world_size or min(splits) < 0 or sum(splits) != rows:
+        raise UsageError(
+            f"{name}_splits is {list(splits)}: it must have {world_size} numbers from 0 that add up to {rows}, "
+            f"the rows of {name}"
+        )
+    per_row = len(buffer.flat) // rows if rows else 0
+    return [buffer.flat[a * per_row : b * per_row] for a, b in pairwise(accumulate(splits, initial=0))]

@@ -1,0 +1,150 @@
+"""What a communicator is made of, and its life: path, conductor, windows. Its calls are in communicator.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fleet.collectives import reduce
+from fleet.collectives.arena import Arena
+from fleet.collectives.buffer import Buffer
+from fleet.collectives.conductor import Conductor, Inquiry
+from fleet.collectives.header import pack_call
+from fleet.collectives.job import Call, Job
+from fleet.collectives.paths import World, reach
+from fleet.collectives.points import Points
+from fleet.collectives.recorder import Recorder
+from fleet.collectives.reduce import PremulSum
+from fleet.collectives.windows import Windows
+from fleet.errors import UsageError
+
+Op = str | PremulSum
+CALLS_KEPT = 4096
+
+
+class Base:
+    """A rank's end of a world, without the calls."""
+
+    def __init__(
+        self,
+        rank: int,
+        members: Sequence[int],
+        world: World | None,
+        *,
+        group: int = 0,
+        timeout_s: float = 30.0,
+        local_rank: int = 0,
+        generation: int = 0,
+        inquire: Inquiry | None = None,
+    ) -> None:
+        self.rank = rank
+        self.world_size = len(members)
+        self.local_rank = local_rank
+        self.generation = generation
+        self._members = tuple(members)
+        self._world = world  # None in a world of one
+        self._group = group
+        self._inquire = inquire
+        self._calls: dict[Any, Call] = {}
+        self._barrier = Call(pack_call("barrier"), reduce.kernel("max", "uint8", self.world_size, 1.0))
+        self._split_count = 0
+        self._children: list[Base] = []
+        check = world.check if world is not None else (lambda: None)
+        self._conductor = Conductor(rank, self._members, group, timeout_s, inquire, check)
+        self._windows = Windows()
+        self._path: Any = None
+        self._points: Points | None = None
+        self._arena: Arena | None = None
+        if world is not None and self.world_size > 1:
+            found = reach(world, group, members)
+            self._path, self._windows = found.path, found.windows
+            self._conductor.arena = found.arena
+            self._conductor.channel = found.channel if found.uses_sockets else None
+            self._arena = found.arena
+            self._points = Points(found.channel, self._conductor.late)
+            self._channel = found.channel
+
+    # Its life
+
+    @property
+    def timeout_s(self) -> float:
+        """The deadline of calls that give none of their own."""
+        return self._conductor.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, value: float) -> None:
+        self._conductor.timeout_s = value
+
+    @property
+    def recorders(self) -> list[tuple[int, Recorder]]:
+        """(group, flight recorder) of this communicator and of those split off it."""
+        return [
+            (self._group, self._conductor.recorder),
+            *(found for child in self._children for found in child.recorders),
+        ]
+
+    def close(self) -> None:
+        """Ends this rank's part: sockets close, what was sent is still delivered. Happens by itself at exit."""
+        for child in self._children:
+            child.close()
+        broken = self._conductor.broken
+        self._conductor.close()
+        if self._group == 0 and self._world is not None:
+            self._world.inbox.close(linger=not broken)
+            self._world = None
+        elif self._points is not None:
+            self._channel.close()
+
+    def _shared_bytes(self, size: int) -> Any:
+        arena, world = self._arena, self._world
+        self._windows.made_count += 1
+        number = self._windows.made_count
+        if arena is None or world is None:
+            return np.zeros(size, np.uint8)
+        per = self._windows.part_bytes(size)
+        name = f"{self._group:x}-{arena.ranks[0]}-w{number}"
+        memory: Any = world.share(name, (arena.count * per) + 4096, arena.index, arena.count)
+        if memory is None:
+            return np.zeros(size, np.uint8)
+        return self._windows.add(number, memory, arena.index, arena.count, size)
+
+    def _agree_on_splits(self, job: Job, into: list[Any], parts: list[Any]) -> int:
+        """The longest part that any rank sends. Raises UsageError where two ranks' splits do not fit."""
+        table = np.empty((self.world_size, self.world_size), np.int64)
+        self._path.all_gather(job, list(table), np.array([*map(len, parts)]))
+        for rank in range(self.world_size):
+            if table[rank, self.rank] != len(into[rank]):
+                raise UsageError(
+                    f"rank {rank} sends {table[rank, self.rank]} elements to rank {self.rank}, whose out has room for "
+                    f"{len(into[rank])}: x_splits of one must be out_splits of the other"
+                )
+        job.first_turn = self.world_size  # the table's messages used the turns before
+        return int(table.max())
+
+    def _limit(self, timeout_s: float | None) -> float:
+        return self._conductor.timeout_s if timeout_s is None else timeout_s
+
+    def _reduction(self, name: str, op: Op, buffer: Buffer, root: int = 0, wire: str = "") -> Call:
+        key = name, op, buffer.dtype, buffer.shape, root, wire
+        found = self._calls.get(key)
+        if found is None:
+            reduction, factor = reduce.parse(op, buffer.dtype)
+            if wire not in ("", "bf16") or (wire and buffer.dtype != "float32"):
+                raise UsageError(f"wire is {wire!r} for {buffer.dtype}: it must be 'bf16' and goes with float32 only")
+            data = pack_call(name, reduction, buffer.dtype, buffer.shape, root, factor, wire)
+            found = self._keep(key, Call(data, reduce.kernel(reduction, buffer.dtype, self.world_size, factor)))
+        return found
+
+    def _move(self, name: str, buffer: Buffer, root: int = 0) -> Call:
+        return self._call(name, (name, buffer.dtype, buffer.shape, root), buffer.dtype, buffer.shape, root)
+
+    def _call(self, name: str, key: Any, dtype: str = "", shape: tuple[int, ...] = (), root: int = 0) -> Call:
+        return self._calls.get(key) or self._keep(key, Call(pack_call(name, "", dtype, shape, root)))
+
+    def _keep(self, key: Any, call: Call) -> Call:
+        if len(self._calls) >= CALLS_KEPT:
+            self._calls.clear()
+        self._calls[key] = call
+        return call

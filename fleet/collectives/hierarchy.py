@@ -1,0 +1,93 @@
+"""Collectives of several hosts with several ranks each: shared memory inside a host, sockets between. Composes the two.
+
+all_reduce: reduce-scatter inside each host into as many shares as the smallest host has ranks, one all-reduce per share
+across the hosts, all-gather inside. Each byte crosses the network once per host instead of once per rank, and all ranks
+of a host drive the network at once. Halves travel between hosts rounded once per host. The other collectives, but for
+broadcast and barrier, go over sockets between all ranks.
+Source: the two-level scheme of Jia et al., "Highly Scalable Deep Learning Training System with Mixed-Precision", 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fleet.collectives.buffer import Array
+from fleet.collectives.job import Job
+from fleet.collectives.shared import SharedPath, share
+from fleet.collectives.sockets import SocketPath
+
+
+class HierarchicalPath:
+    """`local` joins the ranks of this host; `across` those with this one's local number on the hosts, None for a rank
+    that has no share. `hosts` are the ranks of each host, in the order of their first one."""
+
+    def __init__(
+        self, everyone: SocketPath, local: SharedPath | None, across: SocketPath | None, hosts: Sequence[Sequence[int]]
+    ) -> None:
+        self._everyone = everyone
+        self._local = local
+        self._across = across
+        self._hosts = hosts
+        self._shares = min(len(host) for host in hosts)
+        self._host_of = {rank: number for number, host in enumerate(hosts) for rank in host}
+        self.index, self.count = everyone.index, everyone.count
+
+    def all_reduce(self, job: Job, flat: Array) -> None:
+        local, shares = self._local, self._shares
+        if not flat.nbytes:
+            self._everyone.all_reduce(job, flat)
+            return
+        if local is None:  # the only rank of its host: there is one share, the whole
+            assert self._across is not None
+            self._across.all_reduce(job, flat)
+            return
+        mine = np.empty_like(flat[share(len(flat), local.index, shares)]) if local.index < shares else None
+        local.reduce_to_shares(job, flat, mine, shares)
+        if mine is not None:
+            assert self._across is not None
+            self._across.all_reduce(job, mine)
+        local.spread_shares(job, flat, mine, shares)
+
+    def broadcast(self, job: Job, flat: Array, root: int) -> None:
+        """Between the hosts by the first rank of each, then inside."""
+        host = self._hosts[self._host_of[self.index]]
+        first = [ranks[0] for ranks in self._hosts]
+        leads = root if self._host_of[root] == self._host_of[self.index] else host[0]
+        if self.index == leads:
+            # The root stands for its host among the leaders.
+            self._everyone.broadcast_among(
+                job, flat, [root if self._host_of[root] == n else rank for n, rank in enumerate(first)], root
+            )
+        if self._local is not None:
+            self._local.broadcast(job, flat, host.index(leads))
+
+    def barrier(self, job: Job) -> None:
+        if self._local is not None:
+            self._local.barrier(job)
+        if self._across is not None and (self._local is None or self._local.index == 0):
+            self._across.barrier(job)
+        if self._local is not None:
+            self._local.barrier(job)
+
+    def reduce(self, job: Job, flat: Array, root: int) -> None:
+        self._everyone.reduce(job, flat, root)
+
+    def reduce_scatter(self, job: Job, out: Array, parts: Sequence[Array]) -> None:
+        self._everyone.reduce_scatter(job, out, parts)
+
+    def scan(self, job: Job, flat: Array, exclusive: bool) -> None:
+        self._everyone.scan(job, flat, exclusive)
+
+    def all_gather(self, job: Job, parts: Sequence[Array], mine: Array) -> None:
+        self._everyone.all_gather(job, parts, mine)
+
+    def gather(self, job: Job, parts: Sequence[Array] | None, mine: Array, root: int) -> None:
+        self._everyone.gather(job, parts, mine, root)
+
+    def scatter(self, job: Job, out: Array, parts: Sequence[Array] | None, root: int) -> None:
+        self._everyone.scatter(job, out, parts, root)
+
+    def all_to_all(self, job: Job, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
+        self._everyone.all_to_all(job, out, parts, longest)

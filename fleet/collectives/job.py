@@ -1,0 +1,65 @@
+"""One collective call as the paths carry it out: what was called, by when it must be done. Plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from types import CodeType
+from typing import Any
+
+from fleet.collectives.arena import digest
+from fleet.collectives.header import describe_call
+from fleet.collectives.reduce import Kernel
+
+# Called between pieces of work and while waiting; raises what ended the world, such as the loss of a rank.
+Check = Callable[[], None]
+
+
+class Call:
+    """What a rank calls, worked out once and kept: ranks called the same if and only if `data` is equal."""
+
+    __slots__ = ("data", "kernel", "tag")
+
+    def __init__(self, data: bytes, kernel: Kernel | None = None) -> None:
+        self.data = data
+        self.tag = digest(data)  # of it, for the word posted in shared memory
+        self.kernel = kernel
+
+    def __str__(self) -> str:
+        return describe_call(self.data)
+
+
+class Job:
+    """One collective: what, from where, under way or over. Times are monotonic seconds; `ended` is 0 until it has.
+
+    It serves the paths while it runs, and the flight recorder after that.
+    """
+
+    __slots__ = ("call", "code", "deadline", "ended", "first_turn", "lent", "line", "sequence", "started", "wire")
+
+    def __init__(self, call: Call, code: CodeType | None = None, line: int = 0, wire: str = "") -> None:
+        self.call = call
+        self.code = code
+        self.line = line
+        self.wire = wire
+        self.sequence = 0
+        self.started = self.deadline = self.ended = 0.0
+        self.first_turn = 0  # of the messages of what comes next; a collective may have several parts
+        self.lent: list[Any] | None = None  # the caller's memory that libzmq may still read
+
+    @property
+    def kernel(self) -> Kernel:
+        assert self.call.kernel is not None
+        return self.call.kernel
+
+    @property
+    def where(self) -> str:
+        """The line of the script that called."""
+        if self.code is None:
+            return "an unknown line"
+        return f"{Path(self.code.co_filename).name}:{self.line} in {self.code.co_name}"
+
+    def __str__(self) -> str:
+        state = f"took {(self.ended - self.started) * 1e3:.3f} ms" if self.ended else "has not ended"
+        return f"#{self.sequence} {self.call} at {self.where}, started {monotonic() - self.started:.3f} s ago, {state}"

@@ -1,0 +1,103 @@
+"""How the ranks of a communicator reach each other: finds out, once, and puts the path together. Knows all paths.
+
+Ranks of one host share memory where they can map the same file; a communicator on one host needs nothing else. On
+several hosts with several ranks each it is hierarchical; else, and where memory is short, it is sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import numpy as np
+
+from fleet.bus.shared import share
+from fleet.collectives.arena import Arena, arena_bytes
+from fleet.collectives.channel import Channel, Inbox
+from fleet.collectives.header import pack_call
+from fleet.collectives.hierarchy import HierarchicalPath
+from fleet.collectives.job import Call, Job
+from fleet.collectives.shared import SharedPath
+from fleet.collectives.sockets import SocketPath
+from fleet.collectives.windows import Windows
+from fleet.group import Member
+
+GROUPS_PER_COMMUNICATOR = 4  # its own, its point-to-point messages', that across hosts, one to spare
+AGREE_WITHIN_S = 30.0
+
+
+@dataclass
+class World:
+    """What all communicators of a rank have in common."""
+
+    inbox: Inbox
+    members: Sequence[Member]  # by rank of the world
+    directory: Path  # of shared memory
+    name: str  # of this world, for files
+    check: Callable[[], None]
+
+    def share(self, name: str, size_bytes: int, index: int, count: int) -> object:
+        return share(self.directory, f"{self.name}-{name}", size_bytes, index, count, self.check)
+
+
+@dataclass
+class Reach:
+    """One communicator's path. `arena` and `local` are None where the ranks of this host share no memory."""
+
+    path: SharedPath | HierarchicalPath | SocketPath
+    channel: Channel
+    arena: Arena | None
+    windows: Windows
+    uses_sockets: bool
+
+
+def reach(world: World, group: int, members: Sequence[int]) -> Reach:
+    """The path among `members` (ranks of the world). All of them call this at the same time."""
+    channel = Channel(world.inbox, group, members)
+    windows = Windows()
+    hosts = _hosts(world, members)
+    mine = next(host for host in hosts if channel.rank in host)
+    arena = None
+    if len(mine) > 1:
+        index = mine.index(channel.rank)
+        # The first member tells groups of several hosts apart where a test has them on one machine.
+        name = f"{group:x}-{mine[0]}"
+        memory = share(world.directory, f"{world.name}-{name}", arena_bytes(len(mine)), index, len(mine), world.check)
+        if memory is not None:
+            arena = Arena(memory, index, mine, world.check)
+    if len(hosts) == 1:
+        if arena is not None:
+            return Reach(SharedPath(arena, windows), channel, arena, windows, uses_sockets=False)
+        return Reach(SocketPath(channel), channel, None, windows, uses_sockets=True)
+    everyone = SocketPath(channel)
+    several = max(map(len, hosts)) > 1
+    if not several or not _agreed(everyone, channel, arena is not None or len(mine) == 1):
+        return Reach(everyone, channel, None, windows, uses_sockets=True)
+    local = SharedPath(arena, windows) if arena is not None else None
+    across = None
+    position = mine.index(channel.rank)
+    if position < min(map(len, hosts)):
+        peers = [members[host[position]] for host in hosts]
+        across = SocketPath(Channel(world.inbox, group + 2, peers))
+    return Reach(HierarchicalPath(everyone, local, across, hosts), channel, arena, windows, uses_sockets=True)
+
+
+def _hosts(world: World, members: Sequence[int]) -> list[list[int]]:
+    """The communicator's ranks by host, each in order, hosts in the order of their first rank."""
+    found: dict[str, list[int]] = {}
+    for rank, member in enumerate(members):
+        # One that shares memory with nobody is a host of its own.
+        found.setdefault(world.members[member].memory or f"alone {member}", []).append(rank)
+    return list(found.values())
+
+
+def _agreed(everyone: SocketPath, channel: Channel, able: bool) -> bool:
+    """Whether the ranks of every host share memory: one that does not would leave the others waiting."""
+    call = Call(pack_call("barrier"))
+    answers = [np.zeros(1, np.uint8) for _ in channel.members]
+    job = Job(call)
+    job.deadline = monotonic() + AGREE_WITHIN_S
+    everyone.all_gather(job, answers, np.array([able], np.uint8))
+    return all(bool(answer[0]) for answer in answers)

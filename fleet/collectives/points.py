@@ -1,0 +1,113 @@
+"""Point-to-point messages of one communicator: matched by source, tag and order. Knows no collective.
+
+They do not wait for collectives under way, nor those for them. A send returns when its memory may be changed again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from fleet.collectives.buffer import Buffer
+from fleet.collectives.channel import Channel, Key, Payload
+from fleet.collectives.header import describe_call, pack_call
+from fleet.collectives.work import Work
+from fleet.errors import CollectiveMismatch, CollectiveTimeout, Late
+
+
+class Points:
+    """This rank's sends and receives. `late(ranks)` tells what is known of those that are waited for."""
+
+    def __init__(self, channel: Channel, late: Callable[[list[int]], list[Late]]) -> None:
+        self._channel = channel
+        self._group = channel.group + 1
+        self._late = late
+        self._lock = threading.Lock()
+        self._sent: dict[tuple[int, int], int] = {}  # messages so far, by (rank, tag)
+        self._received: dict[tuple[int, int], int] = {}
+
+    def send(self, buffer: Buffer, dst: int, tag: int, limit_s: float, work: Work | None) -> None:
+        """Sends; with `work`, that ends once the memory may be changed again."""
+        call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
+        deadline = monotonic() + limit_s
+        with self._lock:  # messages of one tag leave in the order of their numbers
+            count = self._sent[dst, tag] = self._sent.get((dst, tag), 0) + 1
+            key = self._group, count, tag, 0
+            try:
+                memory = buffer.flat.view(np.uint8)
+                tracker = self._channel.inbox.send(self._channel.members[dst], key, call, memory, deadline, track=True)
+            except TimeoutError:
+                raise self._timeout(call, "to", [dst], limit_s) from None
+
+        def finish() -> None:
+            try:
+                self._channel.inbox.wait_until_sent(tracker, deadline)
+            except TimeoutError:
+                raise self._timeout(call, "to", [dst], limit_s) from None
+
+        if tracker is None:
+            if work is not None:
+                work.end()
+        elif work is None:
+            finish()
+        else:
+            in_background(finish, work)
+
+    def recv(self, buffer: Buffer, src: int | None, tag: int, limit_s: float) -> int:
+        """Receives from src, or from whoever's message is there first; returns who sent it."""
+        call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
+        sources = (
+            [src] if src is not None else [r for r in range(len(self._channel.members)) if r != self._channel.rank]
+        )
+        claimed: list[int] = []
+        try:
+            key, sent, payload = self._channel.inbox.take(
+                self._channel, lambda: self._find(sources, tag, claimed), monotonic() + limit_s
+            )
+        except TimeoutError:
+            raise self._timeout(call, "from", sources, limit_s) from None
+        (source,) = claimed
+        if sent != call:
+            mine = describe_call(call).replace("send", "recv", 1)
+            raise CollectiveMismatch(key[1], self._channel.rank, mine, source, describe_call(sent), point_to_point=True)
+        self._store(buffer, payload)
+        return source
+
+    def _find(self, sources: list[int], tag: int, claimed: list[int]) -> Key | None:
+        """The next message of one of the sources; claimed at once, since several threads may receive."""
+        inbox = self._channel.inbox
+        for source in sources:
+            count = self._received.get((source, tag), 0) + 1
+            key = self._group, count, self._channel.members[source], tag, 0
+            if inbox.has(key):
+                self._received[source, tag] = count
+                claimed.append(source)
+                return key
+        return None
+
+    def _store(self, buffer: Buffer, payload: Payload) -> None:
+        buffer.flat[:] = np.frombuffer(payload.view, dtype=buffer.flat.dtype)
+        buffer.write_back()
+
+    def _timeout(self, call: bytes, way: str, ranks: list[int], limit_s: float) -> CollectiveTimeout:
+        what = describe_call(call) if way == "to" else describe_call(call).replace("send", "recv", 1)
+        peer = f"rank {ranks[0]}" if len(ranks) == 1 else "any rank"
+        return CollectiveTimeout(0, f"{what} {way} {peer}", self._channel.rank, limit_s, self._late(ranks))
+
+
+def in_background(act: Callable[[], Any], work: Work) -> None:
+    """Runs `act` in a thread of its own, which is what an open receive is: others must not wait behind it."""
+
+    def run() -> None:
+        try:
+            work.source = act()
+        except BaseException as error:
+            work.end(error)
+        else:
+            work.end()
+
+    threading.Thread(target=run, name="fleet-point", daemon=True).start()

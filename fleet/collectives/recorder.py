@@ -1,0 +1,39 @@
+"""The flight recorder: a rank's last few hundred collectives. Recording one is appending it, which costs no copy.
+
+Words are made when somebody asks: on a failure, for `fleet why`, or for a rank that waits for this one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from fleet.collectives.job import Job
+
+KEPT = 512
+SHOWN_ON_FAILURE = 8
+
+
+class Recorder:
+    """The collectives of one communicator. Appended to by one thread at a time, read by any."""
+
+    def __init__(self) -> None:
+        self.jobs: deque[Job] = deque(maxlen=KEPT)
+
+    @property
+    def last(self) -> Job | None:
+        """The running collective, or the last one."""
+        return self.jobs[-1] if self.jobs else None
+
+    def lines(self, count: int = KEPT) -> list[str]:
+        return [str(job) for job in list(self.jobs)[-count:]]
+
+
+def text(recorders: Iterable[tuple[str, Recorder]], count: int = KEPT) -> str:
+    """All communicators' records, for a person."""
+    parts = []
+    for name, recorder in recorders:
+        lines = recorder.lines(count)
+        if lines:
+            parts.append("\n".join([f"{name}:", *(f"  {line}" for line in lines)]))
+    return "\n".join(parts)

@@ -1,0 +1,55 @@
+"""Tensors that lie in shared memory: which of them are alive, and where each local rank's one is. Knows no collective.
+
+A window is one mapping with a part of equal size for every local rank. Ranks make windows together, in the same order,
+so a number names the same one on all of them. It is unmapped with the last array that uses it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from typing import Any
+
+import numpy as np
+
+from fleet.bus.shared import PAGE_BYTES
+from fleet.collectives.buffer import Array
+
+
+class Windows:
+    """The windows of one communicator on this rank."""
+
+    def __init__(self) -> None:
+        self.made_count = 0
+        self._parts: dict[int, tuple[int, int, weakref.ref[Any], list[Array]]] = {}
+
+    def part_bytes(self, size_bytes: int) -> int:
+        return max(1, -(-size_bytes // PAGE_BYTES)) * PAGE_BYTES
+
+    def add(self, number: int, memory: mmap.mmap, index: int, count: int, size_bytes: int) -> Array:
+        """This rank's part of a new window, as bytes."""
+        per = self.part_bytes(size_bytes)
+        # One array per rank, each with the mapping as its base: the window lives as long as this rank's own one.
+        parts = [np.frombuffer(memory, np.uint8, size_bytes, PAGE_BYTES + rank * per) for rank in range(count)]
+        mine, parts[index] = parts[index], np.empty(0, np.uint8)
+        start = _address(mine)
+        held = weakref.ref(mine, lambda _: self._parts.pop(number, None))
+        self._parts[number] = start, size_bytes, held, parts
+        return mine
+
+    def find(self, flat: Array) -> tuple[int, int] | None:
+        """(window, offset in bytes) of an array that lies in one; None: it is an ordinary one."""
+        address = _address(flat)
+        for number, (start, size, _, _) in self._parts.items():
+            if start <= address and address + flat.nbytes <= start + size:
+                return number, address - start
+        return None
+
+    def view(self, rank: int, number: int, offset: int, like: Array) -> Array:
+        """Another rank's array of the same size and dtype as `like`. Its window is alive here: ours is the same one."""
+        part = self._parts[number][3][rank]
+        return part[offset : offset + like.nbytes].view(like.dtype)
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
