@@ -56,8 +56,8 @@ class Communicator(Base):
         float16 and bfloat16 are accumulated in float32 and rounded once (between hosts: once more per host). mean
         divides the sum once; mean and premul_sum are refused for integers and bools, min and max for complex, the bit
         operations for all but integers and bools. wire="bf16" sends float32 between hosts in 16 bits: each rank's
-        values and the result are rounded to 8 bits of precision, so the relative error is up to 2**-8 of the sum of
-        absolute values; it halves the bytes, and has no effect where ranks share memory.
+        values and the result are rounded to 8 bits of precision, so the error is up to 2**-7 of the sum of absolute
+        values; it halves the bytes, and has no effect where ranks share memory.
         """
         buffer = as_buffer(x, "x", written=True)
         call = self._reduction("all_reduce", op, buffer, wire=wire)

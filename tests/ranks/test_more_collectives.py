@@ -109,7 +109,8 @@ def test_grid(run_world: Any, n: int, transport: str | int) -> None:
                     ops = ops[count % 2 :: 2]
                 for op in ops:
                     check_rooted_reduction(comm, dtype, op, count)
-                    check_scans(comm, dtype, op, count)
+                    if op != "mean":
+                        check_scans(comm, dtype, op, count)
                 digests += [check_all_reduce(comm, dtype, op, count) for op in all_ops(dtype)[4:]]
         comm.barrier()
         return digests

@@ -31,7 +31,9 @@ def summed(parts: list[torch.Tensor], scale: float = 1.0, divisor: int = 1) -> t
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(("n", "transport"), [(n, t) for n in (1, 2, 3, 5) for t in ("ipc", "shared")] + [(8, "shared")])
+@pytest.mark.parametrize(
+    ("n", "transport"), [(n, t) for n in (1, 2, 3, 5) for t in ("ipc", "shared")] + [(8, "shared")]
+)
 def test_halves_are_rounded_once(run_world: Any, n: int, transport: str | int, dtype: torch.dtype) -> None:
     """Bit for bit the float32 sum in the order of the ranks, in every collective that reduces."""
 
@@ -81,9 +83,11 @@ def test_halves_are_rounded_once_more_per_host(run_world: Any, n: int, hosts: in
     assert all(found == digests[0] for found in digests), "the ranks hold different bits"
 
 
-@pytest.mark.parametrize(("n", "transport"), [(1, "ipc"), (2, "ipc"), (3, "tcp"), (5, "ipc"), (3, "shared"), (4, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("n", "transport"), [(1, "ipc"), (2, "ipc"), (3, "tcp"), (5, "ipc"), (3, "shared"), (4, 2), (3, 2)]
+)
 def test_wire_in_half_the_bytes(run_world: Any, n: int, transport: str | int) -> None:
-    """Within 2**-8 of the sum of absolute values, and the same bits on all ranks; exact where ranks share memory."""
+    """Each value and the result are rounded by up to 2**-8 of themselves; not at all where ranks share memory."""
 
     def check(comm: Communicator) -> list[str]:
         digests = []
@@ -93,7 +97,7 @@ def test_wire_in_half_the_bytes(run_world: Any, n: int, transport: str | int) ->
                 x = parts[comm.rank].copy()
                 comm.all_reduce(x, op, wire="bf16")
                 wide = parts.astype(np.float64)
-                limit = (2.0**-8 * 1.0001 if transport != "shared" else 1e-6) * np.abs(wide).sum(0) / divisor
+                limit = (2.0**-7 * 1.01 if transport != "shared" else 1e-6) * np.abs(wide).sum(0) / divisor
                 assert (np.abs(x - wide.sum(0) / divisor) <= limit).all(), f"{op} of {count}"
                 digests.append(digest(x))
         return digests

@@ -1,0 +1,141 @@
+"""Tensors in shared memory, made by comm.empty: reduced where they lie, together with ordinary ones, and let go."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from grid import TRANSPORTS, digest
+
+from fleet.collectives.communicator import Communicator
+
+COUNTS = (0, 1, 7, 1000, 70_000, 1_200_000)
+
+
+def filled(x: Any, rank: int, seed: int) -> Any:
+    x[...] = np.random.default_rng([seed, rank]).integers(-99, 99, x.shape)
+    return x
+
+
+@pytest.mark.parametrize(("n", "transport"), [(1, "ipc"), *((n, t) for n in (2, 3, 5) for t in TRANSPORTS)])
+def test_all_reduce_in_place(run_world: Any, n: int, transport: str | int) -> None:
+    def reduce(comm: Communicator) -> list[str]:
+        digests = []
+        for count in COUNTS:
+            x = comm.empty(count)
+            assert x.dtype == np.float32
+            assert not x.any()
+            for op in ("sum", "max", "mean"):
+                parts = [filled(np.empty(count), rank, count) for rank in range(n)]
+                x[:] = parts[comm.rank]
+                comm.all_reduce(x, op)
+                want = {"sum": np.sum, "max": np.max, "mean": np.mean}[op](parts, axis=0)
+                np.testing.assert_array_equal(x, want.astype(np.float32))
+                digests.append(digest(x))
+        return digests
+
+    digests = run_world(n, reduce, transport=transport)
+    assert all(found == digests[0] for found in digests), "the ranks hold different bits"
+
+
+@pytest.mark.parametrize(("n", "transport"), [(2, "shared"), (3, "shared"), (5, "shared"), (5, 2)])
+def test_only_some_ranks_tensors_are_shared(run_world: Any, n: int, transport: str | int) -> None:
+    """Every choice of the ranks that pass an ordinary tensor, one after the other; the sums are rounded."""
+
+    def mixed(comm: Communicator) -> list[str]:
+        digests = []
+        for count in (70_000, 400_000):
+            shared = comm.empty(count, "float64")
+            want = np.sum([np.sin(np.arange(count) + rank) for rank in range(n)], axis=0)
+            for choice in range(1 << n):
+                x = shared if choice >> comm.rank & 1 else np.empty(count)
+                x[:] = np.sin(np.arange(count) + comm.rank)
+                comm.all_reduce(x)
+                np.testing.assert_allclose(x, want, atol=1e-13)
+                digests.append(digest(x))
+        return digests
+
+    digests = run_world(n, mixed, transport=transport)
+    assert all(found == digests[0] for found in digests), "the ranks hold different bits"
+    for half in (digests[0][: 1 << n], digests[0][1 << n :]):
+        assert transport != "shared" or len(set(half)) == 1, "the bits hang on where the tensors lie"
+
+
+@pytest.mark.parametrize("transport", ["shared", 2])
+def test_parts_and_forms(run_world: Any, transport: str | int) -> None:
+    n = 3
+
+    def forms(comm: Communicator) -> None:
+        mine, total = comm.rank + 1, n * (n + 1) // 2
+        whole = comm.empty((2, 600, 250), "float32")
+        whole.fill(-1)
+        # The same elements in another place on each rank, and another rank's outside of the window.
+        x = (whole[0], whole[1], np.empty((600, 250), np.float32))[comm.rank]
+        x.fill(mine)
+        comm.all_reduce(x)
+        assert (x == total).all()
+        other = whole[1 - comm.rank] if comm.rank < 2 else whole
+        assert (other == -1).all(), "what is not of the tensor was written to"
+
+        strided = whole[:, ::2, ::-1]
+        strided.fill(mine)
+        comm.all_reduce(strided)
+        assert (strided == total).all()
+        comm.broadcast(whole, root=1)
+        gathered = np.empty((n, *whole.shape), np.float32)
+        comm.all_gather(gathered, whole)
+        assert (gathered == gathered[0]).all()
+
+        for dtype in (torch.bfloat16, torch.float16, torch.int64, torch.complex64, torch.bool):
+            y = comm.empty((400, 500), dtype)
+            assert y.dtype is dtype
+            assert y.shape == (400, 500)
+            y.fill_(mine)
+            comm.all_reduce(y)
+            assert (y == (True if dtype is torch.bool else total)).all()
+
+    run_world(n, forms, transport=transport)
+
+
+@pytest.mark.parametrize("transport", ["shared", 2])
+def test_windows_come_and_go(run_world: Any, transport: str | int) -> None:
+    """Memory is freed with the last array that uses it, here at different times on the ranks."""
+    n, count = 4, 100_000
+
+    def turnover(comm: Communicator) -> None:
+        held: list[Any] = []
+        for step in range(24):
+            x = comm.empty(count)
+            x.fill(comm.rank + step)
+            comm.all_reduce(x)
+            assert (x == n * step + 6).all()
+            held.append(x[10:].reshape(-1, 2))  # a view keeps it
+            del x
+            if step % (comm.rank + 1) == 0:
+                for view in held[:-1]:
+                    assert view.any()
+                del held[:-1]
+                gc.collect()
+        comm.barrier()
+
+    run_world(n, turnover, transport=transport)
+
+
+@pytest.mark.parametrize("transport", ["shared", 2])
+def test_ranks_may_use_different_windows(run_world: Any, transport: str | int) -> None:
+    """Rank 0 lets go of the second tensor, rank 1 of the first: each reduces the one that it kept."""
+    n, count = 2 if transport == "shared" else 4, 100_000
+
+    def cross(comm: Communicator) -> None:
+        tensors = [comm.empty(count), comm.empty(count)]
+        del tensors[1 - comm.rank % 2]
+        gc.collect()
+        x = tensors[0]
+        x.fill(comm.rank + 1)
+        comm.all_reduce(x)
+        assert (x == n * (n + 1) // 2).all()
+
+    run_world(n, cross, transport=transport)
