@@ -23,11 +23,12 @@ check: .venv/.test ## format, lint, types, layers
 test: .venv/.test ## every test, two at a time
 	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
-bench: .venv/.bench ## how long a gang takes to start
+bench: .venv/.bench ## how long a gang takes to start, and all_reduce against Gloo
 	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/allreduce.py --systems fleet,fleet-shared,fleet-tcp,gloo
 
 clean: ## remove what the other verbs made
-	rm -rf .venv build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .peers build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # A stamp is touched last, so an interrupted installation starts over.
