@@ -147,7 +147,7 @@ class Run:
             raise ConfigError(f"the orchestrator at {self._target.name} refused this client: {message.reason}")
         elif isinstance(message, m.Want) and self._bundle is not None:
             self._orchestrator.send(m.encode(read_part(self._bundle, message)))
-        elif isinstance(message, m.Waiting):
+        elif isinstance(message, m.Waiting) and not self._target.local:
             say(f"job {message.job_id} waits: {message.reason}")
         elif isinstance(message, m.Started):
             self._started(message)

@@ -6,6 +6,7 @@ as long as that one lets go of the GIL. Knows messages, and what the flight reco
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sys
 import sysconfig
@@ -27,6 +28,7 @@ from fleet.errors import FleetError, Late, ProtocolError, WorldChanged
 from fleet.group import World
 
 ANSWER_WITHIN_S = 1.0
+LOOK_UP_S = 0.1  # how often a wait for the others looks whether one has gone
 AGENT_WITHIN_S = 10.0  # the agent is on this machine
 
 _NOT_THE_USERS = tuple(
@@ -74,13 +76,14 @@ class Session:
             raise self._lost
 
     def join(self, address: str, memory: str, timeout_s: float) -> World | None:
-        """The world, once every rank has joined it; None after `timeout_s`."""
+        """The world, once every rank has joined it; None after `timeout_s`. Raises WorldChanged."""
         s = self._settings
         self._send(m.Join(s.job_id, s.attempt, s.rank, self._pid, address, memory))
-        try:
-            self._world = self._formed.get(timeout=timeout_s)
-        except queue.Empty:
-            return None
+        deadline = monotonic() + timeout_s
+        while self._world is None and monotonic() < deadline:
+            self.check()
+            with contextlib.suppress(queue.Empty):
+                self._world = self._formed.get(timeout=min(LOOK_UP_S, timeout_s))
         return self._world
 
     def inquire(self, group: int = 0) -> list[Doing]:
@@ -155,10 +158,10 @@ class Session:
         if record is not None:
             call, sequence = str(record.call), record.sequence
             if not record.ended:
-                line = record.where
-                doing = f"is in collective #{sequence} {call} at {line}"
+                doing = f"is in collective #{sequence} {call} at {record.where}"
             else:
                 doing = f"is at {line}; its last collective was #{sequence} {call}"
+            line = record.where  # for a mismatch: where the call was made, also by a rank that has left it
         else:
             doing = f"is at {line}; it has made no collective yet"
         records = ""

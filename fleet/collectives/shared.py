@@ -140,7 +140,10 @@ class SharedPath:
                 out[piece] = slots[count]
 
     def _direct(self, job: Job, flat: Array) -> bool:
-        """Reduces windows where they lie; False if somebody's tensor is an ordinary one: then nothing has happened."""
+        """Reduces tensors of one window where they lie; False if this rank's is an ordinary one.
+
+        Where another rank's is ordinary, or in another window, all go the staged way.
+        """
         arena, kernel = self._arena, job.kernel
         lies = self._windows.find(flat)
         if lies is None:
@@ -149,7 +152,8 @@ class SharedPath:
         # The slot must hold the first block before this rank can give way to one with an ordinary tensor.
         word = arena.post(DIRECT)
         arena.await_all(word, job.deadline)
-        if not arena.all_direct(word):
+        # Of a window that is not this rank's own, this rank may have let go already.
+        if not arena.all_direct(word) or any(arena.window_of(rank)[0] != lies[0] for rank in arena.others):
             self._give_way(job, word, flat)
             return True
         views = [

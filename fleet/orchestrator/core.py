@@ -212,7 +212,7 @@ class Core:
             self._send(peer, m.Because(job_id, f"{what}; {known}"))
             return
         job.curious.add(peer)
-        self._send(peer, m.Because(job_id, "", job.world_size - len(job.exits)))
+        self._send(peer, m.Because(job_id, "", job.world_size))
         self._tell_workers(job, m.Ask(job.job_id, job.attempt, -1, 0, records=True))
 
     def _submit(self, peer: bytes, submit: m.Submit) -> None:

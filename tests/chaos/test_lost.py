@@ -164,16 +164,21 @@ def test_a_rank_that_does_not_come_is_named_with_what_it_does(tmp_path: Path, me
 @MEMORY
 def test_different_calls_are_shown_with_their_lines_at_once(tmp_path: Path, memory: str) -> None:
     script = HEAD + (
-        "x, out = np.ones(8), np.ones(16)\ncomm.barrier()\nsince = time.monotonic()\ntry:\n    if rank == 0:\n"
+        f"os.chdir({str(tmp_path)!r})\nx, out = np.ones(8), np.ones(16)\ncomm.barrier()\n"
+        "since = time.monotonic()\ntry:\n    if rank == 0:\n"
         "        comm.all_reduce(x)\n    else:\n        comm.all_gather(out, x)\n"
         "except fleet.CollectiveMismatch as error:\n"
         "    print('after', time.monotonic() - since, str(error).replace('\\n', ' | '), flush=True)\n"
-        "    comm.rank or sys.exit(3)\n    time.sleep(60)\n"
+        # A rank that has ended tells nobody its line any more, so each waits until the other has said its own.
+        "    open(f'said-{rank}', 'w').close()\n"
+        "    while not os.path.exists(f'said-{1 - rank}'): time.sleep(0.01)\n    sys.exit(3)\n"
     )
     done = run(tmp_path, script, workers=2, FLEET_SHARED_MEMORY=memory)
     assert done.returncode == 3, done.stderr
     said = re.findall(r"after ([\d.]+) (.*)", done.stdout)
-    assert any(text.startswith("ranks 0 and 1 disagree as collective #2") for _, text in said)
+    assert {text[: text.index(":")] for _, text in said} == {
+        f"ranks {rank} and {1 - rank} disagree as collective #2" for rank in range(2)
+    }
     for after, text in said:
         assert float(after) < NOTICED_WITHIN_S
         for call in ("all_reduce(", "all_gather("):

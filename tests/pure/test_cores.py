@@ -170,7 +170,7 @@ def test_why_counts_the_ranks_that_are_left() -> None:
     running(core, 2)
     core.step(o.Received(b"w0/1", m.RankExited("j", 1, m.RankStatus(0, "w0", "h", 7, 0))), 1.0)
     (because,) = sent(core.step(o.Received(CLIENT, m.Why("j")), 1.1), CLIENT)
-    assert because == m.Because("j", "", 1)
+    assert because == m.Because("j", "", 2)
 
 
 def test_silence_is_a_loss_too() -> None:

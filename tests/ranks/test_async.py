@@ -63,7 +63,7 @@ def test_an_asynchronous_call_that_fails_says_so_to_whoever_waits(run_world: Any
         if not first.done():
             with pytest.raises(UsageError, match="still goes on"):
                 first.exception()
-        with pytest.raises(TimeoutError, match="still under way after 0.01 s"):
+        with pytest.raises(TimeoutError, match=r"still under way after 0\.01 s"):
             first.wait(0.01)
         for work in (first, second):
             with pytest.raises(CollectiveTimeout, match="all_reduce") as caught:

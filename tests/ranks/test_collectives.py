@@ -2,74 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from grid import (
+    ELEMENTS,
+    LARGE,
+    NUMPY_DTYPES,
+    PAST_THE_THRESHOLD,
+    TRANSPORTS,
+    WORLD_SIZES,
+    assert_values,
+    digest,
+    legal_ops,
+    reference,
+    values,
+)
 
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.sockets import small_limits
 
-NUMPY_DTYPES = (
-    "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "float32", "float64",
-    "complex64", "complex128",
-)  # fmt: skip
 TORCH_DTYPES = ("bool", "uint8", "int64", "float16", "bfloat16", "float32", "complex64")
-WORLD_SIZES = (1, 2, 3, 4, 5, 8)
-ELEMENTS = (0, 1, 7, 1000)
-PAST_THE_THRESHOLD = 70_000  # elements: past both the tree's bytes and what pyzmq copies anyway
-LARGE = 1_500_000  # elements: several segments in each chunk
 assert all(max(small_limits(n)) < PAST_THE_THRESHOLD * 4 for n in WORLD_SIZES)
-TRANSPORTS = ("ipc", "shared", 2)  # sockets between all; shared memory; two hosts with shared memory inside
-
-
-def legal_ops(dtype: str) -> list[str]:
-    ops = ["sum", "prod"]
-    if not dtype.startswith("complex"):
-        ops += ["min", "max"]
-    if dtype.startswith(("float", "bfloat", "complex")):
-        ops.append("mean")
-    return ops
-
-
-def values(op: str, dtype: str, count: int, rank: int) -> Any:
-    """Closed form, and small enough that every dtype holds every partial result exactly."""
-    i = np.arange(count)
-    if op == "prod":
-        found = np.where((i + rank) % 3 == 0, 2, 1)  # at most three twos among eight ranks
-    else:
-        found = (i * 7 + rank * 3) % 11
-    if dtype == "bool":
-        return (i + rank) % 3 == 0
-    if dtype.startswith("complex"):
-        return (found * (1j if op == "prod" else 1 + 2j)).astype(dtype)
-    if not dtype.startswith("uint") and op != "prod":
-        found = found - 4
-    return found.astype("float64" if dtype == "bfloat16" else dtype)
-
-
-def reference(op: str, dtype: str, parts: list[Any]) -> Any:
-    """What comes of all ranks' parts, rounded to the dtype once (bfloat16: not yet)."""
-    all_parts = np.stack(parts)
-    if dtype == "bool":
-        return all_parts.any(axis=0) if op in ("sum", "max") else all_parts.all(axis=0)
-    wide = all_parts.astype("complex128" if dtype.startswith("complex") else "float64")
-    result = {"sum": np.sum, "mean": np.mean, "prod": np.prod, "min": np.min, "max": np.max}[op](wide, axis=0)
-    return result if dtype == "bfloat16" else result.astype(dtype)
-
-
-def digest(x: Any) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(x).tobytes(), digest_size=8).hexdigest()
-
-
-def assert_values(x: Any, want: Any) -> None:
-    """Exact, but for the complex mean, which NumPy computes with a reciprocal."""
-    if x.dtype.kind == "c":
-        np.testing.assert_allclose(x, want, rtol=1e-6 if x.dtype == np.complex64 else 1e-14)
-    else:
-        np.testing.assert_array_equal(x, want, strict=True)
 
 
 def check_reductions(comm: Communicator, dtype: str, op: str, count: int) -> str:
