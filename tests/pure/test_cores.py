@@ -165,7 +165,7 @@ def test_why_asks_all_ranks_and_their_answers_go_to_those_who_asked_alone() -> N
     assert core.step(o.Received(b"w1/1", answer), 4.1) == []
 
 
-def test_why_counts_the_ranks_that_are_left() -> None:
+def test_why_counts_ranks_that_have_ended_too_since_their_agents_answer() -> None:
     core = cluster(1, 1)
     running(core, 2)
     core.step(o.Received(b"w0/1", m.RankExited("j", 1, m.RankStatus(0, "w0", "h", 7, 0))), 1.0)
