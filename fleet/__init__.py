@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fleet.config import VERSION as __version__
 from fleet.errors import (
@@ -11,11 +11,14 @@ from fleet.errors import (
     ConfigError,
     FleetError,
     ProtocolError,
+    TaskError,
+    TaskLost,
     UsageError,
     WorldChanged,
 )
 
 if TYPE_CHECKING:
+    from fleet.client.executor import Executor, as_completed
     from fleet.collectives.communicator import Communicator
     from fleet.collectives.reduce import PremulSum
 
@@ -23,14 +26,27 @@ __all__ = [
     "CollectiveMismatch",
     "CollectiveTimeout",
     "ConfigError",
+    "Executor",
     "FleetError",
     "ProtocolError",
+    "TaskError",
+    "TaskLost",
     "UsageError",
     "WorldChanged",
     "__version__",
+    "as_completed",
     "init",
     "premul_sum",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Executor and as_completed load when they are used: a rank has no need of them."""
+    if name in ("Executor", "as_completed"):
+        from fleet.client import executor
+
+        return getattr(executor, name)
+    raise AttributeError(f"module 'fleet' has no attribute {name!r}")
 
 
 def init(timeout_s: float = 30.0, join_timeout_s: float = 300.0) -> Communicator:

@@ -5,7 +5,9 @@ Knows names, defaults and what is valid; opens no socket and starts nothing.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import secrets
 import socket
 import stat
@@ -21,6 +23,8 @@ DEFAULT_ORCHESTRATOR = "orchestrator:50051"
 ORCHESTRATOR_PORT = 50051
 WORKER_PORT = 50052
 SECRET_BYTES_AT_LEAST = 16
+DRAIN_S = 20
+CGROUP = Path("/sys/fs/cgroup")
 
 Security = Literal["open", "plain", "curve"]
 
@@ -72,6 +76,7 @@ class Seat:
     group_world_size: int
     master_addr: str
     master_port: int
+    gpus: tuple[int, ...] | None = None  # of its machine; None: whatever the agent itself may see
 
 
 def rank_environment(seat: Seat, threads: int, extra: Mapping[str, str]) -> dict[str, str]:
@@ -105,6 +110,10 @@ def rank_environment(seat: Seat, threads: int, extra: Mapping[str, str]) -> dict
         "TORCHELASTIC_USE_AGENT_STORE": "False",  # rank 0 listens on MASTER_PORT itself
         "PYTHONUNBUFFERED": "1",
     }
+    if seat.gpus is not None:
+        mine = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        # Of an agent that may see some only, the numbers count those.
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine[gpu] if gpu < len(mine) else str(gpu) for gpu in seat.gpus)
     return environment
 
 
@@ -125,8 +134,24 @@ def orchestrator_address() -> str | None:
 
 
 def usable_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """The cores that this process may use, at least one."""
+    return max(1, math.ceil(core_limit()))
+
+
+def core_limit() -> float:
+    """The cores that this process may use: its affinity, or the quota of its container where that is less."""
+    cores = float(len(os.sched_getaffinity(0)))
+    try:
+        quota, _, period = (CGROUP / "cpu.max").read_text(encoding="ascii").strip().partition(" ")  # cgroup v2
+    except OSError:
+        try:
+            quota = (CGROUP / "cpu/cpu.cfs_quota_us").read_text(encoding="ascii").strip()  # and v1
+            period = (CGROUP / "cpu/cpu.cfs_period_us").read_text(encoding="ascii").strip()
+        except OSError:
+            return cores
+    if not quota.isdigit() or not period.isdigit():
+        return cores  # "max" and -1: no quota
+    return min(cores, int(quota) / int(period))
 
 
 def no_colour() -> bool:
@@ -139,9 +164,29 @@ def worker_port() -> int:
     return _number("WORKER_PORT", WORKER_PORT, 0, 65535)
 
 
-def worker_id(port: int) -> str:
-    """FLEET_WORKER_ID, or a name that a restarted worker finds again: its host name and port."""
-    return os.environ.get("FLEET_WORKER_ID") or f"{socket.gethostname()}-{port}"
+def worker_id(port: int) -> str | None:
+    """FLEET_WORKER_ID, or a name that a restarted worker finds again: its host name and port. None: `@dns` was said,
+    which stands for the name that the network's DNS has for this machine's address."""
+    wanted = os.environ.get("FLEET_WORKER_ID")
+    return None if wanted == "@dns" else wanted or f"{socket.gethostname()}-{port}"
+
+
+def metrics_port() -> int | None:
+    """FLEET_METRICS_PORT: where /metrics and /healthz are served over HTTP. None: unset, nowhere. 0: any free port."""
+    return _number("FLEET_METRICS_PORT", 0, 0, 65535) if os.environ.get("FLEET_METRICS_PORT") else None
+
+
+def drain_s() -> float:
+    """FLEET_DRAIN_S: the seconds that a worker gives what it runs to end by itself, after SIGTERM."""
+    return float(_number("FLEET_DRAIN_S", DRAIN_S, 0, 7 * 24 * 3600))
+
+
+def state_folder(port: int) -> Path | None:
+    """FLEET_STATE_DIR: where an orchestrator keeps its jobs. Else a folder of the user's for each port, None for port 0."""
+    if text := os.environ.get("FLEET_STATE_DIR"):
+        return Path(text)
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "fleet" / str(port) if port else None
 
 
 def advertised_host() -> str | None:
@@ -177,13 +222,19 @@ def shared_memory() -> Path | None:
 def secret(file: Path | None = None) -> str | None:
     """The cluster secret from `file`, FLEET_SECRET, FLEET_SECRET_FILE or the user's own file, in this order."""
     if file is not None:
-        return _read_secret(file)
-    if text := os.environ.get("FLEET_SECRET"):
-        return _checked(text, "FLEET_SECRET")
+        return read_secret(file)
+    if text := given_secret():
+        return text
     if path := os.environ.get("FLEET_SECRET_FILE"):
-        return _read_secret(Path(path))
+        return read_secret(Path(path))
     own = secret_path()
-    return _read_secret(own) if own.exists() else None
+    return read_secret(own) if own.exists() else None
+
+
+def given_secret() -> str | None:
+    """FLEET_SECRET, None where it is unset or empty."""
+    text = os.environ.get("FLEET_SECRET")
+    return _checked(text, "FLEET_SECRET") if text else None
 
 
 def secret_path() -> Path:
@@ -192,9 +243,9 @@ def secret_path() -> Path:
     return Path(base) / "fleet" / "secret"
 
 
-def create_secret() -> str:
+def create_secret(path: Path | None = None) -> str:
     """Makes the user's own secret file, readable by them alone. Of two at once, both return the same secret."""
-    path = secret_path()
+    path = path or secret_path()
     text = secrets.token_urlsafe(32)
     draft = path.with_name(f".secret-{os.getpid()}")
     try:
@@ -204,7 +255,7 @@ def create_secret() -> str:
         try:
             os.link(draft, path)  # fails where the file exists, and is never seen half written
         except FileExistsError:
-            text = _read_secret(path)
+            text = read_secret(path)
         finally:
             draft.unlink()
     except OSError as error:
@@ -212,7 +263,8 @@ def create_secret() -> str:
     return text
 
 
-def _read_secret(path: Path) -> str:
+def read_secret(path: Path) -> str:
+    """The secret in a file. Raises ConfigError."""
     try:
         mode = path.stat().st_mode
         text = path.read_text(encoding="ascii")
@@ -239,3 +291,75 @@ def _number(name: str, default: int, low: int, high: int) -> int:
     if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
         raise ConfigError(f"{name} is {text!r}: it must be a whole number from {low} to {high}")
     return int(text)
+
+
+@dataclass(frozen=True)
+class SlurmTask:
+    """This process, as one of several tasks that `srun` started together."""
+
+    rank: int
+    task_count: int
+    node_count: int
+    job_id: int
+    first_host: str
+    launched_from: str  # address of the machine that srun runs on
+    local_rank: int
+    local_count: int  # tasks of the step on this machine
+    cores: int  # this task's share of what Slurm gives the step on this machine
+    meeting_file: Path
+
+    @property
+    def port(self) -> int:
+        return 15000 + self.job_id % 10000
+
+
+def slurm_task() -> SlurmTask | None:
+    """None outside of a Slurm step, in one of a single task (a batch script itself), and in a shell for a person."""
+    number, node_list = os.environ.get("SLURM_STEP_NUM_TASKS"), os.environ.get("SLURM_STEP_NODELIST", "")
+    if number is None or not number.isdigit() or int(number) < 2 or _in_slurm_shell():
+        return None
+    try:
+        job_id, step_id = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
+        folder = Path(os.environ.get("SLURM_SUBMIT_DIR") or os.getcwd())
+        # A requeued job has the same numbers again, and what its killed predecessor may have left is not for it.
+        restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
+        here = tasks_on_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(os.environ.get("SLURM_NODEID", "0")))
+        return SlurmTask(
+            rank=int(os.environ["SLURM_PROCID"]),
+            task_count=int(number),
+            node_count=int(os.environ.get("SLURM_STEP_NUM_NODES", "1")),
+            job_id=job_id,
+            first_host=first_host(node_list),
+            launched_from=os.environ.get("SLURM_LAUNCH_NODE_IPADDR", ""),
+            local_rank=int(os.environ.get("SLURM_LOCALID", "0")),
+            local_count=here,
+            # Where Slurm binds tasks to cores, usable_cores() is less; where it does not, that is the whole machine.
+            cores=min(usable_cores(), max(1, int(os.environ.get("SLURM_CPUS_ON_NODE", "1")) // here)),
+            meeting_file=folder / f".fleet-step-{job_id}.{step_id}-{int(restart)}",
+        )
+    except (KeyError, ValueError) as error:
+        raise ConfigError(f"SLURM_STEP_NUM_TASKS is set, but not what belongs to it ({error!r})") from None
+
+
+def _in_slurm_shell() -> bool:
+    """Whether a person types into `srun --pty bash`: that step may have many tasks, and only this one has the terminal.
+
+    Not by the job's name, which in `salloc` is `interactive` for the steps of many tasks that are started there too.
+    """
+    is_task = os.environ.get("SLURM_TASK_PID") == str(os.getpid())
+    return "SLURM_PTY_PORT" in os.environ and not is_task and os.isatty(0)
+
+
+def tasks_on_node(text: str, node: int) -> int:
+    """The number for one node in a list as Slurm writes it: of `4(x2),3` it is 4 for nodes 0 and 1, then 3."""
+    for count, _, times in (part.rstrip(")").partition("(x") for part in text.split(",")):
+        node -= int(times or 1)
+        if node < 0:
+            return max(1, int(count))
+    return 1
+
+
+def first_host(node_list: str) -> str:
+    """The first name in a list as Slurm writes it: of `gpu[07-09,12],login` it is gpu07."""
+    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\])?", node_list)
+    return found.group(1) + (found.group(2) or "") if found else ""

@@ -61,6 +61,23 @@ class Late:
         return f"rank {self.rank} ({self.host}, pid {self.pid}) {self.doing}"
 
 
+NAMED_AT_MOST = 8  # of late ranks, one by one; the others by their numbers
+
+
+def rank_set(ranks: Sequence[int], world_size: int) -> str:
+    """Ranks for a reader: '3', '0-2,5', or '8 ranks' where it is all of them."""
+    ordered = sorted(ranks)
+    if len(ordered) == world_size > 1:
+        return f"{world_size} ranks"
+    spans: list[list[int]] = []
+    for rank in ordered:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
+
+
 @dataclass(eq=False)
 class CollectiveTimeout(FleetError):
     """Somebody is late, and is named: what was awaited, for how long, and what the missing ranks are doing."""
@@ -80,9 +97,35 @@ class CollectiveTimeout(FleetError):
                 return head
             return f"{head}; every rank is inside this same collective: it was slow, not stuck (raise timeout_s)"
         missing = {late.rank for late in self.late}
-        came = [str(rank) for rank in range(self.world_size) if rank not in missing]
-        here = f"ranks {', '.join(came)} came; " if came else ""
-        return "\n".join([f"{head}; {here}waiting for", *(f"  {late}" for late in self.late)])
+        came = [rank for rank in range(self.world_size) if rank not in missing]
+        here = f"ranks {rank_set(came, self.world_size)} came; " if came else ""
+        named = [f"  {late}" for late in self.late[:NAMED_AT_MOST]]
+        others = [late.rank for late in self.late[NAMED_AT_MOST:]]
+        if others:
+            named.append(f"  and {len(others)} more: ranks {rank_set(others, self.world_size)}")
+        return "\n".join([f"{head}; {here}waiting for", *named])
+
+
+class TaskError(FleetError):
+    """A task failed in a way that has no exception of its own: it, or its result, could not be pickled."""
+
+
+@dataclass(eq=False)
+class TaskLost(FleetError):
+    """Nobody may have to act: each process that ran this task was lost, as often as it may be tried. Says how and where."""
+
+    function: str
+    retries: int
+    history: Sequence[str]
+    reason: str
+
+    def __str__(self) -> str:
+        if not self.history:
+            return f"task {self.function} was not run: {self.reason}"
+        lines = "\n".join(f"  {line}" for line in self.history)
+        poison = "; it may be what ends them" if len(self.history) > 1 else ""
+        allowed = f"retries={self.retries}" if self.retries else "retries=0: it never runs twice"
+        return f"task {self.function} lost its process {len(self.history)} times ({allowed}){poison}:\n{lines}"
 
 
 @dataclass(eq=False)

@@ -1,12 +1,12 @@
 """Every control message, as typed values, and their bytes on the wire. Refuses to know who sends them or over what.
 
-One frame per message: a protocol byte, then MessagePack. A tensor never travels here.
+One frame per message: a protocol byte, then MessagePack. A tensor never travels here. What a client and a task runner say
+to each other passes through as it is, behind a head that names the job: see relay_head.
 To add a message: write its Struct, add it to `Message`, and handle it in the `step` of whoever receives it.
 """
 
 from __future__ import annotations
 
-import signal
 from typing import Literal
 
 import msgpack
@@ -14,64 +14,38 @@ import msgspec
 
 from fleet.errors import ProtocolError
 from fleet.group import Member, World
+from fleet.questions import (
+    Because,
+    Drain,
+    Drained,
+    Jobs,
+    ListJobs,
+    ListWorkers,
+    LogPart,
+    Ping,
+    Pong,
+    ReadLog,
+    Watch,
+    Why,
+    Workers,
+)
+from fleet.values import (
+    TALLY_SECONDS,
+    JobInfo,
+    JobOptions,
+    Message,
+    RankStatus,
+    Spec,
+    TallyRow,
+    Versions,
+    WorkerState,
+    how,
+)
 
-PROTOCOL = 2
+PROTOCOL = 4
 FRAME_LIMIT_BYTES = 8 << 20
 PART_BYTES = 1 << 20  # a bundle travels in parts of this size
-
-
-class Message(msgspec.Struct, frozen=True, tag=True):
-    """Base of all control messages. The class name is the tag on the wire."""
-
-
-class Versions(msgspec.Struct, frozen=True):
-    """What a handshake tells of the software on each side."""
-
-    fleet: str
-    python: str
-    torch: str = ""  # empty: not installed
-
-
-class Spec(msgspec.Struct, frozen=True):
-    """What each rank of a job runs."""
-
-    kind: Literal["script", "module", "command"]
-    target: str
-    args: tuple[str, ...] = ()
-    directory: str = ""  # where it runs; empty: the unpacked bundle
-    digest: str = ""  # of the bundle; empty: no bundle, `directory` exists on every worker
-    bundle_bytes: int = 0
-    environment: dict[str, str] = {}
-
-
-class RankStatus(msgspec.Struct, frozen=True):
-    """How a rank ended. Exactly one of code and signal is meaningful: signal is 0 unless one killed it."""
-
-    rank: int
-    worker_id: str
-    host: str
-    pid: int
-    code: int
-    signal: int = 0
-    out_of_memory: bool = False
-    stopped: bool = False  # fleet had told it to stop before it ended
-    stderr_tail: str = ""
-    reason: str = ""  # set where there is no exit to speak of, such as a lost worker
-
-    @property
-    def failed(self) -> bool:
-        return bool(self.code or self.signal or self.reason)
-
-
-def how(status: RankStatus) -> str:
-    """How a rank ended, in words for a person."""
-    if status.reason:
-        return status.reason
-    if status.signal:
-        name = signal.Signals(status.signal).name if status.signal in set(signal.Signals) else "unknown"
-        memory = "; the machine or container was out of memory" if status.out_of_memory else ""
-        return f"killed by signal {status.signal} ({name}){memory}"
-    return f"exit code {status.code}"
+_RELAY = b"\xff"  # where a control message has its protocol
 
 
 # Handshake and liveness
@@ -84,6 +58,8 @@ class WorkerHello(Message, frozen=True):
     slots: int
     versions: Versions
     running: tuple[tuple[str, int], ...] = ()  # (job_id, attempt) of all that it still holds
+    leaving: bool = False  # see Leaving
+    gpus: int = 0
 
 
 class ClientHello(Message, frozen=True):
@@ -102,11 +78,22 @@ class Refused(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
-    pass
+    load: float = 0.0  # of the worker's machine or container: 1.0 is all of its cores busy
 
 
 class Unknown(Message, frozen=True):
     """The orchestrator does not know the sender (it restarted): say hello again."""
+
+
+class Leaving(Message, frozen=True):
+    """A worker drains: it takes no new work, and leaves when what it runs has ended."""
+
+
+class HandBack(Message, frozen=True):
+    """A worker that leaves stops its part of a job: the whole job starts again, on other workers."""
+
+    job_id: str
+    attempt: int
 
 
 class Goodbye(Message, frozen=True):
@@ -121,6 +108,21 @@ class Submit(Message, frozen=True):
     world_size: int
     spec: Spec
     again: bool = False  # after a lost connection: do not start what is not known
+    detached: bool = False  # it outlives its client, and the orchestrator keeps what it prints
+    options: JobOptions = JobOptions()
+
+
+class Accepted(Message, frozen=True):
+    """A submitted job is on the orchestrator's disk: from here on it is not lost."""
+
+    job_id: str
+
+
+class Rejected(Message, frozen=True):
+    """A submitted job was not taken, and will not run. Says why."""
+
+    job_id: str
+    reason: str
 
 
 class Waiting(Message, frozen=True):
@@ -131,6 +133,8 @@ class Waiting(Message, frozen=True):
 
 
 class Started(Message, frozen=True):
+    """Its ranks start; said again when the client or a worker comes back, since what they said meanwhile may be lost."""
+
     job_id: str
     hosts: tuple[str, ...]  # by rank
     workers: tuple[str, ...]  # by rank
@@ -146,6 +150,12 @@ class Ended(Message, frozen=True):
     reason: str  # empty: every rank exited with 0
     cause: int  # the rank that failed first, -1: none
     ranks: tuple[RankStatus, ...] = ()
+
+
+class Retire(Message, frozen=True):
+    """The worker of a task runner drains: give that runner nothing new."""
+
+    job_id: str
 
 
 # A bundle, in either direction
@@ -173,6 +183,7 @@ class Assign(Message, frozen=True):
     group_rank: int
     group_count: int
     spec: Spec
+    gpus: int = 0  # for each of these ranks
 
 
 class Assigned(Message, frozen=True):
@@ -302,25 +313,39 @@ class Answer(Message, frozen=True):
     records: str = ""
 
 
-class Why(Message, frozen=True):
-    """A client asks what the ranks of a running job do, and have done."""
+class Tally(Message, frozen=True):
+    """From a rank to its agent: what its collectives came to since the last Tally, one row for an operation and a path."""
 
     job_id: str
-
-
-class Because(Message, frozen=True):
-    """What is known at once: an error in words, or how many ranks will answer."""
-
-    job_id: str
-    error: str
-    rank_count: int = 0
+    attempt: int
+    rank: int
+    rows: tuple[TallyRow, ...]
+    inside_s: float = 0.0  # how long it has been inside the collective that it is in; 0: in none
 
 
 _ALL = (
-    WorkerHello | ClientHello | Welcome | Refused | Heartbeat | Unknown | Goodbye | Submit | Waiting | Started | Cancel
-    | Ended | Want | Part | Assign | Assigned | AssignFailed | Launch | Stop | Forget | RankExited | Output | OutputAck
-    | RankHello | RankWelcome | Join | Formed | Lost | Ask | Answer | Why | Because
+    WorkerHello | ClientHello | Welcome | Refused | Heartbeat | Unknown | Leaving | HandBack | Goodbye | Ping | Pong
+    | Submit | Accepted | Rejected | Waiting | Started | Cancel | Ended | Retire | ListJobs | Jobs | Watch | ReadLog
+    | LogPart | Drain | Drained | Want | Part | Assign | Assigned | AssignFailed | Launch | Stop
+    | Forget | RankExited | Output | OutputAck | RankHello | RankWelcome | Join | Formed | Lost | Ask | Answer | Tally
+    | ListWorkers | Workers | Why | Because
 )  # fmt: skip
+
+
+class _Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """Not on the wire: what msgspec knows of a Struct it keeps, of a bare union it finds out anew each time, in 50 µs."""
+
+    message: _ALL
+
+
+def relay_head(job_id: str) -> bytes:
+    """The first frame of what a client and its task runner say to each other; the frames behind it are theirs alone."""
+    return _RELAY + job_id.encode()
+
+
+def relayed_job(head: bytes) -> str | None:
+    """The job that a relay_head names, None for the first frame of a control message."""
+    return head[1:65].decode(errors="replace") if head[:1] == _RELAY else None
 
 
 def encode(message: Message) -> bytes:
@@ -341,11 +366,14 @@ def decode(data: bytes) -> Message:
     if len(data) > FRAME_LIMIT_BYTES:
         raise ProtocolError(f"a message of {len(data)} bytes is over the limit of {FRAME_LIMIT_BYTES}")
     try:
-        message: Message = msgspec.convert(msgpack.unpackb(memoryview(data)[1:]), _ALL)
+        message: Message = msgspec.convert([msgpack.unpackb(memoryview(data)[1:])], _Envelope).message
     except (msgspec.ValidationError, ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise ProtocolError(f"not a message of fleet: {type(error).__name__}: {error}") from error
     return message
 
 
 __all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Message)]
-__all__ += ["PART_BYTES", "PROTOCOL", "Member", "RankStatus", "Spec", "Versions", "World", "decode", "encode", "how"]
+__all__ += ["PART_BYTES", "PROTOCOL", "TALLY_SECONDS", "Because", "Drain", "Drained", "JobInfo", "JobOptions", "Jobs"]
+__all__ += ["ListJobs", "ListWorkers", "LogPart", "Member", "Message", "Ping", "Pong", "RankStatus", "ReadLog", "Spec"]
+__all__ += ["TallyRow", "Versions", "Watch", "Why", "WorkerState", "Workers", "World", "decode", "encode", "how"]
+__all__ += ["relay_head", "relayed_job"]

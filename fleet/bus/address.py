@@ -11,6 +11,8 @@ import socket
 
 from fleet.errors import ConfigError
 
+NAME_WITHIN_S = 2.0
+
 
 def parse(text: str, default_port: int, setting: str) -> tuple[str, int]:
     """('host', port) from host, host:port, tcp://host:port or [v6]:port. Raises ConfigError that names `setting`."""
@@ -25,7 +27,12 @@ def parse(text: str, default_port: int, setting: str) -> tuple[str, int]:
 
 
 def endpoint(host: str, port: int) -> str:
-    """The ZeroMQ endpoint of a host and port."""
+    """The ZeroMQ endpoint of a host and port.
+
+    `localhost` is the IPv4 one: what listens on this machine's ports often does so on IPv4 alone, and ZeroMQ tries only
+    the first address that a name has.
+    """
+    host = "127.0.0.1" if host == "localhost" else host
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
@@ -54,6 +61,22 @@ def local_address_towards(host: str, port: int) -> str | None:
             probe.connect(address)
             return str(probe.getsockname()[0])
     return None
+
+
+def name_of(address: str) -> str:
+    """The name that DNS has for an address, without its domain; empty if it has none.
+
+    Of a container under Compose that is `tensorfleet-worker-3`: it stays the same when the container is made anew.
+    """
+    import dns.exception
+    import dns.resolver
+
+    try:
+        # Not gethostbyaddr: a container's own address is in its /etc/hosts, under the container's id.
+        name = str(dns.resolver.resolve_address(address, lifetime=NAME_WITHIN_S)[0]).rstrip(".")
+    except (dns.exception.DNSException, OSError, ValueError):
+        return ""
+    return name.partition(".")[0]
 
 
 def free_port(host: str = "") -> int:

@@ -7,14 +7,17 @@ within seconds (ZMTP heartbeats, rfc.zeromq.org/spec/37) for a machine that is c
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
 import zmq
 
 from fleet.bus.context import Bus
-from fleet.messages import FRAME_LIMIT_BYTES
+from fleet.messages import FRAME_LIMIT_BYTES, relayed_job
 
+Frame = zmq.Frame | bytes | bytearray | memoryview  # a view must stay as it is until it has left
+FRAMES_AT_MOST = 66  # of one relayed message
 HWM = 10_000  # messages; a peer this far behind counts as lost, see Router.send
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 3000
 
@@ -25,10 +28,11 @@ _BROKEN_HANDSHAKE = (
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """Bytes from a peer."""
+    """A message from a peer (b"": the one that a Dealer has)."""
 
     peer: bytes
-    data: bytes
+    data: bytes  # its first frame
+    rest: tuple[zmq.Frame, ...] = ()  # of a relayed message, in the memory that libzmq received into
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +100,12 @@ class Router:
                 break
             # After the message and before its sender is noted: a descriptor may have been used by another before.
             found.extend(self._losses())
-            if len(frames) != 2:
+            if len(frames) != 2 and not (2 < len(frames) <= FRAMES_AT_MOST and relayed_job(frames[1].bytes)):
                 self.refused_count += 1
                 continue
             peer = frames[0].bytes
             descriptor = frames[1].get(zmq.SRCFD)
-            found.append(Arrived(peer, frames[1].bytes))
+            found.append(Arrived(peer, frames[1].bytes, tuple(frames[2:])))
             if descriptor not in self._open:
                 found.append(Lost(peer))  # it sent and left before we looked
             elif self._descriptor_of.get(peer) != descriptor:
@@ -110,15 +114,24 @@ class Router:
                 self._descriptor_of[peer] = descriptor
         return found
 
-    def send(self, peer: bytes, data: bytes) -> bool:
+    def send(self, peer: bytes, data: bytes, rest: Sequence[Frame] = ()) -> bool:
         """False if the peer is not connected, or so far behind that its queue is full."""
         try:
-            self._socket.send_multipart([peer, data], zmq.DONTWAIT)
+            self._socket.send_multipart([peer, data, *rest], zmq.DONTWAIT, copy=not rest)
         except zmq.ZMQError as error:
             if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 return False
             raise
         return True
+
+    def descriptors(self) -> list[int]:
+        """What to wait for where several threads use this socket, one at a time; see `has_event`."""
+        return [int(socket.fd) for socket in self.poll_sockets]
+
+    def has_event(self) -> bool:
+        """Whether something is there to be received. To be asked after each use, since that may have eaten the signal on a
+        descriptor that another thread waits for."""
+        return any(int(socket.events) & zmq.POLLIN for socket in self.poll_sockets)
 
     def _losses(self) -> list[Arrived | Lost]:
         found: list[Arrived | Lost] = []
@@ -167,21 +180,21 @@ class Dealer:
                 found.append(Link.DOWN)
         return found
 
-    def receive(self) -> list[bytes]:
+    def receive(self) -> list[Arrived]:
         """All messages that are there, at most a batch; waits for nothing."""
-        found: list[bytes] = []
+        found: list[Arrived] = []
         for _ in range(256):
             try:
-                frames = self._socket.recv_multipart(zmq.DONTWAIT)
+                frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 break
-            found.append(b"".join(frames))
+            found.append(Arrived(b"", frames[0].bytes, tuple(frames[1:])))
         return found
 
-    def send(self, data: bytes) -> bool:
+    def send(self, data: bytes, rest: Sequence[Frame] = ()) -> bool:
         """False if the queue is full, which means that nobody has read for long."""
         try:
-            self._socket.send(data, zmq.DONTWAIT)
+            self._socket.send_multipart([data, *rest], zmq.DONTWAIT, copy=not rest)
         except zmq.Again:
             return False
         return True

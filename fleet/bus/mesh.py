@@ -68,6 +68,11 @@ class Mesh:
             # The second frame of a message never blocks: libzmq admits messages whole.
             return outbox.send(payload, copy=False, track=track)
 
+    def has_message(self) -> bool:
+        """Whether `receive` would return one at once."""
+        self._bus.check_process()
+        return bool(self._inbox.poll(0))
+
     def receive(self) -> tuple[zmq.Frame, zmq.Frame | None] | None:
         """(frame with the head, payload frame or None), None after one tick of silence.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,15 +17,19 @@ class Wake:
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # Nobody writes to a descriptor that is closed, and perhaps another's by then. Reentrant: a handler interrupts `set`.
+        self._lock = threading.RLock()
 
     def fileno(self) -> int:
         return self._read
 
     def set(self) -> None:
-        try:
-            os.write(self._write, b"!")
-        except BlockingIOError:
-            return  # full of wake-ups already
+        with self._lock:
+            try:
+                if self._write >= 0:
+                    os.write(self._write, b"!")
+            except BlockingIOError:
+                return  # full of wake-ups already
 
     def clear(self) -> None:
         try:
@@ -33,8 +38,12 @@ class Wake:
             return  # nothing to clear
 
     def close(self) -> None:
-        os.close(self._read)
-        os.close(self._write)
+        """May be called again, and from several threads."""
+        with self._lock:
+            for descriptor in (self._read, self._write):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._read = self._write = -1
 
 
 class Poller:

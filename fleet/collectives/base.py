@@ -61,6 +61,7 @@ class Base:
             found = reach(world, group, members)
             self._path, self._windows = found.path, found.windows
             self._conductor.arena = found.arena
+            self._conductor.recorder.tally.path = found.path.name
             self._conductor.channel = found.channel if found.uses_sockets else None
             self._arena = found.arena
             self._points = Points(found.channel, self._conductor.late)
@@ -112,16 +113,18 @@ class Base:
 
     def _agree_on_splits(self, job: Job, into: list[Any], parts: list[Any]) -> int:
         """The longest part that any rank sends. Raises UsageError where two ranks' splits do not fit."""
-        table = np.empty((self.world_size, self.world_size), np.int64)
-        self._path.all_gather(job, list(table), np.array([*map(len, parts)]))
-        for rank in range(self.world_size):
-            if table[rank, self.rank] != len(into[rank]):
-                raise UsageError(
-                    f"rank {rank} sends {table[rank, self.rank]} elements to rank {self.rank}, whose out has room for "
-                    f"{len(into[rank])}: x_splits of one must be out_splits of the other"
-                )
-        job.first_turn = self.world_size  # the table's messages used the turns before
-        return int(table.max())
+        n = self.world_size
+        table = np.empty((n, 2 * n), np.int64)
+        self._path.all_gather(job, list(table), np.array([*map(len, parts), *map(len, into)]))
+        sent, room = table[:, :n], table[:, n:].T
+        if (sent != room).any():  # all ranks find the same, and none goes on
+            source, dst = np.argwhere(sent != room)[0]
+            raise UsageError(
+                f"rank {source} sends {sent[source, dst]} elements to rank {dst}, whose out has room for "
+                f"{room[source, dst]}: x_splits of one must be out_splits of the other"
+            )
+        job.first_turn = n  # the table's messages used the turns before
+        return int(sent.max())
 
     def _limit(self, timeout_s: float | None) -> float:
         return self._conductor.timeout_s if timeout_s is None else timeout_s

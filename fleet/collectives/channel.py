@@ -102,6 +102,23 @@ class Inbox:
                 self._receiving = False
                 self._changed.notify_all()
 
+    def drain(self) -> None:
+        """Keeps what has arrived, without waiting; another thread that receives does it in this one's place."""
+        with self._changed:
+            if self._receiving:
+                return
+            self._receiving = True
+        try:
+            while self._mesh.has_message():
+                arrived = self._receive()
+                if arrived is not None:
+                    with self._changed:
+                        self._keep(*arrived)
+        finally:
+            with self._changed:
+                self._receiving = False
+                self._changed.notify_all()
+
     def has(self, key: Key) -> bool:
         return key in self._early
 
@@ -223,6 +240,12 @@ class Channel:
             self._ahead[head.sequence] = head.source, head.call
         return head.sequence >= self._sequence and head.turn != PROBE
 
+    def look(self) -> None:
+        """For one that waits elsewhere than here: raises CollectiveMismatch if what has arrived tells of one."""
+        self.inbox.drain()
+        if self.failed is not None:
+            raise self.failed
+
     def close(self) -> None:
         self.inbox.remove(self)
 
@@ -231,3 +254,30 @@ class Channel:
         if mine is not None and mine != call and self.failed is None:
             peer = self._rank_of.get(source, source)
             self.failed = CollectiveMismatch(sequence, self.rank, describe_call(mine), peer, describe_call(call))
+
+
+class Among:
+    """Some of a channel's ranks, numbered anew: their part of a collective of all. Offers what algorithms need."""
+
+    def __init__(self, channel: Channel, ranks: Sequence[int]) -> None:
+        self.inbox = channel.inbox
+        self.rank = ranks.index(channel.rank)
+        self.members = tuple(channel.members[rank] for rank in ranks)
+        self._channel = channel
+        self._ranks = tuple(ranks)
+
+    def send(
+        self,
+        peer: int,
+        sequence: int,
+        turn: int,
+        segment: int,
+        call: bytes,
+        payload: Any,
+        deadline: float,
+        track: bool = False,
+    ) -> Tracker | None:
+        return self._channel.send(self._ranks[peer], sequence, turn, segment, call, payload, deadline, track)
+
+    def expect(self, sequence: int, source: int, turn: int, segment: int, call: bytes, deadline: float) -> Payload:
+        return self._channel.expect(sequence, self._ranks[source], turn, segment, call, deadline)

@@ -212,7 +212,8 @@ class Communicator(Base):
         """Sends the r-th part of x, along dimension 0, to rank r, whose parts for this rank come into out, in order.
 
         The splits are the rows of each part, None: equal ones. What one rank sends to another must be what that one
-        expects: each rank's x_splits[r] is rank r's out_splits for it. Shapes may differ but for dimension 0.
+        expects: each rank's x_splits[r] is rank r's out_splits for it, or all ranks raise UsageError. Shapes may differ
+        but for dimension 0.
         """
         target, whole = as_buffer(out, "out", written=True), as_buffer(x, "x", written=False)
         if target.dtype != whole.dtype or target.shape[1:] != whole.shape[1:]:

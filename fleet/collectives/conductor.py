@@ -164,7 +164,9 @@ class Conductor:
             self._broken = self._explained(job, error)
             raise self._broken from None
         finally:
-            job.ended = monotonic()
+            job.ended = ended = monotonic()
+            call = job.call
+            self.recorder.tally.add(call.operation, call.byte_count, ended - started)
 
     def _explained(self, job: Job, error: BaseException) -> BaseException:
         """The error to raise, with everything that is known about it."""

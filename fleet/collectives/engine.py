@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fleet.collectives.buffer import Array
-from fleet.collectives.channel import Channel, Payload
+from fleet.collectives.channel import Among, Channel, Payload
 from fleet.collectives.job import Job
 from fleet.collectives.schedule import Action, Plan, Step
 from fleet.errors import ProtocolError
@@ -68,7 +68,9 @@ def compile(plan: Plan) -> tuple[Move, ...]:
     return tuple(moves)
 
 
-def run(moves: Sequence[Move], channel: Channel, job: Job, mine: Chunks, out: Chunks, first_turn: int = 0) -> None:
+def run(
+    moves: Sequence[Move], channel: Channel | Among, job: Job, mine: Chunks, out: Chunks, first_turn: int = 0
+) -> None:
     """Carries out the moves: `mine` are this rank's chunks, results go to `out` where that is not None.
 
     `first_turn` tells this plan's messages from those of another part of the same collective.
@@ -86,7 +88,7 @@ def run(moves: Sequence[Move], channel: Channel, job: Job, mine: Chunks, out: Ch
     finish(channel, job)
 
 
-def send(channel: Channel, job: Job, peer: int, chunk: Array, turn: int = 0) -> None:
+def send(channel: Channel | Among, job: Job, peer: int, chunk: Array, turn: int = 0) -> None:
     """Sends this rank's own memory in segments; it is lent until `finish`."""
     call = job.call.data
     for number, piece in enumerate(segments(chunk)):
@@ -98,14 +100,14 @@ def send(channel: Channel, job: Job, peer: int, chunk: Array, turn: int = 0) -> 
             job.lent.append(tracker)
 
 
-def receive(channel: Channel, job: Job, peer: int, into: Array, turn: int = 0) -> None:
+def receive(channel: Channel | Among, job: Job, peer: int, into: Array, turn: int = 0) -> None:
     """Receives a chunk into `into`."""
     for number, piece in enumerate(segments(into)):
         payload = channel.expect(job.sequence, peer, turn, number, job.call.data, job.deadline)
         into[piece] = as_array(payload, into[piece])
 
 
-def finish(channel: Channel, job: Job) -> None:
+def finish(channel: Channel | Among, job: Job) -> None:
     """Returns once all memory that was lent may be changed again."""
     for tracker in job.lent or ():
         channel.inbox.wait_until_sent(tracker, job.deadline)
@@ -119,7 +121,7 @@ def as_array(payload: Payload, like: Array) -> Array:
     return np.frombuffer(payload.view, dtype=like.dtype)
 
 
-def _send_chunk(channel: Channel, job: Job, move: Move, chunk: Array, kept: dict[int, list[Payload]]) -> None:
+def _send_chunk(channel: Channel | Among, job: Job, move: Move, chunk: Array, kept: dict[int, list[Payload]]) -> None:
     peer, number = move.step.send_to, move.step.send_chunk
     assert peer is not None
     assert number is not None
@@ -133,7 +135,7 @@ def _send_chunk(channel: Channel, job: Job, move: Move, chunk: Array, kept: dict
 
 
 def _receive_chunk(
-    channel: Channel, job: Job, move: Move, mine: Chunks, out: Chunks, kept: dict[int, list[Payload]]
+    channel: Channel | Among, job: Job, move: Move, mine: Chunks, out: Chunks, kept: dict[int, list[Payload]]
 ) -> None:
     step, call = move.step, job.call.data
     assert step.recv_from is not None

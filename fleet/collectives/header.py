@@ -8,6 +8,7 @@ Little-endian. Calls are compared as bytes, which costs nothing on the hot path;
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ DTYPES = (
     "", "bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64", "float16", "bfloat16",
     "float32", "float64", "complex64", "complex128",
 )  # fmt: skip
+ITEM_BYTES = (0, 1, 1, 2, 4, 8, 1, 2, 4, 8, 2, 2, 4, 8, 8, 16)  # of DTYPES
 _OP, _REDUCTION, _DTYPE = ({name: number for number, name in enumerate(names)} for names in (OPS, REDUCTIONS, DTYPES))
 
 
@@ -74,6 +76,13 @@ def pack_call(
         (root,) = struct.unpack("<q", _FACTOR.pack(factor))
     fixed = _CALL.pack(_OP[op], _REDUCTION[reduction], _DTYPE[dtype], len(shape), root)
     return fixed + struct.pack(f"<{len(shape)}Q", *shape) + wire.encode()
+
+
+def measure_call(call: bytes) -> tuple[str, int]:
+    """The operation, and how many bytes this rank gives or gets."""
+    op, _, dtype, dimensions, _ = _CALL.unpack_from(call)
+    shape = struct.unpack_from(f"<{dimensions}Q", call, _CALL.size)
+    return OPS[op], math.prod(shape) * ITEM_BYTES[dtype] if dtype else 0
 
 
 def describe_call(call: bytes) -> str:

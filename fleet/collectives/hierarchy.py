@@ -14,25 +14,30 @@ from collections.abc import Sequence
 import numpy as np
 
 from fleet.collectives.buffer import Array
+from fleet.collectives.channel import Among, Channel
 from fleet.collectives.job import Job
 from fleet.collectives.shared import SharedPath, share
 from fleet.collectives.sockets import SocketPath
+from fleet.values import CollectivePath
 
 
 class HierarchicalPath:
-    """`local` joins the ranks of this host; `across` those with this one's local number on the hosts, None for a rank
-    that has no share. `hosts` are the ranks of each host, in the order of their first one."""
+    """`local` joins the ranks of this host; `hosts` are the ranks of each, in the order of their first one."""
 
-    def __init__(
-        self, everyone: SocketPath, local: SharedPath | None, across: SocketPath | None, hosts: Sequence[Sequence[int]]
-    ) -> None:
-        self._everyone = everyone
+    name: CollectivePath = "hierarchical"
+
+    def __init__(self, channel: Channel, local: SharedPath | None, hosts: Sequence[Sequence[int]]) -> None:
+        self._everyone = everyone = SocketPath(channel)
         self._local = local
-        self._across = across
+        self._channel = channel
         self._hosts = hosts
         self._shares = min(len(host) for host in hosts)
         self._host_of = {rank: number for number, host in enumerate(hosts) for rank in host}
         self.index, self.count = everyone.index, everyone.count
+        position = hosts[self._host_of[self.index]].index(self.index)
+        self._across: SocketPath | None = None  # those with this one's local number, if it has a share
+        if position < self._shares:
+            self._across = SocketPath(Among(channel, [host[position] for host in hosts]))
 
     def all_reduce(self, job: Job, flat: Array) -> None:
         local, shares = self._local, self._shares
@@ -57,9 +62,8 @@ class HierarchicalPath:
         leads = root if self._host_of[root] == self._host_of[self.index] else host[0]
         if self.index == leads:
             # The root stands for its host among the leaders.
-            self._everyone.broadcast_among(
-                job, flat, [root if self._host_of[root] == n else rank for n, rank in enumerate(first)], root
-            )
+            ranks = [root if self._host_of[root] == n else rank for n, rank in enumerate(first)]
+            SocketPath(Among(self._channel, ranks)).broadcast(job, flat, ranks.index(root))
         if self._local is not None:
             self._local.broadcast(job, flat, host.index(leads))
 

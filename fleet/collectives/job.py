@@ -9,7 +9,7 @@ from types import CodeType
 from typing import Any
 
 from fleet.collectives.arena import digest
-from fleet.collectives.header import describe_call
+from fleet.collectives.header import describe_call, measure_call
 from fleet.collectives.reduce import Kernel
 
 # Called between pieces of work and while waiting; raises what ended the world, such as the loss of a rank.
@@ -19,12 +19,13 @@ Check = Callable[[], None]
 class Call:
     """What a rank calls, worked out once and kept: ranks called the same if and only if `data` is equal."""
 
-    __slots__ = ("data", "kernel", "tag")
+    __slots__ = ("byte_count", "data", "kernel", "operation", "tag")
 
     def __init__(self, data: bytes, kernel: Kernel | None = None) -> None:
         self.data = data
         self.tag = digest(data)  # of it, for the word posted in shared memory
         self.kernel = kernel
+        self.operation, self.byte_count = measure_call(data)
 
     def __str__(self) -> str:
         return describe_call(self.data)

@@ -24,7 +24,7 @@ from fleet.collectives.sockets import SocketPath
 from fleet.collectives.windows import Windows
 from fleet.group import Member
 
-GROUPS_PER_COMMUNICATOR = 4  # its own, its point-to-point messages', that across hosts, one to spare
+GROUPS_PER_COMMUNICATOR = 2  # its own and its point-to-point messages'
 AGREE_WITHIN_S = 30.0
 
 
@@ -66,7 +66,7 @@ def reach(world: World, group: int, members: Sequence[int]) -> Reach:
         name = f"{group:x}-{mine[0]}"
         memory = share(world.directory, f"{world.name}-{name}", arena_bytes(len(mine)), index, len(mine), world.check)
         if memory is not None:
-            arena = Arena(memory, index, mine, world.check)
+            arena = Arena(memory, index, mine, world.check if len(hosts) == 1 else looking(world.check, channel))
     if len(hosts) == 1:
         if arena is not None:
             return Reach(SharedPath(arena, windows), channel, arena, windows, uses_sockets=False)
@@ -76,12 +76,17 @@ def reach(world: World, group: int, members: Sequence[int]) -> Reach:
     if not several or not _agreed(everyone, channel, arena is not None or len(mine) == 1):
         return Reach(everyone, channel, None, windows, uses_sockets=True)
     local = SharedPath(arena, windows) if arena is not None else None
-    across = None
-    position = mine.index(channel.rank)
-    if position < min(map(len, hosts)):
-        peers = [members[host[position]] for host in hosts]
-        across = SocketPath(Channel(world.inbox, group + 2, peers))
-    return Reach(HierarchicalPath(everyone, local, across, hosts), channel, arena, windows, uses_sockets=True)
+    return Reach(HierarchicalPath(channel, local, hosts), channel, arena, windows, uses_sockets=True)
+
+
+def looking(check: Callable[[], None], channel: Channel) -> Callable[[], None]:
+    """`check`, and whether a rank of another host is in another call: for those who wait in shared memory."""
+
+    def both() -> None:
+        check()
+        channel.look()
+
+    return both
 
 
 def _hosts(world: World, members: Sequence[int]) -> list[list[int]]:

@@ -9,16 +9,18 @@ from collections import deque
 from collections.abc import Iterable
 
 from fleet.collectives.job import Job
+from fleet.collectives.tally import Tally
 
 KEPT = 512
 SHOWN_ON_FAILURE = 8
 
 
 class Recorder:
-    """The collectives of one communicator. Appended to by one thread at a time, read by any."""
+    """The collectives of one communicator, and what they came to. Appended to by one thread at a time, read by any."""
 
     def __init__(self) -> None:
         self.jobs: deque[Job] = deque(maxlen=KEPT)
+        self.tally = Tally()
 
     @property
     def last(self) -> Job | None:

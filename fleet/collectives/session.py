@@ -30,6 +30,7 @@ from fleet.group import World
 ANSWER_WITHIN_S = 1.0
 LOOK_UP_S = 0.1  # how often a wait for the others looks whether one has gone
 AGENT_WITHIN_S = 10.0  # the agent is on this machine
+TALLY_EVERY_S = 1.0
 
 _NOT_THE_USERS = tuple(
     {
@@ -57,6 +58,7 @@ class Session:
         self._formed: queue.SimpleQueue[World] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[m.Answer] = queue.SimpleQueue()
         self._question = 0
+        self._told_inside = False
         self._world: World | None = None
         self._thread = threading.Thread(target=self._run, name="fleet-session", daemon=True)
         self._thread.start()
@@ -123,14 +125,30 @@ class Session:
         with Bus(Lock()) as bus:
             agent = Dealer(bus, s.control, f"{s.job_id}/{s.attempt}/{s.rank}/{self._pid}".encode())
             poller = Poller([*agent.poll_sockets, self._wake])
+            tally_at = 0.0
             while not self._closing.is_set():
                 while not self._out.empty():
                     agent.send(m.encode(self._out.get()))
-                for data in agent.receive():
-                    self._take(data)
+                for arrived in agent.receive():
+                    self._take(arrived.data)
                 agent.changes()  # nothing to decide: an agent that is gone takes this process with it
-                poller.wait(None)
+                if monotonic() >= tally_at:
+                    tally_at = monotonic() + TALLY_EVERY_S
+                    self._tell_tally(agent)
+                poller.wait(max(0.0, tally_at - monotonic()))
                 self._wake.clear()
+            self._tell_tally(agent)
+
+    def _tell_tally(self, agent: Dealer) -> None:
+        recorders = [recorder for _, recorder in self._recorders()]
+        rows = [row for recorder in recorders for row in recorder.tally.take()]
+        running = [recorder.last.started for recorder in recorders if recorder.last and not recorder.last.ended]
+        inside_s = max(0.0, monotonic() - min(running, default=monotonic()))
+        inside_s = inside_s if inside_s >= TALLY_EVERY_S else 0.0
+        if rows or inside_s or self._told_inside:
+            s = self._settings
+            agent.send(m.encode(m.Tally(s.job_id, s.attempt, s.rank, tuple(rows), inside_s)))
+        self._told_inside = bool(inside_s)
 
     def _take(self, data: bytes) -> None:
         try:

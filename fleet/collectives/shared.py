@@ -14,6 +14,7 @@ from fleet.collectives.arena import DIRECT, Arena
 from fleet.collectives.buffer import Array
 from fleet.collectives.job import Job
 from fleet.collectives.windows import Windows
+from fleet.values import CollectivePath
 
 # Up to here every rank combines all slots itself, after one synchronisation instead of two. Measured: bench/tune.py.
 ONE_STEP_BYTES = 16 << 10
@@ -28,6 +29,8 @@ def share(length: int, index: int, count: int) -> slice:
 
 class SharedPath:
     """The arena's collectives. Ranks here are positions on this host, 0 to count - 1."""
+
+    name: CollectivePath = "shared"
 
     def __init__(self, arena: Arena, windows: Windows) -> None:
         self._arena = arena

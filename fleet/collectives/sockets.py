@@ -8,18 +8,18 @@ owner gets every rank's values and accumulates them in float32 (pairwise exchang
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
 from fleet.collectives import engine, schedule
 from fleet.collectives.buffer import Array
-from fleet.collectives.channel import Channel
+from fleet.collectives.channel import Among, Channel
 from fleet.collectives.engine import Move
 from fleet.collectives.job import Job
 from fleet.collectives.reduce import narrow, widen
 from fleet.collectives.shared import share
+from fleet.values import CollectivePath
 
 # all_reduce: (world size at most, bytes up to which everybody sends to everybody, bytes up to which a tree is taken);
 # beyond that, the ring. Measured by bench/tune.py on loopback, where each message costs a wake-up.
@@ -39,7 +39,9 @@ def _moves(make: Callable[..., schedule.Plan], rank: int, world_size: int, root:
 class SocketPath:
     """The channel's collectives. Ranks here are the channel's own, 0 to count - 1."""
 
-    def __init__(self, channel: Channel) -> None:
+    name: CollectivePath = "sockets"
+
+    def __init__(self, channel: Channel | Among) -> None:
         self._channel = channel
         self.index = channel.rank
         self.count = len(channel.members)
@@ -184,18 +186,6 @@ class SocketPath:
 
     def broadcast(self, job: Job, flat: Array, root: int) -> None:
         engine.run(_moves(schedule.tree_broadcast, self.index, self.count, root), self._channel, job, [flat], [flat])
-
-    def broadcast_among(self, job: Job, flat: Array, ranks: Sequence[int], root: int) -> None:
-        """As broadcast, among some of the ranks, this one and root among them."""
-        plan = [
-            replace(
-                step,
-                send_to=None if step.send_to is None else ranks[step.send_to],
-                recv_from=None if step.recv_from is None else ranks[step.recv_from],
-            )
-            for step in schedule.tree_broadcast(ranks.index(self.index), len(ranks), ranks.index(root))
-        ]
-        engine.run(engine.compile(plan), self._channel, job, [flat], [flat])
 
     def all_gather(self, job: Job, parts: Sequence[Array], mine: Array) -> None:
         """parts[r] = rank r's `mine`. All have one length."""

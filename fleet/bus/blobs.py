@@ -1,0 +1,191 @@
+"""Large buffers on their way between two processes: in files of the memory that they share, or as bytes fetched in pieces.
+
+A maker keeps its files on a shelf and uses them again: on this kind of file system fresh pages cost ten times what the copy
+does. So readers copy what they take, up to LARGE_BYTES; beyond that a file serves once, and the reader maps it privately:
+it may write there, and nobody sees. What a killed maker leaves behind is swept as shared.py's files are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import threading
+import uuid
+from collections import OrderedDict
+from pathlib import Path
+
+from fleet.bus.shared import PREFIX
+
+LARGE_BYTES = 32 << 20
+SHELF_BYTES = 64 << 20  # of files that nobody uses now
+MAPS_KEPT = 64  # of a reader
+
+
+class _File:
+    """Whole and locked before it has its name, so that nobody sweeps it. Raises OSError where the memory is full."""
+
+    def __init__(self, directory: Path, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.path = directory / f"{PREFIX}blob-{uuid.uuid4().hex}"
+        folder = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+        try:
+            self._descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+                os.posix_fallocate(self._descriptor, 0, capacity_bytes)  # now, or a later touch would be a SIGBUS
+                self.memory = mmap.mmap(self._descriptor, capacity_bytes)
+                os.link(f"/proc/self/fd/{self._descriptor}", self.path, src_dir_fd=folder, follow_symlinks=True)
+            except OSError:
+                os.close(self._descriptor)
+                raise
+        finally:
+            os.close(folder)
+
+    def remove(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self.path.unlink()
+        self.memory.close()
+        os.close(self._descriptor)
+
+
+class Blob:
+    """A copy of a buffer, made when the shelf was given it, until `release`."""
+
+    def __init__(self, shelf: Shelf, data: memoryview, file: _File | None) -> None:
+        self.size_bytes = data.nbytes
+        self.path = str(file.path) if file is not None else ""
+        self._shelf = shelf
+        self._file = file
+        self._bytes = b""
+        if file is None:
+            self._bytes = bytes(data)
+        elif self.size_bytes:
+            file.memory[: self.size_bytes] = data.cast("B")
+
+    def piece(self, offset: int, size_bytes: int) -> bytes:
+        end = min(offset + size_bytes, self.size_bytes)
+        return self._bytes[offset:end] if self._file is None else self._file.memory[offset:end]
+
+    def release(self) -> None:
+        self._bytes = b""
+        file, self._file = self._file, None
+        if file is not None:
+            self._shelf.put_back(file)
+
+
+class Shelf:
+    """A maker's blobs. `directory` None: no memory is shared. May be used from several threads."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._lock = threading.Lock()
+        self._free: dict[int, list[_File]] = {}  # by capacity
+        self._free_bytes = 0
+        self._closed = False
+
+    def blob(self, data: memoryview) -> Blob:
+        return Blob(self, data, self._file(data.nbytes))
+
+    def put_back(self, file: _File) -> None:
+        with self._lock:
+            room = self._free_bytes + file.capacity_bytes <= SHELF_BYTES and file.capacity_bytes <= LARGE_BYTES
+            if room and not self._closed:
+                self._free.setdefault(file.capacity_bytes, []).append(file)
+                self._free_bytes += file.capacity_bytes
+                return
+        file.remove()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            files = [file for files in self._free.values() for file in files]
+            self._free.clear()
+        for file in files:
+            file.remove()
+
+    def _file(self, size_bytes: int) -> _File | None:
+        if self._directory is None:
+            return None
+        capacity = size_bytes if size_bytes > LARGE_BYTES else 1 << max(16, (size_bytes - 1).bit_length())
+        with self._lock:
+            if files := self._free.get(capacity):
+                self._free_bytes -= capacity
+                return files.pop()
+        try:
+            return _File(self._directory, capacity)
+        except OSError:
+            return None  # the memory is full: it travels in pieces
+
+
+class Reader:
+    """Takes blobs of others from their files. For one thread at a time."""
+
+    def __init__(self) -> None:
+        self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
+
+    def take(self, path: str, size_bytes: int) -> bytearray | mmap.mmap | None:
+        """Memory of the reader's own with what is in the blob; None: its file is not there."""
+        if size_bytes > LARGE_BYTES:
+            return _mapped(path, size_bytes, private=True)
+        memory = self._maps.get(path)
+        if memory is None:
+            memory = _mapped(path, size_bytes, private=False)
+            if memory is None:
+                return None
+            self._maps[path] = memory
+            if len(self._maps) > MAPS_KEPT:
+                self._maps.popitem(last=False)[1].close()
+        else:
+            self._maps.move_to_end(path)
+        return bytearray(memoryview(memory)[:size_bytes])
+
+
+def _mapped(path: str, size_bytes: int, private: bool) -> mmap.mmap | None:
+    if not Path(path).name.startswith(PREFIX):
+        return None  # the other side names files of this kind only
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        found_bytes = os.fstat(descriptor).st_size
+        if found_bytes < size_bytes:
+            return None
+        if private:
+            return mmap.mmap(descriptor, size_bytes, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return mmap.mmap(descriptor, found_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+    finally:
+        os.close(descriptor)
+
+
+class Gathering:
+    """A buffer that arrives in pieces, in any order, each perhaps twice."""
+
+    def __init__(self, size_bytes: int, piece_bytes: int) -> None:
+        self.buffer = bytearray(size_bytes)
+        self._piece_bytes = piece_bytes
+        self._missing = set(range(0, size_bytes, piece_bytes))
+        self._unasked = sorted(self._missing, reverse=True)
+
+    @property
+    def complete(self) -> bool:
+        return not self._missing
+
+    def next_offset(self) -> int | None:
+        """What to ask for next; None: all has been asked for."""
+        return self._unasked.pop() if self._unasked else None
+
+    def ask_again(self) -> None:
+        """After a lost connection: what was asked for may never come."""
+        self._unasked = sorted(self._missing, reverse=True)
+
+    def take(self, offset: int, data: memoryview) -> bool:
+        """Whether it was missing, and of the size that it must have."""
+        size = min(self._piece_bytes, len(self.buffer) - offset)
+        if offset not in self._missing or data.nbytes != size:
+            return False
+        self.buffer[offset : offset + size] = data
+        self._missing.discard(offset)
+        return True

@@ -1,0 +1,51 @@
+"""How many collectives a rank made, of how many bytes, in what time: counted on every call, told to the agent now and then.
+
+Knows numbers only; what they are called in Prometheus is the agent's business. Counting one takes about half a microsecond.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+from fleet.values import TALLY_SECONDS, CollectivePath, TallyRow
+
+
+class _Count:
+    __slots__ = ("buckets", "byte_count", "seconds")
+
+    def __init__(self) -> None:
+        self.byte_count = 0
+        self.seconds = 0.0
+        self.buckets = [0] * (len(TALLY_SECONDS) + 1)
+
+
+class Tally:
+    """One communicator's counts over one path. Added to by one thread at a time, taken from by any."""
+
+    def __init__(self) -> None:
+        self.path: CollectivePath = "alone"
+        self._counts: dict[str, _Count] = {}
+        self._told: dict[str, TallyRow] = {}
+
+    def add(self, operation: str, byte_count: int, seconds: float) -> None:
+        count = self._counts.get(operation)
+        if count is None:
+            count = self._counts[operation] = _Count()
+        count.byte_count += byte_count
+        count.seconds += seconds
+        count.buckets[bisect_left(TALLY_SECONDS, seconds)] += 1
+
+    def take(self) -> list[TallyRow]:
+        """What was added since the last call. A collective that ends meanwhile counts in the next."""
+        found = []
+        for operation, count in list(self._counts.items()):
+            now = TallyRow(operation, self.path, count.byte_count, count.seconds, tuple(count.buckets))
+            before = self._told.get(operation)
+            self._told[operation] = now
+            if before is None:
+                found.append(now)
+            elif before.buckets != now.buckets:
+                buckets = tuple(a - b for a, b in zip(now.buckets, before.buckets, strict=True))
+                byte_count, seconds = now.byte_count - before.byte_count, now.seconds - before.seconds
+                found.append(TallyRow(operation, self.path, byte_count, seconds, buckets))
+        return found

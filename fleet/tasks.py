@@ -1,0 +1,124 @@
+"""What an Executor and its task runners say to each other, through a relay that does not read it. Typed values and their bytes.
+
+At least once on the way, once in effect: a runner keeps a result until its client has said that it arrived, and after a
+lost connection the client asks what the runner holds. Numbers of tasks are the client's.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from fleet.errors import ProtocolError
+
+PIECE_BYTES = 1 << 20  # of a large buffer, in one frame
+INLINE_BYTES = 64 << 10  # a buffer or pickle from this size on travels apart from its task
+MESSAGE_BYTES = 1 << 20  # how much of them one message takes together
+
+Size = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Said(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Base of all that is said. The class name is the tag on the wire."""
+
+
+class Apart(msgspec.Struct, frozen=True, array_like=True):
+    """A large buffer: in a file of the memory that both share, or to be fetched in pieces."""
+
+    size_bytes: Size
+    path: str = ""
+
+
+class Call(msgspec.Struct, frozen=True, array_like=True):
+    task_id: int
+    function: bytes  # digest of its pickle; empty: it is large, and pickled with its arguments
+    data: bytes  # pickle of (function, args, kwargs), without the function where it has a digest
+    buffers: tuple[Apart, ...] = ()  # of the pickle; where `data` is empty, the first is the pickle itself
+
+
+class Result(msgspec.Struct, frozen=True, array_like=True):
+    task_id: int
+    ok: bool
+    data: bytes  # pickle of what it returned, or of its exception
+    seconds: float
+    buffers: tuple[Apart, ...] = ()  # as those of a call
+    text: str = ""  # the traceback; where there is no pickle, all that is known
+
+
+# Client to runner
+
+
+class Run(Said, frozen=True):
+    """Calls to make in this order, after what is there already. `arrived`: results that need not be kept."""
+
+    calls: tuple[Call, ...] = ()
+    functions: dict[bytes, bytes] = {}  # pickles by digest, of those that the runner has not had yet
+    arrived: tuple[int, ...] = ()
+
+
+class Recall(Said, frozen=True):
+    """Give these back, if they have not begun. Answered by Returned."""
+
+    task_ids: tuple[int, ...]
+
+
+class Sync(Said, frozen=True):
+    """After a lost connection. Answered by Ready, and by all results that are kept."""
+
+
+# Runner to client
+
+
+class Ready(Said, frozen=True):
+    memory: str  # see bus.shared.host_key
+    python: str
+    pid: int
+    holds: tuple[int, ...] = ()  # tasks that have not ended, the one that runs first
+
+
+class Results(Said, frozen=True):
+    results: tuple[Result, ...]
+
+
+class Returned(Said, frozen=True):
+    task_ids: tuple[int, ...]
+
+
+# Either way
+
+
+class Fetch(Said, frozen=True):
+    """Send a piece of a buffer: of a task's arguments (asked by a runner) or of its result (asked by a client)."""
+
+    task_id: int
+    index: int
+    offset: Size
+
+
+class Piece(Said, frozen=True):
+    """The piece is the frame behind this one; empty where there is no such buffer."""
+
+    task_id: int
+    index: int
+    offset: Size
+
+
+class _Envelope(msgspec.Struct, frozen=True, array_like=True):
+    said: Run | Recall | Sync | Ready | Results | Returned | Fetch | Piece
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Envelope)
+
+
+def encode(said: Said) -> bytes:
+    return _encoder.encode((said,))
+
+
+def decode(data: bytes | memoryview) -> Said:
+    """Raises ProtocolError for bytes that are nothing of it."""
+    try:
+        return _decoder.decode(data).said
+    except (msgspec.DecodeError, RecursionError) as error:  # a ValidationError is a DecodeError
+        raise ProtocolError(f"nothing that a task's client or runner says: {error}") from error

@@ -1,0 +1,140 @@
+"""What control messages carry: plain values. Knows no message and no wire."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import msgspec
+
+TALLY_SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
+
+
+class Message(msgspec.Struct, frozen=True, tag=True):
+    """Base of all control messages. The class name is the tag on the wire."""
+
+
+class Versions(msgspec.Struct, frozen=True):
+    """What a handshake tells of the software on each side."""
+
+    fleet: str
+    python: str
+    torch: str = ""  # empty: not installed
+
+
+class Spec(msgspec.Struct, frozen=True):
+    """What each rank of a job runs."""
+
+    kind: Literal["script", "module", "command", "tasks"]  # tasks: a runner, that is told what to call by its client
+    target: str
+    args: tuple[str, ...] = ()
+    directory: str = ""  # where it runs; empty: the unpacked bundle
+    digest: str = ""  # of the bundle; empty: no bundle, `directory` exists on every worker
+    bundle_bytes: int = 0
+    environment: dict[str, str] = {}
+
+
+PRIORITY_AT_MOST = 1000  # and at least minus that
+
+
+class JobOptions(msgspec.Struct, frozen=True):
+    """How a job is scheduled."""
+
+    name: str = ""
+    group: str = ""  # the sweep that it is a point of
+    priority: Annotated[int, msgspec.Meta(ge=-PRIORITY_AT_MOST, le=PRIORITY_AT_MOST)] = 0  # higher starts earlier
+    policy: str = ""  # how its ranks are spread; empty: as the cluster does
+    max_restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 3  # after a lost worker, before it is given up
+    slots: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1  # that each rank takes
+    gpus: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
+
+
+class JobInfo(msgspec.Struct, frozen=True):
+    """A job as the orchestrator tells of it. Times are seconds since the epoch by the orchestrator's clock, 0: not yet."""
+
+    job_id: str
+    state: str  # in the words of orchestrator.jobs.JobState, lower case
+    outcome: str  # succeeded, failed, cancelled, quarantined; empty while it has not ended
+    kind: str
+    target: str
+    args: tuple[str, ...]
+    world_size: int
+    options: JobOptions
+    detached: bool
+    attempt: int
+    submitted_at: float
+    started_at: float
+    ended_at: float
+    workers: tuple[str, ...]  # by rank
+    waits_for: str  # what it waits for, in words
+    reason: str  # why it ended, if not by itself
+    history: tuple[str, ...] = ()  # how earlier attempts ended
+    exit_codes: tuple[int, ...] = ()  # by rank, of those that have ended; minus the number of a signal
+
+
+class RankStatus(msgspec.Struct, frozen=True):
+    """How a rank ended. Exactly one of code and signal is meaningful: signal is 0 unless one killed it."""
+
+    rank: int
+    worker_id: str
+    host: str
+    pid: int
+    code: int
+    signal: int = 0
+    out_of_memory: bool = False
+    stopped: bool = False  # fleet had told it to stop before it ended
+    stderr_tail: str = ""
+    reason: str = ""  # set where there is no exit to speak of, such as a lost worker
+    task: int = -1  # of a task runner: the task that it was in; 0: in none, -1: not known
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.code or self.signal or self.reason)
+
+
+def cumulative(limits: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """A histogram's buckets as Prometheus wants them: of each limit, how many are at most that, and of +Inf all."""
+    found, total = [], 0
+    for limit, count in zip([*map(str, limits), "+Inf"], counts, strict=True):
+        total += count
+        found.append((limit, float(total)))
+    return found
+
+
+CollectivePath = Literal["alone", "shared", "sockets", "hierarchical"]
+
+
+class TallyRow(msgspec.Struct, frozen=True):
+    """Collectives of one operation over one path. `buckets` counts those up to each of `TALLY_SECONDS`, and the longer ones."""
+
+    operation: Annotated[str, msgspec.Meta(pattern="^[a-z_]{1,32}$")]
+    path: CollectivePath
+    byte_count: int
+    seconds: float
+    buckets: tuple[int, ...]
+
+
+class WorkerState(msgspec.Struct, frozen=True):
+    """One worker as the orchestrator sees it."""
+
+    worker_id: str
+    host: str
+    state: Literal["ready", "draining", "lost"]  # lost: its connection is down, for less than the grace period
+    slots: int
+    busy: int
+    versions: Versions
+    jobs: tuple[str, ...] = ()
+    gpus: int = 0
+    load: float = 0.0
+
+
+def how(status: RankStatus) -> str:
+    """How a rank ended, in words for a person."""
+    if status.reason:
+        return status.reason
+    if status.signal:
+        name = signal.Signals(status.signal).name if status.signal in set(signal.Signals) else "unknown"
+        memory = "; the machine or container was out of memory" if status.out_of_memory else ""
+        return f"killed by signal {status.signal} ({name}){memory}"
+    return f"exit code {status.code}"
