@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import tarfile
+import threading
 from collections import deque
 from pathlib import Path
 from signal import SIGKILL
@@ -24,9 +26,13 @@ from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.shared import sweep
 from fleet.errors import FleetError, ProtocolError
+from fleet.exposition import Exposition, Pulse
 from fleet.worker.bundles import Bundles
 from fleet.worker.core import Core
+from fleet.worker.guard import Guard
 from fleet.worker.memory import oom_kill_count
+from fleet.worker.metrics import WorkerMetrics
+from fleet.worker.progress import last_task
 from fleet.worker.slot import Plan
 from fleet.worker.state import (
     Attempt,
@@ -43,6 +49,7 @@ from fleet.worker.state import (
     LinkUp,
     Listen,
     Log,
+    Measured,
     Prepare,
     Prepared,
     PrepareFailed,
@@ -57,9 +64,11 @@ from fleet.worker.state import (
     ToOrchestrator,
     ToRank,
 )
+from fleet.worker.usage import Busyness
 from fleet.worker.zygote import Child, Zygote
 
 READ_BYTES = 64 << 10
+BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
 LINKS: dict[Link, Event] = {Link.UP: LinkUp(), Link.DOWN: LinkDown(), Link.DENIED: LinkDenied()}
 
 log = logging.getLogger("fleet.worker")
@@ -69,7 +78,14 @@ class Agent:
     """One running agent. `stop` may be called from any thread or signal handler; twice means at once."""
 
     def __init__(
-        self, settings: Settings, zygote: Zygote, endpoint: str, lock: Lock, runtime: Path, threads: int
+        self,
+        settings: Settings,
+        zygote: Zygote,
+        endpoint: str,
+        lock: Lock,
+        runtime: Path,
+        threads: int,
+        metrics_port: int | None = None,
     ) -> None:
         self._settings = settings
         self._zygote = zygote
@@ -85,17 +101,36 @@ class Agent:
         self._sentinels: dict[int, Key] = {}
         self._early: list[Spawn] | None = []  # while the zygote still imports; then None
         self._wake = Wake()
-        self._stops: deque[None] = deque()
+        self._stops: deque[Shutdown] = deque()
+        self._forwarded: deque[int] = deque()
         self._reason: str | None = None  # set once ended
+        self._core = Core(settings, monotonic())
+        self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
+        self._pulse = Pulse(monotonic, LATE_AFTER_S)
+        self._busyness = Busyness()
+        self._metrics = WorkerMetrics(self._core, self._turning, monotonic)
+        self._exposition = (
+            None if metrics_port is None else Exposition(metrics_port, [self._metrics], self._pulse.wrong)
+        )
 
-    def stop(self) -> None:
-        self._stops.append(None)
+    @property
+    def metrics_port(self) -> int | None:
+        return self._exposition.port if self._exposition else None
+
+    def stop(self, drain: bool = False) -> None:
+        """Ends it: with `drain` after what it runs, within its settings' drain_s; again: sooner, then at once."""
+        self._stops.append(Shutdown(drain))
+        self._wake.set()
+
+    def forward(self, number: int) -> None:
+        """Sends a signal on to every rank. May be called from a signal handler."""
+        self._forwarded.append(number)
         self._wake.set()
 
     def run(self) -> None:
         """Serves until it has ended. Raises FleetError if that was not because of `stop`."""
-        self._core = Core(self._settings, monotonic())
         name = f"{self._settings.worker_id}/{self._settings.incarnation}"
+        self._guard = Guard()
         try:
             with Bus(self._lock) as bus, Bus(Lock()) as local:
                 self._orchestrator = Dealer(bus, self._endpoint, name.encode())
@@ -107,9 +142,12 @@ class Agent:
         finally:
             for child in self._children.values():
                 _signal_group(child.pid, SIGKILL, alone_too=True)
+            self._guard.close()
             for descriptor in self._readers:
                 os.close(descriptor)
             self._wake.close()
+            if self._exposition is not None:
+                self._exposition.close()
             shutil.rmtree(self._runtime, ignore_errors=True)
             self._sweep_memory()
         if self._reason:
@@ -117,20 +155,28 @@ class Agent:
 
     def _turn(self) -> None:
         """Takes everything that happened, then waits for more."""
-        deadline = self._core.next_deadline()
-        ready = self._poller.wait(None if deadline is None else max(0.0, deadline - monotonic()))
+        deadline = min(self._core.next_deadline() or math.inf, monotonic() + BEAT_EVERY_S)
+        ready = self._poller.wait(max(0.0, deadline - monotonic()))
         self._wake.clear()
+        self._pulse.beat()
         while self._stops:
-            self._stops.popleft()
-            self._step(Shutdown())
+            self._step(self._stops.popleft())
+        while self._forwarded:
+            number = self._forwarded.popleft()
+            for child in self._children.values():
+                os.kill(child.pid, number)  # not reaped yet, so it is ours
         for link in self._orchestrator.changes():
             self._step(LINKS[link])
             if link is Link.UP:
                 for want in self._bundles.resume():
                     self._orchestrator.send(m.encode(want))
-        for data in self._orchestrator.receive():
+        for arrived in self._orchestrator.receive():
+            if (job_id := m.relayed_job(arrived.data)) is not None:
+                if peer := self._core.runner_of(job_id):
+                    self._ranks.send(peer, arrived.data, arrived.rest)
+                continue
             try:
-                self._step(FromOrchestrator(m.decode(data)))
+                self._step(FromOrchestrator(m.decode(arrived.data)))
             except ProtocolError as error:  # it holds the secret, so it is no stranger: it cannot be worked with
                 self._step(FromOrchestrator(m.Refused(str(error))))
         for thing in self._ranks.receive():
@@ -147,18 +193,30 @@ class Agent:
             self._read(descriptor)
         for descriptor in [source for source in ready if source in self._sentinels]:
             self._reap(descriptor)
+        if monotonic() >= self._core.next_heartbeat:
+            self._step(Measured(self._busyness.read()))
         self._step(Tick())
 
     def _from_rank(self, arrived: Arrived) -> None:
+        if (job_id := m.relayed_job(arrived.data)) is not None:
+            if self._core.runner_of(job_id) == arrived.peer:
+                self._orchestrator.send(arrived.data, arrived.rest)
+            return
         try:
-            self._step(FromRank(arrived.peer, m.decode(arrived.data)))
+            message = m.decode(arrived.data)
+            if isinstance(message, m.Tally):
+                with self._turning:
+                    self._metrics.add(message.rows)
+            self._step(FromRank(arrived.peer, message))
         except ProtocolError as error:
             log.warning("message of a rank dropped: %s", error)
 
     def _step(self, first: Event) -> None:
         events: deque[Event] = deque([first])
         while events:
-            for effect in self._core.step(events.popleft(), monotonic()):
+            with self._turning:
+                effects = self._core.step(events.popleft(), monotonic())
+            for effect in effects:
                 events.extend(self._perform(effect))
 
     def _perform(self, effect: Effect) -> list[Event]:
@@ -225,18 +283,20 @@ class Agent:
         assign, launch, spec = spawn.assign, spawn.launch, spawn.assign.spec
         key = assign.job_id, assign.attempt, spawn.rank
         held: Attempt = self._core.attempts[key[:2]]
+        local_rank, local_count = self._settings.local or (list(held.ranks).index(spawn.rank), len(assign.ranks))
         seat = config.Seat(
             control=self._settings.control,
             job_id=assign.job_id,
             attempt=assign.attempt,
             rank=spawn.rank,
             world_size=assign.world_size,
-            local_rank=list(held.ranks).index(spawn.rank),
-            local_world_size=len(assign.ranks),
+            local_rank=local_rank,
+            local_world_size=local_count,
             group_rank=assign.group_rank,
             group_world_size=assign.group_count,
             master_addr=launch.master_addr,
             master_port=launch.master_port,
+            gpus=held.ranks[spawn.rank].gpus if self._settings.gpus else None,
         )
         environment = config.rank_environment(seat, self._threads, spec.environment)
         self._oom_kills_before[key] = oom_kill_count()
@@ -245,6 +305,7 @@ class Agent:
         except (OSError, EOFError) as error:
             log.error("rank %d of job %s cannot be started: %s", spawn.rank, assign.job_id, error)
             return Died(key, 1, 0, False)
+        self._guard.watch(child.pid)
         self._children[key] = child
         self._sentinels[child.sentinel] = key
         self._poller.add(child.sentinel)
@@ -266,9 +327,12 @@ class Agent:
     def _reap(self, sentinel: int) -> None:
         key = self._sentinels.pop(sentinel)
         self._poller.remove(sentinel)
-        code, signal = self._children.pop(key).status()
+        child = self._children.pop(key)
+        code, signal = child.status()
         out_of_memory = signal == SIGKILL and oom_kill_count() > self._oom_kills_before.pop(key)
-        self._step(Died(key, code, signal, out_of_memory))
+        task = last_task(self._settings.control, key[0])
+        self._step(Died(key, code, signal, out_of_memory, task))  # which kills what it left in its group
+        self._guard.release(child.pid)
 
     def _listen(self, listen: Listen) -> None:
         for descriptor, (key, _) in self._readers.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -54,7 +55,7 @@ class Bundles:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with tarfile.open(self._archive(digest), "r:gz") as archive:
-            archive.extractall(folder, filter="data")  # nothing outside of the folder, no device, no set-uid
+            extract(archive, folder)
         return folder
 
     def remove(self, job_id: str, attempt: int) -> None:
@@ -65,3 +66,20 @@ class Bundles:
 
     def _folder(self, job_id: str, attempt: int) -> Path:
         return self._directory / f"{job_id}-{attempt}"
+
+
+def extract(archive: tarfile.TarFile, folder: Path) -> None:
+    """Nothing outside of the folder, no device, no set-uid. Raises ValueError or tarfile.TarError for those."""
+    if hasattr(tarfile, "data_filter"):
+        archive.extractall(folder, filter="data")
+        return
+    members = archive.getmembers()  # Python before 3.11.4 has no filters
+    inside = folder.resolve()
+    for member in members:
+        target = (inside / member.name).parent / member.linkname if member.issym() else inside / member.name
+        if not (member.isreg() or member.isdir() or member.issym()):
+            raise ValueError(f"{member.name} is neither a file, a folder nor a symbolic link")
+        if not Path(os.path.normpath(target)).is_relative_to(inside):
+            raise ValueError(f"{member.name} leads out of the folder")
+        member.mode &= 0o755
+    archive.extractall(folder, members)

@@ -5,12 +5,14 @@ Everything that arrives may arrive twice, since the orchestrator repeats itself 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from signal import SIGKILL, SIGTERM
+from dataclasses import dataclass
+from itertools import count, islice
+from signal import SIGKILL
 
 from msgspec.structs import replace
 
 from fleet import messages as m
+from fleet.worker.ranks import Ranks
 from fleet.worker.state import (
     Attempt,
     Died,
@@ -19,54 +21,43 @@ from fleet.worker.state import (
     Exit,
     FromOrchestrator,
     FromRank,
-    Key,
     Kill,
     LinkDenied,
     LinkDown,
     LinkUp,
-    Listen,
-    Log,
+    Measured,
     Prepare,
     Prepared,
     PrepareFailed,
     Printed,
     Rank,
-    Remove,
-    Settings,
     Shutdown,
     Spawn,
     Spawned,
     TakePart,
-    ToOrchestrator,
     ToRank,
 )
 
-WORLD_CHANGED_GRACE_S = 0.5  # for a rank that was told whom it has lost to say so, before SIGTERM
-STOP_GRACE_S = 1.2  # between SIGTERM and SIGKILL: Ctrl-C promises an end within 2 s
-DRAIN_S = 0.5  # for output that a grandchild holds open after its rank has died
-WINDOW_BYTES = 1 << 20  # of output under way per rank
-STDERR_TAIL_BYTES = 8 << 10
 SAY_UNREACHABLE_AFTER_S = 2.0
+RECONNECT_WITHIN_S = 2.0  # as long as the orchestrator waits for a worker
 DENIALS_UNTIL_FINAL = 3  # an orchestrator killed in the middle of a handshake looks like one denial
 
 
 @dataclass
-class Core:
-    """One agent. Invariant: an attempt is held from its Assign to the orchestrator's Forget."""
+class Core(Ranks):
+    """One agent: its line to the orchestrator and its own life, over the ranks that it holds."""
 
-    settings: Settings
-    started_at: float
-    attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
     linked: bool = False
     denied_count: int = 0
     heartbeat_s: float = 1.0
     next_heartbeat: float = 0.0
+    load: float = 0.0
     said_unreachable: bool = False
-    welcomed: bool = False  # by this orchestrator, on this connection
-    shutting_down: bool = False
+    ever_welcomed: bool = False
+    drain_until: float | None = None  # set while it takes no new work, and what it runs may end by itself
+    gone_at: float | None = None  # when an orchestrator that does not come back is given up
+    shutting_down: bool = False  # what runs has been told to stop
     ended: bool = False
-    _effects: list[Effect] = field(default_factory=list)
-    _now: float = 0.0
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """What to do about one event."""
@@ -86,11 +77,15 @@ class Core:
                 attempt.directory, attempt.port = event.directory, event.port
                 self._send(m.Assigned(event.job_id, event.attempt, event.port))
         elif isinstance(event, PrepareFailed):
+            if attempt := self.attempts.get((event.job_id, event.attempt)):
+                attempt.failure = event.reason
             self._send(m.AssignFailed(event.job_id, event.attempt, event.reason))
         elif isinstance(event, LinkUp | LinkDown | LinkDenied):
             self._link(event)
+        elif isinstance(event, Measured):
+            self.load = event.load
         elif isinstance(event, Shutdown):
-            self._shutdown()
+            self._shutdown(event.drain)
         self._timers()
         return self._effects
 
@@ -98,19 +93,35 @@ class Core:
         """When to send a Tick if nothing else happens."""
         deadlines = [r.kill_at for r in self._ranks()] + [r.term_at for r in self._ranks()]
         deadlines += [r.drained_at for r in self._ranks() if not r.paused]
+        if self.shutting_down:
+            deadlines += [r.drained_at for r in self._ranks() if r.drained_at is not None and r.drained_at > self._now]
+        else:
+            deadlines.append(self.drain_until)
+        deadlines.append(self.gone_at)
         if self.linked:
             deadlines.append(self.next_heartbeat)
-        elif not self.said_unreachable:
+        elif self.settings.join_within_s is not None and not self.ever_welcomed:
+            deadlines.append(self.started_at + self.settings.join_within_s)
+        if not self.linked and not self.said_unreachable:
             deadlines.append(self.started_at + SAY_UNREACHABLE_AFTER_S)
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    def runner_of(self, job_id: str) -> bytes:
+        """The connection of the task runner that a job is; empty: there is none here."""
+        attempt = self.attempts.get((job_id, 1))  # a runner does not start again: its client asks for another
+        return attempt.ranks[0].runner if attempt is not None and 0 in attempt.ranks else b""
 
     # The orchestrator
 
     def _link(self, event: LinkUp | LinkDown | LinkDenied) -> None:
         if isinstance(event, LinkUp):
-            self.linked, self.denied_count = True, 0
+            self.linked, self.denied_count, self.gone_at = True, 0, None
+            self.next_heartbeat = self._now + self.heartbeat_s
             self._hello()
         elif isinstance(event, LinkDown):
+            if self.settings.join_within_s is not None and self.ever_welcomed:
+                # The cluster lasts for one job. If that is over, so is this worker; else its line may have been cut.
+                self.gone_at = self._now + (RECONNECT_WITHIN_S if self.attempts else 0.0)
             if self.linked and not self.shutting_down:
                 self._log(
                     "warning", f"lost the orchestrator at {self.settings.orchestrator}; trying again until it is back"
@@ -128,7 +139,9 @@ class Core:
     def _hello(self) -> None:
         s = self.settings
         running = tuple(self.attempts)
-        self._send(m.WorkerHello(s.worker_id, s.incarnation, s.advertise, s.slots, s.versions, running))
+        leaving = self.drain_until is not None or self.shutting_down
+        hello = m.WorkerHello(s.worker_id, s.incarnation, s.advertise, s.slots, s.versions, running, leaving, s.gpus)
+        self._send(hello)
 
     def _from_orchestrator(self, message: m.Message) -> None:
         if isinstance(message, m.Welcome):
@@ -155,9 +168,15 @@ class Core:
         self.next_heartbeat = self._now + self.heartbeat_s
         if not self.welcomed:
             self._log("info", f"joined the orchestrator at {self.settings.orchestrator}, {self.settings.slots} slots")
-        self.welcomed = self.said_unreachable = True
+        self.welcomed = self.ever_welcomed = self.said_unreachable = True
         for attempt in self.attempts.values():  # it may have missed these
             for rank in attempt.ranks.values():
+                # What was on its way may be lost, and then nobody acknowledges it; what was held back goes now.
+                held = sum(len(output.data) for output in rank.held)
+                self._acknowledged(attempt, rank, rank.unread_bytes - held)
+                for output in rank.held:
+                    self._send(output)
+                rank.held.clear()
                 if rank.join is not None and rank.status is None:
                     self._send(rank.join)
                 if rank.status is not None:
@@ -169,12 +188,20 @@ class Core:
         key = assign.job_id, assign.attempt
         known = self.attempts.get(key)
         if known is not None:
-            if known.directory is not None:
+            if known.failure:
+                self._send(m.AssignFailed(*key, known.failure))
+            elif known.directory is not None:
                 self._send(m.Assigned(*key, known.port))
             return
-        taken = {rank.slot for attempt in self.attempts.values() for rank in attempt.ranks.values()}
-        slots = (slot for slot in range(self.settings.slots + len(assign.ranks)) if slot not in taken)
-        ranks = {rank: Rank(rank, slot) for rank, slot in zip(assign.ranks, slots, strict=False)}
+        # A rank that has ended leaves its slot, though the orchestrator may not have heard of its end yet.
+        taken = {rank.slot for rank in self._ranks() if rank.status is None}
+        slots = (slot for slot in count() if slot not in taken)
+        used = {gpu for rank in self._ranks() if rank.status is None for gpu in rank.gpus}
+        gpus = iter([gpu for gpu in range(self.settings.gpus) if gpu not in used])
+        ranks = {
+            rank: Rank(rank, slot, tuple(islice(gpus, assign.gpus)))
+            for rank, slot in zip(assign.ranks, slots, strict=False)
+        }
         self.attempts[key] = Attempt(assign, ranks=ranks)
         self._effects.append(Prepare(assign))
 
@@ -183,8 +210,9 @@ class Core:
             if attempt.launched or attempt.directory is None:
                 return
             attempt.launched = True
-            for number in attempt.ranks:
-                self._effects.append(Spawn(attempt.assign, message, number, attempt.directory))
+            for number, rank in attempt.ranks.items():
+                if not rank.stopped:  # a Stop may have come first
+                    self._effects.append(Spawn(attempt.assign, message, number, attempt.directory))
         elif isinstance(message, m.Stop):
             for rank in attempt.ranks.values():
                 self._stop(attempt, rank, message.kill)
@@ -199,65 +227,22 @@ class Core:
             for rank in attempt.ranks.values():
                 self._ask(attempt, rank, message)
 
-    def _ask(self, attempt: Attempt, rank: Rank, ask: m.Ask) -> None:
-        """A rank that can answers for itself; for one that is gone, or has not come yet, the agent does."""
-        if rank.rank == ask.rank:
-            return
-        if rank.peer and rank.died is None:
-            self._effects.append(ToRank(rank.peer, ask))
-            return
-        if rank.died is not None:
-            doing = "has ended " + (
-                f"by signal {rank.died.signal}" if rank.died.signal else f"with code {rank.died.code}"
-            )
-        else:
-            doing = "has not called fleet.init() yet" if rank.pid else "is still starting"
-        job_id, number = attempt.assign.job_id, attempt.assign.attempt
-        host = self.settings.advertise
-        self._send(m.Answer(job_id, number, ask.rank, ask.question, rank.rank, host, rank.pid, -1, False, doing))
-
-    def _stop(self, attempt: Attempt, rank: Rank, kill: bool) -> None:
-        if rank.died is not None:
-            return
-        first, rank.stopped = not rank.stopped, True
-        if not rank.pid:
-            # Spawned will see `stopped`; what is never spawned has ended here.
-            if first and not attempt.launched:
-                s = self.settings
-                rank.status = m.RankStatus(rank.rank, s.worker_id, s.advertise, 0, 0, stopped=True)
-                self._send(m.RankExited(attempt.assign.job_id, attempt.assign.attempt, rank.status))
-            return
-        key = self._key(attempt, rank)
-        if kill:
-            rank.kill_at = rank.term_at = None
-            self._effects.append(Kill(key, rank.pid, SIGKILL))
-        elif first and rank.warned:
-            rank.term_at = self._now + WORLD_CHANGED_GRACE_S
-        elif first:
-            self._terminate(attempt, rank)
-
-    def _terminate(self, attempt: Attempt, rank: Rank) -> None:
-        rank.term_at = None
-        rank.kill_at = self._now + STOP_GRACE_S
-        self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGTERM))
-
-    def _forget(self, attempt: Attempt) -> None:
-        for rank in attempt.ranks.values():
-            if rank.running:
-                self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGKILL))
-        del self.attempts[attempt.assign.job_id, attempt.assign.attempt]
-        self._effects.append(Remove(attempt.assign.job_id, attempt.assign.attempt))
-
     # A rank
 
     def _from_rank(self, peer: bytes, message: m.Message) -> None:
-        if not isinstance(message, m.RankHello | m.Join | m.Ask | m.Answer):
+        if isinstance(message, m.Ping):
+            self._effects.append(ToRank(peer, m.Pong(self.settings.worker_id, self.ever_welcomed, self._state())))
+        if not isinstance(message, m.RankHello | m.Join | m.Ask | m.Answer | m.Tally):
             return
         attempt = self.attempts.get((message.job_id, message.attempt))
         rank = attempt.ranks.get(message.rank) if attempt else None
         if attempt is None or rank is None:
             return
-        if isinstance(message, m.RankHello):
+        if isinstance(message, m.Tally):
+            rank.inside_since = self._now - message.inside_s if message.inside_s else None
+        elif isinstance(message, m.RankHello) and attempt.assign.spec.kind == "tasks" and not rank.runner:
+            rank.runner = peer  # later ones are tasks that call fleet.init()
+        elif isinstance(message, m.RankHello):
             rank.peer = peer
             s = self.settings
             bind = s.inbox(message.job_id, rank.rank, rank.slot)
@@ -273,80 +258,12 @@ class Core:
         else:
             self._send(message)
 
-    def _spawned(self, event: Spawned) -> None:
-        found = self._find(event.key)
-        if found is None:
-            self._effects.append(Kill(event.key, event.pid, SIGKILL))
-            return
-        _, rank = found
-        rank.pid = event.pid
-        rank.open_streams = {"stdout", "stderr"}
-        if rank.stopped:
-            self._effects.append(Kill(event.key, event.pid, SIGKILL))
-
-    def _printed(self, event: Printed) -> None:
-        found = self._find(event.key)
-        if found is None:
-            return
-        attempt, rank = found
-        if not event.data:
-            rank.open_streams.discard(event.stream)
-            self._end_if_drained(attempt, rank)
-            return
-        if event.stream == "stderr":
-            rank.stderr_tail = (rank.stderr_tail + event.data)[-STDERR_TAIL_BYTES:]
-        stream = "stderr" if event.stream == "stderr" else "stdout"
-        self._send(m.Output(attempt.assign.job_id, attempt.assign.attempt, rank.rank, stream, event.data))  # type: ignore[arg-type]
-        rank.unread_bytes += len(event.data)
-        if rank.drained_at is not None:
-            rank.drained_at = self._now + DRAIN_S
-        if rank.unread_bytes >= WINDOW_BYTES and not rank.paused:
-            rank.paused = True
-            self._effects.append(Listen(event.key, False))
-
-    def _acknowledged(self, attempt: Attempt, rank: Rank, count_bytes: int) -> None:
-        rank.unread_bytes = max(0, rank.unread_bytes - count_bytes)
-        if rank.paused and rank.unread_bytes <= WINDOW_BYTES // 2:
-            rank.paused = False
-            if rank.drained_at is not None:
-                rank.drained_at = self._now + DRAIN_S
-            self._effects.append(Listen(self._key(attempt, rank), True))
-
-    def _died(self, event: Died) -> None:
-        found = self._find(event.key)
-        if found is None:
-            return
-        attempt, rank = found
-        rank.died, rank.kill_at, rank.term_at = event, None, None
-        rank.drained_at = self._now + DRAIN_S
-        if rank.pid:  # whatever it started goes with it
-            self._effects.append(Kill(event.key, rank.pid, SIGKILL))
-        self._end_if_drained(attempt, rank)
-
-    def _end_if_drained(self, attempt: Attempt, rank: Rank, give_up: bool = False) -> None:
-        """A rank has ended when it is dead and all it printed has been read."""
-        if rank.died is None or rank.status is not None or (rank.open_streams and not give_up):
-            return
-        rank.drained_at = None
-        rank.status = m.RankStatus(
-            rank=rank.rank,
-            worker_id=self.settings.worker_id,
-            host=self.settings.advertise,
-            pid=rank.pid,
-            code=rank.died.code,
-            signal=rank.died.signal,
-            out_of_memory=rank.died.out_of_memory and not rank.stopped,
-            stopped=rank.stopped,
-            stderr_tail=rank.stderr_tail.decode(errors="replace"),
-        )
-        self._send(m.RankExited(attempt.assign.job_id, attempt.assign.attempt, rank.status))
-
     # Time, and the end
 
     def _timers(self) -> None:
         if self.linked and self.welcomed and self._now >= self.next_heartbeat:
             self.next_heartbeat = self._now + self.heartbeat_s
-            self._send(m.Heartbeat())
+            self._send(m.Heartbeat(self.load))
         elif self.linked and self._now >= self.next_heartbeat:
             self.next_heartbeat = self._now + self.heartbeat_s
             self._hello()
@@ -355,6 +272,11 @@ class Core:
             self._log(
                 "warning", f"no orchestrator answers at {self.settings.orchestrator} yet; trying again until one does"
             )
+        if self.gone_at is not None and self._now >= self.gone_at and not self.ended:
+            self._exit("" if not self.attempts else f"lost the orchestrator at {self.settings.orchestrator}")
+        limit_s = self.settings.join_within_s
+        if limit_s is not None and not self.ever_welcomed and not self.ended and self._now >= self.started_at + limit_s:
+            self._exit(f"no orchestrator answered at {self.settings.orchestrator} within {limit_s:g} s")
         for attempt in list(self.attempts.values()):
             for rank in attempt.ranks.values():
                 if rank.term_at is not None and self._now >= rank.term_at:
@@ -364,15 +286,49 @@ class Core:
                     self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGKILL))
                 if rank.drained_at is not None and not rank.paused and self._now >= rank.drained_at:
                     self._end_if_drained(attempt, rank, give_up=True)
-        if self.shutting_down and not self.ended and not any(r.pid and r.died is None for r in self._ranks()):
+        if self.drain_until is not None and not self.shutting_down:
+            if not any(attempt.active for attempt in self.attempts.values()):
+                self._log("info", "drained: nothing runs here any more")
+                self.shutting_down = True
+            elif self._now >= self.drain_until:
+                self._log(
+                    "warning", f"still running after {self.settings.drain_s:g} s: stopping it, to start elsewhere"
+                )
+                self._hand_back()
+        if self.shutting_down and not self.ended and all(self._is_over(rank) for rank in self._ranks()):
             self._send(m.Goodbye())
             self._exit("")
 
-    def _shutdown(self) -> None:
-        again, self.shutting_down = self.shutting_down, True
+    def _is_over(self, rank: Rank) -> bool:
+        """Whether an agent that ends need not wait for it: told of, or dead and nobody reads what it printed."""
+        if rank.status is not None or not rank.pid:
+            return True
+        return rank.died is not None and rank.drained_at is not None and self._now >= rank.drained_at
+
+    def _shutdown(self, drain: bool) -> None:
+        if self.shutting_down:
+            for attempt in self.attempts.values():
+                for rank in attempt.ranks.values():
+                    self._stop(attempt, rank, kill=True)
+            return
+        active = sum(attempt.active for attempt in self.attempts.values())
+        if drain and active and self.drain_until is None and self.settings.drain_s > 0:
+            self.drain_until = self._now + self.settings.drain_s
+            self._send(m.Leaving())
+            self._log(
+                "info", f"draining: {active} jobs have {self.settings.drain_s:g} s to end (once more: stop them now)"
+            )
+            return
+        self._hand_back()
+
+    def _hand_back(self) -> None:
+        """Stops what runs here; what had not ended by itself starts again elsewhere."""
+        self.shutting_down = True
         for attempt in self.attempts.values():
+            if attempt.active:
+                self._send(m.HandBack(attempt.assign.job_id, attempt.assign.attempt))
             for rank in attempt.ranks.values():
-                self._stop(attempt, rank, kill=again)
+                self._stop(attempt, rank, kill=False)
 
     def _exit(self, reason: str) -> None:
         for attempt in self.attempts.values():
@@ -381,20 +337,9 @@ class Core:
         self.ended = True
         self._effects.append(Exit(reason))
 
-    # Looking up, and effects
-
-    def _ranks(self) -> list[Rank]:
-        return [rank for attempt in self.attempts.values() for rank in attempt.ranks.values()]
-
-    def _find(self, key: Key) -> tuple[Attempt, Rank] | None:
-        attempt = self.attempts.get(key[:2])
-        return (attempt, attempt.ranks[key[2]]) if attempt is not None and key[2] in attempt.ranks else None
-
-    def _key(self, attempt: Attempt, rank: Rank) -> Key:
-        return attempt.assign.job_id, attempt.assign.attempt, rank.rank
-
-    def _send(self, message: m.Message) -> None:
-        self._effects.append(ToOrchestrator(message))
-
-    def _log(self, level: str, text: str) -> None:
-        self._effects.append(Log(level, text))
+    def _state(self) -> str:
+        if self.drain_until is not None or self.shutting_down:
+            return "draining"
+        if self.welcomed:
+            return f"in the cluster of {self.settings.orchestrator}"
+        return f"no orchestrator answers at {self.settings.orchestrator}"

@@ -19,7 +19,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from fleet import config
 from fleet.errors import WorldChanged
@@ -50,6 +50,8 @@ def main(plan: Plan, stdout: Connection, stderr: Connection) -> None:
         os._exit(1)
     if plan.kind == "command":
         _execute(plan)
+    if plan.kind == "tasks":
+        _run_tasks(plan)
     code = _run_python(plan)
     # What interpreter shutdown does for a script; a forked child of multiprocessing skips it.
     threading._shutdown()  # type: ignore[attr-defined]
@@ -94,7 +96,9 @@ def _become_a_rank(stdout: Connection, stderr: Connection) -> None:
 
 def _execute(plan: Plan) -> None:
     """Replaces this process by the command."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and an ignored signal stays so across exec
+    # An ignored signal stays so across exec: Python ignores the first, and under Slurm the agent the others.
+    for number in (signal.SIGPIPE, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
     try:
         os.execvpe(plan.target, [plan.target, *plan.args], plan.environment)
     except FileNotFoundError:
@@ -128,6 +132,15 @@ def _run_python(plan: Plan) -> int:
         sys.excepthook(type(error), error, error.__traceback__)
         return 1
     return 0
+
+
+def _run_tasks(plan: Plan) -> NoReturn:
+    """Calls what its client sends. What the client can import, this process can: by its search path, or from its bundle."""
+    from fleet.worker.runner import serve
+
+    sys.argv = [plan.target]
+    sys.path[0:0] = plan.args or (os.getcwd(),)
+    serve(plan.target if plan.target.startswith("ipc:") else "")
 
 
 def _exit_code(code: object) -> int:

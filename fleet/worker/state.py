@@ -26,6 +26,12 @@ class Settings:
     advertise: str  # host that ranks elsewhere reach this machine at; empty: the bound endpoint itself
     security: Security
     secret_of: Callable[[str], str]  # of a job
+    local: tuple[int, int] | None = (
+        None  # LOCAL_RANK and LOCAL_WORLD_SIZE, where other agents of this machine have ranks too
+    )
+    join_within_s: float | None = None  # of a cluster that lasts for one job: to find it, and this worker ends with it
+    gpus: int = 0
+    drain_s: float = 0.0  # that what runs is given to end by itself, once this worker was told to leave
 
 
 @dataclass
@@ -34,10 +40,13 @@ class Rank:
 
     rank: int
     slot: int
+    gpus: tuple[int, ...] = ()  # that are its own
     pid: int = 0  # 0: not started yet
     peer: bytes = b""  # its session's connection, once it called fleet.init()
+    runner: bytes = b""  # a task runner's connection, to its client
     join: m.Join | None = None
     unread_bytes: int = 0  # sent towards the client, which has not acknowledged them
+    held: list[m.Output] = field(default_factory=list)  # printed while there was no orchestrator
     paused: bool = False
     stopped: bool = False
     warned: bool = False  # it has been told that the world changed
@@ -47,6 +56,7 @@ class Rank:
     died: Died | None = None
     drained_at: float | None = None  # when output that a grandchild may still hold open is given up
     stderr_tail: bytes = b""
+    inside_since: float | None = None  # by its last Tally: when the collective began that it is in
     status: m.RankStatus | None = None
 
     @property
@@ -60,9 +70,14 @@ class Attempt:
 
     assign: m.Assign
     directory: Path | None = None  # set once prepared
+    failure: str = ""  # why it cannot be
     port: int = 0
     launched: bool = False
     ranks: dict[int, Rank] = field(default_factory=dict)
+
+    @property
+    def active(self) -> bool:
+        return any(rank.status is None for rank in self.ranks.values())
 
 
 # Events
@@ -128,11 +143,21 @@ class Died:
     code: int
     signal: int
     out_of_memory: bool
+    task: int = -1  # see RankStatus
 
 
 @dataclass(frozen=True)
 class Shutdown:
-    """End this agent: politely the first time, at once the second time."""
+    """End this agent: the first time politely, with `drain` after what it runs; each further time faster."""
+
+    drain: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How busy this machine or container is: 1.0 is all of its cores."""
+
+    load: float
 
 
 @dataclass(frozen=True)
@@ -142,7 +167,7 @@ class Tick:
 
 Event = (
     FromOrchestrator | FromRank | LinkUp | LinkDown | LinkDenied | Prepared | PrepareFailed | Spawned | Printed | Died
-    | Shutdown | Tick
+    | Shutdown | Measured | Tick
 )  # fmt: skip
 
 

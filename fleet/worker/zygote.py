@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fleet.worker.slot import Plan, main
 
-ALWAYS = ("fleet.worker.slot", "fleet.collectives.init")
+ALWAYS = ("fleet.worker.slot", "fleet.worker.runner", "fleet.collectives.init")
 
 
 @dataclass

@@ -1,0 +1,119 @@
+"""What Prometheus is told of one worker: its jobs, what it uses, and the collectives of all ranks that ever ran here.
+
+Read from the agent's plain state at each scrape; ranks' tallies are added as they come. Decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from fleet.values import TALLY_SECONDS, TallyRow, cumulative
+from fleet.worker.core import Core
+from fleet.worker.usage import Meter
+
+SERIES_AT_MOST = 64  # operations times paths; what a script makes up beyond that is dropped
+
+
+@dataclass
+class _Sum:
+    byte_count: int = 0
+    seconds: float = 0.0
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(TALLY_SECONDS) + 1))
+
+
+class WorkerMetrics(Collector):
+    """`lock` keeps the core still while it is read; `add` is called by the one who holds it."""
+
+    def __init__(self, core: Core, lock: AbstractContextManager[object], clock: Callable[[], float]) -> None:
+        self._core = core
+        self._lock = lock
+        self._clock = clock
+        self._meter = Meter()
+        self._sums: dict[tuple[str, str], _Sum] = {}
+
+    def add(self, rows: tuple[TallyRow, ...]) -> None:
+        for row in rows:
+            key = row.operation, row.path
+            if len(row.buckets) != len(TALLY_SECONDS) + 1 or (
+                key not in self._sums and len(self._sums) >= SERIES_AT_MOST
+            ):
+                continue
+            total = self._sums.setdefault(key, _Sum())
+            total.byte_count += row.byte_count
+            total.seconds += row.seconds
+            total.buckets = [a + b for a, b in zip(total.buckets, row.buckets, strict=True)]
+
+    def describe(self) -> list[Metric]:
+        return []  # nothing to compare before the first scrape
+
+    def collect(self) -> Iterator[Metric]:
+        usage = self._meter.read()
+        with self._lock:
+            found = list(self._families())
+        yield from found
+        one = (self._core.settings.worker_id,)
+        for name, text, value in (
+            (
+                "worker_cpu_usage",
+                "Share of the cores it may use that this worker and its ranks use, 0 to 1.",
+                usage.cpu,
+            ),
+            ("worker_memory_usage", "Bytes of memory that this worker and its ranks use.", usage.memory_bytes),
+            ("fleet_worker_cores", "Cores that this worker may use.", usage.cores),
+            ("fleet_worker_memory_limit_bytes", "Bytes of memory that this worker may use.", usage.memory_limit_bytes),
+        ):
+            family = GaugeMetricFamily(name, text, labels=("worker",))
+            family.add_metric(one, value)
+            yield family
+
+    def _families(self) -> Iterator[Metric]:
+        core, settings = self._core, self._core.settings
+        one = (settings.worker_id,)
+        info = GaugeMetricFamily(
+            "fleet_worker_info", "Versions of this worker; always 1.", labels=("worker", "version", "python", "torch")
+        )
+        info.add_metric((*one, settings.versions.fleet, settings.versions.python, settings.versions.torch), 1)
+        yield info
+        jobs = CounterMetricFamily(
+            "worker_jobs", "Jobs that this worker had a part in, and that have ended.", labels=("worker",)
+        )
+        jobs.add_metric(one, core.jobs_done)
+        yield jobs
+        ranks = [rank for attempt in core.attempts.values() for rank in attempt.ranks.values() if rank.status is None]
+        inside = [self._clock() - rank.inside_since for rank in ranks if rank.inside_since is not None]
+        for name, text, value in (
+            (
+                "worker_jobs_active",
+                "Jobs that this worker runs a part of now.",
+                sum(a.active for a in core.attempts.values()),
+            ),
+            ("fleet_worker_slots", "Ranks that may run here at once.", settings.slots),
+            ("fleet_worker_ranks", "Ranks that run here now.", len(ranks)),
+            ("fleet_worker_connected", "1 while the orchestrator answers this worker.", core.welcomed),
+            (
+                "fleet_collective_running_seconds",
+                "How long a rank here has been inside one collective, the longest.",
+                max(inside, default=0.0),
+            ),
+        ):
+            family = GaugeMetricFamily(name, text, labels=("worker",))
+            family.add_metric(one, float(value))
+            yield family
+        seconds = HistogramMetricFamily(
+            "fleet_collective_seconds", "Collectives of this worker's ranks.", labels=("worker", "operation", "path")
+        )
+        moved = CounterMetricFamily(
+            "fleet_collective_bytes",
+            "Bytes that ranks gave to or got from collectives.",
+            labels=("worker", "operation", "path"),
+        )
+        for (operation, path), total in sorted(self._sums.items()):
+            seconds.add_metric((*one, operation, path), cumulative(TALLY_SECONDS, total.buckets), total.seconds)
+            moved.add_metric((*one, operation, path), total.byte_count)
+        yield seconds
+        yield moved

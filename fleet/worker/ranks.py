@@ -1,0 +1,184 @@
+"""The ranks that an agent holds: how each is started, heard, stopped and ended. Half of its decisions, and pure as core.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from signal import SIGKILL, SIGTERM
+
+from fleet import messages as m
+from fleet.worker.state import (
+    Attempt,
+    Died,
+    Effect,
+    Key,
+    Kill,
+    Listen,
+    Log,
+    Printed,
+    Rank,
+    Remove,
+    Settings,
+    Spawned,
+    ToOrchestrator,
+    ToRank,
+)
+
+WORLD_CHANGED_GRACE_S = 0.5  # for a rank that was told whom it has lost to say so, before SIGTERM
+STOP_GRACE_S = 1.2  # between SIGTERM and SIGKILL: Ctrl-C promises an end within 2 s
+DRAIN_S = 0.5  # for output that a grandchild holds open after its rank has died
+WINDOW_BYTES = 1 << 20  # of output under way per rank
+STDERR_TAIL_BYTES = 8 << 10
+
+
+@dataclass
+class Ranks:
+    """Invariant: an attempt is held from its Assign to the orchestrator's Forget."""
+
+    settings: Settings
+    started_at: float
+    attempts: dict[tuple[str, int], Attempt] = field(default_factory=dict)
+    jobs_done: int = 0
+    welcomed: bool = False  # by this orchestrator, on this connection
+    _effects: list[Effect] = field(default_factory=list)
+    _now: float = 0.0
+
+    def _ask(self, attempt: Attempt, rank: Rank, ask: m.Ask) -> None:
+        """A rank that can answers for itself; for one that is gone, or has not come yet, the agent does."""
+        if rank.rank == ask.rank:
+            return
+        if rank.peer and rank.died is None:
+            self._effects.append(ToRank(rank.peer, ask))
+            return
+        if rank.died is not None:
+            doing = "has ended " + (
+                f"by signal {rank.died.signal}" if rank.died.signal else f"with code {rank.died.code}"
+            )
+        else:
+            doing = "has not called fleet.init() yet" if rank.pid else "is still starting"
+        job_id, number = attempt.assign.job_id, attempt.assign.attempt
+        host = self.settings.advertise
+        self._send(m.Answer(job_id, number, ask.rank, ask.question, rank.rank, host, rank.pid, -1, False, doing))
+
+    def _stop(self, attempt: Attempt, rank: Rank, kill: bool) -> None:
+        if rank.died is not None:
+            return
+        first, rank.stopped = not rank.stopped, True
+        if not rank.pid:
+            # Spawned will see `stopped`; what is never spawned has ended here.
+            if first and not attempt.launched:
+                s = self.settings
+                rank.status = m.RankStatus(rank.rank, s.worker_id, s.advertise, 0, 0, stopped=True)
+                self._send(m.RankExited(attempt.assign.job_id, attempt.assign.attempt, rank.status))
+            return
+        key = self._key(attempt, rank)
+        if kill:
+            rank.kill_at = rank.term_at = None
+            self._effects.append(Kill(key, rank.pid, SIGKILL))
+        elif first and rank.warned:
+            rank.term_at = self._now + WORLD_CHANGED_GRACE_S
+        elif first:
+            self._terminate(attempt, rank)
+
+    def _terminate(self, attempt: Attempt, rank: Rank) -> None:
+        rank.term_at = None
+        rank.kill_at = self._now + STOP_GRACE_S
+        self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGTERM))
+
+    def _forget(self, attempt: Attempt) -> None:
+        for rank in attempt.ranks.values():
+            if rank.running:
+                self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGKILL))
+        del self.attempts[attempt.assign.job_id, attempt.assign.attempt]
+        self._effects.append(Remove(attempt.assign.job_id, attempt.assign.attempt))
+
+    def _spawned(self, event: Spawned) -> None:
+        found = self._find(event.key)
+        if found is None:
+            self._effects.append(Kill(event.key, event.pid, SIGKILL))
+            return
+        _, rank = found
+        rank.pid = event.pid
+        rank.open_streams = {"stdout", "stderr"}
+        if rank.stopped:
+            self._effects.append(Kill(event.key, event.pid, SIGKILL))
+
+    def _printed(self, event: Printed) -> None:
+        found = self._find(event.key)
+        if found is None:
+            return
+        attempt, rank = found
+        if not event.data:
+            rank.open_streams.discard(event.stream)
+            self._end_if_drained(attempt, rank)
+            return
+        if event.stream == "stderr":
+            rank.stderr_tail = (rank.stderr_tail + event.data)[-STDERR_TAIL_BYTES:]
+        stream = "stderr" if event.stream == "stderr" else "stdout"
+        output = m.Output(attempt.assign.job_id, attempt.assign.attempt, rank.rank, stream, event.data)  # type: ignore[arg-type]
+        if self.welcomed:
+            self._send(output)
+        else:
+            rank.held.append(output)  # until there is an orchestrator that takes it, at most a window of it
+        rank.unread_bytes += len(event.data)
+        if rank.drained_at is not None:
+            rank.drained_at = self._now + DRAIN_S
+        if rank.unread_bytes >= WINDOW_BYTES and not rank.paused:
+            rank.paused = True
+            self._effects.append(Listen(event.key, False))
+
+    def _acknowledged(self, attempt: Attempt, rank: Rank, count_bytes: int) -> None:
+        rank.unread_bytes = max(0, rank.unread_bytes - count_bytes)
+        if rank.paused and rank.unread_bytes <= WINDOW_BYTES // 2:
+            rank.paused = False
+            if rank.drained_at is not None:
+                rank.drained_at = self._now + DRAIN_S
+            self._effects.append(Listen(self._key(attempt, rank), True))
+
+    def _died(self, event: Died) -> None:
+        found = self._find(event.key)
+        if found is None:
+            return
+        attempt, rank = found
+        rank.died, rank.kill_at, rank.term_at = event, None, None
+        rank.drained_at = self._now + DRAIN_S
+        if rank.pid:  # whatever it started goes with it
+            self._effects.append(Kill(event.key, rank.pid, SIGKILL))
+        self._end_if_drained(attempt, rank)
+
+    def _end_if_drained(self, attempt: Attempt, rank: Rank, give_up: bool = False) -> None:
+        """A rank has ended when it is dead and all it printed has been read."""
+        if rank.died is None or rank.status is not None or (rank.open_streams and not give_up):
+            return
+        rank.drained_at = None
+        rank.status = m.RankStatus(
+            rank=rank.rank,
+            worker_id=self.settings.worker_id,
+            host=self.settings.advertise,
+            pid=rank.pid,
+            code=rank.died.code,
+            signal=rank.died.signal,
+            out_of_memory=rank.died.out_of_memory and not rank.stopped,
+            stopped=rank.stopped,
+            stderr_tail=rank.stderr_tail.decode(errors="replace"),
+            task=rank.died.task,
+        )
+        self._send(m.RankExited(attempt.assign.job_id, attempt.assign.attempt, rank.status))
+        self.jobs_done += not attempt.active
+
+    # Looking up, and effects
+
+    def _ranks(self) -> list[Rank]:
+        return [rank for attempt in self.attempts.values() for rank in attempt.ranks.values()]
+
+    def _find(self, key: Key) -> tuple[Attempt, Rank] | None:
+        attempt = self.attempts.get(key[:2])
+        return (attempt, attempt.ranks[key[2]]) if attempt is not None and key[2] in attempt.ranks else None
+
+    def _key(self, attempt: Attempt, rank: Rank) -> Key:
+        return attempt.assign.job_id, attempt.assign.attempt, rank.rank
+
+    def _send(self, message: m.Message) -> None:
+        self._effects.append(ToOrchestrator(message))
+
+    def _log(self, level: str, text: str) -> None:
+        self._effects.append(Log(level, text))

@@ -1,0 +1,284 @@
+"""A task runner: a slot process that calls what its client sends, one call after the other, and sends back what came of it.
+
+The main thread makes the calls, and owns the socket between them, so that a short task waits for no other thread. While one
+call takes long, an attendant thread looks after the socket: what has not begun can then be recalled, and results be fetched.
+Knows its client only as the other end of a relay, see fleet/tasks.py.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import traceback
+from collections import OrderedDict, deque
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any, NoReturn
+
+from fleet import config, pickling, tasks
+from fleet import messages as m
+from fleet.bus.blobs import Blob, Gathering, Reader, Shelf
+from fleet.bus.context import Bus
+from fleet.bus.control import Arrived, Dealer
+from fleet.bus.lock import Lock
+from fleet.bus.poller import Poller
+from fleet.bus.shared import host_key
+from fleet.errors import ProtocolError
+from fleet.worker.progress import IDLE, Progress
+
+ATTEND_EVERY_S = 0.02
+SEND_AFTER_S, SEND_FROM_BYTES = 0.001, 64 << 10  # results of short calls leave together
+QUIET_AFTER_S = 1.0  # then the attendant sleeps too
+TEXT_CHARS = 16 << 10  # of a traceback, its end
+PIECES_UNDER_WAY = 4  # of arguments that are fetched
+
+
+def serve(direct: str) -> NoReturn:
+    """Never returns: it is ended from outside, or with its agent. `direct` is where its client listens; empty: the relay."""
+    settings = config.rank_settings()
+    assert settings is not None, "a runner is started by an agent"
+    try:
+        Runner(settings, direct).run()
+    finally:
+        os._exit(1)
+
+
+class Runner:
+    """The lock is held by whoever uses the socket and the queues: by the main thread, except while it is inside a call."""
+
+    def __init__(self, settings: config.RankSettings, direct: str) -> None:
+        self._pid = os.getpid()
+        self._head = m.relay_head(settings.job_id)
+        name = f"{settings.job_id}/runner/{self._pid}"
+        self._dealer = Dealer(Bus(Lock()), direct or settings.control, name.encode())
+        self._poller = Poller(self._dealer.poll_sockets)
+        if not direct:
+            self._dealer.send(m.encode(m.RankHello(settings.job_id, settings.attempt, settings.rank, self._pid)))
+        directory = config.shared_memory()
+        self._shelf = Shelf(directory if directory is not None and host_key(directory) else None)
+        self._reader = Reader()
+        self._memory = host_key(directory) if directory is not None else ""
+        self._progress = Progress(settings.control, settings.job_id)
+        self._lock = threading.Lock()
+        self._active = threading.Event()  # there has been work in the last moments
+        self._waiting: deque[tasks.Call] = deque()
+        self._running: tasks.Call | None = None
+        self._functions: dict[bytes, Any] = {}
+        self._kept: OrderedDict[int, tasks.Result] = OrderedDict()  # sent, until they are known to have arrived
+        self._unsent: list[tasks.Result] = []
+        self._unsent_bytes, self._unsent_since = 0, 0.0
+        self._blobs: dict[tuple[int, int], Blob] = {}  # of results
+        self._gathering: dict[tuple[int, int], Gathering] = {}  # of arguments that are in no file here
+        self._under_way = 0
+
+    def run(self) -> NoReturn:
+        threading.Thread(target=self._attend, name="fleet-attendant", daemon=True).start()
+        self._lock.acquire()
+        self._ready()
+        while True:
+            self._turn(wait=not self._waiting and not self._unsent)
+            if self._waiting and self._has_arguments(self._waiting[0]):
+                self._call(self._waiting.popleft())
+            elif self._waiting:
+                self._send_results()
+                self._poller.wait(QUIET_AFTER_S)
+            else:
+                self._send_results()
+
+    def _attend(self) -> None:
+        seen: tasks.Call | None = None
+        while True:
+            self._active.wait()
+            sleep(ATTEND_EVERY_S)
+            running = self._running
+            if running is not None and running is seen and self._lock.acquire(blocking=False):
+                try:
+                    if self._running is not None:
+                        self._turn(wait=False)
+                        self._send_results()
+                finally:
+                    self._lock.release()
+            seen = running
+
+    # The socket
+
+    def _turn(self, wait: bool) -> None:
+        """Takes in what has arrived; with `wait`, something has."""
+        while True:
+            arrived = self._dealer.receive()
+            for message in arrived:
+                self._take(message)
+            if arrived or not wait:
+                return
+            self._dealer.changes()
+            if not self._poller.wait(QUIET_AFTER_S):
+                self._active.clear()
+                self._poller.wait(None)
+            self._active.set()
+
+    def _take(self, arrived: Arrived) -> None:
+        if m.relayed_job(arrived.data) is None or not arrived.rest:
+            return  # the agent's own welcome
+        try:
+            said = tasks.decode(arrived.rest[0].buffer)
+        except ProtocolError:
+            return  # whoever has the secret and says nonsense gets no answer
+        if isinstance(said, tasks.Run):
+            self._functions.update(
+                {digest: data for digest, data in said.functions.items() if digest not in self._functions}
+            )
+            self._forget(said.arrived)
+            known = {call.task_id for call in self._waiting} | self._kept.keys()
+            known |= {self._running.task_id} if self._running else set()
+            for call in said.calls:
+                if call.task_id not in known:
+                    self._waiting.append(call)
+                    self._gather(call)
+        elif isinstance(said, tasks.Recall):
+            back = set(said.task_ids)
+            given = tuple(call.task_id for call in self._waiting if call.task_id in back)
+            self._waiting = deque(call for call in self._waiting if call.task_id not in back)
+            self._drop_gathering(given)
+            self._say(tasks.Returned(given))
+        elif isinstance(said, tasks.Sync):
+            self._ready()
+            self._unsent, self._unsent_bytes = list(self._kept.values()), 0
+            self._under_way = 0
+            for gathering in self._gathering.values():
+                gathering.ask_again()
+            self._fetch()
+        elif isinstance(said, tasks.Fetch):
+            blob = self._blobs.get((said.task_id, said.index))
+            data = blob.piece(said.offset, tasks.PIECE_BYTES) if blob is not None else b""
+            self._say(tasks.Piece(said.task_id, said.index, said.offset), data)
+        elif isinstance(said, tasks.Piece) and len(arrived.rest) == 2:
+            gathered = self._gathering.get((said.task_id, said.index))
+            self._under_way = max(0, self._under_way - 1)
+            if gathered is not None:
+                gathered.take(said.offset, arrived.rest[1].buffer)
+            self._fetch()
+
+    def _say(self, said: tasks.Said, piece: bytes | None = None) -> None:
+        self._dealer.send(self._head, [tasks.encode(said)] if piece is None else [tasks.encode(said), piece])
+
+    def _ready(self) -> None:
+        held = ([self._running] if self._running else []) + list(self._waiting)
+        python = platform.python_version()
+        self._say(tasks.Ready(self._memory, python, self._pid, tuple(call.task_id for call in held)))
+
+    def _send_results(self) -> None:
+        if self._unsent:
+            self._say(tasks.Results(tuple(self._unsent)))
+            self._unsent, self._unsent_bytes = [], 0
+
+    def _forget(self, task_ids: tuple[int, ...]) -> None:
+        for task_id in task_ids:
+            result = self._kept.pop(task_id, None)
+            for index in range(len(result.buffers) if result else 0):
+                if (blob := self._blobs.pop((task_id, index), None)) is not None:
+                    blob.release()
+
+    # Arguments that travel apart
+
+    def _gather(self, call: tasks.Call) -> None:
+        for index, buffer in enumerate(call.buffers):
+            if not (buffer.path and os.path.exists(buffer.path)):
+                self._gathering[call.task_id, index] = Gathering(buffer.size_bytes, tasks.PIECE_BYTES)
+        self._fetch()
+
+    def _fetch(self) -> None:
+        for (task_id, index), gathering in self._gathering.items():
+            while self._under_way < PIECES_UNDER_WAY and (offset := gathering.next_offset()) is not None:
+                self._under_way += 1
+                self._say(tasks.Fetch(task_id, index, offset))
+
+    def _has_arguments(self, call: tasks.Call) -> bool:
+        return not self._gathering or all(
+            gathering.complete for (task_id, _), gathering in self._gathering.items() if task_id == call.task_id
+        )
+
+    def _drop_gathering(self, task_ids: tuple[int, ...]) -> None:
+        gone = set(task_ids)
+        self._gathering = {key: value for key, value in self._gathering.items() if key[0] not in gone}
+
+    # A call
+
+    def _call(self, call: tasks.Call) -> None:
+        self._running = call
+        self._progress.at(call.task_id)
+        started = monotonic()
+        try:
+            function, args, kwargs = self._prepared(call)
+            self._lock.release()
+            try:
+                value = function(*args, **kwargs)
+            finally:
+                if os.getpid() != self._pid:
+                    os._exit(0)  # a fork of the user's that came back from the call is not a second runner
+                self._lock.acquire()
+            result = self._succeeded(call.task_id, value, monotonic() - started)
+        except BaseException as error:
+            result = self._failed(call.task_id, error, monotonic() - started)
+        self._running = None
+        self._progress.at(IDLE)
+        self._kept[call.task_id] = result
+        if not self._unsent:
+            self._unsent_since = monotonic()
+        self._unsent.append(result)
+        self._unsent_bytes += len(result.data) + len(result.text)
+        late = monotonic() - self._unsent_since >= SEND_AFTER_S
+        if not self._waiting or late or self._unsent_bytes >= SEND_FROM_BYTES:
+            self._send_results()
+
+    def _prepared(self, call: tasks.Call) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        buffers = [self._buffer(call.task_id, index, apart) for index, apart in enumerate(call.buffers)]
+        function, args, kwargs = pickling.loads(call.data or buffers.pop(0), buffers)
+        if call.function:
+            function = self._functions[call.function]
+            if isinstance(function, bytes):
+                function = self._functions[call.function] = pickling.loads(function, ())
+        return function, args, kwargs
+
+    def _buffer(self, task_id: int, index: int, apart: tasks.Apart) -> Any:
+        gathering = self._gathering.pop((task_id, index), None)
+        if gathering is not None:
+            return gathering.buffer
+        memory = self._reader.take(apart.path, apart.size_bytes)
+        if memory is None:
+            raise FileNotFoundError(
+                f"the argument of {apart.size_bytes} bytes is no longer in {Path(apart.path).parent}"
+            )
+        return memory
+
+    def _succeeded(self, task_id: int, value: Any, seconds: float) -> tasks.Result:
+        try:
+            data, views = pickling.dumps(value, tasks.INLINE_BYTES)
+        except Exception as error:
+            kind = type(value).__qualname__
+            text = f"its result, a {kind}, cannot be pickled: {type(error).__name__}: {error}"
+            return tasks.Result(task_id, False, b"", seconds, text=text)
+        data, buffers = self._apart(task_id, data, views)
+        return tasks.Result(task_id, True, data, seconds, buffers)
+
+    def _apart(self, task_id: int, data: bytes, views: list[memoryview]) -> tuple[bytes, tuple[tasks.Apart, ...]]:
+        """What stays in the message, and what is fetched from here."""
+        if len(data) >= tasks.INLINE_BYTES:
+            data, views = b"", [memoryview(data), *views]
+        buffers = []
+        for index, view in enumerate(views):
+            blob = self._blobs[task_id, index] = self._shelf.blob(view)
+            buffers.append(tasks.Apart(blob.size_bytes, blob.path))
+        return data, tuple(buffers)
+
+    def _failed(self, task_id: int, error: BaseException, seconds: float) -> tasks.Result:
+        error.__traceback__ = pickling.without_runner(error.__traceback__)
+        text = "".join(traceback.format_exception(error))[-TEXT_CHARS:]
+        error.__traceback__ = None
+        try:
+            data = pickling.dumps(error, 1 << 62)[0]
+            pickling.loads(data, ())  # some can be pickled and not read again
+        except Exception:
+            data = b""
+        data, buffers = self._apart(task_id, data, [])
+        return tasks.Result(task_id, False, data, seconds, buffers, text)

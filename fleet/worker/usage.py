@@ -1,0 +1,127 @@
+"""What this worker and its ranks use of what they may: in a container that of its cgroup, else that of its processes.
+
+Reads /proc and cgroup v2 or v1 files, changes nothing. Two readers at once get the same answer, and do not disturb each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import psutil
+
+from fleet import config
+
+SAMPLE_AT_LEAST_S = 1.0  # CPU usage is taken over at least this long
+_V2 = Path("/sys/fs/cgroup")
+_V1_CPU, _V1_MEMORY = _V2 / "cpuacct", _V2 / "memory"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """`cpu` is the share of `cores` in use, 0 to 1, over the last second or more."""
+
+    cpu: float
+    cores: float
+    memory_bytes: int
+    memory_limit_bytes: int
+
+
+class Meter:
+    """Measures on demand, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._container = in_container()
+        self._cpu_s, self._at, self._cpu = self._cpu_seconds(), monotonic(), 0.0
+
+    def read(self) -> Usage:
+        with self._lock:
+            cores = config.core_limit()
+            now = monotonic()
+            if now - self._at >= SAMPLE_AT_LEAST_S:
+                cpu_s = self._cpu_seconds()
+                # Of processes that have ended the seconds are gone: less than nothing is nothing.
+                self._cpu = max(0.0, (cpu_s - self._cpu_s) / (now - self._at) / cores)
+                self._cpu_s, self._at = cpu_s, now
+            return Usage(self._cpu, cores, self._memory_bytes(), memory_limit())
+
+    def _cpu_seconds(self) -> float:
+        if self._container:
+            if (usage := _keyed(_V2 / "cpu.stat", "usage_usec")) is not None:
+                return usage / 1e6
+            if (nanoseconds := _number(_V1_CPU / "cpuacct.usage")) is not None:
+                return nanoseconds / 1e9
+        total = 0.0
+        for process in _family():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
+        return total
+
+    def _memory_bytes(self) -> int:
+        if self._container:
+            for current, stat in (
+                (_V2 / "memory.current", _V2 / "memory.stat"),
+                (_V1_MEMORY / "memory.usage_in_bytes", _V1_MEMORY / "memory.stat"),
+            ):
+                if (used := _number(current)) is not None:
+                    # As `docker stats` does: page cache that can be dropped at once is not in use.
+                    idle = _keyed(stat, "inactive_file") or _keyed(stat, "total_inactive_file") or 0
+                    return max(0, used - idle)
+        total = 0
+        for process in _family():
+            with contextlib.suppress(psutil.Error):
+                total += process.memory_info().rss
+        return total
+
+
+class Busyness:
+    """How busy the machine is, in a container that container: 1.0 is all of its cores, since the last time it was asked."""
+
+    def __init__(self) -> None:
+        self._meter = Meter() if in_container() else None
+        psutil.cpu_percent()  # the first answer means nothing
+
+    def read(self) -> float:
+        return self._meter.read().cpu if self._meter is not None else psutil.cpu_percent() / 100
+
+
+def in_container() -> bool:
+    """Whether this process' cgroup is its own, so that its figures are this worker's."""
+    return (_V2 / "cgroup.type").exists() or Path("/.dockerenv").exists()
+
+
+def memory_limit() -> int:
+    """The bytes that this worker may use: its cgroup's limit, or the machine's memory."""
+    machine = int(psutil.virtual_memory().total)
+    limits = [_number(_V2 / "memory.max"), _number(_V1_MEMORY / "memory.limit_in_bytes")]
+    return min([machine, *(limit for limit in limits if limit)])
+
+
+def _family() -> list[psutil.Process]:
+    me = psutil.Process()
+    with contextlib.suppress(psutil.Error):
+        return [me, *me.children(recursive=True)]
+    return [me]
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _keyed(path: Path, key: str) -> int | None:
+    try:
+        for line in path.read_text().splitlines():
+            name, _, value = line.partition(" ")
+            if name == key:
+                return int(value)
+    except (OSError, ValueError):
+        return None
+    return None
