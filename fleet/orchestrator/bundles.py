@@ -1,4 +1,4 @@
-"""Bundles on the orchestrator's disk: fetched from a client, served to workers, kept by digest while it runs."""
+"""Bundles on the orchestrator's disk: fetched from a client, served to workers, kept by digest as long as a job needs them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ class Bundles:
     def __init__(self, directory: Path, limit_bytes: int) -> None:
         self._directory = directory
         self._limit_bytes = limit_bytes
+        directory.mkdir(parents=True, exist_ok=True)
+        for unfinished in directory.glob("*.part"):  # of an orchestrator that was killed
+            unfinished.unlink()
         self._incoming: dict[tuple[bytes, str], Incoming] = {}
 
     def has(self, digest: str) -> bool:
@@ -50,6 +53,10 @@ class Bundles:
         """Drops what was on its way from this peer."""
         for key in [key for key in self._incoming if key[0] == peer]:
             del self._incoming[key]
+
+    def drop(self, digest: str) -> None:
+        if is_digest(digest):
+            self._path(digest).unlink(missing_ok=True)
 
     def serve(self, want: Want) -> Part:
         """One part of a bundle; an empty one where there is no such bundle."""

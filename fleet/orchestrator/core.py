@@ -1,305 +1,318 @@
 """The orchestrator's decisions: `step(event, now) -> effects`, and when it wants to be woken. Reads no clock, opens nothing.
 
-A worker is lost when its connection is down for longer than a grace period, or when its heartbeats stop; a job ends when
-every rank of it has ended or is lost. A gang is all or nothing: the first rank that fails stops the others.
+A worker is lost when its connection is down for longer than a grace period, or when its heartbeats stop; what happens to
+its jobs then is in gangs.py. What an event costs does not depend on how many workers there are, or on their logarithm only.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fleet import messages as m
-from fleet.group import Member
-from fleet.messages import how
-from fleet.orchestrator.placement import POLICIES, Policy, least_loaded
+from fleet.orchestrator.clients import Clients
+from fleet.orchestrator.gangs import CLIENT_GONE
+from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.state import (
     BundleRefused,
     BundleStored,
     Effect,
     Event,
-    FetchBundle,
-    Job,
-    JobState,
-    Log,
+    KeepOutput,
     PeerLost,
     Received,
-    Send,
+    Saved,
+    SaveFailed,
+    SavesAgain,
     ServeBundle,
-    StorePart,
     Worker,
 )
 
 HEARTBEAT_S = 1.0
 HEARTBEAT_TIMEOUT_S = 5.0
 RECONNECT_GRACE_S = 2.0
-ENDED_JOBS_KEPT = 256
-
-__all__ = ["POLICIES", "Core"]
+RETURN_WITHIN_S = 6.0  # workers and clients of an orchestrator that was restarted: their backoff is up to 2 s
 
 
 @dataclass
-class Core:
-    """All workers and jobs. Invariant: a worker is part of the cluster if and only if it is a key of `workers`."""
+class Core(Clients):
+    """The whole of it: who is there, over what they say and how gangs live."""
 
-    versions: m.Versions
-    policy: Policy = least_loaded
-    workers: dict[str, Worker] = field(default_factory=dict)
-    clients: dict[bytes, float | None] = field(default_factory=dict)  # when the connection was lost; None: it is up
-    jobs: dict[str, Job] = field(default_factory=dict)  # in the order of submission
-    placed_count: int = 0
-    _effects: list[Effect] = field(default_factory=list)
+    # In the order in which they were last heard, so that the most silent one is first. Invariant: the keys of `workers`.
+    heard: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    away: dict[str, float] = field(default_factory=dict)  # workers whose connection is down, since when, in that order
+    missed: dict[str, float] = field(default_factory=dict)  # workers from before a restart: when they are given up
+    gone: dict[bytes, float] = field(default_factory=dict)  # clients whose connection is down: when they are given up
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """What to do about one event."""
-        self._effects = []
+        self._effects, self._now = [], now
         if isinstance(event, Received):
             self._received(event.peer, event.message, now)
         elif isinstance(event, PeerLost):
             self._peer_lost(event.peer, now)
         elif isinstance(event, BundleStored):
             for job in self._fetching(event.digest):
-                job.move(JobState.QUEUED)
-            self._place()
+                self._write_down(job)
         elif isinstance(event, BundleRefused):
             for job in self._fetching(event.digest):
-                self._end(job, event.reason)
+                self._reject(job, event.reason)
+        elif isinstance(event, Saved | SaveFailed | SavesAgain):
+            self._disk(event)
         self._expire(now)
         return self._effects
 
+    def recall(self, jobs: Iterable[Job], drained: Iterable[str], now: float) -> None:
+        """What an orchestrator that was restarted knew, before its first event. Jobs come in the order of submission."""
+        self._now = now
+        self.drained.update(drained)
+        for job in jobs:
+            self.jobs[job.job_id] = job
+            self.submitted_count = max(self.submitted_count, job.number)
+            if job.spec.digest:
+                self.bundle_users[job.spec.digest] += 1
+            if job.state is JobState.ENDED:
+                continue
+            if job.state is JobState.FETCHING:  # it was whole when it was written down
+                job.move(JobState.QUEUED)
+            if job.state is JobState.QUEUED:
+                self._queue(job)
+            for worker_id in job.workers:
+                if job.exits.keys() >= set(job.ranks_on(worker_id)):
+                    continue  # its part is done
+                self.seated.setdefault(worker_id, set()).add(job.job_id)
+                self.missed[worker_id] = now + RETURN_WITHIN_S
+            if job.client:
+                self.clients[job.client] = now
+                self.gone[job.client] = now + RETURN_WITHIN_S
+        ended = [job for job in self.jobs.values() if job.state is JobState.ENDED]
+        self.ended.extend(job.job_id for job in sorted(ended, key=lambda job: job.ended_at or 0.0))
+
     def next_deadline(self) -> float | None:
         """When to send a Tick if nothing else happens."""
-        deadlines = [worker.last_seen + HEARTBEAT_TIMEOUT_S for worker in self.workers.values()]
-        lost = [w.lost_since for w in self.workers.values()] + list(self.clients.values())
-        deadlines += [since + RECONNECT_GRACE_S for since in lost if since is not None]
+        deadlines = [*self.missed.values(), *self.hand_backs.values(), *self.gone.values()]
+        if self.heard:
+            deadlines.append(next(iter(self.heard.values())) + HEARTBEAT_TIMEOUT_S)
+        if self.away:
+            deadlines.append(next(iter(self.away.values())) + RECONNECT_GRACE_S)
+        if self.delayed:
+            deadlines.append(self.delayed[0][0])
         return min(deadlines, default=None)
+
+    def relay_to(self, peer: bytes, job_id: str) -> bytes | None:
+        """To whom what a client and its task runner say to each other goes on; None: it is nobody's."""
+        job = self.jobs.get(job_id)
+        if job is None or job.spec.kind != "tasks" or job.state is not JobState.RUNNING:
+            return None
+        worker = self.workers.get(job.seats[0])
+        if worker is None or peer not in (worker.peer, job.client):
+            return None
+        return job.client if peer == worker.peer else worker.peer
 
     # Who is there
 
     def _received(self, peer: bytes, message: m.Message, now: float) -> None:
-        if isinstance(message, m.WorkerHello):
+        if (worker := self._worker_at(peer)) is not None and not isinstance(message, m.WorkerHello):
+            self.counts.heartbeats_missed += max(0, round((now - worker.last_seen) / HEARTBEAT_S) - 1)
+            worker.last_seen = self.heard[worker.worker_id] = now
+            self.heard.move_to_end(worker.worker_id)
+            self._from_worker(worker, message)
+        elif isinstance(message, m.WorkerHello):
             self._worker_hello(peer, message, now)
         elif isinstance(message, m.ClientHello):
             self.clients[peer] = None
+            self.gone.pop(peer, None)
             self._send(peer, m.Welcome(self.versions, HEARTBEAT_S))
-        elif (worker := self._worker_at(peer)) is not None:
-            worker.last_seen = now
-            self._from_worker(worker, message)
         elif peer in self.clients:
             self._from_client(peer, message)
         else:
             self._send(peer, m.Unknown())
 
     def _worker_hello(self, peer: bytes, hello: m.WorkerHello, now: float) -> None:
-        known = self.workers.get(hello.worker_id)
+        worker_id = hello.worker_id
+        if hello.slots < 1 or hello.gpus < 0:
+            self._send(peer, m.Refused(f"a worker has at least one slot, not {hello.slots}"))
+            return
+        known = self.workers.get(worker_id)
         if known is not None and known.hello.incarnation != hello.incarnation:
-            self._send(known.peer, m.Refused(f"another worker took over the id {hello.worker_id}: set FLEET_WORKER_ID"))
+            self._send(known.peer, m.Refused(f"another worker took over the id {worker_id}: set FLEET_WORKER_ID"))
             self._evict(known, "was restarted")
             known = None
         if known is None:
-            self.workers[hello.worker_id] = Worker(peer, hello, now)
-            self._log("info", f"worker {hello.worker_id} joined ({hello.host}, {hello.slots} slots)")
+            self.workers[worker_id] = worker = Worker(peer, hello, now)
+            self.rooms.add(worker_id, hello.slots, hello.gpus)
+            for job in self._jobs_on(worker_id):  # from before this orchestrator was restarted
+                self.rooms.hold(worker_id, job.job_id, job.shape, len(job.ranks_on(worker_id)))
+            self._log("info", f"worker {worker_id} joined ({hello.host}, {hello.slots} slots)")
+            if hello.versions.fleet != self.versions.fleet:
+                theirs = hello.versions.fleet
+                self._log("warning", f"worker {worker_id} runs fleet {theirs}, this is {self.versions.fleet}")
         else:
-            known.peer, known.hello, known.last_seen, known.lost_since = peer, hello, now, None
-            self._log("info", f"worker {hello.worker_id} is back")
+            worker = known
+            worker.peer, worker.hello, worker.last_seen, worker.lost_since = peer, hello, now, None
+            self._log("info", f"worker {worker_id} is back")
+        self.missed.pop(worker_id, None)
+        self.away.pop(worker_id, None)
+        self.heard[worker_id] = now
+        self.heard.move_to_end(worker_id)
+        worker.leaving, worker.drained = hello.leaving, worker_id in self.drained
+        self._open_or_close(worker)
         self._send(peer, m.Welcome(self.versions, HEARTBEAT_S))
         for job_id, attempt in hello.running:
-            job = self.jobs.get(job_id)
-            if job is None or job.attempt != attempt or hello.worker_id not in job.seats:
+            held = self.jobs.get(job_id)
+            if held is None or held.attempt != attempt or worker_id not in held.seats:
                 self._send(peer, m.Stop(job_id, attempt, "the orchestrator no longer knows this job", kill=True))
                 self._send(peer, m.Forget(job_id, attempt))
-            elif job.state is JobState.ENDED:
+            elif held.state is JobState.ENDED:
                 self._send(peer, m.Forget(job_id, attempt))
-        self._resend(self.workers[hello.worker_id])
+        self._resend(worker)
         self._place()
 
     def _resend(self, worker: Worker) -> None:
         """What a worker that was away may have missed; it ignores what it has already."""
-        for job in self.jobs.values():
-            if worker.worker_id not in job.seats or job.state is JobState.ENDED:
-                continue
+        for job in self._jobs_on(worker.worker_id):
             if job.state is JobState.ASSIGNED:
                 self._send(worker.peer, self._assign(job, worker.worker_id))
             elif (job.job_id, job.attempt) not in worker.hello.running:
-                self._stop(job, f"worker {worker.worker_id} lost it")
+                self._lose(job, worker.worker_id, worker.hello.host, "lost it")
             elif job.state is JobState.STOPPING:
                 self._send(worker.peer, m.Stop(job.job_id, job.attempt, job.reason))
             else:
                 self._send(worker.peer, job.launch())
                 if len(job.joined) == job.world_size:
                     self._send(worker.peer, job.formed())
-
-    def _assign(self, job: Job, worker_id: str) -> m.Assign:
-        groups = job.workers
-        ranks, group_rank = job.ranks_on(worker_id), groups.index(worker_id)
-        return m.Assign(job.job_id, job.attempt, job.world_size, ranks, group_rank, len(groups), job.spec)
+                if job.spec.kind == "tasks":
+                    self._send(job.client, m.Started(job.job_id, job.hosts, job.seats))
 
     def _peer_lost(self, peer: bytes, now: float) -> None:
         worker = self._worker_at(peer)
         if worker is not None:
-            worker.lost_since = now
+            worker.lost_since = self.away[worker.worker_id] = now
+            self._open_or_close(worker)
             self._log("warning", f"worker {worker.worker_id} lost its connection")
         elif peer in self.clients:
             self.clients[peer] = now
+            self.gone[peer] = now + RECONNECT_GRACE_S
+            for job in self.jobs.values():
+                if job.client == peer and job.state in ON_WORKERS:
+                    self._acknowledge_all(job)
 
     def _expire(self, now: float) -> None:
-        for worker in list(self.workers.values()):
-            if worker.lost_since is not None and now - worker.lost_since >= RECONNECT_GRACE_S:
-                self._evict(worker, f"was lost: its connection closed and did not come back in {RECONNECT_GRACE_S:g} s")
-            elif now - worker.last_seen >= HEARTBEAT_TIMEOUT_S:
-                self._evict(worker, f"was lost: no heartbeat for {HEARTBEAT_TIMEOUT_S:g} s")
-        for peer, since in list(self.clients.items()):
-            if since is not None and now - since >= RECONNECT_GRACE_S:
-                del self.clients[peer]
-                for job in list(self.jobs.values()):
-                    job.curious.discard(peer)
-                    if job.client == peer:
-                        self._stop(job, "its client went away")
+        # Compared as next_deadline says it, or rounding would leave a deadline that has come and is not met.
+        while self.away and now >= next(iter(self.away.values())) + RECONNECT_GRACE_S:
+            worker_id = next(iter(self.away))
+            why = f"was lost: its connection closed and did not come back in {RECONNECT_GRACE_S:g} s"
+            self._evict(self.workers[worker_id], why)
+        while self.heard and now >= (since := next(iter(self.heard.values()))) + HEARTBEAT_TIMEOUT_S:
+            self.counts.heartbeats_missed += round((now - since) / HEARTBEAT_S)
+            self._evict(self.workers[next(iter(self.heard))], f"was lost: no heartbeat for {HEARTBEAT_TIMEOUT_S:g} s")
+        for worker_id in [worker_id for worker_id, until in self.missed.items() if now >= until]:
+            del self.missed[worker_id]
+            self._give_up(
+                worker_id, "", f"did not come back within {RETURN_WITHIN_S:g} s of the orchestrator's restart"
+            )
+        for worker_id in [worker_id for worker_id, until in self.hand_backs.items() if now >= until]:
+            del self.hand_backs[worker_id]
+            for job in self._jobs_on(worker_id):
+                self._hand_back(job, self.workers[worker_id])
+        for peer in [peer for peer, until in self.gone.items() if now >= until]:
+            self._client_gone(peer)
+        if self.delayed and self.delayed[0][0] <= now:
+            self._place()
+        if self.ended:
+            self._prune()
+
+    def _client_gone(self, peer: bytes) -> None:
+        del self.gone[peer], self.clients[peer]
+        for job in list(self.jobs.values()):
+            job.curious.discard(peer)
+            job.watchers.discard(peer)
+            if job.client == peer:
+                self._stop(job, CLIENT_GONE)
 
     def _evict(self, worker: Worker, why: str) -> None:
-        del self.workers[worker.worker_id]
-        self._log("info" if why == "left" else "warning", f"worker {worker.worker_id} {why}")
-        for job in list(self.jobs.values()):
-            if worker.worker_id not in job.seats or job.state is JobState.ENDED:
-                continue
-            reason = f"worker {worker.worker_id} ({worker.hello.host}) {why}"
-            for rank in job.ranks_on(worker.worker_id):
-                if rank not in job.exits:
-                    if job.cause < 0 and not job.reason:
-                        job.cause = rank
-                    pid = job.joined[rank].pid if rank in job.joined else 0
-                    host = worker.hello.host
-                    status = m.RankStatus(rank, worker.worker_id, host, pid, 1, reason=reason)
-                    if not job.reason:
-                        self._tell_workers(job, m.Lost(job.job_id, job.attempt, status, reason))
-                    job.exits[rank] = status
-            self._stop(job, reason)
-            self._end_if_done(job)
+        worker_id = worker.worker_id
+        del self.workers[worker_id], self.heard[worker_id]
+        self.rooms.remove(worker_id)
+        self.away.pop(worker_id, None)
+        self.hand_backs.pop(worker_id, None)
+        self._log("info" if why == "left" else "warning", f"worker {worker_id} {why}")
+        self.counts.workers_lost += why != "left"
+        self._give_up(worker_id, worker.hello.host, why)
+
+    def _give_up(self, worker_id: str, host: str, why: str) -> None:
+        jobs = self._jobs_on(worker_id)
+        self.seated.pop(worker_id, None)
+        for job in jobs:
+            if job.state in ON_WORKERS and worker_id in job.seats:
+                self._lose(job, worker_id, host or job.hosts[job.seats.index(worker_id)], why)
+
+    def _disk(self, event: Saved | SaveFailed | SavesAgain) -> None:
+        if isinstance(event, Saved):
+            job = self.jobs.get(event.job_id)
+            if job is not None and job.state is JobState.FETCHING:
+                self._admit(job)
+        elif isinstance(event, SavesAgain):
+            self.disk_error = ""
+            self._log("info", "jobs can be written down again: new ones are taken")
+        else:
+            if not self.disk_error:
+                self._log(
+                    "error", f"jobs cannot be written down ({event.reason}): no new ones are taken, known ones go on"
+                )
+            self.disk_error = event.reason
+            for job_id in event.job_ids:
+                if (job := self.jobs.get(job_id)) is not None and job.state is JobState.FETCHING:
+                    self._reject(job, f"the orchestrator cannot write it down ({event.reason}), so it is not taken")
 
     def _worker_at(self, peer: bytes) -> Worker | None:
         worker = self.workers.get(peer.decode(errors="replace").rpartition("/")[0])
         return worker if worker is not None and worker.peer == peer else None
 
-    # What clients say
-
-    def _from_client(self, peer: bytes, message: m.Message) -> None:
-        if isinstance(message, m.Submit):
-            self._submit(peer, message)
-        elif isinstance(message, m.Part):
-            self._effects.append(StorePart(peer, message))
-        elif isinstance(message, m.Why):
-            self._why(peer, message.job_id)
-        elif isinstance(message, m.Cancel | m.OutputAck):
-            job = self.jobs.get(message.job_id)
-            if job is None or job.client != peer:
-                return
-            if isinstance(message, m.OutputAck):
-                self._send_worker(job.seats[message.rank], message) if message.rank < len(job.seats) else None
-            elif message.kill and job.state is JobState.STOPPING:
-                self._tell_workers(job, m.Stop(job.job_id, job.attempt, "cancelled", kill=True))
-            else:
-                self._stop(job, "cancelled", message.kill)
-
-    def _why(self, peer: bytes, job_id: str) -> None:
-        if not job_id:
-            running = [j.job_id for j in self.jobs.values() if j.state is JobState.RUNNING]
-            job_id = running[0] if len(running) == 1 else ""
-        job = self.jobs.get(job_id)
-        if job is None or job.state not in (JobState.RUNNING, JobState.STOPPING):
-            running = [j.job_id for j in self.jobs.values() if j.state is JobState.RUNNING]
-            what = f"job {job_id} is unknown here" if job_id else "say which job"
-            what = what if job is None else f"job {job_id} is {job.state.name.lower()}"
-            known = f"running: {', '.join(running)}" if running else "no job runs"
-            self._send(peer, m.Because(job_id, f"{what}; {known}"))
-            return
-        job.curious.add(peer)
-        self._send(peer, m.Because(job_id, "", job.world_size))
-        self._tell_workers(job, m.Ask(job.job_id, job.attempt, -1, 0, records=True))
-
-    def _submit(self, peer: bytes, submit: m.Submit) -> None:
-        known = self.jobs.get(submit.job_id)
-        if known is not None:
-            if known.state is JobState.ENDED:
-                self._send(peer, known.result())
-            return
-        if submit.again:
-            self._send(peer, m.Ended(submit.job_id, "the orchestrator was restarted and no longer knows this job", -1))
-            return
-        if submit.world_size < 1:
-            self._send(peer, m.Ended(submit.job_id, f"a job needs at least one rank, not {submit.world_size}", -1))
-            return
-        job = Job(submit.job_id, peer, submit.world_size, submit.spec)
-        self.jobs[job.job_id] = job
-        self._log("info", f"job {job.job_id} submitted: {submit.spec.target}, {job.world_size} ranks")
-        if submit.spec.digest:
-            job.state = JobState.FETCHING
-            self._effects.append(FetchBundle(submit.spec.digest, submit.spec.bundle_bytes, peer))
-        else:
-            self._place()
-
-    # Gangs
-
-    def _fetching(self, digest: str) -> list[Job]:
-        return [j for j in self.jobs.values() if j.state is JobState.FETCHING and j.spec.digest == digest]
-
-    def _place(self) -> None:
-        """Starts whatever fits, in the order of submission; a later job never overtakes one that waits for slots."""
-        for job in list(self.jobs.values()):
-            if job.state is not JobState.QUEUED:
-                continue
-            seats, reason = self.policy(job.world_size, self._slots(), self.placed_count)
-            if seats is None:
-                if reason != job.waits_for:
-                    job.waits_for = reason
-                    self._send(job.client, m.Waiting(job.job_id, reason))
-                return
-            self.placed_count += 1
-            job.seats = seats
-            job.move(JobState.ASSIGNED)
-            job.hosts = tuple(self.workers[seat].hello.host for seat in seats)
-            for worker_id in job.workers:
-                self._send_worker(worker_id, self._assign(job, worker_id))
-
-    def _slots(self) -> dict[str, tuple[int, int]]:
-        taken = dict.fromkeys(self.workers, 0)
-        for job in self.jobs.values():
-            if job.state is not JobState.ENDED:
-                for seat in job.seats:
-                    if seat in taken:
-                        taken[seat] += 1
-        return {
-            worker_id: (
-                0 if worker.lost_since is not None else worker.hello.slots - taken[worker_id],
-                worker.hello.slots,
-            )
-            for worker_id, worker in self.workers.items()
-        }
-
     # What workers say
 
     def _from_worker(self, worker: Worker, message: m.Message) -> None:
-        if isinstance(message, m.Want):
+        if isinstance(message, m.Heartbeat):
+            self.rooms.set_load(worker.worker_id, message.load)
+        elif isinstance(message, m.Want):
             self._effects.append(ServeBundle(worker.peer, message))
+        elif isinstance(message, m.Leaving):
+            worker.leaving = True
+            self._open_or_close(worker)
+            self._log("info", f"worker {worker.worker_id} drains: it gets no new work")
+            self._retire(worker)
         elif isinstance(message, m.Goodbye):
             self._evict(worker, "left")
-        elif isinstance(message, m.Assigned | m.AssignFailed | m.RankExited | m.Output | m.Join | m.Ask | m.Answer):
+        elif isinstance(
+            message, m.HandBack | m.Assigned | m.AssignFailed | m.RankExited | m.Output | m.Join | m.Ask | m.Answer
+        ):
             job = self.jobs.get(message.job_id)
-            if job is not None and job.attempt == message.attempt and worker.worker_id in job.seats:
+            known = job is not None and job.attempt == message.attempt and worker.worker_id in job.seats
+            if job is not None and known and job.state in ON_WORKERS:
                 self._about_job(job, worker, message)
-            elif isinstance(message, m.RankExited):
+            elif not isinstance(message, m.Output | m.Ask | m.Answer):
+                # It was given up while that worker was away, or heard of too late: whatever it holds, it need not.
+                self._send(worker.peer, m.Stop(message.job_id, message.attempt, "it was given up", kill=True))
                 self._send(worker.peer, m.Forget(message.job_id, message.attempt))
 
     def _about_job(self, job: Job, worker: Worker, message: m.Message) -> None:
-        if isinstance(message, m.Assigned):
+        if isinstance(message, m.HandBack):
+            self._hand_back(job, worker)
+        elif isinstance(message, m.Assigned):
             self._prepared(job, worker.worker_id, message.port)
-        elif isinstance(message, m.AssignFailed):
-            self._stop(job, f"worker {worker.worker_id} cannot start it: {message.reason}")
+        elif isinstance(message, m.AssignFailed) and job.state is JobState.ASSIGNED:
+            self._lose(job, worker.worker_id, worker.hello.host, f"cannot start it: {message.reason}")
         elif isinstance(message, m.Join):
             self._joined(job, worker, message)
         elif isinstance(message, m.Output):
-            if not self._reaches(job.client):  # nobody reads: keep its worker from waiting for a reader
-                self._send(worker.peer, m.OutputAck(job.job_id, message.rank, len(message.data)))
-            else:
+            if self._reaches(job.client):
                 self._send(job.client, message)
+                return
+            if job.detached:
+                self._effects.append(KeepOutput(job.job_id, message.rank, message.data))
+            # Nobody reads who would say so: keep its worker from waiting for that.
+            self._send(worker.peer, m.OutputAck(job.job_id, message.rank, len(message.data)))
         elif isinstance(message, m.RankExited):
             self._exited(job, message.status)
         elif isinstance(message, m.Ask):
@@ -309,84 +322,3 @@ class Core:
                 self._send(client, message)
         elif isinstance(message, m.Answer) and message.asker < job.world_size:
             self._send_worker(job.seats[message.asker], message)
-
-    def _prepared(self, job: Job, worker_id: str, port: int) -> None:
-        if job.state is not JobState.ASSIGNED:
-            return
-        job.ports[worker_id] = port
-        if len(job.ports) < len(job.workers):
-            return
-        job.move(JobState.RUNNING)
-        self._tell_workers(job, job.launch())
-        self._send(job.client, m.Started(job.job_id, job.hosts, job.seats))
-        self._log("info", f"job {job.job_id} started on {', '.join(job.workers)}")
-
-    def _joined(self, job: Job, worker: Worker, join: m.Join) -> None:
-        if job.seats[join.rank : join.rank + 1] != (worker.worker_id,):
-            return
-        job.joined[join.rank] = Member(
-            join.rank, worker.worker_id, worker.hello.host, join.pid, join.address, join.memory
-        )
-        if len(job.joined) == job.world_size:
-            self._tell_workers(job, job.formed())
-
-    def _exited(self, job: Job, status: m.RankStatus) -> None:
-        if status.rank in job.exits or job.state is JobState.ENDED:
-            return
-        job.exits[status.rank] = status
-        if status.failed and not status.stopped and job.cause < 0 and not job.reason:
-            job.cause = status.rank
-            self._tell_workers(job, m.Lost(job.job_id, job.attempt, status, how(status)))
-            self._stop(job, f"rank {status.rank} failed")
-        self._end_if_done(job)
-
-    # How a job ends
-
-    def _stop(self, job: Job, reason: str, kill: bool = False) -> None:
-        """Stops what runs of a job; a job that does not run ends at once."""
-        if job.state in (JobState.STOPPING, JobState.ENDED):
-            return
-        job.reason = reason
-        if job.state in (JobState.FETCHING, JobState.QUEUED):
-            self._end(job, reason)
-            return
-        if job.state is JobState.ASSIGNED:
-            self._tell_workers(job, m.Stop(job.job_id, job.attempt, reason, kill=True))
-            self._end(job, reason)
-            return
-        job.move(JobState.STOPPING)
-        self._tell_workers(job, m.Stop(job.job_id, job.attempt, reason, kill))
-
-    def _end_if_done(self, job: Job) -> None:
-        if job.state is not JobState.ENDED and len(job.exits) == job.world_size:
-            self._end(job, job.reason)
-
-    def _end(self, job: Job, reason: str) -> None:
-        job.reason = reason
-        job.move(JobState.ENDED)
-        self._tell_workers(job, m.Forget(job.job_id, job.attempt))
-        self._send(job.client, job.result())
-        self._log("info", f"job {job.job_id} ended{': ' + reason if reason else ''}")
-        ended = [other for other in self.jobs.values() if other.state is JobState.ENDED]
-        for old in ended[:-ENDED_JOBS_KEPT]:
-            del self.jobs[old.job_id]
-        self._place()
-
-    # Effects
-
-    def _reaches(self, client: bytes) -> bool:
-        return self.clients.get(client, 0.0) is None
-
-    def _send(self, peer: bytes, message: m.Message) -> None:
-        self._effects.append(Send(peer, message))
-
-    def _send_worker(self, worker_id: str, message: m.Message) -> None:
-        if worker_id in self.workers:
-            self._send(self.workers[worker_id].peer, message)
-
-    def _tell_workers(self, job: Job, message: m.Message) -> None:
-        for worker_id in job.workers:
-            self._send_worker(worker_id, message)
-
-    def _log(self, level: str, text: str) -> None:
-        self._effects.append(Log(level, text))

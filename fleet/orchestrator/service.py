@@ -1,49 +1,84 @@
-"""The orchestrator's shell: one ROUTER, the clock and the bundles around the core. Decides nothing.
+"""The orchestrator's shell: one ROUTER, the clock, the bundles and the jobs' file around the core. Decides nothing.
 
-`run` returns when it is told to stop; every socket and file it made is gone then.
+What a turn of the loop decided is written down before any of it is said or done. `run` returns when it is told to stop;
+every socket it made is gone then, and every file but those that it was told to keep.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 
 from fleet import messages as m
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Router
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
-from fleet.errors import ProtocolError
+from fleet.errors import ConfigError, ProtocolError
+from fleet.exposition import Exposition, Pulse
 from fleet.orchestrator.bundles import Bundles
-from fleet.orchestrator.core import POLICIES, Core
+from fleet.orchestrator.core import Core
+from fleet.orchestrator.jobs import recalled
+from fleet.orchestrator.logs import JobLogs
+from fleet.orchestrator.metrics import OrchestratorMetrics
 from fleet.orchestrator.state import (
     BundleRefused,
     BundleStored,
+    DropBundle,
     Effect,
+    Erase,
     Event,
     FetchBundle,
+    KeepOutput,
     Log,
     PeerLost,
     Received,
+    Save,
+    Saved,
+    SaveDrained,
+    SaveFailed,
+    SavesAgain,
     Send,
     ServeBundle,
+    ServeLog,
     StorePart,
     Tick,
 )
+from fleet.orchestrator.store import Store
 
+BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
 BUNDLE_LIMIT_BYTES = 1 << 30  # what a client may raise --max-bundle to
 
 log = logging.getLogger("fleet.orchestrator")
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """Where jobs, their files and what they print outlive the orchestrator, and how many that have ended."""
+
+    folder: Path
+    keep_jobs: int
+    keep_s: float
+
+
 class Service:
     """One running orchestrator. `stop` may be called from any thread or signal handler."""
 
-    def __init__(self, endpoint: str, lock: Lock, versions: m.Versions, runtime: Path, policy: str) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        lock: Lock,
+        versions: m.Versions,
+        runtime: Path,
+        policy: str,
+        metrics_port: int | None = None,
+        keeping: Keeping | None = None,  # None: jobs are gone with this process
+    ) -> None:
         self._bus = Bus(lock)
         try:
             self._router = Router(self._bus, endpoint)
@@ -51,11 +86,34 @@ class Service:
             self._bus.close()
             raise
         self.endpoint = self._router.endpoint
-        self._core = Core(versions, POLICIES[policy])
-        self._bundles = Bundles(runtime, BUNDLE_LIMIT_BYTES)
+        self._store: Store | None = None
+        self._exposition: Exposition | None = None
+        self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
+        self._pulse = Pulse(monotonic, LATE_AFTER_S)
+        self._core = Core(versions, policy, epoch=time() - monotonic())
+        try:
+            if keeping is not None:
+                runtime = keeping.folder
+                self._store = self._recall(keeping)
+            if metrics_port is not None:
+                metrics = [OrchestratorMetrics(self._core, self._turning, monotonic)]
+                self._exposition = Exposition(metrics_port, metrics, self._pulse.wrong)
+            self._bundles = Bundles(runtime / "bundles", BUNDLE_LIMIT_BYTES)
+        except BaseException:
+            self._close()
+            raise
+        self._logs = JobLogs(runtime / "logs")
+        self._new: list[str] = []  # jobs that wait to be written down for the first time
+        self._failing = False  # the disk took nothing the last time
+        self._unlogged: set[str] = set()  # jobs whose output the disk did not take
+        self._todo: list[Effect] = []  # decided, and to be done once it is written down
         self._wake = Wake()
         self._stopping = threading.Event()
         self._garbage_count = 0
+
+    @property
+    def metrics_port(self) -> int | None:
+        return self._exposition.port if self._exposition else None
 
     def stop(self) -> None:
         self._stopping.set()
@@ -66,12 +124,34 @@ class Service:
         try:
             self._loop()
         finally:
-            self._bus.close()
+            self._close()
             self._wake.close()
+
+    def _close(self) -> None:
+        self._bus.close()
+        if self._exposition is not None:
+            self._exposition.close()
+        if self._store is not None:
+            self._store.close()
+
+    def _recall(self, keeping: Keeping) -> Store:
+        core = self._core
+        core.durable, core.keep_jobs, core.keep_s = True, keeping.keep_jobs, keeping.keep_s
+        store = Store(keeping.folder)
+        try:
+            core.recall([recalled(record, core.epoch) for record in store.records()], store.drained(), monotonic())
+        except ValueError as error:
+            store.close()
+            raise ConfigError(f"the jobs in {keeping.folder} cannot be read: {error}") from None
+        if core.jobs:
+            waiting = len(core.waiting)
+            log.info("recalled %d jobs, %d of them wait and %d have ended", len(core.jobs), waiting, len(core.ended))
+        return store
 
     def _loop(self) -> None:
         poller = Poller([*self._router.poll_sockets, self._wake])
         while not self._stopping.is_set():
+            self._pulse.beat()
             happened = self._router.receive()
             for thing in happened:
                 if isinstance(thing, Arrived):
@@ -79,13 +159,19 @@ class Service:
                 else:
                     self._step(PeerLost(thing.peer))
             if happened:
+                self._flush()
                 continue  # there may be more than one batch
             self._step(Tick())
-            deadline = self._core.next_deadline()
-            poller.wait(None if deadline is None else max(0.0, deadline - monotonic()))
+            self._flush()
+            deadline = min(self._core.next_deadline() or math.inf, monotonic() + BEAT_EVERY_S)
+            poller.wait(max(0.0, deadline - monotonic()))
             self._wake.clear()
 
     def _arrived(self, arrived: Arrived) -> None:
+        if (job_id := m.relayed_job(arrived.data)) is not None:
+            if (receiver := self._core.relay_to(arrived.peer, job_id)) is not None:
+                self._router.send(receiver, arrived.data, arrived.rest)
+            return
         try:
             message = m.decode(arrived.data)
         except ProtocolError as error:
@@ -95,11 +181,49 @@ class Service:
             return
         self._step(Received(arrived.peer, message))
 
-    def _step(self, first: Event) -> None:
-        events: deque[Event] = deque([first])
-        while events:
-            for effect in self._core.step(events.popleft(), monotonic()):
-                events.extend(self._perform(effect))
+    def _step(self, event: Event) -> None:
+        """Decides. What is to be written down is noted, everything else waits until it has been: see _flush."""
+        with self._turning:
+            effects = self._core.step(event, monotonic())
+        for effect in effects:
+            if self._store is None or not isinstance(effect, Save | Erase | SaveDrained):
+                self._todo.append(effect)
+            elif isinstance(effect, Save):
+                self._store.save(effect.job_id, effect.number, effect.record)
+                if effect.is_new:
+                    self._new.append(effect.job_id)
+            elif isinstance(effect, SaveDrained):
+                self._store.save_drained(effect.worker_ids)
+            else:
+                self._store.erase(effect.job_id)
+                self._todo.append(effect)
+
+    def _flush(self) -> None:
+        """Writes down what was decided, then does it, and what comes of that too."""
+        while True:
+            events = self._write_down()
+            todo, self._todo = self._todo, []
+            for effect in todo:
+                events += self._perform(effect)
+            if not events and not self._todo:
+                return
+            for event in events:
+                self._step(event)
+
+    def _write_down(self) -> list[Event]:
+        if self._store is None or not self._store.has_unsaved:
+            return []
+        new, self._new = self._new, []
+        try:
+            self._store.commit()
+        except OSError as error:
+            first = not self._failing
+            self._failing = True
+            self._store.abandon(new)
+            return [SaveFailed(tuple(new), str(error))] if new or first else []
+        recovered: list[Event] = [SavesAgain()] if self._failing else []
+        self._failing = False
+        return [*recovered, *map(Saved, new)]
 
     def _perform(self, effect: Effect) -> list[Event]:
         """Carries out one effect; returns what came of it at once."""
@@ -118,13 +242,41 @@ class Service:
             )
         elif isinstance(effect, StorePart):
             return self._fetched(effect.part.digest, effect.peer, lambda: self._bundles.store(effect.peer, effect.part))
+        elif isinstance(effect, DropBundle):
+            self._bundles.drop(effect.digest)
+        elif isinstance(effect, Erase):
+            self._logs.remove(effect.job_id)
+        elif isinstance(effect, KeepOutput):
+            self._keep_output(effect)
+        elif isinstance(effect, ServeLog):
+            self._serve_log(effect)
         return []
 
     def _fetched(self, digest: str, peer: bytes, act: Callable[[], m.Want | None]) -> list[Event]:
         try:
             want = act()
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            log.error("the files of a job cannot be stored: %s", error)
+            return [BundleRefused(digest, f"the orchestrator cannot store its files: {error.strerror}")]
+        except ValueError as error:
             return [BundleRefused(digest, f"its bundle was refused: {error}")]
         if want is not None:
             self._router.send(peer, m.encode(want))
         return [BundleStored(digest)] if self._bundles.has(digest) else []
+
+    def _keep_output(self, kept: KeepOutput) -> None:
+        try:
+            self._logs.append(kept.job_id, kept.rank, kept.data)
+        except OSError as error:
+            if kept.job_id not in self._unlogged:
+                self._unlogged.add(kept.job_id)
+                log.error("what job %s prints cannot be kept: %s", kept.job_id, error.strerror)
+
+    def _serve_log(self, serve: ServeLog) -> None:
+        ask = serve.ask
+        try:
+            offset, data, at_end = self._logs.read(ask.job_id, ask.rank, ask.offset)
+            part = m.LogPart(ask.job_id, ask.rank, offset, data, serve.ended and at_end)
+        except OSError as error:
+            part = m.LogPart(ask.job_id, ask.rank, ask.offset, b"", True, f"its log cannot be read: {error.strerror}")
+        self._router.send(serve.peer, m.encode(part))

@@ -1,30 +1,15 @@
-"""What the orchestrator knows: its workers and jobs, the legal moves of a job, events in and effects out. Plain values."""
+"""What the orchestrator knows of its workers, what it counts, events in and effects out. Plain values; a job is in jobs.py."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from typing import Literal
 
 from fleet import messages as m
 
-
-class JobState(Enum):
-    FETCHING = auto()  # its bundle is on the way from the client
-    QUEUED = auto()  # waits for slots
-    ASSIGNED = auto()  # workers prepare it
-    RUNNING = auto()
-    STOPPING = auto()  # told to stop, because of a failed rank, a lost worker or its client
-    ENDED = auto()
-
-
-MOVES: dict[JobState, frozenset[JobState]] = {
-    JobState.FETCHING: frozenset({JobState.QUEUED, JobState.ENDED}),
-    JobState.QUEUED: frozenset({JobState.ASSIGNED, JobState.ENDED}),
-    JobState.ASSIGNED: frozenset({JobState.RUNNING, JobState.STOPPING, JobState.ENDED}),
-    JobState.RUNNING: frozenset({JobState.STOPPING, JobState.ENDED}),
-    JobState.STOPPING: frozenset({JobState.ENDED}),
-    JobState.ENDED: frozenset(),
-}
+OUTCOMES = ("succeeded", "failed", "cancelled", "quarantined")
+DISPATCH_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
 
 
 @dataclass
@@ -35,54 +20,33 @@ class Worker:
     hello: m.WorkerHello
     last_seen: float
     lost_since: float | None = None  # set while its connection is down
+    leaving: bool = False  # by its own word
+    drained: bool = False  # by somebody's, who may take it back
 
     @property
     def worker_id(self) -> str:
         return self.hello.worker_id
 
+    @property
+    def state(self) -> Literal["ready", "draining", "lost"]:
+        return "lost" if self.lost_since is not None else "draining" if self.leaving or self.drained else "ready"
+
 
 @dataclass
-class Job:
-    """One submitted job. `seats` is the worker_id of each rank, empty until it is placed."""
+class Counts:
+    """What has happened so far, for the metrics."""
 
-    job_id: str
-    client: bytes
-    world_size: int
-    spec: m.Spec
-    state: JobState = JobState.QUEUED
-    attempt: int = 1
-    seats: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ()  # the advertised host of each rank, as long as `seats`
-    waits_for: str = ""  # as last told to the client
-    ports: dict[str, int] = field(default_factory=dict)  # by worker that is prepared
-    joined: dict[int, m.Member] = field(default_factory=dict)
-    exits: dict[int, m.RankStatus] = field(default_factory=dict)
-    curious: set[bytes] = field(default_factory=set)  # clients that asked why, and get the ranks' answers
-    cause: int = -1  # the rank that failed first
-    reason: str = ""  # why it ends, if not by itself
+    jobs: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
+    dispatch_s: list[int] = field(default_factory=lambda: [0] * (len(DISPATCH_SECONDS) + 1))  # jobs, by bucket
+    dispatch_sum_s: float = 0.0
+    heartbeats_missed: int = 0
+    workers_lost: int = 0
+    failovers: int = 0  # jobs that began again elsewhere
+    generations: int = 0  # worlds formed
 
-    @property
-    def workers(self) -> tuple[str, ...]:
-        """Its workers, in the order of their first rank."""
-        return tuple(dict.fromkeys(self.seats))
-
-    def ranks_on(self, worker_id: str) -> tuple[int, ...]:
-        return tuple(rank for rank, seat in enumerate(self.seats) if seat == worker_id)
-
-    def launch(self) -> m.Launch:
-        return m.Launch(self.job_id, self.attempt, self.hosts[0], self.ports[self.workers[0]])
-
-    def formed(self) -> m.Formed:
-        """The world, once every rank has joined."""
-        members = tuple(self.joined[rank] for rank in range(self.world_size))
-        return m.Formed(self.job_id, self.attempt, m.World(self.attempt, members))
-
-    def result(self) -> m.Ended:
-        return m.Ended(self.job_id, self.reason, self.cause, tuple(self.exits[rank] for rank in sorted(self.exits)))
-
-    def move(self, state: JobState) -> None:
-        assert state in MOVES[self.state], f"job {self.job_id}: {self.state.name} -> {state.name}"
-        self.state = state
+    def dispatched(self, seconds: float) -> None:
+        self.dispatch_s[bisect_left(DISPATCH_SECONDS, seconds)] += 1
+        self.dispatch_sum_s += seconds
 
 
 # Events
@@ -113,11 +77,31 @@ class BundleRefused:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """A new job is on the disk."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class SaveFailed:
+    """The disk takes nothing now. The new jobs among what was to be saved are named; the rest is tried again."""
+
+    job_ids: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class SavesAgain:
+    """The disk takes everything again, and has."""
+
+
+@dataclass(frozen=True)
 class Tick:
     pass
 
 
-Event = Received | PeerLost | BundleStored | BundleRefused | Tick
+Event = Received | PeerLost | BundleStored | BundleRefused | Saved | SaveFailed | SavesAgain | Tick
 
 
 # Effects
@@ -151,9 +135,60 @@ class StorePart:
 
 
 @dataclass(frozen=True)
+class DropBundle:
+    """No job that is known needs it any more."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
+class Save:
+    """Write a job down before anything that follows is said to anybody. `is_new`: answered by Saved or SaveFailed."""
+
+    job_id: str
+    number: int
+    record: bytes
+    is_new: bool
+
+
+@dataclass(frozen=True)
+class Erase:
+    """Forget a job, and what it printed."""
+
+    job_id: str
+
+
+@dataclass(frozen=True)
+class SaveDrained:
+    """The workers that somebody drained."""
+
+    worker_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KeepOutput:
+    """Append to what a rank of a detached job has printed."""
+
+    job_id: str
+    rank: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class ServeLog:
+    """Answer from what is kept; `ended`: nothing will be added."""
+
+    peer: bytes
+    ask: m.ReadLog
+    ended: bool
+
+
+@dataclass(frozen=True)
 class Log:
     level: str
     text: str
 
 
-Effect = Send | FetchBundle | ServeBundle | StorePart | Log
+Effect = (
+    Send | FetchBundle | ServeBundle | StorePart | DropBundle | Save | Erase | SaveDrained | KeepOutput | ServeLog | Log
+)  # fmt: skip

@@ -1,0 +1,261 @@
+"""What clients say, and what they are told: submit, cancel, look at jobs, drain a worker. Pure, as core.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fleet import messages as m
+from fleet.orchestrator.gangs import CANCELLED, RELEASED, Gangs
+from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
+from fleet.orchestrator.placement import POLICIES
+from fleet.orchestrator.state import FetchBundle, SaveDrained, ServeLog, StorePart, Worker
+
+EVERYTHING_BYTES = 1 << 40
+JOBS_TOLD_AT_MOST = 5000  # in one answer, which is one frame
+
+
+@dataclass
+class Clients(Gangs):
+    """The half of the core that answers people."""
+
+    drained: set[str] = field(default_factory=set)  # worker_ids, there now or not
+    hand_backs: dict[str, float] = field(default_factory=dict)  # when what runs on a drained worker moves elsewhere
+    with_files: dict[str, None] = field(default_factory=dict)  # whose files may be on the way, in order; see _fetching
+    disk_error: str = ""  # why nothing can be written down now
+
+    def _from_client(self, peer: bytes, message: m.Message) -> None:
+        if isinstance(message, m.Submit):
+            self._submit(peer, message)
+        elif isinstance(message, m.Part):
+            self._effects.append(StorePart(peer, message))
+        elif isinstance(message, m.OutputAck):
+            job = self.jobs.get(message.job_id)
+            if job is not None and job.client == peer and message.rank < len(job.seats):
+                self._send_worker(job.seats[message.rank], message)
+        elif isinstance(message, m.Cancel):
+            self._cancel(peer, message)
+        elif isinstance(message, m.ListWorkers):
+            self._send(peer, m.Workers(tuple(self._state_of(worker) for worker in self.workers.values())))
+        elif isinstance(message, m.ListJobs):
+            self._list_jobs(peer, message)
+        elif isinstance(message, m.Watch):
+            self._watch(peer, message.job_id)
+        elif isinstance(message, m.ReadLog):
+            self._read_log(peer, message)
+        elif isinstance(message, m.Drain):
+            self._drain(peer, message)
+        elif isinstance(message, m.Why):
+            self._why(peer, message.job_id)
+
+    # A job's beginning and end
+
+    def _submit(self, peer: bytes, submit: m.Submit) -> None:
+        known = self.jobs.get(submit.job_id)
+        if known is not None:
+            self._submitted_again(peer, known)
+            return
+        if submit.again:
+            self._send(peer, m.Ended(submit.job_id, "the orchestrator was restarted and no longer knows this job", -1))
+            return
+        if reason := self._unacceptable(submit):
+            self._send(peer, m.Rejected(submit.job_id, reason))
+            return
+        now = self._now
+        self.submitted_count += 1
+        job = Job(
+            submit.job_id,
+            peer,
+            submit.world_size,
+            submit.spec,
+            submit.options,
+            submit.detached,
+            self.submitted_count,
+            submitted_at=now,
+            queued_at=now,
+            state=JobState.FETCHING,
+        )
+        self.jobs[job.job_id] = job
+        self._log("info", f"job {job.job_id} submitted: {submit.spec.target}, {job.shape}")
+        if submit.spec.digest:
+            self.bundle_users[submit.spec.digest] += 1
+            self.with_files[job.job_id] = None
+            self._effects.append(FetchBundle(submit.spec.digest, submit.spec.bundle_bytes, peer))
+        else:
+            self._write_down(job)
+
+    def _submitted_again(self, peer: bytes, job: Job) -> None:
+        """The client did not hear the answer, or was away."""
+        if job.state is JobState.FETCHING:
+            return  # the answer comes
+        self._send(peer, m.Accepted(job.job_id))
+        if job.client != peer:
+            return
+        if job.state is JobState.ENDED:
+            self._send(peer, job.result())
+        elif job.state in ON_WORKERS:
+            if job.state is JobState.RUNNING:
+                self._send(peer, m.Started(job.job_id, job.hosts, job.seats))
+            self._acknowledge_all(job)
+        elif job.state is JobState.QUEUED and job.waits_for:
+            self._send(peer, m.Waiting(job.job_id, job.waits_for))
+
+    def _acknowledge_all(self, job: Job) -> None:
+        """What its client acknowledged, or never got, may be lost with a connection: ranks must not wait for that."""
+        for rank, worker_id in enumerate(job.seats):
+            self._send_worker(worker_id, m.OutputAck(job.job_id, rank, EVERYTHING_BYTES))
+
+    def _unacceptable(self, submit: m.Submit) -> str:
+        """Why a job is not taken; empty: it is."""
+        if submit.world_size < 1:
+            return f"a job needs at least one rank, not {submit.world_size}"
+        if submit.options.policy and submit.options.policy not in POLICIES:
+            return f"there is no policy {submit.options.policy!r}; there are {', '.join(POLICIES)}"
+        if submit.spec.kind == "tasks" and submit.world_size > 1:
+            return "a task runner is one rank"
+        if self.disk_error:
+            return f"the orchestrator cannot write jobs down ({self.disk_error}), so it takes no new ones"
+        return ""
+
+    def _write_down(self, job: Job) -> None:
+        if self.durable:
+            self._save(job, is_new=True)  # answered by Saved or SaveFailed
+        else:
+            self._admit(job)
+
+    def _fetching(self, digest: str) -> list[Job]:
+        found = []
+        for job_id in list(self.with_files):
+            job = self.jobs.get(job_id)
+            if job is None or job.state is not JobState.FETCHING:
+                del self.with_files[job_id]
+            elif job.spec.digest == digest:
+                found.append(job)
+        return found
+
+    def _reject(self, job: Job, reason: str) -> None:
+        self._send(job.client, m.Rejected(job.job_id, reason))
+        self._forget(job)
+
+    def _cancel(self, peer: bytes, cancel: m.Cancel) -> None:
+        job = self.jobs.get(cancel.job_id)
+        if job is None:
+            return
+        reason = RELEASED if job.spec.kind == "tasks" and job.client == peer else CANCELLED
+        if cancel.kill and job.state is JobState.STOPPING:
+            self._stop(job, reason)  # and it does not start again
+            self._tell_workers(job, m.Stop(job.job_id, job.attempt, reason, kill=True))
+        else:
+            self._stop(job, reason, cancel.kill)
+
+    # Looking at jobs
+
+    def _list_jobs(self, peer: bytes, ask: m.ListJobs) -> None:
+        if ask.job_id in self.jobs:
+            found = [self.jobs[ask.job_id]]
+        else:
+            found = [job for job in self.jobs.values() if job.job_id.startswith(ask.job_id)]
+        if ask.group:
+            found = [job for job in found if job.options.group == ask.group]
+        limit = max(0, min(ask.limit, JOBS_TOLD_AT_MOST))
+        newest = found[::-1][:limit]
+        infos = tuple(self._info(job, alone=len(newest) == 1) for job in newest)
+        self._send(peer, m.Jobs(infos, len(found) - len(newest)))
+
+    def _info(self, job: Job, alone: bool) -> m.JobInfo:
+        # Its turn is counted for a job that is asked for by itself: for all of a long queue it would take too long.
+        return job.info(self.epoch, self._waits_for(job) if alone else job.waits_for)
+
+    def _watch(self, peer: bytes, job_id: str) -> None:
+        job = self.jobs.get(job_id)
+        self._send(peer, m.Jobs(() if job is None else (self._info(job, alone=True),)))
+        if job is None:
+            return
+        if job.state is JobState.ENDED:
+            self._send(peer, job.result())
+        else:
+            job.watchers.add(peer)
+
+    def _read_log(self, peer: bytes, ask: m.ReadLog) -> None:
+        job = self.jobs.get(ask.job_id)
+        if job is None:
+            error = f"job {ask.job_id} is unknown here"
+        elif not job.detached:
+            error = f"job {ask.job_id} prints to the client that runs it: only what `fleet submit` started is kept"
+        elif not 0 <= ask.rank < job.world_size:
+            error = f"job {ask.job_id} has ranks 0 to {job.world_size - 1}, and no rank {ask.rank}"
+        else:
+            self._effects.append(ServeLog(peer, ask, job.state is JobState.ENDED))
+            return
+        self._send(peer, m.LogPart(ask.job_id, ask.rank, ask.offset, b"", True, error))
+
+    def _why(self, peer: bytes, job_id: str) -> None:
+        if not job_id:
+            running = [j.job_id for j in self.jobs.values() if j.state is JobState.RUNNING]
+            job_id = running[0] if len(running) == 1 else ""
+        job = self.jobs.get(job_id)
+        if job is None or job.state not in (JobState.RUNNING, JobState.STOPPING):
+            running = [j.job_id for j in self.jobs.values() if j.state is JobState.RUNNING]
+            what = f"job {job_id} is unknown here" if job_id else "say which job"
+            what = what if job is None else f"job {job_id} is {job.state.name.lower()}"
+            known = f"running: {', '.join(running)}" if running else "no job runs"
+            self._send(peer, m.Because(job_id, f"{what}; {known}"))
+            return
+        job.curious.add(peer)
+        self._send(peer, m.Because(job_id, "", job.world_size))
+        self._tell_workers(job, m.Ask(job.job_id, job.attempt, -1, 0, records=True))
+
+    # Workers
+
+    def _state_of(self, worker: Worker) -> m.WorkerState:
+        hello, room = worker.hello, self.rooms[worker.worker_id]
+        jobs = tuple(sorted(self.seated.get(worker.worker_id, ()), key=lambda job_id: self.jobs[job_id].number))
+        return m.WorkerState(
+            worker.worker_id,
+            hello.host,
+            worker.state,
+            hello.slots,
+            room.taken,
+            hello.versions,
+            jobs,
+            hello.gpus,
+            room.load,
+        )
+
+    def _drain(self, peer: bytes, drain: m.Drain) -> None:
+        worker = self.workers.get(drain.worker_id)
+        if worker is None and not (drain.undo and drain.worker_id in self.drained):
+            known = ", ".join(list(self.workers)[:8]) or "none"
+            error = f"there is no worker {drain.worker_id!r} in this cluster; there are: {known}"
+            self._send(peer, m.Drained(drain.worker_id, (), error))
+            return
+        (self.drained.discard if drain.undo else self.drained.add)(drain.worker_id)
+        if self.durable:
+            self._effects.append(SaveDrained(tuple(sorted(self.drained))))
+        self.hand_backs.pop(drain.worker_id, None)
+        jobs = tuple(self.seated.get(drain.worker_id, ()))
+        self._send(peer, m.Drained(drain.worker_id, jobs))
+        self._log("info", f"worker {drain.worker_id} {'takes work again' if drain.undo else 'is drained'}")
+        if worker is None:
+            return
+        worker.drained = not drain.undo
+        self._open_or_close(worker)
+        if not drain.undo:
+            self._retire(worker)
+            self.hand_backs[drain.worker_id] = self._now + max(0.0, drain.within_s)
+        self._place()
+
+    def _open_or_close(self, worker: Worker) -> None:
+        self.rooms.set_open(worker.worker_id, worker.state == "ready")
+
+    def _retire(self, worker: Worker) -> None:
+        """It gets no new work: what had not started moves now, and clients give its task runners nothing more."""
+        for job in self._jobs_on(worker.worker_id):
+            if job.state is JobState.ASSIGNED:
+                self._hand_back(job, worker)
+            elif job.spec.kind == "tasks":
+                self._send(job.client, m.Retire(job.job_id))
+
+    def _jobs_on(self, worker_id: str) -> list[Job]:
+        """In the order of submission; those that are on workers."""
+        found = (self.jobs[job_id] for job_id in self.seated.get(worker_id, ()))
+        return sorted((job for job in found if job.state in ON_WORKERS), key=lambda job: job.number)

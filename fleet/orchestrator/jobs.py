@@ -1,0 +1,211 @@
+"""A job: its states and their legal moves, what is known of it, and how it is written down. Plain values.
+
+MOVES is the one table of states; tests/pure/test_docs.py draws the diagram in docs/JOBS.md from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+import msgspec
+
+from fleet import messages as m
+from fleet.orchestrator.placement import Shape
+
+TAIL_KEPT_CHARS = 2000  # of the stderr of a rank whose job has ended
+
+
+class JobState(Enum):
+    FETCHING = auto()  # its files are on the way from the client, or it is being written to the disk
+    QUEUED = auto()  # waits for slots, or for the end of its backoff
+    ASSIGNED = auto()  # workers prepare it
+    RUNNING = auto()
+    STOPPING = auto()  # told to stop: a rank failed, a worker was lost or drains, somebody cancelled it
+    ENDED = auto()
+
+
+MOVES: dict[JobState, dict[JobState, str]] = {  # from where to where, and when
+    JobState.FETCHING: {
+        JobState.QUEUED: "its files are there, and it is on the disk",
+        JobState.ENDED: "refused or cancelled",
+    },
+    JobState.QUEUED: {
+        JobState.ASSIGNED: "there are slots for all its ranks",
+        JobState.ENDED: "cancelled",
+    },
+    JobState.ASSIGNED: {
+        JobState.RUNNING: "all its workers are prepared",
+        JobState.QUEUED: "a worker was lost or leaves",
+        JobState.STOPPING: "it turns out to run already",
+        JobState.ENDED: "cancelled, or a worker cannot run it",
+    },
+    JobState.RUNNING: {
+        JobState.ENDED: "every rank has ended",
+        JobState.STOPPING: "a rank failed, a worker was lost or leaves, or it is cancelled",
+    },
+    JobState.STOPPING: {
+        JobState.QUEUED: "its ranks are gone, and it starts again",
+        JobState.ENDED: "its ranks are gone",
+    },
+    JobState.ENDED: {},
+}
+ON_WORKERS = frozenset({JobState.ASSIGNED, JobState.RUNNING, JobState.STOPPING})
+
+
+@dataclass
+class Job:
+    """One submitted job. `seats` is the worker_id of each rank, empty until it is placed. Times are monotonic."""
+
+    job_id: str
+    client: bytes  # who gets its output, and takes it along when leaving; empty: nobody, it is detached
+    world_size: int
+    spec: m.Spec
+    options: m.JobOptions = field(default_factory=m.JobOptions)
+    detached: bool = False
+    number: int = 0  # in the order of submission
+    submitted_at: float = 0.0
+    queued_at: float = 0.0  # for this attempt
+    started_at: float | None = None  # its first attempt
+    ended_at: float | None = None
+    state: JobState = JobState.QUEUED
+    attempt: int = 1
+    seats: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()  # the advertised host of each rank, as long as `seats`
+    ports: dict[str, int] = field(default_factory=dict)  # by worker that is prepared
+    exits: dict[int, m.RankStatus] = field(default_factory=dict)
+    cause: int = -1  # the rank that failed first
+    reason: str = ""  # why it ends, if not by itself
+    outcome: str = ""  # see JobInfo
+    starts_again: bool = False  # once its ranks have stopped: a worker was lost, or handed it back
+    losses: int = 0  # attempts that ended with the loss of a worker
+    history: tuple[str, ...] = ()  # how earlier attempts ended
+    # What a restarted orchestrator need not know
+    waits_for: str = ""  # as last told to the client
+    joined: dict[int, m.Member] = field(default_factory=dict)
+    curious: set[bytes] = field(default_factory=set)  # clients that asked why, and get the ranks' answers
+    watchers: set[bytes] = field(default_factory=set)  # clients that are told when it has ended
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.world_size, self.options.slots, self.options.gpus)
+
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Its workers, in the order of their first rank."""
+        return tuple(dict.fromkeys(self.seats))
+
+    def ranks_on(self, worker_id: str) -> tuple[int, ...]:
+        return tuple(rank for rank, seat in enumerate(self.seats) if seat == worker_id)
+
+    def launch(self) -> m.Launch:
+        return m.Launch(self.job_id, self.attempt, self.hosts[0], self.ports[self.workers[0]])
+
+    def formed(self) -> m.Formed:
+        """The world, once every rank has joined."""
+        members = tuple(self.joined[rank] for rank in range(self.world_size))
+        return m.Formed(self.job_id, self.attempt, m.World(self.attempt, members))
+
+    def result(self) -> m.Ended:
+        return m.Ended(self.job_id, self.reason, self.cause, tuple(self.exits[rank] for rank in sorted(self.exits)))
+
+    def begin_again(self, now: float) -> None:
+        """Back to where it waits for slots, as the next attempt. What comes of the one before is dropped."""
+        self.move(JobState.QUEUED)
+        self.history += (f"attempt {self.attempt}: {self.reason}",)
+        self.attempt += 1
+        self.queued_at = now
+        self.seats, self.hosts, self.waits_for, self.reason, self.cause = (), (), "", "", -1
+        self.starts_again = False
+        for kept in (self.ports, self.joined, self.exits):
+            kept.clear()
+
+    def end(self, reason: str, outcome: str, now: float) -> None:
+        self.move(JobState.ENDED)
+        self.reason, self.outcome, self.ended_at = reason, outcome, now
+        for kept in (self.ports, self.joined, self.curious):
+            kept.clear()
+        for rank, status in self.exits.items():
+            if len(status.stderr_tail) > TAIL_KEPT_CHARS:
+                self.exits[rank] = msgspec.structs.replace(status, stderr_tail=status.stderr_tail[-TAIL_KEPT_CHARS:])
+
+    def move(self, state: JobState) -> None:
+        assert state in MOVES[self.state], f"job {self.job_id}: {self.state.name} -> {state.name}"
+        self.state = state
+
+    def info(self, epoch: float, waits_for: str) -> m.JobInfo:
+        """For a person. `epoch` is the wall clock's time of the monotonic clock's 0."""
+        return m.JobInfo(
+            job_id=self.job_id,
+            state=self.state.name.lower(),
+            outcome=self.outcome,
+            kind=self.spec.kind,
+            target=self.spec.target,
+            args=self.spec.args,
+            world_size=self.world_size,
+            options=self.options,
+            detached=self.detached,
+            attempt=self.attempt,
+            submitted_at=epoch + self.submitted_at,
+            started_at=0.0 if self.started_at is None else epoch + self.started_at,
+            ended_at=0.0 if self.ended_at is None else epoch + self.ended_at,
+            workers=self.seats,
+            waits_for=waits_for,
+            reason=self.reason,
+            history=self.history,
+            exit_codes=tuple(-s.signal or s.code for _, s in sorted(self.exits.items())),
+        )
+
+
+class Record(msgspec.Struct, frozen=True):
+    """A job as it lies on the disk. Times are the wall clock's. A field that is new needs a default: old records lack it."""
+
+    job_id: str
+    client: bytes
+    world_size: int
+    spec: m.Spec
+    options: m.JobOptions
+    detached: bool
+    number: int
+    submitted_at: float
+    queued_at: float
+    started_at: float | None
+    ended_at: float | None
+    state: str
+    attempt: int
+    seats: tuple[str, ...]
+    hosts: tuple[str, ...]
+    ports: dict[str, int]
+    exits: tuple[m.RankStatus, ...]
+    cause: int
+    reason: str
+    outcome: str
+    starts_again: bool
+    losses: int
+    history: tuple[str, ...]
+
+
+_TIMES = ("submitted_at", "queued_at", "started_at", "ended_at")
+_SAME = tuple(name for name in Record.__struct_fields__ if name not in (*_TIMES, "state", "ports", "exits"))
+_decoder = msgspec.msgpack.Decoder(Record)
+_encoder = msgspec.msgpack.Encoder()
+
+
+def record(job: Job, epoch: float) -> bytes:
+    """The job's bytes on the disk."""
+    same: dict[str, Any] = {name: getattr(job, name) for name in _SAME}
+    same |= {name: None if (at := getattr(job, name)) is None else epoch + at for name in _TIMES}
+    exits = tuple(job.exits.values())
+    return _encoder.encode(Record(state=job.state.name, ports=dict(job.ports), exits=exits, **same))
+
+
+def recalled(data: bytes, epoch: float) -> Job:
+    """The job that `record` wrote. Raises ValueError for bytes that are none."""
+    found = _decoder.decode(data)  # msgspec's errors are ValueErrors
+    same: dict[str, Any] = {name: getattr(found, name) for name in _SAME}
+    same |= {name: None if (at := getattr(found, name)) is None else at - epoch for name in _TIMES}
+    exits = {status.rank: status for status in found.exits}
+    if found.detached:  # from its acceptance on it is nobody's, and that was its first record
+        same["client"] = b""
+    return Job(state=JobState[found.state], ports=dict(found.ports), exits=exits, **same)

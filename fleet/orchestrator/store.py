@@ -1,0 +1,132 @@
+"""Jobs on the disk: one SQLite file in WAL mode, written once for all that happened in a turn of the orchestrator's loop.
+
+Knows records as bytes, not what is in them. A commit is on the disk when it returns (synchronous=FULL), so that what is said
+after it holds through a power cut. What could not be written stays here and is tried again with the next commit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from fleet.errors import ConfigError
+
+FILE, LOCK = "jobs.sqlite", "lock"
+
+# The schema's history: number n of this list leads from version n to version n + 1. Never change one that was released.
+MIGRATIONS = (
+    "CREATE TABLE jobs (job_id TEXT PRIMARY KEY, number INTEGER NOT NULL, record BLOB NOT NULL) STRICT",
+    "CREATE TABLE drained (worker_id TEXT PRIMARY KEY) STRICT",
+)
+
+
+class Store:
+    """The open file. Only one process has it: a second one gets a ConfigError that says so."""
+
+    def __init__(self, folder: Path) -> None:
+        self._unsaved: dict[str, tuple[int, bytes] | None] = {}  # by job; None: to be erased
+        self._drained: tuple[str, ...] | None = None
+        self._lock = _locked(folder)
+        try:
+            self._database = _opened(folder / FILE)
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    @property
+    def has_unsaved(self) -> bool:
+        return bool(self._unsaved) or self._drained is not None
+
+    def records(self) -> Iterator[bytes]:
+        """All jobs, in the order of submission."""
+        for (record,) in self._database.execute("SELECT record FROM jobs ORDER BY number"):
+            yield record
+
+    def drained(self) -> list[str]:
+        return [worker_id for (worker_id,) in self._database.execute("SELECT worker_id FROM drained")]
+
+    def save(self, job_id: str, number: int, record: bytes) -> None:
+        self._unsaved[job_id] = number, record
+
+    def erase(self, job_id: str) -> None:
+        self._unsaved[job_id] = None
+
+    def save_drained(self, worker_ids: tuple[str, ...]) -> None:
+        self._drained = worker_ids
+
+    def commit(self) -> None:
+        """Writes all that is unsaved, or raises OSError that says why it cannot, and keeps it."""
+        if not self.has_unsaved:
+            return
+        saved = [(job_id, *entry) for job_id, entry in self._unsaved.items() if entry is not None]
+        erased = [(job_id,) for job_id, entry in self._unsaved.items() if entry is None]
+        try:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                self._database.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", saved)
+                self._database.executemany("DELETE FROM jobs WHERE job_id = ?", erased)
+                if self._drained is not None:
+                    self._database.execute("DELETE FROM drained")
+                    self._database.executemany("INSERT INTO drained VALUES (?)", [(name,) for name in self._drained])
+        except sqlite3.Error as error:
+            raise OSError(str(error)) from error
+        self._unsaved.clear()
+        self._drained = None
+
+    def abandon(self, job_ids: Iterable[str]) -> None:
+        """Does not try again to write these jobs."""
+        for job_id in job_ids:
+            self._unsaved.pop(job_id, None)
+
+    def close(self) -> None:
+        self._database.close()
+        os.close(self._lock)
+
+
+def _locked(folder: Path) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"the orchestrator cannot keep its jobs in {folder}: {error.strerror}; say another folder with --state"
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(
+            f"another orchestrator keeps its jobs in {folder}: stop it, or say another folder with --state"
+        ) from None
+    return descriptor
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=5.0, isolation_level=None)
+    try:
+        path.chmod(0o600)
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version > len(MIGRATIONS):
+            raise ConfigError(
+                f"{path} was written by a newer fleet (schema {version}, this one knows {len(MIGRATIONS)}): "
+                "run that one, or say another folder with --state"
+            )
+        for number, statement in enumerate(MIGRATIONS[version:], version + 1):
+            with database:
+                database.execute("BEGIN IMMEDIATE")
+                database.execute(statement)
+                database.execute(f"PRAGMA user_version = {number}")
+    except (sqlite3.Error, OSError) as error:
+        database.close()
+        raise ConfigError(
+            f"the jobs in {path} cannot be opened: {error}; repair or move the file, or say another folder with --state"
+        ) from None
+    except BaseException:
+        database.close()
+        raise
+    return database
