@@ -9,7 +9,19 @@ from typing import Annotated, Literal, cast
 import typer
 
 from fleet import config
-from fleet.cli.words import Words, split
+from fleet.cli.job_commands import (
+    Gpus,
+    Insecure,
+    MaxRestarts,
+    Policy,
+    Priority,
+    SecretFile,
+    Slots,
+    job_commands,
+    job_options,
+    words_of,
+)
+from fleet.cli.words import OPTIONS_OF, split
 from fleet.errors import ConfigError, FleetError, UsageError
 
 USAGE = 2
@@ -20,15 +32,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train a model with more than one Python process, on one machine or many.",
 )
-SecretFile = Annotated[Path | None, typer.Option(help="File with the cluster secret.")]
-Insecure = Annotated[bool, typer.Option("--insecure", help="No secret: whoever reaches the port may run code.")]
-
-_words: Words | None = None  # of this command line, split before typer sees it
+app.add_typer(job_commands)
+MetricsPort = Annotated[
+    int | None, typer.Option(help="Serve /metrics and /healthz over HTTP there; else FLEET_METRICS_PORT.")
+]
 
 
 @app.command("run")
 def run_command(
-    workers: Annotated[int | None, typer.Option(help="Number of ranks.", show_default="one per core")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Number of ranks.", show_default="one per core, or per Slurm task")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds to keep trying to reach the orchestrator.")] = 60.0,
     log_dir: Annotated[Path | None, typer.Option(help="Folder for rank-N.log files.")] = None,
     max_bundle: Annotated[int, typer.Option(help="Largest folder to send to a cluster, in MB.")] = 64,
@@ -36,6 +50,11 @@ def run_command(
     orchestrator: Annotated[
         str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR, else this machine.")
     ] = None,
+    priority: Priority = 0,
+    policy: Policy = "",
+    max_restarts: MaxRestarts = 3,
+    slots: Slots = 1,
+    gpus: Gpus = 0,
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -45,11 +64,10 @@ def run_command(
     """
     from fleet.cli.run import Options, bundle_limit, run_job
 
-    assert _words is not None
     if transport not in ("tcp", "ipc"):
         raise UsageError(f"--transport is {transport!r}: it must be tcp or ipc")
     options = Options(
-        workers=config.usable_cores() if workers is None else workers,
+        workers=_ranks_here() if workers is None else workers,
         timeout_s=timeout,
         log_dir=log_dir,
         max_bundle_bytes=bundle_limit(max_bundle),
@@ -57,30 +75,44 @@ def run_command(
         orchestrator=orchestrator or config.orchestrator_address(),
         secret_file=secret_file,
         insecure=insecure,
+        job=job_options("", "", priority, policy, max_restarts, slots, gpus),
     )
-    raise typer.Exit(run_job(_words, options))
+    raise typer.Exit(run_job(words_of[0], options))
 
 
 @app.command("orchestrator")
 def orchestrator_command(
     bind: Annotated[str, typer.Option(help="HOST:PORT to listen on; 0.0.0.0 is every interface.")] = "127.0.0.1:50051",
     policy: Annotated[str, typer.Option(help="How ranks are spread: least-loaded or round-robin.")] = "least-loaded",
+    state: Annotated[
+        Path | None, typer.Option(help="Folder that keeps jobs; else FLEET_STATE_DIR.", show_default="yours")
+    ] = None,
+    keep_jobs: Annotated[int, typer.Option(help="Jobs that have ended, to keep at most.")] = 2000,
+    keep_hours: Annotated[float, typer.Option(help="Hours to keep jobs that have ended.")] = 168.0,
+    metrics_port: MetricsPort = None,
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
     """Run the orchestrator: workers and clients connect to it."""
-    from fleet.cli.daemons import run_orchestrator
+    from fleet.cli.daemons import Kept, run_orchestrator
     from fleet.orchestrator.placement import POLICIES
 
     if policy not in POLICIES:
         raise UsageError(f"--policy is {policy!r}: it must be one of {', '.join(POLICIES)}")
-    run_orchestrator(bind, policy, secret_file, insecure)
+    if keep_jobs < 0 or keep_hours < 0:
+        raise UsageError("--keep-jobs and --keep-hours must not be negative")
+    run_orchestrator(
+        bind, policy, secret_file, insecure, _metrics_port(metrics_port), Kept(state, keep_jobs, keep_hours)
+    )
 
 
 @app.command("worker")
 def worker_command(
     slots: Annotated[int, typer.Option(help="Ranks that may run here at once.")] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs for jobs that ask for some.")] = 0,
     orchestrator: Annotated[str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR.")] = None,
+    drain: Annotated[float | None, typer.Option(help="Seconds that jobs have to end after SIGTERM.")] = None,
+    metrics_port: MetricsPort = None,
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -88,7 +120,55 @@ def worker_command(
     from fleet.cli.daemons import run_worker
 
     address = orchestrator or config.orchestrator_address() or config.DEFAULT_ORCHESTRATOR
-    run_worker(address, slots, secret_file, insecure)
+    drain_s = config.drain_s() if drain is None else drain
+    run_worker(address, slots, gpus, secret_file, insecure, _metrics_port(metrics_port), drain_s)
+
+
+@app.command("workers")
+def workers_command(
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to keep trying to reach the orchestrator.")] = 10.0,
+    orchestrator: Annotated[str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR.")] = None,
+    secret_file: SecretFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """List the workers of a cluster: state, slots, versions and jobs."""
+    from fleet.cli.workers import list_workers
+
+    address = orchestrator or config.orchestrator_address()
+    typer.echo(list_workers(address, secret_file, insecure, timeout, json))
+
+
+@app.command("doctor")
+def doctor_command(
+    health: Annotated[bool, typer.Option("--health", help="Only whether what runs here answers.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for each answer.")] = 3.0,
+    secret_file: SecretFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Check this machine, and whether the orchestrator and the workers on it answer over the bus."""
+    from fleet.cli.doctor import examine
+    from fleet.cli.workers import health as healthy
+
+    if not health:
+        typer.echo(examine())
+    for line in healthy(secret_file, insecure, timeout):
+        typer.echo(line)
+
+
+@app.command("secret")
+def secret_command(
+    kept: Annotated[
+        Path | None, typer.Option(help="File that keeps it; made if missing.", show_default="yours")
+    ] = None,
+    owner_of: Annotated[Path | None, typer.Option(help="Whoever owns this file is to own the kept one.")] = None,
+    to: Annotated[Path | None, typer.Option(help="File to copy it to, for others to read.")] = None,
+    reader: Annotated[int | None, typer.Option(help="User id that may read the copy.")] = None,
+) -> None:
+    """Make sure that there is a cluster secret, and say where; with --to, hand it to a container's user."""
+    from fleet.cli.secret import ensure
+
+    typer.echo(ensure(kept, owner_of, to, reader))
 
 
 @app.command("why")
@@ -109,20 +189,36 @@ def why_command(
     typer.echo(explain(job, last, address, secret_file, insecure, timeout))
 
 
+@app.command("pool", hidden=True)
+def pool_command(slots: int = 1, gpus: int = 0, preload: str = "") -> None:
+    """Run the local slots of an Executor, until standard input ends."""
+    from fleet.cli.pool import serve
+
+    serve(slots, gpus, preload)
+
+
 @app.command("version")
 def version_command() -> None:
     """Print fleet's version."""
     typer.echo(config.VERSION)
 
 
+def _ranks_here() -> int:
+    task = config.slurm_task()
+    return config.usable_cores() if task is None else task.task_count
+
+
+def _metrics_port(given: int | None) -> int | None:
+    return config.metrics_port() if given is None else given
+
+
 def run() -> None:
     """Takes the command line of this process, and ends it with the right exit code."""
-    global _words
     arguments = sys.argv[1:]
     try:
-        if arguments[:1] == ["run"]:
-            _words = split(arguments[1:])
-            arguments = ["run", *_words.options]
+        if arguments and arguments[0] in OPTIONS_OF:
+            words_of[:] = [split(arguments[1:], arguments[0])]
+            arguments = [arguments[0], *words_of[0].options]
         app(arguments, prog_name="fleet")
     except (ConfigError, UsageError) as error:
         print(f"fleet: {error}", file=sys.stderr)

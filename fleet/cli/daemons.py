@@ -9,16 +9,18 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from fleet import config
-from fleet.bus.address import endpoint, holder_of, is_loopback, local_address_towards, parse
+from fleet.bus.address import endpoint, holder_of, is_loopback, local_address_towards, name_of, parse
 from fleet.bus.lock import derive_secret
-from fleet.cli.runtime import runtime_folder
-from fleet.cli.security import control_lock, orchestrator_lock
-from fleet.cli.versions import versions
+from fleet.cli.runtime import register, runtime_folder
+from fleet.cli.security import orchestrator_lock
+from fleet.client.target import control_lock
 from fleet.errors import ConfigError, UsageError
-from fleet.orchestrator.service import Service
+from fleet.orchestrator.service import Keeping, Service
+from fleet.versions import versions
 from fleet.worker.agent import Agent
 from fleet.worker.state import Settings
 from fleet.worker.zygote import Zygote
@@ -28,7 +30,18 @@ RESOLVE_EVERY_S = 1.0
 log = logging.getLogger("fleet")
 
 
-def run_orchestrator(bind: str, policy: str, secret_file: Path | None, insecure: bool) -> None:
+@dataclass(frozen=True)
+class Kept:
+    """What of jobs outlives the orchestrator: where, and how many that have ended for how long."""
+
+    folder: Path | None  # None: FLEET_STATE_DIR, or the user's own
+    jobs: int
+    hours: float
+
+
+def run_orchestrator(
+    bind: str, policy: str, secret_file: Path | None, insecure: bool, metrics_port: int | None, kept: Kept
+) -> None:
     """Serves until a signal ends it."""
     _log_to_stderr()
     host, port = parse(bind, config.ORCHESTRATOR_PORT, "--bind")
@@ -36,18 +49,33 @@ def run_orchestrator(bind: str, policy: str, secret_file: Path | None, insecure:
     if insecure and not is_loopback(host):
         log.warning("listening on %s without a secret: whoever reaches it can run code on every worker", bind)
     with runtime_folder() as runtime:
-        service = Service(endpoint(host, port), lock, versions(), runtime, policy)
-        _on_signals(service.stop)
-        log.info("orchestrator listens on %s", service.endpoint)
+        # Who lets the system choose a port will get another one next time, and is nobody whose jobs wait for it.
+        folder = kept.folder or config.state_folder(port) or runtime / "state"
+        keeping = Keeping(folder, kept.jobs, kept.hours * 3600)
+        service = Service(endpoint(host, port), lock, versions(), runtime, policy, metrics_port, keeping)
+        _on_signals(lambda _: service.stop())
+        register(runtime, "orchestrator", endpoint(_reachable_here(host), port))
+        log.info("orchestrator listens on %s and keeps its jobs in %s", service.endpoint, keeping.folder)
+        _log_metrics(service.metrics_port)
         service.run()
     log.info("orchestrator ended")
 
 
-def run_worker(address: str, slots: int, secret_file: Path | None, insecure: bool) -> None:
+def run_worker(
+    address: str,
+    slots: int,
+    gpus: int,
+    secret_file: Path | None,
+    insecure: bool,
+    metrics_port: int | None,
+    drain_s: float,
+) -> None:
     """Serves until a signal ends it. Raises ConfigError, FleetError."""
     _log_to_stderr()
     if slots < 1:
         raise UsageError(f"--slots is {slots}: a worker needs at least one")
+    if gpus < 0:
+        raise UsageError(f"--gpus is {gpus}: it must be the number of GPUs that ranks may use here")
     host, port = parse(address, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
     lock = control_lock(secret_file, insecure)
     data_port = config.worker_port()
@@ -61,7 +89,7 @@ def run_worker(address: str, slots: int, secret_file: Path | None, insecure: boo
             if advertise is None:
                 return  # told to end while the orchestrator's name did not resolve
             settings = Settings(
-                worker_id=config.worker_id(data_port),
+                worker_id=config.worker_id(data_port) or name_of(advertise) or f"{socket.gethostname()}-{data_port}",
                 incarnation=secrets.token_hex(8),
                 slots=slots,
                 versions=versions(),
@@ -71,10 +99,14 @@ def run_worker(address: str, slots: int, secret_file: Path | None, insecure: boo
                 advertise=advertise,
                 security="open" if insecure else config.data_security("curve"),
                 secret_of=lambda job_id: "" if insecure else derive_secret(lock.secret, job_id),
+                drain_s=drain_s,
+                gpus=gpus,
             )
-            agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", threads)
-            _on_signals(agent.stop)
+            agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", threads, metrics_port)
+            _on_signals(lambda number: agent.stop(drain=number == signal.SIGTERM))
+            register(runtime, "worker", settings.control)
             log.info("worker %s starts: %d slots, ranks reachable at %s", settings.worker_id, slots, advertise)
+            _log_metrics(agent.metrics_port)
             agent.run()
         finally:
             zygote.close()
@@ -84,7 +116,7 @@ def run_worker(address: str, slots: int, secret_file: Path | None, insecure: boo
 def _own_address(host: str, port: int) -> str | None:
     """The address of this machine that the orchestrator's network sees. Waits for the orchestrator's name to resolve."""
     stopping = threading.Event()
-    _on_signals(stopping.set)
+    _on_signals(lambda _: stopping.set())
     said = False
     while not stopping.is_set():
         address = local_address_towards(host, port)
@@ -111,9 +143,19 @@ def _check_ports(first: int, slots: int) -> None:
                 raise ConfigError(f"data port {port} (WORKER_PORT) cannot be used: {error.strerror}{holder}") from None
 
 
-def _on_signals(stop: Callable[[], None]) -> None:
+def _on_signals(stop: Callable[[int], None]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop())
+        signal.signal(number, lambda number, _: stop(number))
+
+
+def _reachable_here(host: str) -> str:
+    """An address of this machine that a listener on `host` has."""
+    return {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _log_metrics(port: int | None) -> None:
+    if port is not None:
+        log.info("metrics at http://*:%d/metrics", port)
 
 
 def _log_to_stderr() -> None:

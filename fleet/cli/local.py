@@ -1,4 +1,4 @@
-"""A whole cluster in this process, for one job: orchestrator and agent as threads, ranks as processes."""
+"""A whole cluster in this process, for a job or an Executor: orchestrator and agent as threads, ranks as processes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Literal
 
 from fleet import config
 from fleet.bus.lock import Lock, derive_secret
-from fleet.cli.versions import versions
-from fleet.client.run import Target
+from fleet.client.target import Target
 from fleet.orchestrator.service import Service
+from fleet.versions import versions
 from fleet.worker.agent import Agent
 from fleet.worker.state import Settings
 from fleet.worker.zygote import Zygote
@@ -24,7 +24,9 @@ HOST = "127.0.0.1"
 
 
 @contextmanager
-def local_cluster(runtime: Path, slots: int, transport: Transport, preload: tuple[str, ...]) -> Iterator[Target]:
+def local_cluster(
+    runtime: Path, slots: int, transport: Transport, preload: tuple[str, ...], gpus: int = 0
+) -> Iterator[Target]:
     """Ready when entered; all of it has ended when left. Control goes over sockets in the private runtime folder."""
     # It tells the client what matters; that its one worker leaves at the end is no news.
     logging.getLogger("fleet.orchestrator").addHandler(logging.NullHandler())
@@ -47,6 +49,7 @@ def local_cluster(runtime: Path, slots: int, transport: Transport, preload: tupl
             advertise=HOST,
             security="open" if transport == "ipc" else config.data_security("plain"),
             secret_of=lambda job_id: "" if transport == "ipc" else derive_secret(secret, job_id),
+            gpus=gpus,
         )
         (runtime / "orchestrator-bundles").mkdir()
         service = Service(endpoint, Lock(), versions(), runtime / "orchestrator-bundles", "least-loaded")

@@ -13,18 +13,18 @@ from typing import TextIO
 
 from fleet import config
 from fleet import messages as m
-from fleet.bus.address import endpoint, parse
 from fleet.cli.local import Transport, local_cluster
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import check_module, check_script, preload_for
-from fleet.cli.security import control_lock
-from fleet.cli.versions import versions
+from fleet.cli.slurm import serve, step_cluster
 from fleet.cli.words import Words
 from fleet.client.bundle import pack
 from fleet.client.printer import Printer
 from fleet.client.report import INTERRUPTED, exit_code, report
-from fleet.client.run import Run, Target
+from fleet.client.run import Run
+from fleet.client.target import cluster_target
 from fleet.errors import ConfigError, UsageError
+from fleet.versions import versions
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
 WORKERS_AT_MOST = 4096
@@ -42,6 +42,7 @@ class Options:
     orchestrator: str | None  # None: the embedded local cluster
     secret_file: Path | None
     insecure: bool
+    job: m.JobOptions
 
 
 def run_job(words: Words, options: Options) -> int:
@@ -50,7 +51,16 @@ def run_job(words: Words, options: Options) -> int:
         raise UsageError(f"--workers is {options.workers}: a job needs from 1 to {WORKERS_AT_MOST} ranks")
     if options.timeout_s <= 0:
         raise UsageError(f"--timeout is {options.timeout_s:g}: it must be a number of seconds above 0")
-    imports = _check_target(words)
+    imports = check_target(words)
+    task = config.slurm_task()
+    if task is not None:
+        if options.workers != task.task_count:
+            raise UsageError(
+                f"--workers is {options.workers}, and srun started {task.task_count} tasks: each is one rank, so leave it out"
+            )
+        if task.rank > 0:
+            # Of a cluster that is there already, task 0 alone is the client.
+            return serve(task, _preload(imports), options.timeout_s) if options.orchestrator is None else 0
     try:
         printer = Printer(options.workers, sys.stdout, sys.stderr, _coloured, options.log_dir)
     except OSError as error:
@@ -59,16 +69,18 @@ def run_job(words: Words, options: Options) -> int:
         runtime = stack.enter_context(runtime_folder())
         interruption = stack.enter_context(_interruptions())
         if options.orchestrator is None:
-            preload = config.preload()
-            preload = preload_for(imports) if preload is None else preload
-            target = stack.enter_context(local_cluster(runtime, options.workers, options.transport, preload))
+            if task is None:
+                local = local_cluster(runtime, options.workers, options.transport, _preload(imports))
+            else:
+                local = step_cluster(
+                    task, runtime, _preload(imports), options.timeout_s, lambda: interruption.early_count > 0
+                )
+            target = stack.enter_context(local)
             spec, bundle = _spec(words, str(Path.cwd())), None
         else:
-            host, port = parse(options.orchestrator, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
-            lock = control_lock(options.secret_file, options.insecure)
-            target = Target(f"{host}:{port}", endpoint(host, port), lock, options.timeout_s, local=False)
-            spec, bundle = _bundled(words, runtime, options.max_bundle_bytes)
-        run = Run(target, spec, options.workers, bundle, printer)
+            target = cluster_target(options.orchestrator, options.secret_file, options.insecure, options.timeout_s)
+            spec, bundle = spec_of_bundle(words, runtime, options.max_bundle_bytes)
+        run = Run(target, spec, options.workers, options.job, bundle, printer)
         interruption.run = run
         for _ in range(interruption.early_count):
             run.cancel()
@@ -84,7 +96,13 @@ def run_job(words: Words, options: Options) -> int:
         return exit_code(ended)
 
 
-def _check_target(words: Words) -> set[str]:
+def _preload(imports: set[str]) -> tuple[str, ...]:
+    wanted = config.preload()
+    return preload_for(imports) if wanted is None else wanted
+
+
+def check_target(words: Words) -> set[str]:
+    """What it names in its imports. Raises UsageError where it cannot run."""
     if words.kind == "script":
         return check_script(Path(words.target))
     return check_module(words.target) if words.kind == "module" else set()
@@ -94,7 +112,7 @@ def _spec(words: Words, directory: str, target: str = "", digest: str = "", bund
     return m.Spec(words.kind, target or words.target, tuple(words.args), directory, digest, bundle_bytes)
 
 
-def _bundled(words: Words, runtime: Path, limit_bytes: int) -> tuple[m.Spec, Path]:
+def spec_of_bundle(words: Words, runtime: Path, limit_bytes: int) -> tuple[m.Spec, Path]:
     """The folder of the script (of a module or command: the current one) as it will travel to the workers."""
     script = Path(words.target).resolve()
     folder = script.parent if words.kind == "script" else Path.cwd()

@@ -1,4 +1,4 @@
-"""Which lock a command's control socket gets: locked by default, open only where somebody said so."""
+"""Which lock an orchestrator's socket gets: locked by default, open only where somebody said so."""
 
 from __future__ import annotations
 
@@ -8,19 +8,6 @@ from fleet import config
 from fleet.bus.address import is_loopback
 from fleet.bus.lock import Lock
 from fleet.errors import ConfigError
-
-
-def control_lock(secret_file: Path | None, insecure: bool) -> Lock:
-    """The lock of whoever connects. Raises ConfigError where there is no secret."""
-    if insecure:
-        return Lock()
-    secret = config.secret(secret_file)
-    if secret is None:
-        raise ConfigError(
-            f"no cluster secret: set FLEET_SECRET_FILE or FLEET_SECRET, or copy the orchestrator's to {config.secret_path()}; "
-            "--insecure goes without, where the orchestrator does so too"
-        )
-    return Lock("curve", secret)
 
 
 def orchestrator_lock(host: str, secret_file: Path | None, insecure: bool) -> Lock:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from fleet import config
-from fleet.bus.address import endpoint, parse
 from fleet.bus.lock import Lock
 from fleet.cli.runtime import PREFIX
-from fleet.cli.security import control_lock
-from fleet.cli.versions import versions
-from fleet.client.run import Target
+from fleet.client.target import Target, cluster_target
 from fleet.client.why import ask, described
 from fleet.errors import ConfigError, UsageError
+from fleet.versions import versions
 
 LOCAL_WITHIN_S = 2.0
 
@@ -23,15 +20,13 @@ def explain(
 ) -> str:
     """What the ranks of a job do, in words. Raises ConfigError, UsageError."""
     if orchestrator is not None:
-        host, port = parse(orchestrator, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
-        lock = control_lock(secret_file, insecure)
-        target = Target(f"{host}:{port}", endpoint(host, port), lock, timeout_s, local=False)
-        return described(*ask(target, job_id, versions()), count)
+        cluster = cluster_target(orchestrator, secret_file, insecure, timeout_s)
+        return described(*ask(cluster, job_id, versions()), count)
     found, reasons = [], []
     for socket in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/orchestrator")):
-        target = Target("this machine", f"ipc://{socket}", Lock(), LOCAL_WITHIN_S, local=True)
+        local = Target("this machine", f"ipc://{socket}", Lock(), LOCAL_WITHIN_S, local=True)
         try:
-            found.append(described(*ask(target, job_id, versions()), count))
+            found.append(described(*ask(local, job_id, versions()), count))
         except UsageError as error:
             reasons.append(str(error))
         except ConfigError:

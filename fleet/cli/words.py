@@ -1,4 +1,4 @@
-"""The command line of `fleet run`: which words are fleet's and which are the script's. Pure.
+"""The command lines of `fleet run`, submit and sweep: which words are fleet's and which are the script's. Pure.
 
 fleet's own options may stand anywhere before `--`, as in `fleet run train.py --lr 0.1 --workers 8`; what fleet does not
 know is the script's. After `--` everything is the script's, also what looks like fleet's. `--` before any target makes
@@ -13,7 +13,15 @@ from typing import Literal
 from fleet.errors import UsageError
 
 # by option, whether it takes a value
+_SCHEDULING = {
+    "--priority": True,
+    "--policy": True,
+    "--max-restarts": True,
+    "--slots": True,
+    "--gpus": True,
+}
 OPTIONS = {
+    **_SCHEDULING,
     "--workers": True,
     "--timeout": True,
     "--log-dir": True,
@@ -23,6 +31,12 @@ OPTIONS = {
     "--secret-file": True,
     "--insecure": False,
     "--help": False,
+}
+_DETACHED = {name: OPTIONS[name] for name in OPTIONS if name not in ("--log-dir", "--transport")}
+OPTIONS_OF = {
+    "run": OPTIONS,
+    "submit": {**_DETACHED, "--name": True, "--json": False},
+    "sweep": {**_DETACHED, "--name": True, "--json": False, "--grid": True, "--detach": False},
 }
 
 
@@ -36,8 +50,9 @@ class Words:
     args: list[str]
 
 
-def split(words: list[str]) -> Words:
-    """Raises UsageError where there is nothing to run."""
+def split(words: list[str], command: str = "run") -> Words:
+    """The words after `fleet run`, submit or sweep. Raises UsageError where there is nothing to run."""
+    known = OPTIONS_OF[command]
     options: list[str] = []
     mine: list[str] = []
     kind: Literal["script", "module", "command"] = "script"
@@ -50,20 +65,22 @@ def split(words: list[str]) -> Words:
                 kind = "command"
             mine += rest
             break
-        if name in OPTIONS:
+        if name in known:
             options.append(word)
-            if OPTIONS[name] and not equals:
+            if known[name] and not equals:
                 if not rest:
                     raise UsageError(f"{name} needs a value")
                 options.append(rest.pop(0))
         elif not mine and word == "-m":
             kind = "module"
         elif not mine and word.startswith("-"):
-            raise UsageError(f"fleet run does not know {word}; options of the script come after the script's name")
+            raise UsageError(
+                f"fleet {command} does not know {word}; options of the script come after the script's name"
+            )
         else:
             mine.append(word)
     if "--help" in options:
         return Words(["--help"], kind, "", [])
     if not mine:
-        raise UsageError("say what to run: fleet run train.py --workers 8, or -m package.module, or -- command")
+        raise UsageError(f"say what to run: fleet {command} train.py --workers 8, or -m package.module, or -- command")
     return Words(options, kind, mine[0], mine[1:])

@@ -7,7 +7,6 @@ Nothing is lost, lines of one rank stay in their order, and a line waits for oth
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 LINE_BYTES = 64 << 10  # a longer line is cut into pieces of this size
@@ -123,17 +122,3 @@ class Fold:
         released = [self._held.popleft() for _ in range(count)]
         self._first += count
         return [Folded(held.stream, tuple(sorted(held.ranks)), held.text) for held in released]
-
-
-def rank_set(ranks: Sequence[int], world_size: int) -> str:
-    """Ranks for a reader: '3', '0-2,5', or '8 ranks' where it is all of them."""
-    ordered = sorted(ranks)
-    if len(ordered) == world_size > 1:
-        return f"{world_size} ranks"
-    spans: list[list[int]] = []
-    for rank in ordered:
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)

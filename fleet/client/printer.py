@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from fleet.client.fold import Fold, Folded, Lines, rank_set
+from fleet.client.fold import Fold, Folded, Lines
+from fleet.errors import rank_set
 
 _DIM, _PLAIN = "\x1b[36m", "\x1b[0m"
 

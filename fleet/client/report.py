@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 
-from fleet.client.fold import rank_set
+from fleet.errors import rank_set
 from fleet.messages import Ended, how
 
 STDERR_LINES = 20
@@ -26,6 +26,8 @@ def report(ended: Ended, world_size: int) -> str:
     if cause is None:
         return f"fleet: the job did not succeed: {ended.reason}" if ended.reason else ""
     lines = [f"fleet: rank {cause.rank} failed (host {cause.host}, pid {cause.pid}): {how(cause)}"]
+    if ended.reason not in ("", cause.reason, f"rank {cause.rank} failed"):
+        lines.append(f"fleet: {ended.reason}")
     tail = cause.stderr_tail.rstrip().splitlines()[-STDERR_LINES:]
     if tail:
         lines += [f"fleet: the end of its stderr, {len(tail)} line{'' if len(tail) == 1 else 's'}:"]

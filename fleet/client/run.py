@@ -8,17 +8,18 @@ from __future__ import annotations
 import sys
 import uuid
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+
+from msgspec.structs import replace
 
 from fleet import messages as m
 from fleet.bus.context import Bus
 from fleet.bus.control import Dealer, Link
-from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.transfer import read_part
 from fleet.client.printer import Printer
+from fleet.client.target import Target
 from fleet.errors import ConfigError, ProtocolError
 
 DENIALS_UNTIL_FINAL = 3
@@ -26,30 +27,27 @@ LEAVE_AFTER_S = 1.8  # after a cancel that nobody answers
 SAY_WAITING_AFTER_S = 2.0
 
 
-@dataclass(frozen=True)
-class Target:
-    """Which orchestrator, and how it is reached."""
-
-    name: str  # as a person wrote it
-    endpoint: str
-    lock: Lock
-    timeout_s: float  # to be let in
-    local: bool  # embedded in this process: no host names in prefixes, and no talk about it
-
-
 class Run:
     """One job from submission to its end. `cancel` may be called from a signal handler; twice means at once."""
 
-    def __init__(self, target: Target, spec: m.Spec, world_size: int, bundle: Path | None, printer: Printer) -> None:
+    def __init__(
+        self,
+        target: Target,
+        spec: m.Spec,
+        world_size: int,
+        options: m.JobOptions,
+        bundle: Path | None,
+        printer: Printer,
+    ) -> None:
         self.job_id = uuid.uuid4().hex[:12]
         self._target = target
-        self._submit = m.Submit(self.job_id, world_size, spec)
+        self._submit = m.Submit(self.job_id, world_size, spec, options=options)
         self._bundle = bundle
         self._printer = printer
         self._cancels: deque[None] = deque()
         self._cancelled_at: float | None = None
         self._wake = Wake()
-        self._submitted = False
+        self._submitted = self._accepted = False
         self._denied_count = 0
         self._ended: m.Ended | None = None
 
@@ -86,9 +84,9 @@ class Run:
             self._cancel()
         for link in self._orchestrator.changes():
             self._link(link)
-        for data in self._orchestrator.receive():
+        for arrived in self._orchestrator.receive():
             try:
-                self._take(m.decode(data))
+                self._take(m.decode(arrived.data))
             except ProtocolError as error:
                 raise ConfigError(f"the orchestrator at {self._target.name}: {error}") from None
         now = monotonic()
@@ -137,14 +135,17 @@ class Run:
 
     def _take(self, message: m.Message) -> None:
         if isinstance(message, m.Welcome):
-            again = self._submitted
+            # Before it was accepted it may have been lost with its message; after that it must not start a second time.
             self._submitted = True
-            submit = self._submit
-            self._orchestrator.send(m.encode(m.Submit(submit.job_id, submit.world_size, submit.spec, again)))
+            self._orchestrator.send(m.encode(replace(self._submit, again=self._accepted)))
         elif isinstance(message, m.Unknown):
             self._orchestrator.send(m.encode(self._hello))
         elif isinstance(message, m.Refused):
             raise ConfigError(f"the orchestrator at {self._target.name} refused this client: {message.reason}")
+        elif isinstance(message, m.Accepted):
+            self._accepted = True
+        elif isinstance(message, m.Rejected) and message.job_id == self.job_id:
+            self._ended = m.Ended(self.job_id, f"not taken: {message.reason}", -1)
         elif isinstance(message, m.Want) and self._bundle is not None:
             self._orchestrator.send(m.encode(read_part(self._bundle, message)))
         elif isinstance(message, m.Waiting) and not self._target.local:

@@ -1,0 +1,221 @@
+"""The commands about jobs, and their options: submit, sweep, jobs, status, logs, cancel, wait, drain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fleet import config
+from fleet import messages as m
+from fleet.cli.words import Words
+from fleet.client.target import Target, cluster_target
+from fleet.errors import UsageError
+from fleet.values import PRIORITY_AT_MOST
+
+job_commands = typer.Typer()
+
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+Timeout = Annotated[float, typer.Option(help="Seconds to keep trying to reach the orchestrator.")]
+Orchestrator = Annotated[str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR.")]
+SecretFile = Annotated[Path | None, typer.Option(help="File with the cluster secret.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="No secret: whoever reaches the port may run code.")]
+Job = Annotated[str, typer.Argument(help="The job's id, or how it begins.")]
+SomeJobs = Annotated[list[str], typer.Argument(help="Jobs by their ids, or how these begin.")]
+Workers = Annotated[int, typer.Option(help="Number of ranks.")]
+Priority = Annotated[int, typer.Option(help="Higher starts earlier; a minute of waiting counts as one.")]
+Policy = Annotated[str, typer.Option(help="least-loaded or round-robin.", show_default="the cluster's")]
+MaxRestarts = Annotated[int, typer.Option(help="How often it starts again after the loss of a worker.")]
+Slots = Annotated[int, typer.Option(help="Slots that each rank takes.")]
+Gpus = Annotated[int, typer.Option(help="GPUs that each rank takes.")]
+MaxBundle = Annotated[int, typer.Option(help="Largest folder to send to a cluster, in MB.")]
+
+words_of: list[Words] = []  # of this command line, split before typer sees it
+
+
+def job_options(
+    name: str, group: str, priority: int, policy: str, max_restarts: int, slots: int, gpus: int
+) -> m.JobOptions:
+    """Raises UsageError for what no orchestrator would take."""
+    if abs(priority) > PRIORITY_AT_MOST:
+        raise UsageError(f"--priority is {priority}: it must be from -{PRIORITY_AT_MOST} to {PRIORITY_AT_MOST}")
+    for option, value, least in (("--max-restarts", max_restarts, 0), ("--slots", slots, 1), ("--gpus", gpus, 0)):
+        if not least <= value <= 1000:
+            raise UsageError(f"{option} is {value}: it must be from {least} to 1000")
+    return m.JobOptions(name, group, priority, policy, max_restarts, slots, gpus)
+
+
+def _cluster(orchestrator: str | None, secret_file: Path | None, insecure: bool, timeout: float) -> Target:
+    address = orchestrator or config.orchestrator_address()
+    if address is None:
+        raise UsageError(
+            "which cluster? set ORCHESTRATOR_ADDR or --orchestrator to HOST:PORT; `fleet run` needs none, and on one machine "
+            "`fleet orchestrator` and `fleet worker` make one"
+        )
+    return cluster_target(address, secret_file, insecure, timeout)
+
+
+@job_commands.command("submit")
+def submit_command(
+    workers: Workers = 1,
+    name: Annotated[str, typer.Option(help="For `fleet jobs`.")] = "",
+    priority: Priority = 0,
+    policy: Policy = "",
+    max_restarts: MaxRestarts = 3,
+    slots: Slots = 1,
+    gpus: Gpus = 0,
+    max_bundle: MaxBundle = 64,
+    as_json: AsJson = False,
+    timeout: Timeout = 60.0,
+    orchestrator: Orchestrator = None,
+    secret_file: SecretFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Submit a job that outlives this command, and print its id: fleet submit SCRIPT -- ARGS, -m MODULE, or -- COMMAND."""
+    from fleet.cli.jobs import Submission, submit
+    from fleet.cli.run import bundle_limit
+    from fleet.versions import versions
+
+    options = job_options(name, "", priority, policy, max_restarts, slots, gpus)
+    target = _cluster(orchestrator, secret_file, insecure, timeout)
+    job_id = submit(target, versions(), words_of[0], Submission(workers, options, bundle_limit(max_bundle)))
+    typer.echo(f'{{"job_id": "{job_id}"}}' if as_json else job_id)
+
+
+@job_commands.command("sweep")
+def sweep_command(
+    grid: Annotated[list[str] | None, typer.Option(help="NAME=A,B,C or NAME=FROM:TO; may be given again.")] = None,
+    workers: Workers = 1,
+    name: Annotated[str, typer.Option(help="Of the sweep, for `fleet jobs --group`.")] = "",
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the results.")] = False,
+    priority: Priority = 0,
+    policy: Policy = "",
+    max_restarts: MaxRestarts = 3,
+    slots: Slots = 1,
+    gpus: Gpus = 0,
+    max_bundle: MaxBundle = 64,
+    as_json: AsJson = False,
+    timeout: Timeout = 60.0,
+    orchestrator: Orchestrator = None,
+    secret_file: SecretFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Submit one job for each point of a grid, and show what came of them: fleet sweep SCRIPT --grid lr=0.1,0.01 -- ARGS.
+
+    Each job gets its point as arguments (--lr 0.1). If the last line that it prints is a JSON object, that is its result.
+    """
+    from fleet.cli.jobs import Submission
+    from fleet.cli.run import bundle_limit
+    from fleet.cli.sweep import sweep
+    from fleet.client.grid import points
+    from fleet.versions import versions
+
+    found = points(grid or [])
+    options = job_options("", name, priority, policy, max_restarts, slots, gpus)
+    target = _cluster(orchestrator, secret_file, insecure, timeout)
+    submission = Submission(workers, options, bundle_limit(max_bundle))
+    raise typer.Exit(sweep(target, versions(), words_of[0], submission, found, detach, as_json))
+
+
+@job_commands.command("jobs")
+def jobs_command(
+    group: Annotated[str, typer.Option(help="Only those of this sweep.")] = "",
+    limit: Annotated[int, typer.Option(help="The newest so many.")] = 50,
+    as_json: AsJson = False,
+    timeout: Timeout = 10.0,
+    orchestrator: Orchestrator = None,
+    secret_file: SecretFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """List jobs, the newest first."""
+    from fleet.cli.jobs import list_jobs
+    from fleet.versions import versions
+
+    target = _cluster(orchestrator, secret_file, insecure, timeout)
+    typer.echo(list_jobs(target, versions(), group, limit, as_json))
+
+
+@job_commands.command("status")
+def status_command(
+    job: Job,
+    as_json: AsJson = False,
+    timeout: Timeout = 10.0,
+    orchestrator: Orchestrator = None,
+    secret_file: SecretFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Say all that is known of a job: its state, what it waits for, its attempts."""
+    from fleet.cli.jobs import status
+    from fleet.versions import versions
+
+    typer.echo(status(_cluster(orchestrator, secret_file, insecure, timeout), versions(), job, as_json))
+
+
+@job_commands.command("logs")
+def logs_command(
+    job: Job,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has ended.")] = False,
+    rank: Annotated[int | None, typer.Option(help="Only this rank's.")] = None,
+    timeout: Timeout = 10.0,
+    orchestrator: Orchestrator = None,
+    secret_file: SecretFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Show what a submitted job printed."""
+    from fleet.cli.jobs import logs
+    from fleet.versions import versions
+
+    logs(_cluster(orchestrator, secret_file, insecure, timeout), versions(), job, rank, follow)
+
+
+@job_commands.command("cancel")
+def cancel_command(
+    jobs: SomeJobs,
+    kill: Annotated[bool, typer.Option("--kill", help="At once, without a grace period.")] = False,
+    as_json: AsJson = False,
+    timeout: Timeout = 10.0,
+    orchestrator: Orchestrator = None,
+    secret_file: SecretFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Cancel jobs, whether they wait or run."""
+    from fleet.cli.jobs import cancel
+    from fleet.versions import versions
+
+    typer.echo(cancel(_cluster(orchestrator, secret_file, insecure, timeout), versions(), jobs, kill, as_json))
+
+
+@job_commands.command("wait")
+def wait_command(
+    jobs: SomeJobs,
+    as_json: AsJson = False,
+    timeout: Timeout = 10.0,
+    orchestrator: Orchestrator = None,
+    secret_file: SecretFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Wait until jobs have ended; exit code 0 if all succeeded."""
+    from fleet.cli.jobs import wait
+    from fleet.versions import versions
+
+    raise typer.Exit(wait(_cluster(orchestrator, secret_file, insecure, timeout), versions(), jobs, as_json))
+
+
+@job_commands.command("drain")
+def drain_command(
+    worker: Annotated[str, typer.Argument(help="The worker's id, as `fleet workers` shows it.")],
+    within: Annotated[float, typer.Option(help="Seconds that what runs there has to end.")] = float(config.DRAIN_S),
+    undo: Annotated[bool, typer.Option("--undo", help="Give it work again.")] = False,
+    as_json: AsJson = False,
+    timeout: Timeout = 10.0,
+    orchestrator: Orchestrator = None,
+    secret_file: SecretFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Give a worker no new work; what does not end there in time starts again on others."""
+    from fleet.cli.jobs import drain
+    from fleet.versions import versions
+
+    target = _cluster(orchestrator, secret_file, insecure, timeout)
+    typer.echo(drain(target, versions(), worker, within, undo, as_json))

@@ -1,0 +1,234 @@
+"""`srun fleet run train.py`: the tasks of one Slurm step become one cluster for one job, and rank N is task N.
+
+Task 0 embeds the orchestrator and is the client: it prints the output, and its exit code is the job's. Every task, 0 too, is a
+worker with one slot. They find task 0 by a file in the folder that the step was submitted from, which only its user may read
+and which is gone once all are there; it holds the address and a throw-away secret. Where the machines share no folder, set
+FLEET_SECRET: then task 0 listens on port 15000 + the last four digits of the job's id, on the first machine of the list.
+
+Knows no Slurm command and asks Slurm nothing: what a task is, config has from its environment.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import monotonic, sleep
+
+from fleet import config
+from fleet.bus.address import endpoint, is_loopback, local_address_towards, parse
+from fleet.bus.lock import Lock, derive_secret
+from fleet.cli.runtime import runtime_folder
+from fleet.client.ask import workers
+from fleet.client.run import say
+from fleet.client.target import Target
+from fleet.errors import ConfigError, rank_set
+from fleet.orchestrator.service import Service
+from fleet.versions import versions
+from fleet.worker.agent import Agent
+from fleet.worker.state import Settings
+from fleet.worker.zygote import Zygote
+
+SAY_WAITING_AFTER_S = 5.0
+_POLL_S = 0.05
+_FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # what `sbatch --signal` sends is the script's
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def step_cluster(
+    task: config.SlurmTask, runtime: Path, preload: tuple[str, ...], timeout_s: float, interrupted: Callable[[], bool]
+) -> Iterator[Target]:
+    """Task 0's side. When entered all tasks are there, or it was interrupted; all of it has ended when left.
+
+    Raises ConfigError that names the tasks which do not show up in time.
+    """
+    logging.getLogger("fleet.orchestrator").addHandler(logging.NullHandler())
+    with _zygote(task, runtime, preload) as zygote:
+        given = config.given_secret()
+        lock = Lock("curve", given or secrets.token_urlsafe(32))
+        bundles = runtime / "orchestrator-bundles"
+        bundles.mkdir()
+        # All interfaces: which of them the others' names for this machine lead to, only the network knows.
+        bind = endpoint("127.0.0.1" if task.node_count == 1 else "*", task.port if given else 0)
+        service = Service(bind, lock, versions(), bundles, "by-name")
+        host, port = own_address(task), int(service.endpoint.rpartition(":")[2])
+        agent = _agent(task, runtime, zygote, host, port, lock, timeout_s)
+        target = Target("this step", endpoint(host, port), lock, timeout_s, local=True)
+        with _thread(service.run, service.stop), _thread(agent.run, agent.stop):
+            with _meeting_file(task, None if given else f"{host} {port} {lock.secret}"):
+                _wait_for_all(task, target, interrupted)
+            yield target
+
+
+def serve(task: config.SlurmTask, preload: tuple[str, ...], timeout_s: float) -> int:
+    """The side of any other task: a worker that lasts as long as task 0. Raises ConfigError where that does not show up."""
+    told: list[int] = []
+    agents: list[Agent] = []
+
+    def stop(number: int, _: object) -> None:
+        told.append(number)
+        for agent in agents:
+            with suppress(OSError):  # it has ended by itself
+                # Its rank ends, and with it the job. To hand the job back would have it wait for another worker.
+                agent.forward(signal.SIGTERM) if len(told) == 1 else agent.stop()
+
+    for number in _ENDING:
+        signal.signal(number, stop)
+    with runtime_folder() as runtime, _zygote(task, runtime, preload) as zygote:
+        met = _meet(task, timeout_s, lambda: bool(told))
+        if met is not None:
+            agents.append(_agent(task, runtime, zygote, *met, timeout_s))
+            if not told:
+                agents[0].run()
+    return 0  # how the job ended is task 0's to say
+
+
+def own_address(task: config.SlurmTask) -> str:
+    """Where the step's other machines reach this one."""
+    if task.node_count == 1:
+        return "127.0.0.1"
+    if given := config.advertised_host():
+        return given
+    found = local_address_towards(task.launched_from, 1)
+    return socket.gethostname() if found is None or is_loopback(found) else found
+
+
+def _agent(
+    task: config.SlurmTask, runtime: Path, zygote: Zygote, host: str, port: int, lock: Lock, timeout_s: float
+) -> Agent:
+    here = own_address(task)
+    settings = Settings(
+        worker_id=f"task-{task.rank:05d}",
+        incarnation=secrets.token_hex(8),
+        slots=1,
+        versions=versions(),
+        orchestrator=f"{host}:{port}",
+        control=f"ipc://{runtime}/agent",
+        inbox=lambda job_id, rank, slot: f"tcp://{here}:*" if task.node_count == 1 else "tcp://*:*",
+        advertise=here,
+        security=config.data_security("plain" if task.node_count == 1 else "curve"),
+        secret_of=lambda job_id: derive_secret(lock.secret, job_id),
+        local=(task.local_rank, task.local_count),
+        join_within_s=timeout_s,
+    )
+    agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", task.cores)
+
+    def forward(number: int, _: object) -> None:
+        with suppress(OSError):  # it has ended
+            agent.forward(number)
+
+    for number in _FORWARDED:
+        signal.signal(number, forward)
+    return agent
+
+
+@contextmanager
+def _zygote(task: config.SlurmTask, runtime: Path, preload: tuple[str, ...]) -> Iterator[Zygote]:
+    """The fork server, and what else comes first: it must not inherit a ZeroMQ context or a thread.
+
+    Slurm may signal all processes of a task, not only the first (proctrack/linuxproc and pgid do), and ranks die with the zygote:
+    it ignores what is not for it. So does a rank with _FORWARDED, until its script says what to do. A signal to this process in
+    the few milliseconds that this takes is lost.
+    """
+    # A worker that loses task 0 has seen the job end, or ends with an error that says so: only errors are news.
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.ERROR)
+    handler.setFormatter(logging.Formatter(f"fleet: task {task.rank}: %(message)s"))
+    logging.getLogger("fleet.worker").addHandler(handler)
+    config.limit_threads(task.cores)
+    for number in _FORWARDED:
+        signal.signal(number, signal.SIG_IGN)  # and so it stays here until there is an agent to forward it
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
+    try:
+        zygote = Zygote(runtime, preload)
+    finally:
+        for ending, then in before.items():
+            signal.signal(ending, then)
+    try:
+        yield zygote
+    finally:
+        zygote.close()
+
+
+def _wait_for_all(task: config.SlurmTask, target: Target, interrupted: Callable[[], bool]) -> None:
+    started_at, said = monotonic(), False
+    while not interrupted():
+        here = {worker.worker_id for worker in workers(target, versions())}
+        missing = [rank for rank in range(task.task_count) if f"task-{rank:05d}" not in here]
+        if not missing:
+            return
+        names = f"task{'s' if len(missing) > 1 else ''} {rank_set(missing, task.task_count + 1)} of this step"
+        if monotonic() > started_at + target.timeout_s:
+            raise ConfigError(
+                f"{names} did not show up within {target.timeout_s:g} s: did they end, and do their machines reach "
+                f"{target.endpoint}? (--timeout waits longer)"
+            )
+        if not said and monotonic() > started_at + SAY_WAITING_AFTER_S:
+            said = True
+            say(f"waiting for {names}, for {target.timeout_s:g} s")
+        sleep(_POLL_S)
+
+
+@contextmanager
+def _meeting_file(task: config.SlurmTask, text: str | None) -> Iterator[None]:
+    """The file that tells the other tasks where to go, whole as soon as it has its name."""
+    if text is None:
+        yield
+        return
+    draft = task.meeting_file.with_name(f"{task.meeting_file.name}-{os.getpid()}")
+    try:
+        # A new one: what somebody else put there under this name would be theirs to read.
+        with open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as file:
+            file.write(text)
+        draft.replace(task.meeting_file)
+    except OSError as error:
+        raise ConfigError(
+            f"{task.meeting_file} cannot be written ({error.strerror}): set FLEET_SECRET to do without it"
+        ) from None
+    try:
+        yield
+    finally:
+        task.meeting_file.unlink(missing_ok=True)
+
+
+def _meet(task: config.SlurmTask, timeout_s: float, interrupted: Callable[[], bool]) -> tuple[str, int, Lock] | None:
+    """(host, port, lock) of task 0's orchestrator; None: interrupted."""
+    if (given := config.given_secret()) is not None:
+        host, port = parse(f"{task.first_host}:{task.port}", task.port, "SLURM_STEP_NODELIST")
+        return ("127.0.0.1" if task.node_count == 1 else host), port, Lock("curve", given)
+    deadline = monotonic() + timeout_s
+    while monotonic() < deadline:
+        if interrupted():
+            return None
+        try:
+            with task.meeting_file.open(encoding="ascii") as file:
+                if os.fstat(file.fileno()).st_uid != os.getuid():
+                    raise ConfigError(f"{task.meeting_file} belongs to somebody else")
+                host, text, secret = file.read().split()
+            return host, int(text), Lock("curve", secret)
+        except FileNotFoundError:
+            sleep(_POLL_S)  # a shared folder sends no event
+        except OSError as error:
+            raise ConfigError(f"{task.meeting_file} cannot be read: {error.strerror}") from None
+    raise ConfigError(
+        f"task 0 of this step did not show up within {timeout_s:g} s: {task.meeting_file} is missing. Do the machines "
+        "share that folder? If not, set FLEET_SECRET to the same text for all tasks"
+    )
+
+
+@contextmanager
+def _thread(run: Callable[[], None], stop: Callable[[], None]) -> Iterator[None]:
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop()
+        thread.join()

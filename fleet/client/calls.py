@@ -1,0 +1,127 @@
+"""A call on its way to a runner and its result on the way back: pickled, kept, settled. Knows no socket and no runner."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fleet import pickling, tasks
+from fleet.bus.blobs import Blob, Shelf
+from fleet.errors import TaskError, UsageError
+
+T = TypeVar("T")
+
+
+class Promise(Future[T]):
+    """A future that tells its Executor when it is cancelled."""
+
+    def __init__(self, task_id: int, told: Callable[[int], None]) -> None:
+        super().__init__()
+        self._task_id = task_id
+        self._told = told
+
+    def cancel(self) -> bool:
+        before = self.cancelled()
+        cancelled = super().cancel()
+        if cancelled and not before:
+            self._told(self._task_id)
+        return cancelled
+
+
+@dataclass(slots=True)
+class Packed:
+    """A call without its number."""
+
+    name: str  # of the function, for a person
+    function: bytes
+    data: bytes
+    blobs: list[Blob]
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.data) + sum(blob.size_bytes for blob in self.blobs)
+
+    def call(self, task_id: int) -> tasks.Call:
+        apart = tuple(tasks.Apart(blob.size_bytes, blob.path) for blob in self.blobs)
+        return tasks.Call(task_id, self.function, self.data, apart)
+
+    def release(self) -> None:
+        for blob in self.blobs:
+            blob.release()
+
+
+@dataclass(slots=True)
+class Work:
+    """A task as the shell has it. Invariant: its blobs live until its future is settled."""
+
+    future: Promise[Any]
+    call: tasks.Call
+    packed: Packed
+    claimed: bool = False  # its future runs
+
+    def claim(self) -> bool:
+        """Whether it is to be run, and its future says so; not, if that was cancelled."""
+        self.claimed = self.claimed or self.future.set_running_or_notify_cancel()
+        return self.claimed
+
+
+class Packer:
+    """Makes calls, in whatever thread asks for it. Holds what may be sent again: the functions' pickles, by digest."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self.functions: dict[bytes, bytes] = {}
+        self._digests: dict[Any, bytes] = {}  # of functions whose pickle is only their name
+        self._shelf = Shelf(directory)
+
+    def pack(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
+        """A copy of the call, as it is now. Raises UsageError that names what cannot be pickled."""
+        name = getattr(fn, "__qualname__", None) or repr(fn)
+        try:
+            digest = self._digests.get(fn) if type(fn).__hash__ is not None else None
+            large = False
+            if digest is None:
+                digest, large = self._function(fn)
+        except Exception as error:
+            raise UsageError(f"the function {name} cannot be pickled: {type(error).__name__}: {error}") from error
+        try:
+            data, views = pickling.dumps((fn if large else None, args, kwargs), tasks.INLINE_BYTES)
+        except Exception as error:
+            raise UsageError(f"the arguments of {name} cannot be pickled: {type(error).__name__}: {error}") from error
+        if len(data) >= tasks.INLINE_BYTES:
+            data, views = b"", [memoryview(data), *views]
+        return Packed(name, digest, data, [self._shelf.blob(view) for view in views] if views else [])
+
+    def _function(self, fn: Callable[..., Any]) -> tuple[bytes, bool]:
+        """Its digest; empty for a large one, which is sent with its arguments."""
+        pickled = pickling.function_bytes(fn)
+        if len(pickled) >= tasks.INLINE_BYTES:
+            return b"", True
+        digest = hashlib.blake2b(pickled, digest_size=16).digest()
+        self.functions.setdefault(digest, pickled)
+        if pickling.by_reference(fn):
+            self._digests[fn] = digest
+        return digest, False
+
+    def close(self) -> None:
+        self._shelf.close()
+
+
+def settle(work: Work, result: tasks.Result, buffers: list[Any]) -> None:
+    """Gives the future its result or exception."""
+    name = work.packed.name
+    try:
+        value = pickling.loads(result.data or buffers.pop(0), buffers) if result.data or buffers else None
+    except Exception as error:
+        text = f"what task {name} returned cannot be read here: {type(error).__name__}: {error}"
+        work.future.set_exception(TaskError(text))
+        return
+    if result.ok:
+        work.future.set_result(value)
+    elif isinstance(value, BaseException):
+        work.future.set_exception(pickling.with_traceback(value, result.text))
+    else:
+        work.future.set_exception(TaskError(f"task {name} failed: {result.text}"))

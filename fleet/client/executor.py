@@ -1,0 +1,224 @@
+"""`fleet.Executor`: a concurrent.futures.Executor whose processes are slots of this machine, or of a cluster.
+
+Calls are pickled in the caller's thread; all else is done by one thread for each Executor, in line.py.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor as AnyExecutor
+from concurrent.futures import Future
+from concurrent.futures import as_completed as _as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from time import monotonic
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
+
+from fleet import config
+from fleet.client.calls import Promise
+from fleet.client.here import code_of_caller, local_pool
+from fleet.client.line import Line
+from fleet.client.target import cluster_target
+from fleet.errors import UsageError
+from fleet.values import JobOptions
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+PENDING_TASKS, PENDING_BYTES = 10_000, 256 << 20
+_open: weakref.WeakSet[Executor] = weakref.WeakSet()
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """How each task of a view is treated: see Executor."""
+
+    retries: int = 2
+    timeout: float | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if self.retries < 0:
+            raise UsageError(f"retries is {self.retries}: it must be 0 (never run twice) or more")
+        if self.timeout is not None and self.timeout <= 0:
+            raise UsageError(f"timeout is {self.timeout}: it must be a number of seconds above 0")
+
+
+class Executor(AnyExecutor):
+    """Runs calls in `max_workers` processes: on this machine, or on the cluster at `addr` (else ORCHESTRATOR_ADDR).
+
+    `max_workers` is by default the number of cores, on a cluster that of its slots. Each process takes `slots` slots and
+    `gpus` GPUs of its worker, until the Executor is shut down. `priority` is that of the seats among the cluster's jobs, and
+    of tasks among those of this Executor. A task that loses its process is run again, `retries` times at most: 0 is for
+    what must never run twice. After `timeout` seconds of running, its process is ended and its future raises TimeoutError.
+    Its own exceptions are never retried: the future raises them, with the remote traceback as their cause.
+
+    `submit` waits while `max_pending` tasks or 256 MB of arguments are unfinished. No `if __name__ == "__main__"` is needed.
+    Raises ConfigError where the cluster does not answer within `connect_timeout` seconds, UsageError for bad arguments.
+    """
+
+    def __init__(
+        self,
+        addr: str | None = None,
+        *,
+        max_workers: int | None = None,
+        retries: int = 2,
+        timeout: float | None = None,
+        priority: int = 0,
+        slots: int = 1,
+        gpus: int = 0,
+        max_pending: int = PENDING_TASKS,
+        name: str = "executor",
+        insecure: bool = False,
+        connect_timeout: float = 60.0,
+    ) -> None:
+        if max_workers is not None and max_workers < 1:
+            raise UsageError(f"max_workers is {max_workers}: an Executor needs at least one process")
+        if slots < 1 or gpus < 0 or max_pending < 1:
+            raise UsageError("slots and max_pending must be at least 1, gpus at least 0")
+        self._options = TaskOptions(retries, timeout, priority)
+        options = JobOptions(name=name, priority=priority, max_restarts=0, slots=slots, gpus=gpus)
+        address = addr or config.orchestrator_address()
+        self._stack = ExitStack()
+        self._closing = threading.Lock()
+        try:
+            if address is None:
+                count = max_workers or config.usable_cores()
+                target, direct = self._stack.enter_context(local_pool(count * slots, gpus * count))
+            else:
+                count = max_workers or 0
+                target, direct = cluster_target(address, None, insecure, connect_timeout), ""
+            code = self._stack.enter_context(code_of_caller(direct))
+            self._line = Line(target, direct, options, count, code, max_pending, PENDING_BYTES)
+            self._line.start()
+        except BaseException:
+            self._stack.close()
+            raise
+        _open.add(self)
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """A future of fn(*args, **kwargs). Raises UsageError where it cannot be pickled, RuntimeError after shutdown."""
+        return self._submit(self._options, fn, args, kwargs)
+
+    def options(self, *, retries: int | None = None, timeout: float | None = None, priority: int | None = None) -> View:
+        """The same processes, with other options for the tasks: pool.options(retries=0).submit(pay, 100)."""
+        given = {"retries": retries, "timeout": timeout, "priority": priority}
+        return View(self, replace(self._options, **{key: v for key, v in given.items() if v is not None}))  # type: ignore[arg-type]
+
+    def map(
+        self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+    ) -> Iterator[T]:
+        """As concurrent.futures: results in order; `chunksize` calls are one task. The arguments are read at once."""
+        return self._map(self._options, fn, iterables, timeout, chunksize)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """No more tasks are taken; with `wait`, returns when all have ended and every process is gone."""
+        self._line.finish(cancel_futures)
+        if not wait:
+            threading.Thread(target=self._close, name="fleet-executor-end", daemon=True).start()
+            return
+        self._close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._end(kind)
+
+    def _end(self, kind: type[BaseException] | None) -> None:
+        """After Ctrl-C at once, with all that runs; else once everything is done, as the standard library's executors."""
+        self._line.finish(False, abandon=kind is not None and issubclass(kind, KeyboardInterrupt))
+        self._close()
+
+    def _close(self) -> None:
+        with self._closing:  # who shuts down a second time, meanwhile, waits for the first
+            self._line.join()
+            self._stack.close()
+        _open.discard(self)
+
+    def _submit(
+        self, options: TaskOptions, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Promise[T]:
+        return self._line.submit(fn, args, kwargs, options.retries, options.timeout, options.priority)
+
+    def _map(
+        self,
+        options: TaskOptions,
+        fn: Callable[..., T],
+        iterables: tuple[Iterable[Any], ...],
+        timeout: float | None,
+        chunksize: int,
+    ) -> Iterator[T]:
+        if chunksize < 1:
+            raise UsageError(f"chunksize is {chunksize}: it must be at least 1")
+        calls = zip(*iterables, strict=False)
+        if chunksize == 1:
+            return _results([self._submit(options, fn, args, {}) for args in calls], timeout)
+        chunks = iter(lambda: list(islice(calls, chunksize)), [])
+        futures = [self._submit(options, _call_each, (fn, chunk), {}) for chunk in chunks]
+        return chain.from_iterable(_results(futures, timeout))  # type: ignore[arg-type]
+
+
+class View(AnyExecutor):
+    """An Executor with other options for its tasks. Shutting it down shuts down nothing."""
+
+    def __init__(self, executor: Executor, options: TaskOptions) -> None:
+        self._executor = executor
+        self._options = options
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        return self._executor._submit(self._options, fn, args, kwargs)
+
+    def map(
+        self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+    ) -> Iterator[T]:
+        return self._executor._map(self._options, fn, iterables, timeout, chunksize)
+
+
+def as_completed(
+    futures: Iterable[Future[T]], timeout: float | None = None, progress: bool | str = False
+) -> Iterator[Future[T]]:
+    """Futures as they end. `progress` shows a bar on stderr, named by a text, where that is a terminal."""
+    wanted = list(futures)
+    ended = _as_completed(wanted, timeout)
+    if not progress or not sys.stderr.isatty():
+        return ended
+    from rich.console import Console
+    from rich.progress import track
+
+    title = progress if isinstance(progress, str) else "tasks"
+    return iter(track(ended, title, total=len(set(wanted)), console=Console(stderr=True)))
+
+
+def _call_each(fn: Callable[..., T], calls: list[tuple[Any, ...]]) -> list[T]:
+    return [fn(*args) for args in calls]
+
+
+def _results(futures: list[Promise[T]], timeout: float | None) -> Iterator[T]:
+    """In order; what is left is cancelled when one raises, times out, or nobody wants more."""
+    deadline = None if timeout is None else monotonic() + timeout
+
+    def each() -> Iterator[T]:
+        try:
+            futures.reverse()
+            while futures:
+                left_s = None if deadline is None else deadline - monotonic()
+                yield futures.pop().result(left_s)
+        finally:
+            for future in futures:
+                future.cancel()
+
+    return each()
+
+
+def _end_all() -> None:
+    """Before the interpreter ends, perhaps with an error that nobody caught."""
+    for executor in list(_open):
+        executor._end(getattr(sys, "last_type", None))
+
+
+threading._register_atexit(_end_all)  # type: ignore[attr-defined]

@@ -1,0 +1,400 @@
+"""An Executor's thread: its line to the orchestrator, and through it to the runners. Acts on what pool.py decides.
+
+Everything that belongs to a task, its call, large arguments and future, is a Work here; the core knows its number only.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from time import monotonic, sleep
+from typing import Any, TypeVar
+
+from fleet import config, tasks
+from fleet import messages as m
+from fleet.bus.context import Bus
+from fleet.bus.control import Arrived, Dealer, Router
+from fleet.bus.poller import Poller, Wake
+from fleet.bus.shared import host_key
+from fleet.client import pool
+from fleet.client.arrivals import Arrivals
+from fleet.client.calls import Packer, Promise, Work, settle
+from fleet.client.here import Code
+from fleet.client.seats import Seat, Seats, check_python
+from fleet.client.target import Target
+from fleet.errors import ConfigError, FleetError, TaskLost
+
+T = TypeVar("T")
+
+LEAVE_WITHIN_S = 3.0  # for runners to end, once they were told to
+ACKNOWLEDGE_AFTER_S = 0.05  # results that no further call carries the acknowledgement of
+
+
+class Line(Seats):
+    """`submit` and `finish` may be called from any thread."""
+
+    def __init__(
+        self,
+        target: Target,
+        direct: str,  # where runners reach this line without the relay; empty: they cannot
+        options: m.JobOptions,
+        count: int,
+        code: Code,
+        max_pending: int,
+        max_bytes: int,
+    ) -> None:
+        super().__init__(target, options, count, code)
+        self._direct = direct
+        self._max_pending, self._max_bytes = max_pending, max_bytes
+        self._wake = Wake()
+        self._asleep = False
+        self._lock = threading.RLock()  # around the sockets and all that follows here
+        self._router: Router | None = None
+        self._acknowledge_at = 0.0
+        self._inbox: deque[tuple[pool.Task, Work]] = deque()
+        self._cancels: deque[int] = deque()
+        self._room = threading.Condition()
+        self._pending, self._pending_bytes, self._next_id = 0, 0, 0
+        self._finishing = False
+        self._cancel_all = self._abandoned = False
+        self._broken: BaseException | None = None
+        self._ready = threading.Event()  # let in, or broken
+        self._thread = threading.Thread(target=self._run, name="fleet-executor", daemon=True)
+        directory = config.shared_memory()
+        self._memory = host_key(directory) if directory is not None else ""
+        self._packer = Packer(directory if self._memory else None)
+        self._works: dict[int, Work] = {}
+
+    def start(self) -> None:
+        """Returns once the orchestrator has let this client in. Raises ConfigError where it does not in time."""
+        self._thread.start()
+        self._ready.wait()
+        if self._broken is not None:
+            self.join()
+            raise self._broken
+
+    def join(self) -> None:
+        self._thread.join()
+        self._wake.close()
+
+    # Any thread
+
+    def submit(
+        self, fn: Callable[..., T], args: Any, kwargs: Any, retries: int, timeout_s: float | None, priority: int
+    ) -> Promise[T]:
+        """Raises UsageError where the call cannot be pickled, RuntimeError when no more are taken."""
+        packed = self._packer.pack(fn, args, kwargs)
+        size_bytes = packed.size_bytes
+        with self._room:
+            if threading.current_thread() is not self._thread:  # a callback that waited here would wait for itself
+                self._room.wait_for(lambda: self._may_submit(size_bytes))
+            if self._finishing or self._broken is not None:
+                packed.release()
+                raise RuntimeError("cannot schedule new futures after shutdown") from self._broken
+            self._next_id += 1
+            task_id = self._next_id
+            self._pending, self._pending_bytes = self._pending + 1, self._pending_bytes + size_bytes
+            future: Promise[T] = Promise(task_id, self._cancelled)
+            work = Work(future, packed.call(task_id), packed)
+            self._inbox.append((pool.Task(task_id, priority, retries, timeout_s), work))
+        if self._asleep and not self._act_here():
+            self._wake.set()
+        return future
+
+    def _cancelled(self, task_id: int) -> None:
+        self._cancels.append(task_id)
+        self._wake.set()
+
+    def finish(self, cancel: bool, abandon: bool = False) -> None:
+        """Ends once all tasks are done, without those that have not begun, or without any."""
+        with self._room:
+            self._finishing = True
+            self._cancel_all = self._cancel_all or cancel
+            self._abandoned = self._abandoned or abandon
+            self._room.notify_all()
+        self._wake.set()
+
+    def _act_here(self) -> bool:
+        """Gives a runner that has nothing to do its task in the caller's thread: a change of threads costs 0.1 ms.
+
+        False: this line's own thread has to look.
+        """
+        router = self._router
+        if router is None or not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if not self._pool.has_idle:
+                return False
+            self._take_inbox()
+            # What came in meanwhile, and deadlines that are new, are that thread's.
+            return not router.has_event() and self._pool.next_deadline() is None and not self._unsent
+        finally:
+            self._lock.release()
+
+    def _may_submit(self, size_bytes: int) -> bool:
+        if self._finishing or self._broken is not None or not self._pending:
+            return True
+        return self._pending < self._max_pending and self._pending_bytes + size_bytes <= self._max_bytes
+
+    # This line's own thread
+
+    def _run(self) -> None:
+        try:
+            with Bus(self._target.lock) as bus:
+                self._dealer = Dealer(bus, self._target.endpoint, f"client/{uuid.uuid4().hex}".encode())
+                self._router = Router(bus, self._direct) if self._direct else None
+                self._poller = Poller([*self._dealer.poll_sockets, self._wake])
+                for descriptor in self._router.descriptors() if self._router else ():
+                    self._poller.add(descriptor)
+                self._arrivals = Arrivals(self._say, self._memory)
+                self._started_at = monotonic()
+                while self._goes_on():
+                    with self._lock:
+                        wait_s = self._turn()
+                    if wait_s is not None:
+                        self._sleep(wait_s)
+                self._leave()
+        except BaseException as error:
+            self._broken = error
+        finally:
+            with self._room:
+                self._finishing = True
+                self._room.notify_all()
+            self._ready.set()
+            why = self._broken or FleetError("the Executor was ended before this task was")
+            for work in [*self._works.values(), *(work for _, work in self._inbox)]:
+                if work.claim():
+                    work.future.set_exception(why)
+                self._drop(work)
+            self._packer.close()
+
+    def _goes_on(self) -> bool:
+        left = self._inbox or self._pool.task_count or self._works
+        return not self._abandoned and (not self._finishing or bool(left))
+
+    def _turn(self) -> float | None:
+        """Takes in all that happened; returns how long to wait for more. None: not at all."""
+        busy = self._take_inbox()
+        while self._unsent:
+            self._dealer.send(m.encode(self._unsent.popleft()))
+        for link in self._dealer.changes():
+            self._link(link)
+        for arrived in self._dealer.receive():
+            busy = True
+            self._take(arrived)
+        for thing in self._router.receive() if self._router else ():
+            busy = True
+            if isinstance(thing, Arrived):
+                self._take(thing)
+        now = monotonic()
+        deadline = self._pool.next_deadline()
+        if deadline is not None and now >= deadline:
+            self._step(pool.Tick())
+            return 0.0
+        if busy:
+            return None if self._router is None or self._router.has_event() else 0.0
+        waits = [math.inf if deadline is None else deadline - now]
+        if any(seat.arrived for seat in self._seats.values()):
+            if now >= self._acknowledge_at:
+                self._acknowledge()
+            waits.append(max(0.0, self._acknowledge_at - now))
+        if not self._welcomed:
+            waits.append(self._started_at + self._target.timeout_s - now)
+            if waits[-1] <= 0:
+                raise ConfigError(
+                    f"no orchestrator answered at {self._target.name} within {self._target.timeout_s:g} s"
+                )
+        return max(0.0, min(waits))
+
+    def _sleep(self, wait_s: float) -> None:
+        """Outside of the lock: who finds this line asleep may act for it, or wakes it."""
+        self._asleep = True
+        nothing = not self._inbox and not self._cancels and (not self._finishing or self._works)
+        if nothing and self._wake in self._poller.wait(None if wait_s == math.inf else wait_s):
+            self._wake.clear()
+        self._asleep = False
+
+    def _take_inbox(self) -> bool:
+        submitted = []
+        while self._inbox:
+            task, work = self._inbox.popleft()
+            self._works[task.task_id] = work
+            submitted.append(task)
+        if submitted:
+            self._step(pool.Submitted(submitted))
+        cancelled = [self._cancels.popleft() for _ in range(len(self._cancels))]
+        if self._cancel_all:
+            self._cancel_all = False
+            for task_id, work in list(self._works.items()):
+                if not work.claimed and Future.cancel(work.future):
+                    cancelled.append(task_id)
+        if cancelled:
+            self._step(pool.Cancelled(cancelled))
+            for task_id in cancelled:
+                found = self._works.get(task_id)
+                if found is not None and not found.claimed:
+                    found.future.set_running_or_notify_cancel()
+                    self._drop(self._works.pop(task_id))
+        return bool(submitted or cancelled)
+
+    def _step(self, event: pool.Event) -> None:
+        for effect in self._pool.step(event, monotonic()):
+            self._perform(effect)
+
+    def _perform(self, effect: pool.Effect) -> None:
+        if isinstance(effect, pool.Give):
+            self._give(effect)
+        elif isinstance(effect, pool.AskRunner):
+            if self._works or not self._finishing:
+                self._ask_runner()
+        elif isinstance(effect, pool.Recall):
+            self._say(effect.job_id, tasks.Recall(effect.task_ids))
+        elif isinstance(effect, pool.EndRunner):
+            self._unsent.append(m.Cancel(effect.job_id, effect.kill))
+        else:
+            self._fail(effect)
+
+    def _begun(self) -> None:
+        for effect in self._pool.start():
+            self._perform(effect)
+        self._ready.set()
+
+    # Tasks
+
+    def _give(self, give: pool.Give) -> None:
+        seat = self._seats[give.job_id]
+        calls: list[tasks.Call] = []
+        functions: dict[bytes, bytes] = {}
+        cancelled: list[int] = []
+        size_bytes = 0
+        for task in give.tasks:
+            work = self._works[task.task_id]
+            if not work.claim():
+                cancelled.append(task.task_id)
+                self._drop(self._works.pop(task.task_id))
+                continue
+            calls.append(work.call)
+            size_bytes += len(work.call.data)
+            digest = work.call.function
+            if digest and digest not in seat.functions:
+                seat.functions.add(digest)
+                functions[digest] = self._packer.functions[digest]
+                size_bytes += len(functions[digest])
+            if size_bytes >= tasks.MESSAGE_BYTES:
+                self._run_calls(give.job_id, seat, calls, functions)
+                calls, functions, size_bytes = [], {}, 0
+        if calls:
+            self._run_calls(give.job_id, seat, calls, functions)
+        if cancelled:  # between the decision and now: nothing will come of them
+            self._step(pool.Finished(give.job_id, dict.fromkeys(cancelled, 0.0)))
+
+    def _run_calls(self, job_id: str, seat: Seat, calls: list[tasks.Call], functions: dict[bytes, bytes]) -> None:
+        arrived, seat.arrived = tuple(seat.arrived), []
+        self._say(job_id, tasks.Run(tuple(calls), functions, arrived))
+
+    def _acknowledge(self) -> None:
+        self._acknowledge_at = monotonic() + ACKNOWLEDGE_AFTER_S
+        for job_id, seat in self._seats.items():
+            if seat.arrived:
+                self._run_calls(job_id, seat, [], {})
+
+    def _say(self, job_id: str, said: tasks.Said, piece: bytes | None = None) -> None:
+        body = [tasks.encode(said)] if piece is None else [tasks.encode(said), piece]
+        if self._router is None:
+            self._dealer.send(m.relay_head(job_id), body)
+        elif peer := self._seats[job_id].peer:
+            self._router.send(peer, m.relay_head(job_id), body)
+
+    def _settle(self, job_id: str, results: list[tuple[tasks.Result, list[Any]]]) -> None:
+        """Results that are here with all their buffers."""
+        seat = self._seats.get(job_id)
+        seconds = {}
+        for result, _ in results:
+            seconds[result.task_id] = result.seconds
+            if seat is not None:
+                seat.arrived.append(result.task_id)
+        held = self._pool.runners.get(job_id)
+        mine = [(r, buffers) for r, buffers in results if held is not None and r.task_id in held.tasks]
+        self._step(pool.Finished(job_id, seconds))
+        for result, buffers in mine:
+            work = self._works.pop(result.task_id, None)
+            if work is None:
+                continue
+            self._drop(work)
+            settle(work, result, buffers)
+        if mine:
+            sleep(0)  # lets go of the GIL: who waits for a result has it now, not at this thread's next wait
+
+    def _fail(self, fail: pool.Fail) -> None:
+        work = self._works.pop(fail.task.task_id, None)
+        if work is None:
+            return
+        self._drop(work)
+        if not work.claim():
+            return
+        if fail.why == "timeout":
+            work.future.set_exception(TimeoutError(f"task {work.packed.name}: {fail.text}"))
+        else:
+            work.future.set_exception(TaskLost(work.packed.name, fail.task.retries, fail.task.history, fail.text))
+
+    def _drop(self, work: Work) -> None:
+        size_bytes = work.packed.size_bytes
+        work.packed.release()
+        with self._room:
+            self._pending, self._pending_bytes = self._pending - 1, self._pending_bytes - size_bytes
+            self._room.notify()
+
+    # Runners
+
+    def _take(self, arrived: Arrived) -> None:
+        job_id = m.relayed_job(arrived.data)
+        if job_id is None:
+            self._from_orchestrator(arrived.data)
+        elif job_id in self._seats and arrived.rest:
+            self._seats[job_id].peer = arrived.peer
+            self._from_runner(job_id, arrived)
+
+    def _from_runner(self, job_id: str, arrived: Arrived) -> None:
+        seat = self._seats[job_id]
+        said = tasks.decode(arrived.rest[0].buffer)
+        if isinstance(said, tasks.Results):
+            whole = self._arrivals.results(job_id, said)
+            if whole:
+                self._settle(job_id, whole)
+        elif isinstance(said, tasks.Piece):
+            piece = arrived.rest[1].buffer if len(arrived.rest) > 1 else memoryview(b"")
+            whole = self._arrivals.piece(job_id, said, piece)
+            if whole:
+                self._settle(job_id, whole)
+        elif isinstance(said, tasks.Fetch):
+            work = self._works.get(said.task_id)
+            blob = work.packed.blobs[said.index] if work and said.index < len(work.packed.blobs) else None
+            data = blob.piece(said.offset, tasks.PIECE_BYTES) if blob is not None else b""
+            piece_said = tasks.Piece(said.task_id, said.index, said.offset)
+            self._say(job_id, piece_said, data)
+        elif isinstance(said, tasks.Returned):
+            self._step(pool.GivenBack(job_id, said.task_ids))
+        elif isinstance(said, tasks.Ready):
+            check_python(seat.worker, said.python)
+            seat.functions.clear()
+            self._arrivals.ask_again(job_id, said.memory)
+            self._step(pool.RunnerReady(job_id, f"{seat.worker} (pid {said.pid})", said.holds))
+
+    def _leave(self) -> None:
+        """Ends the runners, and waits for that in a bounded time: their slots are free when this returns."""
+        self._acknowledge()
+        while self._unsent:
+            self._dealer.send(m.encode(self._unsent.popleft()))
+        for job_id in self._seats:
+            self._dealer.send(m.encode(m.Cancel(job_id, kill=True)))
+        deadline = monotonic() + LEAVE_WITHIN_S
+        while self._seats and monotonic() < deadline and not self._target.local:
+            self._poller.wait(deadline - monotonic())
+            self._wake.clear()
+            self._dealer.changes()
+            for arrived in self._dealer.receive():
+                self._take(arrived)
