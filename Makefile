@@ -20,12 +20,15 @@ check: .venv/.test ## format, lint, types, layers
 	$(BIN)/mypy fleet
 	$(BIN)/python -m pytest tests/test_layers.py
 
-test: .venv/.test ## every test, two at a time
-	$(BIN)/python -m pytest -n 2 --dist worksteal tests
+test: .venv/.test ## every test; those of real clusters last, one at a time, and skipped where there is no Docker or Slurm
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/cluster tests
+	$(BIN)/python -m pytest tests/cluster
 
-bench: .venv/.bench ## how long a gang takes to start, and all_reduce against Gloo
+bench: .venv/.bench ## how long a gang takes to start, all_reduce against Gloo, tasks, and what the orchestrator's work costs
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/allreduce.py --systems fleet,fleet-shared,fleet-tcp,gloo
+	$(BIN)/python bench/dispatch.py --systems fleet,processpool
+	$(BIN)/python bench/orchestrator.py
 
 clean: ## remove what the other verbs made
 	rm -rf .venv .peers build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

