@@ -6,9 +6,11 @@ Safe beside other tests on the same machine: what another live process holds is 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing.util
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,6 +19,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+# Where the suite runs in a shell's background it inherits that Ctrl-C is ignored, and so would what tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GRACE_S = 2.0
 SHM = Path("/dev/shm")
@@ -62,10 +67,25 @@ def held_by_another(path: Path) -> bool:
     return False
 
 
+def locked(path: Path) -> bool:
+    """Whether its maker lives: another test's process, or an Executor of a wider fixture in this one."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def leaked_shm(before: set[Path]) -> set[Path]:
     """New named files that nobody else holds, once whoever is about to unlink theirs had the time to."""
     deadline = time.monotonic() + GRACE_S
-    while leaked := {path for path in fleet_shm() - before if not held_by_another(path)}:
+    while leaked := {path for path in fleet_shm() - before if not locked(path) and not held_by_another(path)}:
         # A neighbour's test may be between its last process and its unlink. That sends no event, hence the poll.
         if time.monotonic() > deadline:
             return {path for path in leaked if path.exists()}
@@ -106,10 +126,12 @@ def leaves_nothing_behind(shared_by_all_tests: None) -> Iterator[None]:
     children_before = set(this_process.children(recursive=True))
     shm_before = fleet_shm()
     # Short: a Unix socket's path has 107 bytes, and the usual TMPDIR may take most of them.
-    directory = tempfile.mkdtemp(prefix="fl", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+    base = "/tmp" if os.access("/tmp", os.W_OK) else None
+    directory, kept = tempfile.mkdtemp(prefix="fl", dir=base), tempfile.mkdtemp(prefix="fs", dir=base)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", directory)
+        patch.setenv("XDG_STATE_HOME", kept)  # what an orchestrator keeps on purpose
         patch.setattr(tempfile, "tempdir", None)
         yield
 
@@ -124,6 +146,7 @@ def leaves_nothing_behind(shared_by_all_tests: None) -> Iterator[None]:
 
     left += [f"temporary file {path}" for path in sorted(Path(directory).iterdir())]
     shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(kept, ignore_errors=True)
 
     for path in sorted(leaked_shm(shm_before)):
         left.append(f"shared memory {path}")

@@ -21,7 +21,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"client", "worker", "orchestrator"}),
     frozenset({"collectives"}),
     frozenset({"bus"}),
-    frozenset({"messages"}),
+    frozenset({"messages", "tasks", "pickling"}),
+    frozenset({"questions", "versions"}),
+    frozenset({"values", "exposition"}),
     frozenset({"group"}),
     frozenset({"config"}),
     frozenset({"errors"}),
@@ -29,14 +31,21 @@ LAYERS: tuple[frozenset[str], ...] = (
 HEIGHT = {part: -depth for depth, parts in enumerate(LAYERS) for part in parts}
 
 # fleet/__init__.py runs before any other module of fleet, so only plain values may load with it.
-EAGER_IN_INIT = frozenset({"messages", "group", "config", "errors"})
+EAGER_IN_INIT = frozenset({"messages", "questions", "values", "group", "config", "errors"})
 
 DECIDERS = (
+    "fleet/orchestrator/clients.py",
     "fleet/orchestrator/core.py",
+    "fleet/orchestrator/gangs.py",
+    "fleet/orchestrator/jobs.py",
+    "fleet/orchestrator/waiting.py",
     "fleet/orchestrator/placement.py",
     "fleet/worker/core.py",
+    "fleet/worker/ranks.py",
     "fleet/collectives/schedule.py",
     "fleet/client/fold.py",
+    "fleet/client/grid.py",
+    "fleet/client/pool.py",
 )
 IMPURE = frozenset({"time", "random", "os", "socket", "threading", "subprocess", "zmq", "multiprocessing"})
 

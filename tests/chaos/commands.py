@@ -28,7 +28,12 @@ def fleet(*words: str, **changes: str) -> subprocess.CompletedProcess[str]:
 def started(*words: str, **changes: str) -> Iterator[subprocess.Popen[str]]:
     """One command that runs on. Whatever still runs at the end is asked to end, and killed if it does not."""
     process = subprocess.Popen(
-        [*FLEET, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(**changes)
+        [*FLEET, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pipesize=1 << 20,  # a test may read the log late, and nothing may wait for that
+        text=True,
+        env=environment(**changes),
     )
     try:
         yield process

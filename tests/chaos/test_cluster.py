@@ -112,7 +112,7 @@ def test_strangers_at_the_orchestrator(cluster: Cluster, job: str) -> None:
         poller, answers = Poller(dealer.poll_sockets), []
         while len(answers) < 21:
             assert poller.wait(20), "no answer"
-            answers += [m.decode(data) for data in dealer.receive()]
+            answers += [m.decode(arrived.data) for arrived in dealer.receive()]
             dealer.changes()
     assert all(isinstance(answer, m.Refused) for answer in answers)
     assert f"the peer speaks protocol {m.PROTOCOL + 1}, this is protocol {m.PROTOCOL}" in str(answers[0])

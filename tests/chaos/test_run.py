@@ -33,6 +33,18 @@ def test_all_ranks_sum_and_equal_lines_are_folded(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("memory", ["on", "off"])
+def test_many_more_ranks_than_cores(tmp_path: Path, memory: str) -> None:
+    script = (
+        "import fleet, numpy as np\ncomm = fleet.init()\n"
+        "for count in (1, 1000, 300_000):\n"
+        "    x = np.full(count, comm.rank + 1.0)\n    comm.all_reduce(x)\n    assert (x == 32 * 33 / 2).all()\n"
+        "assert comm.all_gather_object(comm.rank) == list(range(32))\n"
+    )
+    done = run(tmp_path, script, "--workers", "32", FLEET_SHARED_MEMORY=memory)
+    assert done.returncode == 0, done.stderr
+
+
 def test_ipc_transport(tmp_path: Path) -> None:
     assert run(tmp_path, SUM, "--workers", "3", "--transport", "ipc").returncode == 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import stat
 import tarfile
@@ -13,6 +14,7 @@ import pytest
 
 from fleet.client.bundle import Bundle, pack
 from fleet.errors import ConfigError
+from fleet.worker.bundles import extract
 
 
 @pytest.fixture
@@ -244,3 +246,31 @@ def test_what_cannot_be_read_is_named(
     named = f"{folder / refused} belongs to the script's folder and cannot be packed: Permission denied"
     assert str(unreadable.value) == named
     assert list(into.iterdir()) == []
+
+
+@pytest.mark.parametrize("filters", [True, False], ids=["with filters", "as before Python 3.11.4"])
+@pytest.mark.parametrize(
+    ("name", "kind", "link"),
+    [("../outside", tarfile.REGTYPE, ""), ("link", tarfile.SYMTYPE, "../outside"), ("pipe", tarfile.FIFOTYPE, "")],
+)
+def test_an_archive_cannot_reach_out_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, filters: bool, name: str, kind: bytes, link: str
+) -> None:
+    if not filters:
+        monkeypatch.delattr(tarfile, "data_filter")
+    folder = tmp_path / "inside"
+    folder.mkdir()
+    for good in (True, False):
+        path = tmp_path / "a.tar.gz"
+        with tarfile.open(path, "w:gz") as archive:
+            member = tarfile.TarInfo("good/file" if good else name)
+            member.type, member.linkname, member.mode = (tarfile.REGTYPE, "", 0o4755) if good else (kind, link, 0o644)
+            archive.addfile(member, io.BytesIO())
+        with tarfile.open(path) as archive:
+            if good:
+                extract(archive, folder)
+            else:
+                with pytest.raises((ValueError, tarfile.TarError)):
+                    extract(archive, folder)
+    assert stat.S_IMODE((folder / "good/file").stat().st_mode) & stat.S_ISUID == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar.gz", "inside"]

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.client import fold as module
-from fleet.client.fold import HELD_AT_MOST, LINE_BYTES, Fold, Folded, Lines, rank_set
+from fleet.client.fold import HELD_AT_MOST, LINE_BYTES, Fold, Folded, Lines
+from fleet.errors import rank_set
 
 HOLD_S = 10.0  # whole numbers, so that "exactly hold_s later" is exact
 

@@ -21,19 +21,59 @@ STATUS = m.RankStatus(3, "worker-1", "10.0.0.5", 812, 1, 9, True, True, "Traceba
 VERSIONS = m.Versions("0.1.0", "3.12.1", "2.4.0")
 WORLD = m.World(7, (m.Member(0, "worker-0", "h0", 11, "tcp://h0:1"), m.Member(1, "worker-1", "h1", 12, "ipc:///r1")))
 
+OPTIONS = m.JobOptions("name", "sweep", -3, "round-robin", 5, 2, 1)
+JOB = m.JobInfo(
+    "job",
+    "ended",
+    "failed",
+    "script",
+    "t.py",
+    ("a",),
+    2,
+    OPTIONS,
+    True,
+    2,
+    1.5,
+    2.5,
+    3.5,
+    ("w", "x"),
+    "",
+    "why",
+    ("h",),
+    (-9, 1),
+)
+
 EXAMPLES: list[Message] = [
     m.WorkerHello("worker-0", "1f", "10.0.0.5", 4, VERSIONS, (("job", 1), ("other", 2))),
     m.ClientHello(VERSIONS),
     m.Welcome(VERSIONS, 0.5),
     m.Refused("another version"),
-    m.Heartbeat(),
+    m.Heartbeat(0.5),
     m.Unknown(),
+    m.Leaving(),
+    m.HandBack("job", 2),
     m.Goodbye(),
+    m.Ping(),
+    m.Pong("worker-0", True, "draining"),
+    m.Tally("job", 2, 1, (m.TallyRow("all_reduce", "shared", 4096, 0.25, (0,) * 16 + (1,)),), 1.5),
+    m.ListWorkers(),
+    m.Workers((m.WorkerState("worker-0", "10.0.0.5", "draining", 4, 1, VERSIONS, ("job",)),)),
     m.Submit("job", 4, SPEC, True),
     m.Waiting("job", "2 of 4 slots are free"),
     m.Started("job", ("h0", "h1"), ("worker-0", "worker-1")),
     m.Cancel("job", True),
     m.Ended("job", "rank 3 exited with 1", 3, (STATUS, m.RankStatus(0, "worker-0", "h0", 5, 0))),
+    m.Accepted("job"),
+    m.Rejected("job", "the disk is full"),
+    m.Retire("job"),
+    m.Submit("job", 4, SPEC, False, True, OPTIONS),
+    m.ListJobs("job", "sweep", 10),
+    m.Jobs((JOB,), 3),
+    m.Watch("job"),
+    m.ReadLog("job", 1, 1 << 33),
+    m.LogPart("job", 1, 1 << 33, b"\xff text", True, "there is no such job"),
+    m.Drain("worker-1", 2.5, True),
+    m.Drained("worker-1", ("job",), "no such worker"),
     m.Want("ab" * 32, 1 << 20),
     m.Part("ab" * 32, 0, bytes(range(256))),
     m.Assign("job", 2, 4, (2, 3), 1, 2, SPEC),
@@ -75,7 +115,7 @@ def subclasses(cls: type) -> set[type]:
 def test_no_message_is_forgotten_here() -> None:
     """A new Message needs an example above; the round trip then proves that it is in the union that decode knows."""
     assert {type(message) for message in EXAMPLES} == {
-        cls for cls in subclasses(Message) if cls.__module__ == m.__name__
+        cls for cls in subclasses(Message) if cls.__module__.startswith("fleet.")
     }
 
 

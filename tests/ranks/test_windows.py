@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import numpy as np
@@ -120,7 +119,6 @@ def test_windows_come_and_go(run_world: Any, transport: str | int) -> None:
                 for view in held[:-1]:
                     assert view.any()
                 del held[:-1]
-                gc.collect()
         comm.barrier()
 
     run_world(n, turnover, transport=transport)
@@ -134,7 +132,6 @@ def test_ranks_may_use_different_windows(run_world: Any, transport: str | int) -
     def cross(comm: Communicator) -> None:
         tensors = [comm.empty(count), comm.empty(count)]
         del tensors[1 - comm.rank % 2]
-        gc.collect()
         x = tensors[0]
         x.fill(comm.rank + 1)
         comm.all_reduce(x)

@@ -1,8 +1,6 @@
-"""The orchestrator's and the agent's decisions, without a socket or a process: events in, effects out."""
+"""The orchestrator's decisions, without a socket or a process: events in, effects out."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from msgspec.structs import replace
 
@@ -10,10 +8,8 @@ from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import HEARTBEAT_TIMEOUT_S, RECONNECT_GRACE_S
 from fleet.orchestrator.core import Core as Orchestrator
-from fleet.orchestrator.placement import least_loaded, round_robin
-from fleet.worker import state as w
-from fleet.worker.core import STOP_GRACE_S, WINDOW_BYTES, WORLD_CHANGED_GRACE_S
-from fleet.worker.core import Core as Agent
+from fleet.orchestrator.jobs import JobState
+from fleet.orchestrator.placement import Rooms, Shape
 
 VERSIONS = m.Versions("0", "3.11")
 SPEC = m.Spec("script", "train.py", directory="/")
@@ -37,7 +33,7 @@ def running(core: Orchestrator, world_size: int) -> None:
     core.step(o.Received(CLIENT, m.Submit("j", world_size, SPEC)), 0.0)
     for worker_id in core.jobs["j"].workers:
         core.step(o.Received(f"{worker_id}/1".encode(), m.Assigned("j", 1, 1234)), 0.0)
-    assert core.jobs["j"].state is o.JobState.RUNNING
+    assert core.jobs["j"].state is JobState.RUNNING
 
 
 def test_a_gang_waits_and_says_for_what_then_starts_by_itself() -> None:
@@ -184,176 +180,31 @@ def test_a_restarted_worker_is_not_its_ghost() -> None:
     running(core, 1)
     effects = core.step(o.Received(b"w0/2", m.WorkerHello("w0", "2", "h", 1, VERSIONS)), 1.0)
     assert any(isinstance(x, m.Refused) for x in sent(effects, b"w0/1"))
-    assert core.jobs["j"].state is o.JobState.ENDED
+    assert (core.jobs["j"].state, core.jobs["j"].attempt) == (JobState.ASSIGNED, 2)
+    assert [type(x) for x in sent(effects, b"w0/2")] == [m.Welcome, m.Assign]
     assert isinstance(sent(core.step(o.Received(b"w0/1", m.Heartbeat()), 1.1), b"w0/1")[0], m.Unknown)
 
 
 def test_a_job_that_is_sent_twice_runs_once_and_one_that_is_forgotten_is_not_started_again() -> None:
     core = cluster(1)
     running(core, 1)
-    assert core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC)), 1.0) == []
+    again = core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC)), 1.0)
+    assert [type(x) for x in sent(again, CLIENT)] == [m.Accepted, m.Started]
+    assert [type(x) for x in sent(again, b"w0/1")] == [m.OutputAck]  # those of the client may be lost
     effects = core.step(o.Received(CLIENT, m.Submit("other", 1, SPEC, again=True)), 1.0)
     assert "restarted" in next(x for x in sent(effects, CLIENT) if isinstance(x, m.Ended)).reason
 
 
 def test_policies_place_all_or_nothing() -> None:
-    slots = {"a": (2, 2), "b": (1, 4), "c": (0, 1)}
-    for policy in (least_loaded, round_robin):
-        seats, reason = policy(3, slots, 0)
+    for policy in ("least-loaded", "round-robin", "by-name"):
+        rooms = Rooms()
+        for name, taken, slots in (("a", 0, 2), ("b", 3, 4), ("c", 1, 1)):
+            rooms.add(name, slots, 0)
+            rooms.hold(name, "other", Shape(taken), taken)
+        assert rooms.place("j", Shape(4), policy) is None
+        assert rooms.free == 3
+        assert "3 of 4 slots free" in rooms.missing(Shape(4))
+        assert "add workers" in rooms.missing(Shape(9))
+        seats = rooms.place("j", Shape(3), policy)
         assert seats is not None
         assert sorted(seats) == ["a", "a", "b"]
-        assert policy(4, slots, 0)[0] is None
-        assert "3 of 4 slots free" in policy(4, slots, 0)[1]
-        assert "add workers" in policy(9, slots, 0)[1]
-        assert reason == ""
-
-
-KEY = ("j", 1, 0)
-
-
-def agent() -> Agent:
-    settings = w.Settings(
-        "w0", "1", 2, VERSIONS, "o:1", "ipc://x", lambda job, rank, slot: "tcp://*:1", "h", "open", lambda job: ""
-    )
-    core = Agent(settings, 0.0)
-    core.step(w.LinkUp(), 0.0)
-    core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.0)
-    core.step(w.FromOrchestrator(m.Assign("j", 1, 1, (0,), 0, 1, SPEC)), 0.0)
-    core.step(w.Prepared("j", 1, Path("/"), 5), 0.0)
-    return core
-
-
-def started() -> Agent:
-    core = agent()
-    effects = core.step(w.FromOrchestrator(m.Launch("j", 1, "h", 5)), 0.0)
-    assert [type(effect) for effect in effects] == [w.Spawn]
-    core.step(w.Spawned(KEY, 42), 0.0)
-    return core
-
-
-def kinds(effects: list[w.Effect], kind: type) -> list[w.Effect]:
-    return [effect for effect in effects if isinstance(effect, kind)]
-
-
-def up(effects: list[w.Effect], kind: type) -> list[m.Message]:
-    return [
-        effect.message
-        for effect in effects
-        if isinstance(effect, w.ToOrchestrator) and isinstance(effect.message, kind)
-    ]
-
-
-def test_launch_and_assign_may_arrive_twice() -> None:
-    core = started()
-    assert core.step(w.FromOrchestrator(m.Launch("j", 1, "h", 5)), 0.1) == []
-    again = core.step(w.FromOrchestrator(m.Assign("j", 1, 1, (0,), 0, 1, SPEC)), 0.1)
-    assert up(again, m.Assigned) == [m.Assigned("j", 1, 5)]
-    assert kinds(again, w.Prepare) == []
-
-
-def test_a_rank_has_ended_when_it_is_dead_and_read() -> None:
-    core = started()
-    core.step(w.Printed(KEY, "stderr", b"Boom\n"), 0.1)
-    assert up(core.step(w.Died(KEY, 3, 0, False), 0.2), m.RankExited) == []
-    core.step(w.Printed(KEY, "stdout", b""), 0.2)
-    (exited,) = up(core.step(w.Printed(KEY, "stderr", b""), 0.2), m.RankExited)
-    assert isinstance(exited, m.RankExited)
-    assert (exited.status.code, exited.status.stderr_tail, exited.status.stopped) == (3, "Boom\n", False)
-    assert kinds(core.step(w.FromOrchestrator(m.Forget("j", 1)), 0.3), w.Remove) == [w.Remove("j", 1)]
-
-
-def test_output_that_a_grandchild_holds_open_is_given_up() -> None:
-    core = started()
-    core.step(w.Died(KEY, 0, 0, False), 1.0)
-    deadline = core.next_deadline()
-    assert deadline is not None
-    assert deadline <= 1.5
-    assert len(up(core.step(w.Tick(), 1.5), m.RankExited)) == 1
-
-
-def test_stop_is_polite_and_then_is_not() -> None:
-    core = started()
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.Kill) == [w.Kill(KEY, 42, 15)]
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.1), w.Kill) == []
-    assert kinds(core.step(w.Tick(), 1.0 + STOP_GRACE_S), w.Kill) == [w.Kill(KEY, 42, 9)]
-
-
-LOST = m.Lost("j", 1, m.RankStatus(1, "w1", "h", 7, 0, signal=9), "killed by signal 9 (SIGKILL)")
-RANK = b"j/1/0/42"
-
-
-def joined() -> Agent:
-    core = started()
-    core.step(w.FromRank(RANK, m.RankHello("j", 1, 0, 42)), 0.1)
-    core.step(w.FromRank(RANK, m.Join("j", 1, 0, 42, "tcp://h:1")), 0.2)
-    return core
-
-
-def test_a_rank_that_was_told_whom_it_lost_has_the_time_to_say_so() -> None:
-    core = joined()
-    assert core.step(w.FromOrchestrator(LOST), 1.0) == [w.ToRank(RANK, LOST), w.ToOrchestrator(m.Heartbeat())]
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.Kill) == []
-    assert core.next_deadline() == 1.0 + WORLD_CHANGED_GRACE_S
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.2), w.Kill) == []  # once more changes nothing
-    assert kinds(core.step(w.Tick(), 1.0 + WORLD_CHANGED_GRACE_S), w.Kill) == [w.Kill(KEY, 42, 15)]
-    assert kinds(core.step(w.Tick(), 1.1 + WORLD_CHANGED_GRACE_S), w.Kill) == []
-    end = 1.0 + WORLD_CHANGED_GRACE_S + STOP_GRACE_S
-    assert kinds(core.step(w.Tick(), end), w.Kill) == [w.Kill(KEY, 42, 9)]
-    assert kinds(core.step(w.Tick(), end + 9.0), w.Kill) == []
-
-
-def test_a_rank_that_ends_by_itself_in_that_time_is_not_signalled_again() -> None:
-    core = joined()
-    core.step(w.FromOrchestrator(LOST), 1.0)
-    core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0)
-    core.step(w.Printed(KEY, "stdout", b""), 1.2)
-    core.step(w.Printed(KEY, "stderr", b""), 1.2)
-    effects = core.step(w.Died(KEY, 1, 0, False), 1.2)
-    (exited,) = up(effects, m.RankExited)
-    assert isinstance(exited, m.RankExited)
-    assert (exited.status.code, exited.status.stopped) == (1, True)
-    assert kinds(core.step(w.Tick(), 9.0), w.Kill) == []
-
-
-def test_a_kill_waits_for_nobody() -> None:
-    core = joined()
-    core.step(w.FromOrchestrator(LOST), 1.0)
-    core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0)
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r", kill=True)), 1.1), w.Kill) == [w.Kill(KEY, 42, 9)]
-    assert kinds(core.step(w.Tick(), 9.0), w.Kill) == []
-
-
-def test_a_rank_that_has_not_joined_is_told_nothing_and_stopped_at_once() -> None:
-    core = started()
-    assert kinds(core.step(w.FromOrchestrator(LOST), 0.5), w.ToRank) == []
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 0.6), w.Kill) == [w.Kill(KEY, 42, 15)]
-
-
-def test_a_stop_before_the_start_ends_the_rank() -> None:
-    (exited,) = up(agent().step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), m.RankExited)
-    assert isinstance(exited, m.RankExited)
-    assert exited.status.stopped
-
-
-def test_a_rank_that_prints_too_fast_is_left_waiting() -> None:
-    core = started()
-    assert kinds(core.step(w.Printed(KEY, "stdout", b"x" * WINDOW_BYTES), 0.1), w.Listen) == [w.Listen(KEY, False)]
-    acked = core.step(w.FromOrchestrator(m.OutputAck("j", 0, WINDOW_BYTES)), 0.2)
-    assert kinds(acked, w.Listen) == [w.Listen(KEY, True)]
-
-
-def test_an_unreachable_orchestrator_is_said_once_and_a_locked_door_is_final() -> None:
-    core = Agent(agent().settings, 0.0)
-    said = [effect for now in (1.0, 2.5, 60.0) for effect in core.step(w.Tick(), now)]
-    assert len(kinds(said, w.Log)) == 1
-    assert core.next_deadline() is None
-    effects = [effect for _ in range(3) for effect in core.step(w.LinkDenied(), 61.0)]
-    assert "secret is wrong" in kinds(effects, w.Exit)[0].reason  # type: ignore[attr-defined]
-
-
-def test_shutdown_waits_for_the_ranks_and_says_goodbye() -> None:
-    core = started()
-    assert kinds(core.step(w.Shutdown(), 1.0), w.Exit) == []
-    effects = core.step(w.Died(KEY, 0, 15, False), 1.1)
-    assert up(effects, m.Goodbye) == [m.Goodbye()]
-    assert kinds(effects, w.Exit) == [w.Exit("")]

@@ -1,0 +1,212 @@
+"""The agent's decisions, without a socket or a process: events in, effects out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fleet import messages as m
+from fleet.worker import state as w
+from fleet.worker.core import Core as Agent
+from fleet.worker.ranks import DRAIN_S, STOP_GRACE_S, WINDOW_BYTES, WORLD_CHANGED_GRACE_S
+from tests.pure.test_orchestrator import SPEC, VERSIONS
+
+KEY = ("j", 1, 0)
+
+
+def agent() -> Agent:
+    settings = w.Settings(
+        "w0", "1", 2, VERSIONS, "o:1", "ipc://x", lambda job, rank, slot: "tcp://*:1", "h", "open", lambda job: ""
+    )
+    core = Agent(settings, 0.0)
+    core.step(w.LinkUp(), 0.0)
+    core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.0)
+    core.step(w.FromOrchestrator(m.Assign("j", 1, 1, (0,), 0, 1, SPEC)), 0.0)
+    core.step(w.Prepared("j", 1, Path("/"), 5), 0.0)
+    return core
+
+
+def started() -> Agent:
+    core = agent()
+    effects = core.step(w.FromOrchestrator(m.Launch("j", 1, "h", 5)), 0.0)
+    assert [type(effect) for effect in effects] == [w.Spawn]
+    core.step(w.Spawned(KEY, 42), 0.0)
+    return core
+
+
+def kinds(effects: list[w.Effect], kind: type) -> list[w.Effect]:
+    return [effect for effect in effects if isinstance(effect, kind)]
+
+
+def up(effects: list[w.Effect], kind: type) -> list[m.Message]:
+    return [
+        effect.message
+        for effect in effects
+        if isinstance(effect, w.ToOrchestrator) and isinstance(effect.message, kind)
+    ]
+
+
+def test_launch_and_assign_may_arrive_twice() -> None:
+    core = started()
+    assert core.step(w.FromOrchestrator(m.Launch("j", 1, "h", 5)), 0.1) == []
+    again = core.step(w.FromOrchestrator(m.Assign("j", 1, 1, (0,), 0, 1, SPEC)), 0.1)
+    assert up(again, m.Assigned) == [m.Assigned("j", 1, 5)]
+    assert kinds(again, w.Prepare) == []
+
+
+def test_a_rank_has_ended_when_it_is_dead_and_read() -> None:
+    core = started()
+    core.step(w.Printed(KEY, "stderr", b"Boom\n"), 0.1)
+    assert up(core.step(w.Died(KEY, 3, 0, False), 0.2), m.RankExited) == []
+    core.step(w.Printed(KEY, "stdout", b""), 0.2)
+    (exited,) = up(core.step(w.Printed(KEY, "stderr", b""), 0.2), m.RankExited)
+    assert isinstance(exited, m.RankExited)
+    assert (exited.status.code, exited.status.stderr_tail, exited.status.stopped) == (3, "Boom\n", False)
+    assert kinds(core.step(w.FromOrchestrator(m.Forget("j", 1)), 0.3), w.Remove) == [w.Remove("j", 1)]
+
+
+def test_output_that_a_grandchild_holds_open_is_given_up() -> None:
+    core = started()
+    core.step(w.Died(KEY, 0, 0, False), 1.0)
+    deadline = core.next_deadline()
+    assert deadline is not None
+    assert deadline <= 1.5
+    assert len(up(core.step(w.Tick(), 1.5), m.RankExited)) == 1
+
+
+def test_stop_is_polite_and_then_is_not() -> None:
+    core = started()
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.Kill) == [w.Kill(KEY, 42, 15)]
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.1), w.Kill) == []
+    assert kinds(core.step(w.Tick(), 1.0 + STOP_GRACE_S), w.Kill) == [w.Kill(KEY, 42, 9)]
+
+
+LOST = m.Lost("j", 1, m.RankStatus(1, "w1", "h", 7, 0, signal=9), "killed by signal 9 (SIGKILL)")
+RANK = b"j/1/0/42"
+
+
+def joined() -> Agent:
+    core = started()
+    core.step(w.FromRank(RANK, m.RankHello("j", 1, 0, 42)), 0.1)
+    core.step(w.FromRank(RANK, m.Join("j", 1, 0, 42, "tcp://h:1")), 0.2)
+    return core
+
+
+def test_a_rank_that_was_told_whom_it_lost_has_the_time_to_say_so() -> None:
+    core = joined()
+    assert core.step(w.FromOrchestrator(LOST), 1.0) == [w.ToRank(RANK, LOST), w.ToOrchestrator(m.Heartbeat())]
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.Kill) == []
+    assert core.next_deadline() == 1.0 + WORLD_CHANGED_GRACE_S
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.2), w.Kill) == []  # once more changes nothing
+    assert kinds(core.step(w.Tick(), 1.0 + WORLD_CHANGED_GRACE_S), w.Kill) == [w.Kill(KEY, 42, 15)]
+    assert kinds(core.step(w.Tick(), 1.1 + WORLD_CHANGED_GRACE_S), w.Kill) == []
+    end = 1.0 + WORLD_CHANGED_GRACE_S + STOP_GRACE_S
+    assert kinds(core.step(w.Tick(), end), w.Kill) == [w.Kill(KEY, 42, 9)]
+    assert kinds(core.step(w.Tick(), end + 9.0), w.Kill) == []
+
+
+def test_a_rank_that_ends_by_itself_in_that_time_is_not_signalled_again() -> None:
+    core = joined()
+    core.step(w.FromOrchestrator(LOST), 1.0)
+    core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0)
+    core.step(w.Printed(KEY, "stdout", b""), 1.2)
+    core.step(w.Printed(KEY, "stderr", b""), 1.2)
+    effects = core.step(w.Died(KEY, 1, 0, False), 1.2)
+    (exited,) = up(effects, m.RankExited)
+    assert isinstance(exited, m.RankExited)
+    assert (exited.status.code, exited.status.stopped) == (1, True)
+    assert kinds(core.step(w.Tick(), 9.0), w.Kill) == []
+
+
+def test_a_kill_waits_for_nobody() -> None:
+    core = joined()
+    core.step(w.FromOrchestrator(LOST), 1.0)
+    core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0)
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r", kill=True)), 1.1), w.Kill) == [w.Kill(KEY, 42, 9)]
+    assert kinds(core.step(w.Tick(), 9.0), w.Kill) == []
+
+
+def test_a_rank_that_has_not_joined_is_told_nothing_and_stopped_at_once() -> None:
+    core = started()
+    assert kinds(core.step(w.FromOrchestrator(LOST), 0.5), w.ToRank) == []
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 0.6), w.Kill) == [w.Kill(KEY, 42, 15)]
+
+
+def test_a_stop_before_the_start_ends_the_rank() -> None:
+    (exited,) = up(agent().step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), m.RankExited)
+    assert isinstance(exited, m.RankExited)
+    assert exited.status.stopped
+
+
+def test_a_rank_that_prints_too_fast_is_left_waiting() -> None:
+    core = started()
+    assert kinds(core.step(w.Printed(KEY, "stdout", b"x" * WINDOW_BYTES), 0.1), w.Listen) == [w.Listen(KEY, False)]
+    acked = core.step(w.FromOrchestrator(m.OutputAck("j", 0, WINDOW_BYTES)), 0.2)
+    assert kinds(acked, w.Listen) == [w.Listen(KEY, True)]
+
+
+def test_an_unreachable_orchestrator_is_said_once_and_a_locked_door_is_final() -> None:
+    core = Agent(agent().settings, 0.0)
+    said = [effect for now in (1.0, 2.5, 60.0) for effect in core.step(w.Tick(), now)]
+    assert len(kinds(said, w.Log)) == 1
+    assert core.next_deadline() is None
+    effects = [effect for _ in range(3) for effect in core.step(w.LinkDenied(), 61.0)]
+    assert "secret is wrong" in kinds(effects, w.Exit)[0].reason  # type: ignore[attr-defined]
+
+
+def test_shutdown_waits_for_the_ranks_and_says_goodbye() -> None:
+    core = started()
+    assert kinds(core.step(w.Shutdown(), 1.0), w.Exit) == []
+    assert kinds(core.step(w.Died(KEY, 0, 15, False), 1.1), w.Exit) == []
+    effects = core.step(w.Tick(), 1.1 + DRAIN_S)  # its output is still open: a grandchild holds it
+    assert len(up(effects, m.RankExited)) == 1
+    assert up(effects, m.Goodbye) == [m.Goodbye()]
+    assert kinds(effects, w.Exit) == [w.Exit("")]
+
+
+def test_a_lost_connection_takes_acknowledgements_along_and_no_rank_waits_for_them() -> None:
+    """Found by tests/sim: a rank that had filled its window stayed paused for ever."""
+    core = started()
+    core.step(w.Printed(KEY, "stdout", b"x" * WINDOW_BYTES), 0.1)
+    core.step(w.LinkDown(), 0.2)
+    core.step(w.LinkUp(), 0.3)
+    effects = core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.4)
+    assert kinds(effects, w.Listen) == [w.Listen(KEY, True)]
+
+
+def test_a_failure_to_prepare_is_told_again_to_an_orchestrator_that_did_not_hear_it() -> None:
+    """Found by tests/sim: it was sent over a connection that was lost, and its gang waited for ever."""
+    core = Agent(agent().settings, 0.0)
+    core.step(w.LinkUp(), 0.0)
+    assign = m.Assign("j", 1, 1, (0,), 0, 1, SPEC)
+    core.step(w.FromOrchestrator(assign), 0.0)
+    core.step(w.PrepareFailed("j", 1, "no space left"), 0.1)
+    again = core.step(w.FromOrchestrator(assign), 0.2)
+    assert up(again, m.AssignFailed) == [m.AssignFailed("j", 1, "no space left")]
+
+
+def test_what_is_printed_while_there_is_no_orchestrator_is_kept_for_the_next() -> None:
+    core = started()
+    core.step(w.LinkDown(), 0.1)
+    assert up(core.step(w.Printed(KEY, "stdout", b"one"), 0.2), m.Output) == []
+    core.step(w.LinkUp(), 0.3)
+    assert up(core.step(w.Printed(KEY, "stdout", b"two"), 0.4), m.Output) == []
+    effects = core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.5)
+    assert [x.data for x in up(effects, m.Output) if isinstance(x, m.Output)] == [b"one", b"two"]
+    full = core.step(w.Printed(KEY, "stdout", b"x" * (WINDOW_BYTES - 6)), 0.6)
+    assert kinds(full, w.Listen) == [w.Listen(KEY, False)]
+
+
+def test_a_rank_that_was_stopped_before_its_launch_is_not_started() -> None:
+    """Found by tests/sim: it was, since the launch was under way, and its agent then spun."""
+    core = agent()
+    core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0)
+    assert kinds(core.step(w.FromOrchestrator(m.Launch("j", 1, "h", 5)), 1.1), w.Spawn) == []
+
+
+def test_ranks_get_seats_whatever_the_agent_still_holds() -> None:
+    """Found by tests/sim: attempts that had ended, and were not forgotten yet, took all slots, and a rank was left out."""
+    core = Agent(agent().settings, 0.0)
+    core.step(w.LinkUp(), 0.0)
+    for number in range(9):
+        core.step(w.FromOrchestrator(m.Assign(f"j{number}", 1, 1, (0,), 0, 1, SPEC)), 0.0)
+    assert all(len(attempt.ranks) == 1 for attempt in core.attempts.values())

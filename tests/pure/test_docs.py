@@ -1,0 +1,22 @@
+"""What the documents take from the code is what the code says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fleet.orchestrator.jobs import MOVES, JobState
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def state_diagram() -> str:
+    """The table of a job's states as a Mermaid diagram."""
+    lines = ["stateDiagram-v2", f"    [*] --> {JobState.FETCHING.name.lower()}: fleet submit, fleet run"]
+    for state, moves in MOVES.items():
+        lines += [f"    {state.name.lower()} --> {to.name.lower()}: {when}" for to, when in moves.items()]
+    return "\n".join([*lines, f"    {JobState.ENDED.name.lower()} --> [*]"])
+
+
+def test_the_diagram_of_states_is_drawn_from_their_table() -> None:
+    drawn = f"```mermaid\n{state_diagram()}\n```"
+    assert drawn in (DOCS / "JOBS.md").read_text(), f"the table has changed; docs/JOBS.md needs this:\n{drawn}"

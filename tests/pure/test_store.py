@@ -1,0 +1,137 @@
+"""Jobs on a real SQLite file: what a commit promises, old and new schemas, a file that another holds or that is none."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fleet.errors import ConfigError
+from fleet.orchestrator.logs import JobLogs
+from fleet.orchestrator.store import FILE, MIGRATIONS, Store
+
+
+def test_what_was_committed_is_there_again_in_the_order_of_submission(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number in (3, 1, 2):
+        store.save(f"j{number}", number, f"record {number}".encode())
+    store.save("gone", 4, b"x")
+    store.save_drained(("w1", "w2"))
+    store.commit()
+    store.erase("gone")
+    store.save("j1", 1, b"record 1, later")
+    store.commit()
+    store.save("j9", 9, b"never committed")
+    store.close()
+    store = Store(tmp_path)
+    assert list(store.records()) == [b"record 1, later", b"record 2", b"record 3"]
+    assert store.drained() == ["w1", "w2"]
+    store.close()
+
+
+def test_a_commit_survives_the_death_of_its_process(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from pathlib import Path; from fleet.orchestrator.store import Store\n"
+        "store = Store(Path(sys.argv[1]))\n"
+        "for n in range(50):\n"
+        "    store.save(f'j{n}', n, b'r'); store.commit(); print(n, flush=True)\n"
+        "store.save('half', 99, b'r')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False)
+    acknowledged = len(done.stdout.split())
+    assert acknowledged == 50
+    store = Store(tmp_path)
+    assert len(list(store.records())) == acknowledged
+    store.close()
+
+
+def test_a_full_disk_keeps_what_is_unsaved_until_there_is_room(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save("old", 1, b"r")
+    store.commit()
+    (pages,) = store._database.execute("PRAGMA page_count").fetchone()
+    store._database.execute(f"PRAGMA max_page_count = {pages}")  # SQLite then says what it says of a full disk
+    store.save("large", 2, bytes(1 << 20))
+    store.save("new", 3, bytes(1 << 20))
+    with pytest.raises(OSError, match="full"):
+        store.commit()
+    assert store.has_unsaved
+    store.abandon(["new"])
+    store._database.execute("PRAGMA max_page_count = 100000")
+    store.commit()
+    assert not store.has_unsaved
+    assert len(list(store.records())) == 2
+    store.close()
+
+
+@pytest.mark.parametrize("version", range(len(MIGRATIONS)))
+def test_a_file_of_any_older_schema_is_brought_up_to_date(tmp_path: Path, version: int) -> None:
+    database = sqlite3.connect(tmp_path / FILE)
+    for statement in MIGRATIONS[:version]:
+        database.execute(statement)
+    if version:
+        database.execute("INSERT INTO jobs VALUES ('j', 1, x'00')")
+    database.execute(f"PRAGMA user_version = {version}")
+    database.commit()
+    database.close()
+    store = Store(tmp_path)
+    assert list(store.records()) == ([b"\0"] if version else [])
+    store.save_drained(("w",))
+    store.commit()
+    assert store._database.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
+    store.close()
+
+
+def test_what_cannot_be_opened_is_said_in_a_sentence(tmp_path: Path) -> None:
+    newer, damaged, file = tmp_path / "newer", tmp_path / "damaged", tmp_path / "file"
+    Store(newer).close()
+    database = sqlite3.connect(newer / FILE)
+    database.execute("PRAGMA user_version = 99")
+    database.close()
+    damaged.mkdir()
+    (damaged / FILE).write_bytes(b"this is no database, but long enough to be taken for one" * 40)
+    file.write_text("x")
+    held = Store(tmp_path / "held")
+    for folder, why in (
+        (newer, "written by a newer fleet"),
+        (damaged, "not a database"),
+        (file, "--state"),
+        (tmp_path / "held", "another orchestrator keeps its jobs"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            Store(folder)
+    held.close()
+    assert not [fd for fd in os.listdir("/proc/self/fd") if str(tmp_path) in _target(fd)]
+
+
+def _target(descriptor: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:
+        return ""
+
+
+def test_logs_are_read_from_any_offset_and_end_at_their_limit(tmp_path: Path) -> None:
+    logs = JobLogs(tmp_path, limit_bytes=1 << 20)
+    assert logs.read("../j", 0, 0) == (0, b"", True)
+    logs.append("../j", 0, b"hello ")
+    logs.append("../j", 0, b"world")
+    assert logs.read("../j", 0, 6) == (6, b"world", True)
+    assert logs.read("../j", 0, -3) == (8, b"rld", True)
+    for _ in range(30):
+        logs.append("j", 3, bytes(64 << 10))
+    offset, found = 0, b""
+    while True:
+        _, data, at_end = logs.read("j", 3, offset)
+        offset, found = offset + len(data), found + data
+        if at_end:
+            break
+    assert found.rstrip().endswith(b"printed more than 1 MB; the rest is not kept]")
+    assert len(found) < (1 << 20) + 200
+    logs.remove("../j")
+    assert [path.name for path in tmp_path.iterdir()] == [b"j".hex()]

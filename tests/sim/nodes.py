@@ -1,0 +1,263 @@
+"""Workers and clients of a simulated cluster: real cores behind a connection that the world carries. No clock of their own."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleet import messages as m
+from fleet.worker import state as w
+from fleet.worker.core import Core as Agent
+
+if TYPE_CHECKING:
+    from tests.sim.world import World
+
+VERSIONS = m.Versions("0", "3.11")
+
+
+@dataclass
+class Process:
+    """A rank that runs. `wants` is the exit code that it will have, if nobody ends it before."""
+
+    key: w.Key
+    pid: int
+    wants: int
+
+
+@dataclass
+class Line:
+    """A node's connection, the one that is up (its number) or none (0)."""
+
+    number: int = 0
+    silent_until: float = 0.0
+    last_arrival: dict[str, float] = field(default_factory=dict)  # by direction: messages keep their order
+    queued: list[m.Message] = field(default_factory=list)  # a DEALER keeps what is sent while it is not connected
+
+
+class Node:
+    """A worker or a client: something with a connection to the orchestrator."""
+
+    def __init__(self, world: World, peer: bytes) -> None:
+        self.world, self.peer, self.line, self.alive = world, peer, Line(), True
+        world.nodes[peer] = self
+
+    def link_up(self) -> None: ...
+
+    def link_down(self) -> None: ...
+
+    def take(self, message: m.Message) -> None: ...
+
+    def send(self, message: m.Message) -> None:
+        if self.line.number:
+            self.world.carry(self, message, up=True)
+        else:
+            self.line.queued.append(message)
+
+    def connect(self) -> None:
+        """Tries until the orchestrator is there."""
+        if not self.alive or self.line.number:
+            return
+        if self.world.core is None:
+            self.world.after(self.world.source.uniform(0.05, 2.0), self.connect)
+            return
+        self.world.line_count += 1
+        self.line.number = self.world.line_count
+        queued, self.line.queued = self.line.queued, []
+        for message in queued:
+            self.world.carry(self, message, up=True)
+        self.link_up()
+
+    def cut(self, again: bool = True) -> None:
+        number, self.line.number = self.line.number, 0
+        if not number:
+            return
+        self.line.last_arrival.clear()
+        world = self.world
+        world.after(world.source.uniform(0.0, 3.0), lambda: world.lost(self.peer, number))
+        if again:
+            self.link_down()
+            world.after(world.source.uniform(0.05, 4.0), self.connect)
+
+
+class Worker(Node):
+    def __init__(self, world: World, worker_id: str, incarnation: int, slots: int, gpus: int) -> None:
+        super().__init__(world, f"{worker_id}/{incarnation}".encode())
+        settings = w.Settings(
+            worker_id,
+            str(incarnation),
+            slots,
+            VERSIONS,
+            "o:1",
+            "ipc://x",
+            lambda *_: "tcp://*:0",
+            f"host-{worker_id}",
+            "open",
+            lambda _: "",
+            drain_s=world.source.choice([0.0, 3.0, 8.0]),
+            gpus=gpus,
+        )
+        self.worker_id, self.slots, self.gpus = worker_id, slots, gpus
+        self.core = Agent(settings, world.now)
+        self.processes: dict[w.Key, Process] = {}
+        self.tick_at: float | None = None
+        self.connect()
+
+    def link_up(self) -> None:
+        self.step(w.LinkUp())
+
+    def link_down(self) -> None:
+        self.step(w.LinkDown())
+
+    def take(self, message: m.Message) -> None:
+        self.step(w.FromOrchestrator(message))
+
+    def step(self, event: w.Event) -> None:
+        if not self.alive:
+            return
+        events = deque([event])
+        while events and self.alive:
+            self.world.changed = self.world.changed or not isinstance(events[0], w.Tick)
+            for effect in self.core.step(events.popleft(), self.world.now):
+                events.extend(self._perform(effect))
+        self._arm()
+
+    def _arm(self) -> None:
+        deadline = self.core.next_deadline()
+        if self.alive and deadline is not None and (self.tick_at is None or deadline < self.tick_at - 1e-9):
+            self.tick_at = deadline
+            self.world.at(deadline, self._tick)
+
+    def _tick(self) -> None:
+        self.tick_at = None
+        if self.alive:
+            self.step(w.Tick())
+            deadline = self.core.next_deadline()
+            assert deadline is None or deadline > self.world.now, f"{self.worker_id} would spin: {deadline}"
+
+    def _perform(self, effect: w.Effect) -> list[w.Event]:
+        world, source = self.world, self.world.source
+        if isinstance(effect, w.ToOrchestrator):
+            self.send(effect.message)
+        elif isinstance(effect, w.Prepare):
+            assign = effect.assign
+            if source.random() < 0.03:
+                world.count("prepare failed")
+                failed = w.PrepareFailed(assign.job_id, assign.attempt, "no space left")
+                world.after(source.uniform(0, 0.5), lambda: self.step(failed))
+            else:
+                done = w.Prepared(assign.job_id, assign.attempt, Path("/"), 1)
+                world.after(source.uniform(0, 0.5), lambda: self.step(done))
+        elif isinstance(effect, w.Spawn):
+            return [self._spawn(effect)]
+        elif isinstance(effect, w.Kill):
+            self._kill(effect)
+        elif isinstance(effect, w.Exit):
+            self.alive = False
+            for process in list(self.processes.values()):  # its shell kills what is left
+                self.world.ended(process, 0, 9)
+            self.processes.clear()
+            self.cut(again=False)
+            world.after(source.uniform(0.5, 5.0), lambda: world.start_worker(self.worker_id, self.slots, self.gpus))
+        return []
+
+    def _spawn(self, spawn: w.Spawn) -> w.Event:
+        world, source = self.world, self.world.source
+        key = spawn.assign.job_id, spawn.assign.attempt, spawn.rank
+        world.pid_count += 1
+        process = Process(key, world.pid_count, 0 if source.random() < 0.93 else 3)
+        self.processes[key] = process
+        world.running(self, process)
+        if spawn.assign.world_size > 1:
+            join = m.Join(key[0], key[1], key[2], process.pid, "tcp://h:1")
+            world.after(source.uniform(0, 0.4), lambda: self._from(process, join))
+        if source.random() < 0.5:
+            printed = w.Printed(key, "stdout", b"x" * source.randrange(1, 3_000_000, 4096))
+            world.after(source.uniform(0, 1.0), lambda: self._if_runs(process, printed))
+        world.after(
+            source.choice([0.0, 0.3, 1.0, 4.0, 15.0]) * source.random(), lambda: self.end(process, process.wants, 0)
+        )
+        return w.Spawned(key, process.pid)
+
+    def _from(self, process: Process, message: m.Message) -> None:
+        if self.processes.get(process.key) is process:
+            peer = f"rank/{process.pid}".encode()
+            self.step(w.FromRank(peer, m.RankHello(*process.key, process.pid)))
+            self.step(w.FromRank(peer, message))
+
+    def _if_runs(self, process: Process, event: w.Event) -> None:
+        if self.processes.get(process.key) is process:
+            self.step(event)
+
+    def _kill(self, kill: w.Kill) -> None:
+        process = self.processes.get(kill.key)
+        if process is None or process.pid != kill.pid:
+            return
+        source = self.world.source
+        if kill.signal == 15 and source.random() < 0.3:
+            return  # it ignores that one
+        delay = source.uniform(0, 0.2 if kill.signal == 9 else 1.0)
+        self.world.after(delay, lambda: self.end(process, 0, kill.signal))
+
+    def end(self, process: Process, code: int, signal: int) -> None:
+        if not self.alive or self.processes.get(process.key) is not process:
+            return
+        del self.processes[process.key]
+        self.world.ended(process, code, signal)
+        self.step(w.Died(process.key, code, signal, False))
+        if self.world.source.random() < 0.9:  # else a grandchild holds its output open
+            for stream in ("stdout", "stderr"):
+                self.step(w.Printed(process.key, stream, b""))
+
+    def crash(self) -> None:
+        self.alive = False
+        for process in self.processes.values():
+            self.world.ended(process, 0, 9)
+        self.processes.clear()
+        self.cut(again=False)
+        world = self.world
+        world.after(world.source.uniform(0.3, 9.0), lambda: world.start_worker(self.worker_id, self.slots, self.gpus))
+
+
+class Client(Node):
+    """Submits until it is acknowledged, watches what it has submitted, and notes all results."""
+
+    def __init__(self, world: World, name: str, attached: bool) -> None:
+        super().__init__(world, f"client/{name}".encode())
+        self.attached = attached
+        self.jobs: dict[str, m.Submit] = {}
+        self.connect()
+
+    def link_up(self) -> None:
+        self.send(m.ClientHello(VERSIONS))
+
+    def submit(self, submit: m.Submit) -> None:
+        self.jobs[submit.job_id] = submit
+        self.send(submit)
+
+    def take(self, message: m.Message) -> None:
+        world = self.world
+        if isinstance(message, m.Unknown):
+            self.send(m.ClientHello(VERSIONS))
+        elif isinstance(message, m.Welcome):
+            for job_id, submit in self.jobs.items():
+                if job_id not in world.accepted and job_id not in world.rejected:
+                    self.send(submit)
+                elif self.attached and job_id in world.accepted and job_id not in world.results:
+                    self.send(m.Submit(job_id, submit.world_size, submit.spec, True, options=submit.options))
+                elif job_id in world.accepted and job_id not in world.results:
+                    self.send(m.Watch(job_id))
+        elif isinstance(message, m.Accepted) and message.job_id not in world.accepted:
+            world.accepted.add(message.job_id)
+            self.send(m.Watch(message.job_id))
+        elif isinstance(message, m.Rejected):
+            world.rejected.add(message.job_id)
+        elif isinstance(message, m.Ended):
+            world.results.setdefault(message.job_id, []).append(message)
+        elif isinstance(message, m.Output):
+            self.send(m.OutputAck(message.job_id, message.rank, len(message.data)))
+
+    def vanish(self) -> None:
+        self.alive = False
+        self.cut(again=False)

@@ -1,0 +1,233 @@
+"""Virtual time, the network, the disk and the machines around the real cores. One seed is one schedule, always the same.
+
+The network is what ZeroMQ over TCP gives: in order on a connection; a cut loses what is under way, and each side hears of it
+in its own time; a silence holds everything up, and then all of it comes at once. Messages may come twice. The disk and the
+order of writing and sending are those of orchestrator/service.py, and the orchestrator may die at any point of it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
+
+from fleet import messages as m
+from fleet.orchestrator import state as o
+from fleet.orchestrator.core import Core as Orchestrator
+from fleet.orchestrator.jobs import recalled
+from tests.sim.nodes import VERSIONS, Client, Node, Process, Worker
+
+TRACE = 60
+
+
+class World:
+    """Everything, and the clock. `step` takes one event; who calls it checks what must hold: rules.py."""
+
+    def __init__(self, seed: int) -> None:
+        self.source = random.Random(seed)
+        self.now = 0.0
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._event_count = 0
+        self.nodes: dict[bytes, Node] = {}
+        self.line_count = self.pid_count = 0
+        self.incarnations: Counter[str] = Counter()
+        self.workers: dict[str, Worker] = {}
+        self.clients: list[Client] = []
+        self.disk: dict[str, tuple[int, bytes]] = {}
+        self.disk_drained: tuple[str, ...] = ()
+        self.disk_refuses = False
+        self.core: Orchestrator | None = None
+        self.tick_at: float | None = None
+        self.faults: Counter[str] = Counter()
+        self.trace: deque[str] = deque(maxlen=TRACE)
+        self.accepted: set[str] = set()
+        self.rejected: set[str] = set()
+        self.results: dict[str, list[m.Ended]] = {}
+        self.cancelled: set[str] = set()
+        self.live: dict[str, dict[int, list[tuple[Worker, Process]]]] = {}  # processes by job and attempt
+        self.exits: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
+        self.restarted_at = 0.0
+        self.trouble_at: dict[str, float] = {}  # when a worker was last cut off, silent or without an orchestrator
+        self.changed = True  # since the rules were last looked at: jobs, rooms, processes or windows
+        self.forgotten: set[str] = (
+            set()
+        )  # jobs of which something was decided, told, and lost with a disk that refused it
+        self._unsaved: dict[str, tuple[int, bytes] | None] = {}
+        self._failing = False
+        self.dies_after: int | None = None  # sends, of the turn in which it will
+        self.start_orchestrator()
+
+    # Time
+
+    def at(self, when: float, act: Callable[[], None]) -> None:
+        self._event_count += 1
+        heapq.heappush(self._events, (max(when, self.now), self._event_count, act))
+
+    def after(self, delay_s: float, act: Callable[[], None]) -> None:
+        self.at(self.now + delay_s, act)
+
+    def step(self) -> bool:
+        if not self._events:
+            return False
+        self.now, _, act = heapq.heappop(self._events)
+        act()
+        return True
+
+    def count(self, fault: str) -> None:
+        self.faults[fault] += 1
+        self.note(f"-- {fault}")
+
+    def note(self, text: str) -> None:
+        self.trace.append(f"{self.now:8.3f} {text}")
+
+    # The network
+
+    def carry(self, node: Node, message: m.Message, up: bool) -> None:
+        line, number = node.line, node.line.number
+        way = "up" if up else "down"
+        copies = 2 if self.source.random() < 0.03 else 1
+        if copies == 2:
+            self.faults["duplicate"] += 1
+        for _ in range(copies):
+            slow = 2.0 if self.source.random() < 0.02 else 0.02
+            arrives = max(
+                self.now + self.source.uniform(0.0005, slow), line.last_arrival.get(way, 0.0), line.silent_until
+            )
+            line.last_arrival[way] = arrives + 1e-6
+            self.at(arrives, lambda: self._arrive(node, number, message, up))
+
+    def _arrive(self, node: Node, number: int, message: m.Message, up: bool) -> None:
+        if node.line.number != number:
+            return  # of a connection that is no more
+        if node.line.silent_until > self.now:
+            self.at(node.line.silent_until + 1e-6 * (number % 97), lambda: self._arrive(node, number, message, up))
+            return
+        if not isinstance(message, m.Heartbeat):
+            self.note(f"{node.peer.decode()} {'->' if up else '<-'} {type(message).__name__} {_brief(message)}")
+        if not up:
+            if node.alive:
+                node.take(message)
+        elif self.core is not None:
+            self.orchestrate(o.Received(node.peer, message))
+
+    def lost(self, peer: bytes, number: int) -> None:
+        """The orchestrator hears that a connection has ended; not, if the same peer has another one by now."""
+        node = self.nodes[peer]
+        if self.core is not None and (not node.line.number or node.line.number == number):
+            self.note(f"{peer.decode()} is lost")
+            self.orchestrate(o.PeerLost(peer))
+
+    # The orchestrator, in its service's order
+
+    def start_orchestrator(self) -> None:
+        self.core = Orchestrator(VERSIONS, durable=True, policy=self.source.choice(["least-loaded", "round-robin"]))
+        self._unsaved, self._failing, self.dies_after = {}, False, None
+        records = [record for _, record in sorted(self.disk.values())]
+        self.core.recall([recalled(record, 0.0) for record in records], self.disk_drained, self.now)
+        self.restarted_at = self.now
+        self._arm()
+
+    def crash_orchestrator(self) -> None:
+        self.core = None
+        # What the disk refused is lost now: a job may have a second result. It is the one thing that cannot be kept then.
+        self.forgotten |= set(self._unsaved)
+        for worker in self.workers.values():
+            self.trouble_at[worker.worker_id] = self.now
+        for node in list(self.nodes.values()):
+            if node.line.number:
+                node.line.number = 0
+                node.line.last_arrival.clear()
+                if node.alive:
+                    node.link_down()
+                    self.after(self.source.uniform(0.05, 2.0), node.connect)
+        self.after(self.source.uniform(0.1, 3.0), self.start_orchestrator)
+
+    def orchestrate(self, event: o.Event) -> None:
+        self.changed = True
+        events: list[o.Event] = [event]
+        while events and self.core is not None:
+            todo: list[o.Effect] = []
+            new: list[str] = []
+            for each in events:
+                for effect in self.core.step(each, self.now):
+                    if isinstance(effect, o.Save):
+                        self._unsaved[effect.job_id] = effect.number, effect.record
+                        new += [effect.job_id] if effect.is_new else []
+                    elif isinstance(effect, o.Erase):
+                        self._unsaved[effect.job_id] = None
+                    elif isinstance(effect, o.SaveDrained):
+                        self.disk_drained = effect.worker_ids
+                    else:
+                        todo.append(effect)
+            events = self._write_down(new)
+            for effect in todo:
+                if self.dies_after is not None:
+                    self.dies_after -= 1
+                    if self.dies_after < 0:
+                        self.count("orchestrator killed in the middle of a turn")
+                        self.crash_orchestrator()
+                        return
+                if isinstance(effect, o.Send):
+                    node = self.nodes.get(effect.peer)
+                    if node is not None and node.line.number:
+                        self.carry(node, effect.message, up=False)
+        self._arm()
+
+    def _write_down(self, new: list[str]) -> list[o.Event]:
+        if not self._unsaved:
+            return []
+        if self.disk_refuses:
+            self.faults["disk refused"] += 1
+            for job_id in new:
+                self._unsaved.pop(job_id, None)
+            first, self._failing = not self._failing, True
+            return [o.SaveFailed(tuple(new), "disk full")] if new or first else []
+        for job_id, entry in self._unsaved.items():
+            if entry is None:
+                self.disk.pop(job_id, None)
+            else:
+                self.disk[job_id] = entry
+        self._unsaved.clear()
+        recovered: list[o.Event] = [o.SavesAgain()] if self._failing else []
+        self._failing = False
+        return [*recovered, *map(o.Saved, new)]
+
+    def _arm(self) -> None:
+        deadline = self.core.next_deadline() if self.core is not None else None
+        if deadline is not None and (self.tick_at is None or deadline < self.tick_at - 1e-9):
+            self.tick_at = deadline
+            self.at(deadline, self._tick)
+
+    def _tick(self) -> None:
+        self.tick_at = None
+        if self.core is not None:
+            self.orchestrate(o.Tick())
+            deadline = self.core.next_deadline() if self.core is not None else None
+            assert deadline is None or deadline > self.now, f"the orchestrator would spin: {deadline}"
+
+    # Machines
+
+    def start_worker(self, worker_id: str, slots: int, gpus: int = 0) -> None:
+        self.incarnations[worker_id] += 1
+        self.workers[worker_id] = Worker(self, worker_id, self.incarnations[worker_id], slots, gpus)
+
+    def running(self, worker: Worker, process: Process) -> None:
+        self.changed = True
+        job_id, attempt, _ = process.key
+        self.live.setdefault(job_id, {}).setdefault(attempt, []).append((worker, process))
+
+    def ended(self, process: Process, code: int, signal: int) -> None:
+        self.changed = True
+        job_id, attempt, rank = process.key
+        attempts = self.live[job_id]
+        attempts[attempt] = [(worker, other) for worker, other in attempts[attempt] if other is not process]
+        if not attempts[attempt]:
+            del attempts[attempt]
+        self.exits.setdefault((job_id, attempt), {})[rank] = code, signal
+
+
+def _brief(message: Any) -> str:
+    found = [str(getattr(message, name)) for name in ("job_id", "attempt", "reason") if hasattr(message, name)]
+    return " ".join(found)

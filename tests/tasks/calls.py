@@ -1,0 +1,112 @@
+"""What tests have runners call: of a module that both sides import, so that it travels by its name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def square(x: int) -> int:
+    return x * x
+
+
+def double(array: Any) -> Any:
+    return array * 2
+
+
+def change(array: Any) -> Any:
+    """In place: the caller's own must not change."""
+    array[:] = 7
+    return float(array.sum())
+
+
+def fail(text: str) -> None:
+    raise KeyError(text)
+
+
+def pid() -> int:
+    return os.getpid()
+
+
+def leave(code: int) -> None:
+    os._exit(code)
+
+
+def say_exit() -> None:
+    sys.exit(3)
+
+
+def mark_and_die(path: str) -> str:
+    """Dies the first time, and leaves a mark for each try."""
+    with open(path, "a") as marks:
+        marks.write("x")
+    if Path(path).read_text() == "x":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Path(path).read_text()
+
+
+def mark_and_always_die(path: str) -> None:
+    with open(path, "a") as marks:
+        marks.write("x")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_line(path: str) -> str:
+    with open(path) as fifo:
+        return fifo.readline()
+
+
+def say_and_wait(say: str, wait: str) -> str:
+    with open(say, "w") as fifo:
+        fifo.write(f"{os.getpid()}\n")
+    with open(wait) as fifo:
+        return fifo.readline()
+
+
+def for_ever() -> None:
+    while True:
+        time.sleep(3600)
+
+
+def print_much(megabytes: int) -> int:
+    line = "x" * 1023 + "\n"
+    for _ in range(megabytes * 1024):
+        sys.stdout.write(line)
+    return megabytes
+
+
+def fork_and_return() -> str:
+    """Both processes come back from this call; only one is the runner."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+    return "parent" if child else "child"
+
+
+def unpicklable() -> Any:
+    return lambda: (x for x in ())  # cloudpickle takes the function
+
+
+def generator() -> Any:
+    return (x for x in range(3))
+
+
+class Odd(Exception):
+    """Can be pickled, and not read again."""
+
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(f"{a} and {b}")
+
+
+def raise_odd() -> None:
+    raise Odd(1, 2)
+
+
+def total(array: Any) -> float:
+    return float(np.asarray(array, dtype=np.float64).sum())

@@ -1,0 +1,82 @@
+"""fleet.Executor over a cluster: its tasks go through the relay, and outlive the orchestrator, workers and lost connections."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import calls
+import numpy as np
+import pytest
+
+import fleet
+from fleet.cli.runtime import runtime_folder
+from tests.chaos.place import Place
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    with ExitStack() as stack:
+        place = Place(stack, tmp_path)
+        monkeypatch.setenv("ORCHESTRATOR_ADDR", place.address)
+        monkeypatch.setenv("FLEET_SECRET_FILE", str(tmp_path / "secret"))
+        monkeypatch.setenv(
+            "PYTHONPATH", str(Path(__file__).parent)
+        )  # of the workers, since pytest's script does not travel
+        yield place
+    with runtime_folder():
+        pass
+
+
+@pytest.mark.chaos
+def test_tasks_of_a_cluster(place: Place) -> None:
+    for name in ("a", "b"):
+        place.start_worker(name)
+        place.wait_for_worker(name)
+    with fleet.Executor() as pool:
+        assert list(pool.map(calls.square, range(500))) == [x * x for x in range(500)]
+        assert len({pool.submit(calls.pid).result() for _ in range(40)}) >= 1
+        array = np.arange(700_000, dtype=np.float64)
+        np.testing.assert_array_equal(pool.submit(calls.double, array).result(timeout=60), array * 2)
+        assert isinstance(pool.submit(calls.fail, "x").exception(), KeyError)
+
+
+@pytest.mark.chaos
+def test_futures_resolve_though_the_orchestrator_is_killed(place: Place, tmp_path: Path) -> None:
+    say, wait = tmp_path / "say", tmp_path / "wait"
+    os.mkfifo(say)
+    os.mkfifo(wait)
+    place.start_worker("a", slots=2)
+    place.wait_for_worker("a")
+    with fleet.Executor(max_workers=2) as pool:
+        assert pool.submit(calls.square, 2).result(timeout=60) == 4
+        runs = pool.submit(calls.say_and_wait, str(say), str(wait))
+        assert int(say.read_text())
+        place.kill(place.orchestrator)
+        later = [pool.submit(calls.square, number) for number in range(100)]
+        wait.write_text("while it was away\n")
+        place.start_orchestrator()
+        assert runs.result(timeout=60) == "while it was away\n"
+        assert [future.result(timeout=60) for future in later] == [number**2 for number in range(100)]
+
+
+@pytest.mark.chaos
+def test_tasks_of_a_killed_worker_go_to_another(place: Place, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        place.start_worker(name, slots=1)
+        place.wait_for_worker(name)
+    say, wait = tmp_path / "say", tmp_path / "wait"
+    os.mkfifo(say)
+    os.mkfifo(wait)
+    with fleet.Executor(max_workers=2) as pool:
+        futures = [pool.submit(calls.say_and_wait, str(say), str(wait)) for _ in range(2)]
+        pids = set()
+        while len(pids) < 2:
+            pids |= {int(line) for line in say.read_text().split()}
+        place.kill(place.workers["a"])
+        wait.write_text("first\n")  # for the one on b, which then takes the other
+        assert len(say.read_text().split()) == 1
+        wait.write_text("second\n")
+        assert sorted(future.result(timeout=60) for future in futures) == ["first\n", "second\n"]
