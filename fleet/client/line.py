@@ -178,16 +178,14 @@ class Line(Seats):
 
     def _turn(self) -> float | None:
         """Takes in all that happened; returns how long to wait for more. None: not at all."""
-        busy = self._take_inbox()
         while self._unsent:
             self._dealer.send(m.encode(self._unsent.popleft()))
         for link in self._dealer.changes():
             self._link(link)
-        for arrived in self._dealer.receive():
-            busy = True
-            self._take(arrived)
-        for thing in self._router.receive() if self._router else ():
-            busy = True
+        things = [*self._dealer.receive(), *(self._router.receive() if self._router else ())]
+        # The inbox after what arrived: what was submitted before a result came competes for the runner that it frees.
+        busy = self._take_inbox() or bool(things)
+        for thing in things:
             if isinstance(thing, Arrived):
                 self._take(thing)
         now = monotonic()
