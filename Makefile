@@ -24,8 +24,9 @@ test: .venv/.test ## every test; those of real clusters last, one at a time, and
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/cluster tests
 	$(BIN)/python -m pytest tests/cluster
 
-bench: .venv/.bench ## how long a gang takes to start, all_reduce against Gloo, tasks, and what the orchestrator's work costs
+bench: .venv/.bench ## how long a gang takes to start, and to end when it failed, all_reduce against Gloo, tasks, and what the orchestrator's work costs
 	$(BIN)/python bench/startup.py
+	$(BIN)/python bench/failures.py
 	$(BIN)/python bench/allreduce.py --systems fleet,fleet-shared,fleet-tcp,gloo
 	$(BIN)/python bench/dispatch.py --systems fleet,processpool
 	$(BIN)/python bench/orchestrator.py

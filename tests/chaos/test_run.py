@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import FLEET, environment, fleet, started, wait_for
+from commands import AT_ONCE_S, FLEET, environment, fleet, started, wait_for
 
 SUM = "import fleet, numpy as np\ncomm = fleet.init()\nx = np.ones(3)\ncomm.all_reduce(x)\nprint('sum', x[0])\n"
 # Rank 2 says where it is once everybody is in the world, then all wait in a barrier that rank 2 never reaches.
@@ -130,7 +130,7 @@ def test_one_rank_fails(tmp_path: Path, last: str, code: int, report: str) -> No
 
 
 @pytest.mark.chaos
-def test_killed_rank_ends_the_job_within_a_second(tmp_path: Path) -> None:
+def test_killed_rank_ends_the_job_at_once(tmp_path: Path) -> None:
     path = tmp_path / "victim.py"
     path.write_text(VICTIM)
     with started("run", str(path), "--workers", "4") as process:
@@ -138,7 +138,7 @@ def test_killed_rank_ends_the_job_within_a_second(tmp_path: Path) -> None:
         killed_at = time.monotonic()
         os.kill(pid, signal.SIGKILL)
         assert process.wait(timeout=30) == 137
-        assert time.monotonic() - killed_at < 1.0 + 1.0  # the promise is 1 s; twice that under a test's load
+        assert time.monotonic() - killed_at < AT_ONCE_S
         assert f"pid {pid}" in process.communicate()[1]
 
 
@@ -152,7 +152,7 @@ def test_interruption_stops_everything(tmp_path: Path, number: signal.Signals) -
         interrupted_at = time.monotonic()
         process.send_signal(number)
         assert process.wait(timeout=30) == 128 + number
-        assert time.monotonic() - interrupted_at < 2.0
+        assert time.monotonic() - interrupted_at < AT_ONCE_S
 
 
 @pytest.mark.chaos

@@ -130,7 +130,7 @@ def test_scancel_leaves_nothing_behind(slurm: dict[str, str], folder: Path) -> N
     told, _ = job.communicate(timeout=30)
     assert job.returncode != 0, told
     until(lambda: nothing_left(folder))
-    assert monotonic() - at < 4, told  # 2 s, and what two loaded cores add
+    assert monotonic() - at < 10, told  # 2 s, and what two loaded cores add
     assert "Traceback" not in told
 
 
