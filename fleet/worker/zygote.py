@@ -10,11 +10,13 @@ import contextlib
 import multiprocessing
 import multiprocessing.process
 import os
+import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 from fleet.worker.slot import Plan, main
 
@@ -65,7 +67,10 @@ class Zygote:
 
     def close(self) -> None:
         """Ends the server and waits for it. Children that still run die with it."""
-        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        server: Any = forkserver._forkserver
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(server._forkserver_pid, signal.SIGKILL)  # by itself it would first take torch apart: 0.1 to 0.5 s
+        server._stop()
 
     def spawn(self, plan: Plan) -> Child:
         """A new process that carries out the plan. Waits for the imports if they still go on."""
