@@ -71,6 +71,8 @@ class Sync(Said, frozen=True):
 
 
 class Ready(Said, frozen=True):
+    """Said at the start, when asked by Sync, and of calls that came without their function: what is not held is given again."""
+
     memory: str  # see bus.shared.host_key
     python: str
     pid: int

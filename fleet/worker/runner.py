@@ -131,10 +131,13 @@ class Runner:
             self._forget(said.arrived)
             known = {call.task_id for call in self._waiting} | self._kept.keys()
             known |= {self._running.task_id} if self._running else set()
-            for call in said.calls:
+            calls = [call for call in said.calls if not call.function or call.function in self._functions]
+            for call in calls:
                 if call.task_id not in known:
                     self._waiting.append(call)
                     self._gather(call)
+            if len(calls) < len(said.calls):  # what brought their function was lost with a connection
+                self._ready()
         elif isinstance(said, tasks.Recall):
             back = set(said.task_ids)
             given = tuple(call.task_id for call in self._waiting if call.task_id in back)

@@ -20,7 +20,6 @@ import pytest
 import torch
 
 import fleet
-from fleet.client.line import Line
 
 
 @pytest.fixture(scope="module")
@@ -206,41 +205,6 @@ def test_pending_tasks_can_be_cancelled_and_wait_their_turn_by_priority(tmp_path
         assert (high.result(timeout=60), low.result(timeout=60)) == (9, 1)
     assert unwanted.cancelled()
     assert order == ["high", "low"]
-
-
-def test_what_was_submitted_before_a_result_came_competes_for_its_runner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The line's thread is stopped between its look at the inbox and what comes of the result, as a busy machine does."""
-    say, wait = tmp_path / "say", tmp_path / "wait"
-    os.mkfifo(say)
-    os.mkfifo(wait)
-    order: list[str] = []
-    stop, stopped = threading.Event(), threading.Event()
-    look = Line._take_inbox
-
-    def look_and_stop(line: Line) -> bool:
-        found = look(line)
-        if found and stop.is_set():
-            stop.clear()
-            stopped.set()
-            while line._router is not None and not line._router.has_event():
-                os.sched_yield()
-        return found
-
-    monkeypatch.setattr(Line, "_take_inbox", look_and_stop)
-    with fleet.Executor(max_workers=1) as pool:
-        running = pool.submit(calls.say_and_wait, str(say), str(wait))
-        assert int(say.read_text())
-        stop.set()
-        low = pool.options(priority=-1).submit(calls.square, 1)
-        low.add_done_callback(lambda _: order.append("low"))
-        assert stopped.wait(60)
-        high = pool.options(priority=5).submit(calls.square, 3)
-        high.add_done_callback(lambda _: order.append("high"))
-        wait.write_text("go\n")
-        results = [future.result(timeout=60) for future in (running, high, low)]
-    assert (results, order) == (["go\n", 9, 1], ["high", "low"])
 
 
 def test_short_tasks_do_not_wait_behind_a_long_one(tmp_path: Path) -> None:

@@ -1,0 +1,65 @@
+"""What an Executor's thread makes of messages that come late or get lost: real runners, and a moment that is chosen."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import calls
+import pytest
+
+import fleet
+from fleet.client.line import Line
+
+
+def test_a_call_whose_function_was_lost_on_the_way_is_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when an orchestrator is killed that had the first message of two, and not the second."""
+    lost: list[bytes] = []
+    say = Line._run_calls
+
+    def lose(line: Line, job_id: str, seat: Any, calls: Any, functions: dict[bytes, bytes]) -> None:
+        say(line, job_id, seat, calls, functions if lost else {})
+        lost.extend(functions)
+
+    monkeypatch.setattr(Line, "_run_calls", lose)
+    with fleet.Executor(max_workers=1, retries=0) as pool:
+        futures = [pool.submit(calls.square, number) for number in range(20)]
+        assert [future.result(timeout=60) for future in futures] == [number**2 for number in range(20)]
+    assert lost
+
+
+def test_what_was_submitted_before_a_result_came_competes_for_its_runner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line's thread is stopped between its look at the inbox and what comes of the result, as a busy machine does."""
+    say, wait = tmp_path / "say", tmp_path / "wait"
+    os.mkfifo(say)
+    os.mkfifo(wait)
+    order: list[str] = []
+    stop, stopped = threading.Event(), threading.Event()
+    look = Line._take_inbox
+
+    def look_and_stop(line: Line) -> bool:
+        found = look(line)
+        if found and stop.is_set():
+            stop.clear()
+            stopped.set()
+            while line._router is not None and not line._router.has_event():
+                os.sched_yield()
+        return found
+
+    monkeypatch.setattr(Line, "_take_inbox", look_and_stop)
+    with fleet.Executor(max_workers=1) as pool:
+        running = pool.submit(calls.say_and_wait, str(say), str(wait))
+        assert int(say.read_text())
+        stop.set()
+        low = pool.options(priority=-1).submit(calls.square, 1)
+        low.add_done_callback(lambda _: order.append("low"))
+        assert stopped.wait(60)
+        high = pool.options(priority=5).submit(calls.square, 3)
+        high.add_done_callback(lambda _: order.append("high"))
+        wait.write_text("go\n")
+        results = [future.result(timeout=60) for future in (running, high, low)]
+    assert (results, order) == (["go\n", 9, 1], ["high", "low"])
