@@ -30,14 +30,8 @@ def noticed(lost):
 """
 # What each rank does over and over: its memory, then the call.
 CALLS = {
-    "all_reduce small": ("x = np.ones(8)", "comm.all_reduce(x)"),
-    "all_reduce staged": ("x = np.ones(1 << 20)", "comm.all_reduce(x)"),
-    "all_reduce direct": ("x = comm.empty(1 << 20)", "comm.all_reduce(x)"),
-    "broadcast": ("x = np.ones(1 << 18)", "comm.broadcast(x, root=1)"),
-    "all_gather": ("x, out = np.ones(1 << 16), np.ones(size << 16)", "comm.all_gather(out, x)"),
-    "reduce_scatter": ("x, out = np.ones(size << 16), np.ones(1 << 16)", "comm.reduce_scatter(out, x)"),
-    "all_to_all": ("x, out = np.ones(size << 14), np.ones(size << 14)", "comm.all_to_all(out, x)"),
-    "scan": ("x = np.ones(1 << 18)", "comm.scan(x)"),
+    "all_reduce": ("x = np.ones(1 << 20)", "comm.all_reduce(x)"),
+    "broadcast": ("x = np.ones(1 << 18)", "comm.broadcast(x, root=0)"),
 }
 
 
@@ -82,18 +76,10 @@ def check_noticed(done: subprocess.CompletedProcess[str], victim: int = VICTIM) 
 
 @pytest.mark.chaos
 @MEMORY
-@pytest.mark.parametrize("name", CALLS)
-def test_a_rank_killed_at_a_step_is_named_by_all_others(tmp_path: Path, name: str, memory: str) -> None:
-    done = run(tmp_path, looping(name, "if step == 3: die()"), FLEET_SHARED_MEMORY=memory)
-    check_noticed(done)
-
-
-@pytest.mark.chaos
-@MEMORY
 @pytest.mark.parametrize("victim", [0, 3])
 def test_a_rank_killed_while_it_works_is_named_by_all_others(tmp_path: Path, memory: str, victim: int) -> None:
     """From another thread, so anywhere inside of a large all_reduce."""
-    script = looping("all_reduce staged", "if step == 3: threading.Timer(0.1, die).start()", victim)
+    script = looping("all_reduce", "if step == 3: threading.Timer(0.1, die).start()", victim)
     check_noticed(run(tmp_path, script, FLEET_SHARED_MEMORY=memory), victim)
 
 
@@ -101,7 +87,7 @@ def test_a_rank_killed_while_it_works_is_named_by_all_others(tmp_path: Path, mem
 @pytest.mark.parametrize("victim", [0, VICTIM])
 def test_a_root_whose_receiver_is_gone_and_a_receiver_whose_root_is(tmp_path: Path, victim: int) -> None:
     """Over sockets a root waits for nobody but its own queue."""
-    script = looping("broadcast", "if step == 3: die()", victim).replace("root=1", "root=0")
+    script = looping("broadcast", "if step == 3: die()", victim)
     check_noticed(run(tmp_path, script, FLEET_SHARED_MEMORY="off"), victim)
 
 
