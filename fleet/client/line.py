@@ -182,8 +182,10 @@ class Line(Seats):
             self._dealer.send(m.encode(self._unsent.popleft()))
         for link in self._dealer.changes():
             self._link(link)
-        things = [*self._dealer.receive(), *(self._router.receive() if self._router else ())]
-        # The inbox after what arrived: what was submitted before a result came competes for the runner that it frees.
+        # Taken in one order and acted on in the other: a runner's last result counts before its end, and what was submitted
+        # before a result came competes for the runner that it frees.
+        told = self._dealer.receive()
+        things = [*(self._router.receive() if self._router else ()), *told]
         busy = self._take_inbox() or bool(things)
         for thing in things:
             if isinstance(thing, Arrived):

@@ -55,6 +55,7 @@ def main(name: str, die_at: int) -> None:
     global WINDOW
     if folder := os.environ.get("HOSTS"):
         os.environ["FLEET_SHM_DIR"] = f"{folder}/{int(os.environ['RANK']) // 2}"
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # half a second after the loss, which is short on a busy machine
     comm = fleet.init(timeout_s=60)
     WINDOW = comm.empty(LARGE)
     steps, counting = 0, False

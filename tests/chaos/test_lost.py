@@ -17,6 +17,7 @@ MEMORY = pytest.mark.parametrize("memory", ["on", "off"])
 HEAD = f"""\
 import os, signal, sys, threading, time
 import fleet, numpy as np
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it follows half a second after the loss, which is short on a busy machine
 comm = fleet.init(timeout_s=20)
 rank, size, victim = comm.rank, comm.world_size, {VICTIM}
 
