@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -96,7 +97,8 @@ def test_a_job_on_killed_workers_names_them_and_starts_again(three: Cluster, scr
     three.run("docker compose up -d")
     told, _ = job.communicate(timeout=100)
     assert job.returncode == 0
-    assert "was lost" in told
+    # Lost, if the engine took longer than the two seconds that a worker has to come back.
+    assert re.search(r"worker tensorfleet-worker-\d( \(\S+\))? was (restarted|lost)", told), told
     assert "sum 3.0" in told
     until(lambda: three.ready() == names(1, 2, 3))
 
