@@ -245,11 +245,12 @@ class Measured:
             system, root = self._system, self._system.rank == 0
             part = count // system.world_size
             sizes = {"all_gather": (part, count), "reduce_scatter": (count, part), "all_to_all": (count, count)}
-            sizes["gather"] = (part, count if root else 0)
-            sizes["scatter"] = (count if root else 0, part)
+            sizes |= {"gather": (part, count), "scatter": (count, part)}
             x_count, out_count = sizes.get(collective, (count, 0))
-            self._x = system.empty(x_count, dtype) if x_count else None
-            self._out = system.empty(out_count, dtype) if out_count else None
+            # Made by all, where only the root keeps it: comm.empty is a collective.
+            x, out = (system.empty(length, dtype) if length else None for length in (x_count, out_count))
+            self._x = x if root or collective != "scatter" else None
+            self._out = out if root or collective != "gather" else None
             self._case = (collective, count, dtype)
         return self._x, self._out
 
