@@ -163,7 +163,8 @@ class Clients(Gangs):
 
     def _info(self, job: Job, alone: bool) -> m.JobInfo:
         # Its turn is counted for a job that is asked for by itself: for all of a long queue it would take too long.
-        return job.info(self.epoch, self._waits_for(job) if alone else job.waits_for)
+        told = job.state is JobState.QUEUED and not alone
+        return job.info(self.epoch, job.waits_for if told else self._waits_for(job))
 
     def _watch(self, peer: bytes, job_id: str) -> None:
         job = self.jobs.get(job_id)

@@ -120,6 +120,13 @@ def test_what_a_job_waits_for_is_said() -> None:
     (jobs,) = sent(core.step(o.Received(CLIENT, m.ListJobs("wide")), 0.0), CLIENT)
     assert isinstance(jobs, m.Jobs)
     assert "add workers" in jobs.jobs[0].waits_for
+    finish(core, "runs", 1.0)
+    (jobs,) = sent(core.step(o.Received(CLIENT, m.ListJobs()), 1.0), CLIENT)
+    assert isinstance(jobs, m.Jobs)
+    assert {job.job_id: job.waits_for for job in jobs.jobs if job.state in ("ended", "assigned")} == {
+        "runs": "",
+        "first": "w0 to prepare it",
+    }
 
 
 def test_round_robin_takes_turns_and_the_least_loaded_is_the_least_busy_machine() -> None:
