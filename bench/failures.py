@@ -10,9 +10,9 @@ differ is not defined, so that case is fleet's alone. Reports medians, and their
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
+import select
 import signal
 import statistics
 import subprocess
@@ -62,9 +62,15 @@ def measure(system: str, command: list[str], case: str, folder: Path) -> float:
     """Seconds from what happens to the end of the command. Raises RuntimeError where it ends well, or a rank is left."""
     told = folder / "told"
     os.mkfifo(told)
+    reader = os.open(told, os.O_RDWR | os.O_NONBLOCK)
     process = subprocess.Popen([*command, case, str(told)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        pid, at = told.read_text().split()
+        while not select.select([reader], [], [], 1.0)[0]:
+            if process.poll() is not None:
+                raise RuntimeError(
+                    f"{system}, {case}: it ended with code {process.returncode} before rank 1 came so far"
+                )
+        pid, at = os.read(reader, 100).decode().split()
         since = float(at)
         if case in ("killed", "interrupted"):
             since = time.monotonic()
@@ -74,6 +80,7 @@ def measure(system: str, command: list[str], case: str, folder: Path) -> float:
     finally:
         _, left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=GONE_WITHIN_S)
         kill_descendants()
+        os.close(reader)
         told.unlink()
     if code == 0 or left:
         raise RuntimeError(f"{system}, {case}: it ended with code {code} and left {left or 'nothing'}")
@@ -90,7 +97,7 @@ def main() -> None:
         parser.error("--workers must be at least 2: rank 1 is the one that fails")
     adopt_orphans()
     times: dict[tuple[str, str], list[float]] = {}
-    with tempfile.TemporaryDirectory() as name, contextlib.suppress(KeyboardInterrupt):
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "with_fleet.py").write_text(FLEET + LOOP)
         (folder / "with_gloo.py").write_text(GLOO + LOOP)
@@ -130,4 +137,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
