@@ -164,7 +164,7 @@ class Agent:
         while self._forwarded:
             number = self._forwarded.popleft()
             for child in self._children.values():
-                os.kill(child.pid, number)  # not reaped yet, so it is ours
+                _signal(child.pid, number)
         for link in self._orchestrator.changes():
             self._step(LINKS[link])
             if link is Link.UP:
@@ -368,5 +368,10 @@ def _signal_group(pid: int, signal: int, alone_too: bool) -> None:
         os.killpg(pid, signal)
     except ProcessLookupError:
         if alone_too:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal)
+            _signal(pid, signal)
+
+
+def _signal(pid: int, signal: int) -> None:
+    """Signals a rank. One that has ended is reaped by the zygote, perhaps before this process is told."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,25 @@ def started(slurm: dict[str, str], folder: Path, word: str) -> subprocess.Popen[
     assert "sum 10.0" in lines[-1], "".join(lines)
     assert not list(folder.glob(".fleet-step-*"))
     return job
+
+
+def test_a_signal_that_meets_a_rank_that_has_ended(slurm: dict[str, str], folder: Path) -> None:
+    """The zygote has reaped it, and its agent, which stood still, has not been told: as when scancel signals all at once."""
+    job = started(slurm, folder, "wait")
+    agents = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[2:4] == ["run", "train.py"]]
+    agent = next(agent for agent in agents if agent.environ()["TASK"] == "3")
+    zygote = next(child for child in agent.children() if "forkserver" in " ".join(child.cmdline()))
+    (rank,) = zygote.children()
+    agent.suspend()
+    rank.kill()
+    psutil.wait_procs([rank])
+    agent.send_signal(signal.SIGUSR1)
+    agent.resume()
+    told, _ = job.communicate(timeout=60)
+    assert job.returncode == 137, told
+    assert "rank 3 failed" in told
+    assert "Traceback" not in told
+    until(lambda: nothing_left(folder))
 
 
 def test_scancel_leaves_nothing_behind(slurm: dict[str, str], folder: Path) -> None:
