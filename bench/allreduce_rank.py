@@ -88,7 +88,7 @@ class Gloo:
     def call(self, collective: str) -> Call:
         dist, root = self._dist, self.rank == 0
         if collective == "scan":
-            raise NotImplementedError("torch.distributed has none")
+            raise LookupError("torch.distributed offers none")
         return {
             "all_reduce": lambda x, _: dist.all_reduce(x),
             "broadcast": lambda x, _: dist.broadcast(x, 0),

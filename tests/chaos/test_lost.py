@@ -155,6 +155,7 @@ def test_different_calls_are_shown_with_their_lines_at_once(tmp_path: Path, memo
         "except fleet.CollectiveMismatch as error:\n"
         "    print('after', time.monotonic() - since, str(error).replace('\\n', ' | '), flush=True)\n"
         # A rank that has ended tells nobody its line any more, so each waits until the other has said its own.
+        # No event crosses a communicator that is broken, hence the poll.
         "    open(f'said-{rank}', 'w').close()\n"
         "    while not os.path.exists(f'said-{1 - rank}'): time.sleep(0.01)\n    sys.exit(3)\n"
     )

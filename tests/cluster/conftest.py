@@ -39,7 +39,10 @@ def three(cluster: Cluster) -> Cluster:
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """A folder with a job: all ranks add ones so many times, and the first says what came out, and over which path."""
+    """A folder with a job: all ranks add ones so many times, and the first says what came out, and over which path.
+
+    Steps are a tenth of a second apart, so that tests can do something to it meanwhile.
+    """
     (tmp_path / "train.py").write_text(
         "import sys, time, fleet, numpy as np\n"
         "comm = fleet.init()\n"

@@ -1,4 +1,4 @@
-"""Ranks that differ or do not come, on every path: told within a second, both calls and lines named; a lost world ends all."""
+"""Ranks that differ or do not come, on every path: told at once, both calls and lines named; a lost world ends all."""
 
 from __future__ import annotations
 
