@@ -253,11 +253,12 @@ class Agent:
         try:
             if not spec.digest:
                 return [Prepared(assign.job_id, assign.attempt, Path(spec.directory), free_port())]
+            self._bundles.hold(spec.digest, assign.job_id, assign.attempt)
             if self._bundles.has(spec.digest):
                 folder = self._bundles.unpack(spec.digest, assign.job_id, assign.attempt)
                 return [Prepared(assign.job_id, assign.attempt, folder, free_port())]
-            self._waiting.append(assign)
             want = self._bundles.fetch(spec.digest, spec.bundle_bytes)
+            self._waiting.append(assign)
             if want is not None:
                 self._orchestrator.send(m.encode(want))
         except (OSError, ValueError, tarfile.TarError) as error:

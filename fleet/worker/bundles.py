@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tarfile
@@ -10,24 +11,42 @@ from pathlib import Path
 from fleet.bus.transfer import Incoming, is_digest
 from fleet.messages import Part, Want
 
+KEEP_BYTES = 128 << 20  # of archives that no attempt holds
+
 
 class Bundles:
-    """The archives and the unpacked folders of one agent, all under `directory`."""
+    """The archives and the unpacked folders of one agent, all under `directory`.
 
-    def __init__(self, directory: Path) -> None:
+    An archive stays for the next job of the same folder, such as the next point of a sweep. Those that no attempt holds have
+    at most KEEP_BYTES together, and make way at once where the disk is full.
+    """
+
+    def __init__(self, directory: Path, keep_bytes: int = KEEP_BYTES) -> None:
         self._directory = directory
+        self._keep_bytes = keep_bytes
         self._incoming: dict[str, Incoming] = {}
+        self._held: dict[tuple[str, int], str] = {}  # digest by attempt, until that is removed
+        self._kept: dict[str, int] = {}  # bytes by digest of each archive that is here, the one used last at the end
         directory.mkdir(mode=0o700)
 
     def has(self, digest: str) -> bool:
-        return self._archive(digest).exists()
+        if digest in self._kept and not self._archive(digest).exists():
+            del self._kept[digest]  # what clears /tmp took it
+        return digest in self._kept
+
+    def hold(self, digest: str, job_id: str, attempt: int) -> None:
+        """The attempt needs this archive, until it is removed."""
+        self._held[job_id, attempt] = digest
+        if digest in self._kept:
+            self._kept[digest] = self._kept.pop(digest)
 
     def fetch(self, digest: str, size_bytes: int) -> Want | None:
-        """What to ask for first; None: it is on its way already. Raises ValueError for what is no digest."""
+        """What to ask for first; None: it is on its way already. Raises ValueError for what is no digest, OSError."""
         if not is_digest(digest):
             raise ValueError(f"{digest[:80]!r} is no sha256 digest")
         if digest in self._incoming:
             return None
+        self._make_way(self._keep_bytes)
         self._incoming[digest] = Incoming(self._archive(digest), digest, size_bytes)
         return self._incoming[digest].want()
 
@@ -36,18 +55,45 @@ class Bundles:
         return [incoming.want() for incoming in self._incoming.values()]
 
     def store(self, part: Part) -> Want | None:
-        """What to ask for next, None: it is whole. Raises ValueError if it arrived damaged."""
+        """What to ask for next, None: it is whole. Raises ValueError if it arrived damaged, OSError: it is dropped."""
         incoming = self._incoming.get(part.digest)
         if incoming is None:
             return None
         try:
-            if not incoming.store(part):
-                return incoming.want()
-        except ValueError:
-            del self._incoming[part.digest]
+            whole = self._store(incoming, part)
+        except (OSError, ValueError):
+            self._drop(part.digest)
             raise
+        if not whole:
+            return incoming.want()
         del self._incoming[part.digest]
+        self._kept[part.digest] = incoming.have_bytes
         return None
+
+    def _store(self, incoming: Incoming, part: Part) -> bool:
+        try:
+            return incoming.store(part)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_way(0):
+                raise
+        return incoming.store(part)
+
+    def _make_way(self, keep_bytes: int) -> bool:
+        """Removes the archives that no attempt holds and that were not used for longest; whether there were any."""
+        held = set(self._held.values())
+        free = [digest for digest in self._kept if digest not in held]
+        left = sum(self._kept[digest] for digest in free)
+        removed = False
+        for digest in free:
+            if left <= keep_bytes:
+                break
+            left -= self._kept.pop(digest)
+            self._archive(digest).unlink(missing_ok=True)
+            removed = True
+        return removed
+
+    def _drop(self, digest: str) -> None:
+        self._incoming.pop(digest).drop()
 
     def unpack(self, digest: str, job_id: str, attempt: int) -> Path:
         """A fresh folder with the bundle's files. Raises tarfile.TarError, OSError."""
@@ -59,7 +105,12 @@ class Bundles:
         return folder
 
     def remove(self, job_id: str, attempt: int) -> None:
+        """Removes the folder of an attempt, and lets go of its archive."""
         shutil.rmtree(self._folder(job_id, attempt), ignore_errors=True)
+        digest = self._held.pop((job_id, attempt), None)
+        if digest in self._incoming and digest not in self._held.values():
+            self._drop(digest)
+        self._make_way(self._keep_bytes)
 
     def _archive(self, digest: str) -> Path:
         return self._directory / f"{digest}.tar.gz"
