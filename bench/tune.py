@@ -3,7 +3,7 @@
     python bench/tune.py [--world-sizes 2,4,8] [--rounds 7]
 
 Every size runs with the direct exchange, the tree and the ring, interleaved; medians of the slowest rank, in microseconds.
-Between hosts, run it on them: ORCHESTRATOR_ADDR=... fleet run bench/tune.py --workers 4 -- --rank.
+Between hosts, run it on them: ORCHESTRATOR_ADDR=... fleet run bench/tune.py --rank --workers 4.
 """
 
 from __future__ import annotations

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import typer
 
 from fleet import config
 from fleet.cli.job_commands import (
+    WITH_SCRIPT,
     Gpus,
     Insecure,
     MaxRestarts,
@@ -21,10 +22,11 @@ from fleet.cli.job_commands import (
     job_options,
     words_of,
 )
-from fleet.cli.words import OPTIONS_OF, split
+from fleet.cli.words import HELP, split
 from fleet.errors import ConfigError, FleetError, UsageError
 
 USAGE = 2
+RUN_SOMETHING = ("run", "submit", "sweep")  # commands that have a script's words behind their own
 
 app = typer.Typer(
     add_completion=False,
@@ -38,7 +40,7 @@ MetricsPort = Annotated[
 ]
 
 
-@app.command("run")
+@app.command("run", options_metavar=WITH_SCRIPT)
 def run_command(
     workers: Annotated[
         int | None, typer.Option(help="Number of ranks.", show_default="one per core, or per Slurm task")
@@ -58,9 +60,10 @@ def run_command(
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
-    """Run a job: fleet run SCRIPT [ARGS], fleet run -m MODULE [ARGS], or fleet run -- COMMAND [ARGS].
+    """Run a job and show what it prints. In place of SCRIPT: -m MODULE, or -- COMMAND.
 
-    fleet's options may stand anywhere before `--`; what fleet does not know is the script's, and so is all after `--`.
+    Options after the script's name are the script's. Only --workers may stand there too: fleet run train.py --lr 0.1 --workers 8.
+    What comes after -- is the script's in any case.
     """
     from fleet.cli.run import Options, bundle_limit, run_job
 
@@ -212,14 +215,21 @@ def _metrics_port(given: int | None) -> int | None:
     return config.metrics_port() if given is None else given
 
 
+def _known(commands: Any, name: str) -> dict[str, bool]:
+    """The options of a command, and whether each takes a value."""
+    parameters = commands.commands[name].params
+    return {HELP: False} | {option: not parameter.is_flag for parameter in parameters for option in parameter.opts}
+
+
 def run() -> None:
     """Takes the command line of this process, and ends it with the right exit code."""
     arguments = sys.argv[1:]
     try:
-        if arguments and arguments[0] in OPTIONS_OF:
-            words_of[:] = [split(arguments[1:], arguments[0])]
+        commands = typer.main.get_command(app)
+        if arguments and arguments[0] in RUN_SOMETHING:
+            words_of[:] = [split(arguments[1:], _known(commands, arguments[0]), arguments[0])]
             arguments = [arguments[0], *words_of[0].options]
-        app(arguments, prog_name="fleet")
+        commands(arguments, prog_name="fleet")
     except (ConfigError, UsageError) as error:
         print(f"fleet: {error}", file=sys.stderr)
         sys.exit(USAGE)

@@ -26,11 +26,14 @@ SomeJobs = Annotated[list[str], typer.Argument(help="Jobs by their ids, or how t
 Workers = Annotated[int, typer.Option(help="Number of ranks.")]
 Priority = Annotated[int, typer.Option(help="Higher starts earlier; a minute of waiting counts as one.")]
 Policy = Annotated[str, typer.Option(help="least-loaded or round-robin.", show_default="the cluster's")]
-MaxRestarts = Annotated[int, typer.Option(help="How often it starts again after the loss of a worker.")]
+MaxRestarts = Annotated[
+    int, typer.Option(help="How often it starts again after a worker was lost. A rank that fails is not run again.")
+]
 Slots = Annotated[int, typer.Option(help="Slots that each rank takes.")]
 Gpus = Annotated[int, typer.Option(help="GPUs that each rank takes.")]
 MaxBundle = Annotated[int, typer.Option(help="Largest folder to send to a cluster, in MB.")]
 
+WITH_SCRIPT = "[OPTIONS] SCRIPT [ARGS]..."  # in the line that says how a command is used
 words_of: list[Words] = []  # of this command line, split before typer sees it
 
 
@@ -56,7 +59,7 @@ def _cluster(orchestrator: str | None, secret_file: Path | None, insecure: bool,
     return cluster_target(address, secret_file, insecure, timeout)
 
 
-@job_commands.command("submit")
+@job_commands.command("submit", options_metavar=WITH_SCRIPT)
 def submit_command(
     workers: Workers = 1,
     name: Annotated[str, typer.Option(help="For `fleet jobs`.")] = "",
@@ -72,7 +75,10 @@ def submit_command(
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
-    """Submit a job that outlives this command, and print its id: fleet submit SCRIPT -- ARGS, -m MODULE, or -- COMMAND."""
+    """Submit a job that outlives this command, and print its id. In place of SCRIPT: -m MODULE, or -- COMMAND.
+
+    Options after the script's name are the script's, but for --workers.
+    """
     from fleet.cli.jobs import Submission, submit
     from fleet.cli.run import bundle_limit
     from fleet.versions import versions
@@ -83,7 +89,7 @@ def submit_command(
     typer.echo(f'{{"job_id": "{job_id}"}}' if as_json else job_id)
 
 
-@job_commands.command("sweep")
+@job_commands.command("sweep", options_metavar=WITH_SCRIPT)
 def sweep_command(
     grid: Annotated[list[str] | None, typer.Option(help="NAME=A,B,C or NAME=FROM:TO; may be given again.")] = None,
     workers: Workers = 1,
@@ -101,7 +107,9 @@ def sweep_command(
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
-    """Submit one job for each point of a grid, and show what came of them: fleet sweep SCRIPT --grid lr=0.1,0.01 -- ARGS.
+    """Submit one job for each point of a grid, and show what came of them: fleet sweep --grid lr=0.1,0.01 SCRIPT.
+
+    Options after the script's name are the script's, but for --workers.
 
     Each job gets its point as arguments (--lr 0.1). If the last line that it prints is a JSON object, that is its result.
     """

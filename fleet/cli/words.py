@@ -1,43 +1,26 @@
 """The command lines of `fleet run`, submit and sweep: which words are fleet's and which are the script's. Pure.
 
-fleet's own options may stand anywhere before `--`, as in `fleet run train.py --lr 0.1 --workers 8`; what fleet does not
-know is the script's. After `--` everything is the script's, also what looks like fleet's. `--` before any target makes
-the rest a command.
+As with python and torchrun, fleet's options stand before the script's name, and what stands behind it is the script's. One
+option alone may stand behind it too, `--workers`, unless it stands before it already: `fleet run train.py --lr 0.1 --workers 8`.
+After `--` everything is the script's, `--workers` too. `--` in place of the script's name makes the rest a command.
 """
 
 from __future__ import annotations
 
+import difflib
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from fleet.errors import UsageError
 
-# by option, whether it takes a value
-_SCHEDULING = {
-    "--priority": True,
-    "--policy": True,
-    "--max-restarts": True,
-    "--slots": True,
-    "--gpus": True,
-}
-OPTIONS = {
-    **_SCHEDULING,
-    "--workers": True,
-    "--timeout": True,
-    "--log-dir": True,
-    "--max-bundle": True,
-    "--transport": True,
-    "--orchestrator": True,
-    "--secret-file": True,
-    "--insecure": False,
-    "--help": False,
-}
-_DETACHED = {name: OPTIONS[name] for name in OPTIONS if name not in ("--log-dir", "--transport")}
-OPTIONS_OF = {
-    "run": OPTIONS,
-    "submit": {**_DETACHED, "--name": True, "--json": False},
-    "sweep": {**_DETACHED, "--name": True, "--json": False, "--grid": True, "--detach": False},
-}
+WORKERS = "--workers"
+HELP = "--help"
+# How other launchers call the number of ranks: mpirun, srun, torchrun, accelerate.
+_NUMBER = re.compile(r"(-np?|--np|--ntasks|--nproc(?:[-_]per[-_]node)?|--num[-_]processes|--world[-_]size)(?:=?(\d+))?")
+_MEETING = re.compile(r"--(standalone|nnodes|node[-_]rank|master[-_](addr|port)|rdzv[-_]\w+)(=.*)?", re.S)  # torchrun's
 
 
 @dataclass(frozen=True)
@@ -50,37 +33,87 @@ class Words:
     args: list[str]
 
 
-def split(words: list[str], command: str = "run") -> Words:
-    """The words after `fleet run`, submit or sweep. Raises UsageError where there is nothing to run."""
-    known = OPTIONS_OF[command]
-    options: list[str] = []
-    mine: list[str] = []
+def split(words: Sequence[str], known: Mapping[str, bool], command: str = "run") -> Words:
+    """The words after `fleet run`, submit or sweep. `known` has fleet's options, and whether each takes a value.
+
+    Raises UsageError where there is nothing to run, or an option is not fleet's.
+    """
     kind: Literal["script", "module", "command"] = "script"
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
+    options: list[str] = []
+    at = 0
+    while at < len(words):
+        word = words[at]
         name, equals, _ = word.partition("=")
-        if word == "--":
-            if not mine:
-                kind = "command"
-            mine += rest
+        if word in ("-m", "--"):
+            kind, at = ("module" if word == "-m" else "command"), at + 1
             break
         if name in known:
-            options.append(word)
-            if known[name] and not equals:
-                if not rest:
-                    raise UsageError(f"{name} needs a value")
-                options.append(rest.pop(0))
-        elif not mine and word == "-m":
-            kind = "module"
-        elif not mine and word.startswith("-"):
-            raise UsageError(
-                f"fleet {command} does not know {word}; options of the script come after the script's name"
-            )
+            taken = 2 if known[name] and not equals else 1
+            options += _with_value(words, at, taken)
+            at += taken
+        elif word.startswith("-"):
+            raise UsageError(_unknown(words, at, known, command))
         else:
-            mine.append(word)
-    if "--help" in options:
-        return Words(["--help"], kind, "", [])
-    if not mine:
-        raise UsageError(f"say what to run: fleet {command} train.py --workers 8, or -m package.module, or -- command")
-    return Words(options, kind, mine[0], mine[1:])
+            break
+    if HELP in options:
+        return Words([HELP], kind, "", [])
+    if at == len(words):
+        raise UsageError(f"say what to run: fleet {command} --workers 8 train.py, or -m package.module, or -- command")
+    target, rest = words[at], list(words[at + 1 :])
+    args = rest if kind == "command" else _take_workers(rest, options)
+    if command == "sweep" and not _given(options, "--grid") and _given(args, "--grid"):
+        raise UsageError(f"--grid stands before the script's name: fleet sweep --grid lr=0.1,0.01 {target}")
+    return Words(options, kind, target, args)
+
+
+def _take_workers(rest: Sequence[str], options: list[str]) -> list[str]:
+    """The script's words. A `--workers` among them goes to fleet's `options`."""
+    args: list[str] = []
+    at = 0
+    while at < len(rest):
+        word = rest[at]
+        if word == "--":
+            return args + list(rest[at + 1 :])
+        if word.partition("=")[0] != WORKERS:
+            args.append(word)
+            at += 1
+            continue
+        if _given(options, WORKERS):
+            raise UsageError(
+                f"{WORKERS} is given twice: leave one out, or write -- before the one that is the script's"
+            )
+        taken = 1 if "=" in word else 2
+        options += _with_value(rest, at, taken)
+        at += taken
+    return args
+
+
+def _with_value(words: Sequence[str], at: int, count: int) -> list[str]:
+    if at + count > len(words):
+        raise UsageError(f"{words[at]} needs a value")
+    return list(words[at : at + count])
+
+
+def _given(words: Sequence[str], option: str) -> bool:
+    return any(word.partition("=")[0] == option for word in words)
+
+
+def _unknown(words: Sequence[str], at: int, known: Mapping[str, bool], command: str) -> str:
+    """What to type instead of an option that is not fleet's."""
+    word = words[at]
+    name = word.partition("=")[0]
+    before, after = words[:at], words[at + 1 :]
+    if word == "-h":
+        return f"write fleet {command} --help"
+    if found := _NUMBER.fullmatch(word):
+        value = found.group(2) or (after[0] if after else "8")
+        rest = after if found.group(2) else after[1:]
+        typed = shlex.join([*before, WORKERS, value, *(rest or ["train.py"])])
+        return f"{found.group(1)} is called {WORKERS} here: fleet {command} {typed}"
+    if _MEETING.fullmatch(word):
+        return f"fleet {command} does not need {name}: ranks find each other by themselves; leave it out"
+    if (right := name.replace("_", "-")) in known:
+        return f"fleet {command} does not know {name}: it is {right}"
+    near = difflib.get_close_matches(name, known, 1, 0.75)
+    hint = f" (is it {near[0]}?)" if near else ""
+    return f"fleet {command} does not know {name}{hint}; options of the script come after the script's name"

@@ -124,7 +124,7 @@ def test_strangers_at_the_orchestrator(cluster: Cluster, job: str) -> None:
 @pytest.mark.chaos
 def test_nobody_there_and_a_port_that_is_taken(cluster: Cluster, job: str) -> None:
     nobody = cluster.variables | {"ORCHESTRATOR_ADDR": "127.0.0.1:9"}
-    waits = fleet("run", job, "--timeout", "3", **nobody)
+    waits = fleet("run", "--timeout", "3", job, **nobody)
     assert waits.returncode == 2
     assert "no orchestrator answered at 127.0.0.1:9 within 3 s" in waits.stderr
     taken = fleet("orchestrator", "--bind", cluster.address, **cluster.variables)

@@ -112,7 +112,7 @@ def test_a_job_that_waits_says_for_what_and_one_that_runs_is_cancelled(cluster: 
 @pytest.mark.chaos
 def test_a_sweep_is_a_table_of_its_results(cluster: Cluster) -> None:
     script = str(cluster.folder / "train.py")
-    done = cluster.fleet("sweep", script, "--grid", "lr=0.1,0.5", "--grid", "seed=0:2", "--name", "mine")
+    done = cluster.fleet("sweep", "--grid", "lr=0.1,0.5", "--grid", "seed=0:2", "--name", "mine", script)
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
     assert rows[0] == ["LR", "SEED", "JOB", "STATE", "TOOK", "LOSS"]

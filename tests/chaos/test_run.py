@@ -20,10 +20,10 @@ VICTIM = (
 )
 
 
-def run(tmp_path: Path, script: str, *words: str, **changes: str) -> subprocess.CompletedProcess[str]:
+def run(tmp_path: Path, script: str, *options: str, **changes: str) -> subprocess.CompletedProcess[str]:
     path = tmp_path / "script.py"
     path.write_text(script)
-    return fleet("run", str(path), *words, **changes)
+    return fleet("run", *options, str(path), **changes)
 
 
 def test_all_ranks_sum_and_equal_lines_are_folded(tmp_path: Path) -> None:
@@ -63,11 +63,12 @@ def test_arguments_logs_and_a_torchrun_environment(tmp_path: Path) -> None:
     script = (
         "import os, sys\nprint(sys.argv[1:], os.environ['RANK'], os.environ['WORLD_SIZE'], os.environ['LOCAL_RANK'])\n"
     )
-    done = run(
-        tmp_path, script, "--lr", "0.1", "--workers=2", "--log-dir", str(tmp_path / "logs"), "--", "--workers", "9"
-    )
+    (tmp_path / "script.py").write_text(script)
+    words = [str(tmp_path / "script.py"), "--log-dir", "x", "--help", "--workers=2", "--", "--workers", "9"]
+    done = fleet("run", "--log-dir", str(tmp_path / "logs"), *words)
     assert done.returncode == 0, done.stderr
-    assert "['--lr', '0.1', '--workers', '9'] 1 2 1" in done.stdout
+    assert "['--log-dir', 'x', '--help', '--workers', '9'] 1 2 1" in done.stdout
+    assert not Path("x").exists()
     assert (tmp_path / "logs" / "rank-1.log").read_text().endswith(" 1 2 1\n")
 
 
@@ -96,7 +97,7 @@ def test_torch_gloo_runs_unchanged(tmp_path: Path) -> None:
         (["--workers", "2"], "say what to run"),
         ([__file__, "--workers", "0"], "--workers is 0"),
         (["-m", "no_such_module"], "there is no module no_such_module"),
-        ([__file__, "--orchestrator", "a:b:c/d"], "must be HOST:PORT"),
+        (["--orchestrator", "a:b:c/d", __file__], "must be HOST:PORT"),
     ],
 )
 def test_bad_words_get_a_sentence(words: list[str], sentence: str) -> None:

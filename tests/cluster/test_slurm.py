@@ -178,7 +178,7 @@ def is_task(process: psutil.Process) -> bool:
 
 
 def test_a_task_that_does_not_show_up_is_named(slurm: dict[str, str], folder: Path) -> None:
-    command = "[ $SLURM_PROCID = 2 ] || exec fleet run train.py --timeout 6"
+    command = "[ $SLURM_PROCID = 2 ] || exec fleet run --timeout 6 train.py"
     done = subprocess.run(
         ["srun", "--quiet", "-n", "4", "bash", "-c", command],
         env=slurm, cwd=folder, capture_output=True, text=True, timeout=60, check=False,

@@ -1,0 +1,83 @@
+"""The command lines of `fleet run`, submit and sweep: what is fleet's, what is the script's, and what answers a mistake."""
+
+from __future__ import annotations
+
+import pytest
+
+from fleet.cli.words import Words, split
+from fleet.errors import UsageError
+
+KNOWN = {"--workers": True, "--log-dir": True, "--grid": True, "--gpus": True, "--insecure": False, "--help": False}
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ("t.py", Words([], "script", "t.py", [])),
+        ("--workers 2 --insecure t.py", Words(["--workers", "2", "--insecure"], "script", "t.py", [])),
+        # What stands behind the script's name is the script's, also what looks like fleet's.
+        (
+            "t.py --log-dir x --gpus=1 --help -m",
+            Words([], "script", "t.py", ["--log-dir", "x", "--gpus=1", "--help", "-m"]),
+        ),
+        ("--log-dir x t.py --log-dir y", Words(["--log-dir", "x"], "script", "t.py", ["--log-dir", "y"])),
+        # But for --workers, once.
+        ("t.py --lr 0.1 --workers 8 a", Words(["--workers", "8"], "script", "t.py", ["--lr", "0.1", "a"])),
+        ("t.py --workers=8", Words(["--workers=8"], "script", "t.py", [])),
+        # And not behind --.
+        ("--workers 2 t.py -- --workers 3 --", Words(["--workers", "2"], "script", "t.py", ["--workers", "3", "--"])),
+        ("t.py a -- --workers 3", Words([], "script", "t.py", ["a", "--workers", "3"])),
+        ("-m pkg.mod --workers 2 -x", Words(["--workers", "2"], "module", "pkg.mod", ["-x"])),
+        ("--workers 2 -m pkg -n 3", Words(["--workers", "2"], "module", "pkg", ["-n", "3"])),
+        # A command's words are the command's.
+        (
+            "--workers 2 -- sh -c x --workers 3 -- y",
+            Words(["--workers", "2"], "command", "sh", ["-c", "x", "--workers", "3", "--", "y"]),
+        ),
+        ("--help", Words(["--help"], "script", "", [])),
+        ("--workers 2 --help t.py", Words(["--help"], "script", "", [])),
+    ],
+)
+def test_words(typed: str, words: Words) -> None:
+    assert split(typed.split(), KNOWN) == words
+
+
+@pytest.mark.parametrize(
+    ("typed", "answer"),
+    [
+        ("", "say what to run: fleet run --workers 8 train.py"),
+        ("--workers 2", "say what to run"),
+        ("--workers", "--workers needs a value"),
+        ("t.py --workers", "--workers needs a value"),
+        ("--workers 2 t.py --workers 1", "--workers is given twice: leave one out, or write -- before"),
+        ("t.py --workers 2 --workers=1", "--workers is given twice"),
+        ("-n 2 t.py --lr 1", "-n is called --workers here: fleet run --workers 2 t.py --lr 1"),
+        ("-n2 t.py", "fleet run --workers 2 t.py"),
+        ("-np 4 t.py", "fleet run --workers 4 t.py"),
+        ("--insecure --nproc-per-node 2 'a", "fleet run --insecure --workers 2 ''\"'\"'a'"),
+        ("--nproc-per-node=2 t.py", "--nproc-per-node is called --workers here: fleet run --workers 2 t.py"),
+        ("--nproc_per_node 2", "--nproc_per_node is called --workers here: fleet run --workers 2 train.py"),
+        ("--num_processes 2 t.py", "fleet run --workers 2 t.py"),
+        ("--standalone --nproc-per-node=2 t.py", "does not need --standalone"),
+        ("--rdzv-endpoint=x:1 t.py", "does not need --rdzv-endpoint"),
+        ("--log_dir x t.py", "does not know --log_dir: it is --log-dir"),
+        (
+            "--worker 2 t.py",
+            "does not know --worker (is it --workers?); options of the script come after the script's name",
+        ),
+        ("--lr 2 t.py", "does not know --lr; options of the script come after the script's name"),
+        ("-h", "write fleet run --help"),
+    ],
+)
+def test_mistakes_are_answered_with_what_to_type(typed: str, answer: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        split(typed.split(), KNOWN)
+    assert answer in str(refused.value)
+
+
+def test_a_grid_that_would_be_the_scripts_is_refused() -> None:
+    with pytest.raises(
+        UsageError, match=r"--grid stands before the script's name: fleet sweep --grid lr=0.1,0.01 t\.py"
+    ):
+        split(["t.py", "--grid", "lr=1"], KNOWN, "sweep")
+    assert split(["--grid", "a=1", "t.py", "--grid", "b"], KNOWN, "sweep").args == ["--grid", "b"]
