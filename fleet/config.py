@@ -176,6 +176,11 @@ def metrics_port() -> int | None:
     return _number("FLEET_METRICS_PORT", 0, 0, 65535) if os.environ.get("FLEET_METRICS_PORT") else None
 
 
+def metrics_host() -> str | None:
+    """FLEET_METRICS_HOST: the address that /metrics and /healthz are served at. None: unset, the process knows best."""
+    return os.environ.get("FLEET_METRICS_HOST") or None
+
+
 def drain_s() -> float:
     """FLEET_DRAIN_S: the seconds that a worker gives what it runs to end by itself, after SIGTERM."""
     return float(_number("FLEET_DRAIN_S", DRAIN_S, 0, 7 * 24 * 3600))

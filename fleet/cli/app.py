@@ -38,6 +38,12 @@ app.add_typer(job_commands)
 MetricsPort = Annotated[
     int | None, typer.Option(help="Serve /metrics and /healthz over HTTP there; else FLEET_METRICS_PORT.")
 ]
+MetricsHost = Annotated[
+    str | None,
+    typer.Option(
+        help="Address to serve them at; else FLEET_METRICS_HOST.", show_default="--bind's, in a worker 127.0.0.1"
+    ),
+]
 
 
 @app.command("run", options_metavar=WITH_SCRIPT)
@@ -93,6 +99,7 @@ def orchestrator_command(
     keep_jobs: Annotated[int, typer.Option(help="Jobs that have ended, to keep at most.")] = 2000,
     keep_hours: Annotated[float, typer.Option(help="Hours to keep jobs that have ended.")] = 168.0,
     metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = None,
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -105,7 +112,7 @@ def orchestrator_command(
     if keep_jobs < 0 or keep_hours < 0:
         raise UsageError("--keep-jobs and --keep-hours must not be negative")
     run_orchestrator(
-        bind, policy, secret_file, insecure, _metrics_port(metrics_port), Kept(state, keep_jobs, keep_hours)
+        bind, policy, secret_file, insecure, _metrics_at(metrics_host, metrics_port), Kept(state, keep_jobs, keep_hours)
     )
 
 
@@ -116,6 +123,7 @@ def worker_command(
     orchestrator: Annotated[str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR.")] = None,
     drain: Annotated[float | None, typer.Option(help="Seconds that jobs have to end after SIGTERM.")] = None,
     metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = None,
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -124,7 +132,7 @@ def worker_command(
 
     address = orchestrator or config.orchestrator_address() or config.DEFAULT_ORCHESTRATOR
     drain_s = config.drain_s() if drain is None else drain
-    run_worker(address, slots, gpus, secret_file, insecure, _metrics_port(metrics_port), drain_s)
+    run_worker(address, slots, gpus, secret_file, insecure, _metrics_at(metrics_host, metrics_port), drain_s)
 
 
 @app.command("workers")
@@ -211,8 +219,10 @@ def _ranks_here() -> int:
     return config.usable_cores() if task is None else task.task_count
 
 
-def _metrics_port(given: int | None) -> int | None:
-    return config.metrics_port() if given is None else given
+def _metrics_at(host: str | None, port: int | None) -> tuple[str | None, int] | None:
+    """None: nowhere. Without a host, what is served chooses."""
+    port = config.metrics_port() if port is None else port
+    return None if port is None else (host or config.metrics_host(), port)
 
 
 def _known(commands: Any, name: str) -> dict[str, bool]:

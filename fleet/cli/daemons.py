@@ -26,6 +26,7 @@ from fleet.worker.state import Settings
 from fleet.worker.zygote import Zygote
 
 RESOLVE_EVERY_S = 1.0
+MetricsAt = tuple[str | None, int] | None  # host (None: chosen here) and port; None: nowhere
 
 log = logging.getLogger("fleet")
 
@@ -40,7 +41,7 @@ class Kept:
 
 
 def run_orchestrator(
-    bind: str, policy: str, secret_file: Path | None, insecure: bool, metrics_port: int | None, kept: Kept
+    bind: str, policy: str, secret_file: Path | None, insecure: bool, metrics: MetricsAt, kept: Kept
 ) -> None:
     """Serves until a signal ends it."""
     _log_to_stderr()
@@ -52,11 +53,12 @@ def run_orchestrator(
         # Who lets the system choose a port will get another one next time, and is nobody whose jobs wait for it.
         folder = kept.folder or config.state_folder(port) or runtime / "state"
         keeping = Keeping(folder, kept.jobs, kept.hours * 3600)
-        service = Service(endpoint(host, port), lock, versions(), runtime, policy, metrics_port, keeping)
+        metrics_at = None if metrics is None else (metrics[0] or host, metrics[1])
+        service = Service(endpoint(host, port), lock, versions(), runtime, policy, metrics_at, keeping)
         _on_signals(lambda _: service.stop())
         register(runtime, "orchestrator", endpoint(_reachable_here(host), port))
         log.info("orchestrator listens on %s and keeps its jobs in %s", service.endpoint, keeping.folder)
-        _log_metrics(service.metrics_port)
+        _log_metrics(service.metrics_at)
         service.run()
     log.info("orchestrator ended")
 
@@ -67,7 +69,7 @@ def run_worker(
     gpus: int,
     secret_file: Path | None,
     insecure: bool,
-    metrics_port: int | None,
+    metrics: MetricsAt,
     drain_s: float,
 ) -> None:
     """Serves until a signal ends it. Raises ConfigError, FleetError."""
@@ -102,11 +104,13 @@ def run_worker(
                 drain_s=drain_s,
                 gpus=gpus,
             )
-            agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", threads, metrics_port)
+            # Who may reach this machine need not read what runs on it: others than this machine only where that is said.
+            metrics_at = None if metrics is None else (metrics[0] or "127.0.0.1", metrics[1])
+            agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", threads, metrics_at)
             _on_signals(lambda number: agent.stop(drain=number == signal.SIGTERM))
             register(runtime, "worker", settings.control)
             log.info("worker %s starts: %d slots, ranks reachable at %s", settings.worker_id, slots, advertise)
-            _log_metrics(agent.metrics_port)
+            _log_metrics(agent.metrics_at)
             agent.run()
         finally:
             zygote.close()
@@ -153,9 +157,9 @@ def _reachable_here(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def _log_metrics(port: int | None) -> None:
-    if port is not None:
-        log.info("metrics at http://*:%d/metrics", port)
+def _log_metrics(metrics_at: str) -> None:
+    if metrics_at:
+        log.info("metrics at http://%s/metrics", metrics_at)
 
 
 def _log_to_stderr() -> None:

@@ -76,7 +76,7 @@ class Service:
         versions: m.Versions,
         runtime: Path,
         policy: str,
-        metrics_port: int | None = None,
+        metrics_at: tuple[str, int] | None = None,
         keeping: Keeping | None = None,  # None: jobs are gone with this process
     ) -> None:
         self._bus = Bus(lock)
@@ -95,9 +95,9 @@ class Service:
             if keeping is not None:
                 runtime = keeping.folder
                 self._store = self._recall(keeping)
-            if metrics_port is not None:
+            if metrics_at is not None:
                 metrics = [OrchestratorMetrics(self._core, self._turning, monotonic)]
-                self._exposition = Exposition(metrics_port, metrics, self._pulse.wrong)
+                self._exposition = Exposition(*metrics_at, metrics, self._pulse.wrong)
             self._bundles = Bundles(runtime / "bundles", BUNDLE_LIMIT_BYTES)
         except BaseException:
             self._close()
@@ -112,8 +112,9 @@ class Service:
         self._garbage_count = 0
 
     @property
-    def metrics_port(self) -> int | None:
-        return self._exposition.port if self._exposition else None
+    def metrics_at(self) -> str:
+        """HOST:PORT of /metrics, empty if it is served nowhere."""
+        return self._exposition.address if self._exposition else ""
 
     def stop(self) -> None:
         self._stopping.set()

@@ -85,7 +85,7 @@ class Agent:
         lock: Lock,
         runtime: Path,
         threads: int,
-        metrics_port: int | None = None,
+        metrics_at: tuple[str, int] | None = None,
     ) -> None:
         self._settings = settings
         self._zygote = zygote
@@ -109,13 +109,12 @@ class Agent:
         self._pulse = Pulse(monotonic, LATE_AFTER_S)
         self._busyness = Busyness()
         self._metrics = WorkerMetrics(self._core, self._turning, monotonic)
-        self._exposition = (
-            None if metrics_port is None else Exposition(metrics_port, [self._metrics], self._pulse.wrong)
-        )
+        self._exposition = None if metrics_at is None else Exposition(*metrics_at, [self._metrics], self._pulse.wrong)
 
     @property
-    def metrics_port(self) -> int | None:
-        return self._exposition.port if self._exposition else None
+    def metrics_at(self) -> str:
+        """HOST:PORT of /metrics, empty if it is served nowhere."""
+        return self._exposition.address if self._exposition else ""
 
     def stop(self, drain: bool = False) -> None:
         """Ends it: with `drain` after what it runs, within its settings' drain_s; again: sooner, then at once."""

@@ -13,7 +13,7 @@ def oom_kill_count() -> int:
     """How often the kernel's OOM killer has struck, as far as it tells us."""
     total = 0
     for path in (_CGROUP_EVENTS, _VMSTAT):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             for line in path.read_text().splitlines():
                 name, _, value = line.partition(" ")
                 if name == "oom_kill":

@@ -1,6 +1,8 @@
 """What this worker and its ranks use of what they may: in a container that of its cgroup, else that of its processes.
 
 Reads /proc and cgroup v2 or v1 files, changes nothing. Two readers at once get the same answer, and do not disturb each other.
+What cannot be read now, since this process has no descriptor left or this system has no such file, counts as before or as 0:
+no figure is worth a worker.
 """
 
 from __future__ import annotations
@@ -18,6 +20,13 @@ from fleet import config
 SAMPLE_AT_LEAST_S = 1.0  # CPU usage is taken over at least this long
 _V2 = Path("/sys/fs/cgroup")
 _V1_CPU, _V1_MEMORY = _V2 / "cpuacct", _V2 / "memory"
+_UNREADABLE = (
+    OSError,
+    psutil.Error,
+    ValueError,
+    LookupError,
+    RuntimeError,
+)  # psutil, of a /proc that is not as it knows it
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class Meter:
                 return nanoseconds / 1e9
         total = 0.0
         for process in _family():
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(*_UNREADABLE):
                 times = process.cpu_times()
                 total += times.user + times.system + times.children_user + times.children_system
         return total
@@ -74,7 +83,7 @@ class Meter:
                     return max(0, used - idle)
         total = 0
         for process in _family():
-            with contextlib.suppress(psutil.Error):
+            with contextlib.suppress(*_UNREADABLE):
                 total += process.memory_info().rss
         return total
 
@@ -84,10 +93,13 @@ class Busyness:
 
     def __init__(self) -> None:
         self._meter = Meter() if in_container() else None
-        psutil.cpu_percent()  # the first answer means nothing
+        self._last = 0.0
+        self.read()  # the first answer means nothing
 
     def read(self) -> float:
-        return self._meter.read().cpu if self._meter is not None else psutil.cpu_percent() / 100
+        with contextlib.suppress(*_UNREADABLE):
+            self._last = self._meter.read().cpu if self._meter is not None else psutil.cpu_percent() / 100
+        return self._last
 
 
 def in_container() -> bool:
@@ -97,16 +109,18 @@ def in_container() -> bool:
 
 def memory_limit() -> int:
     """The bytes that this worker may use: its cgroup's limit, or the machine's memory."""
-    machine = int(psutil.virtual_memory().total)
     limits = [_number(_V2 / "memory.max"), _number(_V1_MEMORY / "memory.limit_in_bytes")]
-    return min([machine, *(limit for limit in limits if limit)])
+    with contextlib.suppress(*_UNREADABLE):
+        limits.append(int(psutil.virtual_memory().total))
+    return min((limit for limit in limits if limit), default=0)
 
 
 def _family() -> list[psutil.Process]:
-    me = psutil.Process()
-    with contextlib.suppress(psutil.Error):
-        return [me, *me.children(recursive=True)]
-    return [me]
+    family: list[psutil.Process] = []
+    with contextlib.suppress(*_UNREADABLE):
+        family.append(psutil.Process())
+        family += family[0].children(recursive=True)
+    return family
 
 
 def _number(path: Path) -> int | None:

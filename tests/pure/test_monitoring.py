@@ -176,7 +176,7 @@ def get(port: int, path: str) -> tuple[int, str]:
 def test_it_is_served_over_http_and_tells_when_the_loop_hangs() -> None:
     now = [0.0]
     pulse = Pulse(lambda: now[0], 15.0)
-    exposition = Exposition(0, [worker_metrics()], pulse.wrong)
+    exposition = Exposition("127.0.0.1", 0, [worker_metrics()], pulse.wrong)
     try:
         status, text = get(exposition.port, "/metrics")
         assert status == 200
@@ -187,8 +187,8 @@ def test_it_is_served_over_http_and_tells_when_the_loop_hangs() -> None:
         pulse.beat()
         assert get(exposition.port, "/healthz")[0] == 200
         assert get(exposition.port, "/")[0] == 404
-        with pytest.raises(ConfigError, match=f"port {exposition.port} for /metrics cannot be used"):
-            Exposition(exposition.port, [], pulse.wrong)
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{exposition.port} cannot be used for /metrics: Address"):
+            Exposition("127.0.0.1", exposition.port, [], pulse.wrong)
     finally:
         exposition.close()
     with pytest.raises(urllib.error.URLError):
