@@ -259,7 +259,7 @@ class RankWelcome(Message, frozen=True):
     bind: str  # endpoint to bind; port 0 lets the system choose
     advertise: str  # host that peers connect to; empty: the bound endpoint itself
     security: Literal["open", "plain", "curve"]
-    secret: str
+    secret: str  # of the job; also where sockets are open, for the names of files. Empty: the cluster has none
 
 
 class Join(Message, frozen=True):

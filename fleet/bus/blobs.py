@@ -16,6 +16,7 @@ import uuid
 from collections import OrderedDict
 from pathlib import Path
 
+from fleet.bus.ownership import open_own
 from fleet.bus.shared import PREFIX
 
 LARGE_BYTES = 32 << 20
@@ -146,7 +147,7 @@ def _mapped(path: str, size_bytes: int, private: bool) -> mmap.mmap | None:
     if not Path(path).name.startswith(PREFIX):
         return None  # the other side names files of this kind only
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptor = open_own(path)
     except OSError:
         return None
     try:

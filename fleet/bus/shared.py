@@ -2,7 +2,7 @@
 
 Knows files, sizes and who has mapped what; not what lies in it. Since the name goes as soon as everybody has mapped the
 file, the kernel frees it with the last process, however that ends. Its maker holds a lock on it until then, so that
-`sweep` can tell what a killed maker left behind.
+`sweep` can tell what a killed maker left behind. Other users may write in the same tmpfs: a file of theirs is refused.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from time import monotonic, sleep
 
+from fleet.bus.ownership import open_own
+
 PREFIX = "fleet-mem-"
 PAGE_BYTES = 4096
 MAPPED_WITHIN_S = 10.0  # local ranks that do not find each other's file by then use sockets
+DECIDED_WITHIN_S = MAPPED_WITHIN_S + 5.0  # after a rank has mapped the file, however late its maker came
 _POLL_S = 0.0005
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _UNDECIDED, _AGREED, _GIVEN_UP = 0, 1, 2
@@ -30,7 +33,8 @@ log = logging.getLogger("fleet.shared")
 def host_key(directory: Path) -> str:
     """The same text in two processes if and only if they can map the same files in `directory`; empty: in none.
 
-    Flags in shared memory are ordered as written on x86-64 only; elsewhere ranks use sockets.
+    Processes of different users cannot: each refuses the other's files. Flags in shared memory are ordered as written
+    on x86-64 only; elsewhere ranks use sockets.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return ""
@@ -41,7 +45,7 @@ def host_key(directory: Path) -> str:
         return ""
     if not os.access(directory, os.W_OK | os.X_OK):
         return ""
-    return f"{boot}/{found.st_dev:x}/{found.st_ino:x}"
+    return f"{boot}/{found.st_dev:x}/{found.st_ino:x}/{os.geteuid()}"
 
 
 def share(
@@ -50,7 +54,7 @@ def share(
     """A zeroed mapping of `size_bytes`, the same for all `count` ranks that call this with one name; None: on none.
 
     Its first page is this function's own. Rank `index` 0 makes the file and decides; `check` is called while waiting,
-    and raises to end it.
+    and raises to end it. Raises TimeoutError where the maker stands still before it has decided.
     """
     path = directory / f"{PREFIX}{name}"
     deadline = monotonic() + MAPPED_WITHIN_S
@@ -62,8 +66,11 @@ def share(
     words = memoryview(memory)[:PAGE_BYTES].cast("Q")
     try:
         words[index] = 1
-        while words[0] == _UNDECIDED:  # whoever decides has a deadline of its own
+        deadline = monotonic() + DECIDED_WITHIN_S
+        while words[0] == _UNDECIDED:  # its maker has a deadline of its own, but may have been stopped
             check()
+            if monotonic() > deadline:
+                raise TimeoutError
             sleep(_POLL_S)
         return memory if words[0] == _AGREED else None
     finally:
@@ -74,7 +81,7 @@ def sweep(directory: Path) -> None:
     """Removes the files whose makers were killed before all had mapped them."""
     for path in directory.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = open_own(path, os.O_RDWR)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
@@ -135,7 +142,7 @@ def _reserve(descriptor: int, size_bytes: int, folder: Path) -> bool:
 def _open(path: Path, size_bytes: int, deadline: float, check: Callable[[], None]) -> mmap.mmap | None:
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = open_own(path, os.O_RDWR)
             break
         except FileNotFoundError:
             check()
@@ -146,6 +153,10 @@ def _open(path: Path, size_bytes: int, deadline: float, check: Callable[[], None
             log.warning("the shared memory of another rank cannot be mapped (%s): tensors go through sockets", error)
             return None
     try:
-        return mmap.mmap(descriptor, min(size_bytes, os.fstat(descriptor).st_size))
+        found_bytes = os.fstat(descriptor).st_size
+        if found_bytes not in (size_bytes, PAGE_BYTES):  # whole, or what says that there was no room for it
+            log.warning("%s has %d bytes and must have %d: tensors go through sockets", path, found_bytes, size_bytes)
+            return None
+        return mmap.mmap(descriptor, found_bytes)
     finally:
         os.close(descriptor)

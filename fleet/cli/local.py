@@ -48,7 +48,7 @@ def local_cluster(
             ),
             advertise=HOST,
             security="open" if transport == "ipc" else config.data_security("plain"),
-            secret_of=lambda job_id: "" if transport == "ipc" else derive_secret(secret, job_id),
+            secret_of=lambda job_id: derive_secret(secret, job_id),
             gpus=gpus,
         )
         (runtime / "orchestrator-bundles").mkdir()

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fleet import config
+from fleet.bus.ownership import is_own_folder, open_own
 from fleet.bus.shared import sweep
 from fleet.errors import ConfigError
 
 PREFIX = "fleet-"
 LOCK = "lock"
 WHAT = "what"  # runs there, and where it answers
+WHAT_BYTES = 4096  # at most
 
 
 @contextlib.contextmanager
@@ -29,7 +31,7 @@ def runtime_folder() -> Iterator[Path]:
         base = Path(tempfile.gettempdir())
     except FileNotFoundError:
         raise ConfigError("no temporary folder can be written to: mount a tmpfs at /tmp, or set TMPDIR") from None
-    _sweep(base)
+    _sweep()
     if (memory := config.shared_memory()) is not None:
         sweep(memory)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
@@ -52,18 +54,24 @@ def register(runtime: Path, role: str, reached_at: str) -> None:
 
 
 def registered() -> list[tuple[str, str]]:
-    """(role, endpoint) of all that run on this machine, or in this container."""
+    """(role, endpoint) of all that this user runs on this machine, or in this container."""
     found = []
-    for path in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{WHAT}")):
+    for folder in own_folders():
         with contextlib.suppress(OSError, ValueError):
-            if _held(path.parent / LOCK):
-                role, reached_at = path.read_text(encoding="utf-8").split()
+            if _held(folder / LOCK):
+                with os.fdopen(open_own(folder / WHAT), encoding="utf-8") as file:
+                    role, reached_at = file.read(WHAT_BYTES).split()
                 found.append((role, reached_at))
     return found
 
 
+def own_folders() -> list[Path]:
+    """The runtime folders of this user. One that another user made is none, whatever lies in it."""
+    return [path for path in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")) if is_own_folder(path)]
+
+
 def _held(lock: Path) -> bool:
-    descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    descriptor = open_own(lock, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -73,17 +81,9 @@ def _held(lock: Path) -> bool:
     return False
 
 
-def _sweep(base: Path) -> None:
+def _sweep() -> None:
     """Removes what killed owners left. A folder without a lock file is not ours, or too young to judge."""
-    for lock in base.glob(f"{PREFIX}*/{LOCK}"):
+    for folder in own_folders():
         with contextlib.suppress(OSError):
-            if lock.stat().st_uid != os.getuid():
-                continue
-            descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent, ignore_errors=True)
-            except BlockingIOError:
-                continue  # its owner lives
-            finally:
-                os.close(descriptor)
+            if not _held(folder / LOCK):
+                shutil.rmtree(folder, ignore_errors=True)

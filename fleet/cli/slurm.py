@@ -24,6 +24,7 @@ from time import monotonic, sleep
 from fleet import config
 from fleet.bus.address import endpoint, is_loopback, local_address_towards, parse
 from fleet.bus.lock import Lock, derive_secret
+from fleet.bus.ownership import open_own
 from fleet.cli.runtime import runtime_folder
 from fleet.client.ask import workers
 from fleet.client.run import say
@@ -208,13 +209,13 @@ def _meet(task: config.SlurmTask, timeout_s: float, interrupted: Callable[[], bo
         if interrupted():
             return None
         try:
-            with task.meeting_file.open(encoding="ascii") as file:
-                if os.fstat(file.fileno()).st_uid != os.getuid():
-                    raise ConfigError(f"{task.meeting_file} belongs to somebody else")
+            with os.fdopen(open_own(task.meeting_file), encoding="ascii") as file:
                 host, text, secret = file.read().split()
             return host, int(text), Lock("curve", secret)
         except FileNotFoundError:
             sleep(_POLL_S)  # a shared folder sends no event
+        except PermissionError:
+            raise ConfigError(f"{task.meeting_file} belongs to somebody else: remove it, or set FLEET_SECRET") from None
         except OSError as error:
             raise ConfigError(f"{task.meeting_file} cannot be read: {error.strerror}") from None
     raise ConfigError(

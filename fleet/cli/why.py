@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from fleet.bus.lock import Lock
-from fleet.cli.runtime import PREFIX
+from fleet.cli.runtime import own_folders
 from fleet.client.target import Target, cluster_target
 from fleet.client.why import ask, described
 from fleet.errors import ConfigError, UsageError
@@ -23,14 +22,17 @@ def explain(
         cluster = cluster_target(orchestrator, secret_file, insecure, timeout_s)
         return described(*ask(cluster, job_id, versions()), count)
     found, reasons = [], []
-    for socket in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*/orchestrator")):
+    for folder in own_folders():
+        socket = folder / "orchestrator"
+        if not socket.is_socket():
+            continue
         local = Target("this machine", f"ipc://{socket}", Lock(), LOCAL_WITHIN_S, local=True)
         try:
             found.append(described(*ask(local, job_id, versions()), count))
         except UsageError as error:
             reasons.append(str(error))
         except ConfigError:
-            continue  # left by a killed one, or another user's
+            continue  # left by a killed one
     if found:
         return "\n".join(found)
     raise UsageError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fleet.bus.shared import PAGE_BYTES
 from fleet.collectives import reduce
 from fleet.collectives.arena import Arena
 from fleet.collectives.buffer import Buffer
@@ -106,7 +107,8 @@ class Base:
             return np.zeros(size, np.uint8)
         per = self._windows.part_bytes(size)
         name = f"{self._group:x}-{arena.ranks[0]}-w{number}"
-        memory: Any = world.share(name, (arena.count * per) + 4096, arena.index, arena.count)
+        members = [self._members[rank] for rank in arena.ranks]
+        memory = world.share(name, (arena.count * per) + PAGE_BYTES, arena.index, members)
         if memory is None:
             return np.zeros(size, np.uint8)
         return self._windows.add(number, memory, arena.index, arena.count, size)

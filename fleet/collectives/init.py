@@ -45,7 +45,7 @@ def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Co
     directory = shared_memory()
     try:
         welcome = session.welcome()
-        mesh = Mesh(Lock(welcome.security, welcome.secret), welcome.bind)
+        mesh = Mesh(Lock(welcome.security, welcome.secret if welcome.security != "open" else ""), welcome.bind)
         try:
             address = _reachable(mesh.endpoint, welcome.advertise)
             world = session.join(address, host_key(directory) if directory is not None else "", join_timeout_s)
@@ -58,7 +58,7 @@ def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Co
             comm = Communicator(
                 settings.rank,
                 range(world.size),
-                World(inbox, world.members, directory or Path(), name, session.check),
+                World(inbox, world.members, directory or Path(), name, session.check, welcome.secret),
                 timeout_s=timeout_s,
                 local_rank=settings.local_rank,
                 generation=world.generation,

@@ -6,6 +6,7 @@ several hosts with several ranks each it is hierarchical; else, and where memory
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from time import monotonic
 
 import numpy as np
 
-from fleet.bus.shared import share
+from fleet.bus.lock import derive
+from fleet.bus.shared import DECIDED_WITHIN_S, share
 from fleet.collectives.arena import Arena, arena_bytes
 from fleet.collectives.channel import Channel, Inbox
 from fleet.collectives.header import pack_call
@@ -22,8 +24,10 @@ from fleet.collectives.job import Call, Job
 from fleet.collectives.shared import SharedPath
 from fleet.collectives.sockets import SocketPath
 from fleet.collectives.windows import Windows
+from fleet.errors import FleetError
 from fleet.group import Member
 
+NAME_CHARS = 40  # 160 bits
 GROUPS_PER_COMMUNICATOR = 2  # its own and its point-to-point messages'
 AGREE_WITHIN_S = 30.0
 
@@ -37,9 +41,25 @@ class World:
     directory: Path  # of shared memory
     name: str  # of this world, for files
     check: Callable[[], None]
+    secret: str = ""  # of the job
 
-    def share(self, name: str, size_bytes: int, index: int, count: int) -> object:
-        return share(self.directory, f"{self.name}-{name}", size_bytes, index, count, self.check)
+    def share(self, name: str, size_bytes: int, index: int, members: Sequence[int]) -> mmap.mmap | None:
+        """A zeroed mapping for these ranks of the world, of which this one is number `index`; None: on none of them.
+
+        Raises FleetError where the one that makes it stands still.
+        """
+        try:
+            return share(self.directory, self.file_name(name), size_bytes, index, len(members), self.check)
+        except TimeoutError:
+            maker = self.members[members[0]]
+            raise FleetError(
+                f"rank {maker.rank} ({maker.worker_id}, pid {maker.pid}) made memory for the ranks of this host and stood "
+                f"still before all had it, for {DECIDED_WITHIN_S:g} s: was it stopped?"
+            ) from None
+
+    def file_name(self, name: str) -> str:
+        """A name that only holders of the job's secret can compute, so that nobody can plant the file before it is made."""
+        return derive(self.secret, f"shared memory {self.name} {name}").hex()[:NAME_CHARS]
 
 
 @dataclass
@@ -64,7 +84,7 @@ def reach(world: World, group: int, members: Sequence[int]) -> Reach:
         index = mine.index(channel.rank)
         # The first member tells groups of several hosts apart where a test has them on one machine.
         name = f"{group:x}-{mine[0]}"
-        memory = share(world.directory, f"{world.name}-{name}", arena_bytes(len(mine)), index, len(mine), world.check)
+        memory = world.share(name, arena_bytes(len(mine)), index, [members[rank] for rank in mine])
         if memory is not None:
             arena = Arena(memory, index, mine, world.check if len(hosts) == 1 else looking(world.check, channel))
     if len(hosts) == 1:

@@ -73,7 +73,7 @@ class Worlds:
                 comm = None
                 try:
                     inbox = Inbox(meshes[rank], rank, addresses, WORLD_ID, check)
-                    world = World(inbox, members, SHM, name, check)
+                    world = World(inbox, members, SHM, name, check, "the secret of a job")
                     asks = inquire[rank] if inquire else None
                     comm = Communicator(rank, range(n), world, timeout_s=timeout_s, generation=1, inquire=asks)
                     results[rank] = function(comm)
