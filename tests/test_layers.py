@@ -40,6 +40,7 @@ DECIDERS = (
     "fleet/orchestrator/jobs.py",
     "fleet/orchestrator/waiting.py",
     "fleet/orchestrator/placement.py",
+    "fleet/orchestrator/uploads.py",
     "fleet/worker/core.py",
     "fleet/worker/ranks.py",
     "fleet/collectives/schedule.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 from fleet.messages import PART_BYTES, Part, Want
@@ -59,7 +60,7 @@ class Incoming:
             raise ValueError(f"it arrived damaged: {self.have_bytes} of {self._size_bytes} bytes, digest {found[:12]}")
         self._part.rename(self._path)
         if self._durable:
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
         return True
 
     def drop(self) -> None:
@@ -94,7 +95,20 @@ def read_part(path: Path, want: Want) -> Part:
         return Part(want.digest, want.offset, b"")
 
 
-def _sync_folder(folder: Path) -> None:
+def surplus(sizes: Mapping[str, int], needed: Container[str], keep_bytes: int) -> list[str]:
+    """The first of those that nobody needs, so many that the others of them have at most `keep_bytes` together."""
+    free = [digest for digest in sizes if digest not in needed]
+    left = sum(sizes[digest] for digest in free)
+    found = []
+    for digest in free:
+        if left <= keep_bytes:
+            break
+        left -= sizes[digest]
+        found.append(digest)
+    return found
+
+
+def sync_folder(folder: Path) -> None:
     """A file's name is on the disk once its folder is (fsync(2))."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

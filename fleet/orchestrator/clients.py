@@ -8,7 +8,8 @@ from fleet import messages as m
 from fleet.orchestrator.gangs import CANCELLED, RELEASED, Gangs
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.placement import POLICIES
-from fleet.orchestrator.state import FetchBundle, SaveDrained, ServeLog, StorePart, Worker
+from fleet.orchestrator.state import DropUpload, FetchBundle, SaveDrained, ServeLog, StorePart, Worker
+from fleet.orchestrator.uploads import Uploads
 
 EVERYTHING_BYTES = 1 << 40
 JOBS_TOLD_AT_MOST = 5000  # in one answer, which is one frame
@@ -21,13 +22,14 @@ class Clients(Gangs):
     drained: set[str] = field(default_factory=set)  # worker_ids, there now or not
     hand_backs: dict[str, float] = field(default_factory=dict)  # when what runs on a drained worker moves elsewhere
     with_files: dict[str, None] = field(default_factory=dict)  # whose files may be on the way, in order; see _fetching
-    disk_error: str = ""  # why nothing can be written down now
+    uploads: Uploads = field(default_factory=Uploads)
+    disk_error: str = ""  # why nothing could be written down the last time
 
     def _from_client(self, peer: bytes, message: m.Message) -> None:
         if isinstance(message, m.Submit):
             self._submit(peer, message)
         elif isinstance(message, m.Part):
-            self._effects.append(StorePart(peer, message))
+            self._part(peer, message)
         elif isinstance(message, m.OutputAck):
             job = self.jobs.get(message.job_id)
             if job is not None and job.client == peer and message.rank < len(job.seats):
@@ -79,13 +81,15 @@ class Clients(Gangs):
         if submit.spec.digest:
             self.bundle_users[submit.spec.digest] += 1
             self.with_files[job.job_id] = None
-            self._effects.append(FetchBundle(submit.spec.digest, submit.spec.bundle_bytes, peer))
+            self._fetch(job)
         else:
             self._write_down(job)
 
     def _submitted_again(self, peer: bytes, job: Job) -> None:
         """The client did not hear the answer, or was away."""
         if job.state is JobState.FETCHING:
+            if job.client == peer and job.spec.digest:
+                self._fetch(job)
             return  # the answer comes
         self._send(peer, m.Accepted(job.job_id))
         if job.client != peer:
@@ -112,8 +116,6 @@ class Clients(Gangs):
             return f"there is no policy {submit.options.policy!r}; there are {', '.join(POLICIES)}"
         if submit.spec.kind == "tasks" and submit.world_size > 1:
             return "a task runner is one rank"
-        if self.disk_error:
-            return f"the orchestrator cannot write jobs down ({self.disk_error}), so it takes no new ones"
         return ""
 
     def _write_down(self, job: Job) -> None:
@@ -121,6 +123,28 @@ class Clients(Gangs):
             self._save(job, is_new=True)  # answered by Saved or SaveFailed
         else:
             self._admit(job)
+
+    def _fetch(self, job: Job) -> None:
+        if self.uploads.begin(job.client, job.spec.digest, self._now):
+            self._effects.append(FetchBundle(job.spec.digest, job.spec.bundle_bytes, job.client))
+
+    def _part(self, peer: bytes, part: m.Part) -> None:
+        if not self.uploads.heard(peer, part.digest, self._now):
+            return
+        if any(job.client == peer for job in self._fetching(part.digest)):
+            self._effects.append(StorePart(peer, part))
+        else:  # they were cancelled
+            self._drop_upload(peer, part.digest)
+
+    def _drop_upload(self, peer: bytes, digest: str) -> None:
+        self.uploads.end(peer, digest)
+        self._effects.append(DropUpload(peer, digest))
+
+    def _refuse_bundle(self, peer: bytes, digest: str, reason: str) -> None:
+        self.uploads.end(peer, digest)
+        for job in self._fetching(digest):
+            if job.client == peer:
+                self._reject(job, reason)
 
     def _fetching(self, digest: str) -> list[Job]:
         found = []
@@ -134,6 +158,7 @@ class Clients(Gangs):
 
     def _reject(self, job: Job, reason: str) -> None:
         self._send(job.client, m.Rejected(job.job_id, reason))
+        self._release_bundle(job)
         self._forget(job)
 
     def _cancel(self, peer: bytes, cancel: m.Cancel) -> None:

@@ -28,6 +28,7 @@ from fleet.orchestrator.state import (
     ServeBundle,
     Worker,
 )
+from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S
 
 HEARTBEAT_S = 1.0
 HEARTBEAT_TIMEOUT_S = 5.0
@@ -53,11 +54,11 @@ class Core(Clients):
         elif isinstance(event, PeerLost):
             self._peer_lost(event.peer, now)
         elif isinstance(event, BundleStored):
+            self.uploads.end_all(event.digest)
             for job in self._fetching(event.digest):
                 self._write_down(job)
         elif isinstance(event, BundleRefused):
-            for job in self._fetching(event.digest):
-                self._reject(job, event.reason)
+            self._refuse_bundle(event.peer, event.digest, event.reason)
         elif isinstance(event, Saved | SaveFailed | SavesAgain):
             self._disk(event)
         self._expire(now)
@@ -70,10 +71,10 @@ class Core(Clients):
         for job in jobs:
             self.jobs[job.job_id] = job
             self.submitted_count = max(self.submitted_count, job.number)
-            if job.spec.digest:
-                self.bundle_users[job.spec.digest] += 1
             if job.state is JobState.ENDED:
                 continue
+            if job.spec.digest:
+                self.bundle_users[job.spec.digest] += 1
             if job.state is JobState.FETCHING:  # it was whole when it was written down
                 job.move(JobState.QUEUED)
             if job.state is JobState.QUEUED:
@@ -92,6 +93,8 @@ class Core(Clients):
     def next_deadline(self) -> float | None:
         """When to send a Tick if nothing else happens."""
         deadlines = [*self.missed.values(), *self.hand_backs.values(), *self.gone.values()]
+        if (upload_until := self.uploads.next_deadline()) is not None:
+            deadlines.append(upload_until)
         if self.heard:
             deadlines.append(next(iter(self.heard.values())) + HEARTBEAT_TIMEOUT_S)
         if self.away:
@@ -123,6 +126,7 @@ class Core(Clients):
         elif isinstance(message, m.ClientHello):
             self.clients[peer] = None
             self.gone.pop(peer, None)
+            self.uploads.connected_again(peer)
             self._send(peer, m.Welcome(self.versions, HEARTBEAT_S))
         elif peer in self.clients:
             self._from_client(peer, message)
@@ -218,6 +222,9 @@ class Core(Clients):
                 self._hand_back(job, self.workers[worker_id])
         for peer in [peer for peer, until in self.gone.items() if now >= until]:
             self._client_gone(peer)
+        for peer, digest in self.uploads.overdue(now):
+            self._drop_upload(peer, digest)
+            self._refuse_bundle(peer, digest, f"nothing came of its files for {NEXT_PART_WITHIN_S:g} s")
         if self.delayed and self.delayed[0][0] <= now:
             self._place()
         if self.ended:
@@ -229,6 +236,8 @@ class Core(Clients):
             job.curious.discard(peer)
             job.watchers.discard(peer)
             if job.client == peer:
+                if job.state is JobState.FETCHING and (peer, job.spec.digest) in self.uploads:
+                    self._drop_upload(peer, job.spec.digest)
                 self._stop(job, CLIENT_GONE)
 
     def _evict(self, worker: Worker, why: str) -> None:

@@ -15,7 +15,7 @@ from fleet.group import Member
 from fleet.messages import how
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState, record
 from fleet.orchestrator.placement import DEFAULT, Rooms
-from fleet.orchestrator.state import Counts, DropBundle, Effect, Erase, Log, Save, Send, Worker
+from fleet.orchestrator.state import Counts, Effect, Erase, Log, ReleaseBundle, Save, Send, Worker
 from fleet.orchestrator.waiting import HOLD_AFTER_S, Waiting, turn_of
 
 KEEP_JOBS, KEEP_S = 2000, 7 * 24 * 3600.0  # of jobs that have ended
@@ -42,7 +42,7 @@ class Gangs:
     seated: dict[str, set[str]] = field(default_factory=dict)
     delayed: list[tuple[float, str, int]] = field(default_factory=list)  # heap of (when, job_id, attempt): backoff
     ended: deque[str] = field(default_factory=deque)  # in the order in which they ended
-    bundle_users: Counter[str] = field(default_factory=Counter)  # jobs by digest
+    bundle_users: Counter[str] = field(default_factory=Counter)  # jobs that have not ended, by digest
     submitted_count: int = 0
     counts: Counts = field(default_factory=Counts)
     _effects: list[Effect] = field(default_factory=list)
@@ -256,6 +256,8 @@ class Gangs:
         if job.state in (JobState.STOPPING, JobState.ENDED):
             return
         job.reason = reason
+        if job.state is JobState.FETCHING:
+            self._send(job.client, m.Rejected(job.job_id, reason))  # which waits for Accepted
         if job.state in (JobState.FETCHING, JobState.QUEUED):
             self._end(job, reason)
             return
@@ -285,6 +287,7 @@ class Gangs:
         self._tell_workers(job, m.Forget(job.job_id, job.attempt))
         self._unseat(job)
         job.end(reason, job.outcome or outcome, self._now)
+        self._release_bundle(job)
         self.counts.jobs[job.outcome] += 1
         self._save(job)
         for peer in {job.client, *job.watchers}:
@@ -316,11 +319,13 @@ class Gangs:
     def _forget(self, job: Job) -> None:
         del self.jobs[job.job_id]
         self._effects.append(Erase(job.job_id))
+
+    def _release_bundle(self, job: Job) -> None:
         if digest := job.spec.digest:
             self.bundle_users[digest] -= 1
             if not self.bundle_users[digest]:
                 del self.bundle_users[digest]
-                self._effects.append(DropBundle(digest))
+                self._effects.append(ReleaseBundle(digest))
 
     # Effects
 

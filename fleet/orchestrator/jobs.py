@@ -205,6 +205,8 @@ def recalled(data: bytes, epoch: float) -> Job:
     found = _decoder.decode(data)  # msgspec's errors are ValueErrors
     same: dict[str, Any] = {name: getattr(found, name) for name in _SAME}
     same |= {name: None if (at := getattr(found, name)) is None else at - epoch for name in _TIMES}
+    if found.state not in JobState.__members__:
+        raise ValueError(f"job {found.job_id} is in the state {found.state!r}, which this fleet does not know")
     exits = {status.rank: status for status in found.exits}
     if found.detached:  # from its acceptance on it is nobody's, and that was its first record
         same["client"] = b""

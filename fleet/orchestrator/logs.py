@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Container
 from pathlib import Path
 
 PART_BYTES = 256 << 10  # read at once
@@ -11,11 +12,16 @@ LIMIT_BYTES = 64 << 20  # of one rank; what it prints beyond is not kept
 
 
 class JobLogs:
-    """Files under one folder. Job ids come from clients, so their names are checked."""
+    """Files under one folder. Job ids come from clients, so they are no paths: a job's folder is its id in hexadecimal."""
 
-    def __init__(self, folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
+    def __init__(self, folder: Path, limit_bytes: int = LIMIT_BYTES, known: Container[str] = ()) -> None:
+        """Removes the logs of jobs that are not known any more: an orchestrator that was killed may leave some."""
         self._folder = folder
         self._limit_bytes = limit_bytes
+        if folder.is_dir():
+            for left in folder.iterdir():
+                if _job_of(left.name) not in known:
+                    shutil.rmtree(left, ignore_errors=True)
 
     def append(self, job_id: str, rank: int, data: bytes) -> None:
         """Raises OSError where the disk does not take it."""
@@ -48,3 +54,11 @@ class JobLogs:
 
     def _path(self, job_id: str, rank: int) -> Path:
         return self._folder / job_id.encode().hex() / f"rank-{rank}.log"
+
+
+def _job_of(name: str) -> str:
+    """The job whose folder has this name; empty: none."""
+    try:
+        return bytes.fromhex(name).decode()
+    except ValueError:
+        return ""

@@ -21,7 +21,7 @@ from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.errors import ConfigError, ProtocolError
 from fleet.exposition import Exposition, Pulse
-from fleet.orchestrator.bundles import Bundles
+from fleet.orchestrator.bundles import Bundles, Limits
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.jobs import recalled
 from fleet.orchestrator.logs import JobLogs
@@ -29,7 +29,7 @@ from fleet.orchestrator.metrics import OrchestratorMetrics
 from fleet.orchestrator.state import (
     BundleRefused,
     BundleStored,
-    DropBundle,
+    DropUpload,
     Effect,
     Erase,
     Event,
@@ -38,6 +38,7 @@ from fleet.orchestrator.state import (
     Log,
     PeerLost,
     Received,
+    ReleaseBundle,
     Save,
     Saved,
     SaveDrained,
@@ -52,7 +53,6 @@ from fleet.orchestrator.state import (
 from fleet.orchestrator.store import Store
 
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
-BUNDLE_LIMIT_BYTES = 1 << 30  # what a client may raise --max-bundle to
 
 log = logging.getLogger("fleet.orchestrator")
 
@@ -98,11 +98,11 @@ class Service:
             if metrics_at is not None:
                 metrics = [OrchestratorMetrics(self._core, self._turning, monotonic)]
                 self._exposition = Exposition(*metrics_at, metrics, self._pulse.wrong)
-            self._bundles = Bundles(runtime / "bundles", BUNDLE_LIMIT_BYTES)
+            self._bundles = Bundles(runtime / "bundles", Limits(), keeping is not None, self._core.bundle_users)
+            self._logs = JobLogs(runtime / "logs", known=self._core.jobs)
         except BaseException:
             self._close()
             raise
-        self._logs = JobLogs(runtime / "logs")
         self._new: list[str] = []  # jobs that wait to be written down for the first time
         self._failing = False  # the disk took nothing the last time
         self._unlogged: set[str] = set()  # jobs whose output the disk did not take
@@ -141,9 +141,11 @@ class Service:
         store = Store(keeping.folder)
         try:
             core.recall([recalled(record, core.epoch) for record in store.records()], store.drained(), monotonic())
-        except ValueError as error:
+        except BaseException as error:
             store.close()
-            raise ConfigError(f"the jobs in {keeping.folder} cannot be read: {error}") from None
+            if isinstance(error, ValueError):
+                raise ConfigError(f"the jobs in {keeping.folder} cannot be read: {error}") from None
+            raise
         if core.jobs:
             waiting = len(core.waiting)
             log.info("recalled %d jobs, %d of them wait and %d have ended", len(core.jobs), waiting, len(core.ended))
@@ -236,15 +238,15 @@ class Service:
         elif isinstance(effect, ServeBundle):
             self._router.send(effect.peer, m.encode(self._bundles.serve(effect.want)))
         elif isinstance(effect, FetchBundle):
-            if self._bundles.has(effect.digest):
-                return [BundleStored(effect.digest)]
             return self._fetched(
                 effect.digest, effect.peer, lambda: self._bundles.fetch(effect.digest, effect.size_bytes, effect.peer)
             )
         elif isinstance(effect, StorePart):
             return self._fetched(effect.part.digest, effect.peer, lambda: self._bundles.store(effect.peer, effect.part))
-        elif isinstance(effect, DropBundle):
-            self._bundles.drop(effect.digest)
+        elif isinstance(effect, DropUpload):
+            self._bundles.drop(effect.peer, effect.digest)
+        elif isinstance(effect, ReleaseBundle):
+            self._bundles.release(effect.digest)
         elif isinstance(effect, Erase):
             self._logs.remove(effect.job_id)
         elif isinstance(effect, KeepOutput):
@@ -258,9 +260,9 @@ class Service:
             want = act()
         except OSError as error:
             log.error("the files of a job cannot be stored: %s", error)
-            return [BundleRefused(digest, f"the orchestrator cannot store its files: {error.strerror}")]
+            return [BundleRefused(peer, digest, f"the orchestrator cannot store its files: {error.strerror}")]
         except ValueError as error:
-            return [BundleRefused(digest, f"its bundle was refused: {error}")]
+            return [BundleRefused(peer, digest, f"its bundle was refused: {error}")]
         if want is not None:
             self._router.send(peer, m.encode(want))
         return [BundleStored(digest)] if self._bundles.has(digest) else []

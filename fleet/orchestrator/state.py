@@ -72,6 +72,9 @@ class BundleStored:
 
 @dataclass(frozen=True)
 class BundleRefused:
+    """What this peer sent of a bundle is gone."""
+
+    peer: bytes
     digest: str
     reason: str
 
@@ -115,7 +118,7 @@ class Send:
 
 @dataclass(frozen=True)
 class FetchBundle:
-    """Get the bundle from this peer, unless it is here or on its way already; answered by BundleStored or BundleRefused."""
+    """Get the bundle from this peer, unless it is here: what has not come yet. Answered by BundleStored or BundleRefused."""
 
     digest: str
     size_bytes: int
@@ -135,8 +138,16 @@ class StorePart:
 
 
 @dataclass(frozen=True)
-class DropBundle:
-    """No job that is known needs it any more."""
+class DropUpload:
+    """Nobody waits any more for what this peer sends of a bundle."""
+
+    peer: bytes
+    digest: str
+
+
+@dataclass(frozen=True)
+class ReleaseBundle:
+    """No job needs it any more: all have ended."""
 
     digest: str
 
@@ -190,5 +201,6 @@ class Log:
 
 
 Effect = (
-    Send | FetchBundle | ServeBundle | StorePart | DropBundle | Save | Erase | SaveDrained | KeepOutput | ServeLog | Log
+    Send | FetchBundle | ServeBundle | StorePart | DropUpload | ReleaseBundle | Save | Erase | SaveDrained | KeepOutput
+    | ServeLog | Log
 )  # fmt: skip

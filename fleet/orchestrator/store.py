@@ -9,9 +9,11 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from fleet.bus.transfer import sync_folder
 from fleet.errors import ConfigError
 
 FILE, LOCK = "jobs.sqlite", "lock"
@@ -30,8 +32,12 @@ class Store:
         self._unsaved: dict[str, tuple[int, bytes] | None] = {}  # by job; None: to be erased
         self._drained: tuple[str, ...] | None = None
         self._lock = _locked(folder)
+        self._path = folder / FILE
         try:
-            self._database = _opened(folder / FILE)
+            self._database = _opened(self._path)
+            found = self._path.stat()
+            self._inode = found.st_dev, found.st_ino
+            sync_folder(folder)
         except BaseException:
             os.close(self._lock)
             raise
@@ -40,13 +46,18 @@ class Store:
     def has_unsaved(self) -> bool:
         return bool(self._unsaved) or self._drained is not None
 
-    def records(self) -> Iterator[bytes]:
-        """All jobs, in the order of submission."""
-        for (record,) in self._database.execute("SELECT record FROM jobs ORDER BY number"):
-            yield record
+    def records(self) -> list[bytes]:
+        """All jobs, in the order of submission. Raises ConfigError for a damaged file, as `drained`."""
+        return [record for (record,) in self._rows("SELECT record FROM jobs ORDER BY number")]
 
     def drained(self) -> list[str]:
-        return [worker_id for (worker_id,) in self._database.execute("SELECT worker_id FROM drained")]
+        return [worker_id for (worker_id,) in self._rows("SELECT worker_id FROM drained")]
+
+    def _rows(self, query: str) -> list[tuple[Any, ...]]:
+        try:
+            return self._database.execute(query).fetchall()
+        except sqlite3.Error as error:
+            raise _unusable(self._path, error) from None
 
     def save(self, job_id: str, number: int, record: bytes) -> None:
         self._unsaved[job_id] = number, record
@@ -63,6 +74,7 @@ class Store:
             return
         saved = [(job_id, *entry) for job_id, entry in self._unsaved.items() if entry is not None]
         erased = [(job_id,) for job_id, entry in self._unsaved.items() if entry is None]
+        self._check_path()
         try:
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
@@ -75,6 +87,15 @@ class Store:
             raise OSError(str(error)) from error
         self._unsaved.clear()
         self._drained = None
+
+    def _check_path(self) -> None:
+        """SQLite would go on writing into a file that has no name any more, and say nothing."""
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise OSError(f"{self._path} is gone: {error.strerror}") from None
+        if (found.st_dev, found.st_ino) != self._inode:
+            raise OSError(f"{self._path} was replaced while in use: restart the orchestrator")
 
     def abandon(self, job_ids: Iterable[str]) -> None:
         """Does not try again to write these jobs."""
@@ -105,7 +126,8 @@ def _locked(folder: Path) -> int:
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(path, timeout=5.0, isolation_level=None)
+    # Nobody else writes there (_locked). If somebody does all the same, the orchestrator's only loop waits no longer than this.
+    database = sqlite3.connect(path, timeout=0.5, isolation_level=None)
     try:
         path.chmod(0o600)
         database.execute("PRAGMA journal_mode = WAL")
@@ -123,10 +145,14 @@ def _opened(path: Path) -> sqlite3.Connection:
                 database.execute(f"PRAGMA user_version = {number}")
     except (sqlite3.Error, OSError) as error:
         database.close()
-        raise ConfigError(
-            f"the jobs in {path} cannot be opened: {error}; repair or move the file, or say another folder with --state"
-        ) from None
+        raise _unusable(path, error) from None
     except BaseException:
         database.close()
         raise
     return database
+
+
+def _unusable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"the jobs in {path} cannot be read: {error}; repair or move the file, or say another folder with --state"
+    )

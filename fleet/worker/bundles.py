@@ -8,7 +8,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from fleet.bus.transfer import Incoming, is_digest
+from fleet.bus.transfer import Incoming, is_digest, surplus
 from fleet.messages import Part, Want
 
 KEEP_BYTES = 128 << 20  # of archives that no attempt holds
@@ -80,17 +80,11 @@ class Bundles:
 
     def _make_way(self, keep_bytes: int) -> bool:
         """Removes the archives that no attempt holds and that were not used for longest; whether there were any."""
-        held = set(self._held.values())
-        free = [digest for digest in self._kept if digest not in held]
-        left = sum(self._kept[digest] for digest in free)
-        removed = False
-        for digest in free:
-            if left <= keep_bytes:
-                break
-            left -= self._kept.pop(digest)
+        removed = surplus(self._kept, set(self._held.values()), keep_bytes)
+        for digest in removed:
             self._archive(digest).unlink(missing_ok=True)
-            removed = True
-        return removed
+            del self._kept[digest]
+        return bool(removed)
 
     def _drop(self, digest: str) -> None:
         self._incoming.pop(digest).drop()

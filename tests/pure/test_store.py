@@ -135,3 +135,42 @@ def test_logs_are_read_from_any_offset_and_end_at_their_limit(tmp_path: Path) ->
     assert len(found) < (1 << 20) + 200
     logs.remove("../j")
     assert [path.name for path in tmp_path.iterdir()] == [b"j".hex()]
+
+
+def test_a_file_that_is_damaged_inside_is_said_in_a_sentence(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number in range(200):
+        store.save(f"j{number}", number, bytes(500))
+    store.commit()
+    store.close()
+    with (tmp_path / FILE).open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(4096)
+        file.write(b"\xff" * (size - 4096))
+    store = Store(tmp_path)  # its first page is whole
+    with pytest.raises(ConfigError, match=r"the jobs in .* cannot be read: database disk image is malformed"):
+        store.records()
+    store.close()
+
+
+def test_a_file_that_is_taken_away_while_in_use_takes_nothing_more(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save("j", 1, b"r")
+    (tmp_path / FILE).rename(tmp_path / "moved")
+    with pytest.raises(OSError, match=r"is gone: No such file"):
+        store.commit()
+    (tmp_path / FILE).write_bytes(b"")
+    with pytest.raises(OSError, match="was replaced while in use"):
+        store.commit()
+    (tmp_path / "moved").rename(tmp_path / FILE)
+    store.commit()
+    assert list(store.records()) == [b"r"]
+    store.close()
+
+
+def test_logs_of_jobs_that_nobody_knows_are_removed(tmp_path: Path) -> None:
+    JobLogs(tmp_path).append("old", 0, b"x")
+    JobLogs(tmp_path, known=["old"]).append("new", 0, b"y")
+    logs = JobLogs(tmp_path, known=["new"])
+    assert (logs.read("old", 0, 0)[1], logs.read("new", 0, 0)[1]) == (b"", b"y")
+    assert len(list(tmp_path.iterdir())) == 1

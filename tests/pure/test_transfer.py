@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 from fleet.bus.transfer import Incoming, is_digest, read_part
 from fleet.messages import PART_BYTES, Part, Want
 from fleet.worker.bundles import Bundles
+from tests.disks import small_disk
 
 DISK_BYTES = 4 << 20
 
@@ -27,16 +27,8 @@ def part(data: bytes, offset: int, size: int = PART_BYTES) -> Part:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 4 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", 0, f"size={DISK_BYTES}".encode()):
-        pytest.skip(f"this user may mount nothing: {os.strerror(ctypes.get_errno())}")
-    try:
+    with small_disk(tmp_path / "disk", DISK_BYTES) as folder:
         yield folder
-    finally:
-        libc.umount2(os.fsencode(folder), 2)  # MNT_DETACH
 
 
 def names(folder: Path) -> list[str]:

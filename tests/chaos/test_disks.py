@@ -1,0 +1,83 @@
+"""An orchestrator whose disk is full: what it says, what is left, and what it takes as soon as there is room."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fleet import messages as m
+from fleet.bus.lock import Lock
+from fleet.cli.runtime import runtime_folder
+from fleet.client.jobs import Conversation
+from fleet.client.target import Target
+from fleet.orchestrator.service import Keeping, Service
+from tests.disks import small_disk
+
+VERSIONS = m.Versions("test", "3")
+DISK_BYTES = 8 << 20
+
+
+@contextmanager
+def orchestrator(state: Path) -> Iterator[Target]:
+    """An orchestrator as a thread of this process."""
+    with runtime_folder() as runtime:
+        endpoint = f"ipc://{runtime}/o"
+        made: queue.SimpleQueue[Service] = queue.SimpleQueue()
+
+        def serve() -> None:  # SQLite's connection belongs to the thread that makes it
+            keeping = Keeping(state, 100, 3600.0)
+            made.put(service := Service(endpoint, Lock(), VERSIONS, runtime, "least-loaded", keeping=keeping))
+            service.run()
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        service = made.get(timeout=20)
+        try:
+            yield Target("the test's", endpoint, Lock(), 20.0, local=False)
+        finally:
+            service.stop()
+            thread.join()
+
+
+def fill(path: Path) -> None:
+    """Takes every byte that is left."""
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+
+
+def submit_of(job_id: str, data: bytes = b"") -> m.Submit:
+    digest = hashlib.sha256(data).hexdigest() if data else ""
+    return m.Submit(
+        job_id, 1, m.Spec("command", "true", directory="/", digest=digest, bundle_bytes=len(data)), detached=True
+    )
+
+
+def test_a_full_disk_refuses_jobs_in_words_and_the_first_one_after_it_is_taken(tmp_path: Path) -> None:
+    data = os.urandom(3 << 20)
+    bundle = tmp_path / "bundle"
+    bundle.write_bytes(data)
+    with small_disk(tmp_path / "state", DISK_BYTES) as state, orchestrator(state) as target:
+        with Conversation(target, VERSIONS) as client:
+            assert client.submit([submit_of("first")], None) == {"first": ""}
+            filler = state / "filler"
+            filler.write_bytes(bytes(DISK_BYTES - (2 << 20)))
+            refused = client.submit([submit_of("large", data)], bundle)
+            assert refused["large"] == "the orchestrator cannot store its files: No space left on device"
+            assert list((state / "bundles").iterdir()) == []
+            fill(filler)
+            for job_id in ("small", "smaller"):
+                assert "the orchestrator cannot write it down" in client.submit([submit_of(job_id)], None)[job_id]
+            filler.unlink()
+            assert client.submit([submit_of("after", data)], bundle) == {"after": ""}
+        with Conversation(target, VERSIONS) as client:
+            assert [job.job_id for job in client.find().jobs] == ["after", "first"]

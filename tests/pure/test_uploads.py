@@ -1,0 +1,204 @@
+"""Bundles on their way to the orchestrator: asked for once, given up in time, refused for whoever sent them and for no other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fleet import messages as m
+from fleet.orchestrator import state as o
+from fleet.orchestrator.bundles import Bundles, Limits
+from fleet.orchestrator.core import RECONNECT_GRACE_S, Core
+from fleet.orchestrator.jobs import JobState
+from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S, Uploads
+from tests.disks import small_disk
+from tests.pure.test_orchestrator import CLIENT, VERSIONS, cluster, sent
+from tests.pure.test_transfer import digest_of, names, part
+
+OTHER = b"client/2"
+FILES = b"f" * 1000
+SPEC = m.Spec("script", "train.py", digest=digest_of(FILES), bundle_bytes=len(FILES))
+DISK_BYTES = 4 << 20
+
+
+def submit(core: Core, job_id: str, peer: bytes = CLIENT, now: float = 0.0) -> list[o.Effect]:
+    return core.step(o.Received(peer, m.Submit(job_id, 1, SPEC, detached=True)), now)
+
+
+def of_files(effects: list[o.Effect]) -> list[type]:
+    kinds = o.FetchBundle | o.StorePart | o.DropUpload | o.ReleaseBundle
+    return [type(effect) for effect in effects if isinstance(effect, kinds)]
+
+
+def two_clients() -> Core:
+    core = cluster(1)
+    core.step(o.Received(OTHER, m.ClientHello(VERSIONS)), 0.0)
+    return core
+
+
+def test_a_client_is_asked_once_for_the_files_of_all_its_jobs_and_again_on_a_new_connection() -> None:
+    core = two_clients()
+    assert of_files(submit(core, "a")) == [o.FetchBundle]
+    assert of_files(submit(core, "b")) == []
+    assert of_files(submit(core, "c", OTHER)) == [o.FetchBundle]
+    core.step(o.PeerLost(CLIENT), 1.0)
+    core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 1.1)
+    assert of_files(submit(core, "a", now=1.1)) == [o.FetchBundle]  # or nothing would ever be asked for again
+    assert of_files(submit(core, "b", now=1.1)) == []
+    core.step(o.BundleStored(SPEC.digest), 2.0)
+    assert [job.state is JobState.FETCHING for job in core.jobs.values()] == [False] * 3
+    assert of_files(core.step(o.Received(CLIENT, part(FILES, 0)), 2.1)) == []  # it comes too late
+
+
+def test_a_client_that_sends_nothing_more_is_refused_in_time_and_no_other() -> None:
+    core = two_clients()
+    submit(core, "silent")
+    submit(core, "slow", OTHER)
+    late = NEXT_PART_WITHIN_S - 1
+    assert of_files(core.step(o.Received(OTHER, part(FILES, 0, 10)), late)) == [o.StorePart]
+    effects = core.step(o.Tick(), NEXT_PART_WITHIN_S)
+    assert o.DropUpload(CLIENT, SPEC.digest) in effects
+    (rejected,) = sent(effects, CLIENT)
+    assert isinstance(rejected, m.Rejected)
+    assert "nothing came of its files for 60 s" in rejected.reason
+    assert list(core.jobs) == ["slow"]
+    assert core.uploads.next_deadline() == late + NEXT_PART_WITHIN_S
+
+
+def test_a_damaged_bundle_is_refused_for_its_sender_alone() -> None:
+    core = two_clients()
+    submit(core, "wrong")
+    submit(core, "right", OTHER)
+    effects = core.step(o.BundleRefused(CLIENT, SPEC.digest, "it arrived damaged"), 1.0)
+    assert [type(x) for x in sent(effects, CLIENT)] == [m.Rejected]
+    assert sent(effects, OTHER) == []
+    assert of_files(effects) == []
+    effects = core.step(o.BundleRefused(OTHER, SPEC.digest, "it arrived damaged"), 1.0)
+    assert of_files(effects) == [o.ReleaseBundle]
+
+
+def test_what_a_client_that_went_had_sent_is_dropped() -> None:
+    core = two_clients()
+    submit(core, "a")
+    core.step(o.PeerLost(CLIENT), 1.0)
+    effects = core.step(o.Tick(), 1.0 + RECONNECT_GRACE_S)
+    assert of_files(effects) == [o.DropUpload, o.ReleaseBundle]
+    assert core.jobs["a"].outcome == "cancelled"
+    assert (CLIENT, SPEC.digest) not in core.uploads
+
+
+def test_a_job_that_is_cancelled_while_its_files_come_is_refused_and_its_files_are_dropped() -> None:
+    core = two_clients()
+    submit(core, "a")
+    effects = core.step(o.Received(OTHER, m.Cancel("a")), 1.0)
+    # Whoever submits waits for one of Accepted and Rejected.
+    assert [type(x) for x in sent(effects, CLIENT)] == [m.Rejected, m.Ended]
+    assert of_files(core.step(o.Received(CLIENT, part(FILES, 0)), 1.1)) == [o.DropUpload]
+
+
+def test_the_bundle_of_jobs_that_have_ended_is_released() -> None:
+    core = two_clients()
+    submit(core, "a")
+    submit(core, "b")
+    core.step(o.BundleStored(SPEC.digest), 0.0)
+    assert of_files(core.step(o.Received(CLIENT, m.Cancel("b")), 1.0)) == []
+    assert of_files(core.step(o.Received(CLIENT, m.Cancel("a")), 1.0)) == [o.ReleaseBundle]
+    again = Core(VERSIONS)
+    again.recall(core.jobs.values(), (), 2.0)
+    assert not again.bundle_users
+
+
+def test_the_most_silent_upload_is_overdue_first() -> None:
+    uploads = Uploads()
+    uploads.begin(b"a", "1", 0.0)
+    uploads.begin(b"b", "1", 5.0)
+    uploads.heard(b"a", "1", 10.0)
+    assert not uploads.heard(b"c", "1", 10.0)
+    assert uploads.overdue(NEXT_PART_WITHIN_S + 5.0) == [(b"b", "1")]
+    uploads.end_all("1")
+    assert uploads.next_deadline() is None
+
+
+# The files themselves
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", DISK_BYTES) as folder:
+        yield folder
+
+
+def bundles_at(folder: Path, **limits: int) -> Bundles:
+    return Bundles(folder / "bundles", Limits(**limits), durable=True)
+
+
+def sent_whole(bundles: Bundles, data: bytes, peer: bytes = CLIENT) -> None:
+    want = bundles.fetch(digest_of(data), len(data), peer)
+    while want is not None:
+        want = bundles.store(peer, part(data, want.offset))
+
+
+def test_an_upload_that_a_full_disk_refused_leaves_nothing_and_is_taken_later(disk: Path) -> None:
+    bundles = bundles_at(disk)
+    data = os.urandom(2 << 20)
+    filler = disk / "filler"
+    filler.write_bytes(bytes(DISK_BYTES - (3 << 19)))
+    with pytest.raises(OSError, match="No space left"):
+        sent_whole(bundles, data)
+    assert names(disk / "bundles") == []
+    filler.unlink()
+    sent_whole(bundles, data)
+    assert bundles.serve(m.Want(digest_of(data), 0)).data == data[: m.PART_BYTES]
+
+
+def test_a_full_disk_makes_room_by_what_no_job_needs(disk: Path) -> None:
+    bundles = bundles_at(disk)
+    needed, free, new = (os.urandom(3 << 19) for _ in range(3))
+    for data in (needed, free):
+        sent_whole(bundles, data)
+    with pytest.raises(OSError, match="No space left"):
+        sent_whole(bundles, new)
+    bundles.release(digest_of(new))
+    bundles.release(digest_of(free))
+    assert bundles.has(digest_of(free))
+    sent_whole(bundles, new)
+    assert [bundles.has(digest_of(data)) for data in (needed, free, new)] == [True, False, True]
+
+
+def test_uploads_of_several_peers_are_apart_and_the_first_that_is_whole_counts(tmp_path: Path) -> None:
+    bundles = bundles_at(tmp_path)
+    data, another = os.urandom(2 * m.PART_BYTES), b"another"
+    for peer in (CLIENT, OTHER):
+        assert bundles.fetch(digest_of(data), len(data), peer) == m.Want(digest_of(data), 0)
+    assert bundles.fetch(digest_of(another), len(another), CLIENT) is not None  # and the first one goes on
+    bundles.store(CLIENT, part(data, 0))
+    assert bundles.fetch(digest_of(data), len(data), CLIENT) == m.Want(digest_of(data), m.PART_BYTES)
+    bundles.drop(CLIENT, digest_of(another))
+    sent_whole(bundles, data, OTHER)
+    assert bundles.store(CLIENT, part(data, m.PART_BYTES)) is None
+    assert names(tmp_path / "bundles") == [digest_of(data)]
+
+
+def test_bundles_that_no_job_needs_stay_bounded_also_after_a_restart(tmp_path: Path) -> None:
+    bundles = bundles_at(tmp_path, keep_bytes=2500)
+    several = [os.urandom(1000) for _ in range(5)]
+    for number, data in enumerate(several):
+        sent_whole(bundles, data)
+        os.utime(tmp_path / "bundles" / digest_of(data), (number, number))
+    assert len(names(tmp_path / "bundles")) == 5
+    bundles.release(digest_of(several[4]))
+    (tmp_path / "bundles" / f"{digest_of(b'x')}.1.part").write_bytes(b"half")
+    again = Bundles(tmp_path / "bundles", Limits(keep_bytes=2500), durable=True, needed=[digest_of(several[0])])
+    assert [again.has(digest_of(data)) for data in several] == [True, False, False, True, True]
+    assert len(names(tmp_path / "bundles")) == 3
+
+
+def test_too_large_a_bundle_is_refused_in_words(tmp_path: Path) -> None:
+    bundles = bundles_at(tmp_path, bundle_bytes=10 << 20)
+    with pytest.raises(ValueError, match="it has 11 MB, and this orchestrator takes up to 10"):
+        bundles.fetch("a" * 64, 11 << 20, CLIENT)
+    with pytest.raises(ValueError, match="no sha256 digest"):
+        bundles.fetch("../jobs.sqlite", 1, CLIENT)
