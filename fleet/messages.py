@@ -338,6 +338,11 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True):
     message: _ALL
 
 
+# msgspec finds out what it knows of a Struct at its first use, and two threads that do so at once crash the interpreter.
+# So it is done here, under the lock of the import: 2 ms, which the first message would cost otherwise.
+msgspec.msgpack.Decoder(_Envelope)
+
+
 def relay_head(job_id: str) -> bytes:
     """The first frame of what a client and its task runner say to each other; the frames behind it are theirs alone."""
     return _RELAY + job_id.encode()

@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from fleet import config
 from fleet.client.calls import Promise
-from fleet.client.here import code_of_caller, local_pool
+from fleet.client.here import cluster_place, local_place
 from fleet.client.line import Line
 from fleet.client.target import cluster_target
 from fleet.errors import UsageError
@@ -31,7 +31,8 @@ T = TypeVar("T")
 P = ParamSpec("P")
 
 PENDING_TASKS, PENDING_BYTES = 10_000, 256 << 20
-_open: weakref.WeakSet[Executor] = weakref.WeakSet()
+MAX_BUNDLE = 64  # MB
+_open: weakref.WeakSet[Line] = weakref.WeakSet()  # a line lives at least as long as its thread
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Executor(AnyExecutor):
     what must never run twice. After `timeout` seconds of running, its process is ended and its future raises TimeoutError.
     Its own exceptions are never retried: the future raises them, with the remote traceback as their cause.
 
+    On a cluster the folder of the caller's script travels to the workers, `max_bundle` MB (2^20 bytes) at most.
     `submit` waits while `max_pending` tasks or 256 MB of arguments are unfinished. No `if __name__ == "__main__"` is needed.
     Raises ConfigError where the cluster does not answer within `connect_timeout` seconds, UsageError for bad arguments.
     """
@@ -76,6 +78,7 @@ class Executor(AnyExecutor):
         name: str = "executor",
         insecure: bool = False,
         connect_timeout: float = 60.0,
+        max_bundle: int = MAX_BUNDLE,
     ) -> None:
         if max_workers is not None and max_workers < 1:
             raise UsageError(f"max_workers is {max_workers}: an Executor needs at least one process")
@@ -84,22 +87,20 @@ class Executor(AnyExecutor):
         self._options = TaskOptions(retries, timeout, priority)
         options = JobOptions(name=name, priority=priority, max_restarts=0, slots=slots, gpus=gpus)
         address = addr or config.orchestrator_address()
-        self._stack = ExitStack()
-        self._closing = threading.Lock()
-        try:
+        with ExitStack() as stack:
             if address is None:
                 count = max_workers or config.usable_cores()
-                target, direct = self._stack.enter_context(local_pool(count * slots, gpus * count))
+                place = stack.enter_context(local_place(count * slots, gpus * count))
             else:
                 count = max_workers or 0
-                target, direct = cluster_target(address, None, insecure, connect_timeout), ""
-            code = self._stack.enter_context(code_of_caller(direct))
-            self._line = Line(target, direct, options, count, code, max_pending, PENDING_BYTES)
-            self._line.start()
-        except BaseException:
-            self._stack.close()
-            raise
-        _open.add(self)
+                place = stack.enter_context(
+                    cluster_place(cluster_target(address, None, insecure, connect_timeout), max_bundle << 20)
+                )
+            self._line = Line(place, options, count, max_pending, PENDING_BYTES, stack.pop_all())
+        self._line.start()
+        _open.add(self._line)
+        # The thread holds the line and nothing holds this: dropped, it ends once its futures are done.
+        weakref.finalize(self, self._line.drop).atexit = False
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """A future of fn(*args, **kwargs). Raises UsageError where it cannot be pickled, RuntimeError after shutdown."""
@@ -119,26 +120,13 @@ class Executor(AnyExecutor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """No more tasks are taken; with `wait`, returns when all have ended and every process is gone."""
         self._line.finish(cancel_futures)
-        if not wait:
-            threading.Thread(target=self._close, name="fleet-executor-end", daemon=True).start()
-            return
-        self._close()
+        if wait:
+            self._line.join()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._end(kind)
-
-    def _end(self, kind: type[BaseException] | None) -> None:
-        """After Ctrl-C at once, with all that runs; else once everything is done, as the standard library's executors."""
-        self._line.finish(False, abandon=kind is not None and issubclass(kind, KeyboardInterrupt))
-        self._close()
-
-    def _close(self) -> None:
-        with self._closing:  # who shuts down a second time, meanwhile, waits for the first
-            self._line.join()
-            self._stack.close()
-        _open.discard(self)
+        _end(self._line, kind)
 
     def _submit(
         self, options: TaskOptions, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -215,10 +203,16 @@ def _results(futures: list[Promise[T]], timeout: float | None) -> Iterator[T]:
     return each()
 
 
+def _end(line: Line, kind: type[BaseException] | None) -> None:
+    """After Ctrl-C at once, with all that runs; else once everything is done, as the standard library's executors."""
+    line.finish(False, abandon=kind is not None and issubclass(kind, KeyboardInterrupt))
+    line.join()
+
+
 def _end_all() -> None:
     """Before the interpreter ends, perhaps with an error that nobody caught."""
-    for executor in list(_open):
-        executor._end(getattr(sys, "last_type", None))
+    for line in list(_open):
+        _end(line, getattr(sys, "last_type", None))
 
 
 threading._register_atexit(_end_all)  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +21,26 @@ from fleet.values import Spec
 
 PRELOADED = ("numpy", "torch")  # in the pool too, where the caller has them: a process then costs a fork
 END_WITHIN_S = 10.0
+ENDED_WITHIN_S = 1.0  # once its connection is down
 
 
 @dataclass(frozen=True)
-class Code:
-    """What a runner is to be started with, and the bundle that has it, if it has to travel."""
+class Place:
+    """Where an Executor's runners run, and what they are started with."""
 
+    target: Target
+    direct: str  # where runners reach their client without the relay; empty: they cannot
     spec: Spec
-    bundle: Path | None
+    bundle: Path | None = None  # the code, if it has to travel
+    ended: Callable[[], str] = lambda: ""  # how the process of the local slots has ended, in words
 
 
 @contextmanager
-def local_pool(slots: int, gpus: int) -> Iterator[tuple[Target, str]]:
+def local_place(slots: int, gpus: int) -> Iterator[Place]:
     """A process of its own with an orchestrator, a worker and its slots; it ends with this one, however that ends.
 
-    And where the Executor is to listen for its runners: beside the orchestrator, which would be two hops more each way.
-    Of its own, so that the caller's module is never imported a second time, and its GIL is its own.
+    Of its own, so that the caller's module is never imported a second time, and its GIL is its own. The Executor listens
+    beside the orchestrator, which would be two hops more each way. Runners search for modules where the caller does.
     """
     preload = ",".join(name for name in PRELOADED if name in sys.modules)
     words = ["pool", "--slots", str(slots), "--gpus", str(gpus), "--preload", preload]
@@ -51,10 +55,12 @@ def local_pool(slots: int, gpus: int) -> Iterator[tuple[Target, str]]:
     try:
         endpoint = process.stdout.readline().decode().strip()
         if not endpoint:
-            raise FleetError(f"the pool of local slots did not start: it ended with code {process.wait()}")
+            raise FleetError(f"the pool of local slots did not start: it {_how_it_ended(process)}")
         # Beside its orchestrator, so in a folder that is this user's alone.
         direct = endpoint.removesuffix("orchestrator") + "client"
-        yield Target("this machine", endpoint, Lock(), 60.0, local=True), direct
+        search = tuple(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
+        target = Target("this machine", endpoint, Lock(), 60.0, local=True)
+        yield Place(target, direct, Spec("tasks", direct, search, os.getcwd()), ended=lambda: _how_it_ended(process))
     finally:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
@@ -66,20 +72,25 @@ def local_pool(slots: int, gpus: int) -> Iterator[tuple[Target, str]]:
         process.stdout.close()
 
 
+def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(ENDED_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        return "does not answer"
+    return f"ended with exit code {code}" if code >= 0 else f"was killed by signal {-code}"
+
+
 @contextmanager
-def code_of_caller(direct: str) -> Iterator[Code]:
-    """On this machine runners search where the caller does; on a cluster the folder of its script travels."""
-    if direct:
-        search = tuple(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
-        yield Code(Spec("tasks", direct, search, os.getcwd()), None)
-        return
+def cluster_place(target: Target, max_bundle_bytes: int) -> Iterator[Place]:
+    """A cluster, to which the folder of the caller's script travels."""
     folder = _folder_of_main()
     if folder is None:
-        yield Code(Spec("tasks", "executor", (), "/"), None)
+        yield Place(target, "", Spec("tasks", "executor", (), "/"))
         return
     with tempfile.TemporaryDirectory(prefix="fleet-code-") as into:
-        bundle = pack(folder, Path(into))
-        yield Code(Spec("tasks", "executor", (), "", bundle.digest, bundle.size_bytes), bundle.path)
+        bundle = pack(folder, Path(into), max_bundle_bytes)
+        spec = Spec("tasks", "executor", (), "", bundle.digest, bundle.size_bytes)
+        yield Place(target, "", spec, bundle.path)
 
 
 def _folder_of_main() -> Path | None:

@@ -10,7 +10,8 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
+from contextlib import ExitStack
 from time import monotonic, sleep
 from typing import Any, TypeVar
 
@@ -23,9 +24,8 @@ from fleet.bus.shared import host_key
 from fleet.client import pool
 from fleet.client.arrivals import Arrivals
 from fleet.client.calls import Packer, Promise, Work, settle
-from fleet.client.here import Code
-from fleet.client.seats import Seat, Seats, check_python
-from fleet.client.target import Target
+from fleet.client.here import Place
+from fleet.client.seats import PoolLost, Seat, Seats, check_python
 from fleet.errors import ConfigError, FleetError, TaskLost
 
 T = TypeVar("T")
@@ -39,16 +39,15 @@ class Line(Seats):
 
     def __init__(
         self,
-        target: Target,
-        direct: str,  # where runners reach this line without the relay; empty: they cannot
+        place: Place,
         options: m.JobOptions,
         count: int,
-        code: Code,
         max_pending: int,
         max_bytes: int,
+        needed: ExitStack,  # closed by the thread when it ends
     ) -> None:
-        super().__init__(target, options, count, code)
-        self._direct = direct
+        super().__init__(place, options, count)
+        self._needed = needed
         self._max_pending, self._max_bytes = max_pending, max_bytes
         self._wake = Wake()
         self._asleep = False
@@ -79,7 +78,6 @@ class Line(Seats):
 
     def join(self) -> None:
         self._thread.join()
-        self._wake.close()
 
     # Any thread
 
@@ -92,9 +90,12 @@ class Line(Seats):
         with self._room:
             if threading.current_thread() is not self._thread:  # a callback that waited here would wait for itself
                 self._room.wait_for(lambda: self._may_submit(size_bytes))
-            if self._finishing or self._broken is not None:
+            if self._broken is not None:
                 packed.release()
-                raise RuntimeError("cannot schedule new futures after shutdown") from self._broken
+                raise BrokenExecutor(f"this Executor has ended: {self._broken}") from self._broken
+            if self._finishing:
+                packed.release()
+                raise RuntimeError("cannot schedule new futures after shutdown")
             self._next_id += 1
             task_id = self._next_id
             self._pending, self._pending_bytes = self._pending + 1, self._pending_bytes + size_bytes
@@ -116,6 +117,11 @@ class Line(Seats):
             self._cancel_all = self._cancel_all or cancel
             self._abandoned = self._abandoned or abandon
             self._room.notify_all()
+        self._wake.set()
+
+    def drop(self) -> None:
+        """Nobody can submit any more: ends once all tasks are done. Takes no lock that its caller, a collector, may hold."""
+        self._finishing = True
         self._wake.set()
 
     def _act_here(self) -> bool:
@@ -146,7 +152,7 @@ class Line(Seats):
         try:
             with Bus(self._target.lock) as bus:
                 self._dealer = Dealer(bus, self._target.endpoint, f"client/{uuid.uuid4().hex}".encode())
-                self._router = Router(bus, self._direct) if self._direct else None
+                self._router = Router(bus, self._place.direct) if self._place.direct else None
                 self._poller = Poller([*self._dealer.poll_sockets, self._wake])
                 for descriptor in self._router.descriptors() if self._router else ():
                     self._poller.add(descriptor)
@@ -165,12 +171,23 @@ class Line(Seats):
                 self._finishing = True
                 self._room.notify_all()
             self._ready.set()
-            why = self._broken or FleetError("the Executor was ended before this task was")
-            for work in [*self._works.values(), *(work for _, work in self._inbox)]:
-                if work.claim():
-                    work.future.set_exception(why)
-                self._drop(work)
+            self._end_tasks()
             self._packer.close()
+            self._needed.close()
+            self._wake.close()
+
+    def _end_tasks(self) -> None:
+        """Settles those that are left."""
+        begun = {task_id: (task, r.where) for r in self._pool.runners.values() for task_id, task in r.tasks.items()}
+        for task_id, work in [*self._works.items(), *((task.task_id, work) for task, work in self._inbox)]:
+            why = self._broken or FleetError("the Executor was ended before this task was")
+            if isinstance(why, PoolLost):
+                task, where = begun.get(task_id, (pool.Task(task_id), ""))
+                lost = (f"attempt {task.attempts + 1} on {where}: {why}",) if task_id in begun else ()
+                why = TaskLost(work.packed.name, task.retries, (*task.history, *lost), str(why))
+            if work.claim():
+                work.future.set_exception(why)
+            self._drop(work)
 
     def _goes_on(self) -> bool:
         left = self._inbox or self._pool.task_count or self._works
@@ -249,7 +266,7 @@ class Line(Seats):
         if isinstance(effect, pool.Give):
             self._give(effect)
         elif isinstance(effect, pool.AskRunner):
-            if self._works or not self._finishing:
+            if self._works or self._inbox or not self._finishing:
                 self._ask_runner()
         elif isinstance(effect, pool.Recall):
             self._say(effect.job_id, tasks.Recall(effect.task_ids))

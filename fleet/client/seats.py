@@ -15,16 +15,19 @@ from fleet.bus.control import Dealer, Link
 from fleet.bus.transfer import read_part
 from fleet.client import pool
 from fleet.client.arrivals import Arrivals
-from fleet.client.here import Code
+from fleet.client.here import Place
 from fleet.client.prints import Prints
 from fleet.client.run import DENIALS_UNTIL_FINAL
-from fleet.client.target import Target
-from fleet.errors import ConfigError, ProtocolError
+from fleet.errors import ConfigError, FleetError, ProtocolError
 from fleet.versions import versions
 
 SEATS_NEWS = m.Accepted | m.Waiting | m.Started | m.Retire | m.Ended | m.Rejected
 
 log = logging.getLogger("fleet.executor")
+
+
+class PoolLost(FleetError):
+    """The process beside a local Executor has ended, with all its runners."""
 
 
 @dataclass
@@ -56,11 +59,11 @@ class Seats(ABC):
     _dealer: Dealer
     _arrivals: Arrivals
 
-    def __init__(self, target: Target, options: m.JobOptions, count: int, code: Code) -> None:
-        self._target = target
+    def __init__(self, place: Place, options: m.JobOptions, count: int) -> None:
+        self._place = place
+        self._target = place.target
         self._options = options
         self._count = count  # of runners; 0: as many as the cluster has room for
-        self._code = code
         self._pool = pool.Pool(count)
         self._seats: dict[str, Seat] = {}
         self._unsent: deque[m.Message] = deque()  # to the orchestrator
@@ -92,6 +95,8 @@ class Seats(ABC):
                     f"the orchestrator at {self._target.name} does not let this client in: the secret is wrong or missing "
                     "on one side (FLEET_SECRET, FLEET_SECRET_FILE), or no orchestrator of fleet listens there"
                 )
+        elif self._target.local:
+            raise PoolLost(f"the process with the slots of this machine {self._place.ended()}")
         else:
             log.warning("lost the orchestrator at %s; trying again until it is back", self._target.name)
 
@@ -108,8 +113,8 @@ class Seats(ABC):
             raise ConfigError(f"the orchestrator at {self._target.name} refused this client: {message.reason}")
         elif isinstance(message, m.Workers):
             self._size(message)
-        elif isinstance(message, m.Want) and self._code.bundle is not None:
-            self._dealer.send(m.encode(read_part(self._code.bundle, message)))
+        elif isinstance(message, m.Want) and self._place.bundle is not None:
+            self._dealer.send(m.encode(read_part(self._place.bundle, message)))
         elif isinstance(message, m.Output):
             self._prints.write(message.job_id, message.stream, message.data)
             self._dealer.send(m.encode(m.OutputAck(message.job_id, message.rank, len(message.data))))
@@ -136,7 +141,7 @@ class Seats(ABC):
 
     def _ask_runner(self) -> None:
         job_id = uuid.uuid4().hex[:12]
-        submit = m.Submit(job_id, 1, self._code.spec, options=self._options)
+        submit = m.Submit(job_id, 1, self._place.spec, options=self._options)
         self._seats[job_id] = Seat(submit)
         self._pool.joined(job_id)
         self._unsent.append(submit)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 
 import msgpack
 import pytest
@@ -222,3 +224,22 @@ def test_an_oversize_message_is_refused() -> None:
     assert decode(encode(message)) == message
     with pytest.raises(ProtocolError, match=str(FRAME_LIMIT_BYTES + 1)):
         decode(encode(m.Part("", 0, bytes(fits + 1))))
+
+
+def test_several_threads_may_decode_their_first_messages_at_once() -> None:
+    """msgspec finds out what it knows of a Struct at its first use, and crashed where two threads did so at once."""
+    program = (
+        "import sys, threading\n"
+        "sys.setswitchinterval(1e-6)\n"
+        "from fleet import messages as m, tasks\n"
+        "datas = m.encode(m.Heartbeat(0.5)), tasks.encode(tasks.Sync())\n"
+        "barrier = threading.Barrier(8)\n"
+        "def decode():\n"
+        "    barrier.wait()\n"
+        "    for _ in range(20): m.decode(datas[0]), tasks.decode(datas[1])\n"
+        "threads = [threading.Thread(target=decode) for _ in range(8)]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
