@@ -304,7 +304,7 @@ class Agent:
             child = self._zygote.spawn(Plan(spec.kind, spec.target, spec.args, str(spawn.directory), environment))
         except (OSError, EOFError) as error:
             log.error("rank %d of job %s cannot be started: %s", spawn.rank, assign.job_id, error)
-            return Died(key, 1, 0, False)
+            return Died(key, 1, 0, False, reason=f"its worker cannot start it: {error}")
         self._guard.watch(child.pid)
         self._children[key] = child
         self._sentinels[child.sentinel] = key

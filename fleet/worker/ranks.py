@@ -160,6 +160,7 @@ class Ranks:
             out_of_memory=rank.died.out_of_memory and not rank.stopped,
             stopped=rank.stopped,
             stderr_tail=rank.stderr_tail.decode(errors="replace"),
+            reason=rank.died.reason,
             task=rank.died.task,
         )
         self._send(m.RankExited(attempt.assign.job_id, attempt.assign.attempt, rank.status))

@@ -144,6 +144,7 @@ class Died:
     signal: int
     out_of_memory: bool
     task: int = -1  # see RankStatus
+    reason: str = ""  # why it was never started, where that is how it ended
 
 
 @dataclass(frozen=True)

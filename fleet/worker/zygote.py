@@ -21,6 +21,7 @@ from typing import Any
 from fleet.worker.slot import Plan, main
 
 ALWAYS = ("fleet.worker.slot", "fleet.worker.runner", "fleet.collectives.init")
+DESCRIPTORS = 16  # more than a spawn has open at once: four pipes and a socket
 
 
 @dataclass
@@ -74,7 +75,11 @@ class Zygote:
         server._stop()
 
     def spawn(self, plan: Plan) -> Child:
-        """A new process that carries out the plan. Waits for the imports if they still go on."""
+        """A new process that carries out the plan. Waits for the imports if they still go on.
+
+        Raises OSError, EOFError if there can be none.
+        """
+        _make_sure_of_descriptors()
         out_read, out_write = self._context.Pipe(duplex=False)
         err_read, err_write = self._context.Pipe(duplex=False)
         process = self._context.Process(target=main, args=(plan, out_write, err_write), daemon=False)
@@ -87,3 +92,14 @@ class Zygote:
         for descriptor in (stdout, stderr):
             os.set_blocking(descriptor, False)
         return Child(process.pid, process.sentinel, stdout, stderr, process)
+
+
+def _make_sure_of_descriptors() -> None:
+    """Raises OSError now if a spawn would run out of descriptors: halfway, the standard library leaves some open."""
+    taken = []
+    try:
+        for _ in range(DESCRIPTORS):
+            taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)

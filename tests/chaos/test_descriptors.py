@@ -1,0 +1,85 @@
+"""No descriptor is left, in a worker or in the orchestrator: both live on, and work again once there are some."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+from commands import fleet, started, wait_for
+from place import Place
+
+SCRIPT = "print('it ran', flush=True)\n"
+
+
+@contextmanager
+def no_descriptor_left(process: Popen[str], but: int = 0) -> Iterator[None]:
+    """The kernel gives the process no further one meanwhile, as where all are taken."""
+    before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (open_now(process) + but, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "script.py").write_text(SCRIPT)
+    with ExitStack() as stack:
+        yield Place(stack, tmp_path)
+
+
+def run(place: Place, folder: Path) -> tuple[int, str, str]:
+    words, variables = command(place, folder)
+    done = fleet(*words, **variables)
+    return done.returncode, done.stdout, done.stderr
+
+
+def command(place: Place, folder: Path) -> tuple[list[str], dict[str, str]]:
+    variables = {"FLEET_SECRET_FILE": str(folder / "secret"), "ORCHESTRATOR_ADDR": place.address}
+    return ["run", "--workers", "2", str(folder / "job" / "script.py")], variables
+
+
+def open_now(process: Popen[str]) -> int:
+    return len(os.listdir(f"/proc/{process.pid}/fd"))
+
+
+@pytest.mark.chaos
+def test_a_worker_without_a_descriptor_lives_on(place: Place, tmp_path: Path) -> None:
+    place.start_worker("w")
+    place.wait_for_worker("w")
+    assert run(place, tmp_path)[:2] == (0, "2 ranks| it ran\n")
+    before = open_now(place.workers["w"])
+    with no_descriptor_left(place.workers["w"]):
+        time.sleep(2.2)  # for two heartbeats, each of which looks at the machine's load: nothing tells of them
+    for but in (0, 7):  # none for a rank; too few for it, so that it would fail halfway
+        with no_descriptor_left(place.workers["w"], but):
+            code, _, err = run(place, tmp_path)
+            assert code == 1
+            assert "its worker cannot start it: [Errno 24] Too many open files" in err
+    assert run(place, tmp_path)[:2] == (0, "2 ranks| it ran\n")
+    assert open_now(place.workers["w"]) == before
+
+
+@pytest.mark.chaos
+def test_an_orchestrator_without_a_descriptor_lives_on(place: Place, tmp_path: Path) -> None:
+    place.start_worker("w")
+    place.wait_for_worker("w")
+    words, variables = command(place, tmp_path)
+    host, _, port = place.address.partition(":")
+    with ExitStack() as stack:
+        with no_descriptor_left(place.orchestrator):
+            for _ in range(50):
+                stack.enter_context(socket.create_connection((host, int(port))))
+            client = stack.enter_context(started(*words, **variables))
+            wait_for(client, r"(no orchestrator answers)", "stderr")
+        assert client.communicate()[0] == "2 ranks| it ran\n"
+        assert client.returncode == 0
