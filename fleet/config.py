@@ -8,21 +8,19 @@ from __future__ import annotations
 import math
 import os
 import re
-import secrets
 import socket
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
 from fleet.errors import ConfigError
+from fleet.secret import checked, read_secret
 
 VERSION = "0.1.0"
 DEFAULT_ORCHESTRATOR = "orchestrator:50051"
 ORCHESTRATOR_PORT = 50051
 WORKER_PORT = 50052
-SECRET_BYTES_AT_LEAST = 16
 DRAIN_S = 20
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -190,8 +188,13 @@ def state_folder(port: int) -> Path | None:
     """FLEET_STATE_DIR: where an orchestrator keeps its jobs. Else a folder of the user's for each port, None for port 0."""
     if text := os.environ.get("FLEET_STATE_DIR"):
         return Path(text)
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "fleet" / str(port) if port else None
+    if not port:
+        return None
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "fleet" / str(port)
+    if (own := home()) is None:
+        raise ConfigError("there is no home folder to keep jobs in: say a folder with --state or FLEET_STATE_DIR")
+    return own / ".local" / "state" / "fleet" / str(port)
 
 
 def advertised_host() -> str | None:
@@ -232,6 +235,8 @@ def secret(file: Path | None = None) -> str | None:
         return text
     if path := os.environ.get("FLEET_SECRET_FILE"):
         return read_secret(Path(path))
+    if not os.environ.get("XDG_CONFIG_HOME") and home() is None:
+        return None
     own = secret_path()
     return read_secret(own) if own.exists() else None
 
@@ -239,56 +244,24 @@ def secret(file: Path | None = None) -> str | None:
 def given_secret() -> str | None:
     """FLEET_SECRET, None where it is unset or empty."""
     text = os.environ.get("FLEET_SECRET")
-    return _checked(text, "FLEET_SECRET") if text else None
+    return checked(text, "FLEET_SECRET") if text else None
 
 
 def secret_path() -> Path:
-    """The user's own secret file, which `fleet orchestrator` makes on first use."""
-    base = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    return Path(base) / "fleet" / "secret"
+    """The user's own secret file, which `fleet orchestrator` on loopback makes. Raises ConfigError for a user without a home."""
+    if base := os.environ.get("XDG_CONFIG_HOME"):
+        return Path(base) / "fleet" / "secret"
+    if (own := home()) is None:
+        raise ConfigError("there is no home folder with a cluster secret: set FLEET_SECRET_FILE or FLEET_SECRET")
+    return own / ".config" / "fleet" / "secret"
 
 
-def create_secret(path: Path | None = None) -> str:
-    """Makes the user's own secret file, readable by them alone. Of two at once, both return the same secret."""
-    path = path or secret_path()
-    text = secrets.token_urlsafe(32)
-    draft = path.with_name(f".secret-{os.getpid()}")
+def home() -> Path | None:
+    """The user's home folder; None for a user without one, as in a container that runs under any number."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        draft.touch(mode=0o600)
-        draft.write_text(text + "\n", encoding="ascii")
-        try:
-            os.link(draft, path)  # fails where the file exists, and is never seen half written
-        except FileExistsError:
-            text = read_secret(path)
-        finally:
-            draft.unlink()
-    except OSError as error:
-        raise ConfigError(f"the cluster secret cannot be written to {path}: {error.strerror}") from None
-    return text
-
-
-def read_secret(path: Path) -> str:
-    """The secret in a file. Raises ConfigError."""
-    try:
-        mode = path.stat().st_mode
-        text = path.read_text(encoding="ascii")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the secret file {path} cannot be read: {error}") from None
-    # A mounted secret belongs to root and may be group-readable; nobody's secret may be writable or readable by all.
-    if stat.S_IMODE(mode) & 0o022:
-        raise ConfigError(f"the secret file {path} can be changed by others: chmod 600 {path}")
-    return _checked(text, str(path))
-
-
-def _checked(text: str, origin: str) -> str:
-    text = text.strip()
-    if len(text) < SECRET_BYTES_AT_LEAST:
-        raise ConfigError(
-            f"the secret in {origin} has {len(text)} characters: it needs at least {SECRET_BYTES_AT_LEAST}; "
-            "`python3 -c 'import secrets; print(secrets.token_urlsafe(32))'` makes one"
-        )
-    return text
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def _number(name: str, default: int, low: int, high: int) -> int:

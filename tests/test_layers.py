@@ -26,12 +26,14 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"values", "exposition"}),
     frozenset({"group"}),
     frozenset({"config"}),
+    frozenset({"secret"}),
     frozenset({"errors"}),
+    frozenset({"text"}),
 )
 HEIGHT = {part: -depth for depth, parts in enumerate(LAYERS) for part in parts}
 
 # fleet/__init__.py runs before any other module of fleet, so only plain values may load with it.
-EAGER_IN_INIT = frozenset({"messages", "questions", "values", "group", "config", "errors"})
+EAGER_IN_INIT = frozenset({"messages", "questions", "values", "group", "config", "secret", "errors", "text"})
 
 DECIDERS = (
     "fleet/orchestrator/clients.py",

@@ -24,6 +24,7 @@ from fleet.cli.job_commands import (
 )
 from fleet.cli.words import HELP, split
 from fleet.errors import ConfigError, FleetError, UsageError
+from fleet.text import shown_lines
 
 USAGE = 2
 RUN_SOMETHING = ("run", "submit", "sweep")  # commands that have a script's words behind their own
@@ -241,8 +242,8 @@ def run() -> None:
             arguments = [arguments[0], *words_of[0].options]
         commands(arguments, prog_name="fleet")
     except (ConfigError, UsageError) as error:
-        print(f"fleet: {error}", file=sys.stderr)
+        print(f"fleet: {shown_lines(str(error))}", file=sys.stderr)
         sys.exit(USAGE)
     except FleetError as error:
-        print(f"fleet: {error}", file=sys.stderr)
+        print(f"fleet: {shown_lines(str(error))}", file=sys.stderr)
         sys.exit(1)

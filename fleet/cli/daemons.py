@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -15,6 +16,8 @@ from pathlib import Path
 from fleet import config
 from fleet.bus.address import endpoint, holder_of, is_loopback, local_address_towards, name_of, parse
 from fleet.bus.lock import derive_secret
+from fleet.cli.log import Lines
+from fleet.cli.private import close_to_others
 from fleet.cli.runtime import register, runtime_folder
 from fleet.cli.security import orchestrator_lock
 from fleet.client.target import control_lock
@@ -45,6 +48,7 @@ def run_orchestrator(
 ) -> None:
     """Serves until a signal ends it."""
     _log_to_stderr()
+    os.umask(0o077)  # jobs, their files and what they print are their users' alone
     host, port = parse(bind, config.ORCHESTRATOR_PORT, "--bind")
     lock = orchestrator_lock(host, secret_file, insecure)
     if insecure and not is_loopback(host):
@@ -53,6 +57,7 @@ def run_orchestrator(
         # Who lets the system choose a port will get another one next time, and is nobody whose jobs wait for it.
         folder = kept.folder or config.state_folder(port) or runtime / "state"
         keeping = Keeping(folder, kept.jobs, kept.hours * 3600)
+        close_to_others(folder)
         metrics_at = None if metrics is None else (metrics[0] or host, metrics[1])
         service = Service(endpoint(host, port), lock, versions(), runtime, policy, metrics_at, keeping)
         _on_signals(lambda _: service.stop())
@@ -163,6 +168,6 @@ def _log_metrics(metrics_at: str) -> None:
 
 
 def _log_to_stderr() -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Lines("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -23,6 +23,7 @@ from fleet.client.printer import Printer
 from fleet.client.report import exit_code, report
 from fleet.client.target import Target
 from fleet.errors import UsageError
+from fleet.text import shown
 
 LOOK_AGAIN_S = 0.2  # of `logs -f`, which asks
 CANCEL_WITHIN_S = 5.0
@@ -106,7 +107,7 @@ def described(job: m.JobInfo) -> str:
         ("exit codes", ", ".join(map(str, job.exit_codes))),
         *(("before", line) for line in job.history),
     ]
-    return "\n".join(f"{name + ':':<12} {text}" for name, text in lines if text)
+    return "\n".join(f"{name + ':':<12} {shown(text)}" for name, text in lines if text)
 
 
 def wait(target: Target, versions: m.Versions, prefixes: Sequence[str], as_json: bool) -> int:

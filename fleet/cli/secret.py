@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fleet import config
 from fleet.errors import ConfigError
+from fleet.secret import create_secret, read_secret, write_private
 
 
 def ensure(kept: Path | None, owner_of: Path | None, to: Path | None, reader: int | None) -> str:
@@ -20,11 +21,11 @@ def ensure(kept: Path | None, owner_of: Path | None, to: Path | None, reader: in
     elif kept is None and to is not None and to.exists():
         return f"the secret in {to} stays"
     elif kept is None and to is not None:
-        text, done = config.create_secret(to), f"made a secret in {to}"
+        text, done = create_secret(to), f"made a secret in {to}"
     else:
         kept = kept or config.secret_path()
         is_new = not kept.exists()
-        text = config.create_secret(kept) if is_new else config.read_secret(kept)
+        text = create_secret(kept) if is_new else read_secret(kept)
         done = f"{'made a' if is_new else 'found the'} secret in {kept}"
         if is_new and owner_of is not None:
             _give(kept, owner_of)
@@ -49,8 +50,7 @@ def _copy(text: str, to: Path, reader: int | None) -> None:
     draft = to.with_name(f".{to.name}-{os.getpid()}")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        draft.touch(mode=0o600)
-        draft.write_text(text + "\n", encoding="ascii")
+        write_private(draft, text + "\n")
         if reader is not None:
             os.chown(draft, reader, reader)
         draft.chmod(0o400)

@@ -8,6 +8,7 @@ from fleet import config
 from fleet.bus.address import is_loopback
 from fleet.bus.lock import Lock
 from fleet.errors import ConfigError
+from fleet.secret import create_secret
 
 
 def orchestrator_lock(host: str, secret_file: Path | None, insecure: bool) -> Lock:
@@ -16,10 +17,11 @@ def orchestrator_lock(host: str, secret_file: Path | None, insecure: bool) -> Lo
         return Lock()
     secret = config.secret(secret_file)
     if secret is None and is_loopback(host):
-        secret = config.create_secret()
+        secret = create_secret(config.secret_path())
     if secret is None:
         raise ConfigError(
             f"refusing to listen on {host} without a cluster secret, since whoever reaches it could run code here: "
-            "set FLEET_SECRET_FILE or FLEET_SECRET, or say --insecure"
+            f"`fleet secret` makes one in {config.secret_path()}, to be copied to all machines; "
+            "or set FLEET_SECRET_FILE or FLEET_SECRET, or say --insecure"
         )
     return Lock("curve", secret)

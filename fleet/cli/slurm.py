@@ -25,6 +25,7 @@ from fleet import config
 from fleet.bus.address import endpoint, is_loopback, local_address_towards, parse
 from fleet.bus.lock import Lock, derive_secret
 from fleet.bus.ownership import open_own
+from fleet.cli.log import Lines
 from fleet.cli.runtime import runtime_folder
 from fleet.client.ask import workers
 from fleet.client.run import say
@@ -141,7 +142,7 @@ def _zygote(task: config.SlurmTask, runtime: Path, preload: tuple[str, ...]) -> 
     # A worker that loses task 0 has seen the job end, or ends with an error that says so: only errors are news.
     handler = logging.StreamHandler()
     handler.setLevel(logging.ERROR)
-    handler.setFormatter(logging.Formatter(f"fleet: task {task.rank}: %(message)s"))
+    handler.setFormatter(Lines(f"fleet: task {task.rank}: %(message)s"))
     logging.getLogger("fleet.worker").addHandler(handler)
     config.limit_threads(task.cores)
     for number in _FORWARDED:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import uuid
 from typing import Any
 
@@ -15,6 +14,7 @@ from fleet.cli.words import Words
 from fleet.cli.workers import table
 from fleet.client.grid import Point, arguments
 from fleet.client.jobs import Conversation
+from fleet.client.run import say
 from fleet.client.target import Target
 
 TAIL_BYTES = 4096  # in which the last line of a job is looked for
@@ -38,7 +38,7 @@ def sweep(
     )
     job_ids = submit_each(target, versions, words, submission, [[*words.args, *arguments(point)] for point in found])
     by_job = dict(zip(job_ids, found, strict=True))
-    print(f"fleet: sweep {group}: {len(found)} jobs", file=sys.stderr, flush=True)
+    say(f"sweep {group}: {len(found)} jobs")
     if detach:
         rows = [{**point, "job": job_id} for job_id, point in by_job.items()]
         print(json.dumps(rows, indent=1) if as_json else _table(rows))
@@ -48,7 +48,7 @@ def sweep(
             conversation.wait(job_ids, lambda ended: _told(ended, by_job[ended.job_id]))
             rows = [_result(conversation, conversation.job(job_id), point) for job_id, point in by_job.items()]
     except KeyboardInterrupt:
-        print(f"fleet: the jobs go on; `fleet jobs --group {group}` shows them", file=sys.stderr)
+        say(f"the jobs go on; `fleet jobs --group {group}` shows them")
         raise
     print(json.dumps(rows, indent=1) if as_json else _table(rows))
     return 0 if all(row["state"] == "succeeded" for row in rows) else 1
@@ -57,7 +57,7 @@ def sweep(
 def _told(ended: m.Ended, point: Point) -> None:
     if ended.reason:
         where = " ".join(f"{name}={value}" for name, value in point.items())
-        print(f"fleet: {where}: job {ended.job_id} did not succeed: {ended.reason}", file=sys.stderr, flush=True)
+        say(f"{where}: job {ended.job_id} did not succeed: {ended.reason}")
 
 
 def _result(conversation: Conversation, job: m.JobInfo, point: Point) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from fleet.cli.runtime import registered
 from fleet.client.ask import ping, welcome, workers
 from fleet.client.target import cluster_target
 from fleet.errors import FleetError, UsageError
+from fleet.text import shown, shown_lines
 from fleet.versions import versions
 
 HEALTH_WITHIN_S = 3.0
@@ -47,7 +48,7 @@ def check_health() -> None:
     try:
         print("\n".join(health(None, False, HEALTH_WITHIN_S)))
     except FleetError as error:
-        print(f"fleet: {error}", file=sys.stderr)
+        print(f"fleet: {shown_lines(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 
@@ -64,7 +65,8 @@ def _health(role: str, reached_at: str, secret_file: Path | None, insecure: bool
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell."""
+    """Columns as wide as their widest cell. No cell breaks its line or moves the cursor."""
+    rows = [[shown(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows

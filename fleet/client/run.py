@@ -21,6 +21,7 @@ from fleet.bus.transfer import read_part
 from fleet.client.printer import Printer
 from fleet.client.target import Target
 from fleet.errors import ConfigError, ProtocolError
+from fleet.text import shown
 
 DENIALS_UNTIL_FINAL = 3
 LEAVE_AFTER_S = 1.8  # after a cancel that nobody answers
@@ -161,7 +162,7 @@ class Run:
     def _started(self, started: m.Started) -> None:
         if not self._target.local:
             workers = started.workers
-            self._printer.name_of = lambda rank: f"{workers[rank]}:{rank}"
+            self._printer.name_of = lambda rank: f"{shown(workers[rank])}:{rank}"
 
     def _cancel(self) -> None:
         again = self._cancelled_at is not None
@@ -175,4 +176,4 @@ class Run:
 
 def say(text: str) -> None:
     """One line to the person at the terminal."""
-    print(f"fleet: {text}", file=sys.stderr, flush=True)
+    print(f"fleet: {shown(text)}", file=sys.stderr, flush=True)

@@ -36,7 +36,7 @@ def control_lock(secret_file: Path | None, insecure: bool) -> Lock:
     secret = config.secret(secret_file)
     if secret is None:
         raise ConfigError(
-            f"no cluster secret: set FLEET_SECRET_FILE or FLEET_SECRET, or copy the orchestrator's to {config.secret_path()}; "
-            "--insecure goes without, where the orchestrator does so too"
+            f"no cluster secret: copy that of the orchestrator's machine to {config.secret_path()} (`fleet secret` makes one), "
+            "or set FLEET_SECRET_FILE or FLEET_SECRET; --insecure goes without, where the orchestrator does so too"
         )
     return Lock("curve", secret)

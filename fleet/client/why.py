@@ -8,6 +8,7 @@ from fleet import messages as m
 from fleet.client.ask import Deadline, answers
 from fleet.client.target import Target
 from fleet.errors import ConfigError, UsageError
+from fleet.text import shown
 
 ANSWER_WITHIN_S = 2.0
 
@@ -38,9 +39,9 @@ def described(answered: list[m.Answer], silent_count: int, count: int) -> str:
     """What the ranks answered, in words, with the last `count` collectives of each."""
     lines = []
     for answer in answered:
-        lines.append(f"rank {answer.rank} ({answer.host}, pid {answer.pid}) {answer.doing}")
+        lines.append(shown(f"rank {answer.rank} ({answer.host}, pid {answer.pid}) {answer.doing}"))
         groups = answer.records.split("\n") if answer.records else []
-        lines += [f"    {line}" for line in groups[-count:]]
+        lines += [f"    {shown(line)}" for line in groups[-count:]]
     if silent_count:
         lines.append(f"{silent_count} ranks did not answer within {ANSWER_WITHIN_S:g} s: stopped, frozen or cut off")
     return "\n".join(lines)

@@ -152,7 +152,7 @@ WRONG = (
     (("drain", "nobody"), "there is no worker 'nobody' in this cluster; there are: w"),
     (("drain", "w", "--within", "-1"), "--within is -1"),
     (("submit", "nothere.py"), "there is no script nothere.py"),
-    (("submit",), "say what to run: fleet submit train.py"),
+    (("submit",), "say what to run: fleet submit --workers 8 train.py"),
     (("submit", "--workers", "0", "--", "true"), "a job needs at least one rank"),
     (("submit", "--policy", "random", "--", "true"), "there is no policy 'random'"),
     (("submit", "--priority", "9999", "--", "true"), "--priority is 9999"),

@@ -1,0 +1,25 @@
+"""Text of others on a terminal: shown as it is, and never obeyed. Knows strings only.
+
+Job ids, names, arguments, paths and host names come from users and from the network. In a log or a table, an escape sequence
+among them could move the cursor, and a line break could forge a line. What ranks print is not meant: that passes as it is.
+"""
+
+from __future__ import annotations
+
+
+def shown(text: str) -> str:
+    """One line: line breaks, control characters, bidirectional marks and undecodable bytes as Python escapes them."""
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
+
+
+def shown_lines(text: str) -> str:
+    """The same for text of several lines, which stay lines."""
+    return "\n".join(map(shown, text.split("\n")))
+
+
+def _escaped(letter: str) -> str:
+    if 0xDC80 <= ord(letter) <= 0xDCFF:  # a byte that is no UTF-8, by os.fsdecode
+        return f"\\x{ord(letter) - 0xDC00:02x}"
+    return letter.encode("unicode_escape").decode("ascii")
