@@ -166,6 +166,13 @@ def worker_id(port: int) -> str | None:
     """FLEET_WORKER_ID, or a name that a restarted worker finds again: its host name and port. None: `@dns` was said,
     which stands for the name that the network's DNS has for this machine's address."""
     wanted = os.environ.get("FLEET_WORKER_ID")
+    if wanted and wanted != "@dns":
+        from fleet.bounds import WORKER_ID_CHARS, is_worker_id  # not for every rank: this loads msgspec
+
+        if not is_worker_id(wanted):
+            raise ConfigError(
+                f"FLEET_WORKER_ID is {wanted!r}: a worker's name has 1 to {WORKER_ID_CHARS} letters, digits and _ . : @ + -"
+            )
     return None if wanted == "@dns" else wanted or f"{socket.gethostname()}-{port}"
 
 

@@ -25,6 +25,10 @@ class ProtocolError(FleetError):
     """The peer must act: it sent bytes that are not fleet's, or another protocol version. Counted, named, survived."""
 
 
+class OtherProtocol(ProtocolError):
+    """Another version of fleet speaks there: nothing that it says can be understood."""
+
+
 @dataclass(eq=False)
 class CollectiveMismatch(FleetError):
     """The script must change: two ranks called different things in the same place."""

@@ -1,8 +1,19 @@
-"""What clients ask about jobs, workers and ranks, and the answers: messages as those in messages.py, which lists them all."""
+"""What clients ask about jobs, workers and ranks, and the answers: messages as those in messages.py, which lists them all.
+
+A question has a number that its client gives it, and the answer repeats that: a late answer to an earlier question is not
+taken for the answer to a later one.
+"""
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import msgspec
+
+from fleet.bounds import Count, JobId, JobIds, JobPrefix, Number, Offset, Rank, Seconds, Text, Word, WorkerId
 from fleet.values import JobInfo, Message, WorkerState
+
+LOG_PART_BYTES = 1 << 20  # at most, in one answer
 
 
 class Ping(Message, frozen=True):
@@ -10,80 +21,102 @@ class Ping(Message, frozen=True):
 
 
 class Pong(Message, frozen=True):
-    worker_id: str
+    worker_id: WorkerId
     ever_welcomed: bool
-    state: str  # in words
+    state: Text  # in words
 
 
 class ListJobs(Message, frozen=True):
     """One job, those of a sweep, or all: the newest first. Answered by Jobs."""
 
-    job_id: str = ""
-    group: str = ""
-    limit: int = 1000
+    job_id: JobPrefix = ""
+    group: Word = ""
+    limit: Number = 1000
+    question: Number = 0
 
 
 class Jobs(Message, frozen=True):
     jobs: tuple[JobInfo, ...]
-    left_out: int = 0  # older ones, over the limit
+    left_out: Number = 0  # older ones, over the limit
+    question: Number = 0
 
 
 class Watch(Message, frozen=True):
     """Tell me when this job has ended. Answered by Jobs at once (empty: there is no such job), and by Ended then."""
 
-    job_id: str
+    job_id: JobId
+    question: Number = 0
 
 
 class ReadLog(Message, frozen=True):
     """What a rank of a detached job printed, from an offset on; negative: from the end. Answered by LogPart."""
 
-    job_id: str
-    rank: int
-    offset: int
+    job_id: JobId
+    rank: Rank
+    offset: Offset
+    question: Number = 0
 
 
 class LogPart(Message, frozen=True):
-    job_id: str
-    rank: int
-    offset: int
-    data: bytes
+    job_id: JobId
+    rank: Rank
+    offset: Offset
+    data: Annotated[bytes, msgspec.Meta(max_length=LOG_PART_BYTES)]
     ended: bool  # nothing will follow after this part
-    error: str = ""
+    error: Text = ""
+    question: Number = 0
 
 
 class Drain(Message, frozen=True):
     """Give a worker no new work; what still runs there after `within_s` starts again elsewhere. `undo`: give it work again."""
 
-    worker_id: str
-    within_s: float = 0.0
+    worker_id: WorkerId
+    within_s: Seconds = 0.0
     undo: bool = False
+    question: Number = 0
 
 
 class Drained(Message, frozen=True):
     """The answer: the jobs that run there, or why it cannot be done."""
 
-    worker_id: str
-    jobs: tuple[str, ...] = ()
-    error: str = ""
+    worker_id: WorkerId
+    jobs: JobIds = ()
+    error: Text = ""
+    question: Number = 0
 
 
 class ListWorkers(Message, frozen=True):
     """A client asks who is in the cluster."""
 
+    question: Number = 0
+
 
 class Workers(Message, frozen=True):
     workers: tuple[WorkerState, ...]
+    question: Number = 0
 
 
 class Why(Message, frozen=True):
-    """A client asks what the ranks of a running job do, and have done."""
+    """A client asks what the ranks of a running job do, and have done. An empty id: the only job that runs."""
 
-    job_id: str
+    job_id: JobPrefix
+    question: Number = 0
 
 
 class Because(Message, frozen=True):
-    """What is known at once: an error in words, or how many ranks will answer."""
+    """What is known at once: an error in words, or how many ranks will answer, with the same number."""
 
-    job_id: str
-    error: str
-    rank_count: int = 0
+    job_id: JobPrefix
+    error: Text
+    rank_count: Count = 0
+    question: Number = 0
+
+
+class Unanswered(Message, frozen=True):
+    """The orchestrator failed at this question, and has dropped it."""
+
+    question: Number
+    reason: Word
+
+
+Question = ListJobs | Watch | ReadLog | Drain | ListWorkers | Why

@@ -8,6 +8,26 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from fleet.bounds import (
+    Attempt,
+    Count,
+    DigestOrNone,
+    Host,
+    JobId,
+    Number,
+    NumberOrNone,
+    Pid,
+    Rank,
+    Seconds,
+    Size,
+    SlotCount,
+    Text,
+    Word,
+    WorkerId,
+    WorkerIds,
+    WorldSize,
+)
+
 TALLY_SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
 
 
@@ -18,21 +38,21 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 class Versions(msgspec.Struct, frozen=True):
     """What a handshake tells of the software on each side."""
 
-    fleet: str
-    python: str
-    torch: str = ""  # empty: not installed
+    fleet: Word
+    python: Word
+    torch: Word = ""  # empty: not installed
 
 
 class Spec(msgspec.Struct, frozen=True):
     """What each rank of a job runs."""
 
     kind: Literal["script", "module", "command", "tasks"]  # tasks: a runner, that is told what to call by its client
-    target: str
-    args: tuple[str, ...] = ()
-    directory: str = ""  # where it runs; empty: the unpacked bundle
-    digest: str = ""  # of the bundle; empty: no bundle, `directory` exists on every worker
-    bundle_bytes: int = 0
-    environment: dict[str, str] = {}
+    target: Text
+    args: Annotated[tuple[str, ...], msgspec.Meta(max_length=1 << 17)] = ()
+    directory: Text = ""  # where it runs; empty: the unpacked bundle
+    digest: DigestOrNone = ""  # of the bundle; empty: no bundle, `directory` exists on every worker
+    bundle_bytes: Size = 0
+    environment: Annotated[dict[str, str], msgspec.Meta(max_length=1 << 14)] = {}
 
 
 PRIORITY_AT_MOST = 1000  # and at least minus that
@@ -41,10 +61,10 @@ PRIORITY_AT_MOST = 1000  # and at least minus that
 class JobOptions(msgspec.Struct, frozen=True):
     """How a job is scheduled."""
 
-    name: str = ""
-    group: str = ""  # the sweep that it is a point of
+    name: Word = ""
+    group: Word = ""  # the sweep that it is a point of
     priority: Annotated[int, msgspec.Meta(ge=-PRIORITY_AT_MOST, le=PRIORITY_AT_MOST)] = 0  # higher starts earlier
-    policy: str = ""  # how its ranks are spread; empty: as the cluster does
+    policy: Word = ""  # how its ranks are spread; empty: as the cluster does
     max_restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 3  # after a lost worker, before it is given up
     slots: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1  # that each rank takes
     gpus: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
@@ -53,20 +73,20 @@ class JobOptions(msgspec.Struct, frozen=True):
 class JobInfo(msgspec.Struct, frozen=True):
     """A job as the orchestrator tells of it. Times are seconds since the epoch by the orchestrator's clock, 0: not yet."""
 
-    job_id: str
+    job_id: JobId
     state: str  # in the words of orchestrator.jobs.JobState, lower case
     outcome: str  # succeeded, failed, cancelled, quarantined; empty while it has not ended
     kind: str
     target: str
     args: tuple[str, ...]
-    world_size: int
+    world_size: WorldSize
     options: JobOptions
     detached: bool
-    attempt: int
+    attempt: Attempt
     submitted_at: float
     started_at: float
     ended_at: float
-    workers: tuple[str, ...]  # by rank
+    workers: WorkerIds  # by rank
     waits_for: str  # what it waits for, in words
     reason: str  # why it ended, if not by itself
     history: tuple[str, ...] = ()  # how earlier attempts ended
@@ -76,17 +96,17 @@ class JobInfo(msgspec.Struct, frozen=True):
 class RankStatus(msgspec.Struct, frozen=True):
     """How a rank ended. Exactly one of code and signal is meaningful: signal is 0 unless one killed it."""
 
-    rank: int
-    worker_id: str
-    host: str
-    pid: int
-    code: int
-    signal: int = 0
+    rank: Rank
+    worker_id: WorkerId
+    host: Host
+    pid: Pid
+    code: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 32)]
+    signal: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
     out_of_memory: bool = False
     stopped: bool = False  # fleet had told it to stop before it ended
-    stderr_tail: str = ""
-    reason: str = ""  # set where there is no exit to speak of, such as a lost worker
-    task: int = -1  # of a task runner: the task that it was in; 0: in none, -1: not known
+    stderr_tail: Text = ""
+    reason: Text = ""  # set where there is no exit to speak of, such as a lost worker
+    task: NumberOrNone = -1  # of a task runner: the task that it was in; 0: in none, -1: not known
 
     @property
     def failed(self) -> bool:
@@ -110,23 +130,23 @@ class TallyRow(msgspec.Struct, frozen=True):
 
     operation: Annotated[str, msgspec.Meta(pattern="^[a-z_]{1,32}$")]
     path: CollectivePath
-    byte_count: int
-    seconds: float
-    buckets: tuple[int, ...]
+    byte_count: Number
+    seconds: Seconds
+    buckets: Annotated[tuple[Number, ...], msgspec.Meta(max_length=64)]
 
 
 class WorkerState(msgspec.Struct, frozen=True):
     """One worker as the orchestrator sees it."""
 
-    worker_id: str
-    host: str
+    worker_id: WorkerId
+    host: Host
     state: Literal["ready", "draining", "lost"]  # lost: its connection is down, for less than the grace period
-    slots: int
-    busy: int
+    slots: SlotCount
+    busy: Annotated[int, msgspec.Meta(ge=0)]
     versions: Versions
     jobs: tuple[str, ...] = ()
-    gpus: int = 0
-    load: float = 0.0
+    gpus: Count = 0
+    load: Seconds = 0.0
 
 
 def how(status: RankStatus) -> str:

@@ -27,13 +27,14 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"group"}),
     frozenset({"config"}),
     frozenset({"secret"}),
+    frozenset({"bounds"}),
     frozenset({"errors"}),
     frozenset({"text"}),
 )
 HEIGHT = {part: -depth for depth, parts in enumerate(LAYERS) for part in parts}
 
 # fleet/__init__.py runs before any other module of fleet, so only plain values may load with it.
-EAGER_IN_INIT = frozenset({"messages", "questions", "values", "group", "config", "secret", "errors", "text"})
+EAGER_IN_INIT = frozenset({"messages", "questions", "values", "group", "bounds", "config", "secret", "errors", "text"})
 
 DECIDERS = (
     "fleet/orchestrator/clients.py",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fleet import config
+from fleet.bounds import RANKS_AT_MOST
 from fleet.bus.address import endpoint, holder_of, is_loopback, local_address_towards, name_of, parse
 from fleet.bus.lock import derive_secret
 from fleet.cli.log import Lines
@@ -79,9 +80,9 @@ def run_worker(
 ) -> None:
     """Serves until a signal ends it. Raises ConfigError, FleetError."""
     _log_to_stderr()
-    if slots < 1:
-        raise UsageError(f"--slots is {slots}: a worker needs at least one")
-    if gpus < 0:
+    if not 1 <= slots <= RANKS_AT_MOST:
+        raise UsageError(f"--slots is {slots}: a worker has from 1 to {RANKS_AT_MOST}")
+    if not 0 <= gpus <= RANKS_AT_MOST:
         raise UsageError(f"--gpus is {gpus}: it must be the number of GPUs that ranks may use here")
     host, port = parse(address, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
     lock = control_lock(secret_file, insecure)

@@ -14,6 +14,7 @@ from time import monotonic, strftime, time
 import msgspec
 
 from fleet import messages as m
+from fleet.bounds import RANKS_AT_MOST
 from fleet.cli.run import check_target, spec_of_bundle
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.words import Words
@@ -49,8 +50,8 @@ def submit_each(
     target: Target, versions: m.Versions, words: Words, submission: Submission, arguments: Sequence[list[str]]
 ) -> list[str]:
     """One job for each list of arguments, with one bundle; their ids."""
-    if submission.workers < 1:
-        raise UsageError(f"--workers is {submission.workers}: a job needs at least one rank")
+    if not 1 <= submission.workers <= RANKS_AT_MOST:
+        raise UsageError(f"--workers is {submission.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
     check_target(words)
     with runtime_folder() as runtime, Conversation(target, versions) as conversation:
         spec, bundle = spec_of_bundle(words, runtime, submission.max_bundle_bytes)

@@ -13,6 +13,7 @@ from typing import TextIO
 
 from fleet import config
 from fleet import messages as m
+from fleet.bounds import RANKS_AT_MOST
 from fleet.cli.local import Transport, local_cluster
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import check_module, check_script, preload_for
@@ -27,7 +28,6 @@ from fleet.errors import ConfigError, UsageError
 from fleet.versions import versions
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
-WORKERS_AT_MOST = 4096
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Options:
 
 def run_job(words: Words, options: Options) -> int:
     """Runs the job, and returns the exit code of the command. Raises ConfigError, UsageError before anything starts."""
-    if not 1 <= options.workers <= WORKERS_AT_MOST:
-        raise UsageError(f"--workers is {options.workers}: a job needs from 1 to {WORKERS_AT_MOST} ranks")
+    if not 1 <= options.workers <= RANKS_AT_MOST:
+        raise UsageError(f"--workers is {options.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
     if options.timeout_s <= 0:
         raise UsageError(f"--timeout is {options.timeout_s:g}: it must be a number of seconds above 0")
     imports = check_target(words)

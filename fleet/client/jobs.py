@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from fleet import messages as m
+from fleet.bounds import is_id, is_worker_id
 from fleet.bus.context import Bus
 from fleet.bus.control import Dealer, Link
 from fleet.bus.poller import Poller
@@ -85,7 +86,7 @@ class Conversation:
 
     def job(self, prefix: str) -> m.JobInfo:
         """The one job whose id begins so. Raises UsageError where there is none, or several."""
-        found = self.find(prefix, limit=3) if prefix else m.Jobs(())
+        found = self.find(prefix, limit=3) if is_id(prefix) else m.Jobs(())
         exact = [job for job in found.jobs if job.job_id == prefix]
         if not found.jobs:
             raise UsageError(f"there is no job {prefix!r} in this cluster; `fleet jobs` lists them")
@@ -132,6 +133,8 @@ class Conversation:
 
     def drain(self, worker_id: str, within_s: float, undo: bool) -> tuple[str, ...]:
         """The jobs that run there. Raises UsageError where there is no such worker."""
+        if not is_worker_id(worker_id):
+            raise UsageError(f"there is no worker {worker_id!r} in this cluster; `fleet workers` lists them")
         found: list[m.Drained] = []
 
         def take(message: m.Message) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from time import monotonic
 
 from fleet import messages as m
+from fleet.bounds import is_id
 from fleet.client.ask import Deadline, answers
 from fleet.client.target import Target
 from fleet.errors import ConfigError, UsageError
@@ -18,6 +19,8 @@ def ask(target: Target, job_id: str, versions: m.Versions) -> tuple[list[m.Answe
 
     Raises ConfigError where no orchestrator answers, UsageError where there is no such job.
     """
+    if job_id and not is_id(job_id):
+        raise UsageError(f"there is no job {job_id!r} in this cluster; `fleet jobs` lists them")
     found: dict[int, m.Answer] = {}
     expected: int | None = None
     deadline = Deadline(target.timeout_s)

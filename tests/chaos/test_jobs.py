@@ -153,7 +153,7 @@ WRONG = (
     (("drain", "w", "--within", "-1"), "--within is -1"),
     (("submit", "nothere.py"), "there is no script nothere.py"),
     (("submit",), "say what to run: fleet submit --workers 8 train.py"),
-    (("submit", "--workers", "0", "--", "true"), "a job needs at least one rank"),
+    (("submit", "--workers", "0", "--", "true"), "a job needs from 1 to"),
     (("submit", "--policy", "random", "--", "true"), "there is no policy 'random'"),
     (("submit", "--priority", "9999", "--", "true"), "--priority is 9999"),
     (("sweep", "--", "true"), "a sweep needs a grid"),

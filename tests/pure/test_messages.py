@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import tracemalloc
 
 import msgpack
+import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -101,11 +103,12 @@ EXAMPLES: list[Message] = [
     m.Why("job"),
     m.Because("job", "", 4),
     # Defaults and emptiness are values too.
-    m.WorkerHello("", "", "", 0, m.Versions("", "")),
-    m.Submit("", 0, m.Spec("module", "")),
-    m.Ended("", "", -1),
-    m.Part("", 0, b""),
-    m.Formed("", 0, m.World(0, ())),
+    m.WorkerHello("w", "1", "", 1, m.Versions("", "")),
+    m.Submit("j", 1, m.Spec("module", "")),
+    m.Ended("j", "", -1),
+    m.Part("ab" * 32, 0, b""),
+    m.Formed("j", 0, m.World(0, ())),
+    m.Unanswered(7, "an error of its own"),
     m.Output("job", 0, 0, "stdout", bytes(m.PART_BYTES)),
 ]
 
@@ -217,13 +220,15 @@ def test_an_empty_frame_is_refused() -> None:
         decode(b"")
 
 
-def test_an_oversize_message_is_refused() -> None:
-    fits = FRAME_LIMIT_BYTES - len(encode(m.Part("", 0, bytes(FRAME_LIMIT_BYTES)))) + FRAME_LIMIT_BYTES
-    message = m.Part("", 0, bytes(fits))
-    assert len(encode(message)) == FRAME_LIMIT_BYTES
-    assert decode(encode(message)) == message
+def test_an_oversize_message_is_refused_where_it_is_made_and_where_it_arrives() -> None:
+    args = tuple("x" * 131_072 for _ in range(63))
+    fits = m.Submit("job", 1, m.Spec("script", "train.py", args))
+    assert decode(encode(fits)) == fits
+    room = FRAME_LIMIT_BYTES - len(encode(fits))
+    with pytest.raises(ProtocolError, match=rf"Submit of \d+ bytes is over the limit of {FRAME_LIMIT_BYTES}"):
+        encode(m.Submit("job", 1, m.Spec("script", "train.py", (*args, "x" * room))))
     with pytest.raises(ProtocolError, match=str(FRAME_LIMIT_BYTES + 1)):
-        decode(encode(m.Part("", 0, bytes(fits + 1))))
+        decode(encode(m.Heartbeat()) + bytes(FRAME_LIMIT_BYTES + 1 - len(encode(m.Heartbeat()))))
 
 
 def test_several_threads_may_decode_their_first_messages_at_once() -> None:
@@ -243,3 +248,79 @@ def test_several_threads_may_decode_their_first_messages_at_once() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+UNPRINTABLE = ["../up", "a/b", "..", "a\0b", "a\n", "\x1b[2J", "a b", "é", "x" * 65]
+HUGE = [2**31 + 1, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "values"),
+    [
+        ("Submit", "job_id", ["", *UNPRINTABLE]),
+        ("Cancel", "job_id", ["", *UNPRINTABLE]),
+        ("Assign", "job_id", ["", *UNPRINTABLE]),
+        ("RankHello", "job_id", ["", *UNPRINTABLE]),
+        ("ListJobs", "job_id", UNPRINTABLE),
+        ("WorkerHello", "worker_id", ["", "a/b", "a\0", "a\n", "a b", "é", "x" * 129]),
+        ("WorkerHello", "incarnation", ["", *UNPRINTABLE]),
+        ("WorkerHello", "slots", [0, -1, 2**14 + 1, *HUGE]),
+        ("WorkerHello", "gpus", [-1, 2**14 + 1, *HUGE]),
+        ("WorkerHello", "running", [[["job", 1]] * (2**14 + 1), [["a/b", 1]], [["job", -1]]]),
+        ("Submit", "world_size", [0, -1, 2**14 + 1, 3_000_000, *HUGE]),
+        ("OutputAck", "rank", [-1, 2**14, *HUGE]),
+        ("OutputAck", "count_bytes", [-1, 2**63]),
+        ("ReadLog", "offset", [2**63, -(2**63), 2**60]),
+        ("ReadLog", "rank", [-1, 2**14, *HUGE]),
+        ("Want", "offset", [-1, 2**60, 2**63]),
+        ("Want", "digest", ["", "zz", "../../etc/passwd", "AB" * 32, "ab" * 32 + "\n"]),
+        ("Part", "data", [bytes(m.PART_BYTES + 1)]),
+        ("Output", "data", [bytes(m.PART_BYTES + 1)]),
+        ("Output", "rank", [-1, 2**14, *HUGE]),
+        ("Join", "address", ["tcp://h:1\n", "tcp://h h:1", "x" * 301]),
+        ("Ended", "cause", [-2, 2**14, *HUGE]),
+        ("Heartbeat", "load", [-1.0, float("nan"), float("inf")]),
+        ("Welcome", "heartbeat_s", [0.0, -1.0, float("nan"), float("inf")]),
+        ("Drain", "within_s", [-1.0, float("nan"), float("inf")]),
+        ("Launch", "master_port", [-1, 65536]),
+    ],
+)
+def test_a_value_out_of_its_bounds_is_refused(name: str, field: str, values: list[object]) -> None:
+    """Each would lead out of a folder, end its receiver, or hold its loop for seconds."""
+    message = next(message for message in EXAMPLES if type(message).__name__ == name)
+    for value in values:
+        fields = msgpack.unpackb(encode(message)[1:]) | {field: value}
+        with pytest.raises(ProtocolError, match=rf"`\$\.{field}"):
+            decode(bytes([PROTOCOL]) + msgpack.packb(fields))
+
+
+def test_every_number_and_every_id_is_bounded() -> None:
+    """A field of a plain `int` or `float`, or an id of a plain `str`, would be the next one to end somebody."""
+    free = {"Ask.group"}  # any number that a communicator has; a key in a dict, and nothing else
+    unbounded = set()
+    for cls in {type(message) for message in EXAMPLES} | {m.RankStatus, m.Member, m.World, m.JobOptions, m.TallyRow}:
+        for field in msgspec.inspect.type_info(cls).fields:  # type: ignore[attr-defined]
+            kind = field.type
+            if isinstance(kind, msgspec.inspect.IntType | msgspec.inspect.FloatType) and (
+                (kind.ge is None and kind.gt is None) or (kind.le is None and kind.lt is None)
+            ):
+                unbounded.add(f"{cls.__name__}.{field.name}")
+            is_name = field.name.endswith("_id") or field.name == "digest"
+            if isinstance(kind, msgspec.inspect.StrType) and is_name and kind.pattern is None:
+                unbounded.add(f"{cls.__name__}.{field.name}")
+    assert unbounded == free
+
+
+@pytest.mark.parametrize("place", [b"\x82\xa4type\xa9Heartbeat\xa4junk", b"\x82\xa4junk"])
+def test_eight_megabytes_of_empty_maps_cost_little(place: bytes) -> None:
+    """They are skipped, and not made into eight million objects: that took seconds and half a gigabyte."""
+    count = FRAME_LIMIT_BYTES - 100
+    data = bytes([PROTOCOL]) + place + b"\xdd" + count.to_bytes(4, "big") + b"\x80" * count
+    data += b"" if b"type" in place else b"\xa4type\xa9Heartbeat"
+    tracemalloc.start()
+    try:
+        assert decode(data) == m.Heartbeat()
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 1 << 20

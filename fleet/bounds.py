@@ -1,0 +1,59 @@
+"""Bounds of what a control message may carry, as types that msgspec checks on arrival. Knows no message.
+
+Every holder of the secret can send any bytes. A value inside these bounds costs its receiver little, is safe as a part of a
+file's name or of a line in a log, and is a number that arithmetic and the disk take.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from msgspec import Meta
+
+RANKS_AT_MOST = 1 << 14  # of a job, and slots of a worker
+ID_CHARS, WORKER_ID_CHARS = 64, 128
+TEXT_CHARS = 1 << 16  # of a reason: longer ones are cut by whoever makes them
+NUMBER_AT_MOST = (1 << 63) - 1  # of what the disk and file offsets take
+ONE_A_RANK = Meta(max_length=RANKS_AT_MOST)  # of a tuple
+
+JobId = Annotated[str, Meta(pattern=rf"^[A-Za-z0-9_-]{{1,{ID_CHARS}}}\Z")]
+JobPrefix = Annotated[str, Meta(pattern=rf"^[A-Za-z0-9_-]{{0,{ID_CHARS}}}\Z")]  # empty: any job, or no sweep
+Incarnation = JobId
+WorkerId = Annotated[str, Meta(pattern=rf"^[A-Za-z0-9_.:@+-]{{1,{WORKER_ID_CHARS}}}\Z")]
+Host = Annotated[str, Meta(pattern=r"^[!-~]{0,255}\Z")]  # empty: not known, or the bound endpoint itself
+Endpoint = Annotated[str, Meta(pattern=r"^[!-~]{0,300}\Z")]
+Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+DigestOrNone = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
+Word = Annotated[str, Meta(max_length=256)]
+Text = Annotated[str, Meta(max_length=TEXT_CHARS)]
+
+WorldSize = Annotated[int, Meta(ge=1, le=RANKS_AT_MOST)]
+Rank = Annotated[int, Meta(ge=0, lt=RANKS_AT_MOST)]
+RankOrNone = Annotated[int, Meta(ge=-1, lt=RANKS_AT_MOST)]  # -1: none, or a client
+SlotCount = Annotated[int, Meta(ge=1, le=RANKS_AT_MOST)]
+Count = Annotated[int, Meta(ge=0, le=RANKS_AT_MOST)]
+Number = Annotated[int, Meta(ge=0, le=NUMBER_AT_MOST)]
+NumberOrNone = Annotated[int, Meta(ge=-1, le=NUMBER_AT_MOST)]
+Attempt = Annotated[int, Meta(ge=0, le=1 << 31)]
+Ranks = Annotated[tuple[Rank, ...], ONE_A_RANK]
+Hosts = Annotated[tuple[Host, ...], ONE_A_RANK]
+WorkerIds = Annotated[tuple[WorkerId, ...], ONE_A_RANK]
+JobIds = Annotated[tuple[JobId, ...], ONE_A_RANK]
+Pid = Annotated[int, Meta(ge=0, le=1 << 31)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Size = Annotated[int, Meta(ge=0, le=1 << 50)]  # in bytes
+Offset = Annotated[int, Meta(ge=-(1 << 50), le=1 << 50)]  # in bytes; negative: from the end
+Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]  # no infinity, and no NaN
+
+_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{ID_CHARS}}}\Z")
+_WORKER_ID = re.compile(rf"[A-Za-z0-9_.:@+-]{{1,{WORKER_ID_CHARS}}}\Z")
+
+
+def is_id(text: str) -> bool:
+    """Whether the text may be the id of a job or of a sweep."""
+    return _ID.match(text) is not None
+
+
+def is_worker_id(text: str) -> bool:
+    return _WORKER_ID.match(text) is not None
