@@ -20,6 +20,7 @@ ONE_A_RANK = Meta(max_length=RANKS_AT_MOST)  # of a tuple
 JobId = Annotated[str, Meta(pattern=rf"^[A-Za-z0-9_-]{{1,{ID_CHARS}}}\Z")]
 JobPrefix = Annotated[str, Meta(pattern=rf"^[A-Za-z0-9_-]{{0,{ID_CHARS}}}\Z")]  # empty: any job, or no sweep
 Incarnation = JobId
+IdOrNone = JobPrefix  # of a cluster or of a storage: safe as the name of a folder
 WorkerId = Annotated[str, Meta(pattern=rf"^[A-Za-z0-9_.:@+-]{{1,{WORKER_ID_CHARS}}}\Z")]
 Host = Annotated[str, Meta(pattern=r"^[!-~]{0,255}\Z")]  # empty: not known, or the bound endpoint itself
 Endpoint = Annotated[str, Meta(pattern=r"^[!-~]{0,300}\Z")]
@@ -44,6 +45,8 @@ Pid = Annotated[int, Meta(ge=0, le=1 << 31)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Size = Annotated[int, Meta(ge=0, le=1 << 50)]  # in bytes
 Offset = Annotated[int, Meta(ge=-(1 << 50), le=1 << 50)]  # in bytes; negative: from the end
+MtimeNs = Annotated[int, Meta(ge=-(1 << 63), le=NUMBER_AT_MOST)]
+Peer = Annotated[bytes, Meta(max_length=255)]  # a connection's name
 Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]  # no infinity, and no NaN
 
 _ID = re.compile(rf"[A-Za-z0-9_-]{{1,{ID_CHARS}}}\Z")

@@ -75,6 +75,7 @@ class Seat:
     master_addr: str
     master_port: int
     gpus: tuple[int, ...] | None = None  # of its machine; None: whatever the agent itself may see
+    output: str = ""  # the folder that its job's files outlive it in; empty: there is none
 
 
 def rank_environment(seat: Seat, threads: int, extra: Mapping[str, str]) -> dict[str, str]:
@@ -108,6 +109,8 @@ def rank_environment(seat: Seat, threads: int, extra: Mapping[str, str]) -> dict
         "TORCHELASTIC_USE_AGENT_STORE": "False",  # rank 0 listens on MASTER_PORT itself
         "PYTHONUNBUFFERED": "1",
     }
+    if seat.output:
+        environment["FLEET_OUTPUT_DIR"] = seat.output
     if seat.gpus is not None:
         mine = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         # Of an agent that may see some only, the numbers count those.
@@ -202,6 +205,19 @@ def state_folder(port: int) -> Path | None:
     if (own := home()) is None:
         raise ConfigError("there is no home folder to keep jobs in: say a folder with --state or FLEET_STATE_DIR")
     return own / ".local" / "state" / "fleet" / str(port)
+
+
+def storage_folder() -> Path:
+    """FLEET_STORAGE_DIR: where a worker keeps what jobs write. Else a folder that all workers of this user here share."""
+    if text := os.environ.get("FLEET_STORAGE_DIR"):
+        return Path(text)
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "fleet" / "output"
+
+
+def storage_is_named() -> bool:
+    """Whether somebody chose the folder: then another one will not do."""
+    return bool(os.environ.get("FLEET_STORAGE_DIR"))
 
 
 def advertised_host() -> str | None:

@@ -19,8 +19,10 @@ from fleet.bounds import (
     Endpoint,
     Host,
     Hosts,
+    IdOrNone,
     Incarnation,
     JobId,
+    JobIds,
     Number,
     NumberOrNone,
     Pid,
@@ -40,16 +42,22 @@ from fleet.bounds import (
 from fleet.errors import OtherProtocol, ProtocolError
 from fleet.group import Member, World
 from fleet.questions import (
+    FILES_AT_ONCE,
     Because,
     Drain,
     Drained,
+    FileInfo,
+    FilePart,
+    Files,
     Jobs,
+    ListFiles,
     ListJobs,
     ListWorkers,
     LogPart,
     Ping,
     Pong,
     Question,
+    ReadFile,
     ReadLog,
     Unanswered,
     Watch,
@@ -98,6 +106,9 @@ class ClientHello(Message, frozen=True):
 class Welcome(Message, frozen=True):
     versions: Versions
     heartbeat_s: Annotated[float, msgspec.Meta(ge=0.01, le=3600.0)]
+    cluster_id: IdOrNone = (
+        ""  # under which a worker keeps what jobs write; empty: of an orchestrator that forgets its jobs
+    )
 
 
 class Refused(Message, frozen=True):
@@ -250,6 +261,29 @@ class Forget(Message, frozen=True):
     attempt: Attempt
 
 
+class Stored(Message, frozen=True):
+    """A worker says whose output folders it has, in parts. Answered by Discard, for jobs that are forgotten."""
+
+    job_ids: JobIds
+
+
+class Discard(Message, frozen=True):
+    """The cluster has forgotten these jobs: the worker removes their output folders."""
+
+    job_ids: JobIds
+
+
+class Left(Message, frozen=True):
+    """What an attempt wrote into its working folder on a worker, and is deleted with that."""
+
+    job_id: JobId
+    attempt: Attempt
+    file_count: Number
+    size_bytes: Size
+    names: Annotated[tuple[Text, ...], msgspec.Meta(max_length=16)] = ()  # at the top, those with the most bytes
+    error: Text = ""  # why some of what was to be kept is lost too
+
+
 class RankExited(Message, frozen=True):
     job_id: JobId
     attempt: Attempt
@@ -358,6 +392,7 @@ _ALL = (
     | LogPart | Drain | Drained | Want | Part | Assign | Assigned | AssignFailed | Launch | Stop
     | Forget | RankExited | Output | OutputAck | RankHello | RankWelcome | Join | Formed | Lost | Ask | Answer | Tally
     | ListWorkers | Workers | Why | Because | Unanswered
+    | Stored | Discard | Left | ListFiles | Files | ReadFile | FilePart
 )  # fmt: skip
 
 
@@ -433,4 +468,5 @@ __all__ += [
     "encode",
     "how",
 ]
+__all__ += ["FILES_AT_ONCE", "FileInfo", "FilePart", "Files", "ListFiles", "ReadFile"]
 __all__ += ["relay_head", "relayed_job"]

@@ -1,4 +1,4 @@
-"""What clients ask about jobs, workers and ranks, and the answers: messages as those in messages.py, which lists them all.
+"""What clients ask about jobs, their files, workers and ranks, and the answers. messages.py lists all messages.
 
 A question has a number that its client gives it, and the answer repeats that: a late answer to an earlier question is not
 taken for the answer to a later one.
@@ -10,10 +10,28 @@ from typing import Annotated
 
 import msgspec
 
-from fleet.bounds import Count, JobId, JobIds, JobPrefix, Number, Offset, Rank, Seconds, Text, Word, WorkerId
+from fleet.bounds import (
+    Count,
+    DigestOrNone,
+    IdOrNone,
+    JobId,
+    JobIds,
+    JobPrefix,
+    MtimeNs,
+    Number,
+    Offset,
+    Peer,
+    Rank,
+    Seconds,
+    Size,
+    Text,
+    Word,
+    WorkerId,
+)
 from fleet.values import JobInfo, Message, WorkerState
 
 LOG_PART_BYTES = 1 << 20  # at most, in one answer
+FILES_AT_ONCE = 1000
 
 
 class Ping(Message, frozen=True):
@@ -110,6 +128,60 @@ class Because(Message, frozen=True):
     error: Text
     rank_count: Count = 0
     question: Number = 0
+
+
+class FileInfo(msgspec.Struct, frozen=True):
+    """A file of a job's output folder."""
+
+    path: Text  # relative to the folder, with slashes
+    size_bytes: Size
+    mtime_ns: MtimeNs
+
+
+class ListFiles(Message, frozen=True):
+    """A client asks one worker what is in a job's output folder, behind the path `after`. Answered by Files."""
+
+    job_id: JobId
+    worker_id: WorkerId
+    question: Number
+    after: Text = ""
+    asker: Peer = b""  # the client's connection; the orchestrator fills it in
+
+
+class Files(Message, frozen=True):
+    job_id: JobId
+    worker_id: WorkerId
+    question: Number
+    files: Annotated[tuple[FileInfo, ...], msgspec.Meta(max_length=FILES_AT_ONCE)] = ()  # in the order of their paths
+    more: bool = False  # there are others behind the last one
+    storage_id: IdOrNone = ""  # workers with the same one share the folder
+    asker: Peer = b""
+    error: Text = ""
+
+
+class ReadFile(Message, frozen=True):
+    """A client asks for a part of a file in a job's output folder. Answered by FilePart."""
+
+    job_id: JobId
+    worker_id: WorkerId
+    question: Number
+    path: Text
+    offset: Size
+    asker: Peer = b""
+
+
+class FilePart(Message, frozen=True):
+    """At the end of the file `data` is empty, and `digest` is the sha256 of the whole."""
+
+    job_id: JobId
+    worker_id: WorkerId
+    question: Number
+    path: Text
+    offset: Size
+    data: bytes = b""
+    digest: DigestOrNone = ""
+    error: Text = ""
+    asker: Peer = b""
 
 
 class Unanswered(Message, frozen=True):

@@ -53,6 +53,9 @@ class Spec(msgspec.Struct, frozen=True):
     digest: DigestOrNone = ""  # of the bundle; empty: no bundle, `directory` exists on every worker
     bundle_bytes: Size = 0
     environment: Annotated[dict[str, str], msgspec.Meta(max_length=1 << 14)] = {}
+    keep: Annotated[
+        tuple[Text, ...], msgspec.Meta(max_length=1000)
+    ] = ()  # of what it writes into its working folder: output
 
 
 PRIORITY_AT_MOST = 1000  # and at least minus that
@@ -91,6 +94,8 @@ class JobInfo(msgspec.Struct, frozen=True):
     reason: str  # why it ended, if not by itself
     history: tuple[str, ...] = ()  # how earlier attempts ended
     exit_codes: tuple[int, ...] = ()  # by rank, of those that have ended; minus the number of a signal
+    held_by: tuple[str, ...] = ()  # workers that any attempt had ranks on, and so may hold some of its output
+    left: tuple[str, ...] = ()  # what was deleted with its working folders, in words
 
 
 class RankStatus(msgspec.Struct, frozen=True):
@@ -120,6 +125,14 @@ def cumulative(limits: Sequence[float], counts: Sequence[int]) -> list[tuple[str
         total += count
         found.append((limit, float(total)))
     return found
+
+
+def amount_of(size_bytes: int) -> str:
+    """A number of bytes for a person, in units of a thousand: `12 bytes`, `3.4 kB`, `1.2 GB`."""
+    amount, units = float(size_bytes), ["bytes", "kB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount, units = amount / 1000, units[1:]
+    return f"{amount:.0f} bytes" if units[0] == "bytes" else f"{amount:.1f} {units[0]}"
 
 
 CollectivePath = Literal["alone", "shared", "sockets", "hierarchical"]

@@ -13,7 +13,10 @@ from fleet.cli.job_commands import (
     WITH_SCRIPT,
     Gpus,
     Insecure,
+    Keep,
+    MaxOutput,
     MaxRestarts,
+    OutputFolder,
     Policy,
     Priority,
     SecretFile,
@@ -64,6 +67,9 @@ def run_command(
     max_restarts: MaxRestarts = 3,
     slots: Slots = 1,
     gpus: Gpus = 0,
+    output: OutputFolder = None,
+    max_output: MaxOutput = 1024,
+    keep: Keep = None,
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -72,6 +78,7 @@ def run_command(
     Options after the script's name are the script's. Only --workers may stand there too: fleet run train.py --lr 0.1 --workers 8.
     What comes after -- is the script's in any case.
     """
+    from fleet.cli.output import output_limit
     from fleet.cli.run import Options, bundle_limit, run_job
 
     if transport not in ("tcp", "ipc"):
@@ -86,6 +93,9 @@ def run_command(
         secret_file=secret_file,
         insecure=insecure,
         job=job_options("", "", priority, policy, max_restarts, slots, gpus),
+        output=output,
+        max_output_bytes=output_limit(max_output),
+        keep=tuple(keep or ()),
     )
     raise typer.Exit(run_job(words_of[0], options))
 
@@ -123,6 +133,10 @@ def worker_command(
     gpus: Annotated[int, typer.Option(help="GPUs for jobs that ask for some.")] = 0,
     orchestrator: Annotated[str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR.")] = None,
     drain: Annotated[float | None, typer.Option(help="Seconds that jobs have to end after SIGTERM.")] = None,
+    storage: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps what jobs write; else FLEET_STORAGE_DIR.", show_default="yours"),
+    ] = None,
     metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = None,
     secret_file: SecretFile = None,
@@ -133,7 +147,7 @@ def worker_command(
 
     address = orchestrator or config.orchestrator_address() or config.DEFAULT_ORCHESTRATOR
     drain_s = config.drain_s() if drain is None else drain
-    run_worker(address, slots, gpus, secret_file, insecure, _metrics_at(metrics_host, metrics_port), drain_s)
+    run_worker(address, slots, gpus, secret_file, insecure, _metrics_at(metrics_host, metrics_port), drain_s, storage)
 
 
 @app.command("workers")

@@ -26,6 +26,7 @@ from fleet.errors import ConfigError, UsageError
 from fleet.orchestrator.service import Keeping, Service
 from fleet.versions import versions
 from fleet.worker.agent import Agent
+from fleet.worker.output import Storage
 from fleet.worker.state import Settings
 from fleet.worker.zygote import Zygote
 
@@ -77,6 +78,7 @@ def run_worker(
     insecure: bool,
     metrics: MetricsAt,
     drain_s: float,
+    storage: Path | None,
 ) -> None:
     """Serves until a signal ends it. Raises ConfigError, FleetError."""
     _log_to_stderr()
@@ -112,7 +114,8 @@ def run_worker(
             )
             # Who may reach this machine need not read what runs on it: others than this machine only where that is said.
             metrics_at = None if metrics is None else (metrics[0] or "127.0.0.1", metrics[1])
-            agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", threads, metrics_at)
+            kept = _storage(storage, runtime)
+            agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", threads, kept, metrics_at)
             _on_signals(lambda number: agent.stop(drain=number == signal.SIGTERM))
             register(runtime, "worker", settings.control)
             log.info("worker %s starts: %d slots, ranks reachable at %s", settings.worker_id, slots, advertise)
@@ -121,6 +124,26 @@ def run_worker(
         finally:
             zygote.close()
     log.info("worker ended")
+
+
+def _storage(given: Path | None, runtime: Path) -> Storage:
+    """What jobs write is kept there. Raises ConfigError where a folder that somebody named cannot be used."""
+    folder = given or config.storage_folder()
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        storage = Storage(folder)
+        log.info("keeps what jobs write in %s, storage %s", folder, storage.storage_id)
+        return storage
+    except OSError as error:
+        if given is not None or config.storage_is_named():
+            raise ConfigError(f"what jobs write cannot be kept in {folder} (--storage): {error.strerror}") from None
+        log.warning(
+            "what jobs write is kept only as long as this worker runs, since %s cannot be used (%s): --storage names a folder",
+            folder,
+            error.strerror,
+        )
+    (runtime / "output").mkdir()
+    return Storage(runtime / "output")
 
 
 def _own_address(host: str, port: int) -> str | None:

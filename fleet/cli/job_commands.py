@@ -34,6 +34,18 @@ Gpus = Annotated[int, typer.Option(help="GPUs that each rank takes.")]
 MaxBundle = Annotated[int, typer.Option(help="Largest folder to send to a cluster, in MB.")]
 
 WITH_SCRIPT = "[OPTIONS] SCRIPT [ARGS]..."  # in the line that says how a command is used
+OutputFolder = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Folder for what the job writes.", show_default="./fleet-output/JOB"),
+]
+MaxOutput = Annotated[int, typer.Option(help="How much of that is brought from a cluster at most, in MB.")]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="On a cluster: files in the working folder that are output too, as in .gitignore; may be given again."
+    ),
+]
+
 words_of: list[Words] = []  # of this command line, split before typer sees it
 
 
@@ -69,6 +81,7 @@ def submit_command(
     slots: Slots = 1,
     gpus: Gpus = 0,
     max_bundle: MaxBundle = 64,
+    keep: Keep = None,
     as_json: AsJson = False,
     timeout: Timeout = 60.0,
     orchestrator: Orchestrator = None,
@@ -85,7 +98,9 @@ def submit_command(
 
     options = job_options(name, "", priority, policy, max_restarts, slots, gpus)
     target = _cluster(orchestrator, secret_file, insecure, timeout)
-    job_id = submit(target, versions(), words_of[0], Submission(workers, options, bundle_limit(max_bundle)))
+    job_id = submit(
+        target, versions(), words_of[0], Submission(workers, options, bundle_limit(max_bundle), tuple(keep or ()))
+    )
     typer.echo(f'{{"job_id": "{job_id}"}}' if as_json else job_id)
 
 
@@ -101,6 +116,7 @@ def sweep_command(
     slots: Slots = 1,
     gpus: Gpus = 0,
     max_bundle: MaxBundle = 64,
+    keep: Keep = None,
     as_json: AsJson = False,
     timeout: Timeout = 60.0,
     orchestrator: Orchestrator = None,
@@ -122,7 +138,7 @@ def sweep_command(
     found = points(grid or [])
     options = job_options("", name, priority, policy, max_restarts, slots, gpus)
     target = _cluster(orchestrator, secret_file, insecure, timeout)
-    submission = Submission(workers, options, bundle_limit(max_bundle))
+    submission = Submission(workers, options, bundle_limit(max_bundle), tuple(keep or ()))
     raise typer.Exit(sweep(target, versions(), words_of[0], submission, found, detach, as_json))
 
 
@@ -175,6 +191,28 @@ def logs_command(
     from fleet.versions import versions
 
     logs(_cluster(orchestrator, secret_file, insecure, timeout), versions(), job, rank, follow)
+
+
+@job_commands.command("fetch")
+def fetch_command(
+    job: Job,
+    patterns: Annotated[list[str] | None, typer.Argument(help="Only these files or folders, as in a shell.")] = None,
+    output: OutputFolder = None,
+    max_output: MaxOutput = 1024,
+    only_list: Annotated[bool, typer.Option("--list", help="Only show what there is.")] = False,
+    as_json: AsJson = False,
+    timeout: Timeout = 10.0,
+    orchestrator: Orchestrator = None,
+    secret_file: SecretFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Bring what a job wrote to FLEET_OUTPUT_DIR, from every worker that has a part of it. Overwrites nothing."""
+    from fleet.cli.output import fetch, output_limit
+    from fleet.versions import versions
+
+    target = _cluster(orchestrator, secret_file, insecure, timeout)
+    limit = output_limit(max_output)
+    raise typer.Exit(fetch(target, versions(), job, patterns or (), output, limit, only_list, as_json))
 
 
 @job_commands.command("cancel")

@@ -38,6 +38,7 @@ class Submission:
     workers: int
     options: m.JobOptions
     max_bundle_bytes: int
+    keep: tuple[str, ...] = ()
 
 
 def submit(target: Target, versions: m.Versions, words: Words, submission: Submission) -> str:
@@ -54,7 +55,7 @@ def submit_each(
         raise UsageError(f"--workers is {submission.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
     check_target(words)
     with runtime_folder() as runtime, Conversation(target, versions) as conversation:
-        spec, bundle = spec_of_bundle(words, runtime, submission.max_bundle_bytes)
+        spec, bundle = spec_of_bundle(words, runtime, submission.max_bundle_bytes, submission.keep)
         submits = [
             m.Submit(
                 uuid.uuid4().hex[:12],
@@ -106,6 +107,7 @@ def described(job: m.JobInfo) -> str:
         ("sweep", o.group),
         ("workers", ", ".join(f"{rank} on {worker}" for rank, worker in enumerate(job.workers))),
         ("exit codes", ", ".join(map(str, job.exit_codes))),
+        *(("deleted", sentence) for sentence in job.left),
         *(("before", line) for line in job.history),
     ]
     return "\n".join(f"{name + ':':<12} {shown(text)}" for name, text in lines if text)

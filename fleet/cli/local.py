@@ -16,6 +16,7 @@ from fleet.client.target import Target
 from fleet.orchestrator.service import Service
 from fleet.versions import versions
 from fleet.worker.agent import Agent
+from fleet.worker.output import Storage
 from fleet.worker.state import Settings
 from fleet.worker.zygote import Zygote
 
@@ -25,7 +26,7 @@ HOST = "127.0.0.1"
 
 @contextmanager
 def local_cluster(
-    runtime: Path, slots: int, transport: Transport, preload: tuple[str, ...], gpus: int = 0
+    runtime: Path, slots: int, transport: Transport, preload: tuple[str, ...], storage: Storage, gpus: int = 0
 ) -> Iterator[Target]:
     """Ready when entered; all of it has ended when left. Control goes over sockets in the private runtime folder."""
     # It tells the client what matters; that its one worker leaves at the end is no news.
@@ -53,7 +54,7 @@ def local_cluster(
         )
         (runtime / "orchestrator-bundles").mkdir()
         service = Service(endpoint, Lock(), versions(), runtime / "orchestrator-bundles", "least-loaded")
-        agent = Agent(settings, zygote, endpoint, Lock(), runtime / "worker", threads)
+        agent = Agent(settings, zygote, endpoint, Lock(), runtime / "worker", threads, storage)
         with _thread("fleet-orchestrator", service.run, service.stop), _thread("fleet-agent", agent.run, agent.stop):
             yield Target("this machine", endpoint, Lock(), timeout_s=60.0, local=True)
     finally:

@@ -7,6 +7,7 @@ import sys
 
 from fleet.cli.local import local_cluster
 from fleet.cli.runtime import runtime_folder
+from fleet.worker.output import Storage
 
 
 def serve(slots: int, gpus: int, preload: str) -> None:
@@ -14,6 +15,9 @@ def serve(slots: int, gpus: int, preload: str) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # of a terminal: its parent decides
     names = tuple(name for name in preload.split(",") if name)
-    with runtime_folder() as runtime, local_cluster(runtime, slots, "tcp", names, gpus) as target:
+    with (
+        runtime_folder() as runtime,
+        local_cluster(runtime, slots, "tcp", names, Storage(runtime / "output"), gpus) as target,
+    ):
         print(target.endpoint, flush=True)
         sys.stdin.buffer.read()

@@ -11,10 +11,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+import msgspec
+
 from fleet import config
 from fleet import messages as m
 from fleet.bounds import RANKS_AT_MOST
 from fleet.cli.local import Transport, local_cluster
+from fleet.cli.output import bring, end_local, local_storage
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import check_module, check_script, preload_for
 from fleet.cli.slurm import serve, step_cluster
@@ -22,7 +25,7 @@ from fleet.cli.words import Words
 from fleet.client.bundle import pack
 from fleet.client.printer import Printer
 from fleet.client.report import INTERRUPTED, exit_code, report
-from fleet.client.run import Run
+from fleet.client.run import Run, say
 from fleet.client.target import cluster_target
 from fleet.errors import ConfigError, UsageError
 from fleet.versions import versions
@@ -43,6 +46,9 @@ class Options:
     secret_file: Path | None
     insecure: bool
     job: m.JobOptions
+    output: Path | None  # None: ./fleet-output/JOB
+    max_output_bytes: int
+    keep: tuple[str, ...]
 
 
 def run_job(words: Words, options: Options) -> int:
@@ -60,7 +66,9 @@ def run_job(words: Words, options: Options) -> int:
             )
         if task.rank > 0:
             # Of a cluster that is there already, task 0 alone is the client.
-            return serve(task, _preload(imports), options.timeout_s) if options.orchestrator is None else 0
+            if options.orchestrator is not None:
+                return 0
+            return serve(task, _preload(imports), options.timeout_s, local_storage(options.output))
     try:
         printer = Printer(options.workers, sys.stdout, sys.stderr, _coloured, options.log_dir)
     except OSError as error:
@@ -68,18 +76,20 @@ def run_job(words: Words, options: Options) -> int:
     with ExitStack() as stack:
         runtime = stack.enter_context(runtime_folder())
         interruption = stack.enter_context(_interruptions())
+        storage = None
         if options.orchestrator is None:
+            storage = local_storage(options.output)
             if task is None:
-                local = local_cluster(runtime, options.workers, options.transport, _preload(imports))
+                local = local_cluster(runtime, options.workers, options.transport, _preload(imports), storage)
             else:
                 local = step_cluster(
-                    task, runtime, _preload(imports), options.timeout_s, lambda: interruption.early_count > 0
+                    task, runtime, _preload(imports), options.timeout_s, lambda: interruption.early_count > 0, storage
                 )
             target = stack.enter_context(local)
             spec, bundle = _spec(words, str(Path.cwd())), None
         else:
             target = cluster_target(options.orchestrator, options.secret_file, options.insecure, options.timeout_s)
-            spec, bundle = spec_of_bundle(words, runtime, options.max_bundle_bytes)
+            spec, bundle = spec_of_bundle(words, runtime, options.max_bundle_bytes, options.keep)
         run = Run(target, spec, options.workers, options.job, bundle, printer)
         interruption.run = run
         for _ in range(interruption.early_count):
@@ -88,12 +98,17 @@ def run_job(words: Words, options: Options) -> int:
             ended = run.run(versions())
         except BrokenPipeError:
             return BROKEN_PIPE  # whoever read our output has gone; leaving ends the job
+        if storage is not None:
+            end_local(storage, run.job_id)
         if run.cancelled:
+            if storage is None:
+                say(f"what it wrote to FLEET_OUTPUT_DIR stays on its workers: `fleet fetch {run.job_id}` brings it")
             return INTERRUPTED if interruption.number == signal.SIGINT else 128 + interruption.number
         text = report(ended, options.workers)
         if text:
             print(text, file=sys.stderr, flush=True)
-        return exit_code(ended)
+        came = storage is not None or bring(target, versions(), run.job_id, options.output, options.max_output_bytes)
+        return exit_code(ended) or (0 if came else 1)
 
 
 def _preload(imports: set[str]) -> tuple[str, ...]:
@@ -112,13 +127,14 @@ def _spec(words: Words, directory: str, target: str = "", digest: str = "", bund
     return m.Spec(words.kind, target or words.target, tuple(words.args), directory, digest, bundle_bytes)
 
 
-def spec_of_bundle(words: Words, runtime: Path, limit_bytes: int) -> tuple[m.Spec, Path]:
+def spec_of_bundle(words: Words, runtime: Path, limit_bytes: int, keep: tuple[str, ...] = ()) -> tuple[m.Spec, Path]:
     """The folder of the script (of a module or command: the current one) as it will travel to the workers."""
     script = Path(words.target).resolve()
     folder = script.parent if words.kind == "script" else Path.cwd()
     bundle = pack(folder, runtime, limit_bytes)
     name = script.name if words.kind == "script" else words.target
-    return _spec(words, "", name, bundle.digest, bundle.size_bytes), bundle.path
+    spec = _spec(words, "", name, bundle.digest, bundle.size_bytes)
+    return msgspec.structs.replace(spec, keep=keep), bundle.path
 
 
 @dataclass

@@ -34,6 +34,7 @@ from fleet.errors import ConfigError, rank_set
 from fleet.orchestrator.service import Service
 from fleet.versions import versions
 from fleet.worker.agent import Agent
+from fleet.worker.output import Storage
 from fleet.worker.state import Settings
 from fleet.worker.zygote import Zygote
 
@@ -45,7 +46,12 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def step_cluster(
-    task: config.SlurmTask, runtime: Path, preload: tuple[str, ...], timeout_s: float, interrupted: Callable[[], bool]
+    task: config.SlurmTask,
+    runtime: Path,
+    preload: tuple[str, ...],
+    timeout_s: float,
+    interrupted: Callable[[], bool],
+    storage: Storage,
 ) -> Iterator[Target]:
     """Task 0's side. When entered all tasks are there, or it was interrupted; all of it has ended when left.
 
@@ -61,7 +67,7 @@ def step_cluster(
         bind = endpoint("127.0.0.1" if task.node_count == 1 else "*", task.port if given else 0)
         service = Service(bind, lock, versions(), bundles, "by-name")
         host, port = own_address(task), int(service.endpoint.rpartition(":")[2])
-        agent = _agent(task, runtime, zygote, host, port, lock, timeout_s)
+        agent = _agent(task, runtime, zygote, host, port, lock, timeout_s, storage)
         target = Target("this step", endpoint(host, port), lock, timeout_s, local=True)
         with _thread(service.run, service.stop), _thread(agent.run, agent.stop):
             with _meeting_file(task, None if given else f"{host} {port} {lock.secret}"):
@@ -69,7 +75,7 @@ def step_cluster(
             yield target
 
 
-def serve(task: config.SlurmTask, preload: tuple[str, ...], timeout_s: float) -> int:
+def serve(task: config.SlurmTask, preload: tuple[str, ...], timeout_s: float, storage: Storage) -> int:
     """The side of any other task: a worker that lasts as long as task 0. Raises ConfigError where that does not show up."""
     told: list[int] = []
     agents: list[Agent] = []
@@ -86,7 +92,7 @@ def serve(task: config.SlurmTask, preload: tuple[str, ...], timeout_s: float) ->
     with runtime_folder() as runtime, _zygote(task, runtime, preload) as zygote:
         met = _meet(task, timeout_s, lambda: bool(told))
         if met is not None:
-            agents.append(_agent(task, runtime, zygote, *met, timeout_s))
+            agents.append(_agent(task, runtime, zygote, *met, timeout_s, storage))
             if not told:
                 agents[0].run()
     return 0  # how the job ended is task 0's to say
@@ -103,7 +109,14 @@ def own_address(task: config.SlurmTask) -> str:
 
 
 def _agent(
-    task: config.SlurmTask, runtime: Path, zygote: Zygote, host: str, port: int, lock: Lock, timeout_s: float
+    task: config.SlurmTask,
+    runtime: Path,
+    zygote: Zygote,
+    host: str,
+    port: int,
+    lock: Lock,
+    timeout_s: float,
+    storage: Storage,
 ) -> Agent:
     here = own_address(task)
     settings = Settings(
@@ -120,7 +133,7 @@ def _agent(
         local=(task.local_rank, task.local_count),
         join_within_s=timeout_s,
     )
-    agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", task.cores)
+    agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", task.cores, storage)
 
     def forward(number: int, _: object) -> None:
         with suppress(OSError):  # it has ended

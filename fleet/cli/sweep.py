@@ -35,6 +35,7 @@ def sweep(
         submission.workers,
         msgspec.structs.replace(submission.options, group=group),
         submission.max_bundle_bytes,
+        submission.keep,
     )
     job_ids = submit_each(target, versions, words, submission, [[*words.args, *arguments(point)] for point in found])
     by_job = dict(zip(job_ids, found, strict=True))

@@ -29,6 +29,7 @@ ALWAYS_LEFT_OUT = frozenset(
         ".ruff_cache",
         ".venv",
         "__pycache__",
+        "fleet-output",
         "node_modules",
         "venv",
     }

@@ -23,6 +23,7 @@ from fleet.client.target import Target
 from fleet.errors import ConfigError, FleetError, ProtocolError, UsageError
 
 SUBMITS_UNDER_WAY = 256
+WORKER_ANSWERS_WITHIN_S = 30.0  # with a page of a listing, or with a few parts of a file
 
 
 class Conversation:
@@ -145,6 +146,22 @@ class Conversation:
         if found[0].error:
             raise UsageError(found[0].error)
         return found[0].jobs
+
+    def ask_workers(self, asked: Sequence[m.ListFiles | m.ReadFile]) -> list[m.Files | m.FilePart]:
+        """What workers say of a job's output, in the order of the questions, whose numbers differ. Raises FleetError."""
+        answers: dict[int, m.Files | m.FilePart] = {}
+        missing = {question.question: question for question in asked}
+
+        def take(message: m.Message) -> bool:
+            if isinstance(message, m.Files | m.FilePart) and missing.pop(message.question, None) is not None:
+                answers[message.question] = message
+            return not missing
+
+        self._until(lambda: list(missing.values()), take, monotonic() + WORKER_ANSWERS_WITHIN_S)
+        if missing:
+            worker_id = next(iter(missing.values())).worker_id
+            raise FleetError(f"worker {worker_id} did not answer within {WORKER_ANSWERS_WITHIN_S:g} s")
+        return [answers[question.question] for question in asked]
 
     def pause(self, seconds: float) -> None:
         """Lets time pass, and takes what comes."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from fleet import messages as m
 from fleet.orchestrator.gangs import CANCELLED, RELEASED, Gangs
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.placement import POLICIES
 from fleet.orchestrator.state import DropUpload, FetchBundle, SaveDrained, ServeLog, StorePart, Worker
 from fleet.orchestrator.uploads import Uploads
+from fleet.values import amount_of
 
+LEFT_AT_MOST = 64  # sentences about what one job's workers and attempts left behind
 EVERYTHING_BYTES = 1 << 40
 JOBS_TOLD_AT_MOST = 5000  # in one answer, which is one frame
 
@@ -48,6 +52,8 @@ class Clients(Gangs):
             self._drain(peer, message)
         elif isinstance(message, m.Why):
             self._why(peer, message.job_id)
+        elif isinstance(message, m.ListFiles | m.ReadFile):
+            self._ask_for_output(peer, message)
 
     # A job's beginning and end
 
@@ -230,6 +236,38 @@ class Clients(Gangs):
         self._send(peer, m.Because(job_id, "", job.world_size))
         self._tell_workers(job, m.Ask(job.job_id, job.attempt, -1, 0, records=True))
 
+    # What jobs wrote
+
+    def _ask_for_output(self, peer: bytes, ask: m.ListFiles | m.ReadFile) -> None:
+        """A worker answers, through this orchestrator: see _tell_of_output."""
+        job, worker = self.jobs.get(ask.job_id), self.workers.get(ask.worker_id)
+        if job is None:
+            error = f"job {ask.job_id} is unknown here"
+        elif ask.worker_id not in job.held_by:
+            error = f"job {ask.job_id} had no rank on worker {ask.worker_id}"
+        elif worker is None or worker.lost_since is not None:
+            error = f"worker {ask.worker_id} is not connected"
+        else:
+            self._send(worker.peer, msgspec.structs.replace(ask, asker=peer))
+            return
+        if isinstance(ask, m.ListFiles):
+            self._send(peer, m.Files(ask.job_id, ask.worker_id, ask.question, error=error))
+        else:
+            part = m.FilePart(ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset, error=error)
+            self._send(peer, part)
+
+    def _tell_of_output(self, worker: Worker, message: m.Files | m.FilePart | m.Stored | m.Left) -> None:
+        if isinstance(message, m.Stored):
+            if forgotten := tuple(job_id for job_id in message.job_ids if job_id not in self.jobs):
+                self._send(worker.peer, m.Discard(forgotten))
+        elif isinstance(message, m.Left):
+            job = self.jobs.get(message.job_id)
+            if job is not None and worker.worker_id in job.held_by and len(job.left) < LEFT_AT_MOST:
+                job.left += (left_behind(message, worker.worker_id),)
+                self._save(job)
+        elif message.asker in self.clients:
+            self._send(message.asker, msgspec.structs.replace(message, asker=b""))
+
     # Workers
 
     def _state_of(self, worker: Worker) -> m.WorkerState:
@@ -285,3 +323,11 @@ class Clients(Gangs):
         """In the order of submission; those that are on workers."""
         found = (self.jobs[job_id] for job_id in self.seated.get(worker_id, ()))
         return sorted((job for job in found if job.state in ON_WORKERS), key=lambda job: job.number)
+
+
+def left_behind(left: m.Left, worker_id: str) -> str:
+    """What is lost with a working folder, in words for a person."""
+    lost = f"{left.file_count} file{'s' if left.file_count != 1 else ''} ({amount_of(left.size_bytes)})"
+    where = f": {', '.join(left.names)}" if left.names else ""
+    text = f"{lost} in its working folder on worker {worker_id}{where}" if left.file_count else ""
+    return "; ".join(part for part in (text, left.error and f"on worker {worker_id}, {left.error}") if part)

@@ -162,7 +162,7 @@ class Core(Clients):
         self.heard.move_to_end(worker_id)
         worker.leaving, worker.drained = hello.leaving, worker_id in self.drained
         self._open_or_close(worker)
-        self._send(peer, m.Welcome(self.versions, HEARTBEAT_S))
+        self._send(peer, m.Welcome(self.versions, HEARTBEAT_S, self.cluster_id))
         for job_id, attempt in hello.running:
             held = self.jobs.get(job_id)
             if held is None or held.attempt != attempt or worker_id not in held.seats:
@@ -293,6 +293,8 @@ class Core(Clients):
             self._retire(worker)
         elif isinstance(message, m.Goodbye):
             self._evict(worker, "left")
+        elif isinstance(message, m.Files | m.FilePart | m.Stored | m.Left):
+            self._tell_of_output(worker, message)
         elif isinstance(
             message, m.HandBack | m.Assigned | m.AssignFailed | m.RankExited | m.Output | m.Join | m.Ask | m.Answer
         ):

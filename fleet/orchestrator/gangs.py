@@ -30,6 +30,7 @@ class Gangs:
     versions: m.Versions
     policy: str = DEFAULT
     durable: bool = False  # whether jobs are written down: then a new one counts once it has been
+    cluster_id: str = ""  # see Welcome
     epoch: float = 0.0  # what the wall clock said at the monotonic clock's 0
     keep_jobs: int = KEEP_JOBS
     keep_s: float = KEEP_S
@@ -86,6 +87,8 @@ class Gangs:
             return None if held else False
         job.move(JobState.ASSIGNED)
         job.seats = seats
+        if job.spec.kind != "tasks":
+            job.held_by = tuple(dict.fromkeys((*job.held_by, *seats)))
         job.hosts = tuple(self.workers[seat].hello.host for seat in seats)
         for worker_id in job.workers:
             self.seated.setdefault(worker_id, set()).add(job_id)
@@ -319,6 +322,8 @@ class Gangs:
     def _forget(self, job: Job) -> None:
         del self.jobs[job.job_id]
         self._effects.append(Erase(job.job_id))
+        for worker_id in job.held_by:  # one that is away says later what it has: see Stored
+            self._send_worker(worker_id, m.Discard((job.job_id,)))
 
     def _release_bundle(self, job: Job) -> None:
         if digest := job.spec.digest:

@@ -140,10 +140,11 @@ class Service:
         core.durable, core.keep_jobs, core.keep_s = True, keeping.keep_jobs, keeping.keep_s
         store = Store(keeping.folder)
         try:
+            core.cluster_id = store.cluster_id()
             core.recall([recalled(record, core.epoch) for record in store.records()], store.drained(), monotonic())
         except BaseException as error:
             store.close()
-            if isinstance(error, ValueError):
+            if isinstance(error, ValueError | OSError):
                 raise ConfigError(f"the jobs in {keeping.folder} cannot be read: {error}") from None
             raise
         if core.jobs:

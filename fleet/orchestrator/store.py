@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +23,7 @@ FILE, LOCK = "jobs.sqlite", "lock"
 MIGRATIONS = (
     "CREATE TABLE jobs (job_id TEXT PRIMARY KEY, number INTEGER NOT NULL, record BLOB NOT NULL) STRICT",
     "CREATE TABLE drained (worker_id TEXT PRIMARY KEY) STRICT",
+    "CREATE TABLE cluster (cluster_id TEXT PRIMARY KEY) STRICT",
 )
 
 
@@ -58,6 +60,18 @@ class Store:
             return self._database.execute(query).fetchall()
         except sqlite3.Error as error:
             raise _unusable(self._path, error) from None
+
+    def cluster_id(self) -> str:
+        """The name under which workers keep what these jobs write: the same one for the life of this file. Raises OSError."""
+        try:
+            with self._database:
+                self._database.execute("BEGIN IMMEDIATE")
+                if not self._database.execute("SELECT 1 FROM cluster").fetchone():
+                    self._database.execute("INSERT INTO cluster VALUES (?)", (secrets.token_hex(8),))
+            ((found,),) = self._database.execute("SELECT cluster_id FROM cluster")
+        except sqlite3.Error as error:
+            raise OSError(str(error)) from error
+        return str(found)
 
     def save(self, job_id: str, number: int, record: bytes) -> None:
         self._unsaved[job_id] = number, record

@@ -13,6 +13,7 @@ import shutil
 import tarfile
 import threading
 from collections import deque
+from functools import partial
 from pathlib import Path
 from signal import SIGKILL
 from time import monotonic
@@ -29,19 +30,24 @@ from fleet.errors import FleetError, ProtocolError
 from fleet.exposition import Exposition, Pulse
 from fleet.worker.bundles import Bundles
 from fleet.worker.core import Core
+from fleet.worker.file_thread import FileThread
 from fleet.worker.guard import Guard
 from fleet.worker.memory import oom_kill_count
 from fleet.worker.metrics import WorkerMetrics
+from fleet.worker.output import Storage
 from fleet.worker.progress import last_task
 from fleet.worker.slot import Plan
 from fleet.worker.state import (
+    Answered,
     Attempt,
     Died,
+    DiscardOutput,
     Effect,
     Event,
     Exit,
     FromOrchestrator,
     FromRank,
+    Gather,
     Key,
     Kill,
     LinkDenied,
@@ -55,6 +61,8 @@ from fleet.worker.state import (
     PrepareFailed,
     Printed,
     Remove,
+    ReportStored,
+    ServeOutput,
     Settings,
     Shutdown,
     Spawn,
@@ -68,6 +76,7 @@ from fleet.worker.usage import Busyness
 from fleet.worker.zygote import Child, Zygote
 
 READ_BYTES = 64 << 10
+STORED_AT_ONCE = 4096  # jobs in one message
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
 LINKS: dict[Link, Event] = {Link.UP: LinkUp(), Link.DOWN: LinkDown(), Link.DENIED: LinkDenied()}
 
@@ -85,6 +94,7 @@ class Agent:
         lock: Lock,
         runtime: Path,
         threads: int,
+        storage: Storage,
         metrics_at: tuple[str, int] | None = None,
     ) -> None:
         self._settings = settings
@@ -94,6 +104,7 @@ class Agent:
         self._runtime = runtime
         self._threads = threads
         self._bundles = Bundles(runtime)
+        self._storage = storage  # the file thread's alone, but for `folder` and `make`
         self._waiting: list[m.Assign] = []  # for their bundle
         self._children: dict[Key, Child] = {}
         self._oom_kills_before: dict[Key, int] = {}
@@ -101,6 +112,7 @@ class Agent:
         self._sentinels: dict[int, Key] = {}
         self._early: list[Spawn] | None = []  # while the zygote still imports; then None
         self._wake = Wake()
+        self._files = FileThread(self._wake)
         self._stops: deque[Shutdown] = deque()
         self._forwarded: deque[int] = deque()
         self._reason: str | None = None  # set once ended
@@ -142,6 +154,7 @@ class Agent:
             for child in self._children.values():
                 _signal_group(child.pid, SIGKILL, alone_too=True)
             self._guard.close()
+            self._files.close()
             for descriptor in self._readers:
                 os.close(descriptor)
             self._wake.close()
@@ -164,6 +177,8 @@ class Agent:
             number = self._forwarded.popleft()
             for child in self._children.values():
                 _signal(child.pid, number)
+        for event in self._files.take():
+            self._step(event)
         for link in self._orchestrator.changes():
             self._step(LINKS[link])
             if link is Link.UP:
@@ -239,6 +254,15 @@ class Agent:
             return self._store(effect.part)
         elif isinstance(effect, Remove):
             self._remove(effect.job_id, effect.attempt)
+        elif isinstance(effect, Gather):
+            self._files.put(partial(self._gather, effect, self._bundles.sent(*_key(effect.assign))))
+        elif isinstance(effect, ServeOutput):
+            self._files.put(partial(self._serve, effect.ask))
+        elif isinstance(effect, ReportStored):
+            self._storage.enter(effect.cluster_id)
+            self._files.put(self._stored)
+        elif isinstance(effect, DiscardOutput):
+            self._files.put(partial(self._discard, effect.job_ids))
         elif isinstance(effect, Log):
             log.log(logging.getLevelNamesMapping()[effect.level.upper()], effect.text)
         elif isinstance(effect, Exit):
@@ -250,6 +274,8 @@ class Agent:
     def _prepare(self, assign: m.Assign) -> list[Event]:
         spec = assign.spec
         try:
+            if spec.kind != "tasks":
+                self._storage.make(assign.job_id)
             if not spec.digest:
                 return [Prepared(assign.job_id, assign.attempt, Path(spec.directory), free_port())]
             self._bundles.hold(spec.digest, assign.job_id, assign.attempt)
@@ -261,7 +287,7 @@ class Agent:
             if want is not None:
                 self._orchestrator.send(m.encode(want))
         except (OSError, ValueError, tarfile.TarError) as error:
-            return [PrepareFailed(assign.job_id, assign.attempt, f"its bundle cannot be unpacked: {error}")]
+            return [PrepareFailed(assign.job_id, assign.attempt, f"its folders cannot be made there: {error}")]
         return []
 
     def _store(self, part: m.Part) -> list[Event]:
@@ -297,6 +323,7 @@ class Agent:
             master_addr=launch.master_addr,
             master_port=launch.master_port,
             gpus=held.ranks[spawn.rank].gpus if self._settings.gpus else None,
+            output="" if spec.kind == "tasks" else str(self._storage.folder(assign.job_id)),
         )
         environment = config.rank_environment(seat, self._threads, spec.environment)
         self._oom_kills_before[key] = oom_kill_count()
@@ -352,14 +379,45 @@ class Agent:
         for descriptor in [d for d, (key, _) in self._readers.items() if key[:2] == (job_id, attempt)]:
             self._close(descriptor)
         self._waiting = [a for a in self._waiting if (a.job_id, a.attempt) != (job_id, attempt)]
-        self._bundles.remove(job_id, attempt)
+        folder = self._bundles.release(job_id, attempt)
+        self._files.put(partial(_removed, folder))
         self._sweep_memory()
+
+    # On the file thread
+
+    def _gather(self, gather: Gather, sent: frozenset[str]) -> list[Event]:
+        job_id, attempt = _key(gather.assign)
+        found = self._storage.gather(job_id, gather.directory, sent, gather.assign.spec.keep)
+        if not found.left_count and not found.error:
+            return []
+        left = m.Left(job_id, attempt, found.left_count, found.left_bytes, found.left_names, found.error)
+        return [Answered(left)]
+
+    def _serve(self, ask: m.ListFiles | m.ReadFile) -> list[Event]:
+        return [Answered(self._storage.page(ask) if isinstance(ask, m.ListFiles) else self._storage.part(ask))]
+
+    def _stored(self) -> list[Event]:
+        jobs = self._storage.jobs()
+        return [Answered(m.Stored(jobs[at : at + STORED_AT_ONCE])) for at in range(0, len(jobs), STORED_AT_ONCE)]
+
+    def _discard(self, job_ids: tuple[str, ...]) -> list[Event]:
+        self._storage.discard(job_ids)
+        return []
 
     def _sweep_memory(self) -> None:
         """Shared memory whose maker was killed before the others had it."""
         directory = config.shared_memory()
         if directory is not None:
             sweep(directory)
+
+
+def _key(assign: m.Assign) -> tuple[str, int]:
+    return assign.job_id, assign.attempt
+
+
+def _removed(folder: Path) -> list[Event]:
+    shutil.rmtree(folder, ignore_errors=True)
+    return []
 
 
 def _signal_group(pid: int, signal: int, alone_too: bool) -> None:

@@ -26,6 +26,7 @@ class Bundles:
         self._keep_bytes = keep_bytes
         self._incoming: dict[str, Incoming] = {}
         self._held: dict[tuple[str, int], str] = {}  # digest by attempt, until that is removed
+        self._sent: dict[tuple[str, int], frozenset[str]] = {}  # names of what was unpacked, until that is removed
         self._kept: dict[str, int] = {}  # bytes by digest of each archive that is here, the one used last at the end
         directory.mkdir(mode=0o700)
 
@@ -96,15 +97,21 @@ class Bundles:
         folder.mkdir(parents=True)
         with tarfile.open(self._archive(digest), "r:gz") as archive:
             extract(archive, folder)
+            self._sent[job_id, attempt] = frozenset(archive.getnames())
         return folder
 
-    def remove(self, job_id: str, attempt: int) -> None:
-        """Removes the folder of an attempt, and lets go of its archive."""
-        shutil.rmtree(self._folder(job_id, attempt), ignore_errors=True)
+    def sent(self, job_id: str, attempt: int) -> frozenset[str]:
+        """The paths that were unpacked for an attempt."""
+        return self._sent.get((job_id, attempt), frozenset())
+
+    def release(self, job_id: str, attempt: int) -> Path:
+        """Lets go of the archive of an attempt. Its folder, which is returned, is the caller's to remove."""
+        self._sent.pop((job_id, attempt), None)
         digest = self._held.pop((job_id, attempt), None)
         if digest in self._incoming and digest not in self._held.values():
             self._drop(digest)
         self._make_way(self._keep_bytes)
+        return self._folder(job_id, attempt)
 
     def _archive(self, digest: str) -> Path:
         return self._directory / f"{digest}.tar.gz"

@@ -14,8 +14,10 @@ from msgspec.structs import replace
 from fleet import messages as m
 from fleet.worker.ranks import Ranks
 from fleet.worker.state import (
+    Answered,
     Attempt,
     Died,
+    DiscardOutput,
     Effect,
     Event,
     Exit,
@@ -31,6 +33,8 @@ from fleet.worker.state import (
     PrepareFailed,
     Printed,
     Rank,
+    ReportStored,
+    ServeOutput,
     Shutdown,
     Spawn,
     Spawned,
@@ -82,6 +86,8 @@ class Core(Ranks):
             self._send(m.AssignFailed(event.job_id, event.attempt, event.reason))
         elif isinstance(event, LinkUp | LinkDown | LinkDenied):
             self._link(event)
+        elif isinstance(event, Answered):
+            self._send(event.message)
         elif isinstance(event, Measured):
             self.load = event.load
         elif isinstance(event, Shutdown):
@@ -154,6 +160,10 @@ class Core(Ranks):
             self._effects.append(TakePart(message))
         elif isinstance(message, m.Assign):
             self._assign(message)
+        elif isinstance(message, m.ListFiles | m.ReadFile):
+            self._effects.append(ServeOutput(message))
+        elif isinstance(message, m.Discard):
+            self._effects.append(DiscardOutput(message.job_ids))
         elif isinstance(message, m.OutputAck):
             for (job_id, _), attempt in self.attempts.items():
                 if job_id == message.job_id and message.rank in attempt.ranks:
@@ -169,6 +179,7 @@ class Core(Ranks):
         if not self.welcomed:
             self._log("info", f"joined the orchestrator at {self.settings.orchestrator}, {self.settings.slots} slots")
         self.welcomed = self.ever_welcomed = self.said_unreachable = True
+        self._effects.append(ReportStored(welcome.cluster_id))
         for attempt in self.attempts.values():  # it may have missed these
             for rank in attempt.ranks.values():
                 # What was on its way may be lost, and then nobody acknowledges it; what was held back goes now.

@@ -10,6 +10,7 @@ from fleet.worker.state import (
     Attempt,
     Died,
     Effect,
+    Gather,
     Key,
     Kill,
     Listen,
@@ -88,6 +89,7 @@ class Ranks:
         for rank in attempt.ranks.values():
             if rank.running:
                 self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGKILL))
+        self._gather(attempt)
         del self.attempts[attempt.assign.job_id, attempt.assign.attempt]
         self._effects.append(Remove(attempt.assign.job_id, attempt.assign.attempt))
 
@@ -163,8 +165,16 @@ class Ranks:
             reason=rank.died.reason,
             task=rank.died.task,
         )
+        if not attempt.active:
+            self.jobs_done += 1
+            self._gather(attempt)  # first: a client that hears of the end may ask at once
         self._send(m.RankExited(attempt.assign.job_id, attempt.assign.attempt, rank.status))
-        self.jobs_done += not attempt.active
+
+    def _gather(self, attempt: Attempt) -> None:
+        """Once for each attempt that has a working folder of its own."""
+        if attempt.launched and not attempt.gathered and attempt.assign.spec.digest and attempt.directory is not None:
+            attempt.gathered = True
+            self._effects.append(Gather(attempt.assign, attempt.directory))
 
     # Looking up, and effects
 

@@ -73,6 +73,7 @@ class Attempt:
     failure: str = ""  # why it cannot be
     port: int = 0
     launched: bool = False
+    gathered: bool = False  # what it wrote into its working folder has been looked at, or is about to be
     ranks: dict[int, Rank] = field(default_factory=dict)
 
     @property
@@ -162,13 +163,20 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Answered:
+    """What the file thread has for the orchestrator."""
+
+    message: m.Message
+
+
+@dataclass(frozen=True)
 class Tick:
     pass
 
 
 Event = (
     FromOrchestrator | FromRank | LinkUp | LinkDown | LinkDenied | Prepared | PrepareFailed | Spawned | Printed | Died
-    | Shutdown | Measured | Tick
+    | Shutdown | Measured | Answered | Tick
 )  # fmt: skip
 
 
@@ -234,6 +242,33 @@ class Remove:
 
 
 @dataclass(frozen=True)
+class Gather:
+    """Move what the attempt wrote into its working folder, and is to be kept, to the output folder of its job."""
+
+    assign: m.Assign
+    directory: Path
+
+
+@dataclass(frozen=True)
+class ServeOutput:
+    """Answer from the output folder of a job."""
+
+    ask: m.ListFiles | m.ReadFile
+
+
+@dataclass(frozen=True)
+class ReportStored:
+    """Use the output folders of this cluster from now on, and say which jobs have one; answered by Answered."""
+
+    cluster_id: str
+
+
+@dataclass(frozen=True)
+class DiscardOutput:
+    job_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Log:
     level: str
     text: str
@@ -246,4 +281,7 @@ class Exit:
     reason: str = ""
 
 
-Effect = ToOrchestrator | ToRank | Prepare | TakePart | Spawn | Kill | Listen | Remove | Log | Exit
+Effect = (
+    ToOrchestrator | ToRank | Prepare | TakePart | Spawn | Kill | Listen | Remove | Gather | ServeOutput | ReportStored
+    | DiscardOutput | Log | Exit
+)  # fmt: skip

@@ -50,7 +50,7 @@ JOB = m.JobInfo(
 EXAMPLES: list[Message] = [
     m.WorkerHello("worker-0", "1f", "10.0.0.5", 4, VERSIONS, (("job", 1), ("other", 2))),
     m.ClientHello(VERSIONS),
-    m.Welcome(VERSIONS, 0.5),
+    m.Welcome(VERSIONS, 0.5, "1f"),
     m.Refused("another version"),
     m.Heartbeat(0.5),
     m.Unknown(),
@@ -78,6 +78,15 @@ EXAMPLES: list[Message] = [
     m.LogPart("job", 1, 1 << 33, b"\xff text", True, "there is no such job"),
     m.Drain("worker-1", 2.5, True),
     m.Drained("worker-1", ("job",), "no such worker"),
+    m.ListFiles("job", "worker-0", 3, "runs/a.txt", b"client/1"),
+    m.Files(
+        "job", "worker-0", 3, (m.FileInfo("runs/b.txt", 1 << 40, 1 << 60),), True, "1f", b"client/1", "no such job"
+    ),
+    m.ReadFile("job", "worker-0", 3, "runs/b.txt", 1 << 40, b"client/1"),
+    m.FilePart("job", "worker-0", 3, "runs/b.txt", 0, b"\xff", "ab" * 32, "no such file", b"client/1"),
+    m.Stored(("job", "other")),
+    m.Discard(("job",)),
+    m.Left("job", 2, 3, 12_000_000, ("runs/", "log.txt"), "runs/x could not be kept"),
     m.Want("ab" * 32, 1 << 20),
     m.Part("ab" * 32, 0, bytes(range(256))),
     m.Assign("job", 2, 4, (2, 3), 1, 2, SPEC),

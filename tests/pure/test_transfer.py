@@ -113,7 +113,7 @@ def test_archives_that_no_attempt_holds_make_way(disk: Path) -> None:
     fetched(bundles, old, "old")
     with pytest.raises(OSError, match="No space left"):
         fetched(bundles, new, "new")  # both others are held
-    bundles.remove("old", 1)
+    bundles.release("old", 1)
     assert bundles.has(digest_of(old))  # for the next job with these files
     fetched(bundles, new, "new")
     assert [bundles.has(digest_of(data)) for data in (held, old, new)] == [True, False, True]
@@ -124,7 +124,7 @@ def test_archives_on_a_worker_stay_bounded(tmp_path: Path) -> None:
     several = [os.urandom(1000) for _ in range(6)]
     for number, data in enumerate(several):
         fetched(bundles, data, str(number))
-        bundles.remove(str(number), 1)
+        bundles.release(str(number), 1)
     assert [bundles.has(digest_of(data)) for data in several] == [False] * 4 + [True] * 2
     assert len(names(tmp_path / "worker")) == 2
 
@@ -137,9 +137,9 @@ def test_what_is_on_its_way_for_nobody_is_dropped(tmp_path: Path) -> None:
     assert bundles.fetch(digest_of(data), len(data)) is not None
     assert bundles.fetch(digest_of(data), len(data)) is None
     bundles.store(part(data, 0))
-    bundles.remove("a", 1)
+    bundles.release("a", 1)
     assert [want.offset for want in bundles.resume()] == [PART_BYTES]
-    bundles.remove("b", 1)
+    bundles.release("b", 1)
     assert bundles.resume() == []
     assert names(tmp_path / "worker") == []
     assert bundles.store(part(data, PART_BYTES)) is None  # it comes too late

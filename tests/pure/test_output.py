@@ -1,0 +1,272 @@
+"""Files that a job writes: who keeps them, who tells of them, and when they go. Decisions, and the work on real folders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from fleet import messages as m
+from fleet.client.fetch import _matches, _target
+from fleet.orchestrator import state as o
+from fleet.orchestrator.core import Core as Orchestrator
+from fleet.values import amount_of
+from fleet.worker import output
+from fleet.worker import state as w
+from fleet.worker.output import Gathered, Storage
+from tests.pure.test_agent import KEY, agent, kinds, up
+from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
+
+# The orchestrator
+
+
+def ended() -> Orchestrator:
+    core = cluster(1, 1)
+    running(core, 2)
+    for rank in (0, 1):
+        status = m.RankStatus(rank, f"w{rank}", "h", 7, 0)
+        core.step(o.Received(f"w{rank}/1".encode(), m.RankExited("j", 1, status)), 1.0)
+    return core
+
+
+def test_a_question_about_output_goes_to_the_worker_and_its_answer_to_who_asked() -> None:
+    core = ended()
+    ask = m.ListFiles("j", "w1", 7)
+    assert sent(core.step(o.Received(CLIENT, ask), 2.0), b"w1/1") == [m.ListFiles("j", "w1", 7, "", CLIENT)]
+    answer = m.Files("j", "w1", 7, (), asker=CLIENT)
+    assert sent(core.step(o.Received(b"w1/1", answer), 2.1), CLIENT) == [m.Files("j", "w1", 7)]
+    nobody = m.Files("j", "w1", 7, (), asker=b"client/gone")
+    assert core.step(o.Received(b"w1/1", nobody), 2.1) == []
+
+
+@pytest.mark.parametrize(
+    ("ask", "why"),
+    [
+        (m.ListFiles("x", "w1", 7), "unknown"),
+        (m.ListFiles("j", "w9", 7), "no rank on worker w9"),
+        (m.ReadFile("j", "w9", 7, "a", 0), "no rank on worker w9"),
+    ],
+)
+def test_a_question_that_no_worker_can_answer_is_answered(ask: m.Message, why: str) -> None:
+    (answer,) = sent(ended().step(o.Received(CLIENT, ask), 2.0), CLIENT)
+    assert isinstance(answer, m.Files | m.FilePart)
+    assert why in answer.error
+    assert answer.question == 7
+
+
+def test_a_worker_that_is_away_is_named_and_told_later_what_is_forgotten() -> None:
+    core = ended()
+    core.step(o.PeerLost(b"w1/1"), 2.0)
+    (answer,) = sent(core.step(o.Received(CLIENT, m.ListFiles("j", "w1", 7)), 2.1), CLIENT)
+    assert answer.error == "worker w1 is not connected"
+    core.keep_jobs = 0
+    effects = core.step(o.Tick(), 2.2)
+    assert "j" not in core.jobs
+    assert sent(effects, b"w0/1") == [m.Discard(("j",))]
+    core.step(o.Received(b"w1/1", m.WorkerHello("w1", "1", "h", 1, VERSIONS)), 3.0)
+    assert sent(core.step(o.Received(b"w1/1", m.Stored(("j",))), 3.1), b"w1/1") == [m.Discard(("j",))]
+
+
+def test_a_job_remembers_all_workers_that_it_was_on_and_what_they_deleted() -> None:
+    core = cluster(1, 1)
+    core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC)), 0.0)
+    first = core.jobs["j"].seats[0]
+    core.step(o.Received(f"{first}/1".encode(), m.Assigned("j", 1, 5)), 0.0)
+    core.step(o.Received(f"{first}/1".encode(), m.HandBack("j", 1)), 0.1)
+    core.step(o.Received(f"{first}/1".encode(), m.Leaving()), 0.1)
+    stopped = m.RankStatus(0, first, "h", 7, 0, 15, stopped=True)
+    core.step(o.Received(f"{first}/1".encode(), m.RankExited("j", 1, stopped)), 0.2)
+    second = core.jobs["j"].seats[0]
+    assert core.jobs["j"].held_by == (first, second)
+    core.step(o.Received(f"{first}/1".encode(), m.Left("j", 1, 3, 12_000_000, ("runs/",))), 0.3)
+    told = core.jobs["j"].info(0.0, "")
+    assert told.held_by == (first, second)
+    assert told.left == (f"3 files (12.0 MB) in its working folder on worker {first}: runs/",)
+
+
+# The agent
+
+
+def test_what_an_attempt_wrote_is_gathered_before_its_end_is_told_and_once() -> None:
+    core = agent()
+    sent_along = m.Spec("script", "t.py", digest="ab" * 32, keep=("runs/",))
+    core.step(w.FromOrchestrator(m.Assign("k", 1, 1, (0,), 0, 1, sent_along)), 0.0)
+    core.step(w.Prepared("k", 1, Path("/k"), 5), 0.0)
+    core.step(w.FromOrchestrator(m.Launch("k", 1, "h", 5)), 0.0)
+    key = ("k", 1, 0)
+    core.step(w.Spawned(key, 42), 0.0)
+    for stream in ("stdout", "stderr"):
+        core.step(w.Printed(key, stream, b""), 0.1)
+    effects = core.step(w.Died(key, 0, 0, False), 0.2)
+    told = [effect for effect in effects if isinstance(effect, w.Gather) or up([effect], m.RankExited)]
+    assert [type(effect) for effect in told] == [w.Gather, w.ToOrchestrator]
+    assert kinds(core.step(w.FromOrchestrator(m.Forget("k", 1)), 0.3), w.Gather) == []
+
+
+def test_what_a_killed_attempt_wrote_is_gathered_before_its_folder_goes() -> None:
+    core = agent()
+    core.step(w.FromOrchestrator(m.Assign("k", 1, 1, (0,), 0, 1, m.Spec("script", "t.py", digest="ab" * 32))), 0.0)
+    core.step(w.Prepared("k", 1, Path("/k"), 5), 0.0)
+    core.step(w.FromOrchestrator(m.Launch("k", 1, "h", 5)), 0.0)
+    core.step(w.Spawned(("k", 1, 0), 42), 0.0)
+    effects = core.step(w.FromOrchestrator(m.Forget("k", 1)), 0.3)
+    assert [type(effect) for effect in effects] == [w.Kill, w.Gather, w.Remove]
+
+
+def test_a_job_that_runs_in_the_users_own_folder_loses_nothing() -> None:
+    core = agent()
+    core.step(w.FromOrchestrator(m.Launch("j", 1, "h", 5)), 0.0)
+    core.step(w.Spawned(KEY, 42), 0.0)
+    assert kinds(core.step(w.FromOrchestrator(m.Forget("j", 1)), 0.3), w.Gather) == []
+
+
+# Folders
+
+
+def storage(folder: Path) -> Storage:
+    found = Storage(folder)
+    found.enter("cluster")
+    return found
+
+
+def write(path: Path, text: str = "x") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def names(kept: Storage, after: str = "") -> list[str]:
+    return [info.path for info in kept.page(m.ListFiles("j", "w", 1, after)).files]
+
+
+def test_files_come_in_pages_in_the_order_of_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = storage(tmp_path)
+    folder = kept.make("j")
+    paths = ["a-b", "a.txt", "a/1", "a/b/2", "a/b.txt", "a0", "z"]
+    for path in paths:
+        write(folder / path, path)
+    monkeypatch.setattr(output, "PAGE_FILES", 2)
+    found: list[m.FileInfo] = []
+    while True:
+        page = kept.page(m.ListFiles("j", "w", 1, found[-1].path if found else ""))
+        found += page.files
+        assert len(page.files) <= 2
+        if not page.more:
+            break
+    assert [info.path for info in found] == sorted(paths)
+    assert [info.size_bytes for info in found] == [len(info.path) for info in found]
+
+
+def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    kept = storage(tmp_path)
+    assert kept.page(m.ListFiles("j", "w", 1)) == m.Files("j", "w", 1)
+    assert kept.jobs() == ()
+
+
+def test_workers_that_share_a_storage_say_so(tmp_path: Path) -> None:
+    assert storage(tmp_path / "..").storage_id == storage(tmp_path.parent).storage_id != storage(tmp_path).storage_id
+
+
+def test_a_file_is_read_in_parts_and_its_digest_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(m, "PART_BYTES", 4)
+    kept = storage(tmp_path)
+    write(kept.make("j") / "d/f", "abcdefg")
+    data = [kept.part(m.ReadFile("j", "w", 1, "d/f", offset)).data for offset in (0, 4, 7)]
+    assert data == [b"abcd", b"efg", b""]
+    assert kept.part(m.ReadFile("j", "w", 1, "d/f", 7)).digest == hashlib.sha256(b"abcdefg").hexdigest()
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/etc/passwd", "../other/f", "a/../../f", "out", "out/f", "fifo", "a\0b", "none", "a"]
+)
+def test_nothing_outside_of_a_jobs_folder_is_read(tmp_path: Path, path: str) -> None:
+    kept = storage(tmp_path)
+    write(kept.make("other") / "f")
+    folder = kept.make("j")
+    write(folder / "a/f")
+    (folder / "out").symlink_to(kept.folder("other"))
+    os.mkfifo(folder / "fifo")
+    part = kept.part(m.ReadFile("j", "w", 1, path, 0))
+    assert part.error
+    assert not part.data
+    assert names(kept) == ["a/f"]
+
+
+def test_what_is_forgotten_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    kept = storage(tmp_path)
+    for job_id in ("a", "b"):
+        write(kept.make(job_id) / "f")
+    other = Storage(tmp_path)
+    other.enter("another cluster")
+    write(other.make("a") / "f")
+    kept.discard(["a"])
+    assert (kept.jobs(), other.jobs()) == (("b",), ("a",))
+
+
+def test_the_users_own_folder_is_never_removed(tmp_path: Path) -> None:
+    own = Storage(tmp_path, tmp_path / "mine")
+    write(own.make("j") / "f")
+    own.discard(["j"])
+    assert (tmp_path / "mine/f").exists()
+
+
+def unpacked(folder: Path) -> frozenset[str]:
+    """As a bundle is: its files have the time 0."""
+    for name in ("train.py", "lib/a.py", "data.txt"):
+        write(folder / name)
+        os.utime(folder / name, (0, 0))
+    return frozenset({"train.py", "lib/a.py", "data.txt"})
+
+
+def test_what_a_script_wrote_is_kept_as_asked_and_the_rest_is_counted(tmp_path: Path) -> None:
+    kept, folder = storage(tmp_path / "s"), tmp_path / "work"
+    sent_along = unpacked(folder)
+    write(folder / "runs/1/events", "e" * 10)
+    write(folder / "runs/2/events", "e" * 5)
+    write(folder / "model.pt", "m" * 7)
+    write(folder / "data.txt", "changed")
+    write(folder / "lib/__pycache__/a.pyc", "c")
+    (folder / "link").symlink_to("train.py")
+    found = kept.gather("j", folder, sent_along, ("runs/2/", "*.pt"))
+    assert found == Gathered(2, 2, 17, ("runs/", "data.txt"))
+    assert names(kept) == ["model.pt", "runs/2/events"]
+    assert kept.gather("j", folder, sent_along, ()) == Gathered(0, 2, 17, ("runs/", "data.txt"))
+
+
+def test_a_script_that_wrote_nothing_is_told_nothing(tmp_path: Path) -> None:
+    assert storage(tmp_path / "s").gather("j", tmp_path / "w", unpacked(tmp_path / "w"), ("*",)) == Gathered()
+
+
+def test_what_cannot_be_kept_is_said(tmp_path: Path) -> None:
+    kept, folder = storage(tmp_path / "s"), tmp_path / "work"
+    write(folder / "a/f")
+    write(kept.make("j") / "a", "a file where a folder is needed")
+    found = kept.gather("j", folder, frozenset(), ("a/",))
+    assert found.error.startswith("a/f could not be kept: ")
+
+
+# The client
+
+
+@pytest.mark.parametrize("path", ["", "/x", "..", "../x", "a/../../x", "link/x", "dangling", "a\0"])
+def test_nothing_is_written_outside_of_the_target_folder(tmp_path: Path, path: str) -> None:
+    folder = tmp_path / "target"
+    folder.mkdir()
+    (folder / "link").symlink_to(tmp_path)
+    (folder / "dangling").symlink_to(tmp_path / "made")
+    with pytest.raises(ValueError, match="leads out of the folder"):
+        _target(folder, path)
+
+
+def test_patterns_are_a_shells_and_a_folder_means_all_in_it() -> None:
+    assert _matches("runs/1/events", "runs")
+    assert _matches("runs/1/events", "runs/1/")
+    assert _matches("runs/1/events", "*.txt") is False
+    assert _matches("model.pt", "*.pt")
+
+
+def test_amounts_read_well() -> None:
+    assert [amount_of(n) for n in (0, 999, 1000, 12_345_678, 3 * 10**12)] == [
+        "0 bytes", "999 bytes", "1.0 kB", "12.3 MB", "3.0 TB",
+    ]  # fmt: skip
