@@ -1,27 +1,31 @@
-"""What the ranks of detached jobs print, kept on the orchestrator's disk: a file for each rank, both streams as they came."""
+"""What the ranks of detached jobs print, kept on the orchestrator's disk: a file for each rank, both streams as they came.
+
+Removing is work for a thread: 64 MB take a file system some 20 ms, a job may have a thousand of them, and the orchestrator's
+loop has heartbeats to answer.
+"""
 
 from __future__ import annotations
 
 import os
+import queue
 import shutil
+import threading
 from collections.abc import Container
 from pathlib import Path
 
 PART_BYTES = 256 << 10  # read at once
+GONE = ".gone"  # ends the name of what is being removed
 LIMIT_BYTES = 64 << 20  # of one rank; what it prints beyond is not kept
 
 
 class JobLogs:
     """Files under one folder. Job ids come from clients, so they are no paths: a job's folder is its id in hexadecimal."""
 
-    def __init__(self, folder: Path, limit_bytes: int = LIMIT_BYTES, known: Container[str] = ()) -> None:
-        """Removes the logs of jobs that are not known any more: an orchestrator that was killed may leave some."""
+    def __init__(self, folder: Path, limit_bytes: int = LIMIT_BYTES) -> None:
         self._folder = folder
         self._limit_bytes = limit_bytes
-        if folder.is_dir():
-            for left in folder.iterdir():
-                if _job_of(left.name) not in known:
-                    shutil.rmtree(left, ignore_errors=True)
+        self._gone: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
+        self._remover: threading.Thread | None = None
 
     def append(self, job_id: str, rank: int, data: bytes) -> None:
         """Raises OSError where the disk does not take it."""
@@ -50,7 +54,37 @@ class JobLogs:
             return 0, b"", True  # it has printed nothing
 
     def remove(self, job_id: str) -> None:
-        shutil.rmtree(self._path(job_id, 0).parent, ignore_errors=True)
+        """Nothing of it is read or written any more; its space is free a little later."""
+        folder = self._path(job_id, 0).parent
+        gone = folder.with_name(f"{folder.name}{GONE}")
+        try:
+            folder.rename(gone)
+        except FileNotFoundError:
+            return  # it has printed nothing
+        self._remove_later(gone)
+
+    def remove_others(self, known: Container[str]) -> None:
+        """Removes the logs of jobs that are not known any more: an orchestrator that was killed may leave some."""
+        if self._folder.is_dir():
+            for left in self._folder.iterdir():
+                if _job_of(left.name) not in known:
+                    self._remove_later(left)
+
+    def close(self) -> None:
+        """What has not been removed within a second is left to the next orchestrator."""
+        if self._remover is not None:
+            self._gone.put(None)
+            self._remover.join(timeout=1.0)
+
+    def _remove_later(self, folder: Path) -> None:
+        self._gone.put(folder)
+        if self._remover is None:
+            self._remover = threading.Thread(target=self._remove_all, name="fleet-remover", daemon=True)
+            self._remover.start()
+
+    def _remove_all(self) -> None:
+        while (folder := self._gone.get()) is not None:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _path(self, job_id: str, rank: int) -> Path:
         return self._folder / job_id.encode().hex() / f"rank-{rank}.log"

@@ -87,19 +87,20 @@ class Service:
             raise
         self.endpoint = self._router.endpoint
         self._store: Store | None = None
+        runtime = runtime if keeping is None else keeping.folder
+        self._logs = JobLogs(runtime / "logs")
         self._exposition: Exposition | None = None
         self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
         self._pulse = Pulse(monotonic, LATE_AFTER_S)
         self._core = Core(versions, policy, epoch=time() - monotonic())
         try:
             if keeping is not None:
-                runtime = keeping.folder
                 self._store = self._recall(keeping)
             if metrics_at is not None:
                 metrics = [OrchestratorMetrics(self._core, self._turning, monotonic)]
                 self._exposition = Exposition(*metrics_at, metrics, self._pulse.wrong)
             self._bundles = Bundles(runtime / "bundles", Limits(), keeping is not None, self._core.bundle_users)
-            self._logs = JobLogs(runtime / "logs", known=self._core.jobs)
+            self._logs.remove_others(self._core.jobs)
         except BaseException:
             self._close()
             raise
@@ -130,6 +131,7 @@ class Service:
 
     def _close(self) -> None:
         self._bus.close()
+        self._logs.close()
         if self._exposition is not None:
             self._exposition.close()
         if self._store is not None:

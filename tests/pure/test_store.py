@@ -134,6 +134,8 @@ def test_logs_are_read_from_any_offset_and_end_at_their_limit(tmp_path: Path) ->
     assert found.rstrip().endswith(b"printed more than 1 MB; the rest is not kept]")
     assert len(found) < (1 << 20) + 200
     logs.remove("../j")
+    assert logs.read("../j", 0, 0)[1] == b""
+    logs.close()
     assert [path.name for path in tmp_path.iterdir()] == [b"j".hex()]
 
 
@@ -169,8 +171,11 @@ def test_a_file_that_is_taken_away_while_in_use_takes_nothing_more(tmp_path: Pat
 
 
 def test_logs_of_jobs_that_nobody_knows_are_removed(tmp_path: Path) -> None:
-    JobLogs(tmp_path).append("old", 0, b"x")
-    JobLogs(tmp_path, known=["old"]).append("new", 0, b"y")
-    logs = JobLogs(tmp_path, known=["new"])
-    assert (logs.read("old", 0, 0)[1], logs.read("new", 0, 0)[1]) == (b"", b"y")
+    logs = JobLogs(tmp_path)
+    for job_id in ("old", "new"):
+        logs.append(job_id, 0, job_id.encode())
+    (tmp_path / f"{b'new'.hex()}.gone").mkdir()  # another was killed while it removed that
+    logs.remove_others(["new"])
+    logs.close()
+    assert (logs.read("old", 0, 0)[1], logs.read("new", 0, 0)[1]) == (b"", b"new")
     assert len(list(tmp_path.iterdir())) == 1
