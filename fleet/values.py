@@ -42,6 +42,11 @@ class Versions(msgspec.Struct, frozen=True):
     python: Word
     torch: Word = ""  # empty: not installed
 
+    @property
+    def python_minor(self) -> str:
+        """What functions travel within: 3.11 for 3.11.2."""
+        return ".".join(self.python.split(".")[:2])
+
 
 class Spec(msgspec.Struct, frozen=True):
     """What each rank of a job runs."""
@@ -71,6 +76,7 @@ class JobOptions(msgspec.Struct, frozen=True):
     max_restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 3  # after a lost worker, before it is given up
     slots: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1  # that each rank takes
     gpus: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
+    python: str = ""  # minor version that its workers must have; empty: any
 
 
 class JobInfo(msgspec.Struct, frozen=True):

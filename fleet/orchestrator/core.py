@@ -145,7 +145,7 @@ class Core(Clients):
             known = None
         if known is None:
             self.workers[worker_id] = worker = Worker(peer, hello, now)
-            self.rooms.add(worker_id, hello.slots, hello.gpus)
+            self.rooms.add(worker_id, hello.slots, hello.gpus, hello.versions.python_minor)
             for job in self._jobs_on(worker_id):  # from before this orchestrator was restarted
                 self.rooms.hold(worker_id, job.job_id, job.shape, len(job.ranks_on(worker_id)))
             self._log("info", f"worker {worker_id} joined ({hello.host}, {hello.slots} slots)")

@@ -14,7 +14,7 @@ from fleet import messages as m
 from fleet.group import Member
 from fleet.messages import how
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState, record
-from fleet.orchestrator.placement import DEFAULT, Rooms
+from fleet.orchestrator.placement import DEFAULT, Rooms, Shape
 from fleet.orchestrator.state import Counts, Effect, Erase, Log, ReleaseBundle, Save, Send, Worker
 from fleet.orchestrator.waiting import HOLD_AFTER_S, Waiting, turn_of
 
@@ -78,11 +78,11 @@ class Gangs:
         if self.waiting:
             self.waiting.each(self._try)
 
-    def _try(self, job_id: str) -> bool | None:
+    def _try(self, job_id: str, kept_for: Shape | None) -> bool | None:
         job = self.jobs[job_id]
-        seats = self.rooms.place(job_id, job.shape, job.options.policy or self.policy)
+        seats = self.rooms.place(job_id, job.shape, job.options.policy or self.policy, kept_for)
         if seats is None:
-            self._say_waiting(job, self.rooms.missing(job.shape))
+            self._say_waiting(job, self.rooms.missing(job.shape, kept_for))
             held = self._now - job.queued_at >= HOLD_AFTER_S and self.rooms.could_ever_hold(job.shape)
             return None if held else False
         job.move(JobState.ASSIGNED)

@@ -91,7 +91,7 @@ class Job:
 
     @property
     def shape(self) -> Shape:
-        return Shape(self.world_size, self.options.slots, self.options.gpus)
+        return Shape(self.world_size, self.options.slots, self.options.gpus, self.options.python)
 
     @property
     def workers(self) -> tuple[str, ...]:

@@ -17,11 +17,12 @@ UNFIT_KEPT, COULD_HOLD_KEPT = 16, 1000  # shapes
 
 
 class Shape(NamedTuple):
-    """What a gang needs: so many ranks, each with so many slots and GPUs of one worker."""
+    """What a gang needs: so many ranks, each with so many slots and GPUs of one worker that has this Python (empty: any)."""
 
     world_size: int
     slots: int = 1
     gpus: int = 0
+    python: str = ""  # its minor version, such as 3.11
 
     def __str__(self) -> str:
         each = [f"{self.slots} slots"] if self.slots > 1 else []
@@ -44,12 +45,33 @@ class Room:
     last_turn: int = -1  # when a rank was last placed here, counted in ranks
     version: int = 0  # of its entries in the heaps: older ones are void
     held: dict[str, tuple[int, Shape]] = field(default_factory=dict)
+    python: str = ""  # minor version
 
-    def fits(self, shape: Shape) -> bool:
-        return self.slots - self.taken >= shape.slots and self.gpus - self.taken_gpus >= shape.gpus
+    def fits(self, shape: Shape, kept_for: Shape | None = None) -> bool:
+        return (
+            self.slots - self.taken >= shape.slots
+            and self.gpus - self.taken_gpus >= shape.gpus
+            and shape.python in ("", self.python)
+            and (kept_for is None or self.spares(shape, kept_for))
+        )
+
+    def spares(self, shape: Shape, kept_for: Shape) -> bool:
+        """Whether one more rank leaves this worker all that the other gang could use of it.
+
+        Slots of jobs that hold GPUs count as free where the gang waits for GPUs: they come back with these.
+        """
+        could = self.could_hold(kept_for)
+        if not could:
+            return True
+        if kept_for.gpus and shape.gpus:
+            return False
+        taken = sum(ranks * other.slots for ranks, other in self.held.values() if not (kept_for.gpus and other.gpus))
+        return taken + shape.slots <= self.slots - could * kept_for.slots
 
     def could_hold(self, shape: Shape) -> int:
         """Ranks of the shape, if nothing else were here."""
+        if shape.python not in ("", self.python):
+            return 0
         return min(self.slots // shape.slots, self.gpus // shape.gpus if shape.gpus else self.slots)
 
 
@@ -82,9 +104,10 @@ class Rooms:
         self._turn = 0
         self.free = 0  # slots of open workers
         self.total = 0  # and all of their slots
-        # Shapes that did not fit, with the workers that have got more room since: if none of them can take a rank, they do
-        # not fit now either. Else a job that fits nowhere would cost a look at all workers with every job that passes it.
-        self._unfit: dict[Shape, set[str]] = {}
+        # Shapes that did not fit beside what was kept, with the workers that have got more room since: if none of them can take
+        # a rank, they do not fit now either. Else a job that fits nowhere would cost a look at all workers with every job that
+        # passes it.
+        self._unfit: dict[tuple[Shape, Shape | None], set[str]] = {}
         self._could_hold: dict[Shape, bool] = {}  # as long as the same workers are open
 
     def __contains__(self, worker_id: str) -> bool:
@@ -96,9 +119,9 @@ class Rooms:
     def __getitem__(self, worker_id: str) -> Room:
         return self._rooms[worker_id]
 
-    def add(self, worker_id: str, slots: int, gpus: int) -> None:
+    def add(self, worker_id: str, slots: int, gpus: int, python: str = "") -> None:
         self._could_hold.clear()
-        room = Room(worker_id, self._joined_count, slots, gpus)
+        room = Room(worker_id, self._joined_count, slots, gpus, python=python)
         self._joined_count += 1
         self._rooms[worker_id] = room
         self._count(room, 1)
@@ -140,10 +163,12 @@ class Rooms:
         self._take(room, shape, -ranks)
         self._push(room)
 
-    def place(self, job_id: str, shape: Shape, policy: str) -> tuple[str, ...] | None:
+    def place(self, job_id: str, shape: Shape, policy: str, kept_for: Shape | None = None) -> tuple[str, ...] | None:
         """The worker of each rank, taken; ranks of one worker are neighbours, so that a ring crosses between hosts as rarely
-        as it can. None: it does not fit now, and nothing is taken."""
-        if self.free < shape.world_size * shape.slots or self._still_unfit(shape):
+        as it can. None: it does not fit now beside what is kept for another gang, and nothing is taken."""
+        if self.free < shape.world_size * shape.slots or self._still_unfit(shape, None):
+            return None
+        if kept_for is not None and self._still_unfit(shape, kept_for):
             return None
         heap, key = self._heap(policy), POLICIES[policy]
         counts: dict[str, int] = {}
@@ -153,7 +178,7 @@ class Rooms:
             room = self._pop(heap, key)
             if room is None:
                 break
-            if not room.fits(shape):
+            if not room.fits(shape, kept_for):
                 passed.append(room)
                 continue
             room.last_turn, self._turn = self._turn, self._turn + 1
@@ -168,16 +193,16 @@ class Rooms:
             self.release(worker_id, job_id)
         if len(self._unfit) >= UNFIT_KEPT:
             self._unfit.clear()
-        self._unfit[shape] = set()
+        self._unfit[shape, kept_for] = set()
         return None
 
-    def _still_unfit(self, shape: Shape) -> bool:
-        grown = self._unfit.get(shape)
+    def _still_unfit(self, shape: Shape, kept_for: Shape | None) -> bool:
+        grown = self._unfit.get((shape, kept_for))
         if grown is None:
             return False
         rooms = (self._rooms.get(worker_id) for worker_id in grown)
-        if any(room is not None and room.open and room.fits(shape) for room in rooms):
-            del self._unfit[shape]
+        if any(room is not None and room.open and room.fits(shape, kept_for) for room in rooms):
+            del self._unfit[shape, kept_for]
             return False
         grown.clear()
         return True
@@ -186,7 +211,7 @@ class Rooms:
         """Whether the open workers could hold the gang, if nothing else ran."""
         if self.total < shape.world_size * shape.slots:
             return False
-        if shape.slots == 1 and not shape.gpus:
+        if shape.slots == 1 and not shape.gpus and not shape.python:
             return True
         if shape not in self._could_hold:
             if len(self._could_hold) >= COULD_HOLD_KEPT:
@@ -195,7 +220,7 @@ class Rooms:
             self._could_hold[shape] = could
         return self._could_hold[shape]
 
-    def missing(self, shape: Shape) -> str:
+    def missing(self, shape: Shape, kept_for: Shape | None = None) -> str:
         """Why a gang that does not fit now does not, for a person."""
         workers = f"{len(self._rooms)} worker{'' if len(self._rooms) == 1 else 's'}"
         needed = shape.world_size * shape.slots
@@ -205,11 +230,16 @@ class Rooms:
                 "add workers, or ask for fewer ranks"
             )
         if not self.could_ever_hold(shape):
+            if shape.python and not any(room.python == shape.python for room in self._rooms.values() if room.open):
+                there = ", ".join(sorted({room.python for room in self._rooms.values() if room.open}))
+                return f"no worker runs Python {shape.python}, as its client does: they run {there}"
             return f"no worker, or not enough of them, has room for {shape}; add workers, or ask for less for each rank"
         if self.free < needed:
             taken = f"{self.total - self.free} of {self.total} on {workers} are taken by other jobs"
             return f"{self.free} of {needed} slots free; {taken}"
-        return f"{self.free} slots are free, but not where {shape} would fit; they wait for other jobs to end"
+        slots = "1 slot is" if self.free == 1 else f"{self.free} slots are"
+        beside = "" if kept_for is None else f" beside a job of {kept_for} that has waited longer"
+        return f"{slots} free, but not where {shape} would fit{beside}; they wait for other jobs to end"
 
     # The heaps: an entry is valid while its version is its room's
 

@@ -3,9 +3,10 @@
 Order: by when a job was submitted, as if each level of priority had put it AGE_S earlier. That is ageing, with a key that
 never changes: a job that has waited AGE_S longer goes before one that is a level higher, so nothing starves.
 
-A gang that does not fit is passed by smaller ones (backfill) until it has waited HOLD_AFTER_S; from then on slots that
-become free are kept for it, as long as it is the first that does not fit (a reservation of one job, so two gangs cannot wait for
-each other). Backfill by predicted ends, as batch systems do, needs run times that nobody knows here; a bounded time does not.
+A gang that does not fit is passed by smaller ones (backfill) until it has waited HOLD_AFTER_S; from then on all that it could
+use is kept for it, as long as it is the first that does not fit (a reservation of one job, so two gangs cannot wait for each
+other). Jobs that need nothing of that still pass: those without GPUs a gang that waits for GPUs. Backfill by predicted ends, as
+batch systems do, needs run times that nobody knows here; a bounded time does not.
 """
 
 from __future__ import annotations
@@ -51,21 +52,25 @@ class Waiting:
             heap[:] = [turn for turn in heap if turn[2] in self._turns]
             heapify(heap)
 
-    def each(self, start: Callable[[str], bool | None]) -> None:
-        """Offers jobs in their order. `start` says True: it started; False: it does not fit; None: nobody may pass it."""
+    def each(self, start: Callable[[str, Shape | None], bool | None]) -> None:
+        """Offers jobs in their order, with the gang that room is kept for, if there is one.
+
+        `start` says True: it started; False: it does not fit; None: it does not, and room is to be kept for it.
+        """
         stuck: set[Shape] = set()
+        kept_for: Shape | None = None
         while True:
             heads = [(turn, shape) for shape in list(self._heaps) if shape not in stuck and (turn := self._head(shape))]
             if not heads:
                 return
             turn, shape = min(heads)
-            started = start(turn[2])
-            if started is None:
-                return
+            started = start(turn[2], kept_for)
             if started:
                 self.remove(turn[2])
-            else:
-                stuck.add(shape)
+                continue
+            stuck.add(shape)
+            if started is None and kept_for is None:
+                kept_for = shape
 
     def before(self, job_id: str) -> int:
         """How many jobs have their turn before this one."""

@@ -95,6 +95,68 @@ def test_a_gang_that_can_never_fit_keeps_nobody_waiting() -> None:
     assert placed(core) == ["small"]
 
 
+def with_gpus(*workers: tuple[int, int]) -> Core:
+    """Workers w0, w1, ... of so many slots and GPUs."""
+    core = Core(VERSIONS)
+    for number, (slots, gpus) in enumerate(workers):
+        hello = m.WorkerHello(f"w{number}", "1", "h", slots, VERSIONS, gpus=gpus)
+        core.step(o.Received(f"w{number}/1".encode(), hello), 0.0)
+    core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 0.0)
+    return core
+
+
+def wait_until_held(core: Core) -> float:
+    now = 0.0
+    while now < HOLD_AFTER_S:
+        now += 2.0
+        alive(core, now)
+    return now
+
+
+def test_a_gang_that_waits_for_gpus_stops_only_what_would_take_something_from_it() -> None:
+    core = with_gpus((4, 2), (2, 0))
+    submit(core, "gpu", gpus=1)
+    submit(core, "gang", ranks=2, gpus=1)
+    now = wait_until_held(core)
+    submit(core, "other-gpu", gpus=1, now=now)  # would take what the gang waits for
+    for number in range(6):
+        submit(core, f"cpu{number}", now=now)
+    # w1 has no GPU, and of w0 the gang can use two slots, as many as there are GPUs.
+    assert set(placed(core)) == {"gpu", "cpu0", "cpu1", "cpu2", "cpu3"}
+    assert "beside a job of 2 ranks of 1 GPU that has waited longer" in core.jobs["other-gpu"].waits_for
+    assert "1 slot is free, but not where 1 rank would fit beside a job" in core.jobs["cpu4"].waits_for
+    finish(core, "gpu", now)
+    assert core.jobs["gang"].state is JobState.ASSIGNED
+    assert "other-gpu" not in placed(core)
+
+
+def test_a_gang_that_needs_large_workers_stops_nothing_on_small_ones() -> None:
+    core = with_gpus((8, 0), (2, 0))
+    submit(core, "long", slots=3)
+    submit(core, "wide", slots=8)
+    now = wait_until_held(core)
+    for number in range(4):
+        submit(core, f"small{number}", now=now)
+    assert set(placed(core)) == {"long", "small0", "small1"}
+    finish(core, "long", now)
+    assert core.jobs["wide"].state is JobState.ASSIGNED
+
+
+def test_functions_go_to_workers_with_their_python() -> None:
+    core = Core(VERSIONS)
+    for name, python in (("old", "3.11.2"), ("new", "3.12.9")):
+        hello = m.WorkerHello(name, "1", "h", 2, m.Versions("0", python))
+        core.step(o.Received(f"{name}/1".encode(), hello), 0.0)
+    core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 0.0)
+    for number in range(3):
+        submit(core, f"j{number}", python="3.12")
+    assert [core.jobs[f"j{number}"].seats for number in range(3)] == [("new",), ("new",), ()]
+    submit(core, "any")
+    assert core.jobs["any"].seats == ("old",)
+    submit(core, "none", python="3.13")
+    assert core.jobs["none"].waits_for == "no worker runs Python 3.13, as its client does: they run 3.11, 3.12"
+
+
 def test_two_gangs_never_wait_for_each_other() -> None:
     core = cluster(1, 1, 1, 1)
     submit(core, "a", ranks=3)
@@ -192,6 +254,35 @@ def test_rooms_are_never_overbooked_whatever_comes_and_goes(policy: str) -> None
                 assert room.taken == sum(ranks * shape.slots for ranks, shape in room.held.values())
                 free += room.slots - room.taken if room.open else 0
         assert rooms.free == free
+
+
+shapes = st.builds(Shape, st.integers(1, 3), st.integers(1, 3), st.integers(0, 2))
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(0, 2)), min_size=1, max_size=4),
+    shapes,
+    st.lists(shapes),
+    st.data(),
+)
+def test_what_passes_a_gang_never_keeps_it_from_starting(
+    workers: list[tuple[int, int]], gang: Shape, others: list[Shape], data: st.DataObject
+) -> None:
+    """Once all that had started before the gang was held has ended, the gang fits: whatever has passed it since."""
+    rooms = Rooms()
+    for number, (slots, gpus) in enumerate(workers):
+        rooms.add(f"w{number}", slots, gpus)
+    if not rooms.could_ever_hold(gang):
+        return
+    before = [str(n) for n, shape in enumerate(others) if rooms.place(str(n), shape, "least-loaded")]
+    passing = data.draw(st.lists(shapes, max_size=8))
+    for number, shape in enumerate(passing):
+        rooms.place(f"p{number}", shape, "least-loaded", kept_for=gang)
+    for job_id in before:
+        for worker_id in [f"w{number}" for number in range(len(workers))]:
+            rooms.release(worker_id, job_id)
+    assert rooms.place("gang", gang, "least-loaded") is not None
 
 
 def test_a_policy_or_priority_that_does_not_exist_is_refused_in_words() -> None:
