@@ -222,7 +222,7 @@ def storage_is_named() -> bool:
 
 def advertised_host() -> str | None:
     """FLEET_HOST: the address that ranks of this machine are reached at, where the one found is not right."""
-    return os.environ.get("FLEET_HOST") or None
+    return os.environ.get("FLEET_HOST", "").removeprefix("[").removesuffix("]") or None
 
 
 def preload() -> tuple[str, ...] | None:

@@ -384,6 +384,7 @@ class Tally(Message, frozen=True):
     rank: Rank
     rows: Annotated[tuple[TallyRow, ...], msgspec.Meta(max_length=1000)]
     inside_s: Seconds = 0.0  # how long it has been inside the collective that it is in; 0: in none
+    refused_count: Number = 0  # strangers at its inbox since the last Tally
 
 
 _ALL = (

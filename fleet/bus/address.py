@@ -7,33 +7,77 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 import socket
 
 from fleet.errors import ConfigError
 
 NAME_WITHIN_S = 2.0
+_ADDRESS = re.compile(
+    r"(?:\[(?P<bracketed>[^\[\]/]+:[^\[\]/]*)\]|(?P<plain>[^\[\]:/]+))(?::(?P<port>[0-9]{1,5}))?|(?P<bare>[^\[\]/]*:[^\[\]/]*:[^\[\]/]*)"
+)
 
 
 def parse(text: str, default_port: int, setting: str) -> tuple[str, int]:
-    """('host', port) from host, host:port, tcp://host:port or [v6]:port. Raises ConfigError that names `setting`."""
-    rest = text.removeprefix("tcp://")
-    host, colon, port = rest.rpartition(":")
-    if not colon or host.endswith(":") or (":" in host and not host.endswith("]")):
-        host, port = rest, str(default_port)  # no port, or a bare IPv6 address
-    host = host.removeprefix("[").removesuffix("]")
-    if not host or "/" in rest or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ConfigError(f"{setting} is {text!r}: it must be HOST:PORT, such as orchestrator:{default_port}")
+    """('host', port) from HOST, HOST:PORT or either after tcp://. Raises ConfigError that names `setting`.
+
+    An IPv6 address with a port stands in brackets, as in [::1]:50051; without brackets it has none.
+    """
+    found = _ADDRESS.fullmatch(text.removeprefix("tcp://"))
+    host = found and (found["bracketed"] or found["plain"] or found["bare"])
+    port = (found and found["port"]) or str(default_port)
+    if not host or int(port) > 65535 or (":" in host and not is_ipv6(host)):
+        raise ConfigError(
+            f"{setting} is {text!r}: it must be HOST:PORT, such as orchestrator:{default_port} or [::1]:{default_port}"
+        )
     return host, int(port)
 
 
-def endpoint(host: str, port: int) -> str:
-    """The ZeroMQ endpoint of a host and port.
+def is_ipv6(host: str) -> bool:
+    """Whether it is an IPv6 address, with or without the interface that a link-local one needs (fe80::1%eth0)."""
+    try:
+        return ipaddress.ip_address(host).version == 6
+    except ValueError:
+        return False
+
+
+def shown(host: str, port: int | str) -> str:
+    """A host and port as a person writes them, and `parse` reads them."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def endpoint(host: str, port: int | str) -> str:
+    """The ZeroMQ endpoint of a host and port; of port '*' the system chooses one.
 
     `localhost` is the IPv4 one: what listens on this machine's ports often does so on IPv4 alone, and ZeroMQ tries only
     the first address that a name has.
     """
-    host = "127.0.0.1" if host == "localhost" else host
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+    return f"tcp://{shown('127.0.0.1' if host == 'localhost' else host, port)}"
+
+
+def listening_host(advertised: str) -> str:
+    """Where a socket listens that others reach at `advertised`: at that address alone, and nobody reaches it at another.
+
+    '*', all interfaces, where that is no address of this machine (a NAT's, or one whose ports are published to a
+    container), or a name that does not stand for exactly one.
+    """
+    advertised = "127.0.0.1" if advertised == "localhost" else advertised
+    try:
+        infos = {(info[0], info[4]) for info in socket.getaddrinfo(advertised, 0, type=socket.SOCK_STREAM)}
+    except OSError:
+        return "*"
+    if len(infos) != 1:
+        return "*"
+    ((family, address),) = infos
+    host = str(address[0])
+    if host != advertised and is_loopback(host):
+        return "*"  # what this machine calls itself in its own /etc/hosts; others find its real address
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(address)
+    except OSError:
+        return "*"
+    return host
 
 
 def is_loopback(host: str) -> bool:

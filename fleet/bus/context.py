@@ -14,6 +14,7 @@ import zmq
 from fleet.bus import forks
 from fleet.bus.address import holder_of
 from fleet.bus.lock import Doorkeeper, Lock
+from fleet.bus.strangers import WATCHED, Strangers
 from fleet.errors import ConfigError
 
 LINGER_MS = 1000  # what a closed socket may still take to hand over what was sent
@@ -50,10 +51,15 @@ class Bus:
         """Takes charge of the end of a socket that was made elsewhere: one left open would block `close` for ever."""
         self._sockets.append(socket)
 
-    def bind(self, socket: zmq.Socket[bytes], endpoint: str) -> str:
-        """Binds, and returns the endpoint with its real port. Raises ConfigError that names who holds the port."""
+    def bind(self, socket: zmq.Socket[bytes], endpoint: str, strangers: Strangers | None = None) -> str:
+        """Binds, and returns the endpoint with its real port. Raises ConfigError that names who holds the port.
+
+        `strangers` are told of those that are refused there, where nobody else reads the socket's monitor. Of a context's
+        sockets only the first that is bound may have them.
+        """
         if self.lock.kind != "open" and self._doorkeeper is None:
-            self._doorkeeper = Doorkeeper(self._context, self.lock)
+            monitor = socket.get_monitor_socket(WATCHED) if strangers is not None else None
+            self._doorkeeper = Doorkeeper(self._context, self.lock, monitor, strangers)
         self.lock.bind(socket)
         try:
             socket.bind(endpoint)
@@ -62,7 +68,10 @@ class Bus:
             raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}{holder}") from None
         last = socket.last_endpoint
         found = (last if isinstance(last, bytes) else str(last).encode()).rstrip(b"\0").decode()
-        return _MAPPED.sub(r"\1", found)
+        bound = _MAPPED.sub(r"\1", found)
+        if strangers is not None:
+            strangers.endpoint = bound
+        return bound
 
     def connect(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
         """Connects for ever: a peer that is not there yet, or comes back, is found."""

@@ -6,7 +6,6 @@ within seconds (ZMTP heartbeats, rfc.zeromq.org/spec/37) for a machine that is c
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -14,16 +13,13 @@ from enum import Enum, auto
 import zmq
 
 from fleet.bus.context import Bus
+from fleet.bus.strangers import BROKEN_HANDSHAKE, WATCHED, Strangers, happened
 from fleet.messages import FRAME_LIMIT_BYTES, relayed_job
 
 Frame = zmq.Frame | bytes | bytearray | memoryview  # a view must stay as it is until it has left
 FRAMES_AT_MOST = 66  # of one relayed message
 HWM = 10_000  # messages; a peer this far behind counts as lost, see Router.send
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 3000
-
-_BROKEN_HANDSHAKE = (
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +56,7 @@ class _Monitor:
     def events(self) -> list[tuple[int, int]]:
         found = []
         while self.socket.poll(0):
-            event: tuple[int, int] = struct.unpack("=HI", self.socket.recv_multipart()[0])
-            found.append(event)
+            found.append(happened(self.socket))
         return found
 
 
@@ -80,10 +75,10 @@ class Router:
         self._socket.maxmsgsize = FRAME_LIMIT_BYTES
         if endpoint.startswith("tcp:"):
             _detect_silence(self._socket)
-        watched = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | _BROKEN_HANDSHAKE
-        self._monitor = _Monitor(bus, self._socket, watched)
+        self._monitor = _Monitor(bus, self._socket, WATCHED)
         self.endpoint = bus.bind(self._socket, endpoint)
-        self.refused_count = 0  # handshakes that failed, messages with a wrong number of frames
+        self.strangers = Strangers(self.endpoint)
+        self.refused_count = 0  # messages with a wrong number of frames
         self._peer_of: dict[int, bytes] = {}  # by file descriptor of its connection
         self._descriptor_of: dict[bytes, int] = {}
         self._open: set[int] = set()  # descriptors accepted and not disconnected
@@ -109,6 +104,7 @@ class Router:
             if descriptor not in self._open:
                 found.append(Lost(peer))  # it sent and left before we looked
             elif self._descriptor_of.get(peer) != descriptor:
+                self.strangers.heard(descriptor)
                 self._peer_of.pop(self._descriptor_of.get(peer, -1), None)
                 self._peer_of[descriptor] = peer
                 self._descriptor_of[peer] = descriptor
@@ -136,6 +132,7 @@ class Router:
     def _losses(self) -> list[Arrived | Lost]:
         found: list[Arrived | Lost] = []
         for event, descriptor in self._monitor.events():
+            self.strangers.saw(event, descriptor)
             if event == zmq.EVENT_ACCEPTED:
                 self._open.add(descriptor)
             elif event == zmq.EVENT_DISCONNECTED:
@@ -144,8 +141,7 @@ class Router:
                 if peer is not None:
                     del self._descriptor_of[peer]
                     found.append(Lost(peer))
-            else:
-                self.refused_count += 1
+        self.strangers.thin_out()
         return found
 
 
@@ -158,7 +154,7 @@ class Dealer:
         self._socket.maxmsgsize = FRAME_LIMIT_BYTES
         if endpoint.startswith("tcp:"):
             _detect_silence(self._socket)
-        watched = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | _BROKEN_HANDSHAKE
+        watched = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | BROKEN_HANDSHAKE
         self._monitor = _Monitor(bus, self._socket, watched)
         self._shaking_hands = False
         bus.connect(self._socket, endpoint)

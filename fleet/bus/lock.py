@@ -12,12 +12,14 @@ are not told apart by key, so each trusts all holders.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import threading
 from dataclasses import dataclass
 
 import zmq
 from zmq.utils import z85
 
+from fleet.bus.strangers import Strangers, happened
 from fleet.config import Security
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # rfc.zeromq.org/spec/27
@@ -65,9 +67,9 @@ class Lock:
     def admits(self, mechanism: bytes, credentials: list[bytes]) -> bool:
         """Whether a peer that shows these credentials holds the secret."""
         if self.kind == "curve" and mechanism == b"CURVE" and len(credentials) == 1:
-            return bool(z85.encode(credentials[0]) == zmq.curve_public(self._key("connect")))
+            return hmac.compare_digest(z85.encode(credentials[0]), zmq.curve_public(self._key("connect")))
         if self.kind == "plain" and mechanism == b"PLAIN" and len(credentials) == 2:
-            return credentials[1] == self._password()
+            return hmac.compare_digest(credentials[1], self._password())
         return False
 
     def _key(self, side: str) -> bytes:
@@ -79,10 +81,21 @@ class Lock:
 
 
 class Doorkeeper:
-    """The ZAP handler of one context, in a thread of its own. Must start before any socket of the context binds."""
+    """The ZAP handler of one context, in a thread of its own. Must start before any socket of the context binds.
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], lock: Lock) -> None:
+    It also reads `monitor`, that of a bound socket whose owner does not: what it says of `strangers`.
+    """
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        lock: Lock,
+        monitor: zmq.Socket[bytes] | None = None,
+        strangers: Strangers | None = None,
+    ) -> None:
         self._lock = lock
+        self._monitor = monitor
+        self._strangers = strangers
         self._zap = context.socket(zmq.REP)
         self._zap.linger = 0
         self._zap.bind(_ZAP_ENDPOINT)
@@ -102,12 +115,17 @@ class Doorkeeper:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        poller.register(self._zap, zmq.POLLIN)
-        poller.register(self._stopped, zmq.POLLIN)
-        while self._stopped not in dict(poller.poll()):
-            version, request_id, _domain, _address, _identity, mechanism, *credentials = self._zap.recv_multipart()
-            admitted = self._lock.admits(mechanism, credentials)
-            status = [b"200", b"OK"] if admitted else [b"400", b"wrong secret"]
-            self._zap.send_multipart([version, request_id, *status, b"fleet" if admitted else b"", b""])
-        self._zap.close(linger=0)
-        self._stopped.close(linger=0)
+        for socket in (self._zap, self._stopped, self._monitor):
+            if socket is not None:
+                poller.register(socket, zmq.POLLIN)
+        while self._stopped not in (ready := dict(poller.poll())):
+            if self._zap in ready:
+                version, request_id, _domain, _address, _identity, mechanism, *credentials = self._zap.recv_multipart()
+                admitted = self._lock.admits(mechanism, credentials)
+                status = [b"200", b"OK"] if admitted else [b"400", b"wrong secret"]
+                self._zap.send_multipart([version, request_id, *status, b"fleet" if admitted else b"", b""])
+            if self._monitor is not None and self._monitor in ready and self._strangers is not None:
+                self._strangers.saw(*happened(self._monitor))
+        for socket in (self._zap, self._stopped, self._monitor):
+            if socket is not None:
+                socket.close(linger=0)

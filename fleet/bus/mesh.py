@@ -17,6 +17,7 @@ import zmq
 
 from fleet.bus.context import Bus
 from fleet.bus.lock import Lock
+from fleet.bus.strangers import Strangers
 
 HWM = 256  # messages per direction and peer
 TICK_MS = 100  # how often a wait looks up from the socket
@@ -35,12 +36,12 @@ class Mesh:
     `check` is called while a send waits, and raises to end the wait.
     """
 
-    def __init__(self, lock: Lock, bind: str) -> None:
+    def __init__(self, lock: Lock, bind: str, strangers: Strangers | None = None) -> None:
         _keep_freed_memory()
         self._bus = Bus(lock)
         self._inbox = self._bus.socket(zmq.DEALER, HWM)
         self._inbox.rcvtimeo = TICK_MS
-        self.endpoint = self._bus.bind(self._inbox, bind)
+        self.endpoint = self._bus.bind(self._inbox, bind, strangers)
         self._addresses: Sequence[str] = ()
         self._outboxes: dict[int, zmq.Socket[bytes]] = {}
         self._sending = threading.Lock()

@@ -15,7 +15,16 @@ from pathlib import Path
 
 from fleet import config
 from fleet.bounds import RANKS_AT_MOST
-from fleet.bus.address import endpoint, holder_of, is_loopback, local_address_towards, name_of, parse
+from fleet.bus.address import (
+    endpoint,
+    holder_of,
+    is_loopback,
+    listening_host,
+    local_address_towards,
+    name_of,
+    parse,
+    shown,
+)
 from fleet.bus.lock import derive_secret
 from fleet.cli.log import Lines
 from fleet.cli.private import close_to_others
@@ -89,7 +98,6 @@ def run_worker(
     host, port = parse(address, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
     lock = control_lock(secret_file, insecure)
     data_port = config.worker_port()
-    _check_ports(data_port, slots)
     threads = max(1, config.usable_cores() // slots)
     config.limit_threads(threads)
     with runtime_folder() as runtime:
@@ -98,14 +106,16 @@ def run_worker(
             advertise = config.advertised_host() or _own_address(host, port)
             if advertise is None:
                 return  # told to end while the orchestrator's name did not resolve
+            listen = listening_host(advertise)
+            _check_ports(listen, data_port, slots)
             settings = Settings(
                 worker_id=config.worker_id(data_port) or name_of(advertise) or f"{socket.gethostname()}-{data_port}",
                 incarnation=secrets.token_hex(8),
                 slots=slots,
                 versions=versions(),
-                orchestrator=f"{host}:{port}",
+                orchestrator=shown(host, port),
                 control=f"ipc://{runtime}/agent",
-                inbox=lambda job_id, rank, slot: f"tcp://*:{data_port + slot if data_port else '*'}",
+                inbox=lambda job_id, rank, slot: endpoint(listen, data_port + slot if data_port else "*"),
                 advertise=advertise,
                 security="open" if insecure else config.data_security("curve"),
                 secret_of=lambda job_id: "" if insecure else derive_secret(lock.secret, job_id),
@@ -118,7 +128,8 @@ def run_worker(
             agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", threads, kept, metrics_at)
             _on_signals(lambda number: agent.stop(drain=number == signal.SIGTERM))
             register(runtime, "worker", settings.control)
-            log.info("worker %s starts: %d slots, ranks reachable at %s", settings.worker_id, slots, advertise)
+            where = advertise if listen != "*" else f"{advertise}, listening on all interfaces"
+            log.info("worker %s starts: %d slots, ranks reachable at %s", settings.worker_id, slots, where)
             _log_metrics(agent.metrics_at)
             agent.run()
         finally:
@@ -162,17 +173,18 @@ def _own_address(host: str, port: int) -> str | None:
     return None
 
 
-def _check_ports(first: int, slots: int) -> None:
+def _check_ports(host: str, first: int, slots: int) -> None:
     """Raises ConfigError now for what would else fail in a rank."""
+    if first + slots - 1 > 65535:
+        raise ConfigError(f"WORKER_PORT {first} leaves no room for {slots} slots")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in range(first, first + slots) if first else ():
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("", port))
-            except OverflowError:
-                raise ConfigError(f"WORKER_PORT {first} leaves no room for {slots} slots") from None
+                probe.bind(("" if host == "*" else host, port))
             except OSError as error:
-                holder = holder_of(f"tcp://*:{port}")
+                holder = holder_of(endpoint(host, port))
                 raise ConfigError(f"data port {port} (WORKER_PORT) cannot be used: {error.strerror}{holder}") from None
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from time import monotonic, sleep
 
 from fleet import config
-from fleet.bus.address import endpoint, is_loopback, local_address_towards, parse
+from fleet.bus.address import endpoint, is_loopback, listening_host, local_address_towards, parse, shown
 from fleet.bus.lock import Lock, derive_secret
 from fleet.bus.ownership import open_own
 from fleet.cli.log import Lines
@@ -124,9 +124,9 @@ def _agent(
         incarnation=secrets.token_hex(8),
         slots=1,
         versions=versions(),
-        orchestrator=f"{host}:{port}",
+        orchestrator=shown(host, port),
         control=f"ipc://{runtime}/agent",
-        inbox=lambda job_id, rank, slot: f"tcp://{here}:*" if task.node_count == 1 else "tcp://*:*",
+        inbox=lambda job_id, rank, slot: endpoint(listening_host(here), "*"),
         advertise=here,
         security=config.data_security("plain" if task.node_count == 1 else "curve"),
         secret_of=lambda job_id: derive_secret(lock.secret, job_id),
@@ -216,7 +216,7 @@ def _meeting_file(task: config.SlurmTask, text: str | None) -> Iterator[None]:
 def _meet(task: config.SlurmTask, timeout_s: float, interrupted: Callable[[], bool]) -> tuple[str, int, Lock] | None:
     """(host, port, lock) of task 0's orchestrator; None: interrupted."""
     if (given := config.given_secret()) is not None:
-        host, port = parse(f"{task.first_host}:{task.port}", task.port, "SLURM_STEP_NODELIST")
+        host, port = parse(shown(task.first_host, task.port), task.port, "SLURM_STEP_NODELIST")
         return ("127.0.0.1" if task.node_count == 1 else host), port, Lock("curve", given)
     deadline = monotonic() + timeout_s
     while monotonic() < deadline:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fleet import config
-from fleet.bus.address import endpoint, parse
+from fleet.bus.address import endpoint, parse, shown
 from fleet.bus.lock import Lock
 from fleet.errors import ConfigError
 
@@ -26,7 +26,7 @@ def cluster_target(address: str, secret_file: Path | None, insecure: bool, timeo
     """The orchestrator at HOST:PORT. Raises ConfigError, UsageError."""
     host, port = parse(address, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
     lock = control_lock(secret_file, insecure)
-    return Target(f"{host}:{port}", endpoint(host, port), lock, timeout_s, local=False)
+    return Target(shown(host, port), endpoint(host, port), lock, timeout_s, local=False)
 
 
 def control_lock(secret_file: Path | None, insecure: bool) -> Lock:

@@ -8,6 +8,7 @@ import os
 import threading
 from pathlib import Path
 
+from fleet.bus import address
 from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
 from fleet.bus.shared import host_key
@@ -45,10 +46,11 @@ def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Co
     directory = shared_memory()
     try:
         welcome = session.welcome()
-        mesh = Mesh(Lock(welcome.security, welcome.secret if welcome.security != "open" else ""), welcome.bind)
+        lock = Lock(welcome.security, welcome.secret if welcome.security != "open" else "")
+        mesh = Mesh(lock, welcome.bind, session.strangers)
         try:
-            address = _reachable(mesh.endpoint, welcome.advertise)
-            world = session.join(address, host_key(directory) if directory is not None else "", join_timeout_s)
+            reached_at = _reachable(mesh.endpoint, welcome.advertise)
+            world = session.join(reached_at, host_key(directory) if directory is not None else "", join_timeout_s)
             if world is None:
                 late = [doing.late for doing in session.inquire() if doing.sequence < 0]
                 raise CollectiveTimeout(0, "fleet.init()", settings.rank, join_timeout_s, late, settings.world_size)
@@ -82,12 +84,9 @@ def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Co
     return comm
 
 
-def _reachable(endpoint: str, advertise: str) -> str:
+def _reachable(bound: str, advertise: str) -> str:
     """The bound endpoint as others must connect to it."""
-    if not advertise:
-        return endpoint
-    host = f"[{advertise}]" if ":" in advertise else advertise
-    return f"tcp://{host}:{endpoint.rpartition(':')[2]}"
+    return address.endpoint(advertise, bound.rpartition(":")[2]) if advertise else bound
 
 
 def _world_id(settings: RankSettings, world: Members) -> int:

@@ -21,6 +21,7 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Dealer
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
+from fleet.bus.strangers import Strangers
 from fleet.collectives.conductor import Doing
 from fleet.collectives.recorder import Recorder, text
 from fleet.config import RankSettings
@@ -59,6 +60,8 @@ class Session:
         self._answers: queue.SimpleQueue[m.Answer] = queue.SimpleQueue()
         self._question = 0
         self._told_inside = False
+        self.strangers = Strangers()  # of this rank's inbox
+        self._told_refused = 0
         self._world: World | None = None
         self._thread = threading.Thread(target=self._run, name="fleet-session", daemon=True)
         self._thread.start()
@@ -145,9 +148,13 @@ class Session:
         running = [recorder.last.started for recorder in recorders if recorder.last and not recorder.last.ended]
         inside_s = max(0.0, monotonic() - min(running, default=monotonic()))
         inside_s = inside_s if inside_s >= TALLY_EVERY_S else 0.0
-        if rows or inside_s or self._told_inside:
+        refused_count, self._told_refused = (
+            self.strangers.refused_count - self._told_refused,
+            self.strangers.refused_count,
+        )
+        if rows or inside_s or self._told_inside or refused_count:
             s = self._settings
-            agent.send(m.encode(m.Tally(s.job_id, s.attempt, s.rank, tuple(rows), inside_s)))
+            agent.send(m.encode(m.Tally(s.job_id, s.attempt, s.rank, tuple(rows), inside_s, refused_count)))
         self._told_inside = bool(inside_s)
 
     def _take(self, data: bytes) -> None:

@@ -20,12 +20,19 @@ WAITING = (JobState.FETCHING, JobState.QUEUED)
 
 
 class OrchestratorMetrics(Collector):
-    """`lock` keeps the core still while it is read; `clock` is the core's own."""
+    """`lock` keeps the core still while it is read; `clock` is the core's own; `refused` counts strangers."""
 
-    def __init__(self, core: Core, lock: AbstractContextManager[object], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        core: Core,
+        lock: AbstractContextManager[object],
+        clock: Callable[[], float],
+        refused: Callable[[], int] = lambda: 0,
+    ) -> None:
         self._core = core
         self._lock = lock
         self._clock = clock
+        self._refused = refused
 
     def describe(self) -> list[Metric]:
         return []  # nothing to compare before the first scrape
@@ -80,3 +87,6 @@ class OrchestratorMetrics(Collector):
         )
         yield CounterMetricFamily("fleet_failovers", "Jobs that started again on other workers.", counts.failovers)
         yield CounterMetricFamily("fleet_generations", "Worlds of ranks that formed.", counts.generations)
+        yield CounterMetricFamily(
+            "fleet_strangers_refused", "Connections that did not prove that they hold the secret.", self._refused()
+        )

@@ -97,7 +97,11 @@ class Service:
             if keeping is not None:
                 self._store = self._recall(keeping)
             if metrics_at is not None:
-                metrics = [OrchestratorMetrics(self._core, self._turning, monotonic)]
+                metrics = [
+                    OrchestratorMetrics(
+                        self._core, self._turning, monotonic, lambda: self._router.strangers.refused_count
+                    )
+                ]
                 self._exposition = Exposition(*metrics_at, metrics, self._pulse.wrong)
             self._bundles = Bundles(runtime / "bundles", Limits(), keeping is not None, self._core.bundle_users)
             self._logs.remove_others(self._core.jobs)

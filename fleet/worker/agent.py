@@ -221,6 +221,7 @@ class Agent:
             if isinstance(message, m.Tally):
                 with self._turning:
                     self._metrics.add(message.rows)
+                    self._metrics.refused_count += message.refused_count
             self._step(FromRank(arrived.peer, message))
         except ProtocolError as error:
             log.warning("message of a rank dropped: %s", error)

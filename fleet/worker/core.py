@@ -258,7 +258,7 @@ class Core(Ranks):
             s = self.settings
             bind = s.inbox(message.job_id, rank.rank, rank.slot)
             welcome = m.RankWelcome(
-                bind, s.advertise if bind.startswith("tcp://*") else "", s.security, s.secret_of(message.job_id)
+                bind, s.advertise if bind.startswith("tcp:") else "", s.security, s.secret_of(message.job_id)
             )
             self._effects.append(ToRank(peer, welcome))
         elif isinstance(message, m.Join):

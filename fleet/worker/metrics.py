@@ -35,6 +35,7 @@ class WorkerMetrics(Collector):
         self._clock = clock
         self._meter = Meter()
         self._sums: dict[tuple[str, str], _Sum] = {}
+        self.refused_count = 0  # strangers at the inboxes of ranks
 
     def add(self, rows: tuple[TallyRow, ...]) -> None:
         for row in rows:
@@ -104,6 +105,13 @@ class WorkerMetrics(Collector):
             family = GaugeMetricFamily(name, text, labels=("worker",))
             family.add_metric(one, float(value))
             yield family
+        refused = CounterMetricFamily(
+            "fleet_worker_strangers_refused",
+            "Connections to this worker's ranks that did not prove that they hold the secret.",
+            labels=("worker",),
+        )
+        refused.add_metric(one, self.refused_count)
+        yield refused
         seconds = HistogramMetricFamily(
             "fleet_collective_seconds", "Collectives of this worker's ranks.", labels=("worker", "operation", "path")
         )

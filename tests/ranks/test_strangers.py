@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import socket
+import threading
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,10 @@ import pytest
 import zmq
 
 from fleet.bus.context import Bus
+from fleet.bus.control import Arrived, Dealer, Lost, Router
 from fleet.bus.lock import Lock
+from fleet.bus.mesh import Mesh
+from fleet.bus.strangers import Strangers
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.header import MAGIC, pack_call, pack_head
 from fleet.errors import CollectiveTimeout, ProtocolError
@@ -222,3 +228,105 @@ def test_use_after_fork_is_illegal(run_world: Any, used_before: bool) -> None:
     wrong = {name: answer for name, answer in found.items() if not answer.startswith("UsageError: this process")}
     assert not wrong
     assert all("forked" in answer for answer in found.values())
+
+
+SECRET = "a secret for this test alone"
+
+
+@pytest.mark.parametrize("kind", ["plain", "curve"])
+def test_who_is_refused_is_counted_and_said_once_a_minute(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """At a rank's inbox, whose monitor the doorkeeper reads, and at a router, which reads its own."""
+    with caplog.at_level(logging.WARNING, logger="fleet.bus"), Bus(Lock(kind, SECRET)) as bus:
+        mine = Strangers()
+        mesh = Mesh(Lock(kind, SECRET), "tcp://127.0.0.1:*", mine)
+        router = Router(bus, "tcp://127.0.0.1:*")
+        try:
+            for endpoint, strangers in ((mesh.endpoint, mine), (router.endpoint, router.strangers)):
+                caplog.clear()
+                for count, knock in enumerate((wrong_secret, garbage, hang_up), 1):
+                    knock(endpoint, kind)
+                    deadline = monotonic() + 20
+                    while strangers.refused_count < count and monotonic() < deadline:
+                        mesh.receive()  # which waits a tick: what is refused sends no message
+                        router.receive()
+                    assert strangers.refused_count == count, knock
+                assert handshake(Lock(kind, SECRET), endpoint)
+                router.receive()
+                assert strangers.refused_count == 3
+                (record,) = [r for r in caplog.records if endpoint in r.getMessage()]
+                assert f"refused at {endpoint}: 1 connections (1 in all" in record.getMessage()
+        finally:
+            mesh.close(linger=False)
+
+
+def test_a_refused_strangers_address_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    strangers = Strangers("tcp://127.0.0.1:50052")
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            strangers.saw(zmq.EVENT_ACCEPTED, connection.fileno())
+    for _ in range(1000):
+        strangers.saw(zmq.EVENT_HANDSHAKE_FAILED_AUTH, 400)
+    (record,) = caplog.records
+    assert "1 connections (1 in all; 127.0.0.1 was the last to connect)" in record.getMessage()
+    assert strangers.refused_count == 1000
+
+
+def test_a_members_connection_that_ends_is_not_counted() -> None:
+    strangers = Strangers()
+    for event in (zmq.EVENT_ACCEPTED, zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_DISCONNECTED):
+        strangers.saw(event, 1 << 20)
+    assert strangers.refused_count == 0
+    for event in (zmq.EVENT_ACCEPTED, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_DISCONNECTED):
+        strangers.saw(event, 1 << 20)
+    assert strangers.refused_count == 1
+    for event in (zmq.EVENT_ACCEPTED, zmq.EVENT_DISCONNECTED):
+        strangers.saw(event, 1 << 20)
+    assert strangers.refused_count == 2
+
+
+def wrong_secret(endpoint: str, kind: Any) -> None:
+    assert not handshake(Lock(kind, "another secret"), endpoint)
+
+
+def garbage(endpoint: str, kind: Any) -> None:
+    with socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2]))) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            while stranger.recv(1000):
+                pass
+
+
+def hang_up(endpoint: str, kind: Any) -> None:
+    socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2]))).close()
+
+
+def test_who_says_nothing_makes_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest of many silent connections are hung up on, and one that was heard is not among them."""
+    monkeypatch.setattr("fleet.bus.strangers.SILENT_AT_MOST", 10)
+    monkeypatch.setattr("fleet.bus.strangers.SILENT_S", 0.0)
+    with Bus(Lock("curve", SECRET)) as bus, Bus(Lock("curve", SECRET)) as other, contextlib.ExitStack() as stack:
+        router = Router(bus, "tcp://127.0.0.1:*")
+        member = Dealer(other, router.endpoint, b"member")
+        member.send(b"\x05hello")
+        while not any(isinstance(thing, Arrived) for thing in router.receive()):
+            pass
+        address = "127.0.0.1", int(router.endpoint.rpartition(":")[2])
+        silent = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(30)]
+        first = silent[0]
+        ended: list[bytes] = []
+
+        def read() -> None:
+            with contextlib.suppress(OSError):
+                while data := first.recv(1000):
+                    ended.append(data)
+            ended.append(b"")
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        deadline = monotonic() + 20
+        while b"" not in ended and monotonic() < deadline:
+            assert not any(isinstance(thing, Lost) for thing in router.receive())
+        thread.join()
+        assert ended[-1] == b""
+        assert router.send(b"member", b"\x05still here")

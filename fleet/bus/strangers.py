@@ -1,0 +1,126 @@
+"""Connections to a bound socket whose peer does not prove that it holds the secret: counted, logged, and not kept for long.
+
+Fed with the events of a socket monitor. Knows descriptors and addresses, no message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import struct
+from time import monotonic
+
+import zmq
+
+LOG_EVERY_S = 60.0  # a stranger that tries again and again fills no disk
+SILENT_AT_MOST = 256  # connections that have said nothing yet, of those older than SILENT_S
+SILENT_S = 1.0
+
+BROKEN_HANDSHAKE = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+WATCHED = zmq.EVENT_ACCEPTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | BROKEN_HANDSHAKE
+
+log = logging.getLogger("fleet.bus")
+
+
+class Strangers:
+    """Those of one bound socket, which `endpoint` names in the log.
+
+    The events of a handshake say that it succeeded or failed, not whose it was, and of one who speaks no ZeroMQ at all
+    there is none. So a connection counts as refused, too, if it ends and no handshake has succeeded since it began. While
+    members connect, some may be missed; none of theirs is ever counted.
+    """
+
+    def __init__(self, endpoint: str = "") -> None:
+        self.endpoint = endpoint
+        self.refused_count = 0
+        self._unsaid_count = 0  # of them, since the last line in the log
+        self._log_at = 0.0
+        self._last = ""  # address that connected last
+        self._admitted_count = 0
+        self._failed_count = 0  # handshakes that have failed, of connections that have not ended
+        self._open: dict[int, int] = {}  # what _admitted_count was when a connection began, by descriptor
+        self._silent: dict[int, float] = {}  # when a connection began that has said nothing, by descriptor, in order
+
+    def saw(self, event: int, value: int) -> None:
+        """Takes one event of the monitor, with its descriptor where it has one."""
+        if event == zmq.EVENT_ACCEPTED:
+            self._open[value] = self._admitted_count
+            self._silent[value] = monotonic()
+            self._last = _address(value)
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._admitted_count += 1
+        elif event & BROKEN_HANDSHAKE:
+            self._failed_count += 1
+            self._refused()
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._silent.pop(value, None)
+            if self._open.pop(value, -1) != self._admitted_count:
+                return
+            if self._failed_count:
+                self._failed_count -= 1  # it has been counted
+            else:
+                self._refused()
+
+    def heard(self, descriptor: int) -> None:
+        """A connection has sent a message, so its peer was let in."""
+        self._silent.pop(descriptor, None)
+
+    def thin_out(self) -> None:
+        """Hangs up on the oldest of those that say nothing, where they are many: each holds a descriptor and memory.
+
+        One that was let in meanwhile, and has not been heard yet, connects again.
+        """
+        now = monotonic()
+        while len(self._silent) > SILENT_AT_MOST:
+            descriptor, since = next(iter(self._silent.items()))
+            if now - since < SILENT_S:
+                return
+            del self._silent[descriptor]
+            with contextlib.suppress(OSError), _borrowed(descriptor) as connection:
+                connection.shutdown(socket.SHUT_RDWR)  # libzmq closes it
+
+    def _refused(self) -> None:
+        self.refused_count += 1
+        self._unsaid_count += 1
+        now = monotonic()
+        if now < self._log_at:
+            return
+        self._log_at = now + LOG_EVERY_S
+        log.warning(
+            "refused at %s: %d connections (%d in all%s) whose other side did not prove that it holds the secret",
+            self.endpoint,
+            self._unsaid_count,
+            self.refused_count,
+            f"; {self._last} was the last to connect" if self._last else "",
+        )
+        self._unsaid_count = 0
+
+
+def happened(monitor: zmq.Socket[bytes]) -> tuple[int, int]:
+    """The next event of a socket monitor: which, and its descriptor or error. Waits for it."""
+    event: tuple[int, int] = struct.unpack("=HI", monitor.recv_multipart()[0])
+    return event
+
+
+def _address(descriptor: int) -> str:
+    """The address of a connection's peer; empty where it has gone, or is a process of this machine."""
+    try:
+        with _borrowed(descriptor) as connection:
+            name = connection.getpeername()
+    except OSError:
+        return ""
+    return str(name[0]).removeprefix("::ffff:") if isinstance(name, tuple) else ""
+
+
+def _borrowed(descriptor: int) -> socket.socket:
+    """A libzmq connection as a socket of its own, so that the number cannot come to name another one meanwhile."""
+    own = os.dup(descriptor)
+    try:
+        return socket.socket(fileno=own)
+    except OSError:
+        os.close(own)
+        raise
