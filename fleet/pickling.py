@@ -6,17 +6,26 @@ can run code. Knows no wire.
 
 from __future__ import annotations
 
-import io
+import contextlib
+import functools
 import pickle
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from types import FunctionType, TracebackType
 from typing import Any
 
 import cloudpickle
 
-_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None)})
+_PLAIN = frozenset({bool, int, float, complex, type(None)})
+_LONG = 1 << 16  # from here on pickle copies text and bytes into its answer, and hands them to a file as they are
 _NESTED_AT_MOST = 16  # entries of a container that are looked at one by one
+
+
+_LruCache: Any = type(functools.lru_cache(len))
+FUNCTIONS_AT_MOST, FUNCTIONS_BYTES = 1000, 8 << 20  # of pickles
+
+Parts = Sequence[Any]  # one buffer, as bytes-like objects that follow each other
 
 
 class RemoteTraceback(Exception):
@@ -39,7 +48,48 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             raw = value.detach().contiguous().view(-1).view(torch.uint8).numpy() if value.numel() else None
             buffer = b"" if raw is None else pickle.PickleBuffer(raw)
             return _tensor, (buffer, str(value.dtype).removeprefix("torch."), tuple(value.shape), value.requires_grad)
+        if type(value) is _LruCache and not _is_name(value):  # pickle knows only its name
+            parameters = value.cache_parameters()
+            return _cached, (value.__wrapped__, parameters["maxsize"], parameters["typed"])
         return super().reducer_override(value)
+
+
+class _ErrorPickler(_Pickler):
+    """Exceptions by class, arguments and attributes, whatever their own `__reduce__` and `__init__` make of that."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, BaseException):
+            return super().reducer_override(value)
+        given = _builtin(type(value)).__reduce__(value)[1]  # more than its `args`: an OSError's file, for one
+        args = tuple(arg if _travels(arg) else repr(arg) for arg in given)
+        return _error, (type(value), args, {name: held for name, held in vars(value).items() if _travels(held)})
+
+
+def _travels(value: Any) -> bool:
+    try:
+        loads(_whole(_ErrorPickler, value), ())
+    except Exception:
+        return False
+    return True
+
+
+def _builtin(kind: type[BaseException]) -> Any:
+    """The class of Python's own that it descends from."""
+    return next(base for base in kind.__mro__ if base.__module__ == "builtins")
+
+
+def _error(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+    """An exception without a call of its own `__init__`."""
+    base = _builtin(kind)
+    error: BaseException = base.__new__(kind, *args)
+    with contextlib.suppress(TypeError):
+        base.__init__(error, *args)  # what a builtin one keeps beside its arguments, such as an errno
+    vars(error).update(attributes)
+    return error
+
+
+def _cached(function: Callable[..., Any], maxsize: int | None, typed: bool) -> Any:
+    return functools.lru_cache(maxsize, typed)(function)
 
 
 def _is_flat(torch: Any, value: Any) -> bool:
@@ -63,25 +113,34 @@ def _tensor(buffer: Any, dtype: str, shape: tuple[int, ...], requires_grad: bool
     return torch.frombuffer(writable, dtype=kind).view(shape).requires_grad_(requires_grad)
 
 
-def dumps(value: Any, apart_from_bytes: int) -> tuple[bytes, list[memoryview]]:
-    """(pickle, buffers beside it): those of at least `apart_from_bytes` alias the value's own memory.
+class _Chunks(list[Any]):
+    """A file for a pickler: what it writes, uncopied. A long `bytes` is the object that was pickled."""
 
-    Raises whatever the value's own pickling raises.
+    write = list.append
+
+
+def dumps(value: Any, apart_from_bytes: int) -> tuple[bytes, list[Parts]]:
+    """(pickle, buffers beside it): those of at least `apart_from_bytes`, whose parts alias the value's own memory.
+
+    A pickle of that size is empty, and the first of the buffers instead. Raises whatever the value's own pickling raises.
     """
-    buffers: list[memoryview] = []
+    buffers: list[Parts] = []
 
     def beside(buffer: pickle.PickleBuffer) -> bool:
         raw = buffer.raw()
         if raw.nbytes < apart_from_bytes:
             return True  # into the pickle
-        buffers.append(raw)
+        buffers.append((raw,))
         return False
 
     if _is_plain(value):
-        return pickle.dumps(value, 5, buffer_callback=beside), buffers
-    file = io.BytesIO()
-    _Pickler(file, 5, buffer_callback=beside).dump(value)
-    return file.getvalue(), buffers
+        chunks: Parts = (pickle.dumps(value, 5, buffer_callback=beside),)
+    else:
+        chunks = _Chunks()
+        _Pickler(chunks, 5, buffer_callback=beside).dump(value)
+    if sum(memoryview(chunk).nbytes for chunk in chunks) < apart_from_bytes:
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks), buffers
+    return b"", [chunks, *buffers]
 
 
 def loads(data: bytes, buffers: Iterable[Any]) -> Any:
@@ -93,6 +152,8 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
     kind = type(value)
     if kind in _PLAIN:
         return True
+    if kind is str or kind is bytes:
+        return len(value) < _LONG
     if kind is tuple or kind is list:
         return depth > 0 and len(value) <= _NESTED_AT_MOST and all(_is_plain(item, depth - 1) for item in value)
     if kind is dict:
@@ -104,8 +165,11 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
 
 def by_reference(function: Callable[..., Any]) -> bool:
     """Whether its pickle is only a name, the same for ever: that of a module that the other side imports too."""
-    if type(function) is not FunctionType or "<" in function.__qualname__:
-        return False
+    return type(function) is FunctionType and "<" not in function.__qualname__ and _is_name(function)
+
+
+def _is_name(function: Any) -> bool:
+    """Whether a module that the other side imports too has it under its own name."""
     module = sys.modules.get(function.__module__)
     if module is None or function.__module__ == "__main__":
         return False
@@ -114,18 +178,88 @@ def by_reference(function: Callable[..., Any]) -> bool:
 
 def _registered(module: str) -> bool:
     """Whether somebody told cloudpickle to pickle this module by value."""
-    return any(module == name or module.startswith(f"{name}.") for name in cloudpickle.list_registry_pickle_by_value())
+    return any(module == name or module.startswith(f"{name}.") for name in registered())
+
+
+def registered() -> set[str]:
+    """The modules that somebody told cloudpickle to pickle by value."""
+    found: set[str] = cloudpickle.list_registry_pickle_by_value()
+    return found
+
+
+class Function:
+    """A function as its pickle, which is read once."""
+
+    __slots__ = ("_value", "digest", "pickled", "size_bytes")
+
+    def __init__(self, digest: bytes, pickled: bytes) -> None:
+        self.digest = digest
+        self.pickled = pickled
+        self.size_bytes = len(pickled)
+        self._value: Any = None
+
+    def value(self) -> Any:
+        """Raises whatever its reading raises."""
+        if self.pickled:
+            self._value, self.pickled = loads(self.pickled, ()), b""
+        return self._value
+
+
+class Functions:
+    """The functions that were used last, by digest. For one thread at a time.
+
+    A client keeps one for each runner, and the runner one of its own. Both use the same functions in the same order, so
+    both forget the same ones.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[bytes, Function] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, digest: bytes) -> Function | None:
+        found = self._kept.get(digest)
+        if found is not None:
+            self._kept.move_to_end(digest)
+        return found
+
+    def add(self, function: Function) -> None:
+        """Adds one that is not there."""
+        self._kept[function.digest] = function
+        self._bytes += function.size_bytes
+        while len(self._kept) > FUNCTIONS_AT_MOST or self._bytes > FUNCTIONS_BYTES:
+            self._bytes -= self._kept.popitem(last=False)[1].size_bytes
+
+    def clear(self) -> None:
+        self._kept.clear()
+        self._bytes = 0
 
 
 def function_bytes(function: Callable[..., Any]) -> bytes:
     """The pickle of a function. Raises whatever its pickling raises."""
-    found: bytes = cloudpickle.dumps(function, 5)
-    return found
+    return _whole(_Pickler, function)
+
+
+def _whole(pickler: type[_Pickler], value: Any) -> bytes:
+    chunks = _Chunks()
+    pickler(chunks, 5).dump(value)
+    return b"".join(chunks)
+
+
+def exception_bytes(error: BaseException) -> bytes:
+    """The pickle of an exception of any class, that can be read here; empty where nothing of that class can."""
+    for pickler in (_Pickler, _ErrorPickler):
+        try:
+            data = _whole(pickler, error)
+            if type(loads(data, ())) is type(error):
+                return data
+        except Exception:  # of whatever kind its class raises
+            continue
+    return b""
 
 
 def with_traceback(error: BaseException, text: str) -> BaseException:
     """The exception as it will be raised here, with where it was raised there as its cause."""
-    error.__cause__ = RemoteTraceback(text)
+    object.__setattr__(error, "__cause__", RemoteTraceback(text))  # a frozen class refuses any other way
     return error
 
 

@@ -14,7 +14,9 @@ import os
 import threading
 import uuid
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fleet.bus.ownership import open_own
 from fleet.bus.shared import PREFIX
@@ -54,16 +56,20 @@ class _File:
 class Blob:
     """A copy of a buffer, made when the shelf was given it, until `release`."""
 
-    def __init__(self, shelf: Shelf, data: memoryview, file: _File | None) -> None:
-        self.size_bytes = data.nbytes
+    def __init__(self, shelf: Shelf, parts: Sequence[memoryview], size_bytes: int, file: _File | None) -> None:
+        self.size_bytes = size_bytes
         self.path = str(file.path) if file is not None else ""
         self._shelf = shelf
         self._file = file
         self._bytes = b""
         if file is None:
-            self._bytes = bytes(data)
-        elif self.size_bytes:
-            file.memory[: self.size_bytes] = data.cast("B")
+            self._bytes = b"".join(parts)
+            return
+        offset = 0
+        for part in parts:
+            if part.nbytes:
+                file.memory[offset : offset + part.nbytes] = part.cast("B")
+                offset += part.nbytes
 
     def piece(self, offset: int, size_bytes: int) -> bytes:
         end = min(offset + size_bytes, self.size_bytes)
@@ -86,8 +92,11 @@ class Shelf:
         self._free_bytes = 0
         self._closed = False
 
-    def blob(self, data: memoryview) -> Blob:
-        return Blob(self, data, self._file(data.nbytes))
+    def blob(self, parts: Sequence[Any]) -> Blob:
+        """A copy of bytes-like objects, one after the other."""
+        views = [memoryview(part) for part in parts]
+        size_bytes = sum(view.nbytes for view in views)
+        return Blob(self, views, size_bytes, self._file(size_bytes))
 
     def put_back(self, file: _File) -> None:
         with self._lock:
@@ -130,17 +139,25 @@ class Reader:
         """Memory of the reader's own with what is in the blob; None: its file is not there."""
         if size_bytes > LARGE_BYTES:
             return _mapped(path, size_bytes, private=True)
+        memory = self._map(path, size_bytes)
+        return None if memory is None else bytearray(memoryview(memory)[:size_bytes])
+
+    def reaches(self, path: str, size_bytes: int) -> bool:
+        """Whether `take` can be asked for it: it is there, and this user's own."""
+        found = _mapped(path, size_bytes, True) if size_bytes > LARGE_BYTES else self._map(path, size_bytes)
+        return found is not None
+
+    def _map(self, path: str, size_bytes: int) -> mmap.mmap | None:
         memory = self._maps.get(path)
-        if memory is None:
-            memory = _mapped(path, size_bytes, private=False)
-            if memory is None:
-                return None
+        if memory is not None and len(memory) >= size_bytes:
+            self._maps.move_to_end(path)
+            return memory
+        memory = _mapped(path, size_bytes, private=False)
+        if memory is not None:
             self._maps[path] = memory
             if len(self._maps) > MAPS_KEPT:
                 self._maps.popitem(last=False)[1].close()
-        else:
-            self._maps.move_to_end(path)
-        return bytearray(memoryview(memory)[:size_bytes])
+        return memory
 
 
 def _mapped(path: str, size_bytes: int, private: bool) -> mmap.mmap | None:

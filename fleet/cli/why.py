@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fleet.bus.folders import own_folders
 from fleet.bus.lock import Lock
-from fleet.cli.runtime import own_folders
 from fleet.client.target import Target, cluster_target
 from fleet.client.why import ask, described
 from fleet.errors import ConfigError, UsageError

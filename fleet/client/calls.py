@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from types import FunctionType
+from typing import Any, TypeVar, cast
 
 from fleet import pickling, tasks
 from fleet.bus.blobs import Blob, Shelf
+from fleet.client.here import with_hint
 from fleet.errors import TaskError, UsageError
 
 T = TypeVar("T")
@@ -37,7 +41,7 @@ class Packed:
     """A call without its number."""
 
     name: str  # of the function, for a person
-    function: bytes
+    function: pickling.Function | None  # None: it is large, and pickled with its arguments
     data: bytes
     blobs: list[Blob]
 
@@ -47,7 +51,7 @@ class Packed:
 
     def call(self, task_id: int) -> tasks.Call:
         apart = tuple(tasks.Apart(blob.size_bytes, blob.path) for blob in self.blobs)
-        return tasks.Call(task_id, self.function, self.data, apart)
+        return tasks.Call(task_id, self.function.digest if self.function else b"", self.data, apart)
 
     def release(self) -> None:
         for blob in self.blobs:
@@ -70,44 +74,55 @@ class Work:
 
 
 class Packer:
-    """Makes calls, in whatever thread asks for it. Holds what may be sent again: the functions' pickles, by digest."""
+    """Makes calls, in whatever thread asks for it. Calls of equal functions share one pickle."""
 
     def __init__(self, directory: Path | None) -> None:
-        self.functions: dict[bytes, bytes] = {}
-        self._digests: dict[Any, bytes] = {}  # of functions whose pickle is only their name
+        self._functions = pickling.Functions()
+        self._lock = threading.Lock()  # around them
+        self._by_name: dict[FunctionType, pickling.Function] = {}  # functions whose pickle is only their name
         self._shelf = Shelf(directory)
 
     def pack(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
         """A copy of the call, as it is now. Raises UsageError that names what cannot be pickled."""
-        name = getattr(fn, "__qualname__", None) or repr(fn)
+        name = _name(fn)
         try:
-            digest = self._digests.get(fn) if type(fn).__hash__ is not None else None
-            large = False
-            if digest is None:
-                digest, large = self._function(fn)
+            function = self._by_name.get(fn) if type(fn) is FunctionType and not pickling.registered() else None
+            if function is None:
+                function = self._function(fn)
         except Exception as error:
             raise UsageError(f"the function {name} cannot be pickled: {type(error).__name__}: {error}") from error
         try:
-            data, views = pickling.dumps((fn if large else None, args, kwargs), tasks.INLINE_BYTES)
+            data, views = pickling.dumps((None if function else fn, args, kwargs), tasks.INLINE_BYTES)
         except Exception as error:
             raise UsageError(f"the arguments of {name} cannot be pickled: {type(error).__name__}: {error}") from error
-        if len(data) >= tasks.INLINE_BYTES:
-            data, views = b"", [memoryview(data), *views]
-        return Packed(name, digest, data, [self._shelf.blob(view) for view in views] if views else [])
+        return Packed(name, function, data, [self._shelf.blob(view) for view in views] if views else [])
 
-    def _function(self, fn: Callable[..., Any]) -> tuple[bytes, bool]:
-        """Its digest; empty for a large one, which is sent with its arguments."""
+    def _function(self, fn: Callable[..., Any]) -> pickling.Function | None:
+        """None for a large one, which is sent with its arguments."""
         pickled = pickling.function_bytes(fn)
         if len(pickled) >= tasks.INLINE_BYTES:
-            return b"", True
+            return None
         digest = hashlib.blake2b(pickled, digest_size=16).digest()
-        self.functions.setdefault(digest, pickled)
+        with self._lock:
+            function = self._functions.get(digest)
+            if function is None:
+                function = pickling.Function(digest, pickled)
+                self._functions.add(function)
         if pickling.by_reference(fn):
-            self._digests[fn] = digest
-        return digest, False
+            if len(self._by_name) >= pickling.FUNCTIONS_AT_MOST:
+                self._by_name.clear()
+            self._by_name[cast(FunctionType, fn)] = function
+        return function
 
     def close(self) -> None:
         self._shelf.close()
+
+
+def _name(fn: Any) -> str:
+    if isinstance(fn, functools.partial):
+        return f"partial of {_name(fn.func)}"
+    name = getattr(fn, "__qualname__", None)
+    return name if isinstance(name, str) else type(fn).__qualname__
 
 
 def settle(work: Work, result: tasks.Result, buffers: list[Any]) -> None:
@@ -116,12 +131,15 @@ def settle(work: Work, result: tasks.Result, buffers: list[Any]) -> None:
     try:
         value = pickling.loads(result.data or buffers.pop(0), buffers) if result.data or buffers else None
     except Exception as error:
-        text = f"what task {name} returned cannot be read here: {type(error).__name__}: {error}"
+        unread = f"cannot be read here: {type(error).__name__}: {error}"
+        text = (
+            f"what task {name} returned {unread}" if result.ok else f"what task {name} raised {unread}\n{result.text}"
+        )
         work.future.set_exception(TaskError(text))
         return
     if result.ok:
         work.future.set_result(value)
     elif isinstance(value, BaseException):
-        work.future.set_exception(pickling.with_traceback(value, result.text))
+        work.future.set_exception(with_hint(pickling.with_traceback(value, result.text)))
     else:
         work.future.set_exception(TaskError(f"task {name} failed: {result.text}"))

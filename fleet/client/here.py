@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fleet.bus.folders import PREFIX, held_folder
 from fleet.bus.lock import Lock
 from fleet.client.bundle import pack
 from fleet.client.target import Target
@@ -20,6 +20,7 @@ from fleet.errors import FleetError
 from fleet.values import Spec
 
 PRELOADED = ("numpy", "torch")  # in the pool too, where the caller has them: a process then costs a fork
+CODE_PREFIX = f"{PREFIX}code-"  # of the folder with the bundle
 END_WITHIN_S = 10.0
 ENDED_WITHIN_S = 1.0  # once its connection is down
 
@@ -87,8 +88,8 @@ def cluster_place(target: Target, max_bundle_bytes: int) -> Iterator[Place]:
     if folder is None:
         yield Place(target, "", Spec("tasks", "executor", (), "/"))
         return
-    with tempfile.TemporaryDirectory(prefix="fleet-code-") as into:
-        bundle = pack(folder, Path(into), max_bundle_bytes)
+    with held_folder(CODE_PREFIX) as into:
+        bundle = pack(folder, into, max_bundle_bytes)
         spec = Spec("tasks", "executor", (), "", bundle.digest, bundle.size_bytes)
         yield Place(target, "", spec, bundle.path)
 
@@ -100,7 +101,27 @@ def _folder_of_main() -> Path | None:
     if file is None:
         return None
     path = Path(file).resolve()
-    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib", "scripts")]
-    if any(path.is_relative_to(folder) for folder in installed):
+    if _is_installed(path):
         return None
     return Path.cwd() if getattr(main, "__spec__", None) is not None else path.parent
+
+
+def _is_installed(path: Path) -> bool:
+    """Whether a file, its links followed, belongs to Python or a package, which each worker has of its own."""
+    installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib", "scripts")]
+    return any(path.is_relative_to(folder) for folder in installed)
+
+
+def with_hint(error: BaseException) -> BaseException:
+    """The error of a task; one about a module that is only here gets a note that says how it travels."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return error
+    module = sys.modules.get(error.name)
+    file = getattr(module, "__file__", None)
+    if file is not None and not _is_installed(Path(file).resolve()):
+        error.add_note(
+            f"The module {error.name} lies in {Path(file).parent}, which did not travel: of a script its folder does, of a "
+            f"notebook, a test or a prompt none. import cloudpickle; cloudpickle.register_pickle_by_value({error.name}) before "
+            "submit sends the module's functions and classes with the call."
+        )
+    return error

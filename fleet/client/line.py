@@ -296,11 +296,11 @@ class Line(Seats):
                 continue
             calls.append(work.call)
             size_bytes += len(work.call.data)
-            digest = work.call.function
-            if digest and digest not in seat.functions:
-                seat.functions.add(digest)
-                functions[digest] = self._packer.functions[digest]
-                size_bytes += len(functions[digest])
+            function = work.packed.function
+            if function is not None and seat.functions.get(function.digest) is None:
+                seat.functions.add(function)
+                functions[function.digest] = function.pickled
+                size_bytes += function.size_bytes
             if size_bytes >= tasks.MESSAGE_BYTES:
                 self._run_calls(give.job_id, seat, calls, functions)
                 calls, functions, size_bytes = [], {}, 0

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from fleet import messages as m
-from fleet import tasks
+from fleet import pickling, tasks
 from fleet.bus.control import Dealer, Link
 from fleet.bus.transfer import read_part
 from fleet.client import pool
@@ -39,7 +39,7 @@ class Seat:
     started: bool = False
     worker: str = ""
     peer: bytes = b""  # where it is reached directly
-    functions: set[bytes] = field(default_factory=set)  # that the runner has
+    functions: pickling.Functions = field(default_factory=pickling.Functions)  # that the runner has
     arrived: list[int] = field(default_factory=list)  # results to acknowledge
 
 

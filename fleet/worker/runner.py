@@ -64,7 +64,8 @@ class Runner:
         self._active = threading.Event()  # there has been work in the last moments
         self._waiting: deque[tasks.Call] = deque()
         self._running: tasks.Call | None = None
-        self._functions: dict[bytes, Any] = {}
+        self._functions = pickling.Functions()
+        self._function_of: dict[int, pickling.Function] = {}  # by task, of those that wait
         self._kept: OrderedDict[int, tasks.Result] = OrderedDict()  # sent, until they are known to have arrived
         self._unsent: list[tasks.Result] = []
         self._unsent_bytes, self._unsent_since = 0, 0.0
@@ -125,24 +126,15 @@ class Runner:
         except ProtocolError:
             return  # whoever has the secret and says nonsense gets no answer
         if isinstance(said, tasks.Run):
-            self._functions.update(
-                {digest: data for digest, data in said.functions.items() if digest not in self._functions}
-            )
             self._forget(said.arrived)
-            known = {call.task_id for call in self._waiting} | self._kept.keys()
-            known |= {self._running.task_id} if self._running else set()
-            calls = [call for call in said.calls if not call.function or call.function in self._functions]
-            for call in calls:
-                if call.task_id not in known:
-                    self._waiting.append(call)
-                    self._gather(call)
-            if len(calls) < len(said.calls):  # what brought their function was lost with a connection
-                self._ready()
+            self._take_calls(said)
         elif isinstance(said, tasks.Recall):
             back = set(said.task_ids)
             given = tuple(call.task_id for call in self._waiting if call.task_id in back)
             self._waiting = deque(call for call in self._waiting if call.task_id not in back)
             self._drop_gathering(given)
+            for task_id in given:
+                self._function_of.pop(task_id, None)
             self._say(tasks.Returned(given))
         elif isinstance(said, tasks.Sync):
             self._ready()
@@ -161,6 +153,27 @@ class Runner:
             if gathered is not None:
                 gathered.take(said.offset, arrived.rest[1].buffer)
             self._fetch()
+
+    def _take_calls(self, said: tasks.Run) -> None:
+        known = {call.task_id for call in self._waiting} | self._kept.keys()
+        known |= {self._running.task_id} if self._running else set()
+        missing = False
+        for call in said.calls:
+            function = self._functions.get(call.function) if call.function else None
+            if call.function and function is None:
+                pickled = said.functions.get(call.function)
+                if pickled is None:
+                    missing = True  # what brought it was lost with a connection
+                    continue
+                function = pickling.Function(call.function, pickled)
+                self._functions.add(function)
+            if call.task_id not in known:
+                if function is not None:
+                    self._function_of[call.task_id] = function
+                self._waiting.append(call)
+                self._gather(call)
+        if missing:
+            self._ready()
 
     def _say(self, said: tasks.Said, piece: bytes | None = None) -> None:
         self._dealer.send(self._head, [tasks.encode(said)] if piece is None else [tasks.encode(said), piece])
@@ -186,7 +199,7 @@ class Runner:
 
     def _gather(self, call: tasks.Call) -> None:
         for index, buffer in enumerate(call.buffers):
-            if not (buffer.path and os.path.exists(buffer.path)):
+            if not (buffer.path and self._reader.reaches(buffer.path, buffer.size_bytes)):
                 self._gathering[call.task_id, index] = Gathering(buffer.size_bytes, tasks.PIECE_BYTES)
         self._fetch()
 
@@ -237,11 +250,8 @@ class Runner:
     def _prepared(self, call: tasks.Call) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         buffers = [self._buffer(call.task_id, index, apart) for index, apart in enumerate(call.buffers)]
         function, args, kwargs = pickling.loads(call.data or buffers.pop(0), buffers)
-        if call.function:
-            function = self._functions[call.function]
-            if isinstance(function, bytes):
-                function = self._functions[call.function] = pickling.loads(function, ())
-        return function, args, kwargs
+        held = self._function_of.pop(call.task_id, None)
+        return held.value() if held is not None else function, args, kwargs
 
     def _buffer(self, task_id: int, index: int, apart: tasks.Apart) -> Any:
         gathering = self._gathering.pop((task_id, index), None)
@@ -259,29 +269,33 @@ class Runner:
             data, views = pickling.dumps(value, tasks.INLINE_BYTES)
         except Exception as error:
             kind = type(value).__qualname__
-            text = f"its result, a {kind}, cannot be pickled: {type(error).__name__}: {error}"
+            text = _text(f"its result, a {kind}, cannot be pickled: {type(error).__name__}: {error}")
             return tasks.Result(task_id, False, b"", seconds, text=text)
-        data, buffers = self._apart(task_id, data, views)
-        return tasks.Result(task_id, True, data, seconds, buffers)
+        return tasks.Result(task_id, True, data, seconds, self._apart(task_id, views) if views else ())
 
-    def _apart(self, task_id: int, data: bytes, views: list[memoryview]) -> tuple[bytes, tuple[tasks.Apart, ...]]:
-        """What stays in the message, and what is fetched from here."""
-        if len(data) >= tasks.INLINE_BYTES:
-            data, views = b"", [memoryview(data), *views]
+    def _apart(self, task_id: int, views: list[pickling.Parts]) -> tuple[tasks.Apart, ...]:
+        """What is not in the message, and is fetched from here."""
         buffers = []
         for index, view in enumerate(views):
             blob = self._blobs[task_id, index] = self._shelf.blob(view)
             buffers.append(tasks.Apart(blob.size_bytes, blob.path))
-        return data, tuple(buffers)
+        return tuple(buffers)
 
     def _failed(self, task_id: int, error: BaseException, seconds: float) -> tasks.Result:
-        error.__traceback__ = pickling.without_runner(error.__traceback__)
-        text = "".join(traceback.format_exception(error))[-TEXT_CHARS:]
-        error.__traceback__ = None
+        # Not by assignment: a frozen class refuses that.
+        BaseException.with_traceback(error, pickling.without_runner(error.__traceback__))
         try:
-            data = pickling.dumps(error, 1 << 62)[0]
-            pickling.loads(data, ())  # some can be pickled and not read again
-        except Exception:
-            data = b""
-        data, buffers = self._apart(task_id, data, [])
+            text = _text("".join(traceback.format_exception(error))[-TEXT_CHARS:])
+        except Exception as broken:
+            text = f"{type(error).__qualname__}, whose traceback cannot be written: {type(broken).__qualname__}"
+        BaseException.with_traceback(error, None)
+        data = pickling.exception_bytes(error)
+        buffers: tuple[tasks.Apart, ...] = ()
+        if len(data) >= tasks.INLINE_BYTES:
+            data, buffers = b"", self._apart(task_id, [(data,)])
         return tasks.Result(task_id, False, data, seconds, buffers, text)
+
+
+def _text(text: str) -> str:
+    """The text as it can be sent: a name of a file may have bytes that are no characters."""
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from fleet import config
+from fleet.bus import folders
 from fleet.bus.blobs import Reader
 from fleet.bus.shared import PAGE_BYTES, PREFIX, host_key, share, sweep
 from fleet.cli import runtime, slurm, why
@@ -234,10 +235,10 @@ def false_agent(base: Path, what: Callable[[Path], object]) -> None:
     """A stranger's folder that looks as if something of fleet's ran there; its lock is held while this process lives."""
 
     def make() -> None:
-        place = base / f"{runtime.PREFIX}x"
+        place = base / f"{folders.PREFIX}x"
         place.mkdir(mode=0o777)
-        (place / runtime.LOCK).write_bytes(b"")
-        (place / runtime.LOCK).chmod(0o666)
+        (place / folders.LOCK).write_bytes(b"")
+        (place / folders.LOCK).chmod(0o666)
         what(place / runtime.WHAT)
 
     as_stranger(make)
@@ -246,14 +247,14 @@ def false_agent(base: Path, what: Callable[[Path], object]) -> None:
 @as_root
 def test_doctor_neither_waits_for_nor_believes_a_stranger(temporary: Path) -> None:
     false_agent(temporary, lambda path: path.write_text("worker ipc:///tmp/stranger\n"))
-    with (temporary / "fleet-x" / runtime.LOCK).open("rb") as held:
+    with (temporary / "fleet-x" / folders.LOCK).open("rb") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert in_time(runtime.registered) == []
         (temporary / "fleet-x" / runtime.WHAT).unlink()
         as_stranger(lambda: os.mkfifo(temporary / "fleet-x" / runtime.WHAT, 0o666))
         assert in_time(runtime.registered) == []
-        (temporary / "fleet-x" / runtime.LOCK).unlink()
-        as_stranger(lambda: os.mkfifo(temporary / "fleet-x" / runtime.LOCK, 0o666))
+        (temporary / "fleet-x" / folders.LOCK).unlink()
+        as_stranger(lambda: os.mkfifo(temporary / "fleet-x" / folders.LOCK, 0o666))
         assert in_time(runtime.registered) == []
     with runtime.runtime_folder() as mine:
         runtime.register(mine, "worker", f"ipc://{mine}/agent")
@@ -268,9 +269,9 @@ def test_a_strangers_folder_is_not_swept_for_a_file_of_ones_own(temporary: Path)
     mine.write_bytes(b"")
 
     def make() -> None:
-        place = temporary / f"{runtime.PREFIX}x"
+        place = temporary / f"{folders.PREFIX}x"
         place.mkdir(mode=0o777)
-        (place / runtime.LOCK).symlink_to(mine)
+        (place / folders.LOCK).symlink_to(mine)
 
     as_stranger(make)
     with runtime.runtime_folder():
@@ -282,7 +283,7 @@ def test_why_does_not_ask_a_strangers_orchestrator(temporary: Path) -> None:
     """It would be believed, and could keep the question waiting."""
 
     def make() -> None:
-        place = temporary / f"{runtime.PREFIX}x"
+        place = temporary / f"{folders.PREFIX}x"
         place.mkdir(mode=0o777)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(place / "orchestrator"))

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import functools
+import importlib
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +116,81 @@ def raise_odd() -> None:
 
 def total(array: Any) -> float:
     return float(np.asarray(array, dtype=np.float64).sum())
+
+
+@functools.lru_cache(maxsize=10)
+def cached(x: int) -> int:
+    return x + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRow(Exception):
+    row: int
+
+
+class Keywords(Exception):
+    def __init__(self, *, code: int) -> None:
+        self.code = code
+        super().__init__(f"code {code}")
+
+
+class Locked(Exception):
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+        self.lock = threading.Lock()
+
+
+class OddError(OSError):
+    def __init__(self, name: str) -> None:
+        super().__init__(errno.ENOSPC, "full", name)
+
+
+class Reduced(Exception):
+    def __reduce__(self) -> Any:
+        return (Reduced,)  # and loses what it was made with
+
+
+class NoReduce(Exception):
+    def __reduce__(self) -> Any:
+        raise TypeError("not this one")
+
+
+class Slotted(Exception):
+    __slots__ = ("detail",)
+
+
+ERRORS: dict[str, Callable[[], BaseException]] = {
+    "frozen": lambda: BadRow(3),
+    "frozen, by keyword": lambda: BadRow(row=3),
+    "odd": lambda: Odd(1, 2),
+    "keywords": lambda: Keywords(code=3),
+    "locked": lambda: Locked("with a lock"),
+    "os": lambda: OddError("disk"),
+    "os, builtin": lambda: FileNotFoundError(2, "gone", "x"),
+    "no reduce": lambda: NoReduce(1, "a"),
+    "slotted": lambda: Slotted("s"),
+    "unicode": lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "why"),
+    "exit": lambda: SystemExit(3),
+    "interrupt": lambda: KeyboardInterrupt(),
+    "bytes in a name": lambda: ValueError("file \udcff"),
+    "stop": lambda: StopIteration(4),
+}
+
+
+def raise_error(name: str) -> None:
+    raise ERRORS[name]()
+
+
+def raise_group() -> None:
+    second = ValueError("second")
+    second.add_note("a note")
+    try:
+        raise KeyError("the cause")
+    except KeyError as cause:
+        raise ExceptionGroup("both", [Odd(1, 2), second]) from cause
+
+
+def fail_in_plugin(folder: str) -> None:
+    sys.path.insert(0, folder)
+    importlib.import_module("plug").fail()

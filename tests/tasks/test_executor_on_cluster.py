@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import calls
+import cloudpickle
 import numpy as np
 import pytest
 
@@ -80,3 +82,25 @@ def test_tasks_of_a_killed_worker_go_to_another(place: Place, tmp_path: Path) ->
         assert len(say.read_text().split()) == 1
         wait.write_text("second\n")
         assert sorted(future.result(timeout=60) for future in futures) == ["first\n", "second\n"]
+
+
+@pytest.mark.chaos
+def test_a_module_that_is_only_here_is_an_error_that_says_how_it_travels(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a module beside a notebook, or beside pytest's own script, which is this test's."""
+    (tmp_path / "only_here.py").write_text("def double(x): return 2 * x\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    only_here = importlib.import_module("only_here")
+    place.start_worker("a")
+    place.wait_for_worker("a")
+    with fleet.Executor(max_workers=1) as pool:
+        error = pool.submit(only_here.double, 4).exception(timeout=60)
+        assert isinstance(error, ModuleNotFoundError)
+        [note] = error.__notes__
+        assert f"lies in {tmp_path}" in note
+        cloudpickle.register_pickle_by_value(only_here)
+        try:
+            assert pool.submit(only_here.double, 4).result(timeout=60) == 8
+        finally:
+            cloudpickle.unregister_pickle_by_value(only_here)

@@ -73,3 +73,22 @@ def test_a_killed_pool_of_local_slots_is_a_lost_task_and_not_a_wait(tmp_path: Pa
     psutil.wait_procs([runner], timeout=10)
     with runtime_folder():  # sweeps what it left
         pass
+
+
+def test_the_code_of_a_killed_caller_does_not_stay(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, signal\n"
+        "from fleet.bus.lock import Lock\n"
+        "from fleet.client.here import cluster_place\n"
+        "from fleet.client.target import Target\n"
+        "with cluster_place(Target('', 'tcp://127.0.0.1:1', Lock(), 1.0, local=False), 1 << 20) as place:\n"
+        "    print(place.bundle, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, check=False)
+    bundle = Path(done.stdout.strip())
+    assert bundle.is_file(), done.stderr
+    assert bundle.parent.name.startswith("fleet-code-")
+    with runtime_folder():  # as the next command of fleet, or the next Executor
+        assert not bundle.parent.exists()

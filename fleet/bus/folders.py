@@ -1,0 +1,65 @@
+"""Folders in the temporary one that end with their owner, and are this user's alone. Knows nothing of what lies in them.
+
+An owner that was killed cannot clean up: the next one does it for all whose lock nobody holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from fleet.bus.ownership import is_own_folder, open_own
+from fleet.errors import ConfigError
+
+PREFIX = "fleet-"
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def held_folder(prefix: str = PREFIX) -> Iterator[Path]:
+    """A fresh folder that only its owner may enter, until the context is left. `prefix` begins with PREFIX."""
+    try:
+        base = Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        raise ConfigError("no temporary folder can be written to: mount a tmpfs at /tmp, or set TMPDIR") from None
+    _sweep()
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
+    draft = folder / f".{LOCK}"
+    descriptor = os.open(draft, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    draft.rename(folder / LOCK)  # held before it has its name: else another process' sweep takes the folder away
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def own_folders() -> list[Path]:
+    """The folders of this user, held or not. One that another user made is none, whatever lies in it."""
+    return [path for path in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")) if is_own_folder(path)]
+
+
+def is_held(lock: Path) -> bool:
+    """Whether the owner of a folder with this lock lives."""
+    descriptor = open_own(lock, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _sweep() -> None:
+    """Removes what killed owners left. A folder without a lock file is not ours, or too young to judge."""
+    for folder in own_folders():
+        with contextlib.suppress(OSError):
+            if not is_held(folder / LOCK):
+                shutil.rmtree(folder, ignore_errors=True)
