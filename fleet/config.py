@@ -5,6 +5,7 @@ Knows names, defaults and what is valid; opens no socket and starts nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -153,6 +154,15 @@ def core_limit() -> float:
     if not quota.isdigit() or not period.isdigit():
         return cores  # "max" and -1: no quota
     return min(cores, int(quota) / int(period))
+
+
+def gpu_count() -> int:
+    """The GPUs that this process may use: those of CUDA_VISIBLE_DEVICES where it is set, else the machine's."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return len(list(Path("/dev").glob("nvidia[0-9]*")))
+    # To CUDA, the list ends before the first name that is no device.
+    return len(list(itertools.takewhile(lambda name: name.strip() not in ("", "-1"), visible.split(","))))
 
 
 def no_colour() -> bool:

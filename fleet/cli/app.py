@@ -11,6 +11,7 @@ import typer
 from fleet import config
 from fleet.cli.job_commands import (
     WITH_SCRIPT,
+    DryRun,
     Gpus,
     Insecure,
     Keep,
@@ -70,6 +71,7 @@ def run_command(
     output: OutputFolder = None,
     max_output: MaxOutput = 1024,
     keep: Keep = None,
+    dry_run: DryRun = False,
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -79,7 +81,8 @@ def run_command(
     What comes after -- is the script's in any case.
     """
     from fleet.cli.output import output_limit
-    from fleet.cli.run import Options, bundle_limit, run_job
+    from fleet.cli.run import Options, run_job
+    from fleet.cli.travel import bundle_limit
 
     if transport not in ("tcp", "ipc"):
         raise UsageError(f"--transport is {transport!r}: it must be tcp or ipc")
@@ -96,6 +99,7 @@ def run_command(
         output=output,
         max_output_bytes=output_limit(max_output),
         keep=tuple(keep or ()),
+        dry_run=dry_run,
     )
     raise typer.Exit(run_job(words_of[0], options))
 

@@ -31,6 +31,7 @@ MaxRestarts = Annotated[
 ]
 Slots = Annotated[int, typer.Option(help="Slots that each rank takes.")]
 Gpus = Annotated[int, typer.Option(help="GPUs that each rank takes.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list what would travel to the cluster, and what not.")]
 MaxBundle = Annotated[int, typer.Option(help="Largest folder to send to a cluster, in MB.")]
 
 WITH_SCRIPT = "[OPTIONS] SCRIPT [ARGS]..."  # in the line that says how a command is used
@@ -82,6 +83,7 @@ def submit_command(
     gpus: Gpus = 0,
     max_bundle: MaxBundle = 64,
     keep: Keep = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     timeout: Timeout = 60.0,
     orchestrator: Orchestrator = None,
@@ -93,9 +95,12 @@ def submit_command(
     Options after the script's name are the script's, but for --workers.
     """
     from fleet.cli.jobs import Submission, submit
-    from fleet.cli.run import bundle_limit
+    from fleet.cli.travel import bundle_limit, would_travel
     from fleet.versions import versions
 
+    if dry_run:
+        typer.echo(would_travel(words_of[0], bundle_limit(max_bundle)))
+        return
     options = job_options(name, "", priority, policy, max_restarts, slots, gpus)
     target = _cluster(orchestrator, secret_file, insecure, timeout)
     job_id = submit(
@@ -117,6 +122,7 @@ def sweep_command(
     gpus: Gpus = 0,
     max_bundle: MaxBundle = 64,
     keep: Keep = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     timeout: Timeout = 60.0,
     orchestrator: Orchestrator = None,
@@ -130,12 +136,15 @@ def sweep_command(
     Each job gets its point as arguments (--lr 0.1). If the last line that it prints is a JSON object, that is its result.
     """
     from fleet.cli.jobs import Submission
-    from fleet.cli.run import bundle_limit
     from fleet.cli.sweep import sweep
+    from fleet.cli.travel import bundle_limit, would_travel
     from fleet.client.grid import points
     from fleet.versions import versions
 
     found = points(grid or [])
+    if dry_run:
+        typer.echo(would_travel(words_of[0], bundle_limit(max_bundle)))
+        return
     options = job_options("", name, priority, policy, max_restarts, slots, gpus)
     target = _cluster(orchestrator, secret_file, insecure, timeout)
     submission = Submission(workers, options, bundle_limit(max_bundle), tuple(keep or ()))

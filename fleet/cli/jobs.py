@@ -15,8 +15,9 @@ import msgspec
 
 from fleet import messages as m
 from fleet.bounds import RANKS_AT_MOST
-from fleet.cli.run import check_target, spec_of_bundle
 from fleet.cli.runtime import runtime_folder
+from fleet.cli.script import check_target
+from fleet.cli.travel import spec_of_bundle
 from fleet.cli.words import Words
 from fleet.cli.workers import table
 from fleet.client.jobs import Conversation, refused

@@ -19,15 +19,15 @@ from fleet.bounds import RANKS_AT_MOST
 from fleet.cli.local import Transport, local_cluster
 from fleet.cli.output import bring, end_local, local_storage
 from fleet.cli.runtime import runtime_folder
-from fleet.cli.script import check_module, check_script, preload_for
+from fleet.cli.script import check_target, preload_for
 from fleet.cli.slurm import serve, step_cluster
+from fleet.cli.travel import spec_of_bundle, stays, would_travel
 from fleet.cli.words import Words
-from fleet.client.bundle import pack
 from fleet.client.printer import Printer
 from fleet.client.report import INTERRUPTED, exit_code, report
 from fleet.client.run import Run, say
 from fleet.client.target import cluster_target
-from fleet.errors import ConfigError, UsageError
+from fleet.errors import UsageError
 from fleet.versions import versions
 
 BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -49,6 +49,7 @@ class Options:
     output: Path | None  # None: ./fleet-output/JOB
     max_output_bytes: int
     keep: tuple[str, ...]
+    dry_run: bool = False
 
 
 def run_job(words: Words, options: Options) -> int:
@@ -58,6 +59,9 @@ def run_job(words: Words, options: Options) -> int:
     if options.timeout_s <= 0:
         raise UsageError(f"--timeout is {options.timeout_s:g}: it must be a number of seconds above 0")
     imports = check_target(words)
+    if options.dry_run:
+        print(would_travel(words, options.max_bundle_bytes) if options.orchestrator else stays())
+        return 0
     task = config.slurm_task()
     if task is not None:
         if options.workers != task.task_count:
@@ -77,20 +81,23 @@ def run_job(words: Words, options: Options) -> int:
         runtime = stack.enter_context(runtime_folder())
         interruption = stack.enter_context(_interruptions())
         storage = None
+        job = options.job
         if options.orchestrator is None:
+            job = _job_here(options, task is not None)
             storage = local_storage(options.output)
             if task is None:
-                local = local_cluster(runtime, options.workers, options.transport, _preload(imports), storage)
+                gpus = options.workers * job.gpus
+                local = local_cluster(runtime, options.workers, options.transport, _preload(imports), storage, gpus)
             else:
                 local = step_cluster(
                     task, runtime, _preload(imports), options.timeout_s, lambda: interruption.early_count > 0, storage
                 )
             target = stack.enter_context(local)
-            spec, bundle = _spec(words, str(Path.cwd())), None
+            spec, bundle = m.Spec(words.kind, words.target, tuple(words.args), str(Path.cwd())), None
         else:
             target = cluster_target(options.orchestrator, options.secret_file, options.insecure, options.timeout_s)
             spec, bundle = spec_of_bundle(words, runtime, options.max_bundle_bytes, options.keep)
-        run = Run(target, spec, options.workers, options.job, bundle, printer)
+        run = Run(target, spec, options.workers, job, bundle, printer)
         interruption.run = run
         for _ in range(interruption.early_count):
             run.cancel()
@@ -116,25 +123,17 @@ def _preload(imports: set[str]) -> tuple[str, ...]:
     return preload_for(imports) if wanted is None else wanted
 
 
-def check_target(words: Words) -> set[str]:
-    """What it names in its imports. Raises UsageError where it cannot run."""
-    if words.kind == "script":
-        return check_script(Path(words.target))
-    return check_module(words.target) if words.kind == "module" else set()
-
-
-def _spec(words: Words, directory: str, target: str = "", digest: str = "", bundle_bytes: int = 0) -> m.Spec:
-    return m.Spec(words.kind, target or words.target, tuple(words.args), directory, digest, bundle_bytes)
-
-
-def spec_of_bundle(words: Words, runtime: Path, limit_bytes: int, keep: tuple[str, ...] = ()) -> tuple[m.Spec, Path]:
-    """The folder of the script (of a module or command: the current one) as it will travel to the workers."""
-    script = Path(words.target).resolve()
-    folder = script.parent if words.kind == "script" else Path.cwd()
-    bundle = pack(folder, runtime, limit_bytes)
-    name = script.name if words.kind == "script" else words.target
-    spec = _spec(words, "", name, bundle.digest, bundle.size_bytes)
-    return msgspec.structs.replace(spec, keep=keep), bundle.path
+def _job_here(options: Options, is_slurm_task: bool) -> m.JobOptions:
+    """What a job without a cluster asks for. Raises UsageError where it would wait for ever."""
+    gpus, found = options.job.gpus, config.gpu_count()
+    if gpus and is_slurm_task:
+        raise UsageError("--gpus is for workers of a cluster; under srun, say it to srun: --gpus-per-task")
+    if options.workers * gpus > found:
+        raise UsageError(
+            f"--workers {options.workers} with --gpus {gpus} takes {options.workers * gpus} GPUs, and this machine has "
+            f"{found or 'none'} (CUDA_VISIBLE_DEVICES, /dev/nvidia*); ORCHESTRATOR_ADDR says which cluster has some"
+        )
+    return msgspec.structs.replace(options.job, slots=1)  # there is nothing else here that a rank would share them with
 
 
 @dataclass
@@ -167,10 +166,3 @@ def _interruptions() -> Iterator[_Interruption]:
 
 def _coloured(stream: TextIO) -> bool:
     return stream.isatty() and not config.no_colour()
-
-
-def bundle_limit(megabytes: int) -> int:
-    """The --max-bundle option in bytes."""
-    if megabytes < 1:
-        raise ConfigError(f"--max-bundle is {megabytes}: it must be a number of megabytes above 0")
-    return megabytes << 20

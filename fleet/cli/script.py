@@ -7,10 +7,18 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from fleet.cli.words import Words
 from fleet.errors import UsageError
 
 # Imported once in the zygote where a script names them: slow to import, and safe to fork after that.
 PRELOADABLE = frozenset({"numpy", "pandas", "scipy", "sklearn", "torch"})
+
+
+def check_target(words: Words) -> set[str]:
+    """What it names in its imports. Raises UsageError where it cannot run."""
+    if words.kind == "script":
+        return check_script(Path(words.target))
+    return check_module(words.target) if words.kind == "module" else set()
 
 
 def check_script(path: Path) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from fleet.bus.folders import PREFIX, held_folder
 from fleet.bus.lock import Lock
-from fleet.client.bundle import pack
+from fleet.client.bundle import pack_selected
+from fleet.client.selection import select
 from fleet.client.target import Target
 from fleet.errors import FleetError
 from fleet.values import Spec
@@ -23,6 +25,9 @@ PRELOADED = ("numpy", "torch")  # in the pool too, where the caller has them: a 
 CODE_PREFIX = f"{PREFIX}code-"  # of the folder with the bundle
 END_WITHIN_S = 10.0
 ENDED_WITHIN_S = 1.0  # once its connection is down
+
+
+log = logging.getLogger("fleet.executor")
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,10 @@ def cluster_place(target: Target, max_bundle_bytes: int) -> Iterator[Place]:
         yield Place(target, "", Spec("tasks", "executor", (), "/"))
         return
     with held_folder(CODE_PREFIX) as into:
-        bundle = pack(folder, into, max_bundle_bytes)
+        selected = select(folder)
+        if keys := selected.keys():
+            log.warning("these do not travel, since they may hold keys: %s", ", ".join(keys))
+        bundle = pack_selected(selected, into, max_bundle_bytes)
         spec = Spec("tasks", "executor", (), "", bundle.digest, bundle.size_bytes)
         yield Place(target, "", spec, bundle.path)
 

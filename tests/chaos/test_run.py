@@ -72,6 +72,31 @@ def test_arguments_logs_and_a_torchrun_environment(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "rank-1.log").read_text().endswith(" 1 2 1\n")
 
 
+def test_slots_of_a_cluster_are_no_matter_on_one_machine() -> None:
+    done = fleet("run", "--workers", "2", "--slots", "3", "--", "echo", "ran")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "2 ranks| ran\n", "")
+
+
+def test_gpus_of_this_machine_are_dealt_to_its_ranks() -> None:
+    words = ("--workers", "2", "--gpus", "2", "--", "sh", "-c", "echo on $CUDA_VISIBLE_DEVICES")
+    done = fleet("run", *words, CUDA_VISIBLE_DEVICES="4,5,6,7")
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.partition("| ")[2] for line in done.stdout.splitlines()) == ["on 4,5", "on 6,7"]
+
+
+def test_dry_run_says_what_would_travel_and_starts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("raise SystemExit('it ran')")
+    (tmp_path / ".env").write_text("x")
+    here = fleet("run", "--dry-run", str(tmp_path / "train.py"))
+    assert (here.returncode, here.stderr) == (0, "")
+    assert "nothing would travel" in here.stdout
+    for command in ("run", "submit"):
+        there = fleet(command, "--dry-run", str(tmp_path / "train.py"), ORCHESTRATOR_ADDR="127.0.0.1:1")
+        assert (there.returncode, there.stderr) == (0, "")
+        assert f"would travel from {tmp_path}:\n  train.py  " in there.stdout
+        assert "  .env  may hold passwords" in there.stdout
+
+
 def test_command() -> None:
     done = fleet("run", "--workers", "2", "--", "sh", "-c", "echo from $RANK")
     assert done.returncode == 0
@@ -97,11 +122,13 @@ def test_torch_gloo_runs_unchanged(tmp_path: Path) -> None:
         (["--workers", "2"], "say what to run"),
         ([__file__, "--workers", "0"], "--workers is 0"),
         (["-m", "no_such_module"], "there is no module no_such_module"),
+        (["-n", "2", __file__], f"fleet run --workers 2 {__file__}"),
+        (["--workers", "2", "--gpus", "2", __file__], "takes 4 GPUs, and this machine has none"),
         (["--orchestrator", "a:b:c/d", __file__], "must be HOST:PORT"),
     ],
 )
 def test_bad_words_get_a_sentence(words: list[str], sentence: str) -> None:
-    done = fleet("run", *words)
+    done = fleet("run", *words, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fleet.client.bundle import Bundle, pack
+from fleet.client.selection import LEFT_BY_TOOLS
 from fleet.errors import ConfigError
 from fleet.worker.bundles import extract
 
@@ -109,20 +110,9 @@ def test_the_archive_tells_nothing_of_this_machine(folder: Path, into: Path) -> 
 
 
 def test_what_tools_leave_behind_stays_here(folder: Path, into: Path) -> None:
-    tools = [
-        ".git",
-        ".hypothesis",
-        ".mypy_cache",
-        ".pytest_cache",
-        ".ruff_cache",
-        ".venv",
-        "__pycache__",
-        "node_modules",
-    ]
-    tools.append("venv")
-    fill(folder, {f"{name}/x": "" for name in tools} | {f"pkg/{name}/x": "" for name in tools})
-    fill(folder, {"old.pyc": "", ".pyc": "", "pkg/venv.py": "", ".env": ""})
-    assert names(pack(folder, into)) == [".env", "pkg/venv.py", "train.py"]
+    fill(folder, {f"{name}/x": "" for name in LEFT_BY_TOOLS} | {f"pkg/{name}/x": "" for name in LEFT_BY_TOOLS})
+    fill(folder, {"old.pyc": "", ".pyc": "", "pkg/venv.py": "", "git/x": ""})
+    assert names(pack(folder, into)) == ["git/x", "pkg/venv.py", "train.py"]
 
 
 @pytest.mark.parametrize(
