@@ -107,6 +107,21 @@ def local_address_towards(host: str, port: int) -> str | None:
     return None
 
 
+def obstacle(host: str, port: int, within_s: float) -> str:
+    """What keeps a TCP connection from being made; empty: nothing does, and something listens there."""
+    try:
+        socket.create_connection((host, port), within_s).close()
+    except socket.gaierror:
+        return "its name does not resolve"
+    except ConnectionRefusedError:
+        return "nothing listens there"
+    except TimeoutError:
+        return f"not even a connection is made within {within_s:g} s: a firewall between, or a machine that is off"
+    except OSError as error:
+        return str(error.strerror)
+    return ""
+
+
 def name_of(address: str) -> str:
     """The name that DNS has for an address, without its domain; empty if it has none.
 

@@ -177,13 +177,17 @@ def doctor_command(
     insecure: Insecure = False,
 ) -> None:
     """Check this machine, and whether the orchestrator and the workers on it answer over the bus."""
-    from fleet.cli.doctor import examine
-    from fleet.cli.workers import health as healthy
+    if health:
+        from fleet.cli.workers import health as healthy
 
-    if not health:
-        typer.echo(examine())
-    for line in healthy(secret_file, insecure, timeout):
-        typer.echo(line)
+        typer.echo("\n".join(healthy(secret_file, insecure, timeout)))
+        return
+    from fleet.cli.doctor import examine
+
+    lines, well = examine(secret_file, insecure, timeout)
+    typer.echo("\n".join(lines))
+    if not well:
+        raise typer.Exit(1)
 
 
 @app.command("secret")

@@ -72,7 +72,7 @@ def run_orchestrator(
         metrics_at = None if metrics is None else (metrics[0] or host, metrics[1])
         service = Service(endpoint(host, port), lock, versions(), runtime, policy, metrics_at, keeping)
         _on_signals(lambda _: service.stop())
-        register(runtime, "orchestrator", endpoint(_reachable_here(host), port))
+        register(runtime, "orchestrator", endpoint(_reachable_here(host), service.endpoint.rpartition(":")[2]))
         log.info("orchestrator listens on %s and keeps its jobs in %s", service.endpoint, keeping.folder)
         _log_metrics(service.metrics_at)
         service.run()

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Callable
+from pathlib import Path
 
 from fleet import config
-from fleet.bus.address import endpoint, local_address_towards, parse
+from fleet.bus.address import local_address_towards, obstacle, parse, shown
 from fleet.bus.shared import host_key
+from fleet.cli.runtime import registered
+from fleet.cli.workers import health
+from fleet.client.ask import welcome
+from fleet.client.target import cluster_target
+from fleet.errors import ConfigError, FleetError
 from fleet.versions import versions
 
 MEMORY_WANTED_MB = 256
 FILES_WANTED = 1024
 
 
-def examine() -> str:
-    """A line for each thing, with what to do where it is short."""
+def examine(secret_file: Path | None, insecure: bool, timeout_s: float) -> tuple[list[str], bool]:
+    """A line for each thing, with what to do where it is short, and whether all that is needed is well.
+
+    A machine on which nothing of fleet runs, and that has no cluster to reach, is well.
+    """
     found = versions()
     lines = [f"fleet {found.fleet}, Python {found.python}, torch {found.torch or 'not installed'}"]
     lines.append(f"{config.usable_cores()} cores")
@@ -23,12 +33,36 @@ def examine() -> str:
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     short = f": more than {FILES_WANTED} are better (ulimit -n)" if files < FILES_WANTED else ""
     lines.append(f"{files} open files at most{short}")
+    well = True
+    checks: list[Callable[[], list[str]]] = [lambda: health(secret_file, insecure, timeout_s)] if registered() else []
+    if not checks:
+        lines.append("neither an orchestrator nor a worker runs here")
     if (address := config.orchestrator_address()) is not None:
-        host, port = parse(address, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
-        own = local_address_towards(host, port)
-        reached = f"is reached from {own}" if own else "does not resolve: is the name right, is the network joined?"
-        lines.append(f"the orchestrator at {endpoint(host, port)} {reached}")
-    return "\n".join(lines)
+        checks.append(lambda: [_orchestrator(address, secret_file, insecure, timeout_s)])
+    for check in checks:
+        try:
+            lines += check()
+        except FleetError as error:
+            lines.append(str(error))
+            well = False
+    return lines, well
+
+
+def _orchestrator(address: str, secret_file: Path | None, insecure: bool, timeout_s: float) -> str:
+    """That the orchestrator of ORCHESTRATOR_ADDR answers. Raises ConfigError that says what is in the way."""
+    host, port = parse(address, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
+    own = local_address_towards(host, port)
+    if own is None:
+        raise ConfigError(
+            f"the orchestrator's name {host} does not resolve: is ORCHESTRATOR_ADDR right, is the network joined?"
+        )
+    try:
+        answered = welcome(cluster_target(address, secret_file, insecure, timeout_s), versions())
+    except ConfigError as error:
+        # Only now, since the orchestrator would take this connection for a stranger's.
+        wrong = obstacle(host, port, timeout_s)
+        raise ConfigError(f"{error}: {wrong}" if wrong else str(error)) from None
+    return f"the orchestrator at {shown(host, port)} answers, fleet {answered.fleet}; it is reached from {own}"
 
 
 def _memory() -> str:
