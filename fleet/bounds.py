@@ -13,7 +13,8 @@ from msgspec import Meta
 
 RANKS_AT_MOST = 1 << 14  # of a job, and slots of a worker
 ID_CHARS, WORKER_ID_CHARS = 64, 128
-TEXT_CHARS = 1 << 16  # of a reason: longer ones are cut by whoever makes them
+TEXT_CHARS = 1 << 16
+REASON_CHARS = 2000  # of a reason that goes into others: its maker cuts it
 NUMBER_AT_MOST = (1 << 63) - 1  # of what the disk and file offsets take
 ONE_A_RANK = Meta(max_length=RANKS_AT_MOST)  # of a tuple
 

@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"bus"}),
     frozenset({"messages", "tasks", "pickling"}),
     frozenset({"questions", "versions"}),
-    frozenset({"values", "exposition"}),
+    frozenset({"values", "exposition", "dropped"}),
     frozenset({"group"}),
     frozenset({"config"}),
     frozenset({"secret"}),

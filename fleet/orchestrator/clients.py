@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from fleet import messages as m
-from fleet.orchestrator.gangs import CANCELLED, RELEASED, Gangs
+from fleet.orchestrator.gangs import CANCELLED, RELEASED, Gangs, some
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.placement import POLICIES
 from fleet.orchestrator.state import DropUpload, FetchBundle, SaveDrained, ServeLog, StorePart, Worker
@@ -229,7 +229,7 @@ class Clients(Gangs):
             running = [j.job_id for j in self.jobs.values() if j.state is JobState.RUNNING]
             what = f"job {job_id} is unknown here" if job_id else "say which job"
             what = what if job is None else f"job {job_id} is {job.state.name.lower()}"
-            known = f"running: {', '.join(running)}" if running else "no job runs"
+            known = f"running: {some(running)}" if running else "no job runs"
             self._send(peer, m.Because(job_id, f"{what}; {known}"))
             return
         job.curious.add(peer)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fleet import messages as m
+from fleet.bounds import REASON_CHARS
 from fleet.orchestrator.clients import Clients
 from fleet.orchestrator.gangs import CLIENT_GONE
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
@@ -32,7 +33,13 @@ from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S
 
 HEARTBEAT_S = 1.0
 HEARTBEAT_TIMEOUT_S = 5.0
+SILENT_AFTER_S = (
+    2.5  # so long, and another worker may have its id: less than a person waits, more than a slow heartbeat
+)
 RECONNECT_GRACE_S = 2.0
+CLAIM_AFTER_S = (
+    HEARTBEAT_S / 2
+)  # since a newcomer's first hello: what its rival had said before it ended has been read by then
 RETURN_WITHIN_S = 6.0  # workers and clients of an orchestrator that was restarted: their backoff is up to 2 s
 
 
@@ -43,6 +50,8 @@ class Core(Clients):
     # In the order in which they were last heard, so that the most silent one is first. Invariant: the keys of `workers`.
     heard: OrderedDict[str, float] = field(default_factory=OrderedDict)
     away: dict[str, float] = field(default_factory=dict)  # workers whose connection is down, since when, in that order
+    # By worker id: the connection of a newcomer that wants the id of a worker that is there, and when it first said so.
+    claims: dict[str, tuple[bytes, float]] = field(default_factory=dict)
     missed: dict[str, float] = field(default_factory=dict)  # workers from before a restart: when they are given up
     gone: dict[bytes, float] = field(default_factory=dict)  # clients whose connection is down: when they are given up
 
@@ -135,12 +144,13 @@ class Core(Clients):
 
     def _worker_hello(self, peer: bytes, hello: m.WorkerHello, now: float) -> None:
         worker_id = hello.worker_id
-        if hello.slots < 1 or hello.gpus < 0:
-            self._send(peer, m.Refused(f"a worker has at least one slot, not {hello.slots}"))
+        if peer != f"{worker_id}/{hello.incarnation}".encode():
+            self._send(peer, m.Refused("its connection has another name than the worker"))
             return
         known = self.workers.get(worker_id)
         if known is not None and known.hello.incarnation != hello.incarnation:
-            self._send(known.peer, m.Refused(f"another worker took over the id {worker_id}: set FLEET_WORKER_ID"))
+            if not self._may_take_over(known, peer, now):
+                return
             self._evict(known, "was restarted")
             known = None
         if known is None:
@@ -173,11 +183,34 @@ class Core(Clients):
         self._resend(worker)
         self._place()
 
+    def _may_take_over(self, known: Worker, peer: bytes, now: float) -> bool:
+        """Whether a newcomer gets the id of a worker: of one that has gone, and was started again. One that lives keeps it.
+
+        A worker says hello every heartbeat until it is answered, and the one that it claims the id of says something as often.
+        """
+        worker_id = known.worker_id
+        if known.lost_since is not None or now - known.last_seen >= SILENT_AFTER_S:
+            return True
+        claimant, since = self.claims.get(worker_id, (b"", now))
+        if claimant != peer:
+            self.claims[worker_id] = peer, now
+        elif now - since >= CLAIM_AFTER_S and known.last_seen > since:
+            del self.claims[worker_id]
+            self._send(
+                peer,
+                m.Refused(
+                    f"there is a worker {worker_id} in this cluster already ({known.hello.host}): "
+                    "set FLEET_WORKER_ID to another name for this one"
+                ),
+            )
+            self._log("warning", f"a second worker {worker_id} was refused: the first one ({known.hello.host}) lives")
+        return False
+
     def _resend(self, worker: Worker) -> None:
         """What a worker that was away may have missed; it ignores what it has already."""
         for job in self._jobs_on(worker.worker_id):
             if job.state is JobState.ASSIGNED:
-                self._send(worker.peer, self._assign(job, worker.worker_id))
+                self._send(worker.peer, self._assign(job, worker.worker_id, job.workers.index(worker.worker_id)))
             elif (job.job_id, job.attempt) not in worker.hello.running:
                 self._lose(job, worker.worker_id, worker.hello.host, "lost it")
             elif job.state is JobState.STOPPING:
@@ -245,6 +278,7 @@ class Core(Clients):
         del self.workers[worker_id], self.heard[worker_id]
         self.rooms.remove(worker_id)
         self.away.pop(worker_id, None)
+        self.claims.pop(worker_id, None)
         self.hand_backs.pop(worker_id, None)
         self._log("info" if why == "left" else "warning", f"worker {worker_id} {why}")
         self.counts.workers_lost += why != "left"
@@ -274,6 +308,10 @@ class Core(Clients):
             for job_id in event.job_ids:
                 if (job := self.jobs.get(job_id)) is not None and job.state is JobState.FETCHING:
                     self._reject(job, f"the orchestrator cannot write it down ({event.reason}), so it is not taken")
+
+    def has_worker(self, peer: bytes) -> bool:
+        """Whether this connection is a worker's that was let in."""
+        return self._worker_at(peer) is not None
 
     def _worker_at(self, peer: bytes) -> Worker | None:
         worker = self.workers.get(peer.decode(errors="replace").rpartition("/")[0])
@@ -308,12 +346,16 @@ class Core(Clients):
                 self._send(worker.peer, m.Forget(message.job_id, message.attempt))
 
     def _about_job(self, job: Job, worker: Worker, message: m.Message) -> None:
+        if isinstance(message, m.RankExited | m.Output | m.Join):
+            rank = message.status.rank if isinstance(message, m.RankExited) else message.rank
+            if job.seats[rank : rank + 1] != (worker.worker_id,):
+                return  # there is no such rank, or not there
         if isinstance(message, m.HandBack):
             self._hand_back(job, worker)
         elif isinstance(message, m.Assigned):
             self._prepared(job, worker.worker_id, message.port)
         elif isinstance(message, m.AssignFailed) and job.state is JobState.ASSIGNED:
-            self._lose(job, worker.worker_id, worker.hello.host, f"cannot start it: {message.reason}")
+            self._lose(job, worker.worker_id, worker.hello.host, f"cannot start it: {message.reason[:REASON_CHARS]}")
         elif isinstance(message, m.Join):
             self._joined(job, worker, message)
         elif isinstance(message, m.Output):

@@ -7,6 +7,7 @@ the others. A job that loses a worker, or is handed back by one that drains, sta
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -19,6 +20,7 @@ from fleet.orchestrator.state import Counts, Effect, Erase, Log, ReleaseBundle, 
 from fleet.orchestrator.waiting import HOLD_AFTER_S, Waiting, turn_of
 
 KEEP_JOBS, KEEP_S = 2000, 7 * 24 * 3600.0  # of jobs that have ended
+NAMED_AT_MOST = 8  # workers, in a sentence
 BACKOFF_S, BACKOFF_AT_MOST_S = 0.5, 30.0  # after the second loss, doubled with each further one
 CANCELLED, CLIENT_GONE, RELEASED = "cancelled", "its client went away", "its Executor had no more for it"
 
@@ -90,9 +92,9 @@ class Gangs:
         if job.spec.kind != "tasks":
             job.held_by = tuple(dict.fromkeys((*job.held_by, *seats)))
         job.hosts = tuple(self.workers[seat].hello.host for seat in seats)
-        for worker_id in job.workers:
+        for group_rank, worker_id in enumerate(job.workers):
             self.seated.setdefault(worker_id, set()).add(job_id)
-            self._send_worker(worker_id, self._assign(job, worker_id))
+            self._send_worker(worker_id, self._assign(job, worker_id, group_rank))
         self._save(job)
         return True
 
@@ -106,7 +108,7 @@ class Gangs:
         if job.state is JobState.FETCHING:
             return "its files"
         if job.state is JobState.ASSIGNED:
-            return f"{', '.join(w for w in job.workers if w not in job.ports)} to prepare it"
+            return f"{some([w for w in job.workers if w not in job.ports])} to prepare it"
         if job.state is not JobState.QUEUED:
             return ""
         if job.job_id not in self.waiting:
@@ -116,11 +118,9 @@ class Gangs:
         turn = f"; {before} job{'s have their' if before > 1 else ' has its'} turn before it" if before else ""
         return self.rooms.missing(job.shape) + turn
 
-    def _assign(self, job: Job, worker_id: str) -> m.Assign:
-        groups = job.workers
-        ranks, group_rank = job.ranks_on(worker_id), groups.index(worker_id)
-        gpus = job.options.gpus
-        return m.Assign(job.job_id, job.attempt, job.world_size, ranks, group_rank, len(groups), job.spec, gpus)
+    def _assign(self, job: Job, worker_id: str, group_rank: int) -> m.Assign:
+        ranks, gpus = job.ranks_on(worker_id), job.options.gpus
+        return m.Assign(job.job_id, job.attempt, job.world_size, ranks, group_rank, len(job.workers), job.spec, gpus)
 
     def _prepared(self, job: Job, worker_id: str, port: int) -> None:
         if job.state is not JobState.ASSIGNED:
@@ -134,11 +134,9 @@ class Gangs:
         self._save(job)
         self._tell_workers(job, job.launch())
         self._send(job.client, m.Started(job.job_id, job.hosts, job.seats))
-        self._log("info", f"job {job.job_id} started on {', '.join(job.workers)}")
+        self._log("info", f"job {job.job_id} started on {some(job.workers)}")
 
     def _joined(self, job: Job, worker: Worker, join: m.Join) -> None:
-        if job.seats[join.rank : join.rank + 1] != (worker.worker_id,):
-            return
         self.counts.generations += len(job.joined) == job.world_size - 1 and join.rank not in job.joined
         job.joined[join.rank] = Member(
             join.rank, worker.worker_id, worker.hello.host, join.pid, join.address, join.memory
@@ -334,6 +332,11 @@ class Gangs:
 
     # Effects
 
+    @property
+    def decided(self) -> list[Effect]:
+        """What the last step has decided; also of one that failed on its way."""
+        return self._effects
+
     def _save(self, job: Job, is_new: bool = False) -> None:
         if self.durable:
             self._effects.append(Save(job.job_id, job.number, record(job, self.epoch), is_new))
@@ -355,3 +358,9 @@ class Gangs:
 
     def _log(self, level: str, text: str) -> None:
         self._effects.append(Log(level, text))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names, for a person."""
+    left = len(names) - NAMED_AT_MOST
+    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {left} more" if left > 0 else "")

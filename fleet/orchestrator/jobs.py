@@ -14,6 +14,7 @@ import msgspec
 from fleet import messages as m
 from fleet.orchestrator.placement import Shape
 
+TAILS_TOLD_CHARS = 1 << 20  # of all ranks together
 TAIL_KEPT_CHARS = 2000  # of the stderr of a rank whose job has ended
 
 
@@ -88,6 +89,7 @@ class Job:
     joined: dict[int, m.Member] = field(default_factory=dict)
     curious: set[bytes] = field(default_factory=set)  # clients that asked why, and get the ranks' answers
     watchers: set[bytes] = field(default_factory=set)  # clients that are told when it has ended
+    _shares: tuple[tuple[str, ...], dict[str, tuple[int, ...]]] = field(default=((), {}), repr=False, compare=False)
 
     @property
     def shape(self) -> Shape:
@@ -96,10 +98,19 @@ class Job:
     @property
     def workers(self) -> tuple[str, ...]:
         """Its workers, in the order of their first rank."""
-        return tuple(dict.fromkeys(self.seats))
+        return tuple(self._ranks_by_worker())
 
     def ranks_on(self, worker_id: str) -> tuple[int, ...]:
-        return tuple(rank for rank, seat in enumerate(self.seats) if seat == worker_id)
+        return self._ranks_by_worker().get(worker_id, ())
+
+    def _ranks_by_worker(self) -> dict[str, tuple[int, ...]]:
+        """Found out once for a placement: a large gang is looked at for each of its workers."""
+        if self._shares[0] is not self.seats:
+            found: dict[str, list[int]] = {}
+            for rank, seat in enumerate(self.seats):
+                found.setdefault(seat, []).append(rank)
+            self._shares = self.seats, {seat: tuple(ranks) for seat, ranks in found.items()}
+        return self._shares[1]
 
     def launch(self) -> m.Launch:
         return m.Launch(self.job_id, self.attempt, self.hosts[0], self.ports[self.workers[0]])
@@ -110,7 +121,10 @@ class Job:
         return m.Formed(self.job_id, self.attempt, m.World(self.attempt, members))
 
     def result(self) -> m.Ended:
-        return m.Ended(self.job_id, self.reason, self.cause, tuple(self.exits[rank] for rank in sorted(self.exits)))
+        """In one frame, whatever its ranks said last."""
+        kept = TAILS_TOLD_CHARS // max(1, len(self.exits))
+        ranks = tuple(_with_tail(self.exits[rank], kept) for rank in sorted(self.exits))
+        return m.Ended(self.job_id, self.reason, self.cause, ranks)
 
     def begin_again(self, now: float) -> None:
         """Back to where it waits for slots, as the next attempt. What comes of the one before is dropped."""
@@ -129,8 +143,7 @@ class Job:
         for kept in (self.ports, self.joined, self.curious):
             kept.clear()
         for rank, status in self.exits.items():
-            if len(status.stderr_tail) > TAIL_KEPT_CHARS:
-                self.exits[rank] = msgspec.structs.replace(status, stderr_tail=status.stderr_tail[-TAIL_KEPT_CHARS:])
+            self.exits[rank] = _with_tail(status, TAIL_KEPT_CHARS)
 
     def move(self, state: JobState) -> None:
         assert state in MOVES[self.state], f"job {self.job_id}: {self.state.name} -> {state.name}"
@@ -160,6 +173,13 @@ class Job:
             held_by=self.held_by,
             left=self.left,
         )
+
+
+def _with_tail(status: m.RankStatus, chars: int) -> m.RankStatus:
+    """With the last so many characters of its stderr."""
+    if len(status.stderr_tail) <= chars:
+        return status
+    return msgspec.structs.replace(status, stderr_tail=status.stderr_tail[len(status.stderr_tail) - chars :])
 
 
 class Record(msgspec.Struct, frozen=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Literal
 
@@ -20,19 +20,24 @@ WAITING = (JobState.FETCHING, JobState.QUEUED)
 
 
 class OrchestratorMetrics(Collector):
-    """`lock` keeps the core still while it is read; `clock` is the core's own; `refused` counts strangers."""
+    """`lock` keeps the core still while it is read; `clock` is the core's own.
+
+    `dropped` counts messages by why, `refused` strangers.
+    """
 
     def __init__(
         self,
         core: Core,
         lock: AbstractContextManager[object],
         clock: Callable[[], float],
+        dropped: Mapping[str, int],
         refused: Callable[[], int] = lambda: 0,
     ) -> None:
         self._core = core
         self._lock = lock
         self._clock = clock
         self._refused = refused
+        self._dropped = dropped
 
     def describe(self) -> list[Metric]:
         return []  # nothing to compare before the first scrape
@@ -90,3 +95,7 @@ class OrchestratorMetrics(Collector):
         yield CounterMetricFamily(
             "fleet_strangers_refused", "Connections that did not prove that they hold the secret.", self._refused()
         )
+        dropped = CounterMetricFamily("fleet_messages_dropped", "Messages that were dropped, by why.", labels=("why",))
+        for why, count in self._dropped.items():
+            dropped.add_metric((why,), count)
+        yield dropped

@@ -16,9 +16,10 @@ from time import monotonic, time
 
 from fleet import messages as m
 from fleet.bus.context import Bus
-from fleet.bus.control import Arrived, Router
+from fleet.bus.control import Arrived, Lost, Router
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
+from fleet.dropped import Dropped
 from fleet.errors import ConfigError, ProtocolError
 from fleet.exposition import Exposition, Pulse
 from fleet.orchestrator.bundles import Bundles, Limits
@@ -52,6 +53,7 @@ from fleet.orchestrator.state import (
 )
 from fleet.orchestrator.store import Store
 
+FAILED_TICK_S = 0.25
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
 
 log = logging.getLogger("fleet.orchestrator")
@@ -92,17 +94,20 @@ class Service:
         self._exposition: Exposition | None = None
         self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
         self._pulse = Pulse(monotonic, LATE_AFTER_S)
+        self._dropped = Dropped(log, monotonic)
         self._core = Core(versions, policy, epoch=time() - monotonic())
         try:
             if keeping is not None:
                 self._store = self._recall(keeping)
             if metrics_at is not None:
-                metrics = [
-                    OrchestratorMetrics(
-                        self._core, self._turning, monotonic, lambda: self._router.strangers.refused_count
-                    )
-                ]
-                self._exposition = Exposition(*metrics_at, metrics, self._pulse.wrong)
+                metrics = OrchestratorMetrics(
+                    self._core,
+                    self._turning,
+                    monotonic,
+                    self._dropped.counts,
+                    lambda: self._router.strangers.refused_count,
+                )
+                self._exposition = Exposition(*metrics_at, [metrics], self._pulse.wrong)
             self._bundles = Bundles(runtime / "bundles", Limits(), keeping is not None, self._core.bundle_users)
             self._logs.remove_others(self._core.jobs)
         except BaseException:
@@ -114,7 +119,6 @@ class Service:
         self._todo: list[Effect] = []  # decided, and to be done once it is written down
         self._wake = Wake()
         self._stopping = threading.Event()
-        self._garbage_count = 0
 
     @property
     def metrics_at(self) -> str:
@@ -164,18 +168,26 @@ class Service:
             self._pulse.beat()
             happened = self._router.receive()
             for thing in happened:
-                if isinstance(thing, Arrived):
-                    self._arrived(thing)
-                else:
-                    self._step(PeerLost(thing.peer))
+                try:
+                    self._happened(thing)
+                except Exception as error:
+                    self._dropped.failed(f"what peer {thing.peer[:40]!r} sent", error)
             if happened:
                 self._flush()
                 continue  # there may be more than one batch
-            self._step(Tick())
+            done = self._step(Tick())
             self._flush()
             deadline = min(self._core.next_deadline() or math.inf, monotonic() + BEAT_EVERY_S)
+            if not done:  # and the deadline that it failed at has passed
+                deadline = max(deadline, monotonic() + FAILED_TICK_S)
             poller.wait(max(0.0, deadline - monotonic()))
             self._wake.clear()
+
+    def _happened(self, thing: Arrived | Lost) -> None:
+        if isinstance(thing, Arrived):
+            self._arrived(thing)
+        else:
+            self._step(PeerLost(thing.peer))
 
     def _arrived(self, arrived: Arrived) -> None:
         if (job_id := m.relayed_job(arrived.data)) is not None:
@@ -185,16 +197,25 @@ class Service:
         try:
             message = m.decode(arrived.data)
         except ProtocolError as error:
-            self._garbage_count += 1
-            log.warning("message dropped (%d so far) from peer %r: %s", self._garbage_count, arrived.peer[:40], error)
-            self._router.send(arrived.peer, m.encode(m.Refused(str(error))))
+            self._dropped.malformed(f"peer {arrived.peer[:40]!r}", error)
+            if not self._core.has_worker(
+                arrived.peer
+            ):  # one that was let in runs jobs, and need not end for one message
+                self._router.send(arrived.peer, m.encode(m.Refused(str(error))))
             return
         self._step(Received(arrived.peer, message))
 
-    def _step(self, event: Event) -> None:
-        """Decides. What is to be written down is noted, everything else waits until it has been: see _flush."""
+    def _step(self, event: Event) -> bool:
+        """Decides. What is to be written down is noted, everything else waits until it has been: see _flush.
+
+        False: the core failed at this event. What it had decided by then is done, so that others know what it knows.
+        """
+        failure: Exception | None = None
         with self._turning:
-            effects = self._core.step(event, monotonic())
+            try:
+                effects = self._core.step(event, monotonic())
+            except Exception as error:
+                effects, failure = self._core.decided, error
         for effect in effects:
             if self._store is None or not isinstance(effect, Save | Erase | SaveDrained):
                 self._todo.append(effect)
@@ -207,6 +228,22 @@ class Service:
             else:
                 self._store.erase(effect.job_id)
                 self._todo.append(effect)
+        if failure is not None:
+            self._failed_at(event, failure)
+        return failure is None
+
+    def _failed_at(self, event: Event, error: Exception) -> None:
+        """Whoever waits for an answer gets one."""
+        if not isinstance(event, Received):
+            self._dropped.failed(type(event).__name__, error)
+            return
+        peer, message = event.peer, event.message
+        self._dropped.failed(f"{type(message).__name__} of peer {peer[:40]!r}", error)
+        reason = f"the orchestrator failed at it ({type(error).__name__}); its log says where"
+        if isinstance(message, m.Submit) and message.job_id not in self._core.jobs:
+            self._todo.append(Send(peer, m.Rejected(message.job_id, reason)))
+        elif isinstance(message, m.Question):
+            self._todo.append(Send(peer, m.Unanswered(message.question, reason)))
 
     def _flush(self) -> None:
         """Writes down what was decided, then does it, and what comes of that too."""
@@ -214,7 +251,10 @@ class Service:
             events = self._write_down()
             todo, self._todo = self._todo, []
             for effect in todo:
-                events += self._perform(effect)
+                try:
+                    events += self._perform(effect)
+                except Exception as error:
+                    self._dropped.failed(type(effect).__name__, error)
             if not events and not self._todo:
                 return
             for event in events:

@@ -26,7 +26,8 @@ from fleet.bus.control import Arrived, Dealer, Link, Router
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.shared import sweep
-from fleet.errors import FleetError, ProtocolError
+from fleet.dropped import Dropped
+from fleet.errors import FleetError, OtherProtocol, ProtocolError
 from fleet.exposition import Exposition, Pulse
 from fleet.worker.bundles import Bundles
 from fleet.worker.core import Core
@@ -120,7 +121,8 @@ class Agent:
         self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
         self._pulse = Pulse(monotonic, LATE_AFTER_S)
         self._busyness = Busyness()
-        self._metrics = WorkerMetrics(self._core, self._turning, monotonic)
+        self._dropped = Dropped(log, monotonic)
+        self._metrics = WorkerMetrics(self._core, self._turning, monotonic, self._dropped.counts)
         self._exposition = None if metrics_at is None else Exposition(*metrics_at, [self._metrics], self._pulse.wrong)
 
     @property
@@ -191,8 +193,10 @@ class Agent:
                 continue
             try:
                 self._step(FromOrchestrator(m.decode(arrived.data)))
-            except ProtocolError as error:  # it holds the secret, so it is no stranger: it cannot be worked with
+            except OtherProtocol as error:  # it cannot be worked with
                 self._step(FromOrchestrator(m.Refused(str(error))))
+            except ProtocolError as error:
+                self._dropped.malformed("the orchestrator", error)
         for thing in self._ranks.receive():
             if isinstance(thing, Arrived):
                 self._from_rank(thing)
@@ -218,21 +222,32 @@ class Agent:
             return
         try:
             message = m.decode(arrived.data)
-            if isinstance(message, m.Tally):
-                with self._turning:
-                    self._metrics.add(message.rows)
-                    self._metrics.refused_count += message.refused_count
-            self._step(FromRank(arrived.peer, message))
         except ProtocolError as error:
-            log.warning("message of a rank dropped: %s", error)
+            self._dropped.malformed(f"rank {arrived.peer[:40]!r}", error)
+            return
+        if isinstance(message, m.Tally):
+            with self._turning:
+                self._metrics.add(message.rows)
+                self._metrics.refused_count += message.refused_count
+        self._step(FromRank(arrived.peer, message))
 
     def _step(self, first: Event) -> None:
+        """Decides, does what was decided, and what comes of that. An error of this program in it ends no other job."""
         events: deque[Event] = deque([first])
         while events:
-            with self._turning:
-                effects = self._core.step(events.popleft(), monotonic())
+            event = events.popleft()
+            try:
+                with self._turning:
+                    effects = self._core.step(event, monotonic())
+            except Exception as error:
+                self._dropped.failed(_name(event), error)
+                effects = self._core.decided
             for effect in effects:
-                events.extend(self._perform(effect))
+                try:
+                    events.extend(self._perform(effect))
+                except Exception as error:
+                    self._dropped.failed(_name(effect), error)
+                    events.extend(_given_up(effect, error))
 
     def _perform(self, effect: Effect) -> list[Event]:
         """Carries out one effect; returns what came of it at once."""
@@ -414,6 +429,21 @@ class Agent:
 
 def _key(assign: m.Assign) -> tuple[str, int]:
     return assign.job_id, assign.attempt
+
+
+def _name(thing: Event | Effect) -> str:
+    message = getattr(thing, "message", None)
+    return type(thing if message is None else message).__name__
+
+
+def _given_up(effect: Effect, error: Exception) -> list[Event]:
+    """What others wait for comes all the same, and says why it is not what they hoped for."""
+    reason = f"its worker failed at it: {type(error).__name__}: {error}"
+    if isinstance(effect, Prepare):
+        return [PrepareFailed(effect.assign.job_id, effect.assign.attempt, reason)]
+    if isinstance(effect, Spawn):
+        return [Died((effect.assign.job_id, effect.assign.attempt, effect.rank), 1, 0, False, reason=reason)]
+    return []
 
 
 def _removed(folder: Path) -> list[Event]:

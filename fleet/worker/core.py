@@ -12,6 +12,7 @@ from signal import SIGKILL
 from msgspec.structs import replace
 
 from fleet import messages as m
+from fleet.bounds import REASON_CHARS
 from fleet.worker.ranks import Ranks
 from fleet.worker.state import (
     Answered,
@@ -81,9 +82,10 @@ class Core(Ranks):
                 attempt.directory, attempt.port = event.directory, event.port
                 self._send(m.Assigned(event.job_id, event.attempt, event.port))
         elif isinstance(event, PrepareFailed):
+            reason = event.reason[:REASON_CHARS]
             if attempt := self.attempts.get((event.job_id, event.attempt)):
-                attempt.failure = event.reason
-            self._send(m.AssignFailed(event.job_id, event.attempt, event.reason))
+                attempt.failure = reason
+            self._send(m.AssignFailed(event.job_id, event.attempt, reason))
         elif isinstance(event, LinkUp | LinkDown | LinkDenied):
             self._link(event)
         elif isinstance(event, Answered):

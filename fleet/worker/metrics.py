@@ -5,7 +5,7 @@ Read from the agent's plain state at each scrape; ranks' tallies are added as th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -27,12 +27,19 @@ class _Sum:
 
 
 class WorkerMetrics(Collector):
-    """`lock` keeps the core still while it is read; `add` is called by the one who holds it."""
+    """`lock` keeps the core still while it is read; `add` is called by the one who holds it; `dropped` counts by why."""
 
-    def __init__(self, core: Core, lock: AbstractContextManager[object], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        core: Core,
+        lock: AbstractContextManager[object],
+        clock: Callable[[], float],
+        dropped: Mapping[str, int],
+    ) -> None:
         self._core = core
         self._lock = lock
         self._clock = clock
+        self._dropped = dropped
         self._meter = Meter()
         self._sums: dict[tuple[str, str], _Sum] = {}
         self.refused_count = 0  # strangers at the inboxes of ranks
@@ -80,6 +87,12 @@ class WorkerMetrics(Collector):
         )
         info.add_metric((*one, settings.versions.fleet, settings.versions.python, settings.versions.torch), 1)
         yield info
+        dropped = CounterMetricFamily(
+            "fleet_worker_messages_dropped", "Messages that were dropped, by why.", labels=("worker", "why")
+        )
+        for why, count in self._dropped.items():
+            dropped.add_metric((*one, why), count)
+        yield dropped
         jobs = CounterMetricFamily(
             "worker_jobs", "Jobs that this worker had a part in, and that have ended.", labels=("worker",)
         )

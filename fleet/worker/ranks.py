@@ -178,6 +178,11 @@ class Ranks:
 
     # Looking up, and effects
 
+    @property
+    def decided(self) -> list[Effect]:
+        """What the last step has decided; also of one that failed on its way."""
+        return self._effects
+
     def _ranks(self) -> list[Rank]:
         return [rank for attempt in self.attempts.values() for rank in attempt.ranks.values()]
 

@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 RULES = yaml.safe_load((ROOT / "deploy/prometheus/rules.yml").read_text())
 DASHBOARD = json.loads((ROOT / "deploy/grafana/fleet.json").read_text())
 NOW = 100.0
+DROPPED = {"malformed": 2, "failed": 1}
 
 
 def row(operation: str = "all_reduce", *buckets: int) -> m.TallyRow:
@@ -40,7 +41,7 @@ def row(operation: str = "all_reduce", *buckets: int) -> m.TallyRow:
 def worker_metrics() -> WorkerMetrics:
     agent = agent_with_a_rank()
     agent.step(w.FromRank(b"r", m.Tally("j", 1, 0, (), inside_s=3.0)), NOW - 1)
-    found = WorkerMetrics(agent, threading.Lock(), lambda: NOW)
+    found = WorkerMetrics(agent, threading.Lock(), lambda: NOW, DROPPED)
     found.add((row(),))
     found.add((row(),))
     return found
@@ -51,7 +52,7 @@ def orchestrator_metrics() -> OrchestratorMetrics:
     running(core, 2)
     core.step(o.Received(CLIENT, m.Submit("k", 3, SPEC)), 1.0)
     core.step(o.Received(b"w1/1", m.Leaving()), 2.0)
-    return OrchestratorMetrics(core, threading.Lock(), lambda: 3.0)
+    return OrchestratorMetrics(core, threading.Lock(), lambda: 3.0, DROPPED)
 
 
 def families(collector: WorkerMetrics | OrchestratorMetrics) -> dict[str, Metric]:
@@ -97,7 +98,7 @@ def test_a_job_that_has_ended_is_counted_once() -> None:
     agent = agent_with_a_rank()
     end_rank(agent, 1.0)
     agent.step(w.FromOrchestrator(m.Stop("j", 1, "")), 2.0)
-    found = families(WorkerMetrics(agent, threading.Lock(), lambda: NOW))
+    found = families(WorkerMetrics(agent, threading.Lock(), lambda: NOW, DROPPED))
     assert (value(found, "worker_jobs_total"), value(found, "worker_jobs_active")) == (1, 0)
 
 
