@@ -29,43 +29,7 @@ class OtherProtocol(ProtocolError):
     """Another version of fleet speaks there: nothing that it says can be understood."""
 
 
-@dataclass(eq=False)
-class CollectiveMismatch(FleetError):
-    """The script must change: two ranks called different things in the same place."""
-
-    sequence: int
-    rank: int
-    call: str
-    peer: int
-    peer_call: str
-    point_to_point: bool = False
-    line: str = ""  # of this rank's script; empty where it is not known
-    peer_line: str = ""
-
-    def __str__(self) -> str:
-        where = "in point-to-point order" if self.point_to_point else f"as collective #{self.sequence}"
-        return (
-            f"ranks {self.rank} and {self.peer} disagree {where}:\n"
-            f"  rank {self.rank} called {self.call}{' at ' + self.line if self.line else ''}\n"
-            f"  rank {self.peer} called {self.peer_call}{' at ' + self.peer_line if self.peer_line else ''}\n"
-            "every rank must make the same calls, in the same order, with the same shapes, dtypes, ops and roots"
-        )
-
-
-@dataclass(frozen=True)
-class Late:
-    """A rank that others wait for, and what is known of it."""
-
-    rank: int
-    host: str
-    pid: int
-    doing: str
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} ({self.host}, pid {self.pid}) {self.doing}"
-
-
-NAMED_AT_MOST = 8  # of late ranks, one by one; the others by their numbers
+SHOWN_AT_MOST = 4  # groups of ranks in one sentence; the other ranks are counted
 
 
 def rank_set(ranks: Sequence[int], world_size: int) -> str:
@@ -82,6 +46,90 @@ def rank_set(ranks: Sequence[int], world_size: int) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
 
 
+def _named(ranks: Sequence[int], members: Sequence[int]) -> str:
+    """'rank 3', 'ranks 0-2,5': by their numbers in the job."""
+    numbers = [members[rank] if rank < len(members) else rank for rank in ranks]
+    return f"{'rank' if len(numbers) == 1 else 'ranks'} {rank_set(numbers, 0)}"
+
+
+def _at(line: str) -> str:
+    return f" at {line}" if line else ""
+
+
+@dataclass(frozen=True)
+class Called:
+    """Ranks that called the same in one place."""
+
+    ranks: tuple[int, ...]
+    call: str  # such as all_reduce(float32[1000], op=sum)
+    line: str = ""  # of the script; empty where it is not known
+
+
+@dataclass(eq=False)
+class CollectiveMismatch(FleetError):
+    """The script must change: ranks called different things in the same place.
+
+    All ranks of one mismatch say the same, as far as each could find out what the others called.
+    """
+
+    sequence: int
+    rank: int
+    call: str
+    peer: int  # one that called something else
+    peer_call: str
+    point_to_point: bool = False
+    line: str = ""  # of this rank's script; empty where it is not known
+    peer_line: str = ""
+    calls: Sequence[Called] = ()  # of all ranks that are known to have made one; empty: of these two
+    members: Sequence[int] = ()  # the job's number of each rank here; empty: the same one
+    recent: Sequence[str] = ()  # the last collectives of this rank
+
+    @property
+    def groups(self) -> list[Called]:
+        """Who called what, the call of most ranks first."""
+        two = (Called((self.rank,), self.call, self.line), Called((self.peer,), self.peer_call, self.peer_line))
+        return sorted(self.calls or two, key=lambda group: (-len(group.ranks), group.ranks))
+
+    @property
+    def culprits(self) -> list[int]:
+        """The ranks that differ from the most, by their numbers in the job; empty where no call has a majority."""
+        first, *others = self.groups
+        if any(len(group.ranks) == len(first.ranks) for group in others):
+            return []
+        ranks = sorted(rank for group in others for rank in group.ranks)
+        return [self.members[rank] for rank in ranks] if self.members else ranks
+
+    def __str__(self) -> str:
+        groups = self.groups
+        said = [f"{_named(g.ranks, self.members)} called {g.call}{_at(g.line)}" for g in groups[:SHOWN_AT_MOST]]
+        if others := [rank for group in groups[SHOWN_AT_MOST:] for rank in group.ranks]:
+            said.append(f"{_named(others, self.members)} called yet others")
+        if self.point_to_point:
+            return f"point-to-point messages do not fit: {', '.join(said)}; shape and dtype must be the same"
+        return (
+            f"different calls as collective #{self.sequence}{_of(self.members)}: {', '.join(said)}; every rank must make "
+            "the same calls, in the same order, with the same shapes, dtypes, ops and roots"
+        )
+
+
+def _of(members: Sequence[int]) -> str:
+    """Which communicator, where it is not that of all ranks."""
+    return f" of the communicator of {_named(range(len(members)), members)}" if members else ""
+
+
+@dataclass(frozen=True)
+class Late:
+    """A rank that others wait for, and what is known of it."""
+
+    rank: int
+    host: str
+    pid: int
+    doing: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} ({self.host}, pid {self.pid}) {self.doing}"
+
+
 @dataclass(eq=False)
 class CollectiveTimeout(FleetError):
     """Somebody is late, and is named: what was awaited, for how long, and what the missing ranks are doing."""
@@ -89,25 +137,75 @@ class CollectiveTimeout(FleetError):
     sequence: int
     call: str
     rank: int
-    waited_s: float
+    waited_s: float  # that the call was given
     late: Sequence[Late]
     world_size: int = 0  # 0: it was between two ranks
+    line: str = ""  # of this rank's script; empty where it is not known
+    behind: str = ""  # the collective of this rank that still went on, so that this one had not even begun
+    members: Sequence[int] = ()  # the job's number of each rank here; empty: the same one
+    recent: Sequence[str] = ()  # the last collectives of this rank
+
+    @property
+    def culprits(self) -> list[int]:
+        """The ranks that did not come, by their numbers in the job."""
+        ranks = sorted({late.rank for late in self.late})
+        return [self.members[rank] for rank in ranks] if self.members else ranks
 
     def __str__(self) -> str:
         number = f" #{self.sequence}" if self.sequence else ""
-        head = f"{self.call}{number} on rank {self.rank}: not complete after {self.waited_s:.1f} s"
+        head = f"{self.call}{number}{_of(self.members)}{_at(self.line)}"
+        if self.behind:
+            return f"{head}: not begun after {self.waited_s:g} s on rank {self.rank}, which is still in {self.behind}"
+        if not self.world_size:
+            head += f" on rank {self.rank}"
+        head += f": not complete after {self.waited_s:g} s"
         if not self.late:
             if not self.world_size:
                 return head
             return f"{head}; every rank is inside this same collective: it was slow, not stuck (raise timeout_s)"
         missing = {late.rank for late in self.late}
         came = [rank for rank in range(self.world_size) if rank not in missing]
-        here = f"ranks {rank_set(came, self.world_size)} came; " if came else ""
-        named = [f"  {late}" for late in self.late[:NAMED_AT_MOST]]
-        others = [late.rank for late in self.late[NAMED_AT_MOST:]]
-        if others:
-            named.append(f"  and {len(others)} more: ranks {rank_set(others, self.world_size)}")
-        return "\n".join([f"{head}; {here}waiting for", *named])
+        here = f"{_named(came, self.members)} came, " if came else ""
+        return f"{head}; {here}waiting for {self._waited_for()}"
+
+    def _waited_for(self) -> str:
+        """The late ranks, those together that do the same."""
+        alike: dict[str, list[Late]] = {}
+        for late in self.late:
+            alike.setdefault(late.doing, []).append(late)
+        said = []
+        for doing, group in list(alike.items())[:SHOWN_AT_MOST]:
+            hosts = ", ".join(list(dict.fromkeys(late.host for late in group))[:SHOWN_AT_MOST])
+            where = f"{hosts}, pid {group[0].pid}" if len(group) == 1 else hosts
+            each = "it" if len(group) == 1 else "each"
+            said.append(f"{_named([late.rank for late in group], self.members)} ({where}): {each} {doing}")
+        if others := [late.rank for group in list(alike.values())[SHOWN_AT_MOST:] for late in group]:
+            said.append(f"and for {len(others)} more: {_named(others, self.members)}")
+        return "; ".join(said)
+
+
+@dataclass(eq=False)
+class RankEnded(FleetError):
+    """The script must change: a rank has ended, without an error, before a call that others wait in."""
+
+    rank: int  # that has ended, by its number in the job
+    worker_id: str
+    host: str
+    pid: int
+    call: str
+    sequence: int = 0  # 0: it is no collective
+    line: str = ""  # of this rank's script, where the call was made; empty where it is not known
+
+    @property
+    def culprits(self) -> list[int]:
+        return [self.rank]
+
+    def __str__(self) -> str:
+        number = f" #{self.sequence}" if self.sequence else ""
+        return (
+            f"rank {self.rank} ({self.worker_id}, host {self.host}, pid {self.pid}) has ended (exit code 0) and will not call "
+            f"{self.call}{number}, which others called{_at(self.line)}"
+        )
 
 
 class TaskError(FleetError):

@@ -358,6 +358,7 @@ class Ask(Message, frozen=True):
     question: Number
     group: int = 0  # the communicator
     records: bool = False  # with all that their flight recorders hold
+    sequence: Number = 0  # what was called as the collective of this number; 0: as the last one
 
 
 class Answer(Message, frozen=True):
@@ -371,7 +372,7 @@ class Answer(Message, frozen=True):
     sequence: NumberOrNone  # of its running or last collective; -1: it has not joined, or is gone
     inside: bool  # whether it is inside that collective now
     doing: Text
-    call: Text = ""  # that collective
+    call: Text = ""  # the collective that was asked for; empty: it made none of that number
     line: Text = ""  # of the script, where that was called or the rank is now
     records: str = ""
 

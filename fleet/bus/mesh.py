@@ -7,20 +7,24 @@ Any thread may send; one at a time may receive.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 
+from fleet.bus import forks
 from fleet.bus.context import Bus
 from fleet.bus.lock import Lock
 from fleet.bus.strangers import Strangers
+from fleet.errors import UsageError
 
 HWM = 256  # messages per direction and peer
 TICK_MS = 100  # how often a wait looks up from the socket
+CLOSE_WITHIN_S = 2.0  # for threads that use a socket to leave it, which they do within a tick
 JOIN_FRAMES_BELOW = 8192  # bytes: under this a copy is cheaper than a second frame
 
 # glibc's mallopt. libzmq receives each large frame into fresh memory, which by default is mapped, and faulted in page by
@@ -28,13 +32,16 @@ JOIN_FRAMES_BELOW = 8192  # bytes: under this a copy is cheaper than a second fr
 _MALLOC_SETTINGS = {-3: 32 << 20, -1: 256 << 20, -2: 16 << 20}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 
 Tracker = Any  # zmq.MessageTracker: .done, .wait(timeout)
+Check = Callable[[], None]  # called while waiting; raises to end the wait
+
+
+class _Outbox(NamedTuple):
+    socket: zmq.Socket[bytes]
+    lock: threading.Lock  # a full queue of one peer must hold up nobody who sends to another
 
 
 class Mesh:
-    """This rank's sockets. `bind` is the endpoint of its inbox; `connect` says where the others' are.
-
-    `check` is called while a send waits, and raises to end the wait.
-    """
+    """This rank's sockets. `bind` is the endpoint of its inbox; `connect` says where the others' are."""
 
     def __init__(self, lock: Lock, bind: str, strangers: Strangers | None = None) -> None:
         _keep_freed_memory()
@@ -43,36 +50,47 @@ class Mesh:
         self._inbox.rcvtimeo = TICK_MS
         self.endpoint = self._bus.bind(self._inbox, bind, strangers)
         self._addresses: Sequence[str] = ()
-        self._outboxes: dict[int, zmq.Socket[bytes]] = {}
-        self._sending = threading.Lock()
-        self.check: Callable[[], None] = lambda: None
+        self._outboxes: dict[int, _Outbox] = {}
+        self._opening = threading.Lock()
+        self._receiving = threading.Lock()
+        self._closing = False
+        self._forks = forks.count
 
     def connect(self, addresses: Sequence[str]) -> None:
         """Endpoints of all inboxes, by peer number. No socket opens before something is sent."""
         self._addresses = addresses
 
-    def send(self, peer: int, head: bytes, payload: Any, deadline: float, track: bool = False) -> Tracker | None:
+    def send(
+        self, peer: int, head: bytes, payload: Any, deadline: float, track: bool = False, check: Check = lambda: None
+    ) -> Tracker | None:
         """Queues a message. The payload is a frame that arrived, or a flat array that stays as it is until it has left.
 
         With `track`, returns what tells when it has left; None: at once. Raises TimeoutError after `deadline`
-        (monotonic) while the peer's queue is full.
+        (monotonic) while the peer's queue is full, or another thread waits for that; then nothing was sent.
         """
         self._bus.check_process()
         size = len(payload) if isinstance(payload, zmq.Frame | bytearray | bytes) else payload.nbytes
-        with self._sending:
-            outbox = self._outboxes.get(peer) or self._open(peer)
+        socket, lock = self._outboxes.get(peer) or self._open(peer)
+        if not lock.acquire(blocking=False):
+            self._until(lambda: lock.acquire(timeout=TICK_MS / 1000), deadline, check)
+        try:
+            self._check_open()
             if size < JOIN_FRAMES_BELOW:
                 whole = b"".join((head, payload))
-                self._until(deadline, lambda: outbox.send(whole))
+                self._until(lambda: _sent(socket, whole), deadline, check)
                 return None
-            self._until(deadline, lambda: outbox.send(head, zmq.SNDMORE))
+            self._until(lambda: _sent(socket, head, zmq.SNDMORE), deadline, check)
             # The second frame of a message never blocks: libzmq admits messages whole.
-            return outbox.send(payload, copy=False, track=track)
+            return socket.send(payload, copy=False, track=track)
+        finally:
+            lock.release()
 
     def has_message(self) -> bool:
         """Whether `receive` would return one at once."""
         self._bus.check_process()
-        return bool(self._inbox.poll(0))
+        with self._receiving:
+            self._check_open()
+            return bool(self._inbox.poll(0))
 
     def receive(self) -> tuple[zmq.Frame, zmq.Frame | None] | None:
         """(frame with the head, payload frame or None), None after one tick of silence.
@@ -80,46 +98,79 @@ class Mesh:
         The frames' memory is the receiver's own, to write in (`.buffer`) and to send on.
         """
         self._bus.check_process()
-        try:
-            first = self._inbox.recv(copy=False)
-        except zmq.Again:
-            return None
-        if not first.more:
-            return first, None
-        second = self._inbox.recv(copy=False)
-        while second.more:  # nobody of ours sends three frames; the head is judged by whoever decodes it
-            second = self._inbox.recv(copy=False)
-        return first, second
-
-    def wait_until_sent(self, tracker: Tracker, deadline: float) -> None:
-        """Returns once libzmq no longer reads the memory. Raises TimeoutError after `deadline` (monotonic)."""
-        while not tracker.done:
+        with self._receiving:
+            self._check_open()
             try:
-                tracker.wait(TICK_MS / 1000)
-            except zmq.NotDone:
-                self.check()
-                if monotonic() > deadline:
-                    raise TimeoutError from None
-
-    def _until(self, deadline: float, send: Callable[[], object]) -> None:
-        while True:
-            try:
-                send()
-                return
+                first = self._inbox.recv(copy=False)
             except zmq.Again:
-                self.check()
-                if monotonic() > deadline:
-                    raise TimeoutError from None
+                return None
+            if not first.more:
+                return first, None
+            second = self._inbox.recv(copy=False)
+            while second.more:  # nobody of ours sends three frames; the head is judged by whoever decodes it
+                second = self._inbox.recv(copy=False)
+            return first, second
+
+    def wait_until_sent(self, tracker: Tracker, deadline: float, check: Check = lambda: None) -> None:
+        """Returns once libzmq no longer reads the memory. Raises TimeoutError after `deadline` (monotonic)."""
+        if not tracker.done:
+            self._until(lambda: _has_left(tracker), deadline, check)
+
+    def _until(self, attempt: Callable[[], bool], deadline: float, check: Check) -> None:
+        """Tries until it succeeds, where each try takes a tick at most."""
+        while not attempt():
+            self._check_open()
+            check()
+            if monotonic() > deadline:
+                raise TimeoutError
 
     def close(self, linger: bool = True) -> None:
-        self._bus.close(linger)
+        """Closes the sockets once no thread is in one of them: libzmq would abort the process.
 
-    def _open(self, peer: int) -> zmq.Socket[bytes]:
-        outbox = self._bus.socket(zmq.DEALER, HWM)
-        outbox.sndtimeo = TICK_MS
-        self._bus.connect(outbox, self._addresses[peer])
-        self._outboxes[peer] = outbox
-        return outbox
+        Threads that wait for a message or for room in a queue raise UsageError.
+        """
+        if self._forks != forks.count:
+            return  # a forked child has copies of sockets that are not its own, and of locks that nobody releases
+        self._closing = True
+        deadline = monotonic() + CLOSE_WITHIN_S
+        with self._opening:
+            locks = [self._receiving, *(outbox.lock for outbox in self._outboxes.values())]
+        with contextlib.ExitStack() as held:
+            for lock in locks:
+                if not lock.acquire(timeout=max(0.0, deadline - monotonic())):
+                    return  # this very thread holds it, in a signal handler: the sockets end with the process
+                held.callback(lock.release)
+            self._bus.close(linger)
+
+    def _open(self, peer: int) -> _Outbox:
+        with self._opening:
+            self._check_open()
+            if peer not in self._outboxes:
+                socket = self._bus.socket(zmq.DEALER, HWM)
+                socket.sndtimeo = TICK_MS
+                self._bus.connect(socket, self._addresses[peer])
+                self._outboxes[peer] = _Outbox(socket, threading.Lock())
+            return self._outboxes[peer]
+
+    def _check_open(self) -> None:
+        if self._closing:
+            raise UsageError("this communicator is closed")
+
+
+def _sent(socket: zmq.Socket[bytes], frame: bytes, flags: int = 0) -> bool:
+    try:
+        socket.send(frame, flags)
+    except zmq.Again:
+        return False
+    return True
+
+
+def _has_left(tracker: Tracker) -> bool:
+    try:
+        tracker.wait(TICK_MS / 1000)
+    except zmq.NotDone:
+        return False
+    return True
 
 
 def _keep_freed_memory() -> None:

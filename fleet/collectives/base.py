@@ -14,7 +14,7 @@ from fleet.collectives.buffer import Buffer
 from fleet.collectives.conductor import Conductor, Inquiry
 from fleet.collectives.header import pack_call
 from fleet.collectives.job import Call, Job
-from fleet.collectives.paths import World, reach
+from fleet.collectives.paths import BY_INIT, Forming, Overdue, World, reach
 from fleet.collectives.points import Points
 from fleet.collectives.recorder import Recorder
 from fleet.collectives.reduce import PremulSum
@@ -39,6 +39,7 @@ class Base:
         local_rank: int = 0,
         generation: int = 0,
         inquire: Inquiry | None = None,
+        forming: Forming = BY_INIT,
     ) -> None:
         self.rank = rank
         self.world_size = len(members)
@@ -59,7 +60,10 @@ class Base:
         self._points: Points | None = None
         self._arena: Arena | None = None
         if world is not None and self.world_size > 1:
-            found = reach(world, group, members)
+            try:
+                found = reach(world, group, members, self._conductor.check, forming)
+            except Overdue:
+                raise self._conductor.not_formed(forming.call, forming.within_s) from None
             self._path, self._windows = found.path, found.windows
             self._conductor.arena = found.arena
             self._conductor.recorder.tally.path = found.path.name
@@ -99,7 +103,7 @@ class Base:
         elif self._points is not None:
             self._channel.close()
 
-    def _shared_bytes(self, size: int) -> Any:
+    def _shared_bytes(self, size: int, deadline: float) -> Any:
         arena, world = self._arena, self._world
         self._windows.made_count += 1
         number = self._windows.made_count
@@ -108,7 +112,10 @@ class Base:
         per = self._windows.part_bytes(size)
         name = f"{self._group:x}-{arena.ranks[0]}-w{number}"
         members = [self._members[rank] for rank in arena.ranks]
-        memory = world.share(name, (arena.count * per) + PAGE_BYTES, arena.index, members)
+        try:
+            memory = world.share(name, (arena.count * per) + PAGE_BYTES, arena.index, members, deadline)
+        except Overdue:
+            raise self._conductor.not_formed("empty", self.timeout_s) from None
         if memory is None:
             return np.zeros(size, np.uint8)
         return self._windows.add(number, memory, arena.index, arena.count, size)

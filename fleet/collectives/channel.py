@@ -9,13 +9,14 @@ outside of collectives; inside one, it keeps what they send.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any, NamedTuple
 
-from fleet.bus.mesh import TICK_MS, Mesh, Tracker
+from fleet.bus.mesh import HWM, TICK_MS, Check, Mesh, Tracker
 from fleet.collectives.header import Head, describe_call, pack_head, unpack_head
 from fleet.errors import CollectiveMismatch, ProtocolError
 
@@ -36,10 +37,10 @@ class Payload(NamedTuple):
 
 
 class Inbox:
-    """All tensor messages of one rank in one world. `check` is called while waiting, and raises to end the wait."""
+    """All tensor messages of one rank in one world. `check` is what channels use that are given none of their own."""
 
     def __init__(
-        self, mesh: Mesh, rank: int, addresses: Sequence[str], world: int, check: Callable[[], None] = lambda: None
+        self, mesh: Mesh, rank: int, addresses: Sequence[str], world: int, check: Check = lambda: None
     ) -> None:
         self.rank = rank
         self.refused_count = 0  # messages that were not fleet's
@@ -52,7 +53,6 @@ class Inbox:
         self._changed = threading.Condition()
         self._receiving = False
         mesh.connect(addresses)
-        mesh.check = check
 
     def add(self, channel: Channel) -> None:
         self._channels[channel.group] = channel
@@ -65,16 +65,23 @@ class Inbox:
                 del self._early[key]
 
     def send(
-        self, peer: int, key: tuple[int, int, int, int], call: bytes, payload: Any, deadline: float, track: bool
+        self,
+        channel: Channel,
+        peer: int,
+        key: tuple[int, int, int, int],
+        call: bytes,
+        payload: Any,
+        deadline: float,
+        track: bool,
     ) -> Tracker | None:
         """Queues one message for (group, sequence, turn, segment); see Mesh.send. Raises TimeoutError."""
         group, sequence, turn, segment = key
         head = pack_head(self._world, group, sequence, self.rank, turn, segment, call)
-        return self._mesh.send(peer, head, payload, deadline, track)
+        return self._mesh.send(peer, head, payload, deadline, track, channel.check)
 
-    def wait_until_sent(self, tracker: Tracker, deadline: float) -> None:
+    def wait_until_sent(self, channel: Channel, tracker: Tracker, deadline: float) -> None:
         """Returns once lent memory may be changed. Raises TimeoutError."""
-        self._mesh.wait_until_sent(tracker, deadline)
+        self._mesh.wait_until_sent(tracker, deadline, channel.check)
 
     def take(self, channel: Channel, find: Callable[[], Key | None], deadline: float) -> tuple[Key, bytes, Payload]:
         """The message whose key `find` returns, once it is there. Raises TimeoutError, CollectiveMismatch."""
@@ -85,8 +92,11 @@ class Inbox:
                 if not self._receiving:
                     break
                 self._changed.wait(TICK_MS / 1000)
-                self._look_up(channel, deadline)
+                self._look_up(channel)
+                if monotonic() > deadline:
+                    raise TimeoutError
             self._receiving = True
+        last_call: float | None = None
         try:
             while True:
                 arrived = self._receive()
@@ -96,7 +106,13 @@ class Inbox:
                         if (key := find()) is not None:
                             return (key, *self._early.pop(key))
                         self._changed.notify_all()
-                self._look_up(channel, None if arrived else deadline)
+                self._look_up(channel)
+                if (now := monotonic()) > deadline:
+                    # What came in time may lie behind other messages, which a process that stood still has not read:
+                    # they are read for a tick more, and no longer, however many come.
+                    last_call = last_call or now + TICK_MS / 1000
+                    if now > last_call or not self._mesh.has_message():
+                        raise TimeoutError
         finally:
             with self._changed:
                 self._receiving = False
@@ -109,7 +125,9 @@ class Inbox:
                 return
             self._receiving = True
         try:
-            while self._mesh.has_message():
+            for _ in range(HWM):  # no more: its caller has a deadline, and more may come all the time
+                if not self._mesh.has_message():
+                    return
                 arrived = self._receive()
                 if arrived is not None:
                     with self._changed:
@@ -128,13 +146,11 @@ class Inbox:
     def close(self, linger: bool = True) -> None:
         self._mesh.close(linger)
 
-    def _look_up(self, channel: Channel, deadline: float | None) -> None:
-        """What may end a wait, other than the message."""
+    def _look_up(self, channel: Channel) -> None:
+        """What may end a wait, other than the message and the clock."""
         if channel.failed is not None:
             raise channel.failed
-        self.check()
-        if deadline is not None and monotonic() > deadline:
-            raise TimeoutError
+        channel.check()
 
     def _keep(self, head: Head, payload: Payload) -> None:
         channel = self._channels.get(head.group)
@@ -170,8 +186,9 @@ class Channel:
     Its collectives use `group`, its point-to-point messages the group after it.
     """
 
-    def __init__(self, inbox: Inbox, group: int, members: Sequence[int]) -> None:
+    def __init__(self, inbox: Inbox, group: int, members: Sequence[int], check: Check | None = None) -> None:
         self.group = group
+        self.check = check or inbox.check
         self.members = tuple(members)
         self.rank = self.members.index(inbox.rank)
         self.failed: CollectiveMismatch | None = None
@@ -207,7 +224,11 @@ class Channel:
     ) -> Tracker | None:
         """Queues one message of a collective. Raises TimeoutError after `deadline`."""
         key = self.group, sequence, turn, segment
-        return self.inbox.send(self.members[peer], key, call, payload, deadline, track)
+        return self.inbox.send(self, self.members[peer], key, call, payload, deadline, track)
+
+    def wait_until_sent(self, tracker: Tracker, deadline: float) -> None:
+        """Returns once lent memory may be changed. Raises TimeoutError."""
+        self.inbox.wait_until_sent(self, tracker, deadline)
 
     def expect(self, sequence: int, source: int, turn: int, segment: int, call: bytes, deadline: float) -> Payload:
         """The message for one place of a collective. Raises TimeoutError, CollectiveMismatch."""
@@ -224,7 +245,8 @@ class Channel:
             if first == deadline:
                 raise
             # It is late. If it waits in another call than this one, it will find that out from this message.
-            self.send(source, sequence, PROBE, 0, call, b"", deadline)
+            with contextlib.suppress(TimeoutError):  # its queue is full: what it sent may be here all the same
+                self.send(source, sequence, PROBE, 0, call, b"", 0.0)
             _, theirs, payload = inbox.take(self, find, deadline)
         if theirs != call:
             self._compare(sequence, self.members[source], theirs)
@@ -260,7 +282,6 @@ class Among:
     """Some of a channel's ranks, numbered anew: their part of a collective of all. Offers what algorithms need."""
 
     def __init__(self, channel: Channel, ranks: Sequence[int]) -> None:
-        self.inbox = channel.inbox
         self.rank = ranks.index(channel.rank)
         self.members = tuple(channel.members[rank] for rank in ranks)
         self._channel = channel
@@ -278,6 +299,9 @@ class Among:
         track: bool = False,
     ) -> Tracker | None:
         return self._channel.send(self._ranks[peer], sequence, turn, segment, call, payload, deadline, track)
+
+    def wait_until_sent(self, tracker: Tracker, deadline: float) -> None:
+        self._channel.wait_until_sent(tracker, deadline)
 
     def expect(self, sequence: int, source: int, turn: int, segment: int, call: bytes, deadline: float) -> Payload:
         return self._channel.expect(sequence, self._ranks[source], turn, segment, call, deadline)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from hashlib import blake2b
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from fleet.collectives.arguments import (
 from fleet.collectives.base import Base, Op
 from fleet.collectives.buffer import Buffer, as_buffer
 from fleet.collectives.job import Job
-from fleet.collectives.paths import GROUPS_PER_COMMUNICATOR
+from fleet.collectives.paths import GROUPS_PER_COMMUNICATOR, Forming
 from fleet.collectives.points import in_background
 from fleet.collectives.work import Work
 from fleet.errors import UsageError
@@ -315,6 +316,7 @@ class Communicator(Base):
             raise UsageError(
                 f"color is {color}: it must be a whole number from 0, or None for a rank that joins nobody"
             )
+        deadline = monotonic() + self._limit(timeout_s)
         mine = np.array([-1 if color is None else color, key])
         table = np.empty((self.world_size, 2), np.int64)
         self.all_gather(table, mine, timeout_s=timeout_s)
@@ -334,6 +336,7 @@ class Communicator(Base):
             local_rank=self.local_rank,
             generation=self.generation,
             inquire=self._inquire,
+            forming=Forming(f"split(color={color})", max(0.0, deadline - monotonic())),
         )
         self._children.append(child)
         return child
@@ -349,9 +352,10 @@ class Communicator(Base):
         torch_dtype = None if isinstance(dtype, str | type | np.dtype) else dtype
         item_bytes = np.dtype(dtype).itemsize if torch_dtype is None else torch_dtype.itemsize
         size = int(np.prod(shape)) * item_bytes
+        deadline = monotonic() + self._limit(timeout_s)
         # Also a check that all ranks ask for the same.
         self.barrier(timeout_s=timeout_s)
-        data = self._shared_bytes(size) if self._path is not None and size else np.zeros(size, np.uint8)
+        data = self._shared_bytes(size, deadline) if self._path is not None and size else np.zeros(size, np.uint8)
         if torch_dtype is None:
             return data.view(dtype).reshape(shape)
         import torch

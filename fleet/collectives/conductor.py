@@ -10,9 +10,9 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 from fleet.bus import forks
 from fleet.collectives.arena import Arena, Differs
@@ -22,26 +22,29 @@ from fleet.collectives.header import describe_call
 from fleet.collectives.job import Call, Check, Job
 from fleet.collectives.recorder import SHOWN_ON_FAILURE, Recorder
 from fleet.collectives.work import Work
-from fleet.errors import CollectiveMismatch, CollectiveTimeout, FleetError, Late, UsageError
+from fleet.errors import Called, CollectiveMismatch, CollectiveTimeout, FleetError, Late, UsageError
 
 CLOSE_WITHIN_S = 1.0
+COMPLETE_WITHIN_S = 0.4  # for ranks on their way to a collective that has failed, to be named with the others
+CLOSED = "this communicator is closed"
 _API = str(Path(__file__).with_name("communicator.py"))  # whose methods are called by scripts, and by each other
-_Item = tuple[Work, Job, Callable[[Job], None], float]
+_Item = tuple[Work, Job, Callable[[Job], None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Doing:
-    """What one rank is known to be doing, in one communicator. `sequence` is -1 where it will never come to one."""
+    """What one rank is known to be doing, in one communicator."""
 
     late: Late
-    sequence: int
+    sequence: int  # of its last collective; -1: it will never come to one
     inside: bool
-    call: str
+    call: str  # that was asked for; empty: it made none of that number
     line: str = ""
 
 
-# Asks every other rank of the world what it does in the communicator of this group.
-Inquiry = Callable[[int], Sequence[Doing]]
+# Asks every other rank of the world what it does in the communicator of this group, and what it called as the collective of
+# this number (0: its last one).
+Inquiry = Callable[[int, int], Sequence[Doing]]
 
 
 class Conductor:
@@ -69,6 +72,7 @@ class Conductor:
         self._sequence = 0
         self._running = threading.Lock()
         self._broken: BaseException | None = None
+        self._closed = False
         self._queue: queue.SimpleQueue[_Item | None] | None = None
         self._queued_count = 0
         self._queueing = threading.Lock()
@@ -89,12 +93,17 @@ class Conductor:
         while frame.f_code.co_filename == _API and frame.f_back is not None:
             frame = frame.f_back
         job = Job(call, frame.f_code, frame.f_lineno, wire)
-        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        job.limit_s = self.timeout_s if timeout_s is None else timeout_s
+        job.deadline = monotonic() + job.limit_s  # from here on, also while other calls have their turn
         if not async_op and not self._queued_count:
-            with self._running:
-                self._carry_out(job, act, limit_s)
+            if not self._running.acquire(blocking=False):
+                self._await_turn(job)
+            try:
+                self._carry_out(job, act)
+            finally:
+                self._running.release()
             return None
-        work = Work()
+        work = Work(job.deadline, lambda: self._not_begun(job))
         with self._queueing:
             self.check_usable()
             if self._queue is None:
@@ -102,7 +111,7 @@ class Conductor:
                 self._thread = threading.Thread(target=self._progress, name="fleet-progress", daemon=True)
                 self._thread.start()
             self._queued_count += 1
-            self._queue.put((work, job, act, limit_s))
+            self._queue.put((work, job, act))
         if async_op:
             return work
         work.wait()
@@ -121,12 +130,26 @@ class Conductor:
         return self._broken is not None
 
     def close(self) -> None:
-        """Waits, for a second at most, for what is queued; further calls raise UsageError."""
+        """Waits, for a second at most, for what is queued; further calls, and what still goes on then, raise UsageError."""
         if self._queue is not None and self._thread is not None and self._forks == forks.count:
             self._queue.put(None)
             self._thread.join(CLOSE_WITHIN_S)
+        self._closed = True
         if not self.broken:
-            self._broken = UsageError("this communicator is closed")
+            self._broken = UsageError(CLOSED)
+
+    def check(self) -> None:
+        """Called while a collective waits. Raises what ends the wait, other than its deadline."""
+        self._check()
+        if self._closed:
+            raise UsageError(CLOSED)
+
+    def not_formed(self, call: str, waited_s: float) -> CollectiveTimeout:
+        """The error where not all ranks came to make this communicator, or memory of it."""
+        doings = self._doings()
+        # All that are on their way look alike; one that does not answer is the one that is missing.
+        late = [doing.late for doing in doings if doing.sequence < 0] or [doing.late for doing in doings]
+        return CollectiveTimeout(0, call, self.rank, waited_s, late, len(self._members), members=self._numbers())
 
     def late(self, ranks: Sequence[int] = ()) -> list[Late]:
         """What is known of `ranks`, as others wait for them."""
@@ -135,24 +158,41 @@ class Conductor:
     def _progress(self) -> None:
         assert self._queue is not None
         while (item := self._queue.get()) is not None:
-            work, job, act, limit_s = item
+            work, job, act = item
             error: BaseException | None = None
-            try:
-                with self._running:
-                    self._carry_out(job, act, limit_s)
-            except BaseException as raised:
-                error = raised
+            with self._running:
+                begins = work.begin()
+                try:
+                    if begins:
+                        self._carry_out(job, act)
+                except BaseException as raised:
+                    error = raised
             with self._queueing:
                 self._queued_count -= 1
-            work.end(error)
+            if begins:
+                work.end(error)
 
-    def _carry_out(self, job: Job, act: Callable[[Job], None], limit_s: float) -> None:
+    def _await_turn(self, job: Job) -> None:
+        """Until the collective of another thread has ended. Raises CollectiveTimeout."""
+        if not self._running.acquire(timeout=min(max(0.0, job.deadline - monotonic()), threading.TIMEOUT_MAX)):
+            raise self._not_begun(job)
+
+    def _not_begun(self, job: Job) -> BaseException:
+        """The error of a call whose deadline passed before its turn came. The other ranks may be in it: this one is out of
+        step with them, and its communicator has ended with that."""
+        if self._broken is None:
+            before = str(self.recorder.last)
+            self._broken = CollectiveTimeout(
+                0, str(job.call), self.rank, job.limit_s, (), len(self._members), line=job.where, behind=before
+            )
+        return self._broken
+
+    def _carry_out(self, job: Job, act: Callable[[Job], None]) -> None:
         if self._broken is not None:
             self.check_usable()
         self._check()
         self._sequence = job.sequence = self._sequence + 1
         job.started = started = monotonic()
-        job.deadline = started + limit_s
         self.recorder.jobs.append(job)
         try:
             if self.arena is not None:
@@ -174,43 +214,61 @@ class Conductor:
             differing, theirs = job, error.call
             if theirs == job.call.data and len(self.recorder.jobs) > 1:
                 differing, theirs = self.recorder.jobs[-2], error.before
-            mine, sequence = str(differing.call), differing.sequence
-            error = CollectiveMismatch(sequence, self.rank, mine, error.rank, describe_call(theirs))
-            error.line = differing.where
+            mine = str(differing.call)
+            error = CollectiveMismatch(differing.sequence, self.rank, mine, error.rank, describe_call(theirs))
         elif isinstance(error, TimeoutError):
             error = self._timed_out(job, error.rank if isinstance(error, LateHere) else None)
         if isinstance(error, CollectiveMismatch):
-            error.line = error.line or next((j.where for j in self.recorder.jobs if j.sequence == error.sequence), "")
-            for doing in self._doings():
-                if doing.late.rank == error.peer and doing.sequence == error.sequence:
-                    error.peer_line = doing.line
-        if isinstance(error, FleetError):
-            shown = "\n  ".join(self.recorder.lines(SHOWN_ON_FAILURE))
-            error.add_note(f"the last collectives of rank {self.rank}:\n  {shown}")
+            self._complete(error)
+        if isinstance(error, CollectiveMismatch | CollectiveTimeout):
+            error.members = self._numbers()
+            error.recent = self.recorder.lines(SHOWN_ON_FAILURE)
         return error
 
     def _timed_out(self, job: Job, waited_for: int | None) -> FleetError:
         """A mismatch if somebody is in another call, else who has not come."""
-        call, late = describe_call(job.call.data), []
-        for doing in self._doings():
+        call, late = str(job.call), []
+        for doing in self._doings(job.sequence):
             # Also of one that has left it: it left with an error.
-            if doing.sequence == job.sequence and doing.call != call:
+            if doing.sequence >= job.sequence and doing.call and doing.call != call:
                 return CollectiveMismatch(job.sequence, self.rank, call, doing.late.rank, doing.call)
             if doing.sequence < job.sequence:
                 late.append(doing.late)
         if not late and waited_for is not None and self._inquire is None:
             late.append(Late(waited_for, "this host", 0, "has not come"))
-        return CollectiveTimeout(job.sequence, call, self.rank, monotonic() - job.started, late, len(self._members))
+        return CollectiveTimeout(job.sequence, call, self.rank, job.limit_s, late, len(self._members), line=job.where)
 
-    def _doings(self) -> list[Doing]:
+    def _complete(self, error: CollectiveMismatch) -> None:
+        """Who else called what, and where. Ranks that are about to come are waited for, so that all ranks say the same."""
+        if not error.line:
+            error.line = next((job.where for job in self.recorder.jobs if job.sequence == error.sequence), "")
+        until = monotonic() + COMPLETE_WITHIN_S
+        while True:
+            calls = {(error.call, error.line): [self.rank]}
+            doings = self._doings(error.sequence)
+            for doing in doings:
+                if doing.call:
+                    calls.setdefault((doing.call, doing.line), []).append(doing.late.rank)
+                if doing.late.rank == error.peer and doing.call == error.peer_call:
+                    error.peer_line = doing.line
+            if all(doing.call for doing in doings) or monotonic() > until:
+                break
+            sleep(COMPLETE_WITHIN_S / 4)  # nobody tells when a rank comes to a collective that has failed
+        if not any(error.peer in ranks for ranks in calls.values()):
+            calls.setdefault((error.peer_call, error.peer_line), []).append(error.peer)
+        error.calls = [Called(tuple(sorted(ranks)), call, line) for (call, line), ranks in calls.items()]
+
+    def _numbers(self) -> Sequence[int]:
+        """The job's number of each rank, empty where they are the same ones."""
+        return () if tuple(self._members) == tuple(range(len(self._members))) else self._members
+
+    def _doings(self, sequence: int = 0) -> list[Doing]:
         """What the other ranks of this communicator do, by their numbers here."""
         if self._inquire is None:
             return []
         number = {member: rank for rank, member in enumerate(self._members)}
         found = []
-        for doing in self._inquire(self.group):
+        for doing in self._inquire(self.group, sequence):
             if doing.late.rank in number and number[doing.late.rank] != self.rank:
-                late = doing.late
-                late = Late(number[late.rank], late.host, late.pid, late.doing)
-                found.append(Doing(late, doing.sequence, doing.inside, doing.call, doing.line))
+                found.append(replace(doing, late=replace(doing.late, rank=number[doing.late.rank])))
         return found

@@ -110,7 +110,7 @@ def receive(channel: Channel | Among, job: Job, peer: int, into: Array, turn: in
 def finish(channel: Channel | Among, job: Job) -> None:
     """Returns once all memory that was lent may be changed again."""
     for tracker in job.lent or ():
-        channel.inbox.wait_until_sent(tracker, job.deadline)
+        channel.wait_until_sent(tracker, job.deadline)
     job.lent = None
 
 

@@ -37,7 +37,19 @@ class Job:
     It serves the paths while it runs, and the flight recorder after that.
     """
 
-    __slots__ = ("call", "code", "deadline", "ended", "first_turn", "lent", "line", "sequence", "started", "wire")
+    __slots__ = (
+        "call",
+        "code",
+        "deadline",
+        "ended",
+        "first_turn",
+        "lent",
+        "limit_s",
+        "line",
+        "sequence",
+        "started",
+        "wire",
+    )
 
     def __init__(self, call: Call, code: CodeType | None = None, line: int = 0, wire: str = "") -> None:
         self.call = call
@@ -45,6 +57,7 @@ class Job:
         self.line = line
         self.wire = wire
         self.sequence = 0
+        self.limit_s = 0.0  # that its caller gives it; the deadline is so long after the call
         self.started = self.deadline = self.ended = 0.0
         self.first_turn = 0  # of the messages of what comes next; a collective may have several parts
         self.lent: list[Any] | None = None  # the caller's memory that libzmq may still read

@@ -6,8 +6,9 @@ several hosts with several ranks each it is hierarchical; else, and where memory
 
 from __future__ import annotations
 
+import logging
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -15,12 +16,12 @@ from time import monotonic
 import numpy as np
 
 from fleet.bus.lock import derive
-from fleet.bus.shared import DECIDED_WITHIN_S, share
+from fleet.bus.shared import DECIDED_WITHIN_S, PAGE_BYTES, share
 from fleet.collectives.arena import Arena, arena_bytes
 from fleet.collectives.channel import Channel, Inbox
 from fleet.collectives.header import pack_call
 from fleet.collectives.hierarchy import HierarchicalPath
-from fleet.collectives.job import Call, Job
+from fleet.collectives.job import Call, Check, Job
 from fleet.collectives.shared import SharedPath
 from fleet.collectives.sockets import SocketPath
 from fleet.collectives.windows import Windows
@@ -29,7 +30,27 @@ from fleet.group import Member
 
 NAME_CHARS = 40  # 160 bits
 GROUPS_PER_COMMUNICATOR = 2  # its own and its point-to-point messages'
-AGREE_WITHIN_S = 30.0
+FORM_WITHIN_S = 30.0  # for a world, once all its ranks have joined
+LOCAL_AT_MOST = (
+    PAGE_BYTES // 8
+)  # ranks of one host that share memory: the words of the page that they find each other in
+
+log = logging.getLogger("fleet.collectives")
+
+
+class Overdue(Exception):
+    """The ranks of a communicator did not all come by the deadline of the call that makes it."""
+
+
+@dataclass(frozen=True)
+class Forming:
+    """The call that makes a communicator, and the seconds that it has left."""
+
+    call: str = "fleet.init()"
+    within_s: float = FORM_WITHIN_S
+
+
+BY_INIT = Forming()
 
 
 @dataclass
@@ -40,16 +61,24 @@ class World:
     members: Sequence[Member]  # by rank of the world
     directory: Path  # of shared memory
     name: str  # of this world, for files
-    check: Callable[[], None]
+    check: Check
     secret: str = ""  # of the job
 
-    def share(self, name: str, size_bytes: int, index: int, members: Sequence[int]) -> mmap.mmap | None:
+    def share(
+        self, name: str, size_bytes: int, index: int, members: Sequence[int], deadline: float
+    ) -> mmap.mmap | None:
         """A zeroed mapping for these ranks of the world, of which this one is number `index`; None: on none of them.
 
-        Raises FleetError where the one that makes it stands still.
+        Raises Overdue after `deadline` (monotonic), FleetError where the one that makes it stands still.
         """
+
+        def check() -> None:
+            self.check()
+            if monotonic() > deadline:
+                raise Overdue
+
         try:
-            return share(self.directory, self.file_name(name), size_bytes, index, len(members), self.check)
+            return share(self.directory, self.file_name(name), size_bytes, index, len(members), check)
         except TimeoutError:
             maker = self.members[members[0]]
             raise FleetError(
@@ -73,33 +102,39 @@ class Reach:
     uses_sockets: bool
 
 
-def reach(world: World, group: int, members: Sequence[int]) -> Reach:
-    """The path among `members` (ranks of the world). All of them call this at the same time."""
-    channel = Channel(world.inbox, group, members)
+def reach(world: World, group: int, members: Sequence[int], check: Check, forming: Forming) -> Reach:
+    """The path among `members` (ranks of the world). All of them call this at the same time.
+
+    `check` is called while its collectives wait, and raises to end the wait. Raises Overdue.
+    """
+    deadline = monotonic() + forming.within_s
+    channel = Channel(world.inbox, group, members, check)
     windows = Windows()
     hosts = _hosts(world, members)
     mine = next(host for host in hosts if channel.rank in host)
     arena = None
-    if len(mine) > 1:
+    if len(mine) > LOCAL_AT_MOST:
+        log.warning("more than %d ranks on one host: their tensors go through sockets, which is slower", LOCAL_AT_MOST)
+    elif len(mine) > 1:
         index = mine.index(channel.rank)
         # The first member tells groups of several hosts apart where a test has them on one machine.
         name = f"{group:x}-{mine[0]}"
-        memory = world.share(name, arena_bytes(len(mine)), index, [members[rank] for rank in mine])
+        memory = world.share(name, arena_bytes(len(mine)), index, [members[rank] for rank in mine], deadline)
         if memory is not None:
-            arena = Arena(memory, index, mine, world.check if len(hosts) == 1 else looking(world.check, channel))
+            arena = Arena(memory, index, mine, check if len(hosts) == 1 else looking(check, channel))
     if len(hosts) == 1:
         if arena is not None:
             return Reach(SharedPath(arena, windows), channel, arena, windows, uses_sockets=False)
         return Reach(SocketPath(channel), channel, None, windows, uses_sockets=True)
     everyone = SocketPath(channel)
     several = max(map(len, hosts)) > 1
-    if not several or not _agreed(everyone, channel, arena is not None or len(mine) == 1):
+    if not several or not _agreed(everyone, channel, arena is not None or len(mine) == 1, deadline):
         return Reach(everyone, channel, None, windows, uses_sockets=True)
     local = SharedPath(arena, windows) if arena is not None else None
     return Reach(HierarchicalPath(channel, local, hosts), channel, arena, windows, uses_sockets=True)
 
 
-def looking(check: Callable[[], None], channel: Channel) -> Callable[[], None]:
+def looking(check: Check, channel: Channel) -> Check:
     """`check`, and whether a rank of another host is in another call: for those who wait in shared memory."""
 
     def both() -> None:
@@ -118,11 +153,13 @@ def _hosts(world: World, members: Sequence[int]) -> list[list[int]]:
     return list(found.values())
 
 
-def _agreed(everyone: SocketPath, channel: Channel, able: bool) -> bool:
-    """Whether the ranks of every host share memory: one that does not would leave the others waiting."""
-    call = Call(pack_call("barrier"))
+def _agreed(everyone: SocketPath, channel: Channel, able: bool, deadline: float) -> bool:
+    """Whether the ranks of every host share memory: one that does not would leave the others waiting. Raises Overdue."""
     answers = [np.zeros(1, np.uint8) for _ in channel.members]
-    job = Job(call)
-    job.deadline = monotonic() + AGREE_WITHIN_S
-    everyone.all_gather(job, answers, np.array([able], np.uint8))
+    job = Job(Call(pack_call("barrier")))
+    job.deadline = deadline
+    try:
+        everyone.all_gather(job, answers, np.array([able], np.uint8))
+    except TimeoutError:
+        raise Overdue from None
     return all(bool(answer[0]) for answer in answers)

@@ -12,11 +12,22 @@ from typing import Any
 
 import numpy as np
 
+from fleet.bus.mesh import TICK_MS
 from fleet.collectives.buffer import Buffer
 from fleet.collectives.channel import Channel, Key, Payload
 from fleet.collectives.header import describe_call, pack_call
 from fleet.collectives.work import Work
 from fleet.errors import CollectiveMismatch, CollectiveTimeout, Late
+
+
+class _Lane:
+    """What goes to one rank with one tag: how much of it has left, and whose turn it is to send."""
+
+    __slots__ = ("sent_count", "turn")
+
+    def __init__(self) -> None:
+        self.sent_count = 0
+        self.turn = threading.Lock()  # messages of one tag leave in the order of their numbers
 
 
 class Points:
@@ -26,26 +37,33 @@ class Points:
         self._channel = channel
         self._group = channel.group + 1
         self._late = late
-        self._lock = threading.Lock()
-        self._sent: dict[tuple[int, int], int] = {}  # messages so far, by (rank, tag)
+        self._lanes: dict[tuple[int, int], _Lane] = {}  # by (rank, tag)
         self._received: dict[tuple[int, int], int] = {}
 
     def send(self, buffer: Buffer, dst: int, tag: int, limit_s: float, work: Work | None) -> None:
-        """Sends; with `work`, that ends once the memory may be changed again."""
+        """Sends; with `work`, that ends once the memory may be changed again.
+
+        Raises CollectiveTimeout. A message that found no room by then was not sent, and the next one takes its number.
+        """
         call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
         deadline = monotonic() + limit_s
-        with self._lock:  # messages of one tag leave in the order of their numbers
-            count = self._sent[dst, tag] = self._sent.get((dst, tag), 0) + 1
-            key = self._group, count, tag, 0
+        memory = buffer.flat.view(np.uint8)
+        lane = self._lanes.get((dst, tag)) or self._lanes.setdefault((dst, tag), _Lane())
+        try:
+            self._take_turn(lane, deadline)
             try:
-                memory = buffer.flat.view(np.uint8)
-                tracker = self._channel.inbox.send(self._channel.members[dst], key, call, memory, deadline, track=True)
-            except TimeoutError:
-                raise self._timeout(call, "to", [dst], limit_s) from None
+                key = self._group, lane.sent_count + 1, tag, 0
+                member = self._channel.members[dst]
+                tracker = self._channel.inbox.send(self._channel, member, key, call, memory, deadline, track=True)
+                lane.sent_count += 1
+            finally:
+                lane.turn.release()
+        except TimeoutError:
+            raise self._timeout(call, "to", [dst], limit_s) from None
 
         def finish() -> None:
             try:
-                self._channel.inbox.wait_until_sent(tracker, deadline)
+                self._channel.wait_until_sent(tracker, deadline)
             except TimeoutError:
                 raise self._timeout(call, "to", [dst], limit_s) from None
 
@@ -56,6 +74,12 @@ class Points:
             finish()
         else:
             in_background(finish, work)
+
+    def _take_turn(self, lane: _Lane, deadline: float) -> None:
+        while not lane.turn.acquire(timeout=TICK_MS / 1000):
+            self._channel.check()
+            if monotonic() > deadline:
+                raise TimeoutError
 
     def recv(self, buffer: Buffer, src: int | None, tag: int, limit_s: float) -> int:
         """Receives from src, or from whoever's message is there first; returns who sent it."""

@@ -27,6 +27,10 @@ class Recorder:
         """The running collective, or the last one."""
         return self.jobs[-1] if self.jobs else None
 
+    def find(self, sequence: int) -> Job | None:
+        """The collective of this number, if it is among those that are kept."""
+        return next((job for job in reversed(list(self.jobs)) if job.sequence == sequence), None)
+
     def lines(self, count: int = KEPT) -> list[str]:
         return [str(job) for job in list(self.jobs)[-count:]]
 

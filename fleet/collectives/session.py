@@ -57,8 +57,9 @@ class Session:
         self._out: queue.SimpleQueue[m.Message] = queue.SimpleQueue()
         self._welcome: queue.SimpleQueue[m.RankWelcome] = queue.SimpleQueue()
         self._formed: queue.SimpleQueue[World] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[m.Answer] = queue.SimpleQueue()
+        self._asking = threading.Lock()
         self._question = 0
+        self._answers: dict[int, queue.SimpleQueue[m.Answer]] = {}  # by question: several threads may ask at once
         self._told_inside = False
         self.strangers = Strangers()  # of this rank's inbox
         self._told_refused = 0
@@ -91,22 +92,27 @@ class Session:
                 self._world = self._formed.get(timeout=min(LOOK_UP_S, timeout_s))
         return self._world
 
-    def inquire(self, group: int = 0) -> list[Doing]:
-        """What every other rank is doing now, in one communicator; one that does not answer within a second is said not to."""
+    def inquire(self, group: int = 0, sequence: int = 0) -> list[Doing]:
+        """What every other rank is doing now, in one communicator, and what it called as its collective of this number
+        (0: its last one). One that does not answer within a second is said not to. May be called by several threads."""
         s = self._settings
-        self._question += 1
-        self._send(m.Ask(s.job_id, s.attempt, s.rank, self._question, group))
+        answers: queue.SimpleQueue[m.Answer] = queue.SimpleQueue()
+        with self._asking:
+            self._question = question = self._question + 1
+            self._answers[question] = answers
+        self._send(m.Ask(s.job_id, s.attempt, s.rank, question, group, sequence=sequence))
         missing = set(range(s.world_size)) - {s.rank}
         found = []
         deadline = monotonic() + ANSWER_WITHIN_S
         while missing:
             try:
-                answer = self._answers.get(timeout=max(0.0, deadline - monotonic()))
+                answer = answers.get(timeout=max(0.0, deadline - monotonic()))
             except queue.Empty:
                 break
-            if answer.question == self._question and answer.rank in missing:
+            if answer.rank in missing:
                 missing.remove(answer.rank)
                 found.append(_doing(answer))
+        del self._answers[question]
         for rank in missing:
             member = self._world.members[rank] if self._world else None
             host, pid = (member.host, member.pid) if member else ("?", 0)
@@ -167,7 +173,8 @@ class Session:
         elif isinstance(message, m.Formed):
             self._formed.put(message.world)
         elif isinstance(message, m.Answer):
-            self._answers.put(message)
+            if (answers := self._answers.get(message.question)) is not None:  # None: it comes too late
+                answers.put(message)
         elif isinstance(message, m.Ask):
             self._answer(message)
         elif isinstance(message, m.Lost) and self._lost is None:
@@ -178,17 +185,20 @@ class Session:
     def _answer(self, ask: m.Ask) -> None:
         s = self._settings
         recorders = self._recorders()
-        record = next((recorder.last for group, recorder in recorders if group == ask.group), None)
+        recorder = next((recorder for group, recorder in recorders if group == ask.group), None)
+        record = recorder.last if recorder is not None else None
         call, line, sequence = "", main_thread_line(), 0
-        if record is not None:
-            call, sequence = str(record.call), record.sequence
+        if recorder is not None and record is not None:
+            sequence = record.sequence
             if not record.ended:
-                doing = f"is in collective #{sequence} {call} at {record.where}"
+                doing = f"is in collective #{sequence} {record.call} at {record.where}"
             else:
-                doing = f"is at {line}; its last collective was #{sequence} {call}"
-            line = record.where  # for a mismatch: where the call was made, also by a rank that has left it
+                doing = f"is at {line}, after collective #{sequence} {record.call}"
+            # For a mismatch: where the call was made, also by a rank that has left it.
+            asked = recorder.find(ask.sequence) if ask.sequence else record
+            call, line = (str(asked.call), asked.where) if asked is not None else ("", line)
         else:
-            doing = f"is at {line}; it has made no collective yet"
+            doing = f"is at {line}, before its first collective"
         records = ""
         if ask.records:
             records = text((f"communicator {number}", recorder) for number, (_, recorder) in enumerate(recorders))

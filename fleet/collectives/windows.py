@@ -7,7 +7,9 @@ so a number names the same one on all of them. It is unmapped with the last arra
 from __future__ import annotations
 
 import mmap
+import threading
 import weakref
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,9 @@ class Windows:
     def __init__(self) -> None:
         self.made_count = 0
         self._parts: dict[int, tuple[int, int, weakref.ref[Any], list[Array]]] = {}
+        self._lock = threading.Lock()
+        # Numbers of windows whose arrays have gone. An array may go anywhere, also while `_parts` is looked through.
+        self._gone: deque[int] = deque()
 
     def part_bytes(self, size_bytes: int) -> int:
         return max(1, -(-size_bytes // PAGE_BYTES)) * PAGE_BYTES
@@ -32,23 +37,37 @@ class Windows:
         # One array per rank, each with the mapping as its base: the window lives as long as this rank's own one.
         parts = [np.frombuffer(memory, np.uint8, size_bytes, PAGE_BYTES + rank * per) for rank in range(count)]
         mine, parts[index] = parts[index], np.empty(0, np.uint8)
-        start = _address(mine)
-        held = weakref.ref(mine, lambda _: self._parts.pop(number, None))
-        self._parts[number] = start, size_bytes, held, parts
+        held = weakref.ref(mine, lambda _: self._let_go(number))
+        with self._lock:
+            self._parts[number] = _address(mine), size_bytes, held, parts
         return mine
 
     def find(self, flat: Array) -> tuple[int, int] | None:
         """(window, offset in bytes) of an array that lies in one; None: it is an ordinary one."""
         address = _address(flat)
-        for number, (start, size, _, _) in self._parts.items():
-            if start <= address and address + flat.nbytes <= start + size:
-                return number, address - start
+        with self._lock:
+            self._sweep()
+            for number, (start, size, _, _) in self._parts.items():
+                if start <= address and address + flat.nbytes <= start + size:
+                    return number, address - start
         return None
 
     def view(self, rank: int, number: int, offset: int, like: Array) -> Array:
         """Another rank's array of the same size and dtype as `like`. Its window is alive here: ours is the same one."""
         part = self._parts[number][3][rank]
         return part[offset : offset + like.nbytes].view(like.dtype)
+
+    def _let_go(self, number: int) -> None:
+        self._gone.append(number)
+        if self._lock.acquire(blocking=False):  # else its holder's next look does it
+            try:
+                self._sweep()
+            finally:
+                self._lock.release()
+
+    def _sweep(self) -> None:
+        while self._gone:
+            self._parts.pop(self._gone.popleft(), None)
 
 
 def _address(array: Array) -> int:

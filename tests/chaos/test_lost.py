@@ -142,7 +142,9 @@ def test_a_rank_that_does_not_come_is_named_with_what_it_does(tmp_path: Path, me
     assert done.returncode == 1
     assert "CollectiveTimeout: all_reduce(float64[8], op=sum) #2" in done.stderr
     doing = "is not answering" if stuck == "stopped" else f"is at script.py:{line_of(script, stuck)} in load_batch"
-    assert re.search(rf"rank {VICTIM} \(127\.0\.0\.1, pid \d+\) {re.escape(doing)}", done.stderr), done.stderr
+    assert re.search(rf"waiting for rank {VICTIM} \(127\.0\.0\.1, pid \d+\): it {re.escape(doing)}", done.stderr), (
+        done.stderr
+    )
     assert all(1.5 <= float(after) < 1.5 + AT_ONCE_S for after in re.findall(r"after ([\d.]+)", done.stdout))
 
 
@@ -153,7 +155,7 @@ def test_different_calls_are_shown_with_their_lines_at_once(tmp_path: Path, memo
         "since = time.monotonic()\ntry:\n    if rank == 0:\n"
         "        comm.all_reduce(x)\n    else:\n        comm.all_gather(out, x)\n"
         "except fleet.CollectiveMismatch as error:\n"
-        "    print('after', time.monotonic() - since, str(error).replace('\\n', ' | '), flush=True)\n"
+        "    print('after', time.monotonic() - since, error, flush=True)\n"
         # A rank that has ended tells nobody its line any more, so each waits until the other has said its own.
         # No event crosses a communicator that is broken, hence the poll.
         "    open(f'said-{rank}', 'w').close()\n"
@@ -162,14 +164,14 @@ def test_different_calls_are_shown_with_their_lines_at_once(tmp_path: Path, memo
     done = run(tmp_path, script, workers=2, FLEET_SHARED_MEMORY=memory)
     assert done.returncode == 3, done.stderr
     said = re.findall(r"after ([\d.]+) (.*)", done.stdout)
-    assert {text[: text.index(":")] for _, text in said} == {
-        f"ranks {rank} and {1 - rank} disagree as collective #2" for rank in range(2)
-    }
+    assert len(said) == 2
+    assert {text[: text.index(":")] for _, text in said} == {"different calls as collective #2"}
+    assert len({text for _, text in said}) == 1, "both say the same"
     for after, text in said:
         assert float(after) < AT_ONCE_S
         for call in ("all_reduce(", "all_gather("):
             where = f"script.py:{line_of(script, 'comm.' + call)} in <module>"
-            assert re.search(rf"rank \d called {re.escape(call)}[^|]* at {re.escape(where)}", text), text
+            assert re.search(rf"rank \d called {re.escape(call)}[^;]*? at {re.escape(where)}", text), text
 
 
 IN_A_FORK = """\

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fleet.client.bundle import pack
 from fleet.client.fold import Fold, Lines
 from fleet.client.report import exit_code, report
-from fleet.errors import CollectiveTimeout, ConfigError, Late, rank_set
+from fleet.errors import ConfigError, rank_set
 from fleet.messages import Ended, RankStatus
 
 
@@ -114,11 +114,3 @@ def test_report_names_the_first_failed_rank_first() -> None:
 def test_exit_codes(ended: Ended, code: int, words: str) -> None:
     assert exit_code(ended) == code
     assert words in report(ended, 1)
-
-
-def test_of_many_late_ranks_the_first_are_named_and_the_others_counted() -> None:
-    late = [Late(rank, "h", 7, "is at train.py:1") for rank in range(2, 64)]
-    lines = str(CollectiveTimeout(1, "barrier()", 0, 30.0, late, 64)).splitlines()
-    assert lines[0].endswith("ranks 0-1 came; waiting for")
-    assert lines[-1] == "  and 54 more: ranks 10-63"
-    assert len(lines) == 10

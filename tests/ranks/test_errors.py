@@ -212,7 +212,7 @@ def test_ranks_that_wait_for_each_other_learn_why(run_world: Any) -> None:
         comm.barrier()
         comm.broadcast(np.ones(4), root=1 - comm.rank, timeout_s=0.2 + 0.3 * comm.rank)
 
-    results = run_world.caught(2, differ, inquire=[lambda group: ask(1), lambda group: ask(0)])
+    results = run_world.caught(2, differ, inquire=[lambda *_: ask(1), lambda *_: ask(0)])
     assert isinstance(results[0], CollectiveMismatch), results[0]
     assert "root=1" in str(results[0])
     assert "root=0" in str(results[0])
@@ -260,11 +260,13 @@ def test_a_rank_that_does_not_come(run_world: Any, case: int, transport: str) ->
     def late(comm: Communicator) -> None:
         if comm.rank == 2:
             return
-        with pytest.raises(CollectiveTimeout, match=r"#1 on rank \d: not complete after 0\.[5-9] s") as caught:
+        with pytest.raises(
+            CollectiveTimeout, match=r"#1 at test_errors.py:\d+ in .*: not complete after 0\.5 s"
+        ) as caught:
             LATE_CALLS[case](comm)
         assert caught.value.rank == comm.rank
         assert caught.value.sequence == 1
-        assert 0.5 <= caught.value.waited_s < 1
+        assert caught.value.waited_s == 0.5
         assert comm.recorders[0][1].last.ended
         for again in LATE_CALLS:
             with pytest.raises(CollectiveTimeout) as repeated:
@@ -281,7 +283,7 @@ def test_the_timeout_of_one_call_wins(run_world: Any) -> None:
         if comm.rank == 0:
             with pytest.raises(CollectiveTimeout) as caught:
                 comm.barrier(timeout_s=0.2)
-            assert 0.2 <= caught.value.waited_s < 5
+            assert caught.value.waited_s == 0.2
 
     run_world(2, late, timeout_s=30.0)
 
@@ -297,12 +299,12 @@ def test_the_late_are_named(run_world: Any) -> None:
             comm.all_reduce(np.ones(3), timeout_s=0.1)
 
     def error_with(known: Doing) -> Exception:
-        return run_world.caught(2, wait, inquire=[lambda group: [known], None])[0]
+        return run_world.caught(2, wait, inquire=[lambda *_: [known], None])[0]
 
     error = error_with(absent)
     assert isinstance(error, CollectiveTimeout)
     assert list(error.late) == [absent.late]
-    assert "rank 1 (h1, pid 812) is at train.py:41 in load_batch" in str(error)
+    assert "rank 0 came, waiting for rank 1 (h1, pid 812): it is at train.py:41 in load_batch" in str(error)
     error = error_with(elsewhere)
     assert isinstance(error, CollectiveMismatch)
     assert "barrier()" in str(error)

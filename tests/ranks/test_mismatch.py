@@ -139,7 +139,7 @@ def test_both_lines_are_named(run_world: Any, transport: str) -> None:
         else:
             comm.all_reduce(np.ones(4), "min")  # and this one
 
-    results = run_world.caught(2, differ, transport=transport, inquire=[lambda _: ask(1), lambda _: ask(0)])
+    results = run_world.caught(2, differ, transport=transport, inquire=[lambda *_: ask(1), lambda *_: ask(0)])
     lines = {error.rank: error.line for error in results if isinstance(error, CollectiveMismatch)}
     assert len(lines) == 2, results
     assert len(set(lines.values())) == 2
@@ -149,10 +149,9 @@ def test_both_lines_are_named(run_world: Any, transport: str) -> None:
         assert error.peer_line == lines[error.peer]
         for rank, op in ((0, "min"), (1, "max")):
             assert f"rank {rank} called all_reduce(float64[4], op={op}) at {lines[rank]}" in str(error)
-        notes = "\n".join(error.__notes__)
-        assert f"the last collectives of rank {error.rank}:" in notes
-        assert "#1 barrier()" in notes
-        assert "#2 all_reduce(float64[4]" in notes
+        assert "#1 barrier()" in error.recent[-2]
+        assert "#2 all_reduce(float64[4]" in error.recent[-1]
+    assert len({str(error) for error in results}) == 1, "both say the same"
 
 
 # Everything that waits for all or for the last rank.
@@ -229,19 +228,20 @@ def test_a_timeout_names_who_is_late(run_world: Any, n: int, transport: str | in
             comm.all_reduce(np.ones(3), timeout_s=0.3)
         error = caught.value
         assert list(error.late) == [last]
-        assert 0.3 <= error.waited_s < 0.3 + AT_ONCE_S
+        assert error.culprits == [n - 1]
         came = rank_set(range(n - 1), n)
-        assert f"ranks {came} came; waiting for\n  rank {n - 1} (h2, pid 812) is at train.py:41" in str(error)
-        assert str(error).startswith(f"all_reduce(float64[3], op=sum) #2 on rank {comm.rank}: not complete after 0.")
+        assert f"ranks {came} came, waiting for rank {n - 1} (h2, pid 812): it is at train.py:41" in str(error)
+        assert str(error).startswith(f"all_reduce(float64[3], op=sum) #2 at {error.line}: not complete after 0.3 s")
+        assert "\n" not in str(error)
 
-    run_world(n, late, transport=transport, inquire=[lambda _: known] * n)
+    run_world(n, late, transport=transport, inquire=[lambda *_: known] * n)
 
 
 def test_a_timeout_in_shared_memory_names_who_is_late_without_agents(run_world: Any) -> None:
     def late(comm: Communicator) -> None:
         if comm.rank == 1:
             return
-        with pytest.raises(CollectiveTimeout, match=r"waiting for\n  rank 1 .*has not come"):
+        with pytest.raises(CollectiveTimeout, match=r"waiting for rank 1 .*has not come"):
             comm.barrier(timeout_s=0.2)
 
     run_world(3, late, transport="shared")

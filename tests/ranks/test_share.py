@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fleet.bus.lock import Lock
+from fleet.bus.mesh import Mesh
 from fleet.bus.shared import PAGE_BYTES, PREFIX, host_key, share, sweep
+from fleet.collectives.channel import Inbox
+from fleet.collectives.paths import LOCAL_AT_MOST, Forming, World, reach
+from fleet.group import Member
 
 SHM = Path("/dev/shm")
 
@@ -146,3 +151,16 @@ def test_a_world_without_enough_memory_goes_over_sockets(run_world: Any, caplog:
     with caplog.at_level(logging.WARNING):
         run_world(2, fallback, transport="shared")
     assert sum("are needed" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_more_ranks_on_one_host_than_can_find_each_other_use_sockets(tmp_path: Path) -> None:
+    count = LOCAL_AT_MOST + 1
+    mesh = Mesh(Lock(), f"ipc://{tmp_path}/inbox")
+    try:
+        inbox = Inbox(mesh, count - 1, [mesh.endpoint] * count, 1)
+        members = [Member(rank, "w", "h", 0, mesh.endpoint, "same host") for rank in range(count)]
+        found = reach(World(inbox, members, SHM, "test", nothing), 0, range(count), nothing, Forming())
+        assert found.path.name == "sockets"
+        assert found.arena is None
+    finally:
+        mesh.close(linger=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ import pytest
 import torch
 from grid import TRANSPORTS, digest
 
+from fleet.bus.shared import PAGE_BYTES
 from fleet.collectives.communicator import Communicator
+from fleet.collectives.windows import Windows
 
 COUNTS = (0, 1, 7, 1000, 70_000, 1_200_000)
 
@@ -138,3 +141,22 @@ def test_ranks_may_use_different_windows(run_world: Any, transport: str | int) -
         assert (x == n * (n + 1) // 2).all()
 
     run_world(n, cross, transport=transport)
+
+
+def test_an_array_may_go_while_windows_are_looked_through() -> None:
+    """Garbage is collected at any time, also in the middle of a search, and takes its window with it."""
+    windows = Windows()
+    arrays = [windows.add(number, mmap.mmap(-1, 3 * PAGE_BYTES), 0, 2, PAGE_BYTES) for number in range(4)]
+
+    class Letting(int):
+        """The first window's address, which lets go of another's array when it is compared."""
+
+        def __le__(self, other: int) -> bool:
+            del arrays[1:]
+            return int(self) <= other
+
+    _, *rest = windows._parts[0]
+    windows._parts[0] = (Letting(windows._parts[0][0]), *rest)  # type: ignore[assignment]
+    assert windows.find(np.zeros(3)) is None
+    assert windows.find(arrays[0][8:16]) == (0, 8)
+    assert list(windows._parts) == [0]

@@ -1,0 +1,62 @@
+"""A rank's line to its agent: questions of several threads at once, each answered to whoever asked it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fleet import messages as m
+from fleet.bus.context import Bus
+from fleet.bus.control import Arrived, Router
+from fleet.bus.lock import Lock
+from fleet.bus.poller import Poller
+from fleet.collectives.conductor import Doing
+from fleet.collectives.session import Session
+from fleet.config import RankSettings
+
+
+@contextmanager
+def session(endpoint: str, world_size: int) -> Iterator[Session]:
+    made = Session(RankSettings(endpoint, "job", 1, 0, world_size, 0), 7, list)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def answer(ask: m.Ask, rank: int) -> m.Answer:
+    doing = f"is in {ask.group}"
+    return m.Answer("job", 1, 0, ask.question, rank, "h", rank, ask.group, True, doing, f"call {ask.group}", "a.py:1")
+
+
+def test_two_communicators_that_time_out_together_get_their_own_answers(tmp_path: Path) -> None:
+    """Each was given the other's, or dropped its own, and took that for a rank in another call."""
+    with Bus(Lock()) as bus:
+        agent = Router(bus, f"ipc://{tmp_path}/agent")
+        found: dict[int, list[Doing]] = {}
+        with session(agent.endpoint, 3) as rank:
+            threads = [
+                threading.Thread(target=lambda group=group: found.update({group: rank.inquire(group, group)}))
+                for group in (2, 4)
+            ]
+            for thread in threads:
+                thread.start()
+            asked: list[tuple[bytes, m.Ask]] = []
+            poller = Poller(agent.poll_sockets)
+            while len(asked) < 2:
+                poller.wait(10.0)
+                for arrived in agent.receive():
+                    if isinstance(arrived, Arrived) and isinstance(ask := m.decode(arrived.data), m.Ask):
+                        asked.append((arrived.peer, ask))
+            for number in (1, 2):  # one answer to each, in turn
+                for peer, ask in asked:
+                    agent.send(peer, m.encode(answer(ask, number)))
+            for thread in threads:
+                thread.join()
+        for group in (2, 4):
+            assert [(doing.late.rank, doing.call) for doing in found[group]] == [
+                (1, f"call {group}"),
+                (2, f"call {group}"),
+            ]
