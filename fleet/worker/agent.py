@@ -418,6 +418,8 @@ class Agent:
 
     def _discard(self, job_ids: tuple[str, ...]) -> list[Event]:
         self._storage.discard(job_ids)
+        for job_id in job_ids:
+            log.info("removed what job %s wrote: the cluster has forgotten it", job_id)
         return []
 
     def _sweep_memory(self) -> None:
