@@ -97,7 +97,6 @@ class WorkerHello(Message, frozen=True):
     running: Annotated[tuple[tuple[JobId, Attempt], ...], ONE_A_RANK] = ()
     leaving: bool = False  # see Leaving
     gpus: Count = 0
-    storage_id: IdOrNone = ""  # of where it keeps what jobs write: workers with the same one share that
 
 
 class ClientHello(Message, frozen=True):
@@ -236,9 +235,12 @@ class Assigned(Message, frozen=True):
 
 
 class AssignFailed(Message, frozen=True):
+    """The worker cannot prepare it. `permanent`: no other worker could either, since it lies with what was sent."""
+
     job_id: JobId
     attempt: Attempt
     reason: Text
+    permanent: bool = False
 
 
 class Launch(Message, frozen=True):

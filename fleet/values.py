@@ -63,6 +63,8 @@ class Spec(msgspec.Struct, frozen=True):
     ] = ()  # of what it writes into its working folder: output
 
 
+# Of the files of one job, before compression.
+BUNDLE_BYTES_AT_MOST, BUNDLE_FILES_AT_MOST = 1 << 30, 200_000
 PRIORITY_AT_MOST = 1000  # and at least minus that
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from fleet.bus.ownership import is_own_folder, open_own
+from fleet.bus.trees import remove_tree
 from fleet.errors import ConfigError
 
 PREFIX = "fleet-"
@@ -36,7 +36,7 @@ def held_folder(prefix: str = PREFIX) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
         os.close(descriptor)
 
 
@@ -62,4 +62,4 @@ def _sweep() -> None:
     for folder in own_folders():
         with contextlib.suppress(OSError):
             if not is_held(folder / LOCK):
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_tree(folder)

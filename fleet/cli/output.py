@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from fleet import messages as m
-from fleet.client.fetch import Fetched, JobOutput, check_size
+from fleet.client.fetch import Fetched, Output, check_size
 from fleet.client.jobs import Conversation
 from fleet.client.run import say
 from fleet.client.target import Target
@@ -63,7 +63,7 @@ def bring(target: Target, versions: m.Versions, job_id: str, folder: Path | None
     """At the end of `fleet run` on a cluster: brings the output, says where it is, and what is lost. Whether all came."""
     try:
         with Conversation(target, versions) as conversation:
-            output = JobOutput(conversation, conversation.job(job_id))
+            output = Output(conversation, conversation.job(job_id))
             found = output.listing()
             lost = conversation.job(job_id).left  # after the listing: workers have looked by then
             for sentence in lost[:SAID_AT_MOST]:
@@ -98,7 +98,7 @@ def fetch(
     """`fleet fetch`: 0 if all that was asked for is here. Raises UsageError, FleetError."""
     with Conversation(target, versions) as conversation:
         job = conversation.job(prefix)
-        output = JobOutput(conversation, job)
+        output = Output(conversation, job)
         found = output.listing(patterns)
         if only_list:
             rows = [msgspec.to_builtins(s.info) | {"worker_id": s.worker_id, "target": s.target} for s in found.sources]

@@ -54,7 +54,7 @@ class Fetched:
     errors: list[str] = field(default_factory=list)  # a sentence for each file that could not be brought
 
 
-class JobOutput:
+class Output:
     """What one job wrote, as its workers hold it."""
 
     def __init__(self, conversation: Conversation, job: m.JobInfo) -> None:

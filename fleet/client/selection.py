@@ -18,6 +18,7 @@ import pathspec
 from fleet import config
 from fleet.errors import ConfigError
 from fleet.text import shown
+from fleet.values import BUNDLE_BYTES_AT_MOST, BUNDLE_FILES_AT_MOST
 
 TOOLS = "left by a tool"
 IGNORED = "ignored by .gitignore"
@@ -106,7 +107,13 @@ class Selection:
         return sum(self.size_of.values())
 
     def check_size(self, limit_bytes: int) -> None:
-        """Raises ConfigError if the files have more than `limit_bytes`."""
+        """Raises ConfigError if the files have more than `limit_bytes`, or are more than workers unpack."""
+        if len(self.size_of) > BUNDLE_FILES_AT_MOST:
+            raise ConfigError(
+                f"the folder {self.folder} has {len(self.size_of)} files, and at most {BUNDLE_FILES_AT_MOST} may travel to "
+                "the workers: add what the job does not need to .gitignore"
+            )
+        limit_bytes = min(limit_bytes, BUNDLE_BYTES_AT_MOST)
         if self.size_bytes <= limit_bytes:
             return
         sizes: Counter[str] = Counter()

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from fleet.bus.transfer import Incoming, is_digest, read_part, surplus, sync_folder
 from fleet.messages import Part, Want
+from fleet.values import BUNDLE_BYTES_AT_MOST
 
 
 @dataclass(frozen=True)
 class Limits:
     """In bytes: of one bundle, and of all together that no job needs."""
 
-    bundle_bytes: int = 1 << 30  # what a client may raise --max-bundle to
+    bundle_bytes: int = BUNDLE_BYTES_AT_MOST
     keep_bytes: int = 256 << 20
 
 

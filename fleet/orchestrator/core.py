@@ -354,6 +354,8 @@ class Core(Clients):
             self._hand_back(job, worker)
         elif isinstance(message, m.Assigned):
             self._prepared(job, worker.worker_id, message.port)
+        elif isinstance(message, m.AssignFailed) and job.state is JobState.ASSIGNED and message.permanent:
+            self._stop(job, f"it cannot be started: {message.reason[:REASON_CHARS]}")
         elif isinstance(message, m.AssignFailed) and job.state is JobState.ASSIGNED:
             self._lose(job, worker.worker_id, worker.hello.host, f"cannot start it: {message.reason[:REASON_CHARS]}")
         elif isinstance(message, m.Join):

@@ -9,37 +9,33 @@ import contextlib
 import logging
 import math
 import os
-import shutil
-import tarfile
 import threading
 from collections import deque
-from functools import partial
 from pathlib import Path
 from signal import SIGKILL
 from time import monotonic
 
 from fleet import config
 from fleet import messages as m
-from fleet.bus.address import free_port
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Link, Router
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.shared import sweep
+from fleet.bus.trees import remove_tree
 from fleet.dropped import Dropped
 from fleet.errors import FleetError, OtherProtocol, ProtocolError
 from fleet.exposition import Exposition, Pulse
-from fleet.worker.bundles import Bundles
 from fleet.worker.core import Core
 from fleet.worker.file_thread import FileThread
 from fleet.worker.guard import Guard
+from fleet.worker.job_files import JobFiles
 from fleet.worker.memory import oom_kill_count
 from fleet.worker.metrics import WorkerMetrics
 from fleet.worker.output import Storage
 from fleet.worker.progress import last_task
 from fleet.worker.slot import Plan
 from fleet.worker.state import (
-    Answered,
     Attempt,
     Died,
     DiscardOutput,
@@ -58,7 +54,6 @@ from fleet.worker.state import (
     Log,
     Measured,
     Prepare,
-    Prepared,
     PrepareFailed,
     Printed,
     Remove,
@@ -77,7 +72,6 @@ from fleet.worker.usage import Busyness
 from fleet.worker.zygote import Child, Zygote
 
 READ_BYTES = 64 << 10
-STORED_AT_ONCE = 4096  # jobs in one message
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
 LINKS: dict[Link, Event] = {Link.UP: LinkUp(), Link.DOWN: LinkDown(), Link.DENIED: LinkDenied()}
 
@@ -104,16 +98,14 @@ class Agent:
         self._lock = lock
         self._runtime = runtime
         self._threads = threads
-        self._bundles = Bundles(runtime)
-        self._storage = storage  # the file thread's alone, but for `folder` and `make`
-        self._waiting: list[m.Assign] = []  # for their bundle
         self._children: dict[Key, Child] = {}
         self._oom_kills_before: dict[Key, int] = {}
         self._readers: dict[int, tuple[Key, str]] = {}  # by descriptor of an open pipe
         self._sentinels: dict[int, Key] = {}
         self._early: list[Spawn] | None = []  # while the zygote still imports; then None
         self._wake = Wake()
-        self._files = FileThread(self._wake)
+        self._file_thread = FileThread(self._wake)
+        self._files = JobFiles(runtime, storage, self._file_thread)
         self._stops: deque[Shutdown] = deque()
         self._forwarded: deque[int] = deque()
         self._reason: str | None = None  # set once ended
@@ -162,7 +154,7 @@ class Agent:
             self._wake.close()
             if self._exposition is not None:
                 self._exposition.close()
-            shutil.rmtree(self._runtime, ignore_errors=True)
+            remove_tree(self._runtime)
             self._sweep_memory()
         if self._reason:
             raise FleetError(self._reason)
@@ -179,13 +171,12 @@ class Agent:
             number = self._forwarded.popleft()
             for child in self._children.values():
                 _signal(child.pid, number)
-        for event in self._files.take():
+        for event in self._file_thread.take():
             self._step(event)
         for link in self._orchestrator.changes():
             self._step(LINKS[link])
             if link is Link.UP:
-                for want in self._bundles.resume():
-                    self._orchestrator.send(m.encode(want))
+                self._files.resume()
         for arrived in self._orchestrator.receive():
             if (job_id := m.relayed_job(arrived.data)) is not None:
                 if peer := self._core.runner_of(job_id):
@@ -265,59 +256,24 @@ class Agent:
         elif isinstance(effect, Spawn):
             return [self._spawn(effect)]
         elif isinstance(effect, Prepare):
-            return self._prepare(effect.assign)
+            self._files.prepare(effect.assign)
         elif isinstance(effect, TakePart):
-            return self._store(effect.part)
+            self._files.store(effect.part)
         elif isinstance(effect, Remove):
             self._remove(effect.job_id, effect.attempt)
         elif isinstance(effect, Gather):
-            self._files.put(partial(self._gather, effect, self._bundles.sent(*_key(effect.assign))))
+            self._files.gather(effect.assign, effect.directory)
         elif isinstance(effect, ServeOutput):
-            self._files.put(partial(self._serve, effect.ask))
+            self._files.serve(effect.ask)
         elif isinstance(effect, ReportStored):
-            self._storage.enter(effect.cluster_id)
-            self._files.put(self._stored)
+            self._files.report_stored(effect.cluster_id)
         elif isinstance(effect, DiscardOutput):
-            self._files.put(partial(self._discard, effect.job_ids))
+            self._files.discard_output(effect.job_ids)
         elif isinstance(effect, Log):
             log.log(logging.getLevelNamesMapping()[effect.level.upper()], effect.text)
         elif isinstance(effect, Exit):
             self._reason = effect.reason
         return []
-
-    # Bundles
-
-    def _prepare(self, assign: m.Assign) -> list[Event]:
-        spec = assign.spec
-        try:
-            if spec.kind != "tasks":
-                self._storage.make(assign.job_id)
-            if not spec.digest:
-                return [Prepared(assign.job_id, assign.attempt, Path(spec.directory), free_port())]
-            self._bundles.hold(spec.digest, assign.job_id, assign.attempt)
-            if self._bundles.has(spec.digest):
-                folder = self._bundles.unpack(spec.digest, assign.job_id, assign.attempt)
-                return [Prepared(assign.job_id, assign.attempt, folder, free_port())]
-            want = self._bundles.fetch(spec.digest, spec.bundle_bytes)
-            self._waiting.append(assign)
-            if want is not None:
-                self._orchestrator.send(m.encode(want))
-        except (OSError, ValueError, tarfile.TarError) as error:
-            return [PrepareFailed(assign.job_id, assign.attempt, f"its folders cannot be made there: {error}")]
-        return []
-
-    def _store(self, part: m.Part) -> list[Event]:
-        waiting = [assign for assign in self._waiting if assign.spec.digest == part.digest]
-        try:
-            want = self._bundles.store(part)
-        except (OSError, ValueError) as error:
-            self._waiting = [assign for assign in self._waiting if assign not in waiting]
-            return [PrepareFailed(a.job_id, a.attempt, f"its bundle cannot be stored: {error}") for a in waiting]
-        if want is not None:
-            self._orchestrator.send(m.encode(want))
-            return []
-        self._waiting = [assign for assign in self._waiting if assign not in waiting]
-        return [event for assign in waiting for event in self._prepare(assign)]
 
     # Processes and their output
 
@@ -339,7 +295,7 @@ class Agent:
             master_addr=launch.master_addr,
             master_port=launch.master_port,
             gpus=held.ranks[spawn.rank].gpus if self._settings.gpus else None,
-            output="" if spec.kind == "tasks" else str(self._storage.folder(assign.job_id)),
+            output="" if spec.kind == "tasks" else str(self._files.output_folder(assign.job_id)),
         )
         environment = config.rank_environment(seat, self._threads, spec.environment)
         self._oom_kills_before[key] = oom_kill_count()
@@ -394,43 +350,14 @@ class Agent:
     def _remove(self, job_id: str, attempt: int) -> None:
         for descriptor in [d for d, (key, _) in self._readers.items() if key[:2] == (job_id, attempt)]:
             self._close(descriptor)
-        self._waiting = [a for a in self._waiting if (a.job_id, a.attempt) != (job_id, attempt)]
-        folder = self._bundles.release(job_id, attempt)
-        self._files.put(partial(_removed, folder))
+        self._files.remove(job_id, attempt)
         self._sweep_memory()
-
-    # On the file thread
-
-    def _gather(self, gather: Gather, sent: frozenset[str]) -> list[Event]:
-        job_id, attempt = _key(gather.assign)
-        found = self._storage.gather(job_id, gather.directory, sent, gather.assign.spec.keep)
-        if not found.left_count and not found.error:
-            return []
-        left = m.Left(job_id, attempt, found.left_count, found.left_bytes, found.left_names, found.error)
-        return [Answered(left)]
-
-    def _serve(self, ask: m.ListFiles | m.ReadFile) -> list[Event]:
-        return [Answered(self._storage.page(ask) if isinstance(ask, m.ListFiles) else self._storage.part(ask))]
-
-    def _stored(self) -> list[Event]:
-        jobs = self._storage.jobs()
-        return [Answered(m.Stored(jobs[at : at + STORED_AT_ONCE])) for at in range(0, len(jobs), STORED_AT_ONCE)]
-
-    def _discard(self, job_ids: tuple[str, ...]) -> list[Event]:
-        self._storage.discard(job_ids)
-        for job_id in job_ids:
-            log.info("removed what job %s wrote: the cluster has forgotten it", job_id)
-        return []
 
     def _sweep_memory(self) -> None:
         """Shared memory whose maker was killed before the others had it."""
         directory = config.shared_memory()
         if directory is not None:
             sweep(directory)
-
-
-def _key(assign: m.Assign) -> tuple[str, int]:
-    return assign.job_id, assign.attempt
 
 
 def _name(thing: Event | Effect) -> str:
@@ -445,11 +372,6 @@ def _given_up(effect: Effect, error: Exception) -> list[Event]:
         return [PrepareFailed(effect.assign.job_id, effect.assign.attempt, reason)]
     if isinstance(effect, Spawn):
         return [Died((effect.assign.job_id, effect.assign.attempt, effect.rank), 1, 0, False, reason=reason)]
-    return []
-
-
-def _removed(folder: Path) -> list[Event]:
-    shutil.rmtree(folder, ignore_errors=True)
     return []
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import os
-import shutil
-import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 from fleet.bus.transfer import Incoming, is_digest, surplus
+from fleet.bus.trees import remove_tree
 from fleet.messages import Part, Want
+from fleet.worker.archive import unpack
 
 KEEP_BYTES = 128 << 20  # of archives that no attempt holds
 
@@ -90,14 +90,12 @@ class Bundles:
     def _drop(self, digest: str) -> None:
         self._incoming.pop(digest).drop()
 
-    def unpack(self, digest: str, job_id: str, attempt: int) -> Path:
-        """A fresh folder with the bundle's files. Raises tarfile.TarError, OSError."""
+    def unpack(self, digest: str, job_id: str, attempt: int, dropped: Callable[[], bool] = lambda: False) -> Path:
+        """A fresh folder with the bundle's files. Raises whatever archive.unpack raises."""
         folder = self._folder(job_id, attempt)
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_tree(folder)
         folder.mkdir(parents=True)
-        with tarfile.open(self._archive(digest), "r:gz") as archive:
-            extract(archive, folder)
-            self._sent[job_id, attempt] = frozenset(archive.getnames())
+        self._sent[job_id, attempt] = unpack(self._archive(digest), folder, dropped)
         return folder
 
     def sent(self, job_id: str, attempt: int) -> frozenset[str]:
@@ -118,20 +116,3 @@ class Bundles:
 
     def _folder(self, job_id: str, attempt: int) -> Path:
         return self._directory / f"{job_id}-{attempt}"
-
-
-def extract(archive: tarfile.TarFile, folder: Path) -> None:
-    """Nothing outside of the folder, no device, no set-uid. Raises ValueError or tarfile.TarError for those."""
-    if hasattr(tarfile, "data_filter"):
-        archive.extractall(folder, filter="data")
-        return
-    members = archive.getmembers()  # Python before 3.11.4 has no filters
-    inside = folder.resolve()
-    for member in members:
-        target = (inside / member.name).parent / member.linkname if member.issym() else inside / member.name
-        if not (member.isreg() or member.isdir() or member.issym()):
-            raise ValueError(f"{member.name} is neither a file, a folder nor a symbolic link")
-        if not Path(os.path.normpath(target)).is_relative_to(inside):
-            raise ValueError(f"{member.name} leads out of the folder")
-        member.mode &= 0o755
-    archive.extractall(folder, members)

@@ -82,10 +82,10 @@ class Core(Ranks):
                 attempt.directory, attempt.port = event.directory, event.port
                 self._send(m.Assigned(event.job_id, event.attempt, event.port))
         elif isinstance(event, PrepareFailed):
-            reason = event.reason[:REASON_CHARS]
+            failed = m.AssignFailed(event.job_id, event.attempt, event.reason[:REASON_CHARS], event.permanent)
             if attempt := self.attempts.get((event.job_id, event.attempt)):
-                attempt.failure = reason
-            self._send(m.AssignFailed(event.job_id, event.attempt, reason))
+                attempt.failure = failed
+            self._send(failed)
         elif isinstance(event, LinkUp | LinkDown | LinkDenied):
             self._link(event)
         elif isinstance(event, Answered):
@@ -148,9 +148,7 @@ class Core(Ranks):
         s = self.settings
         running = tuple(self.attempts)
         leaving = self.drain_until is not None or self.shutting_down
-        hello = m.WorkerHello(
-            s.worker_id, s.incarnation, s.advertise, s.slots, s.versions, running, leaving, s.gpus, s.storage_id
-        )
+        hello = m.WorkerHello(s.worker_id, s.incarnation, s.advertise, s.slots, s.versions, running, leaving, s.gpus)
         self._send(hello)
 
     def _from_orchestrator(self, message: m.Message) -> None:
@@ -203,8 +201,8 @@ class Core(Ranks):
         key = assign.job_id, assign.attempt
         known = self.attempts.get(key)
         if known is not None:
-            if known.failure:
-                self._send(m.AssignFailed(*key, known.failure))
+            if known.failure is not None:
+                self._send(known.failure)
             elif known.directory is not None:
                 self._send(m.Assigned(*key, known.port))
             return

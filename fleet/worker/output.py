@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 import pathspec
 
 from fleet import messages as m
+from fleet.bus.trees import remove_tree
 
 PAGE_FILES, PAGE_BYTES = m.FILES_AT_ONCE, 512 << 10  # of one answer to ListFiles
 NAMED_AT_MOST = 3  # folders and files, where the summary of what is left names some
@@ -90,7 +91,7 @@ class Storage:
         """Removes the folders of jobs that the cluster has forgotten."""
         if self._cluster_id:
             for job_id in job_ids:
-                shutil.rmtree(self.folder(job_id), ignore_errors=True)
+                remove_tree(self.folder(job_id))
 
     def page(self, ask: m.ListFiles) -> m.Files:
         """One page of a job's files, in the order of their paths, from the first behind `ask.after` on."""

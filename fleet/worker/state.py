@@ -31,7 +31,6 @@ class Settings:
     )
     join_within_s: float | None = None  # of a cluster that lasts for one job: to find it, and this worker ends with it
     gpus: int = 0
-    storage_id: str = ""  # see WorkerHello
     drain_s: float = 0.0  # that what runs is given to end by itself, once this worker was told to leave
 
 
@@ -71,7 +70,7 @@ class Attempt:
 
     assign: m.Assign
     directory: Path | None = None  # set once prepared
-    failure: str = ""  # why it cannot be
+    failure: m.AssignFailed | None = None  # why it cannot be
     port: int = 0
     launched: bool = False
     gathered: bool = False  # what it wrote into its working folder has been looked at, or is about to be
@@ -124,6 +123,7 @@ class PrepareFailed:
     job_id: str
     attempt: int
     reason: str
+    permanent: bool = False  # see AssignFailed
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ class ToRank:
 
 @dataclass(frozen=True)
 class Prepare:
-    """Get and unpack the bundle, find a free port; answered by Prepared or PrepareFailed."""
+    """Get and unpack the bundle, find a free port; answered by Prepared or PrepareFailed, unless Remove comes before."""
 
     assign: m.Assign
 
@@ -236,7 +236,7 @@ class Listen:
 
 @dataclass(frozen=True)
 class Remove:
-    """Forget all files and pipes of an attempt."""
+    """Forget all files and pipes of an attempt, also those that are still made."""
 
     job_id: str
     attempt: int

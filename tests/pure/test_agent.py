@@ -179,9 +179,10 @@ def test_a_failure_to_prepare_is_told_again_to_an_orchestrator_that_did_not_hear
     core.step(w.LinkUp(), 0.0)
     assign = m.Assign("j", 1, 1, (0,), 0, 1, SPEC)
     core.step(w.FromOrchestrator(assign), 0.0)
-    core.step(w.PrepareFailed("j", 1, "no space left"), 0.1)
-    again = core.step(w.FromOrchestrator(assign), 0.2)
-    assert up(again, m.AssignFailed) == [m.AssignFailed("j", 1, "no space left")]
+    for failed in (w.PrepareFailed("j", 1, "no space left"), w.PrepareFailed("j", 1, "no archive", permanent=True)):
+        core.step(failed, 0.1)
+        again = core.step(w.FromOrchestrator(assign), 0.2)
+        assert up(again, m.AssignFailed) == [m.AssignFailed("j", 1, failed.reason, failed.permanent)]
 
 
 def test_what_is_printed_while_there_is_no_orchestrator_is_kept_for_the_next() -> None:

@@ -269,6 +269,19 @@ def test_a_late_failure_to_prepare_concerns_no_job_that_has_ended() -> None:
     assert core.jobs["j"].losses == 0
 
 
+def test_files_that_no_worker_could_unpack_fail_their_job_and_no_other_worker_is_tried() -> None:
+    core = cluster(1, 1)
+    core.step(o.Received(CLIENT, m.Submit("j", 2, SPEC)), 0.0)
+    failed = m.AssignFailed("j", 1, "its bundle cannot be unpacked: it was cut", permanent=True)
+    effects = core.step(o.Received(b"w0/1", failed), 0.1)
+    for worker in (b"w0/1", b"w1/1"):
+        assert [type(x) for x in sent(effects, worker)] == [m.Stop, m.Forget]
+    (ended,) = sent(effects, CLIENT)
+    assert isinstance(ended, m.Ended)
+    assert ended.reason == "it cannot be started: its bundle cannot be unpacked: it was cut"
+    assert (core.jobs["j"].outcome, core.jobs["j"].losses, core.jobs["j"].attempt) == ("failed", 0, 1)
+
+
 def test_a_part_that_was_done_before_a_restart_is_not_lost_with_its_worker() -> None:
     core = durable(1, 1)
     submit(core, "j", ranks=2)

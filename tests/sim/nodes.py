@@ -144,7 +144,7 @@ class Worker(Node):
             assign = effect.assign
             if source.random() < 0.03:
                 world.count("prepare failed")
-                failed = w.PrepareFailed(assign.job_id, assign.attempt, "no space left")
+                failed = w.PrepareFailed(assign.job_id, assign.attempt, "no space left", source.random() < 0.3)
                 world.after(source.uniform(0, 0.5), lambda: self.step(failed))
             else:
                 done = w.Prepared(assign.job_id, assign.attempt, Path("/"), 1)

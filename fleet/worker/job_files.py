@@ -1,0 +1,157 @@
+"""Files of jobs on a worker: the bundle, the working folder of each attempt, the output folder. None is touched in the loop.
+
+Public methods are the loop's; what begins with an underscore runs on the file thread, in the order in which it was asked for.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from functools import partial
+from pathlib import Path
+
+from fleet import messages as m
+from fleet.bus.address import free_port
+from fleet.bus.trees import remove_tree
+from fleet.worker.archive import BrokenOff
+from fleet.worker.bundles import Bundles
+from fleet.worker.file_thread import FileThread
+from fleet.worker.output import Storage
+from fleet.worker.state import Answered, Event, Prepared, PrepareFailed
+
+STORED_AT_ONCE = 4096  # jobs in one message
+# This machine is short of something, or broken: another one may well unpack the same bundle.
+_OF_THIS_MACHINE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS, errno.EACCES}
+)
+
+
+class JobFiles:
+    """The files of all jobs of one agent. An attempt's are there from `prepare` to `remove`."""
+
+    def __init__(self, directory: Path, storage: Storage, files: FileThread) -> None:
+        self._files = files
+        self._storage = storage  # the file thread's alone, but for `enter` and `folder`
+        self._dropped: dict[tuple[str, int], threading.Event] = {}  # by attempt: set once it is to be removed
+        self._bundles = Bundles(directory)
+        self._waiting: list[tuple[m.Assign, threading.Event]] = []  # for their bundle
+
+    def prepare(self, assign: m.Assign) -> None:
+        """Answered by Prepared or PrepareFailed, unless it is removed before."""
+        dropped = self._dropped[assign.job_id, assign.attempt] = threading.Event()
+        self._files.put(partial(self._prepare, assign, dropped), dropped)
+
+    def store(self, part: m.Part) -> None:
+        self._files.put(partial(self._store, part))
+
+    def resume(self) -> None:
+        """Asks again for what was on its way when the connection was lost."""
+        if self._dropped:
+            self._files.put(self._resume)
+
+    def gather(self, assign: m.Assign, directory: Path) -> None:
+        """Answered by Left, if anything is."""
+        self._files.put(partial(self._gather, assign, directory))
+
+    def remove(self, job_id: str, attempt: int) -> None:
+        """Whatever is still done to prepare the attempt is broken off."""
+        dropped = self._dropped.pop((job_id, attempt), None)
+        if dropped is not None:
+            dropped.set()
+            self._files.put(partial(self._remove, job_id, attempt))
+
+    def output_folder(self, job_id: str) -> Path:
+        return self._storage.folder(job_id)
+
+    def serve(self, ask: m.ListFiles | m.ReadFile) -> None:
+        """Answered from the output folder of a job."""
+        self._files.put(partial(self._serve, ask))
+
+    def report_stored(self, cluster_id: str) -> None:
+        """Uses the output folders of this cluster from now on. Answered by those that there are."""
+        self._storage.enter(cluster_id)
+        self._files.put(self._stored)
+
+    def discard_output(self, job_ids: tuple[str, ...]) -> None:
+        self._files.put(partial(self._discard, job_ids))
+
+    def close(self) -> None:
+        """Breaks off what is prepared, and returns once all else that was asked for is done."""
+        for dropped in self._dropped.values():
+            dropped.set()
+        self._files.close()
+
+    # On the file thread
+
+    def _prepare(self, assign: m.Assign, dropped: threading.Event) -> list[Event]:
+        spec = assign.spec
+        try:
+            if spec.kind != "tasks":
+                self._storage.make(assign.job_id)
+            folder = Path(spec.directory)
+            if spec.digest:
+                self._bundles.hold(spec.digest, assign.job_id, assign.attempt)
+                if not self._bundles.has(spec.digest):
+                    want = self._bundles.fetch(spec.digest, spec.bundle_bytes)
+                    self._waiting.append((assign, dropped))
+                    return [] if want is None else [Answered(want)]
+                return self._unpack(assign, dropped)
+            return [Prepared(assign.job_id, assign.attempt, folder, free_port())]
+        except Exception as error:  # whatever it is, the job is not left waiting for it
+            return [PrepareFailed(assign.job_id, assign.attempt, f"its folders cannot be made there: {error}")]
+
+    def _unpack(self, assign: m.Assign, dropped: threading.Event) -> list[Event]:
+        try:
+            folder = self._bundles.unpack(assign.spec.digest, assign.job_id, assign.attempt, dropped.is_set)
+            return [Prepared(assign.job_id, assign.attempt, folder, free_port())]
+        except BrokenOff:
+            return []
+        except Exception as error:  # tarfile and gzip raise many things for bytes that are no archive
+            here = isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THIS_MACHINE
+            reason = f"its bundle cannot be unpacked: {str(error)[:500] or type(error).__name__}"
+            return [PrepareFailed(assign.job_id, assign.attempt, reason, permanent=not here)]
+
+    def _store(self, part: m.Part) -> list[Event]:
+        try:
+            want = self._bundles.store(part)
+        except Exception as error:  # as above
+            reason = f"its bundle cannot be stored: {error}"
+            return [PrepareFailed(a.job_id, a.attempt, reason) for a, _ in self._arrived(part.digest)]
+        if want is not None:
+            return [Answered(want)]
+        if self._bundles.has(part.digest):
+            for assign, dropped in self._arrived(part.digest):
+                self._files.put(partial(self._prepare, assign, dropped), dropped)
+        return []
+
+    def _arrived(self, digest: str) -> list[tuple[m.Assign, threading.Event]]:
+        """Those that need not wait for that bundle any longer."""
+        found = [(assign, dropped) for assign, dropped in self._waiting if assign.spec.digest == digest]
+        self._waiting = [one for one in self._waiting if one not in found]
+        return found
+
+    def _resume(self) -> list[Event]:
+        return [Answered(want) for want in self._bundles.resume()]
+
+    def _gather(self, assign: m.Assign, directory: Path) -> list[Event]:
+        job_id, attempt = assign.job_id, assign.attempt
+        found = self._storage.gather(job_id, directory, self._bundles.sent(job_id, attempt), assign.spec.keep)
+        if not found.left_count and not found.error:
+            return []
+        return [Answered(m.Left(job_id, attempt, found.left_count, found.left_bytes, found.left_names, found.error))]
+
+    def _remove(self, job_id: str, attempt: int) -> list[Event]:
+        self._waiting = [one for one in self._waiting if not one[1].is_set()]
+        remove_tree(self._bundles.release(job_id, attempt))
+        return []
+
+    def _serve(self, ask: m.ListFiles | m.ReadFile) -> list[Event]:
+        return [Answered(self._storage.page(ask) if isinstance(ask, m.ListFiles) else self._storage.part(ask))]
+
+    def _stored(self) -> list[Event]:
+        jobs = self._storage.jobs()
+        return [Answered(m.Stored(jobs[at : at + STORED_AT_ONCE])) for at in range(0, len(jobs), STORED_AT_ONCE)]
+
+    def _discard(self, job_ids: tuple[str, ...]) -> list[Event]:
+        self._storage.discard(job_ids)
+        return []
