@@ -33,12 +33,17 @@ class Bus:
         self._sockets: list[zmq.Socket[bytes]] = []
         self._doorkeeper: Doorkeeper | None = None
 
-    def socket(self, kind: int, hwm: int) -> zmq.Socket[bytes]:
-        """A new socket with a finite queue of `hwm` messages in each direction."""
+    def socket(self, kind: int, hwm: int, frame_bytes: int) -> zmq.Socket[bytes]:
+        """A new socket with a finite queue of `hwm` messages in each direction, and frames of at most `frame_bytes`.
+
+        Who sends a larger one is hung up on before it is received, and before it has shown any secret. libzmq bounds no
+        number of frames: a holder of the secret can send a message that never ends.
+        """
         self.check_process()
         socket = self._context.socket(kind)
         socket.linger = LINGER_MS
         socket.sndhwm = socket.rcvhwm = hwm
+        socket.maxmsgsize = frame_bytes
         socket.handshake_ivl = HANDSHAKE_MS
         socket.connect_timeout = HANDSHAKE_MS
         socket.reconnect_ivl = RECONNECT_MS

@@ -69,10 +69,9 @@ class Router:
     """One bound socket. `receive` yields what arrived and who was lost; `poll_sockets` are what to wait for."""
 
     def __init__(self, bus: Bus, endpoint: str) -> None:
-        self._socket = bus.socket(zmq.ROUTER, HWM)
+        self._socket = bus.socket(zmq.ROUTER, HWM, FRAME_LIMIT_BYTES)
         self._socket.router_mandatory = True  # an unknown peer is an error, never a silent drop
         self._socket.router_handover = True  # the same peer on a new connection wins over its ghost
-        self._socket.maxmsgsize = FRAME_LIMIT_BYTES
         if endpoint.startswith("tcp:"):
             _detect_silence(self._socket)
         self._monitor = _Monitor(bus, self._socket, WATCHED)
@@ -149,9 +148,8 @@ class Dealer:
     """One connection to one Router, made and made again for ever."""
 
     def __init__(self, bus: Bus, endpoint: str, identity: bytes) -> None:
-        self._socket = bus.socket(zmq.DEALER, HWM)
+        self._socket = bus.socket(zmq.DEALER, HWM, FRAME_LIMIT_BYTES)
         self._socket.routing_id = identity
-        self._socket.maxmsgsize = FRAME_LIMIT_BYTES
         if endpoint.startswith("tcp:"):
             _detect_silence(self._socket)
         watched = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | BROKEN_HANDSHAKE

@@ -1,7 +1,8 @@
 """Tensor bytes between ranks: one inbox, and one outbox for each peer, opened on first use. Knows frames only.
 
 A message is a head, and a payload in the same frame if it is small, else in a second frame that is never copied here:
-libzmq's I/O thread reads the sender's memory, and the receiver works in the memory that libzmq received into.
+libzmq's I/O thread reads the sender's memory, and the receiver works in the memory that libzmq received into. A payload of
+more than FRAME_BYTES goes in several frames, which the receiver puts together.
 Any thread may send; one at a time may receive.
 """
 
@@ -25,6 +26,7 @@ from fleet.errors import UsageError
 HWM = 256  # messages per direction and peer
 TICK_MS = 100  # how often a wait looks up from the socket
 CLOSE_WITHIN_S = 2.0  # for threads that use a socket to leave it, which they do within a tick
+FRAME_BYTES = 2 << 20  # what one connection can make a rank hold before it has shown that it holds the secret
 JOIN_FRAMES_BELOW = 8192  # bytes: under this a copy is cheaper than a second frame
 
 # glibc's mallopt. libzmq receives each large frame into fresh memory, which by default is mapped, and faulted in page by
@@ -46,7 +48,7 @@ class Mesh:
     def __init__(self, lock: Lock, bind: str, strangers: Strangers | None = None) -> None:
         _keep_freed_memory()
         self._bus = Bus(lock)
-        self._inbox = self._bus.socket(zmq.DEALER, HWM)
+        self._inbox = self._bus.socket(zmq.DEALER, HWM, FRAME_BYTES)
         self._inbox.rcvtimeo = TICK_MS
         self.endpoint = self._bus.bind(self._inbox, bind, strangers)
         self._addresses: Sequence[str] = ()
@@ -80,8 +82,10 @@ class Mesh:
                 self._until(lambda: _sent(socket, whole), deadline, check)
                 return None
             self._until(lambda: _sent(socket, head, zmq.SNDMORE), deadline, check)
-            # The second frame of a message never blocks: libzmq admits messages whole.
-            return socket.send(payload, copy=False, track=track)
+            # The further frames of a message never block: libzmq admits messages whole.
+            if size <= FRAME_BYTES:
+                return socket.send(payload, copy=False, track=track)
+            return _sent_in_frames(socket, memoryview(payload).cast("B"), track)
         finally:
             lock.release()
 
@@ -92,10 +96,10 @@ class Mesh:
             self._check_open()
             return bool(self._inbox.poll(0))
 
-    def receive(self) -> tuple[zmq.Frame, zmq.Frame | None] | None:
-        """(frame with the head, payload frame or None), None after one tick of silence.
+    def receive(self) -> tuple[zmq.Frame, zmq.Frame | bytearray | None] | None:
+        """(frame with the head, payload or None), None after one tick of silence.
 
-        The frames' memory is the receiver's own, to write in (`.buffer`) and to send on.
+        Their memory is the receiver's own, to write in (a frame's `.buffer`) and to send on.
         """
         self._bus.check_process()
         with self._receiving:
@@ -107,9 +111,12 @@ class Mesh:
             if not first.more:
                 return first, None
             second = self._inbox.recv(copy=False)
-            while second.more:  # nobody of ours sends three frames; the head is judged by whoever decodes it
-                second = self._inbox.recv(copy=False)
-            return first, second
+            if not second.more:
+                return first, second
+            frames = [second]
+            while frames[-1].more:
+                frames.append(self._inbox.recv(copy=False))
+            return first, bytearray().join(frame.buffer for frame in frames)
 
     def wait_until_sent(self, tracker: Tracker, deadline: float, check: Check = lambda: None) -> None:
         """Returns once libzmq no longer reads the memory. Raises TimeoutError after `deadline` (monotonic)."""
@@ -146,7 +153,7 @@ class Mesh:
         with self._opening:
             self._check_open()
             if peer not in self._outboxes:
-                socket = self._bus.socket(zmq.DEALER, HWM)
+                socket = self._bus.socket(zmq.DEALER, HWM, FRAME_BYTES)
                 socket.sndtimeo = TICK_MS
                 self._bus.connect(socket, self._addresses[peer])
                 self._outboxes[peer] = _Outbox(socket, threading.Lock())
@@ -163,6 +170,15 @@ def _sent(socket: zmq.Socket[bytes], frame: bytes, flags: int = 0) -> bool:
     except zmq.Again:
         return False
     return True
+
+
+def _sent_in_frames(socket: zmq.Socket[bytes], payload: memoryview, track: bool) -> Tracker | None:
+    starts = range(0, payload.nbytes, FRAME_BYTES)
+    trackers = []
+    for start in starts:
+        more = zmq.SNDMORE if start != starts[-1] else 0
+        trackers.append(socket.send(payload[start : start + FRAME_BYTES], more, copy=False, track=track))
+    return zmq.MessageTracker(*trackers) if track else None
 
 
 def _has_left(tracker: Tracker) -> bool:

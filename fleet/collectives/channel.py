@@ -175,7 +175,7 @@ class Inbox:
             self.stale_count += 1
             return None
         if second is not None:
-            return head, Payload(second.buffer, second)
+            return head, Payload(second if isinstance(second, bytearray) else second.buffer, second)
         own = bytearray(rest)  # a copy, so that what is reduced in place is aligned
         return head, Payload(own, own)
 

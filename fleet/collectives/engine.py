@@ -22,7 +22,8 @@ from fleet.errors import ProtocolError
 # that the data has pushed out of the caches. Measured: bench/network.py at 1 MB, bench/allreduce.py at 64 MB.
 TWO_SEGMENTS_FROM = 128 << 10
 SEGMENT_BYTES = 1 << 20
-SEGMENTS_AT_MOST = 64  # per chunk, well under the mesh's HWM: all that can be under way fits the queues
+# Per chunk, well under the mesh's HWM: all that can be under way fits the queues. Up to 256 MB a segment is one frame.
+SEGMENTS_AT_MOST = 128
 
 Chunks = Sequence[Array | None]
 

@@ -19,11 +19,12 @@ import zmq
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Lost, Router
 from fleet.bus.lock import Lock
-from fleet.bus.mesh import Mesh
+from fleet.bus.mesh import FRAME_BYTES, Mesh
 from fleet.bus.strangers import Strangers
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.header import MAGIC, pack_call, pack_head
 from fleet.errors import CollectiveTimeout, ProtocolError
+from fleet.messages import FRAME_LIMIT_BYTES
 
 Call = Callable[[Communicator], None]
 
@@ -65,7 +66,7 @@ def test_garbage_is_counted_and_survived(run_world: Any, transport: str) -> None
         inbox = comm._channel.inbox
         if comm.rank == 0:
             with Bus(Lock()) as bus:
-                stranger = bus.socket(zmq.DEALER, 1000)
+                stranger = bus.socket(zmq.DEALER, 1000, FRAME_BYTES)
                 bus.connect(stranger, endpoint_of(comm))
                 for frames in garbage + stale:
                     stranger.send_multipart(frames)
@@ -110,7 +111,7 @@ def test_a_segment_of_the_wrong_size_is_a_protocol_error(run_world: Any) -> None
     def forged(comm: Communicator) -> None:
         if comm.rank == 0:
             with Bus(Lock()) as bus:
-                stranger = bus.socket(zmq.DEALER, 10)
+                stranger = bus.socket(zmq.DEALER, 10, FRAME_BYTES)
                 bus.connect(stranger, endpoint_of(comm))
                 stranger.send(head + bytes(8))
                 with pytest.raises(ProtocolError, match="8 bytes arrived where 24 belong"):
@@ -155,7 +156,7 @@ def handshake(lock: Lock, endpoint: str) -> bool:
     bus = Bus(lock)
     admitted, monitor = False, None
     try:
-        socket = bus.socket(zmq.DEALER, 10)
+        socket = bus.socket(zmq.DEALER, 10, FRAME_BYTES)
         monitor = socket.get_monitor_socket(refused | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         monitor.linger = 0
         bus.connect(socket, endpoint)
@@ -330,3 +331,57 @@ def test_who_says_nothing_makes_room_for_others(monkeypatch: pytest.MonkeyPatch)
         thread.join()
         assert ended[-1] == b""
         assert router.send(b"member", b"\x05still here")
+
+
+@pytest.mark.parametrize("size_bytes", [FRAME_BYTES, FRAME_BYTES + 1, 3 * FRAME_BYTES, 3 * FRAME_BYTES + 8])
+def test_payloads_around_the_largest_frame_arrive_whole(run_world: Any, size_bytes: int) -> None:
+    def exchange(comm: Communicator) -> None:
+        sent = np.arange(size_bytes // 8, dtype=np.int64)
+        if comm.rank == 0:
+            comm.send(sent, 1)
+            sent[:] = -1  # it belongs to the caller again
+        else:
+            found = np.zeros_like(sent)
+            comm.recv(found, 0)
+            assert (found == sent).all()
+
+    run_world(2, exchange, transport="tcp", lock=Lock("plain", SECRET))
+
+
+def test_segments_of_more_than_a_frame_are_reduced_and_sent_on(run_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a gigabyte, with smaller frames."""
+    monkeypatch.setattr("fleet.bus.mesh.FRAME_BYTES", 100_000)
+
+    def reduce(comm: Communicator) -> None:
+        x = np.full(400_000, comm.rank + 1.0)
+        comm.all_reduce(x)
+        assert (x == 6).all()
+        comm.broadcast(x, root=1)
+        assert (x == 6).all()
+
+    run_world(3, reduce, transport="tcp")
+
+
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01%b\0" + bytes(31)
+FLOODS = {"a command": b"\x06", "a message": b"\x02", "a message with more to come": b"\x03"}
+
+
+@pytest.mark.parametrize("what", FLOODS)
+@pytest.mark.parametrize("kind", ["plain", "curve"])
+@pytest.mark.parametrize("where", ["inbox", "router"])
+def test_a_large_frame_is_refused_before_it_is_received(kind: Any, what: str, where: str) -> None:
+    """A stranger that announces one is hung up on; else this process would hold whatever it sends."""
+    lock = Lock(kind, SECRET)
+    with Bus(lock) as bus:
+        mesh = Mesh(lock, "tcp://127.0.0.1:*")
+        endpoint = mesh.endpoint if where == "inbox" else Router(bus, "tcp://127.0.0.1:*").endpoint
+        limit = FRAME_BYTES if where == "inbox" else FRAME_LIMIT_BYTES
+        try:
+            with socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2])), timeout=20) as stranger:
+                stranger.sendall(GREETING % kind.upper().encode().ljust(20, b"\0"))
+                stranger.sendall(FLOODS[what] + (limit + 1).to_bytes(8, "big"))
+                with contextlib.suppress(ConnectionResetError):
+                    while stranger.recv(1000):
+                        pass  # its greeting; then it hangs up: without a bound it would wait for the frame
+        finally:
+            mesh.close(linger=False)
