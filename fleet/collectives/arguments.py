@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from fleet.collectives.buffer import Array, Buffer
+from fleet.collectives.header import DTYPES
 from fleet.errors import UsageError
 
 TAGS = 1 << 31
@@ -39,6 +40,13 @@ def check_parts(name: str, whole: Buffer, part_name: str, part: Buffer, world_si
             f"{name} has shape {list(whole.shape)}: for {world_size} ranks with {part_name} of shape "
             f"{list(part.shape)} it must be {list(joined)} or {list(stacked)}"
         )
+
+
+def check_empty(shape: Sequence[int], dtype: str) -> None:
+    if min(shape, default=0) < 0:
+        raise UsageError(f"shape is {list(shape)}: no dimension may be negative")
+    if dtype not in DTYPES or not dtype:
+        raise UsageError(f"dtype is {dtype}: it must be one of {', '.join(filter(None, DTYPES))}")
 
 
 def parts_of(flat: Array, world_size: int) -> list[Array]:

@@ -17,6 +17,7 @@ from fleet.collectives.header import DTYPES
 from fleet.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
+LOOKED_AT_BY_ELEMENT = 1 << 20  # elements of an odd view; a larger one counts as overlapping
 _NAMES = {np.dtype(name): name for name in DTYPES if name and name != "bfloat16"}  # asking NumPy takes a microsecond
 
 
@@ -34,17 +35,30 @@ class Buffer:
         if self.source is not None:
             self.source[...] = self.flat.reshape(self.shape)
 
+    def apart_from(self, out: Buffer | None) -> Buffer:
+        """This argument, or a copy of it where it shares memory with `out`, which is written while others still need this.
+
+        A caller's array that is not contiguous shares none: it is read before, and written after, all else.
+        """
+        if out is None or not np.may_share_memory(self.flat, out.flat):  # exact, since both are contiguous
+            return self
+        return Buffer(self.flat.copy(), self.dtype, self.shape)
+
 
 def as_buffer(x: Any, name: str, written: bool) -> Buffer:
     """The memory of `x`. Raises UsageError that says what is legal, for anything that cannot take part."""
     if type(x) is np.ndarray and x.flags.carray and (dtype := _NAMES.get(x.dtype)):  # the usual one, without detours
         return Buffer(x if x.ndim == 1 else x.reshape(-1), dtype, x.shape)
     if isinstance(x, np.ndarray):
-        return _from_array(x, _NAMES.get(x.dtype) or str(x.dtype), name, written)
+        if isinstance(x, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
+            raise UsageError(f"{name} is a masked array, whose mask nobody would look at: pass {name}.filled(value)")
+        plain = np.asarray(x)  # a subclass may have its own idea of shapes, as np.matrix has
+        return _from_array(plain, _NAMES.get(plain.dtype) or str(plain.dtype), name, written)
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):
         return _from_tensor(torch, x, name, written)
-    raise UsageError(f"{name} is a {type(x).__name__}: it must be a NumPy array or a torch CPU tensor")
+    hint = ", in which the parts of all ranks lie one after the other" if isinstance(x, list | tuple) else ""
+    raise UsageError(f"{name} is a {type(x).__name__}: it must be a NumPy array or a torch CPU tensor{hint}")
 
 
 def _from_tensor(torch: Any, x: Any, name: str, written: bool) -> Buffer:
@@ -52,13 +66,16 @@ def _from_tensor(torch: Any, x: Any, name: str, written: bool) -> Buffer:
         raise UsageError(f"{name} is on {x.device}: move it to the CPU first (x.cpu())")
     if x.layout != torch.strided or x.is_quantized or x.is_conj() or x.is_neg():
         raise UsageError(f"{name} is a sparse, quantized or lazily conjugated tensor: pass a plain, dense one")
-    plain = x.detach()
-    if plain.dtype is torch.bfloat16:
-        return _from_array(plain.view(torch.uint16).numpy(), "bfloat16", name, written)
     try:
+        plain = x.detach()
+        if plain.dtype is torch.bfloat16:
+            return _from_array(plain.view(torch.uint16).numpy(), "bfloat16", name, written)
         array = plain.numpy()
     except TypeError:
         raise UsageError(f"{name} has dtype {x.dtype}: it must be one of {_legal()}") from None
+    except RuntimeError as error:  # nested tensors, fake ones, those inside a function transform
+        kind = type(x).__name__
+        raise UsageError(f"{name} is a {kind} that is not plain memory: pass a dense tensor ({error})") from None
     return _from_array(array, str(array.dtype), name, written)
 
 
@@ -67,11 +84,31 @@ def _from_array(x: Array, dtype: str, name: str, written: bool) -> Buffer:
         raise UsageError(f"{name} has dtype {dtype}: it must be one of {_legal()}")
     if written and not x.flags.writeable:
         raise UsageError(f"{name} is read-only, and this call writes to it: pass a copy")
-    if written and 0 in x.strides and x.size > 1:
+    if written and overlaps_itself(x):
         raise UsageError(f"{name} is an expanded view, whose elements share memory: pass a copy")
-    if x.flags.c_contiguous:
+    if x.flags.c_contiguous and x.flags.aligned:
         return Buffer(x if x.ndim == 1 else x.reshape(-1), dtype, x.shape)
-    return Buffer(np.ascontiguousarray(x).reshape(-1), dtype, x.shape, source=x if written else None)
+    return Buffer(np.array(x, order="C", copy=True).reshape(-1), dtype, x.shape, source=x if written else None)
+
+
+def overlaps_itself(x: Array) -> bool:
+    """Whether two elements share memory, so that writing to one changes the other."""
+    if x.flags.c_contiguous:
+        return False
+    extent = x.itemsize  # of the dimensions so far, from the narrowest stride on
+    for stride, count in sorted((abs(stride), count) for stride, count in zip(x.strides, x.shape, strict=True)):
+        if count > 1 and stride < extent:
+            break
+        extent += stride * (count - 1)
+    else:
+        return False
+    if x.size > LOOKED_AT_BY_ELEMENT or 0 in [stride for stride, n in zip(x.strides, x.shape, strict=True) if n > 1]:
+        return True
+    # Strides that interleave, which somebody has made by hand: only the elements' places tell.
+    places = np.zeros(1, np.int64)
+    for stride, count in zip(x.strides, x.shape, strict=True):
+        places = np.add.outer(places, np.arange(count) * stride).reshape(-1)
+    return bool((np.diff(np.sort(places)) < x.itemsize).any())
 
 
 def _legal() -> str:

@@ -6,15 +6,17 @@ both calls. Results are the same bits on every rank and from run to run. docs/al
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Sequence
 from hashlib import blake2b
 from time import monotonic
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from fleet.collectives.arguments import (
+    check_empty,
     check_parts,
     check_peer,
     check_rank,
@@ -35,7 +37,8 @@ class Communicator(Base):
     """This rank's end of a world. Made by `fleet.init()`, and by `split` of another one.
 
     x and out are NumPy arrays or torch CPU tensors of a bool, integer, floating or complex dtype, of any shape and
-    layout; every rank passes the same shape and dtype. Methods may be called from any thread. `timeout_s` overrides the
+    layout; every rank passes the same shape and dtype. x may overlap out: it is copied then. Masked arrays, and views to be
+    written whose elements share memory, are refused. Methods may be called from any thread. `timeout_s` overrides the
     communicator's own deadline for one call. With `async_op=True` a call returns a Work at once, and goes on in the order
     of the calls; the tensors belong to it until it is done. All raise
 
@@ -101,7 +104,7 @@ class Communicator(Base):
         """
         target, whole = as_buffer(out, "out", written=True), as_buffer(x, "x", written=False)
         check_parts("x", whole, "out", target, self.world_size)
-        call = self._reduction("reduce_scatter", op, whole)
+        call, whole = self._reduction("reduce_scatter", op, whole), whole.apart_from(target)
 
         def act(job: Job) -> None:
             parts = parts_of(whole.flat, self.world_size)
@@ -145,6 +148,7 @@ class Communicator(Base):
         """
         target, mine = as_buffer(out, "out", written=True), as_buffer(x, "x", written=False)
         check_parts("out", target, "x", mine, self.world_size)
+        mine = mine.apart_from(target)
 
         def act(job: Job) -> None:
             parts = parts_of(target.flat, self.world_size)
@@ -165,6 +169,7 @@ class Communicator(Base):
         target = as_buffer(out, "out", written=True) if self.rank == root else None
         if target is not None:
             check_parts("out", target, "x", mine, self.world_size)
+        mine = mine.apart_from(target)
 
         def act(job: Job) -> None:
             parts = parts_of(target.flat, self.world_size) if target is not None else None
@@ -189,6 +194,7 @@ class Communicator(Base):
         whole = as_buffer(x, "x", written=False) if self.rank == root else None
         if whole is not None:
             check_parts("x", whole, "out", target, self.world_size)
+            whole = whole.apart_from(target)
 
         def act(job: Job) -> None:
             parts = parts_of(whole.flat, self.world_size) if whole is not None else None
@@ -223,7 +229,7 @@ class Communicator(Base):
                 "dtype and all dimensions but the first must be the same"
             )
         into = splits_of("out", target, out_splits, self.world_size)
-        parts = splits_of("x", whole, x_splits, self.world_size)
+        parts = splits_of("x", whole.apart_from(target), x_splits, self.world_size)
         even = out_splits is None and x_splits is None
         call = self._move("all_to_all", Buffer(whole.flat, whole.dtype, whole.shape if even else whole.shape[1:]))
 
@@ -348,10 +354,11 @@ class Communicator(Base):
         dtype, for a torch tensor. Parts of it count as well, as do tensors made from it without a copy. Where ranks
         share no memory, it is an ordinary tensor.
         """
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        shape = (int(shape),) if isinstance(shape, SupportsIndex) else tuple(shape)
         torch_dtype = None if isinstance(dtype, str | type | np.dtype) else dtype
+        check_empty(shape, str(np.dtype(dtype)) if torch_dtype is None else str(dtype).removeprefix("torch."))
         item_bytes = np.dtype(dtype).itemsize if torch_dtype is None else torch_dtype.itemsize
-        size = int(np.prod(shape)) * item_bytes
+        size = math.prod(shape) * item_bytes
         deadline = monotonic() + self._limit(timeout_s)
         # Also a check that all ranks ask for the same.
         self.barrier(timeout_s=timeout_s)
