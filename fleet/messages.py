@@ -101,6 +101,8 @@ class WorkerHello(Message, frozen=True):
 
 class ClientHello(Message, frozen=True):
     versions: Versions
+    numbering: Word = ""  # what its process id means, see bus.process; empty: not known
+    pid: Pid = 0
 
 
 class Welcome(Message, frozen=True):
@@ -137,7 +139,7 @@ class HandBack(Message, frozen=True):
 
 
 class Goodbye(Message, frozen=True):
-    """A worker leaves on purpose."""
+    """A worker or a client leaves on purpose."""
 
 
 # A job, client and orchestrator

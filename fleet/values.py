@@ -68,8 +68,11 @@ BUNDLE_BYTES_AT_MOST, BUNDLE_FILES_AT_MOST = 1 << 30, 200_000
 PRIORITY_AT_MOST = 1000  # and at least minus that
 
 
+GRACE_S, GRACE_AT_MOST_S = 60.0, 7 * 24 * 3600.0
+
+
 class JobOptions(msgspec.Struct, frozen=True):
-    """How a job is scheduled."""
+    """How a job is scheduled, and how long it outlives the connection of its client."""
 
     name: Word = ""
     group: Word = ""  # the sweep that it is a point of
@@ -78,7 +81,8 @@ class JobOptions(msgspec.Struct, frozen=True):
     max_restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 3  # after a lost worker, before it is given up
     slots: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1  # that each rank takes
     gpus: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
-    python: str = ""  # minor version that its workers must have; empty: any
+    python: Word = ""  # minor version that its workers must have; empty: any
+    grace_s: Annotated[float, msgspec.Meta(ge=0.0, le=GRACE_AT_MOST_S)] = GRACE_S
 
 
 class JobInfo(msgspec.Struct, frozen=True):

@@ -29,6 +29,7 @@ from fleet.cli.job_commands import (
 from fleet.cli.words import HELP, split
 from fleet.errors import ConfigError, FleetError, UsageError
 from fleet.text import shown_lines
+from fleet.values import GRACE_S
 
 USAGE = 2
 RUN_SOMETHING = ("run", "submit", "sweep")  # commands that have a script's words behind their own
@@ -72,6 +73,9 @@ def run_command(
     max_output: MaxOutput = 1024,
     keep: Keep = None,
     dry_run: DryRun = False,
+    grace: Annotated[
+        float, typer.Option(help="Seconds that the job goes on without this command, while its connection is cut off.")
+    ] = GRACE_S,
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -95,7 +99,7 @@ def run_command(
         orchestrator=orchestrator or config.orchestrator_address(),
         secret_file=secret_file,
         insecure=insecure,
-        job=job_options("", "", priority, policy, max_restarts, slots, gpus),
+        job=job_options("", "", priority, policy, max_restarts, slots, gpus, grace),
         output=output,
         max_output_bytes=output_limit(max_output),
         keep=tuple(keep or ()),

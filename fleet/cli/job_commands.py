@@ -12,7 +12,7 @@ from fleet import messages as m
 from fleet.cli.words import Words
 from fleet.client.target import Target, cluster_target
 from fleet.errors import UsageError
-from fleet.values import PRIORITY_AT_MOST
+from fleet.values import GRACE_AT_MOST_S, GRACE_S, PRIORITY_AT_MOST
 
 job_commands = typer.Typer()
 
@@ -51,7 +51,14 @@ words_of: list[Words] = []  # of this command line, split before typer sees it
 
 
 def job_options(
-    name: str, group: str, priority: int, policy: str, max_restarts: int, slots: int, gpus: int
+    name: str,
+    group: str,
+    priority: int,
+    policy: str,
+    max_restarts: int,
+    slots: int,
+    gpus: int,
+    grace_s: float = GRACE_S,
 ) -> m.JobOptions:
     """Raises UsageError for what no orchestrator would take."""
     if abs(priority) > PRIORITY_AT_MOST:
@@ -59,7 +66,9 @@ def job_options(
     for option, value, least in (("--max-restarts", max_restarts, 0), ("--slots", slots, 1), ("--gpus", gpus, 0)):
         if not least <= value <= 1000:
             raise UsageError(f"{option} is {value}: it must be from {least} to 1000")
-    return m.JobOptions(name, group, priority, policy, max_restarts, slots, gpus)
+    if not 0 <= grace_s <= GRACE_AT_MOST_S:
+        raise UsageError(f"--grace is {grace_s:g}: it must be a number of seconds from 0 to {GRACE_AT_MOST_S:g}")
+    return m.JobOptions(name, group, priority, policy, max_restarts, slots, gpus, grace_s=grace_s)
 
 
 def _cluster(orchestrator: str | None, secret_file: Path | None, insecure: bool, timeout: float) -> Target:

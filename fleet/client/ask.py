@@ -12,7 +12,7 @@ from fleet.bus.control import Dealer, Link
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller
 from fleet.client.run import DENIALS_UNTIL_FINAL
-from fleet.client.target import Target
+from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, ProtocolError
 
 
@@ -42,7 +42,7 @@ def answers(
             poller.wait(deadline.left_s)
             for link in dealer.changes():
                 if link is Link.UP:
-                    dealer.send(m.encode(m.ClientHello(versions)))
+                    dealer.send(m.encode(hello(versions)))
                 elif link is Link.DENIED:
                     denied_count += 1
                     if denied_count >= DENIALS_UNTIL_FINAL:

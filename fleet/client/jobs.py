@@ -19,7 +19,7 @@ from fleet.bus.control import Dealer, Link
 from fleet.bus.poller import Poller
 from fleet.bus.transfer import read_part
 from fleet.client.run import DENIALS_UNTIL_FINAL
-from fleet.client.target import Target
+from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, FleetError, ProtocolError, UsageError
 
 SUBMITS_UNDER_WAY = 256
@@ -204,7 +204,7 @@ class Conversation:
                     for question in questions():
                         self._send(question)
                 elif isinstance(message, m.Unknown):
-                    self._send(m.ClientHello(self._versions))
+                    self._send(hello(self._versions))
                 elif isinstance(message, m.Refused):
                     raise ConfigError(f"the orchestrator at {self._target.name} refused this client: {message.reason}")
                 else:
@@ -215,7 +215,7 @@ class Conversation:
     def _link(self, link: Link) -> None:
         if link is Link.UP:
             self._denied_count = 0
-            self._send(m.ClientHello(self._versions))
+            self._send(hello(self._versions))
         elif link is Link.DOWN:
             self._welcome = False
         else:

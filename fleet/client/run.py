@@ -19,7 +19,7 @@ from fleet.bus.control import Dealer, Link
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.transfer import read_part
 from fleet.client.printer import Printer
-from fleet.client.target import Target
+from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, ProtocolError
 from fleet.text import shown
 
@@ -62,7 +62,7 @@ class Run:
 
     def run(self, versions: m.Versions) -> m.Ended:
         """Returns when the job has ended, and all it printed has been printed. Raises ConfigError if it cannot start."""
-        self._hello = m.ClientHello(versions)
+        self._hello = hello(versions)
         self._started_at = monotonic()
         self._said_waiting = self._target.local
         try:
@@ -70,11 +70,14 @@ class Run:
                 name = f"client/{uuid.uuid4().hex}"
                 self._orchestrator = Dealer(bus, self._target.endpoint, name.encode())
                 poller = Poller([*self._orchestrator.poll_sockets, self._wake])
-                while self._ended is None:
-                    poller.wait(self._until_deadline())
-                    self._wake.clear()
-                    self._turn()
-                return self._ended
+                try:
+                    while self._ended is None:
+                        poller.wait(self._until_deadline())
+                        self._wake.clear()
+                        self._turn()
+                    return self._ended
+                finally:
+                    self._orchestrator.send(m.encode(m.Goodbye()))  # whatever is left of the job need not wait for us
         finally:
             self._printer.finish(monotonic())
             self._wake.close()

@@ -18,6 +18,7 @@ from fleet.client.arrivals import Arrivals
 from fleet.client.here import Place
 from fleet.client.prints import Prints
 from fleet.client.run import DENIALS_UNTIL_FINAL
+from fleet.client.target import hello
 from fleet.errors import ConfigError, FleetError, ProtocolError
 from fleet.versions import versions
 
@@ -87,7 +88,7 @@ class Seats(ABC):
     def _link(self, link: Link) -> None:
         if link is Link.UP:
             self._denied_count = 0
-            self._dealer.send(m.encode(m.ClientHello(versions())))
+            self._dealer.send(m.encode(hello(versions())))
         elif link is Link.DENIED:
             self._denied_count += 1
             if self._denied_count >= DENIALS_UNTIL_FINAL:
@@ -108,7 +109,7 @@ class Seats(ABC):
         if isinstance(message, m.Welcome):
             self._welcome()
         elif isinstance(message, m.Unknown):
-            self._dealer.send(m.encode(m.ClientHello(versions())))
+            self._dealer.send(m.encode(hello(versions())))
         elif isinstance(message, m.Refused):
             raise ConfigError(f"the orchestrator at {self._target.name} refused this client: {message.reason}")
         elif isinstance(message, m.Workers):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from fleet import config
+from fleet import messages as m
 from fleet.bus.address import endpoint, parse, shown
 from fleet.bus.lock import Lock
+from fleet.bus.process import numbering
 from fleet.errors import ConfigError
 
 
@@ -20,6 +23,11 @@ class Target:
     lock: Lock
     timeout_s: float  # to be let in
     local: bool  # embedded for one job: no host names in prefixes, and no talk about it
+
+
+def hello(versions: m.Versions) -> m.ClientHello:
+    """What a client says of itself. An orchestrator on the same machine sees when its process has ended."""
+    return m.ClientHello(versions, numbering(), os.getpid())
 
 
 def cluster_target(address: str, secret_file: Path | None, insecure: bool, timeout_s: float) -> Target:

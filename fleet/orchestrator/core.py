@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fleet import messages as m
 from fleet.bounds import REASON_CHARS
 from fleet.orchestrator.clients import Clients
-from fleet.orchestrator.gangs import CLIENT_GONE
+from fleet.orchestrator.gangs import CLIENT_AWAY, CLIENT_GONE
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.state import (
     BundleRefused,
@@ -21,6 +21,7 @@ from fleet.orchestrator.state import (
     Effect,
     Event,
     KeepOutput,
+    PeerDied,
     PeerLost,
     Received,
     Saved,
@@ -54,6 +55,8 @@ class Core(Clients):
     claims: dict[str, tuple[bytes, float]] = field(default_factory=dict)
     missed: dict[str, float] = field(default_factory=dict)  # workers from before a restart: when they are given up
     gone: dict[bytes, float] = field(default_factory=dict)  # clients whose connection is down: when they are given up
+    numbering: str = ""  # of processes, see bus.process
+    pids: dict[bytes, int] = field(default_factory=dict)  # of clients whose processes can be seen from here
 
     def step(self, event: Event, now: float) -> list[Effect]:
         """What to do about one event."""
@@ -62,6 +65,9 @@ class Core(Clients):
             self._received(event.peer, event.message, now)
         elif isinstance(event, PeerLost):
             self._peer_lost(event.peer, now)
+        elif isinstance(event, PeerDied):
+            if self.clients.get(event.peer) is not None:  # lost, and not back
+                self._client_gone(event.peer, CLIENT_GONE)
         elif isinstance(event, BundleStored):
             self.uploads.end_all(event.digest)
             for job in self._fetching(event.digest):
@@ -95,7 +101,8 @@ class Core(Clients):
                 self.missed[worker_id] = now + RETURN_WITHIN_S
             if job.client:
                 self.clients[job.client] = now
-                self.gone[job.client] = now + RETURN_WITHIN_S
+                until = now + max(RETURN_WITHIN_S, job.options.grace_s)
+                self.gone[job.client] = max(until, self.gone.get(job.client, until))
         ended = [job for job in self.jobs.values() if job.state is JobState.ENDED]
         self.ended.extend(job.job_id for job in sorted(ended, key=lambda job: job.ended_at or 0.0))
 
@@ -135,12 +142,16 @@ class Core(Clients):
         elif isinstance(message, m.ClientHello):
             self.clients[peer] = None
             self.gone.pop(peer, None)
+            if self.numbering and message.numbering == self.numbering:
+                self.pids[peer] = message.pid
             self.uploads.connected_again(peer)
             self._send(peer, m.Welcome(self.versions, HEARTBEAT_S))
-        elif peer in self.clients:
-            self._from_client(peer, message)
-        else:
+        elif peer not in self.clients:
             self._send(peer, m.Unknown())
+        elif isinstance(message, m.Goodbye):
+            self._client_gone(peer, CLIENT_GONE)
+        else:
+            self._from_client(peer, message)
 
     def _worker_hello(self, peer: bytes, hello: m.WorkerHello, now: float) -> None:
         worker_id = hello.worker_id
@@ -230,10 +241,12 @@ class Core(Clients):
             self._log("warning", f"worker {worker.worker_id} lost its connection")
         elif peer in self.clients:
             self.clients[peer] = now
-            self.gone[peer] = now + RECONNECT_GRACE_S
+            grace_s = RECONNECT_GRACE_S
             for job in self.jobs.values():
-                if job.client == peer and job.state in ON_WORKERS:
+                if job.client == peer and job.state is not JobState.ENDED:
+                    grace_s = max(grace_s, job.options.grace_s)
                     self._acknowledge_all(job)
+            self.gone[peer] = now + grace_s
 
     def _expire(self, now: float) -> None:
         # Compared as next_deadline says it, or rounding would leave a deadline that has come and is not met.
@@ -254,7 +267,7 @@ class Core(Clients):
             for job in self._jobs_on(worker_id):
                 self._hand_back(job, self.workers[worker_id])
         for peer in [peer for peer, until in self.gone.items() if now >= until]:
-            self._client_gone(peer)
+            self._client_gone(peer, CLIENT_AWAY)
         for peer, digest in self.uploads.overdue(now):
             self._drop_upload(peer, digest)
             self._refuse_bundle(peer, digest, f"nothing came of its files for {NEXT_PART_WITHIN_S:g} s")
@@ -263,15 +276,17 @@ class Core(Clients):
         if self.ended:
             self._prune()
 
-    def _client_gone(self, peer: bytes) -> None:
-        del self.gone[peer], self.clients[peer]
+    def _client_gone(self, peer: bytes, reason: str) -> None:
+        self.gone.pop(peer, None)
+        self.pids.pop(peer, None)
+        del self.clients[peer]
         for job in list(self.jobs.values()):
             job.curious.discard(peer)
             job.watchers.discard(peer)
             if job.client == peer:
                 if job.state is JobState.FETCHING and (peer, job.spec.digest) in self.uploads:
                     self._drop_upload(peer, job.spec.digest)
-                self._stop(job, CLIENT_GONE)
+                self._stop(job, reason)
 
     def _evict(self, worker: Worker, why: str) -> None:
         worker_id = worker.worker_id

@@ -22,7 +22,9 @@ from fleet.orchestrator.waiting import HOLD_AFTER_S, Waiting, turn_of
 KEEP_JOBS, KEEP_S = 2000, 7 * 24 * 3600.0  # of jobs that have ended
 NAMED_AT_MOST = 8  # workers, in a sentence
 BACKOFF_S, BACKOFF_AT_MOST_S = 0.5, 30.0  # after the second loss, doubled with each further one
-CANCELLED, CLIENT_GONE, RELEASED = "cancelled", "its client went away", "its Executor had no more for it"
+CANCELLED, RELEASED = "cancelled", "its Executor had no more for it"
+CLIENT_GONE, CLIENT_AWAY = "its client went away", "its client was cut off for longer than its --grace"
+UNWANTED = frozenset({CANCELLED, CLIENT_GONE, CLIENT_AWAY})
 
 
 @dataclass
@@ -251,7 +253,7 @@ class Gangs:
 
     def _stop(self, job: Job, reason: str, kill: bool = False) -> None:
         """Stops what runs of a job; a job that does not run ends at once."""
-        if job.state is JobState.STOPPING and job.starts_again and reason in (CANCELLED, CLIENT_GONE):
+        if job.state is JobState.STOPPING and job.starts_again and reason in UNWANTED:
             job.starts_again, job.reason = False, reason
             self._save(job)
         if job.state in (JobState.STOPPING, JobState.ENDED):
@@ -280,7 +282,7 @@ class Gangs:
 
     def _end(self, job: Job, reason: str) -> None:
         outcome = "failed" if reason else "succeeded"
-        if reason in (CANCELLED, CLIENT_GONE):
+        if reason in UNWANTED:
             outcome = "cancelled"
         elif reason == RELEASED:
             outcome = "succeeded"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Lost, Router
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
+from fleet.bus.process import numbering, watch_end
 from fleet.dropped import Dropped
 from fleet.errors import ConfigError, ProtocolError
 from fleet.exposition import Exposition, Pulse
@@ -37,6 +39,7 @@ from fleet.orchestrator.state import (
     FetchBundle,
     KeepOutput,
     Log,
+    PeerDied,
     PeerLost,
     Received,
     ReleaseBundle,
@@ -55,6 +58,7 @@ from fleet.orchestrator.store import Store
 
 FAILED_TICK_S = 0.25
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
+ENDS_AT_MOST = 256  # processes whose end is waited for, of lost clients
 
 log = logging.getLogger("fleet.orchestrator")
 
@@ -95,7 +99,7 @@ class Service:
         self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
         self._pulse = Pulse(monotonic, LATE_AFTER_S)
         self._dropped = Dropped(log, monotonic)
-        self._core = Core(versions, policy, epoch=time() - monotonic())
+        self._core = Core(versions, policy, epoch=time() - monotonic(), numbering=numbering())
         try:
             if keeping is not None:
                 self._store = self._recall(keeping)
@@ -118,6 +122,7 @@ class Service:
         self._unlogged: set[str] = set()  # jobs whose output the disk did not take
         self._todo: list[Effect] = []  # decided, and to be done once it is written down
         self._wake = Wake()
+        self._ends: dict[int, bytes] = {}  # descriptors that tell of the ends of lost clients' processes
         self._stopping = threading.Event()
 
     @property
@@ -136,6 +141,8 @@ class Service:
         finally:
             self._close()
             self._wake.close()
+            for descriptor in self._ends:
+                os.close(descriptor)
 
     def _close(self) -> None:
         self._bus.close()
@@ -163,7 +170,7 @@ class Service:
         return store
 
     def _loop(self) -> None:
-        poller = Poller([*self._router.poll_sockets, self._wake])
+        self._poller = Poller([*self._router.poll_sockets, self._wake])
         while not self._stopping.is_set():
             self._pulse.beat()
             happened = self._router.receive()
@@ -180,14 +187,33 @@ class Service:
             deadline = min(self._core.next_deadline() or math.inf, monotonic() + BEAT_EVERY_S)
             if not done:  # and the deadline that it failed at has passed
                 deadline = max(deadline, monotonic() + FAILED_TICK_S)
-            poller.wait(max(0.0, deadline - monotonic()))
+            for source in self._poller.wait(max(0.0, deadline - monotonic())) & self._ends.keys():
+                self._poller.remove(source)
+                os.close(source)
+                self._step(PeerDied(self._ends.pop(source)))
             self._wake.clear()
 
     def _happened(self, thing: Arrived | Lost) -> None:
         if isinstance(thing, Arrived):
             self._arrived(thing)
         else:
-            self._step(PeerLost(thing.peer))
+            self._lost(thing.peer)
+
+    def _lost(self, peer: bytes) -> None:
+        """A client of this machine that has died need not be waited for."""
+        self._step(PeerLost(peer))
+        pid = self._core.pids.get(peer)
+        if pid is None or len(self._ends) >= ENDS_AT_MOST:
+            return
+        try:
+            end = watch_end(pid)
+        except OSError:
+            return  # its grace ends all the same
+        if end is None:
+            self._step(PeerDied(peer))
+        else:
+            self._ends[end] = peer
+            self._poller.add(end)
 
     def _arrived(self, arrived: Arrived) -> None:
         if (job_id := m.relayed_job(arrived.data)) is not None:

@@ -64,6 +64,13 @@ class PeerLost:
 
 
 @dataclass(frozen=True)
+class PeerDied:
+    """The process of a client that was lost has ended: it does not come back."""
+
+    peer: bytes
+
+
+@dataclass(frozen=True)
 class BundleStored:
     """A bundle is there, whole and with the right digest."""
 
@@ -104,7 +111,7 @@ class Tick:
     pass
 
 
-Event = Received | PeerLost | BundleStored | BundleRefused | Saved | SaveFailed | SavesAgain | Tick
+Event = Received | PeerLost | PeerDied | BundleStored | BundleRefused | Saved | SaveFailed | SavesAgain | Tick
 
 
 # Effects

@@ -208,3 +208,76 @@ def test_policies_place_all_or_nothing() -> None:
         seats = rooms.place("j", Shape(3), policy)
         assert seats is not None
         assert sorted(seats) == ["a", "a", "b"]
+
+
+def of_a_client(core: Orchestrator, grace_s: float = 60.0, **hello: object) -> None:
+    """A job that runs for the client."""
+    core.step(o.Received(CLIENT, m.ClientHello(VERSIONS, **hello)), 0.0)  # type: ignore[arg-type]
+    core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC, options=m.JobOptions(grace_s=grace_s))), 0.0)
+    core.step(o.Received(b"w0/1", m.Assigned("j", 1, 1234)), 0.0)
+
+
+def pass_time(core: Orchestrator, until: float, since: float = 0.0) -> None:
+    """Workers go on saying that they live."""
+    while since < until:
+        since = min(until, since + 1.0)
+        for worker in core.workers.values():
+            core.step(o.Received(worker.peer, m.Heartbeat()), since)
+    core.step(o.Tick(), until)
+
+
+def test_a_job_outlives_the_connection_of_its_client_for_its_grace() -> None:
+    for grace_s, gone_at in ((60.0, 60.0), (7.5, 7.5), (0.0, RECONNECT_GRACE_S)):
+        core = cluster(1)
+        of_a_client(core, grace_s)
+        core.step(o.PeerLost(CLIENT), 0.0)
+        pass_time(core, gone_at - 0.1)
+        assert core.jobs["j"].state is JobState.RUNNING
+        pass_time(core, gone_at, gone_at - 0.1)
+        job = core.jobs["j"]
+        assert (job.state, job.reason) == (
+            JobState.STOPPING,
+            "its client was cut off for longer than its --grace",
+        )
+        core.step(
+            o.Received(b"w0/1", m.RankExited("j", 1, m.RankStatus(0, "w0", "h", 1, 0, 15, stopped=True))), gone_at
+        )
+        assert job.outcome == "cancelled"
+
+
+def test_a_client_that_is_back_in_time_keeps_its_job() -> None:
+    core = cluster(1)
+    of_a_client(core)
+    core.step(o.PeerLost(CLIENT), 0.0)
+    pass_time(core, 59.0)
+    core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 59.0)
+    again = core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC, again=True)), 59.0)
+    assert [type(x) for x in sent(again, CLIENT)] == [m.Accepted, m.Started]
+    pass_time(core, 130.0, 59.0)
+    assert core.jobs["j"].state is JobState.RUNNING
+
+
+def test_a_client_that_says_goodbye_or_whose_process_has_ended_takes_its_job_along_at_once() -> None:
+    for ends in (o.Received(CLIENT, m.Goodbye()), o.PeerDied(CLIENT)):
+        core = cluster(1)
+        of_a_client(core)
+        if isinstance(ends, o.PeerDied):
+            core.step(ends, 0.5)
+            assert core.jobs["j"].state is JobState.RUNNING  # a connection tells more than a number
+            core.step(o.PeerLost(CLIENT), 1.0)
+        core.step(ends, 1.0)
+        assert (core.jobs["j"].state, core.jobs["j"].reason) == (JobState.STOPPING, "its client went away")
+        assert CLIENT not in core.clients
+        core.step(o.PeerLost(CLIENT), 1.1)
+        assert core.next_deadline() is not None
+
+
+def test_only_processes_whose_numbers_mean_the_same_here_are_watched() -> None:
+    core = cluster(1)
+    core.numbering = "boot/pid:[1]"
+    of_a_client(core, numbering="boot/pid:[2]", pid=7)
+    assert core.pids == {}
+    of_a_client(core, numbering="boot/pid:[1]", pid=7)
+    assert core.pids == {CLIENT: 7}
+    core.step(o.Received(CLIENT, m.Goodbye()), 1.0)
+    assert core.pids == {}

@@ -11,7 +11,7 @@ import pytest
 from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.bundles import Bundles, Limits
-from fleet.orchestrator.core import RECONNECT_GRACE_S, Core
+from fleet.orchestrator.core import Core
 from fleet.orchestrator.jobs import JobState
 from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S, Uploads
 from tests.disks import small_disk
@@ -84,7 +84,7 @@ def test_what_a_client_that_went_had_sent_is_dropped() -> None:
     core = two_clients()
     submit(core, "a")
     core.step(o.PeerLost(CLIENT), 1.0)
-    effects = core.step(o.Tick(), 1.0 + RECONNECT_GRACE_S)
+    effects = core.step(o.PeerDied(CLIENT), 1.1)
     assert of_files(effects) == [o.DropUpload, o.ReleaseBundle]
     assert core.jobs["a"].outcome == "cancelled"
     assert (CLIENT, SPEC.digest) not in core.uploads
