@@ -34,6 +34,9 @@ RUN pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDE
 FROM worker-base AS worker
 COPY fleet fleet
 RUN pip install --no-deps --no-build-isolation -c constraints.txt . && python -m compileall -q -o 0 "$(python -c 'import fleet; print(fleet.__path__[0])')"
+# A volume that is mounted here for the first time takes over the owner.
+RUN install -d -o fleet -g fleet -m 700 /var/lib/fleet-output
+ENV FLEET_STORAGE_DIR=/var/lib/fleet-output
 USER fleet
 WORKDIR /home/fleet
 EXPOSE 50052 9090

@@ -47,6 +47,7 @@ Port = Annotated[int, Meta(ge=0, le=65535)]
 Size = Annotated[int, Meta(ge=0, le=1 << 50)]  # in bytes
 Offset = Annotated[int, Meta(ge=-(1 << 50), le=1 << 50)]  # in bytes; negative: from the end
 MtimeNs = Annotated[int, Meta(ge=-(1 << 63), le=NUMBER_AT_MOST)]
+Path = Annotated[bytes, Meta(max_length=4096)]  # of a file, in the bytes that its system has for it
 Peer = Annotated[bytes, Meta(max_length=255)]  # a connection's name
 Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]  # no infinity, and no NaN
 

@@ -97,6 +97,7 @@ class WorkerHello(Message, frozen=True):
     running: Annotated[tuple[tuple[JobId, Attempt], ...], ONE_A_RANK] = ()
     leaving: bool = False  # see Leaving
     gpus: Count = 0
+    storage_id: IdOrNone = ""  # of where it keeps what jobs write: workers with the same one share that
 
 
 class ClientHello(Message, frozen=True):

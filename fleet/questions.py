@@ -20,6 +20,7 @@ from fleet.bounds import (
     MtimeNs,
     Number,
     Offset,
+    Path,
     Peer,
     Rank,
     Seconds,
@@ -133,7 +134,7 @@ class Because(Message, frozen=True):
 class FileInfo(msgspec.Struct, frozen=True):
     """A file of a job's output folder."""
 
-    path: Text  # relative to the folder, with slashes
+    path: Path  # relative to the folder, with slashes
     size_bytes: Size
     mtime_ns: MtimeNs
 
@@ -144,7 +145,7 @@ class ListFiles(Message, frozen=True):
     job_id: JobId
     worker_id: WorkerId
     question: Number
-    after: Text = ""
+    after: Path = b""
     asker: Peer = b""  # the client's connection; the orchestrator fills it in
 
 
@@ -165,7 +166,7 @@ class ReadFile(Message, frozen=True):
     job_id: JobId
     worker_id: WorkerId
     question: Number
-    path: Text
+    path: Path
     offset: Size
     asker: Peer = b""
 
@@ -176,7 +177,7 @@ class FilePart(Message, frozen=True):
     job_id: JobId
     worker_id: WorkerId
     question: Number
-    path: Text
+    path: Path
     offset: Size
     data: bytes = b""
     digest: DigestOrNone = ""

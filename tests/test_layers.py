@@ -6,6 +6,7 @@ Imports point down only. Lazy imports and those under TYPE_CHECKING count too: w
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -268,3 +269,9 @@ def test_checker_catches(path: str, source: str, why: str) -> None:
 )
 def test_checker_allows(path: str, source: str) -> None:
     assert violations(path, source) == []
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by that, and refuses the second of two in one run."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []

@@ -108,6 +108,7 @@ def run_worker(
                 return  # told to end while the orchestrator's name did not resolve
             listen = listening_host(advertise)
             _check_ports(listen, data_port, slots)
+            kept = _storage(storage, runtime)
             settings = Settings(
                 worker_id=config.worker_id(data_port) or name_of(advertise) or f"{socket.gethostname()}-{data_port}",
                 incarnation=secrets.token_hex(8),
@@ -121,10 +122,10 @@ def run_worker(
                 secret_of=lambda job_id: "" if insecure else derive_secret(lock.secret, job_id),
                 drain_s=drain_s,
                 gpus=gpus,
+                storage_id=kept.storage_id,
             )
             # Who may reach this machine need not read what runs on it: others than this machine only where that is said.
             metrics_at = None if metrics is None else (metrics[0] or "127.0.0.1", metrics[1])
-            kept = _storage(storage, runtime)
             agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", threads, kept, metrics_at)
             _on_signals(lambda number: agent.stop(drain=number == signal.SIGTERM))
             register(runtime, "worker", settings.control)

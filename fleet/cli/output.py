@@ -8,14 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
-
 from fleet import messages as m
-from fleet.client.fetch import Fetched, Output, check_size
+from fleet.client.fetch import Fetched, JobOutput, check_size
 from fleet.client.jobs import Conversation
 from fleet.client.run import say
 from fleet.client.target import Target
 from fleet.errors import ConfigError, FleetError, UsageError
+from fleet.text import shown
 from fleet.values import amount_of
 from fleet.worker.output import Storage
 
@@ -63,7 +62,7 @@ def bring(target: Target, versions: m.Versions, job_id: str, folder: Path | None
     """At the end of `fleet run` on a cluster: brings the output, says where it is, and what is lost. Whether all came."""
     try:
         with Conversation(target, versions) as conversation:
-            output = Output(conversation, conversation.job(job_id))
+            output = JobOutput(conversation, conversation.job(job_id))
             found = output.listing()
             lost = conversation.job(job_id).left  # after the listing: workers have looked by then
             for sentence in lost[:SAID_AT_MOST]:
@@ -98,11 +97,14 @@ def fetch(
     """`fleet fetch`: 0 if all that was asked for is here. Raises UsageError, FleetError."""
     with Conversation(target, versions) as conversation:
         job = conversation.job(prefix)
-        output = Output(conversation, job)
+        output = JobOutput(conversation, job)
         found = output.listing(patterns)
         if only_list:
-            rows = [msgspec.to_builtins(s.info) | {"worker_id": s.worker_id, "target": s.target} for s in found.sources]
-            lines = [f"{s.info.size_bytes:>14,}  {s.target}  (worker {s.worker_id})" for s in found.sources]
+            rows = [
+                {"path": s.path, "size_bytes": s.info.size_bytes, "mtime_ns": s.info.mtime_ns, "worker_id": s.worker_id}
+                for s in found.sources
+            ]
+            lines = [f"{s.info.size_bytes:>14,}  {shown(s.target)}  (worker {s.worker_id})" for s in found.sources]
             print(json.dumps(rows, indent=1) if as_json else "\n".join(lines) or _nothing(job, patterns))
         for error in found.errors:
             say(error)

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from fleet import messages as m
 from fleet.client.jobs import Conversation
 from fleet.errors import FleetError
+from fleet.text import shown
 from fleet.values import amount_of
 
 PARTS_AHEAD = 4  # asked for before the first of them came
@@ -29,6 +30,7 @@ class Source:
 
     worker_id: str
     info: m.FileInfo
+    path: str
     target: str  # its path in the target folder
 
 
@@ -54,7 +56,7 @@ class Fetched:
     errors: list[str] = field(default_factory=list)  # a sentence for each file that could not be brought
 
 
-class Output:
+class JobOutput:
     """What one job wrote, as its workers hold it."""
 
     def __init__(self, conversation: Conversation, job: m.JobInfo) -> None:
@@ -80,11 +82,12 @@ class Output:
                 continue
             storages.add(storage_id)
             for info in infos:
-                if patterns and not any(_matches(info.path, pattern) for pattern in patterns):
+                path = os.fsdecode(info.path)
+                if patterns and not any(_matches(path, pattern) for pattern in patterns):
                     continue
-                target = info.path if info.path not in taken else f"{info.path}@{worker_id}"
+                target = path if path not in taken else f"{path}@{worker_id}"
                 taken.add(target)
-                found.sources.append(Source(worker_id, info, target))
+                found.sources.append(Source(worker_id, info, path, target))
         return found
 
     def fetch(self, sources: Iterable[Source], folder: Path) -> Fetched:
@@ -99,14 +102,14 @@ class Output:
                     done.already_there += 1
             except (OSError, ValueError, FleetError) as error:
                 reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-                done.errors.append(f"{source.target}: {reason}")
+                done.errors.append(shown(f"{source.target}: {reason}"))
         return done
 
     def _held_by(self, worker_id: str) -> tuple[list[m.FileInfo], str]:
         """The files that a worker has of the job, and the id of its storage. Raises FleetError where it cannot say."""
         infos: list[m.FileInfo] = []
         while True:
-            after = infos[-1].path if infos else ""
+            after = infos[-1].path if infos else b""
             ask = m.ListFiles(self._job.job_id, worker_id, next(self._numbers), after)
             (answer,) = self._conversation.ask_workers([ask])
             if not isinstance(answer, m.Files) or answer.error:

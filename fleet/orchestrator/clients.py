@@ -241,11 +241,15 @@ class Clients(Gangs):
     def _ask_for_output(self, peer: bytes, ask: m.ListFiles | m.ReadFile) -> None:
         """A worker answers, through this orchestrator: see _tell_of_output."""
         job, worker = self.jobs.get(ask.job_id), self.workers.get(ask.worker_id)
+        if job is not None and (worker is None or worker.lost_since is not None):
+            storage_id = job.held_by.get(ask.worker_id)  # another worker may share it
+            sharing = (w for w in self.workers.values() if w.hello.storage_id == storage_id and w.lost_since is None)
+            worker = next(sharing, None) if storage_id else None
         if job is None:
             error = f"job {ask.job_id} is unknown here"
         elif ask.worker_id not in job.held_by:
             error = f"job {ask.job_id} had no rank on worker {ask.worker_id}"
-        elif worker is None or worker.lost_since is not None:
+        elif worker is None:
             error = f"worker {ask.worker_id} is not connected"
         else:
             self._send(worker.peer, msgspec.structs.replace(ask, asker=peer))

@@ -92,7 +92,7 @@ class Gangs:
         job.move(JobState.ASSIGNED)
         job.seats = seats
         if job.spec.kind != "tasks":
-            job.held_by = tuple(dict.fromkeys((*job.held_by, *seats)))
+            job.held_by |= {worker_id: self.workers[worker_id].hello.storage_id for worker_id in seats}
         job.hosts = tuple(self.workers[seat].hello.host for seat in seats)
         for group_rank, worker_id in enumerate(job.workers):
             self.seated.setdefault(worker_id, set()).add(job_id)

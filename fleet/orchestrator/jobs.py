@@ -82,7 +82,8 @@ class Job:
     starts_again: bool = False  # once its ranks have stopped: a worker was lost, or handed it back
     losses: int = 0  # attempts that ended with the loss of a worker
     history: tuple[str, ...] = ()  # how earlier attempts ended
-    held_by: tuple[str, ...] = ()  # workers that any attempt had ranks on: each may hold some of its output
+    # By worker that any attempt had ranks on, and so may hold some of the output: the storage that this is in.
+    held_by: dict[str, str] = field(default_factory=dict)
     left: tuple[str, ...] = ()  # what was deleted with its working folders, in words
     # What a restarted orchestrator need not know
     waits_for: str = ""  # as last told to the client
@@ -170,7 +171,7 @@ class Job:
             reason=self.reason,
             history=self.history,
             exit_codes=tuple(-s.signal or s.code for _, s in sorted(self.exits.items())),
-            held_by=self.held_by,
+            held_by=tuple(self.held_by),
             left=self.left,
         )
 
@@ -208,7 +209,7 @@ class Record(msgspec.Struct, frozen=True):
     starts_again: bool
     losses: int
     history: tuple[str, ...]
-    held_by: tuple[str, ...] = ()
+    held_by: dict[str, str] = {}
     left: tuple[str, ...] = ()
 
 

@@ -148,7 +148,9 @@ class Core(Ranks):
         s = self.settings
         running = tuple(self.attempts)
         leaving = self.drain_until is not None or self.shutting_down
-        hello = m.WorkerHello(s.worker_id, s.incarnation, s.advertise, s.slots, s.versions, running, leaving, s.gpus)
+        hello = m.WorkerHello(
+            s.worker_id, s.incarnation, s.advertise, s.slots, s.versions, running, leaving, s.gpus, s.storage_id
+        )
         self._send(hello)
 
     def _from_orchestrator(self, message: m.Message) -> None:

@@ -6,6 +6,7 @@ Public methods are the loop's; what begins with an underscore runs on the file t
 from __future__ import annotations
 
 import errno
+import logging
 import threading
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,8 @@ STORED_AT_ONCE = 4096  # jobs in one message
 _OF_THIS_MACHINE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS, errno.EACCES}
 )
+
+log = logging.getLogger("fleet.worker")
 
 
 class JobFiles:
@@ -154,4 +157,6 @@ class JobFiles:
 
     def _discard(self, job_ids: tuple[str, ...]) -> list[Event]:
         self._storage.discard(job_ids)
+        for job_id in job_ids:
+            log.info("removed what job %s wrote: the cluster has forgotten it", job_id)
         return []

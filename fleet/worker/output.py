@@ -21,6 +21,7 @@ import pathspec
 
 from fleet import messages as m
 from fleet.bus.trees import remove_tree
+from fleet.text import shown
 
 PAGE_FILES, PAGE_BYTES = m.FILES_AT_ONCE, 512 << 10  # of one answer to ListFiles
 NAMED_AT_MOST = 3  # folders and files, where the summary of what is left names some
@@ -99,12 +100,12 @@ class Storage:
             folder = self.folder(ask.job_id)
             found: list[m.FileInfo] = []
             size = 0
-            for path in islice(_files(folder, after=ask.after), PAGE_FILES + 1):
+            for path in islice(_files(folder, after=os.fsdecode(ask.after)), PAGE_FILES + 1):
                 if len(found) == PAGE_FILES or size > PAGE_BYTES:
                     return self._page(ask, found, more=True)
                 with contextlib.suppress(FileNotFoundError):
                     status = (folder / path).lstat()
-                    found.append(m.FileInfo(path, status.st_size, status.st_mtime_ns))
+                    found.append(m.FileInfo(os.fsencode(path), status.st_size, status.st_mtime_ns))
                     size += len(path) + 32
             return self._page(ask, found, more=False)
         except OSError as error:
@@ -123,7 +124,7 @@ class Storage:
             )
 
         try:
-            with open(_inside(self.folder(ask.job_id), ask.path), "rb") as file:
+            with open(_inside(self.folder(ask.job_id), os.fsdecode(ask.path)), "rb") as file:
                 file.seek(ask.offset)
                 if data := file.read(m.PART_BYTES):
                     return answer(data)
@@ -152,7 +153,7 @@ class Storage:
                 shutil.move(folder / path, target)
                 kept_count += 1
             except OSError as reason:
-                error = error or f"{path} could not be kept: {reason.strerror}"
+                error = error or f"{shown(path)} could not be kept: {reason.strerror}"
         return Gathered(kept_count, len(left), sum(size for _, size in left), _named(left), error)
 
 
@@ -178,7 +179,7 @@ def _named(left: list[tuple[str, int]]) -> tuple[str, ...]:
     sizes: dict[str, int] = {}
     for path, size in left:
         first = PurePosixPath(path).parts[0]
-        top = first if first == path else f"{first}/"
+        top = shown(first if first == path else f"{first}/")
         sizes[top] = sizes.get(top, 0) + size
     return tuple(sorted(sizes, key=lambda top: -sizes[top])[:NAMED_AT_MOST])
 

@@ -27,18 +27,23 @@ class Place:
         self.address = "127.0.0.2:0"
         self.start_orchestrator()
 
-    def start_orchestrator(self) -> None:
-        words = "orchestrator", "--bind", self.address, "--state", self._state, "--keep-jobs", "100000"
+    def start_orchestrator(self, keep_jobs: int = 100_000) -> None:
+        words = "orchestrator", "--bind", self.address, "--state", self._state, "--keep-jobs", str(keep_jobs)
         self.orchestrator = self._stack.enter_context(started(*words, **self._variables))
         self.address = wait_for(self.orchestrator, r"listens on tcp://(\S+)", "stderr")
 
-    def start_worker(self, name: str, slots: int = 2) -> None:
+    def start_worker(self, name: str, slots: int = 2, storage: Path | None = None) -> None:
         variables = self._variables | {"ORCHESTRATOR_ADDR": self.address, "FLEET_WORKER_ID": name, "FLEET_PRELOAD": ""}
-        self.workers[name] = self._stack.enter_context(started("worker", "--slots", str(slots), **variables))
+        kept = () if storage is None else ("--storage", str(storage))
+        self.workers[name] = self._stack.enter_context(started("worker", "--slots", str(slots), *kept, **variables))
 
     def kill(self, process: Popen[str]) -> None:
         process.send_signal(signal.SIGKILL)
         process.communicate()
 
     def wait_for_worker(self, name: str) -> None:
-        wait_for(self.orchestrator, rf"(worker {name} joined)", "stderr")
+        self.wait_for(f"worker {name} joined")
+
+    def wait_for(self, text: str) -> None:
+        """Until the orchestrator's log says so."""
+        wait_for(self.orchestrator, f"({text})", "stderr")

@@ -78,12 +78,12 @@ EXAMPLES: list[Message] = [
     m.LogPart("job", 1, 1 << 33, b"\xff text", True, "there is no such job"),
     m.Drain("worker-1", 2.5, True),
     m.Drained("worker-1", ("job",), "no such worker"),
-    m.ListFiles("job", "worker-0", 3, "runs/a.txt", b"client/1"),
+    m.ListFiles("job", "worker-0", 3, b"runs/a.txt", b"client/1"),
     m.Files(
-        "job", "worker-0", 3, (m.FileInfo("runs/b.txt", 1 << 40, 1 << 60),), True, "1f", b"client/1", "no such job"
+        "job", "worker-0", 3, (m.FileInfo(b"runs/\xe9", 1 << 40, 1 << 60),), True, "1f", b"client/1", "no such job"
     ),
-    m.ReadFile("job", "worker-0", 3, "runs/b.txt", 1 << 40, b"client/1"),
-    m.FilePart("job", "worker-0", 3, "runs/b.txt", 0, b"\xff", "ab" * 32, "no such file", b"client/1"),
+    m.ReadFile("job", "worker-0", 3, b"runs/b.txt", 1 << 40, b"client/1"),
+    m.FilePart("job", "worker-0", 3, b"runs/b.txt", 0, b"\xff", "ab" * 32, "no such file", b"client/1"),
     m.Stored(("job", "other")),
     m.Discard(("job",)),
     m.Left("job", 2, 3, 12_000_000, ("runs/", "log.txt"), "runs/x could not be kept"),

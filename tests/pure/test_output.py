@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from fleet import messages as m
 from fleet.client.fetch import _matches, _target
@@ -34,7 +35,7 @@ def ended() -> Orchestrator:
 def test_a_question_about_output_goes_to_the_worker_and_its_answer_to_who_asked() -> None:
     core = ended()
     ask = m.ListFiles("j", "w1", 7)
-    assert sent(core.step(o.Received(CLIENT, ask), 2.0), b"w1/1") == [m.ListFiles("j", "w1", 7, "", CLIENT)]
+    assert sent(core.step(o.Received(CLIENT, ask), 2.0), b"w1/1") == [m.ListFiles("j", "w1", 7, b"", CLIENT)]
     answer = m.Files("j", "w1", 7, (), asker=CLIENT)
     assert sent(core.step(o.Received(b"w1/1", answer), 2.1), CLIENT) == [m.Files("j", "w1", 7)]
     nobody = m.Files("j", "w1", 7, (), asker=b"client/gone")
@@ -46,7 +47,7 @@ def test_a_question_about_output_goes_to_the_worker_and_its_answer_to_who_asked(
     [
         (m.ListFiles("x", "w1", 7), "unknown"),
         (m.ListFiles("j", "w9", 7), "no rank on worker w9"),
-        (m.ReadFile("j", "w9", 7, "a", 0), "no rank on worker w9"),
+        (m.ReadFile("j", "w9", 7, b"a", 0), "no rank on worker w9"),
     ],
 )
 def test_a_question_that_no_worker_can_answer_is_answered(ask: m.Message, why: str) -> None:
@@ -69,6 +70,17 @@ def test_a_worker_that_is_away_is_named_and_told_later_what_is_forgotten() -> No
     assert sent(core.step(o.Received(b"w1/1", m.Stored(("j",))), 3.1), b"w1/1") == [m.Discard(("j",))]
 
 
+def test_a_worker_that_shares_the_storage_answers_for_one_that_is_gone() -> None:
+    core = cluster(1)
+    hello = m.WorkerHello("s0", "1", "h", 1, VERSIONS, storage_id="s")
+    core.step(o.Received(b"s0/1", hello), 0.0)
+    running(core, 2)
+    core.step(o.Received(b"s1/1", replace(hello, worker_id="s1")), 1.0)
+    core.step(o.Received(b"s0/1", m.Goodbye()), 1.1)
+    effects = core.step(o.Received(CLIENT, m.ListFiles("j", "s0", 7)), 1.2)
+    assert sent(effects, b"s1/1") == [m.ListFiles("j", "s0", 7, b"", CLIENT)]
+
+
 def test_a_job_remembers_all_workers_that_it_was_on_and_what_they_deleted() -> None:
     core = cluster(1, 1)
     core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC)), 0.0)
@@ -79,7 +91,7 @@ def test_a_job_remembers_all_workers_that_it_was_on_and_what_they_deleted() -> N
     stopped = m.RankStatus(0, first, "h", 7, 0, 15, stopped=True)
     core.step(o.Received(f"{first}/1".encode(), m.RankExited("j", 1, stopped)), 0.2)
     second = core.jobs["j"].seats[0]
-    assert core.jobs["j"].held_by == (first, second)
+    assert tuple(core.jobs["j"].held_by) == (first, second)
     core.step(o.Received(f"{first}/1".encode(), m.Left("j", 1, 3, 12_000_000, ("runs/",))), 0.3)
     told = core.jobs["j"].info(0.0, "")
     assert told.held_by == (first, second)
@@ -137,25 +149,26 @@ def write(path: Path, text: str = "x") -> None:
 
 
 def names(kept: Storage, after: str = "") -> list[str]:
-    return [info.path for info in kept.page(m.ListFiles("j", "w", 1, after)).files]
+    return [os.fsdecode(info.path) for info in kept.page(m.ListFiles("j", "w", 1, os.fsencode(after))).files]
 
 
 def test_files_come_in_pages_in_the_order_of_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = storage(tmp_path)
     folder = kept.make("j")
-    paths = ["a-b", "a.txt", "a/1", "a/b/2", "a/b.txt", "a0", "z"]
+    paths = ["a-b", "a.txt", "a/1", "a/b/2", "a/b.txt", "a0", "caf\udce9", "z"]  # one is no UTF-8
     for path in paths:
-        write(folder / path, path)
+        (folder / path).parent.mkdir(exist_ok=True, parents=True)
+        (folder / path).write_bytes(os.fsencode(path))
     monkeypatch.setattr(output, "PAGE_FILES", 2)
     found: list[m.FileInfo] = []
     while True:
-        page = kept.page(m.ListFiles("j", "w", 1, found[-1].path if found else ""))
+        page = kept.page(m.ListFiles("j", "w", 1, found[-1].path if found else b""))
         found += page.files
         assert len(page.files) <= 2
         if not page.more:
             break
-    assert [info.path for info in found] == sorted(paths)
-    assert [info.size_bytes for info in found] == [len(info.path) for info in found]
+    assert [os.fsdecode(info.path) for info in found] == sorted(paths)
+    assert [info.size_bytes for info in found] == [len(os.fsencode(path)) for path in sorted(paths)]
 
 
 def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
@@ -172,9 +185,9 @@ def test_a_file_is_read_in_parts_and_its_digest_at_the_end(tmp_path: Path, monke
     monkeypatch.setattr(m, "PART_BYTES", 4)
     kept = storage(tmp_path)
     write(kept.make("j") / "d/f", "abcdefg")
-    data = [kept.part(m.ReadFile("j", "w", 1, "d/f", offset)).data for offset in (0, 4, 7)]
+    data = [kept.part(m.ReadFile("j", "w", 1, b"d/f", offset)).data for offset in (0, 4, 7)]
     assert data == [b"abcd", b"efg", b""]
-    assert kept.part(m.ReadFile("j", "w", 1, "d/f", 7)).digest == hashlib.sha256(b"abcdefg").hexdigest()
+    assert kept.part(m.ReadFile("j", "w", 1, b"d/f", 7)).digest == hashlib.sha256(b"abcdefg").hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +200,7 @@ def test_nothing_outside_of_a_jobs_folder_is_read(tmp_path: Path, path: str) -> 
     write(folder / "a/f")
     (folder / "out").symlink_to(kept.folder("other"))
     os.mkfifo(folder / "fifo")
-    part = kept.part(m.ReadFile("j", "w", 1, path, 0))
+    part = kept.part(m.ReadFile("j", "w", 1, path.encode(), 0))
     assert part.error
     assert not part.data
     assert names(kept) == ["a/f"]
