@@ -111,7 +111,7 @@ def run_job(words: Words, options: Options) -> int:
             if storage is None:
                 say(f"what it wrote to FLEET_OUTPUT_DIR stays on its workers: `fleet fetch {run.job_id}` brings it")
             return INTERRUPTED if interruption.number == signal.SIGINT else 128 + interruption.number
-        text = report(ended, options.workers)
+        text = report(ended, options.workers, printer.recent)
         if text:
             print(text, file=sys.stderr, flush=True)
         came = storage is not None or bring(target, versions(), run.job_id, options.output, options.max_output_bytes)

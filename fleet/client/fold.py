@@ -1,7 +1,7 @@
 """Output of many ranks as lines for a person: cut into lines, and the same line of many ranks folded into one. Pure.
 
 Refuses to know the clock, the terminal and how a rank is called: `now` comes in, lines go out.
-Nothing is lost, lines of one rank stay in their order, and a line waits for others at most `hold_s`.
+Nothing is lost, lines of one rank stay in their order, and a line waits for others at most `hold_s`, behind a traceback longer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 LINE_BYTES = 64 << 10  # a longer line is cut into pieces of this size
 HELD_AT_MOST = 1000
+TRACEBACK = "Traceback (most recent call last):"  # the last words of the line that begins one
+TRACEBACK_LINES = 1000  # a longer one is cut into pieces of this size
+TRACEBACK_QUIET_S = 0.5  # without a line from its rank, a traceback is whole
 
 
 class Lines:
@@ -51,7 +54,7 @@ def _drawn(line: bytes) -> list[bytes]:
 
 @dataclass(frozen=True)
 class Folded:
-    """One line to print, and the ranks that printed it, in order."""
+    """One line to print, or a traceback of several, and the ranks that printed it, in order."""
 
     stream: str
     ranks: tuple[int, ...]
@@ -60,54 +63,92 @@ class Folded:
 
 @dataclass
 class _Held:
-    """A line that waits. Invariant: no rank printed it twice; a second time is a line of its own."""
+    """A line or traceback that waits. Invariant: no rank printed it twice; a second time is a line of its own."""
 
     stream: str
     text: str
-    since: float
+    until: float
     ranks: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Traceback:
+    """A traceback that a rank is printing. Invariant: the rank has printed nothing after it."""
+
+    lines: list[str]
+    last_at: float
 
 
 class Fold:
     """Folds equal lines. They are held, and go out, in the order in which each first came.
 
     A rank joins only lines behind all that it printed so far: its own lines stay in their order, on both streams together.
+    A traceback is held as a whole, and longer: ranks that fail alike seldom do so within the time that a line is held for.
     """
 
-    def __init__(self, world_size: int, hold_s: float = 0.1) -> None:
+    def __init__(self, world_size: int, hold_s: float = 0.1, traceback_hold_s: float = 1.0) -> None:
         self._world_size = world_size
         self._hold_s = hold_s
+        self._traceback_hold_s = traceback_hold_s
         self._held: deque[_Held] = deque()
         self._first = 0  # number of the first held line, counted since the beginning
         self._last_of: dict[int, int] = {}  # by rank, the number of the last line it printed
+        self._tracebacks: dict[int, _Traceback] = {}  # by rank
 
     def step(self, rank: int, stream: str, text: str, now: float) -> list[Folded]:
         """A rank printed a line; returns what is to be shown now."""
+        traceback = self._tracebacks.get(rank)
+        if traceback is not None and stream == "stderr" and len(traceback.lines) < TRACEBACK_LINES:
+            traceback.lines.append(text)
+            traceback.last_at = now
+            return self.due(now)
+        shown = self._close(rank, now)
+        if stream == "stderr" and text.endswith(TRACEBACK):
+            self._tracebacks[rank] = _Traceback([text], now)
+            return shown + self.due(now)
+        return shown + self._hold(rank, stream, text, now + self._hold_s) + self.due(now)
+
+    def due(self, now: float) -> list[Folded]:
+        """What may not wait any more: too old, or too much held."""
+        shown: list[Folded] = []
+        for rank, traceback in list(self._tracebacks.items()):
+            if now >= traceback.last_at + TRACEBACK_QUIET_S:
+                shown += self._close(rank, now)
+        count = max(0, len(self._held) - HELD_AT_MOST)
+        while count < len(self._held) and now >= self._held[count].until:
+            count += 1
+        return shown + self._release(count)
+
+    def next_deadline(self) -> float | None:
+        """When `due` has something to do."""
+        deadlines = [traceback.last_at + TRACEBACK_QUIET_S for traceback in self._tracebacks.values()]
+        if self._held:
+            deadlines.append(self._held[0].until)
+        return min(deadlines, default=None)
+
+    def flush(self) -> list[Folded]:
+        """Everything that is held."""
+        shown = [line for rank in list(self._tracebacks) for line in self._close(rank, 0.0)]
+        return shown + self._release(len(self._held))
+
+    def _close(self, rank: int, now: float) -> list[Folded]:
+        """The traceback of a rank, if it was printing one, is whole."""
+        traceback = self._tracebacks.pop(rank, None)
+        if traceback is None:
+            return []
+        return self._hold(rank, "stderr", "\n".join(traceback.lines), now + self._traceback_hold_s)
+
+    def _hold(self, rank: int, stream: str, text: str, until: float) -> list[Folded]:
+        """Holds a line, or joins one that is held; what is complete with it is returned."""
         found = self._joinable(rank, stream, text)
         if found is None:
-            self._held.append(_Held(stream, text, now))
+            self._held.append(_Held(stream, text, until))
             found = self._first + len(self._held) - 1
         ranks = self._held[found - self._first].ranks
         ranks.add(rank)
         self._last_of[rank] = found
         # Every rank is past the lines before a complete one, so none of them can be joined any more.
-        complete = self._release(found - self._first + 1) if len(ranks) == self._world_size else []
-        return complete + self.due(now)
-
-    def due(self, now: float) -> list[Folded]:
-        """What may not wait any more: too old, or too much held."""
-        count = max(0, len(self._held) - HELD_AT_MOST)
-        while count < len(self._held) and now >= self._held[count].since + self._hold_s:
-            count += 1
-        return self._release(count)
-
-    def next_deadline(self) -> float | None:
-        """When `due` has something to show."""
-        return self._held[0].since + self._hold_s if self._held else None
-
-    def flush(self) -> list[Folded]:
-        """Everything that is held."""
-        return self._release(len(self._held))
+        return self._release(found - self._first + 1) if len(ranks) == self._world_size else []
 
     def _joinable(self, rank: int, stream: str, text: str) -> int | None:
         """The number of a held line that is the same, and stands after all that this rank has printed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -9,6 +10,7 @@ from typing import BinaryIO, TextIO
 from fleet.client.fold import Fold, Folded, Lines
 from fleet.errors import rank_set
 
+RECENT_LINES = 100  # about what a person still sees
 _DIM, _PLAIN = "\x1b[36m", "\x1b[0m"
 
 
@@ -19,6 +21,7 @@ class Printer:
         self, world_size: int, stdout: TextIO, stderr: TextIO, colour: Callable[[TextIO], bool], log_dir: Path | None
     ) -> None:
         self.name_of: Callable[[int], str] = str
+        self.recent: deque[str] = deque(maxlen=RECENT_LINES)  # that were shown, without their prefixes
         self._world_size = world_size
         self._streams = {"stdout": stdout, "stderr": stderr}
         self._colour = {name: colour(stream) for name, stream in self._streams.items()}
@@ -60,7 +63,9 @@ class Printer:
         for line in folded:
             who = self.name_of(line.ranks[0]) if len(line.ranks) == 1 else rank_set(line.ranks, self._world_size)
             prefix = f"{_DIM}{who}|{_PLAIN} " if self._colour[line.stream] else f"{who}| "
-            self._streams[line.stream].write(f"{prefix}{line.text}\n")
+            lines = line.text.split("\n")
+            self._streams[line.stream].write("".join(f"{prefix}{text}\n" for text in lines))
+            self.recent.extend(lines)
             touched.add(line.stream)
         for name in touched:
             self._streams[name].flush()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Container
 
+from fleet.client.blame import blamed, headline
 from fleet.errors import rank_set
-from fleet.messages import Ended, how
+from fleet.messages import Ended, RankStatus, how
+from fleet.text import shown
 
 STDERR_LINES = 20
+ERROR_CHARS = 500
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -19,29 +23,81 @@ def exit_code(ended: Ended) -> int:
     return 1 if ended.reason or any(status.failed for status in ended.ranks) else 0
 
 
-def report(ended: Ended, world_size: int) -> str:
-    """What went wrong and where, first things first; empty for a job that succeeded."""
+def report(ended: Ended, world_size: int, printed: Container[str] | None = None) -> str:
+    """What went wrong and where, first things first; empty for a job that succeeded.
+
+    `printed` has the lines of ranks that the reader has just seen: none of them is said again. None: the reader has seen nothing.
+    """
     by_rank = {status.rank: status for status in ended.ranks}
     cause = by_rank.get(ended.cause)
     if cause is None:
-        return f"fleet: the job did not succeed: {ended.reason}" if ended.reason else ""
-    lines = [f"fleet: rank {cause.rank} failed (host {cause.host}, pid {cause.pid}): {how(cause)}"]
+        return f"fleet: the job did not succeed: {shown(ended.reason)}" if ended.reason else ""
+    error = headline(cause.stderr_tail)
+    alike = [
+        rank for rank, status in sorted(by_rank.items()) if rank != cause.rank and _failed_alike(status, cause, error)
+    ]
+    others = [status for status in ended.ranks if status.rank != cause.rank and status.rank not in alike]
+    lines = _tail(cause) if printed is None else []
+    lines += _whose_fault(cause, alike, error, by_rank, world_size)
+    if printed is not None and error and not cause.signal and error not in printed:
+        lines.append(f"fleet: it said: {_short(shown(error))}")
     if ended.reason not in ("", cause.reason, f"rank {cause.rank} failed"):
-        lines.append(f"fleet: {ended.reason}")
+        lines.append(f"fleet: {shown(ended.reason)}")
+    return "\n".join(lines + _others(others, world_size))
+
+
+def _tail(cause: RankStatus) -> list[str]:
     tail = cause.stderr_tail.rstrip().splitlines()[-STDERR_LINES:]
-    if tail:
-        lines += [f"fleet: the end of its stderr, {len(tail)} line{'' if len(tail) == 1 else 's'}:"]
-        lines += [f"    {line}" for line in tail]
-    others = [status for status in ended.ranks if status.rank != cause.rank]
-    stopped = [status.rank for status in others if status.stopped]
-    failed = [status for status in others if status.failed and not status.stopped]
-    done = [status.rank for status in others if not status.failed and not status.stopped]
-    if stopped:
-        lines.append(f"fleet: stopped because of it: {_ranks(stopped, world_size)}")
-    lines += [f"fleet: failed too: rank {status.rank} ({how(status)})" for status in failed]
-    if done:
-        lines.append(f"fleet: had finished before: {_ranks(done, world_size)}")
-    return "\n".join(lines)
+    if not tail:
+        return []
+    return [f"fleet: the end of stderr of rank {cause.rank}:", *(f"    {line}" for line in tail)]
+
+
+def _whose_fault(
+    cause: RankStatus, alike: list[int], error: str, by_rank: dict[int, RankStatus], world_size: int
+) -> list[str]:
+    """The rank that failed first; or those that its error blames, before those that failed because of them."""
+    failed = _ranks([cause.rank, *alike], world_size)
+    how_it_failed = shown(how(cause))
+    culprits, did = blamed(error)
+    if culprits:
+        where = f" ({_place(by_rank[culprits[0]])})" if len(culprits) == 1 and culprits[0] in by_rank else ""
+        return [
+            f"fleet: {_ranks(culprits, world_size)}{where} {did}",
+            f"fleet: failed because of it: {failed} ({how_it_failed})",
+        ]
+    if alike:
+        return [f"fleet: {failed} failed alike: {how_it_failed}"]
+    return [f"fleet: {failed} failed ({_place(cause)}): {how_it_failed}"]
+
+
+def _others(others: list[RankStatus], world_size: int) -> list[str]:
+    """What became of the other ranks: those together that ended in the same way."""
+    groups: dict[str, list[int]] = {}
+    for status in others:
+        if status.stopped:
+            said = "stopped because of it: {}"
+        elif status.failed:
+            said = f"failed too: {{}} ({shown(how(status)).replace('{', '{{').replace('}', '}}')})"
+        else:
+            said = "had finished before: {}"
+        groups.setdefault(said, []).append(status.rank)
+    first = sorted(groups, key=lambda said: ("stopped", "failed", "had").index(said.split(" ")[0]))
+    return [f"fleet: {said.format(_ranks(groups[said], world_size))}" for said in first]
+
+
+def _failed_alike(status: RankStatus, cause: RankStatus, error: str) -> bool:
+    """By itself, with the same code and error: also if it had been told to stop meanwhile."""
+    alike = (status.code, status.signal, status.reason) == (cause.code, 0, "")
+    return alike and bool(error and status.code) and headline(status.stderr_tail) == error
+
+
+def _place(status: RankStatus) -> str:
+    return f"host {shown(status.host)}, pid {status.pid}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= ERROR_CHARS else f"{text[:ERROR_CHARS]} ..."
 
 
 def _ranks(ranks: list[int], world_size: int) -> str:

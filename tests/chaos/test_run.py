@@ -221,3 +221,29 @@ def test_different_calls_are_shown(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "CollectiveMismatch" in done.stderr
     assert "all_reduce(float64[4], op=sum)" in done.stderr
+
+
+MISMATCH = (
+    "import fleet, numpy as np\ncomm = fleet.init(timeout_s=20)\n"
+    "comm.all_reduce(np.ones(999 if comm.rank == 1 else 1000))\n"
+)
+LATE = (
+    "import fleet, time\ncomm = fleet.init(timeout_s=1)\ncomm.barrier()\n"
+    "if comm.rank == 1:\n    time.sleep(60)\ncomm.barrier()\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("script", "did"), [(MISMATCH, "called something else than the others"), (LATE, "kept the others waiting")]
+)
+def test_one_failure_of_many_ranks_is_said_once(tmp_path: Path, script: str, did: str) -> None:
+    done = run(tmp_path, script, "--workers", "8")
+    assert done.returncode == 1
+    *above, last = [line for line in done.stderr.splitlines() if "stopped because of it" not in line]
+    assert above[-1].startswith("fleet: rank 1 (host 127.0.0.1, pid ")
+    assert above[-1].endswith(did)
+    assert last.startswith("fleet: failed because of it: rank")
+    assert done.stderr.count("fleet.errors.Collective") <= 2, (
+        done.stderr
+    )  # one, unless a rank was much later than the others
+    assert len(done.stderr.splitlines()) < 40, done.stderr

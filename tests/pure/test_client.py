@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleet.client.blame import blamed, headline
 from fleet.client.bundle import pack
 from fleet.client.fold import Fold, Lines
 from fleet.client.report import exit_code, report
-from fleet.errors import ConfigError, rank_set
+from fleet.errors import Called, CollectiveMismatch, CollectiveTimeout, ConfigError, Late, RankEnded, rank_set
 from fleet.messages import Ended, RankStatus
 
 
@@ -94,11 +95,75 @@ def status(rank: int, **changes: object) -> RankStatus:
 def test_report_names_the_first_failed_rank_first() -> None:
     ranks = (status(0, signal=15, stopped=True), status(1, code=3, stderr_tail="Traceback\nBoom\n"), status(2))
     ended = Ended("j", "rank 1 failed", 1, ranks)
-    lines = report(ended, 3).splitlines()
-    assert lines[0] == "fleet: rank 1 failed (host h, pid 11): exit code 3"
-    assert lines[3].strip() == "Boom"
-    assert lines[4:] == ["fleet: stopped because of it: rank 0", "fleet: had finished before: rank 2"]
+    said = [
+        "fleet: rank 1 failed (host h, pid 11): exit code 3",
+        "fleet: stopped because of it: rank 0",
+        "fleet: had finished before: rank 2",
+    ]
+    assert report(ended, 3).splitlines() == ["fleet: the end of stderr of rank 1:", "    Traceback", "    Boom", *said]
+    # Who has just seen what it printed is not told again.
+    assert report(ended, 3, ["Boom"]).splitlines() == said
+    assert report(ended, 3, ["much else"]).splitlines() == [said[0], "fleet: it said: Boom", *said[1:]]
     assert exit_code(ended) == 3
+
+
+TRACEBACK = "Traceback (most recent call last):\n  File 'train.py', line 3\n"
+RAISED = "ValueError: bad\x1b[2J batch"
+
+
+def test_ranks_that_fail_alike_are_one_line() -> None:
+    tail = TRACEBACK + RAISED + "\nand a second line\n"
+    alike = [status(rank, code=1, stderr_tail=tail, stopped=rank == 3) for rank in (0, 1, 3)]
+    others = (status(2, code=1), status(4, code=1), status(5, signal=9), status(6, signal=15, stopped=True))
+    ended = Ended("j", "rank 1 failed", 1, (*alike, *others))
+    assert report(ended, 7, []).splitlines() == [
+        "fleet: ranks 0-1,3 failed alike: exit code 1",
+        r"fleet: it said: ValueError: bad\x1b[2J batch",
+        "fleet: stopped because of it: rank 6",
+        "fleet: failed too: ranks 2,4 (exit code 1)",
+        "fleet: failed too: rank 5 (killed by signal 9 (SIGKILL))",
+    ]
+
+
+LATE = CollectiveTimeout(2, "barrier()", 0, 2.0, [Late(1, "h", 11, "is at train.py:5 in rank 7")], 4, "train.py:9")
+LATE_TOO = [Late(rank, f"h{rank % 4}", 7, "is at train.py:1") for rank in range(2, 64)]
+CALLS = [Called((0,), "barrier()", "train.py:1"), Called((1, 2, 3), "all_reduce(float32[3], op=sum)")]
+
+
+@pytest.mark.parametrize(
+    ("error", "ranks", "did"),
+    [
+        (LATE, [1], "kept the others waiting"),
+        (CollectiveTimeout(1, "barrier()", 0, 30.0, LATE_TOO, 64), [*range(2, 64)], "kept the others waiting"),
+        (CollectiveTimeout(1, "barrier()", 0, 30.0, (), 64), [], ""),
+        (CollectiveMismatch(2, 0, "a", 1, "b", calls=CALLS), [0], "called something else than the others"),
+        (CollectiveMismatch(2, 0, "a()", 1, "b()"), [0, 1], "called different things"),
+        (
+            CollectiveMismatch(2, 0, "a()", 1, "b()", point_to_point=True, members=(4, 7)),
+            [4, 7],
+            "called different things",
+        ),
+        (RankEnded(3, "w", "h", 7, "barrier()", 5, "t.py:1"), [3], "ended before a call that the others wait in"),
+        (ValueError("waiting for rank 1"), [], ""),
+    ],
+)
+def test_an_errors_line_says_whom_it_blames(error: Exception, ranks: list[int], did: str) -> None:
+    """Read from what a rank prints, so it must fit what the errors say."""
+    name = f"{type(error).__module__}.{type(error).__name__}"
+    line = headline(f"{TRACEBACK}KeyError: 1\n\nDuring handling:\n\n{TRACEBACK}{name}: {error}\nnote\n")
+    assert line == f"{name}: {error}"
+    assert blamed(line) == (ranks, did)
+
+
+def test_report_names_whom_the_others_waited_for() -> None:
+    tail = f"{TRACEBACK}fleet.errors.CollectiveTimeout: {LATE}\n"
+    failed = [status(rank, code=1, stderr_tail=tail) for rank in (0, 2, 3)]
+    ended = Ended("j", "rank 2 failed", 2, (*failed, status(1, signal=15, stopped=True)))
+    assert report(ended, 4, tail.splitlines()).splitlines() == [
+        "fleet: rank 1 (host h, pid 11) kept the others waiting",
+        "fleet: failed because of it: ranks 0,2-3 (exit code 1)",
+        "fleet: stopped because of it: rank 1",
+    ]
 
 
 @pytest.mark.parametrize(

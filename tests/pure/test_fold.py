@@ -233,3 +233,59 @@ def test_a_flood_of_different_lines_is_held_up_to_a_bound_oldest_first_out() -> 
 )
 def test_rank_set(ranks: list[int], world_size: int, text: str) -> None:
     assert rank_set(ranks, world_size) == text
+
+
+BEGINS = "Traceback (most recent call last):"
+
+
+def told(fold: Fold, rank: int, lines: Iterable[str], now: float) -> list[Folded]:
+    return [shown for line in lines for shown in fold.step(rank, "stderr", line, now)]
+
+
+def test_a_traceback_is_one_piece_and_waits_for_its_like() -> None:
+    fold = Fold(3, hold_s=0.125, traceback_hold_s=1.0)
+    error = [BEGINS, "  File 'train.py', line 1", "ValueError: bad batch", "  and more of it"]
+    assert told(fold, 0, error[:2], 0.0) == []
+    assert told(fold, 1, error, 0.25) == []
+    assert fold.step(2, "stdout", "goes on", 0.25) == []
+    assert [line.text for line in told(fold, 0, error[2:], 0.375)] == ["goes on"]  # nobody else waits for a traceback
+    assert fold.next_deadline() == 0.75
+    assert fold.due(0.875) == []  # both are whole now, and one; the third rank may yet print it
+    assert told(fold, 2, error, 1.0) == []
+    assert fold.flush() == [Folded("stderr", (0, 1, 2), "\n".join(error))]
+    assert fold.next_deadline() is None
+
+
+def test_what_a_rank_prints_after_a_traceback_comes_after_it() -> None:
+    fold = Fold(3, hold_s=0.1, traceback_hold_s=1.0)
+    told(fold, 0, [BEGINS, "ValueError: caught"], 0.0)
+    assert fold.step(0, "stdout", "goes on", 0.0) == []
+    assert fold.step(1, "stdout", "goes on", 0.0) == []
+    assert fold.due(0.5) == []
+    assert [line.text for line in fold.due(1.0)] == [f"{BEGINS}\nValueError: caught", "goes on"]
+
+
+def test_an_endless_traceback_is_cut() -> None:
+    fold = Fold(1)
+    shown = told(fold, 0, [BEGINS, *["  line"] * 5000], 0.0) + fold.flush()
+    assert "\n".join(line.text for line in shown).split("\n") == [BEGINS, *["  line"] * 5000]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.sampled_from([BEGINS, "a", "b"]), st.booleans(), st.integers(0, 9)), max_size=40
+    )
+)
+def test_with_tracebacks_too_nothing_is_lost_and_each_rank_keeps_its_order(
+    printed: list[tuple[int, str, bool, int]],
+) -> None:
+    fold, now, shown = Fold(3), 0.0, list[Folded]()
+    for rank, text, is_error, wait in printed:
+        now += wait * 0.1
+        shown += fold.due(now)
+        assert fold.next_deadline() is None or fold.next_deadline() > now
+        shown += fold.step(rank, "stderr" if is_error else "stdout", text, now)
+    shown += fold.flush()
+    for rank in range(3):
+        found = [text for line in shown if rank in line.ranks for text in line.text.split("\n")]
+        assert found == [text for r, text, _, _ in printed if r == rank]
