@@ -1,6 +1,44 @@
-"""`python -m fleet` is `fleet`."""
+"""`python -m fleet` is `fleet`. Processes that fleet starts for itself run this file by its path, see interpreter.py.
 
-from fleet.cli import main
+By its path, because `python -m` and `python -c` search the current folder first: a file called queue.py there, or a folder
+called fleet, would take the place of what is meant.
+"""
 
-if __name__ == "__main__":
-    main()
+import sys
+
+_AT_START = frozenset(sys.modules)  # what a script finds imported when it starts
+_ASIDE = not __package__
+
+
+def _find_fleet() -> None:
+    """Makes `import fleet` mean the package of this file, whatever else has its name on the search path."""
+    if not sys.flags.safe_path:
+        del sys.path[0]  # this file's folder: its modules are no top-level modules
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    folder = __file__.rpartition("/")[0]
+    spec = spec_from_file_location("fleet", f"{folder}/__init__.py", submodule_search_locations=[folder])
+    assert spec is not None
+    assert spec.loader is not None
+    package = sys.modules["fleet"] = module_from_spec(spec)
+    spec.loader.exec_module(package)
+
+
+if __name__ == "__main__" and _ASIDE:
+    _find_fleet()
+    if sys.argv[1] == "fork-server":
+        from fleet.worker.fork_server import main
+
+        main(sys.argv[2:], _AT_START)
+    elif sys.argv[1] == "rank":
+        from fleet.worker.slot import main_afresh
+
+        main_afresh(int(sys.argv[2]), _AT_START)
+    else:
+        from fleet.cli import main as command
+
+        command()
+elif __name__ == "__main__":
+    from fleet.cli import main as command
+
+    command()

@@ -108,10 +108,10 @@ def rank_environment(seat: Seat, threads: int, extra: Mapping[str, str]) -> dict
         "TORCHELASTIC_RESTART_COUNT": str(seat.attempt - 1),
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "False",  # rank 0 listens on MASTER_PORT itself
-        "PYTHONUNBUFFERED": "1",
     }
     if seat.output:
         environment["FLEET_OUTPUT_DIR"] = seat.output
+    environment.setdefault("PYTHONUNBUFFERED", "1")  # so that what a command prints is seen at once
     if seat.gpus is not None:
         mine = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         # Of an agent that may see some only, the numbers count those.
@@ -123,6 +123,11 @@ def replace_environment(environment: Mapping[str, str]) -> None:
     """Makes `environment` that of this process. Only a slot does this, in its own new process."""
     os.environ.clear()
     os.environ.update(environment)
+
+
+def is_preloading_libraries() -> bool:
+    """Whether LD_PRELOAD has put a library into every process: a profiler, perhaps, that writes its file at the end."""
+    return bool(os.environ.get("LD_PRELOAD"))
 
 
 def limit_threads(threads: int) -> None:

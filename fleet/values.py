@@ -48,8 +48,24 @@ class Versions(msgspec.Struct, frozen=True):
         return ".".join(self.python.split(".")[:2])
 
 
+def portable(word: str) -> str:
+    """A word or path of any bytes, as os.fsdecode has it, in characters that a message can carry."""
+    if word.isascii():
+        return word
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return "\0" + word.encode(errors="surrogateescape").decode("latin-1")  # no word of a command line has a NUL
+    return word
+
+
+def native(word: str) -> str:
+    """What `portable` was given."""
+    return word[1:].encode("latin-1", errors="replace").decode(errors="surrogateescape") if word[:1] == "\0" else word
+
+
 class Spec(msgspec.Struct, frozen=True):
-    """What each rank of a job runs."""
+    """What each rank of a job runs. Words and paths are `portable`."""
 
     kind: Literal["script", "module", "command", "tasks"]  # tasks: a runner, that is told what to call by its client
     target: Text

@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"config"}),
     frozenset({"secret"}),
     frozenset({"bounds"}),
-    frozenset({"errors"}),
+    frozenset({"errors", "interpreter"}),
     frozenset({"text"}),
 )
 HEIGHT = {part: -depth for depth, parts in enumerate(LAYERS) for part in parts}

@@ -73,6 +73,10 @@ def run_command(
     max_output: MaxOutput = 1024,
     keep: Keep = None,
     dry_run: DryRun = False,
+    stdin: Annotated[
+        str | None,
+        typer.Option(help="Who reads standard input: none, 0 (rank 0), or all.", show_default="0; on a cluster none"),
+    ] = None,
     grace: Annotated[
         float, typer.Option(help="Seconds that the job goes on without this command, while its connection is cut off.")
     ] = GRACE_S,
@@ -104,6 +108,7 @@ def run_command(
         max_output_bytes=output_limit(max_output),
         keep=tuple(keep or ()),
         dry_run=dry_run,
+        stdin=stdin,
     )
     raise typer.Exit(run_job(words_of[0], options))
 
@@ -228,11 +233,11 @@ def why_command(
 
 
 @app.command("pool", hidden=True)
-def pool_command(slots: int = 1, gpus: int = 0, preload: str = "") -> None:
+def pool_command(answer: int = 1, slots: int = 1, gpus: int = 0, preload: str = "") -> None:
     """Run the local slots of an Executor, until standard input ends."""
     from fleet.cli.pool import serve
 
-    serve(slots, gpus, preload)
+    serve(answer, slots, gpus, preload)
 
 
 @app.command("version")

@@ -37,7 +37,7 @@ from fleet.versions import versions
 from fleet.worker.agent import Agent
 from fleet.worker.output import Storage
 from fleet.worker.state import Settings
-from fleet.worker.zygote import Zygote
+from fleet.worker.zygote import RUNNER, Zygote
 
 RESOLVE_EVERY_S = 1.0
 MetricsAt = tuple[str | None, int] | None  # host (None: chosen here) and port; None: nowhere
@@ -101,7 +101,7 @@ def run_worker(
     threads = max(1, config.usable_cores() // slots)
     config.limit_threads(threads)
     with runtime_folder() as runtime:
-        zygote = Zygote(runtime, config.preload() or ())
+        zygote = Zygote(runtime, (*RUNNER, *(config.preload() or ())))
         try:
             advertise = config.advertised_host() or _own_address(host, port)
             if advertise is None:

@@ -26,14 +26,20 @@ HOST = "127.0.0.1"
 
 @contextmanager
 def local_cluster(
-    runtime: Path, slots: int, transport: Transport, preload: tuple[str, ...], storage: Storage, gpus: int = 0
+    runtime: Path,
+    slots: int,
+    transport: Transport,
+    preload: tuple[str, ...],
+    storage: Storage,
+    gpus: int = 0,
+    stdin: Callable[[int], int | None] = lambda rank: None,
 ) -> Iterator[Target]:
     """Ready when entered; all of it has ended when left. Control goes over sockets in the private runtime folder."""
     # It tells the client what matters; that its one worker leaves at the end is no news.
     logging.getLogger("fleet.orchestrator").addHandler(logging.NullHandler())
     threads = max(1, config.usable_cores() // slots)
     config.limit_threads(threads)
-    zygote = Zygote(runtime, preload)  # first: it must not inherit a ZeroMQ context or a thread
+    zygote = Zygote(runtime, preload)  # first: its imports take longest
     try:
         endpoint = f"ipc://{runtime}/orchestrator"
         secret = secrets.token_hex(16)  # thrown away with the job
@@ -51,6 +57,7 @@ def local_cluster(
             security="open" if transport == "ipc" else config.data_security("plain"),
             secret_of=lambda job_id: derive_secret(secret, job_id),
             gpus=gpus,
+            stdin=stdin,
         )
         (runtime / "orchestrator-bundles").mkdir()
         service = Service(endpoint, Lock(), versions(), runtime / "orchestrator-bundles", "least-loaded")

@@ -8,16 +8,19 @@ import sys
 from fleet.cli.local import local_cluster
 from fleet.cli.runtime import runtime_folder
 from fleet.worker.output import Storage
+from fleet.worker.zygote import RUNNER
 
 
-def serve(slots: int, gpus: int, preload: str) -> None:
-    """Says where its orchestrator listens, and serves until its input ends."""
+def serve(answer: int, slots: int, gpus: int, preload: str) -> None:
+    """Says on the descriptor `answer` where its orchestrator listens, and serves until its input ends."""
     for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # of a terminal: its parent decides
-    names = tuple(name for name in preload.split(",") if name)
+        # Of a terminal: its parent decides. Not by SIG_IGN, which runners would inherit.
+        signal.signal(number, lambda number, frame: None)
+    names = (*RUNNER, *(name for name in preload.split(",") if name))
     with (
         runtime_folder() as runtime,
         local_cluster(runtime, slots, "tcp", names, Storage(runtime / "output"), gpus) as target,
     ):
-        print(target.endpoint, flush=True)
+        with open(answer, "w", encoding="utf-8") as file:
+            file.write(f"{target.endpoint}\n")
         sys.stdin.buffer.read()

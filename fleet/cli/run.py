@@ -21,6 +21,7 @@ from fleet.cli.output import bring, end_local, local_storage
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import check_target, preload_for
 from fleet.cli.slurm import serve, step_cluster
+from fleet.cli.stdin import readers, standard_input
 from fleet.cli.travel import spec_of_bundle, stays, would_travel
 from fleet.cli.words import Words
 from fleet.client.printer import Printer
@@ -28,8 +29,11 @@ from fleet.client.report import INTERRUPTED, exit_code, report
 from fleet.client.run import Run, say
 from fleet.client.target import cluster_target
 from fleet.errors import UsageError
+from fleet.values import portable
 from fleet.versions import versions
+from fleet.worker.imports import Imports
 
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
@@ -50,6 +54,7 @@ class Options:
     max_output_bytes: int
     keep: tuple[str, ...]
     dry_run: bool = False
+    stdin: str | None = None  # see readers
 
 
 def run_job(words: Words, options: Options) -> int:
@@ -58,6 +63,7 @@ def run_job(words: Words, options: Options) -> int:
         raise UsageError(f"--workers is {options.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
     if options.timeout_s <= 0:
         raise UsageError(f"--timeout is {options.timeout_s:g}: it must be a number of seconds above 0")
+    who = readers(options.stdin, local=options.orchestrator is None and config.slurm_task() is None)
     imports = check_target(words)
     if options.dry_run:
         print(would_travel(words, options.max_bundle_bytes) if options.orchestrator else stays())
@@ -87,13 +93,17 @@ def run_job(words: Words, options: Options) -> int:
             storage = local_storage(options.output)
             if task is None:
                 gpus = options.workers * job.gpus
-                local = local_cluster(runtime, options.workers, options.transport, _preload(imports), storage, gpus)
+                stdin = stack.enter_context(standard_input(who, options.workers))
+                local = local_cluster(
+                    runtime, options.workers, options.transport, _preload(imports), storage, gpus, stdin
+                )
             else:
                 local = step_cluster(
                     task, runtime, _preload(imports), options.timeout_s, lambda: interruption.early_count > 0, storage
                 )
             target = stack.enter_context(local)
-            spec, bundle = m.Spec(words.kind, words.target, tuple(words.args), str(Path.cwd())), None
+            args = tuple(map(portable, words.args))
+            spec, bundle = m.Spec(words.kind, portable(words.target), args, portable(_here())), None
         else:
             target = cluster_target(options.orchestrator, options.secret_file, options.insecure, options.timeout_s)
             spec, bundle = spec_of_bundle(words, runtime, options.max_bundle_bytes, options.keep)
@@ -118,7 +128,14 @@ def run_job(words: Words, options: Options) -> int:
         return exit_code(ended) or (0 if came else 1)
 
 
-def _preload(imports: set[str]) -> tuple[str, ...]:
+def _here() -> str:
+    try:
+        return str(Path.cwd())
+    except OSError as error:
+        raise UsageError(f"the current folder cannot be used ({error.strerror}): change to another one") from None
+
+
+def _preload(imports: Imports) -> tuple[str, ...]:
     wanted = config.preload()
     return preload_for(imports) if wanted is None else wanted
 
@@ -146,17 +163,22 @@ class _Interruption:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.number = number
-        if self.run is None:
-            self.early_count += 1
-        else:
-            self.run.cancel()
+        for _ in range(2 if number == signal.SIGQUIT else 1):  # Ctrl-\: at once
+            if self.run is None:
+                self.early_count += 1
+            else:
+                self.run.cancel()
 
 
 @contextmanager
 def _interruptions() -> Iterator[_Interruption]:
-    """From here on Ctrl-C, SIGTERM and a closed terminal end the job instead of this process."""
+    """From here on Ctrl-C, SIGTERM and a closed terminal end the job instead of this process.
+
+    What the starter ignores stays ignored: SIGHUP under nohup, SIGINT and SIGQUIT in the background of a shell script.
+    """
     interruption = _Interruption()
-    before = {number: signal.signal(number, interruption) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    heard = [number for number in INTERRUPTIONS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, interruption) for number in heard}
     try:
         yield interruption
     finally:

@@ -3,26 +3,71 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from fleet.cli.words import Words
 from fleet.errors import UsageError
+from fleet.worker.imports import Imports, imports_of
+from fleet.worker.zygote import RANK
 
-# Imported once in the zygote where a script names them: slow to import, and safe to fork after that.
-PRELOADABLE = frozenset({"numpy", "pandas", "scipy", "sklearn", "torch"})
+NOTHING = Imports((), frozenset())
 
 
-def check_target(words: Words) -> set[str]:
-    """What it names in its imports. Raises UsageError where it cannot run."""
+def check_target(words: Words) -> Imports:
+    """What it imports. Raises UsageError where it cannot run."""
     if words.kind == "script":
         return check_script(Path(words.target))
-    return check_module(words.target) if words.kind == "module" else set()
+    return check_module(words.target) if words.kind == "module" else NOTHING
 
 
-def check_script(path: Path) -> set[str]:
-    """The modules that the script names in its imports. Raises UsageError where it cannot run."""
+def check_script(path: Path) -> Imports:
+    """What the script imports. Raises UsageError where it cannot run."""
+    return _check(path, path.resolve().parent)
+
+
+def check_module(name: str) -> Imports:
+    """As check_script, for a module that is found from the current folder. Imports nothing: that is for ranks to do."""
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        return _check_module(name, Path(folder))
+    finally:
+        sys.path.remove(folder)
+
+
+def _check_module(name: str, folder: Path) -> Imports:
+    packages: list[Path] = []
+    inside: list[str] | None = None
+    spec: ModuleSpec | None = None
+    parts = name.split(".")
+    for count in range(1, len(parts) + 1):
+        spec = _find(".".join(parts[:count]), inside)
+        if spec is None and packages and b"__path__" in packages[-1].read_bytes():
+            return NOTHING  # its package may make it be found once that runs
+        if spec is None or (count < len(parts) and spec.submodule_search_locations is None):
+            raise UsageError(f"there is no module {name} (looked in {folder} and the installed packages)")
+        inside = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
+        if inside is not None and spec.has_location and spec.origin is not None:
+            packages.append(Path(spec.origin))
+    if inside is not None:  # a package: its __main__ is what runs
+        spec = _find(f"{name}.__main__", inside)
+        if spec is None:
+            raise UsageError(f"the package {name} cannot be run: it has no __main__.py")
+    if spec is None or not spec.has_location or not (spec.origin or "").endswith(".py"):
+        return NOTHING
+    return _check(Path(str(spec.origin)), folder, packages)
+
+
+def preload_for(imports: Imports) -> tuple[str, ...]:
+    """What the fork server imports of it, in the script's order."""
+    return tuple(RANK if name.partition(".")[0] == "fleet" else name for name in imports.early)
+
+
+def _check(path: Path, folder: Path, packages: Sequence[Path] = ()) -> Imports:
     try:
         source = path.read_bytes()
     except FileNotFoundError:
@@ -35,35 +80,13 @@ def check_script(path: Path) -> set[str]:
         where = f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else str(path)
         text = f"\n    {error.text.strip()}" if isinstance(error, SyntaxError) and error.text else ""
         raise UsageError(f"{where}: {getattr(error, 'msg', error)}; nothing was started{text}") from None
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
-    return names
+    return imports_of(tree, folder, packages)
 
 
-def check_module(name: str) -> set[str]:
-    """As check_script, for a module that is found from the current folder."""
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"there is no module {name}: {error}") from None
-    finally:
-        sys.path.remove(folder)
-    if spec is None:
-        raise UsageError(f"there is no module {name} (looked in {folder} and the installed packages)")
-    origin = Path(spec.origin) if spec.origin else None
-    if spec.submodule_search_locations:  # a package: its __main__ is what runs
-        origin = Path(next(iter(spec.submodule_search_locations))) / "__main__.py"
-        if not origin.exists():
-            raise UsageError(f"the package {name} cannot be run: it has no __main__.py")
-    return check_script(origin) if origin is not None and origin.suffix == ".py" else set()
-
-
-def preload_for(imports: set[str]) -> tuple[str, ...]:
-    """What the zygote should import, of what a script names."""
-    return tuple(sorted(name for name in imports if name.partition(".")[0] in PRELOADABLE))
+def _find(name: str, inside: Sequence[str] | None) -> ModuleSpec | None:
+    """The spec of a module in a package that has been found, or on the search path, by every finder there is."""
+    for finder in sys.meta_path:
+        with suppress(ImportError, ValueError):
+            if (spec := finder.find_spec(name, inside)) is not None:
+                return spec
+    return None

@@ -146,11 +146,10 @@ def _agent(
 
 @contextmanager
 def _zygote(task: config.SlurmTask, runtime: Path, preload: tuple[str, ...]) -> Iterator[Zygote]:
-    """The fork server, and what else comes first: it must not inherit a ZeroMQ context or a thread.
+    """The fork server, and what else comes first.
 
     Slurm may signal all processes of a task, not only the first (proctrack/linuxproc and pgid do), and ranks die with the zygote:
-    it ignores what is not for it. So does a rank with _FORWARDED, until its script says what to do. A signal to this process in
-    the few milliseconds that this takes is lost.
+    it ignores what is not for it. So does a rank with _FORWARDED, until its script says what to do.
     """
     # A worker that loses task 0 has seen the job end, or ends with an error that says so: only errors are news.
     handler = logging.StreamHandler()
@@ -160,12 +159,7 @@ def _zygote(task: config.SlurmTask, runtime: Path, preload: tuple[str, ...]) -> 
     config.limit_threads(task.cores)
     for number in _FORWARDED:
         signal.signal(number, signal.SIG_IGN)  # and so it stays here until there is an agent to forward it
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDING}
-    try:
-        zygote = Zygote(runtime, preload)
-    finally:
-        for ending, then in before.items():
-            signal.signal(ending, then)
+    zygote = Zygote(runtime, preload)
     try:
         yield zygote
     finally:

@@ -11,6 +11,7 @@ from fleet.client.bundle import pack_selected
 from fleet.client.run import say
 from fleet.client.selection import Selection, select
 from fleet.errors import ConfigError
+from fleet.values import portable
 
 
 def spec_of_bundle(words: Words, runtime: Path, limit_bytes: int, keep: tuple[str, ...] = ()) -> tuple[m.Spec, Path]:
@@ -19,7 +20,9 @@ def spec_of_bundle(words: Words, runtime: Path, limit_bytes: int, keep: tuple[st
     bundle = pack_selected(selected, runtime, limit_bytes)
     say(selected.summary())
     target = Path(words.target).resolve().name if words.kind == "script" else words.target
-    spec = m.Spec(words.kind, target, tuple(words.args), "", bundle.digest, bundle.size_bytes, keep=keep)
+    spec = m.Spec(
+        words.kind, portable(target), tuple(map(portable, words.args)), "", bundle.digest, bundle.size_bytes, keep=keep
+    )
     return spec, bundle.path
 
 

@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from fleet import interpreter
 from fleet.bus.folders import PREFIX, held_folder
 from fleet.bus.lock import Lock
 from fleet.client.bundle import pack_selected
 from fleet.client.selection import select
 from fleet.client.target import Target
 from fleet.errors import FleetError
-from fleet.values import Spec
+from fleet.values import Spec, portable
 
 PRELOADED = ("numpy", "torch")  # in the pool too, where the caller has them: a process then costs a fork
 CODE_PREFIX = f"{PREFIX}code-"  # of the folder with the bundle
@@ -50,23 +51,30 @@ def local_place(slots: int, gpus: int) -> Iterator[Place]:
     """
     preload = ",".join(name for name in PRELOADED if name in sys.modules)
     words = ["pool", "--slots", str(slots), "--gpus", str(gpus), "--preload", preload]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fleet", *words],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C in a terminal is the caller's to act on
-    )
+    read, write = os.pipe()
+    with open(read, "rb") as answer:
+        try:
+            process = subprocess.Popen(
+                interpreter.command(*words, "--answer", str(write)),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,  # what a hook of this Python prints at each start was printed here
+                pass_fds=[write],
+                start_new_session=True,  # Ctrl-C in a terminal is the caller's to act on
+            )
+        finally:
+            os.close(write)
+        endpoint = answer.readline().decode().strip()
     assert process.stdin is not None
-    assert process.stdout is not None
     try:
-        endpoint = process.stdout.readline().decode().strip()
         if not endpoint:
             raise FleetError(f"the pool of local slots did not start: it {_how_it_ended(process)}")
         # Beside its orchestrator, so in a folder that is this user's alone.
         direct = endpoint.removesuffix("orchestrator") + "client"
-        search = tuple(dict.fromkeys(os.path.abspath(entry) for entry in sys.path))
+        search = tuple(dict.fromkeys(portable(os.path.abspath(entry)) for entry in sys.path))
         target = Target("this machine", endpoint, Lock(), 60.0, local=True)
-        yield Place(target, direct, Spec("tasks", direct, search, os.getcwd()), ended=lambda: _how_it_ended(process))
+        yield Place(
+            target, direct, Spec("tasks", direct, search, portable(os.getcwd())), ended=lambda: _how_it_ended(process)
+        )
     finally:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
@@ -75,7 +83,6 @@ def local_place(slots: int, gpus: int) -> Iterator[Place]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        process.stdout.close()
 
 
 def _how_it_ended(process: subprocess.Popen[bytes]) -> str:

@@ -26,6 +26,7 @@ from fleet.bus.trees import remove_tree
 from fleet.dropped import Dropped
 from fleet.errors import FleetError, OtherProtocol, ProtocolError
 from fleet.exposition import Exposition, Pulse
+from fleet.values import native
 from fleet.worker.core import Core
 from fleet.worker.file_thread import FileThread
 from fleet.worker.guard import Guard
@@ -300,7 +301,10 @@ class Agent:
         environment = config.rank_environment(seat, self._threads, spec.environment)
         self._oom_kills_before[key] = oom_kill_count()
         try:
-            child = self._zygote.spawn(Plan(spec.kind, spec.target, spec.args, str(spawn.directory), environment))
+            args = tuple(map(native, spec.args))
+            directory = str(spawn.directory)
+            plan = Plan(spec.kind, native(spec.target), args, directory, environment, anywhere=bool(spec.digest))
+            child = self._zygote.spawn(plan, self._settings.stdin(spawn.rank))
         except (OSError, EOFError) as error:
             log.error("rank %d of job %s cannot be started: %s", spawn.rank, assign.job_id, error)
             return Died(key, 1, 0, False, reason=f"its worker cannot start it: {error}")

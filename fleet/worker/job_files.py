@@ -14,6 +14,7 @@ from pathlib import Path
 from fleet import messages as m
 from fleet.bus.address import free_port
 from fleet.bus.trees import remove_tree
+from fleet.values import native
 from fleet.worker.archive import BrokenOff
 from fleet.worker.bundles import Bundles
 from fleet.worker.file_thread import FileThread
@@ -91,7 +92,7 @@ class JobFiles:
         try:
             if spec.kind != "tasks":
                 self._storage.make(assign.job_id)
-            folder = Path(spec.directory)
+            folder = Path(native(spec.directory))
             if spec.digest:
                 self._bundles.hold(spec.digest, assign.job_id, assign.attempt)
                 if not self._bundles.has(spec.digest):

@@ -32,6 +32,7 @@ class Settings:
     join_within_s: float | None = None  # of a cluster that lasts for one job: to find it, and this worker ends with it
     gpus: int = 0
     storage_id: str = ""  # see WorkerHello
+    stdin: Callable[[int], int | None] = lambda rank: None  # the descriptor that a rank has as its input; None: nothing
     drain_s: float = 0.0  # that what runs is given to end by itself, once this worker was told to leave
 
 

@@ -1,27 +1,27 @@
 """Processes by fork after import: a server that has imported torch once, so that a new rank costs a fork.
 
-The server is the standard library's forkserver. It must start before this process has a ZeroMQ context or a thread.
-Measured: docs/decisions.md.
+This is the agent's side; fork_server.py is the other. Measured: docs/decisions.md.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import multiprocessing.process
+import marshal
 import os
 import signal
-import threading
+import socket
+import struct
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
 
-from fleet.worker.slot import Plan, main
+from fleet import interpreter
+from fleet.worker.fork_server import ANSWER, READY, SIGNALS
+from fleet.worker.slot import Plan
 
-ALWAYS = ("fleet.worker.slot", "fleet.worker.runner", "fleet.collectives.init")
-DESCRIPTORS = 16  # more than a spawn has open at once: four pipes and a socket
+RANK = "fleet.collectives.init"  # what fleet.init() needs, with numpy
+RUNNER = (RANK, "fleet.worker.runner")
 
 
 @dataclass
@@ -32,14 +32,14 @@ class Child:
     sentinel: int
     stdout: int
     stderr: int
-    _process: multiprocessing.process.BaseProcess
 
     def status(self) -> tuple[int, int]:
         """(exit code, signal) once the sentinel is ready; one of them is 0."""
-        self._process.join()
-        code = self._process.exitcode
-        assert code is not None
-        self._process.close()
+        data = os.read(self.sentinel, 4)
+        os.close(self.sentinel)
+        if not data:
+            return 0, signal.SIGKILL  # with the server
+        code = os.waitstatus_to_exitcode(struct.unpack("!i", data)[0])
         return (code, 0) if code >= 0 else (0, -code)
 
 
@@ -47,59 +47,99 @@ class Zygote:
     """Starts with its construction; imports go on in the background. It ends with this process, however that ends."""
 
     def __init__(self, runtime: Path, preload: Sequence[str] = ()) -> None:
-        # Its socket, and what ranks that use multiprocessing leave there when killed, goes with the runtime folder.
-        multiprocessing.process.current_process()._config["tempdir"] = str(runtime)  # type: ignore[attr-defined]
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([*ALWAYS, *preload])
-        forkserver.ensure_running()
-        self._ready, self._say_ready = os.pipe2(os.O_CLOEXEC)
-        threading.Thread(target=self._wait_for_imports, name="fleet-zygote", daemon=True).start()
+        self._runtime = runtime
+        self._nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._start(preload)
 
     def fileno(self) -> int:
         """A descriptor that can be read once the imports are done; a spawn before that waits for them."""
-        return self._ready
-
-    def _wait_for_imports(self) -> None:
-        probe = self._context.Process(target=os.getpid)
-        with contextlib.suppress(OSError, EOFError):  # the server has died: the first spawn will say so
-            probe.start()
-            probe.join()
-        os.write(self._say_ready, b"!")
+        return self._link.fileno()
 
     def close(self) -> None:
         """Ends the server and waits for it. Children that still run die with it."""
-        server: Any = forkserver._forkserver
-        if server._forkserver_pid is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(server._forkserver_pid, signal.SIGKILL)  # by itself it first takes torch apart: 0.4 s
-        server._stop()
+        self._stop()
+        os.close(self._nothing)
 
-    def spawn(self, plan: Plan) -> Child:
-        """A new process that carries out the plan. Waits for the imports if they still go on.
+    def spawn(self, plan: Plan, stdin: int | None = None) -> Child:
+        """A new process that carries out the plan, with `stdin` or nothing as its input. Waits for the imports.
 
-        Raises OSError, EOFError if there can be none.
+        Raises OSError.
         """
-        _make_sure_of_descriptors()
-        out_read, out_write = self._context.Pipe(duplex=False)
-        err_read, err_write = self._context.Pipe(duplex=False)
-        process = self._context.Process(target=main, args=(plan, out_write, err_write), daemon=False)
-        with out_write, err_write:
-            process.start()
-        assert process.pid is not None
-        stdout, stderr = os.dup(out_read.fileno()), os.dup(err_read.fileno())
-        out_read.close()
-        err_read.close()
+        self._settle()
+        ours: list[int] = []
+        with contextlib.ExitStack() as theirs:
+            descriptors = [_memory(marshal.dumps((str(self._runtime), *vars(plan).values())))]
+            theirs.callback(os.close, descriptors[0])
+            try:
+                for _ in ("stdout", "stderr", "status"):
+                    read, write = os.pipe2(os.O_CLOEXEC)
+                    ours.append(read)
+                    descriptors.append(write)
+                    theirs.callback(os.close, write)
+                socket.send_fds(self._link, [b"+"], [*descriptors, self._nothing if stdin is None else stdin])
+                answer = self._link.recv(ANSWER.size, socket.MSG_WAITALL)
+                if len(answer) < ANSWER.size:
+                    raise ChildProcessError("the process that ranks are forked from has died")
+                if (pid := ANSWER.unpack(answer)[0]) < 0:
+                    raise OSError(-pid, os.strerror(-pid))
+            except OSError:
+                for descriptor in ours:
+                    os.close(descriptor)
+                raise
+        stdout, stderr, status = ours
         for descriptor in (stdout, stderr):
             os.set_blocking(descriptor, False)
-        return Child(process.pid, process.sentinel, stdout, stderr, process)
+        return Child(pid, status, stdout, stderr)
+
+    def _start(self, preload: Sequence[str]) -> None:
+        self._ready = False
+        self._link, theirs = socket.socketpair()
+        self._errors = os.memfd_create("fleet-stderr", os.MFD_CLOEXEC)
+        output = os.memfd_create("fleet-stdout", os.MFD_CLOEXEC)
+        # Blocked while it starts, since ranks get back what it inherits: it cannot have these ignored from the beginning.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self._process = subprocess.Popen(
+                interpreter.command("fork-server", str(theirs.fileno()), *preload),
+                stdin=self._nothing,
+                stdout=output,
+                stderr=self._errors,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # what a terminal sends is for this process to act on
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            os.close(output)
+            theirs.close()
+
+    def _stop(self) -> None:
+        self._process.kill()  # it has nothing to keep
+        self._process.wait()
+        self._link.close()
+        os.close(self._errors)
+
+    def _settle(self) -> None:
+        """Waits for the imports. A server that died of them, or was killed since, is replaced by one that imports nothing."""
+        if not self._ready:
+            self._ready = self._link.recv(1) == READY
+        if self._ready and self._process.poll() is None:
+            return
+        self._stop()
+        self._start(())
+        if self._link.recv(1) != READY:
+            said = os.pread(self._errors, 4096, 0).decode(errors="replace").strip().splitlines()
+            raise ChildProcessError(f"the process that ranks are forked from does not start: {' '.join(said[-1:])}")
+        self._ready = True
 
 
-def _make_sure_of_descriptors() -> None:
-    """Raises OSError now if a spawn would run out of descriptors: halfway, the standard library leaves some open."""
-    taken = []
+def _memory(data: bytes) -> int:
+    """A descriptor of a file in memory that holds `data`."""
+    descriptor = os.memfd_create("fleet-plan", os.MFD_CLOEXEC)
     try:
-        for _ in range(DESCRIPTORS):
-            taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

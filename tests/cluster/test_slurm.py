@@ -129,7 +129,7 @@ def test_a_signal_that_meets_a_rank_that_has_ended(slurm: dict[str, str], folder
     job = started(slurm, folder, "wait")
     agents = [p for p in psutil.process_iter(["cmdline"]) if (p.info["cmdline"] or [])[2:4] == ["run", "train.py"]]
     agent = next(agent for agent in agents if agent.environ()["TASK"] == "3")
-    zygote = next(child for child in agent.children() if "forkserver" in " ".join(child.cmdline()))
+    zygote = next(child for child in agent.children() if "fork-server" in " ".join(child.cmdline()))
     (rank,) = zygote.children()
     agent.suspend()
     rank.kill()

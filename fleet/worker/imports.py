@@ -1,0 +1,178 @@
+"""What a script imports, and which of it may be imported for it before it starts. Reads source, runs nothing of it.
+
+A module may be imported early if that makes no difference: if nothing that the script does before its own import can change
+what the import does, such as a variable set in the environment.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+# Imported once in the fork server where a script names them: slow to import, and safe to fork after that.
+PRELOADABLE = ("numpy", "scipy", "pandas", "sklearn", "torch", "fleet")
+OWN_AT_MOST = 40  # of a script's own modules are looked at
+_READS = frozenset({"get", "copy", "items", "keys", "values"})  # of os.environ
+# Whatever these are called on, imports that come later may find other modules, or do something else.
+_CHANGES = frozenset(
+    {
+        "putenv", "unsetenv", "environb", "load_dotenv", "dotenv", "setenv",  # the environment
+        "meta_path", "path_hooks", "addsitedir", "setdlopenflags", "exec", "chdir",  # what is found
+        "filterwarnings", "simplefilter", "catch_warnings", "showwarning", "captureWarnings",  # what is said
+        "redirect_stdout", "redirect_stderr", "dup2", "basicConfig", "setrlimit",
+    }
+)  # fmt: skip
+_CHANGED_IN_SYS = frozenset({"path", "modules", "stdout", "stderr", "argv"})
+
+
+@dataclass(frozen=True)
+class Imports:
+    """What is known of one script's imports."""
+
+    early: tuple[str, ...]  # of PRELOADABLE and what belongs to them, in order: these may be imported before it starts
+    late: frozenset[str]  # top-level names of what must not, and may import any of these itself
+
+
+def imports_of(tree: ast.Module, folder: Path, packages: Sequence[Path] = ()) -> Imports:
+    """The imports of a script. `folder` comes first on its search path, and the sources of its packages run before it."""
+    walk = _Walk(folder)
+    found = [step for path in packages for step in walk.own(path)] + list(walk.steps(tree, folder))
+    first_change = next((index for index, (what, _) in enumerate(found) if what == "change"), len(found))
+    early: dict[str, None] = {}
+    late: set[str] = set()
+    for index, (what, name) in enumerate(found):
+        top = name.partition(".")[0]
+        if what == "change" or top in sys.stdlib_module_names:
+            continue
+        before = index < first_change if what == "import" else first_change == len(found)
+        if before and top not in PRELOADABLE:
+            continue
+        if before and PathFinder.find_spec(top, [str(folder)]) is None:
+            early[name] = None
+        else:
+            late.add(top)
+    kept = [name for name in early if name.partition(".")[0] not in late]
+    # `import fleet` alone imports none of the others; fleet.init() does.
+    if first_change < len(found) and all(name.partition(".")[0] == "fleet" for name in kept):
+        late |= {name.partition(".")[0] for name in kept}
+        kept = []
+    return Imports(tuple(kept), frozenset(late))
+
+
+class _Walk:
+    """Goes through a script, and through those of its own modules that it imports, in the order in which they run."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen: set[Path] = set()
+
+    def steps(self, tree: ast.Module, beside: Path) -> Iterator[tuple[str, str]]:
+        """("import", name), ("perhaps", name) for one in a function or a branch, ("change", ""). `beside`: the file's folder."""
+        for node, always in _in_order(tree, True):
+            base, names = self._folder, []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                if node.level:
+                    base = [beside, *beside.parents][min(node.level - 1, len(beside.parents))]
+                inner = [alias.name for alias in node.names]
+                names = [
+                    *([node.module] if node.module else []),
+                    *(f"{node.module or ''}.{name}".strip(".") for name in inner),
+                ]
+                renamed = any(alias.name == "environ" and alias.asname for alias in node.names)
+                if renamed or not _CHANGES.isdisjoint(inner):
+                    yield "change", ""
+            elif _changes(node):
+                yield "change", ""
+            for name in names:
+                own = False
+                for path in _own_modules(name, base):
+                    own = True
+                    for what, inner_name in self.own(path):
+                        yield (what if always or what == "change" else "perhaps"), inner_name
+                if not own and base is self._folder and (isinstance(node, ast.Import) or name == names[0]):
+                    yield ("import" if always else "perhaps"), name
+
+    def own(self, path: Path) -> Iterator[tuple[str, str]]:
+        if path in self._seen:
+            return
+        self._seen.add(path)
+        try:
+            tree = ast.parse(path.read_bytes()) if len(self._seen) <= OWN_AT_MOST else None
+        except (OSError, SyntaxError, ValueError):
+            tree = None
+        if tree is None:
+            yield "change", ""  # who knows
+        else:
+            yield from self.steps(tree, path.parent)
+
+
+def _own_modules(name: str, folder: Path) -> Iterator[Path]:
+    """The sources that importing a module of the script's runs: its packages', then its own."""
+    path = folder
+    for part in name.split("."):
+        path = path / part
+        for candidate in (path / "__init__.py", path.with_name(f"{part}.py")):
+            if candidate.is_file():
+                yield candidate
+                break
+        else:
+            if not path.is_dir():
+                return
+
+
+def _in_order(node: ast.AST, always: bool) -> Iterator[tuple[ast.AST, bool]]:
+    """All nodes in the order of the text, and whether each runs for certain when the module does."""
+    for child in ast.iter_child_nodes(node):
+        yield child, always
+        certain = always and not isinstance(
+            child,
+            ast.FunctionDef
+            | ast.AsyncFunctionDef
+            | ast.Lambda
+            | ast.If
+            | ast.For
+            | ast.While
+            | ast.Match
+            | ast.ExceptHandler,
+        )
+        if isinstance(child, ast.Attribute | ast.Subscript | ast.Call | ast.Compare | ast.Dict) and _only_reads(child):
+            continue
+        yield from _in_order(child, certain)
+
+
+def _is_environ(node: ast.AST) -> bool:
+    return (isinstance(node, ast.Attribute) and node.attr == "environ") or (
+        isinstance(node, ast.Name) and node.id == "environ"
+    )
+
+
+def _only_reads(node: ast.Attribute | ast.Subscript | ast.Call | ast.Compare | ast.Dict) -> bool:
+    """Whether it is an expression that has the environment in it, and leaves it as it is."""
+    if isinstance(node, ast.Attribute):
+        return _is_environ(node.value) and node.attr in _READS
+    if isinstance(node, ast.Subscript):
+        return _is_environ(node.value) and isinstance(node.ctx, ast.Load)
+    if isinstance(node, ast.Compare):
+        return isinstance(node.left, ast.Constant) and all(_is_environ(right) for right in node.comparators)
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "dict" and all(map(_is_environ, node.args))
+    return all(key is None and _is_environ(value) for key, value in zip(node.keys, node.values, strict=True))
+
+
+def _changes(node: ast.AST) -> bool:
+    """Whether it may change what an import that comes later does."""
+    if _is_environ(node):
+        return True
+    if isinstance(node, ast.Attribute):
+        of_sys = isinstance(node.value, ast.Name) and node.value.id == "sys"
+        changed = node.attr == "path" or (node.attr in _CHANGED_IN_SYS and not isinstance(node.ctx, ast.Load))
+        return (of_sys and changed) or node.attr in _CHANGES
+    if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+        return isinstance(node.value, ast.Attribute) and node.value.attr in ("modules", "argv")
+    return isinstance(node, ast.Name) and node.id in _CHANGES
