@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"bus"}),
     frozenset({"messages", "tasks", "pickling"}),
     frozenset({"questions", "versions"}),
-    frozenset({"values", "exposition", "dropped"}),
+    frozenset({"values", "exposition", "dropped", "stillness"}),
     frozenset({"group"}),
     frozenset({"config"}),
     frozenset({"secret"}),

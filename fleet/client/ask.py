@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
-from time import monotonic
 
 from fleet import messages as m
 from fleet.bus.context import Bus
@@ -14,17 +13,7 @@ from fleet.bus.poller import Poller
 from fleet.client.run import DENIALS_UNTIL_FINAL
 from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, ProtocolError
-
-
-class Deadline:
-    """When to give up; whoever reads the answers may move it."""
-
-    def __init__(self, timeout_s: float) -> None:
-        self.at = monotonic() + timeout_s
-
-    @property
-    def left_s(self) -> float:
-        return max(0.0, self.at - monotonic())
+from fleet.stillness import Deadline
 
 
 def answers(
@@ -39,7 +28,7 @@ def answers(
         dealer = Dealer(bus, target.endpoint, f"client/{uuid.uuid4().hex}".encode())
         poller = Poller(dealer.poll_sockets)
         while deadline.left_s:
-            poller.wait(deadline.left_s)
+            poller.wait(deadline.clock.waits(deadline.left_s))
             for link in dealer.changes():
                 if link is Link.UP:
                     dealer.send(m.encode(hello(versions)))
@@ -92,7 +81,7 @@ def ping(endpoint: str, timeout_s: float) -> m.Pong | None:
         poller = Poller(dealer.poll_sockets)
         dealer.send(m.encode(m.Ping()))
         while deadline.left_s:
-            poller.wait(deadline.left_s)
+            poller.wait(deadline.clock.waits(deadline.left_s))
             dealer.changes()
             for arrived in dealer.receive():
                 message = m.decode(arrived.data)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from time import monotonic
 from types import TracebackType
 from typing import Self
 
@@ -21,6 +20,7 @@ from fleet.bus.transfer import read_part
 from fleet.client.run import DENIALS_UNTIL_FINAL
 from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, FleetError, ProtocolError, UsageError
+from fleet.stillness import LifeClock
 
 SUBMITS_UNDER_WAY = 256
 WORKER_ANSWERS_WITHIN_S = 30.0  # with a page of a listing, or with a few parts of a file
@@ -35,7 +35,8 @@ class Conversation:
         self._bus = Bus(target.lock)
         self._dealer = Dealer(self._bus, target.endpoint, f"client/{uuid.uuid4().hex}".encode())
         self._poller = Poller(self._dealer.poll_sockets)
-        self._deadline: float | None = monotonic() + target.timeout_s  # to be let in; None: it is
+        self._clock = LifeClock()
+        self._deadline: float | None = self._clock.now() + target.timeout_s  # to be let in; None: it is
         self._welcome = False  # on this connection
         self._denied_count = 0
 
@@ -104,7 +105,7 @@ class Conversation:
         """How each job ended; those that have not by `within_s` are missing. `told` is called for each as it ends."""
         missing = list(dict.fromkeys(job_ids))
         ended: dict[str, m.Ended] = {}
-        until = None if within_s is None else monotonic() + within_s
+        until = None if within_s is None else self._clock.now() + within_s
 
         def take(message: m.Message) -> bool:
             if isinstance(message, m.Ended) and message.job_id in missing and message.job_id not in ended:
@@ -157,7 +158,7 @@ class Conversation:
                 answers[message.question] = message
             return not missing
 
-        self._until(lambda: list(missing.values()), take, monotonic() + WORKER_ANSWERS_WITHIN_S)
+        self._until(lambda: list(missing.values()), take, self._clock.now() + WORKER_ANSWERS_WITHIN_S)
         if missing:
             worker_id = next(iter(missing.values())).worker_id
             raise FleetError(f"worker {worker_id} did not answer within {WORKER_ANSWERS_WITHIN_S:g} s")
@@ -165,7 +166,7 @@ class Conversation:
 
     def pause(self, seconds: float) -> None:
         """Lets time pass, and takes what comes."""
-        self._until(list, lambda message: False, monotonic() + seconds)
+        self._until(list, lambda message: False, self._clock.now() + seconds)
 
     def _send(self, message: m.Message) -> None:
         self._dealer.send(m.encode(message))
@@ -182,7 +183,7 @@ class Conversation:
                 self._send(question)
         while True:
             limits = [limit for limit in (until, self._deadline) if limit is not None]
-            left_s = min(limits) - monotonic() if limits else None
+            left_s = min(limits) - self._clock.now() if limits else None
             if left_s is not None and left_s <= 0:
                 if self._deadline is None:
                     return
@@ -190,7 +191,8 @@ class Conversation:
                 raise ConfigError(
                     f"no orchestrator answered at {name} within {timeout_s:g} s: is it running, and is the address right?"
                 )
-            self._poller.wait(left_s)
+            self._poller.wait(self._clock.waits(left_s))
+            self._clock.now()
             for link in self._dealer.changes():
                 self._link(link)
             done = False

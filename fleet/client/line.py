@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import ExitStack
-from time import monotonic, sleep
+from time import sleep
 from typing import Any, TypeVar
 
 from fleet import config, tasks
@@ -27,6 +27,7 @@ from fleet.client.calls import Packer, Promise, Work, settle
 from fleet.client.here import Place
 from fleet.client.seats import PoolLost, Seat, Seats, check_python
 from fleet.errors import ConfigError, FleetError, TaskLost
+from fleet.stillness import Deadline, LifeClock
 
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ class Line(Seats):
         self._lock = threading.RLock()  # around the sockets and all that follows here
         self._router: Router | None = None
         self._acknowledge_at = 0.0
+        self._clock = LifeClock()  # read by the thread, looked at by whoever acts for it
         self._inbox: deque[tuple[pool.Task, Work]] = deque()
         self._cancels: deque[int] = deque()
         self._room = threading.Condition()
@@ -157,7 +159,7 @@ class Line(Seats):
                 for descriptor in self._router.descriptors() if self._router else ():
                     self._poller.add(descriptor)
                 self._arrivals = Arrivals(self._say, self._memory)
-                self._started_at = monotonic()
+                self._started_at = self._clock.now()
                 while self._goes_on():
                     with self._lock:
                         wait_s = self._turn()
@@ -207,7 +209,7 @@ class Line(Seats):
         for thing in things:
             if isinstance(thing, Arrived):
                 self._take(thing)
-        now = monotonic()
+        now = self._clock.now()
         deadline = self._pool.next_deadline()
         if deadline is not None and now >= deadline:
             self._step(pool.Tick())
@@ -231,7 +233,7 @@ class Line(Seats):
         """Outside of the lock: who finds this line asleep may act for it, or wakes it."""
         self._asleep = True
         nothing = not self._inbox and not self._cancels and (not self._finishing or self._works)
-        if nothing and self._wake in self._poller.wait(None if wait_s == math.inf else wait_s):
+        if nothing and self._wake in self._poller.wait(self._clock.waits(None if wait_s == math.inf else wait_s)):
             self._wake.clear()
         self._asleep = False
 
@@ -259,7 +261,7 @@ class Line(Seats):
         return bool(submitted or cancelled)
 
     def _step(self, event: pool.Event) -> None:
-        for effect in self._pool.step(event, monotonic()):
+        for effect in self._pool.step(event, self._clock.look()):
             self._perform(effect)
 
     def _perform(self, effect: pool.Effect) -> None:
@@ -314,7 +316,7 @@ class Line(Seats):
         self._say(job_id, tasks.Run(tuple(calls), functions, arrived))
 
     def _acknowledge(self) -> None:
-        self._acknowledge_at = monotonic() + ACKNOWLEDGE_AFTER_S
+        self._acknowledge_at = self._clock.look() + ACKNOWLEDGE_AFTER_S
         for job_id, seat in self._seats.items():
             if seat.arrived:
                 self._run_calls(job_id, seat, [], {})
@@ -408,9 +410,9 @@ class Line(Seats):
             self._dealer.send(m.encode(self._unsent.popleft()))
         for job_id in self._seats:
             self._dealer.send(m.encode(m.Cancel(job_id, kill=True)))
-        deadline = monotonic() + LEAVE_WITHIN_S
-        while self._seats and monotonic() < deadline and not self._target.local:
-            self._poller.wait(deadline - monotonic())
+        deadline = Deadline(LEAVE_WITHIN_S)
+        while self._seats and deadline.left_s and not self._target.local:
+            self._poller.wait(deadline.clock.waits(deadline.left_s))
             self._wake.clear()
             self._dealer.changes()
             for arrived in self._dealer.receive():

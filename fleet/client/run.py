@@ -9,7 +9,6 @@ import sys
 import uuid
 from collections import deque
 from pathlib import Path
-from time import monotonic
 
 from msgspec.structs import replace
 
@@ -21,6 +20,7 @@ from fleet.bus.transfer import read_part
 from fleet.client.printer import Printer
 from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, ProtocolError
+from fleet.stillness import LifeClock
 from fleet.text import shown
 
 DENIALS_UNTIL_FINAL = 3
@@ -48,6 +48,7 @@ class Run:
         self._cancels: deque[None] = deque()
         self._cancelled_at: float | None = None
         self._wake = Wake()
+        self._clock = LifeClock()
         self._submitted = self._accepted = False
         self._denied_count = 0
         self._ended: m.Ended | None = None
@@ -63,7 +64,7 @@ class Run:
     def run(self, versions: m.Versions) -> m.Ended:
         """Returns when the job has ended, and all it printed has been printed. Raises ConfigError if it cannot start."""
         self._hello = hello(versions)
-        self._started_at = monotonic()
+        self._started_at = self._clock.now()
         self._said_waiting = self._target.local
         try:
             with Bus(self._target.lock) as bus:
@@ -72,14 +73,15 @@ class Run:
                 poller = Poller([*self._orchestrator.poll_sockets, self._wake])
                 try:
                     while self._ended is None:
-                        poller.wait(self._until_deadline())
+                        poller.wait(self._clock.waits(self._until_deadline()))
+                        self._clock.now()
                         self._wake.clear()
                         self._turn()
                     return self._ended
                 finally:
                     self._orchestrator.send(m.encode(m.Goodbye()))  # whatever is left of the job need not wait for us
         finally:
-            self._printer.finish(monotonic())
+            self._printer.finish(self._clock.now())
             self._wake.close()
 
     def _turn(self) -> None:
@@ -93,7 +95,7 @@ class Run:
                 self._take(m.decode(arrived.data))
             except ProtocolError as error:
                 raise ConfigError(f"the orchestrator at {self._target.name}: {error}") from None
-        now = monotonic()
+        now = self._clock.now()
         self._printer.tick(now)
         if self._cancelled_at is not None and now > self._cancelled_at + LEAVE_AFTER_S and self._ended is None:
             self._ended = m.Ended(
@@ -110,7 +112,7 @@ class Run:
         if self._cancelled_at is not None:
             deadlines.append(self._cancelled_at + LEAVE_AFTER_S)
         given = [deadline for deadline in deadlines if deadline is not None]
-        return max(0.0, min(given) - monotonic()) if given else None
+        return max(0.0, min(given) - self._clock.now()) if given else None
 
     def _wait_for_welcome(self, now: float) -> None:
         waited = now - self._started_at
@@ -157,7 +159,7 @@ class Run:
         elif isinstance(message, m.Started):
             self._started(message)
         elif isinstance(message, m.Output):
-            self._printer.write(message.rank, message.stream, message.data, monotonic())
+            self._printer.write(message.rank, message.stream, message.data, self._clock.now())
             self._orchestrator.send(m.encode(m.OutputAck(self.job_id, message.rank, len(message.data))))
         elif isinstance(message, m.Ended) and message.job_id == self.job_id:
             self._ended = message
@@ -170,7 +172,7 @@ class Run:
     def _cancel(self) -> None:
         again = self._cancelled_at is not None
         if not again:
-            self._cancelled_at = monotonic()
+            self._cancelled_at = self._clock.now()
             say("stopping all ranks (once more: at once)")
         self._orchestrator.send(m.encode(m.Cancel(self.job_id, kill=again)))
         if again or not self._submitted:

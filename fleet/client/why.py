@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from time import monotonic
-
 from fleet import messages as m
 from fleet.bounds import is_id
-from fleet.client.ask import Deadline, answers
+from fleet.client.ask import answers
 from fleet.client.target import Target
 from fleet.errors import ConfigError, UsageError
+from fleet.stillness import Deadline
 from fleet.text import shown
 
 ANSWER_WITHIN_S = 2.0
@@ -28,7 +27,8 @@ def ask(target: Target, job_id: str, versions: m.Versions) -> tuple[list[m.Answe
         if isinstance(message, m.Because):
             if message.error:
                 raise UsageError(message.error)
-            expected, deadline.at = message.rank_count, monotonic() + ANSWER_WITHIN_S
+            expected = message.rank_count
+            deadline.within(ANSWER_WITHIN_S)
         elif isinstance(message, m.Answer):
             found[message.rank] = message
         if expected is not None and len(found) >= expected:

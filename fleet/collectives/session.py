@@ -27,6 +27,7 @@ from fleet.collectives.recorder import Recorder, text
 from fleet.config import RankSettings
 from fleet.errors import FleetError, Late, ProtocolError, WorldChanged
 from fleet.group import World
+from fleet.stillness import Deadline
 
 ANSWER_WITHIN_S = 1.0
 LOOK_UP_S = 0.1  # how often a wait for the others looks whether one has gone
@@ -71,10 +72,10 @@ class Session:
         """Where the inbox goes. Raises FleetError where no agent answers."""
         s = self._settings
         self._send(m.RankHello(s.job_id, s.attempt, s.rank, self._pid))
-        try:
-            return self._welcome.get(timeout=AGENT_WITHIN_S)
-        except queue.Empty:
-            raise FleetError(f"the worker agent at {s.control} did not answer rank {s.rank}: has it died?") from None
+        for wait_s in Deadline(AGENT_WITHIN_S).waits():
+            with contextlib.suppress(queue.Empty):
+                return self._welcome.get(timeout=wait_s)
+        raise FleetError(f"the worker agent at {s.control} did not answer rank {s.rank}: has it died?")
 
     def check(self) -> None:
         """Raises WorldChanged once a rank of this world has gone. Called wherever this rank waits for others."""
@@ -85,11 +86,11 @@ class Session:
         """The world, once every rank has joined it; None after `timeout_s`. Raises WorldChanged."""
         s = self._settings
         self._send(m.Join(s.job_id, s.attempt, s.rank, self._pid, address, memory))
-        deadline = monotonic() + timeout_s
-        while self._world is None and monotonic() < deadline:
+        for wait_s in Deadline(timeout_s).waits(LOOK_UP_S):
             self.check()
             with contextlib.suppress(queue.Empty):
-                self._world = self._formed.get(timeout=min(LOOK_UP_S, timeout_s))
+                self._world = self._formed.get(timeout=wait_s)
+                break
         return self._world
 
     def inquire(self, group: int = 0, sequence: int = 0) -> list[Doing]:
@@ -103,12 +104,13 @@ class Session:
         self._send(m.Ask(s.job_id, s.attempt, s.rank, question, group, sequence=sequence))
         missing = set(range(s.world_size)) - {s.rank}
         found = []
-        deadline = monotonic() + ANSWER_WITHIN_S
-        while missing:
-            try:
-                answer = answers.get(timeout=max(0.0, deadline - monotonic()))
-            except queue.Empty:
+        for wait_s in Deadline(ANSWER_WITHIN_S).waits():
+            if not missing:
                 break
+            try:
+                answer = answers.get(timeout=wait_s)
+            except queue.Empty:
+                continue
             if answer.rank in missing:
                 missing.remove(answer.rank)
                 found.append(_doing(answer))

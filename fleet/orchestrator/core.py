@@ -28,19 +28,18 @@ from fleet.orchestrator.state import (
     SaveFailed,
     SavesAgain,
     ServeBundle,
+    StoodStill,
     Worker,
 )
 from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S
 
 HEARTBEAT_S = 1.0
 HEARTBEAT_TIMEOUT_S = 5.0
-SILENT_AFTER_S = (
-    2.5  # so long, and another worker may have its id: less than a person waits, more than a slow heartbeat
-)
-RECONNECT_GRACE_S = 2.0
+SILENT_AFTER_S = 2.5  # so long, and another worker may have its id
 CLAIM_AFTER_S = (
     HEARTBEAT_S / 2
-)  # since a newcomer's first hello: what its rival had said before it ended has been read by then
+)  # since a newcomer's first hello: what its rival had said before it ended is read by then
+RECONNECT_GRACE_S = 2.0
 RETURN_WITHIN_S = 6.0  # workers and clients of an orchestrator that was restarted: their backoff is up to 2 s
 
 
@@ -50,7 +49,9 @@ class Core(Clients):
 
     # In the order in which they were last heard, so that the most silent one is first. Invariant: the keys of `workers`.
     heard: OrderedDict[str, float] = field(default_factory=OrderedDict)
-    away: dict[str, float] = field(default_factory=dict)  # workers whose connection is down, since when, in that order
+    # Workers whose connection is down: when they are given up, the first one first.
+    away: dict[str, float] = field(default_factory=dict)
+    lenient_until: float = 0.0  # after a stillness of this process, which may have cost connections
     # By worker id: the connection of a newcomer that wants the id of a worker that is there, and when it first said so.
     claims: dict[str, tuple[bytes, float]] = field(default_factory=dict)
     missed: dict[str, float] = field(default_factory=dict)  # workers from before a restart: when they are given up
@@ -76,7 +77,10 @@ class Core(Clients):
             self._refuse_bundle(event.peer, event.digest, event.reason)
         elif isinstance(event, Saved | SaveFailed | SavesAgain):
             self._disk(event)
-        self._expire(now)
+        elif isinstance(event, StoodStill):
+            self._stood_still(event.seconds, now)
+        else:
+            self._expire(now)  # with a Tick alone: what has arrived was read before, and somebody late may be among it
         return self._effects
 
     def recall(self, jobs: Iterable[Job], drained: Iterable[str], now: float) -> None:
@@ -106,6 +110,14 @@ class Core(Clients):
         ended = [job for job in self.jobs.values() if job.state is JobState.ENDED]
         self.ended.extend(job.job_id for job in sorted(ended, key=lambda job: job.ended_at or 0.0))
 
+    def move_epoch(self, epoch: float) -> None:
+        """The wall clock has gone on while this one did not, or was set: what was noted stays at its time of the wall."""
+        moved_s, self.epoch = epoch - self.epoch, epoch
+        for job in self.jobs.values():
+            job.submitted_at -= moved_s
+            job.started_at = None if job.started_at is None else job.started_at - moved_s
+            job.ended_at = None if job.ended_at is None else job.ended_at - moved_s
+
     def next_deadline(self) -> float | None:
         """When to send a Tick if nothing else happens."""
         deadlines = [*self.missed.values(), *self.hand_backs.values(), *self.gone.values()]
@@ -114,7 +126,7 @@ class Core(Clients):
         if self.heard:
             deadlines.append(next(iter(self.heard.values())) + HEARTBEAT_TIMEOUT_S)
         if self.away:
-            deadlines.append(next(iter(self.away.values())) + RECONNECT_GRACE_S)
+            deadlines.append(next(iter(self.away.values())))
         if self.delayed:
             deadlines.append(self.delayed[0][0])
         return min(deadlines, default=None)
@@ -236,7 +248,7 @@ class Core(Clients):
     def _peer_lost(self, peer: bytes, now: float) -> None:
         worker = self._worker_at(peer)
         if worker is not None:
-            worker.lost_since = self.away[worker.worker_id] = now
+            worker.lost_since, self.away[worker.worker_id] = now, self._given_up_at(now)
             self._open_or_close(worker)
             self._log("warning", f"worker {worker.worker_id} lost its connection")
         elif peer in self.clients:
@@ -246,11 +258,26 @@ class Core(Clients):
                 if job.client == peer and job.state is not JobState.ENDED:
                     grace_s = max(grace_s, job.options.grace_s)
                     self._acknowledge_all(job)
-            self.gone[peer] = now + grace_s
+            self.gone[peer] = max(now + grace_s, self.lenient_until)
+
+    def _given_up_at(self, now: float) -> float:
+        """When a peer whose connection has just ended is given up, unless it comes back."""
+        return max(now + RECONNECT_GRACE_S, self.lenient_until)
+
+    def _stood_still(self, seconds: float, now: float) -> None:
+        """This process did, and `now` has not run on. Connections that broke meanwhile are told of from now on."""
+        self.lenient_until = now + RETURN_WITHIN_S
+        self._log(
+            "warning", f"this orchestrator stood still for {seconds:.1f} s: stopped, swapped out or behind a slow disk"
+        )
+        for peer, until in self.gone.items():
+            self.gone[peer] = max(until, self.lenient_until)
+        for worker_id, until in self.away.items():
+            self.away[worker_id] = max(until, self.lenient_until)
 
     def _expire(self, now: float) -> None:
         # Compared as next_deadline says it, or rounding would leave a deadline that has come and is not met.
-        while self.away and now >= next(iter(self.away.values())) + RECONNECT_GRACE_S:
+        while self.away and now >= next(iter(self.away.values())):
             worker_id = next(iter(self.away))
             why = f"was lost: its connection closed and did not come back in {RECONNECT_GRACE_S:g} s"
             self._evict(self.workers[worker_id], why)

@@ -7,7 +7,6 @@ every socket it made is gone then, and every file but those that it was told to 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable
@@ -51,12 +50,16 @@ from fleet.orchestrator.state import (
     Send,
     ServeBundle,
     ServeLog,
+    StoodStill,
     StorePart,
     Tick,
 )
 from fleet.orchestrator.store import Store
+from fleet.stillness import LifeClock
 
 FAILED_TICK_S = 0.25
+JUDGE_EVERY_S = 1.0  # at least, who is lost and what is due
+EPOCH_TOLERATED_S = 1.0  # between the core's clock and the wall's
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
 ENDS_AT_MOST = 256  # processes whose end is waited for, of lost clients
 
@@ -99,7 +102,8 @@ class Service:
         self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
         self._pulse = Pulse(monotonic, LATE_AFTER_S)
         self._dropped = Dropped(log, monotonic)
-        self._core = Core(versions, policy, epoch=time() - monotonic(), numbering=numbering())
+        self._clock = LifeClock()
+        self._core = Core(versions, policy, epoch=time() - self._clock.now(), numbering=numbering())
         try:
             if keeping is not None:
                 self._store = self._recall(keeping)
@@ -107,7 +111,7 @@ class Service:
                 metrics = OrchestratorMetrics(
                     self._core,
                     self._turning,
-                    monotonic,
+                    self._clock.look,
                     self._dropped.counts,
                     lambda: self._router.strangers.refused_count,
                 )
@@ -158,7 +162,9 @@ class Service:
         store = Store(keeping.folder)
         try:
             core.cluster_id = store.cluster_id()
-            core.recall([recalled(record, core.epoch) for record in store.records()], store.drained(), monotonic())
+            core.recall(
+                [recalled(record, core.epoch) for record in store.records()], store.drained(), self._clock.now()
+            )
         except BaseException as error:
             store.close()
             if isinstance(error, ValueError | OSError):
@@ -171,27 +177,49 @@ class Service:
 
     def _loop(self) -> None:
         self._poller = Poller([*self._router.poll_sockets, self._wake])
+        still_s, judge_at = 0.0, 0.0
         while not self._stopping.is_set():
             self._pulse.beat()
+            now = self._clock.now()
+            self._keep_time(self._clock.still_s - still_s)
+            still_s = self._clock.still_s
             happened = self._router.receive()
             for thing in happened:
                 try:
                     self._happened(thing)
                 except Exception as error:
                     self._dropped.failed(f"what peer {thing.peer[:40]!r} sent", error)
-            if happened:
-                self._flush()
+            self._flush()
+            if happened and now < judge_at:
                 continue  # there may be more than one batch
+            # Peers are read in turn: under a load that never ends, too, each has been heard by now.
+            judge_at = self._clock.now() + JUDGE_EVERY_S
             done = self._step(Tick())
             self._flush()
-            deadline = min(self._core.next_deadline() or math.inf, monotonic() + BEAT_EVERY_S)
-            if not done:  # and the deadline that it failed at has passed
-                deadline = max(deadline, monotonic() + FAILED_TICK_S)
-            for source in self._poller.wait(max(0.0, deadline - monotonic())) & self._ends.keys():
+            for source in (
+                self._poller.wait(self._clock.waits(0.0 if happened else self._wait_s(done))) & self._ends.keys()
+            ):
                 self._poller.remove(source)
                 os.close(source)
                 self._step(PeerDied(self._ends.pop(source)))
             self._wake.clear()
+
+    def _wait_s(self, done: bool) -> float:
+        """How long nothing needs to be done. `done`: the last Tick was; else the deadline that it failed at has passed."""
+        now, deadline = self._clock.now(), self._core.next_deadline()
+        if deadline is None:
+            return BEAT_EVERY_S
+        # Never long while somebody's deadline runs: a stillness that begins in a wait shows only at the wait's end.
+        return min(max(0.0 if done else FAILED_TICK_S, deadline - now), JUDGE_EVERY_S)
+
+    def _keep_time(self, still_s: float) -> None:
+        """Tells the core of a stillness, and when its clock and the wall's have gone apart: by that, or by a suspend."""
+        if still_s:
+            self._step(StoodStill(still_s))
+        epoch = time() - self._clock.now()
+        if abs(epoch - self._core.epoch) > EPOCH_TOLERATED_S:
+            with self._turning:
+                self._core.move_epoch(epoch)
 
     def _happened(self, thing: Arrived | Lost) -> None:
         if isinstance(thing, Arrived):
@@ -239,7 +267,7 @@ class Service:
         failure: Exception | None = None
         with self._turning:
             try:
-                effects = self._core.step(event, monotonic())
+                effects = self._core.step(event, self._clock.now())
             except Exception as error:
                 effects, failure = self._core.decided, error
         for effect in effects:

@@ -107,11 +107,20 @@ class SavesAgain:
 
 
 @dataclass(frozen=True)
+class StoodStill:
+    """The orchestrator did nothing for so long, and its clock has not counted it."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Tick:
-    pass
+    """All that had arrived by now has been read."""
 
 
-Event = Received | PeerLost | PeerDied | BundleStored | BundleRefused | Saved | SaveFailed | SavesAgain | Tick
+Event = (
+    Received | PeerLost | PeerDied | BundleStored | BundleRefused | Saved | SaveFailed | SavesAgain | StoodStill | Tick
+)
 
 
 # Effects

@@ -26,6 +26,7 @@ from fleet.bus.trees import remove_tree
 from fleet.dropped import Dropped
 from fleet.errors import FleetError, OtherProtocol, ProtocolError
 from fleet.exposition import Exposition, Pulse
+from fleet.stillness import LifeClock
 from fleet.values import native
 from fleet.worker.core import Core
 from fleet.worker.file_thread import FileThread
@@ -110,12 +111,13 @@ class Agent:
         self._stops: deque[Shutdown] = deque()
         self._forwarded: deque[int] = deque()
         self._reason: str | None = None  # set once ended
-        self._core = Core(settings, monotonic())
+        self._clock = LifeClock()
+        self._core = Core(settings, self._clock.now())
         self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
         self._pulse = Pulse(monotonic, LATE_AFTER_S)
         self._busyness = Busyness()
         self._dropped = Dropped(log, monotonic)
-        self._metrics = WorkerMetrics(self._core, self._turning, monotonic, self._dropped.counts)
+        self._metrics = WorkerMetrics(self._core, self._turning, self._clock.look, self._dropped.counts)
         self._exposition = None if metrics_at is None else Exposition(*metrics_at, [self._metrics], self._pulse.wrong)
 
     @property
@@ -162,8 +164,10 @@ class Agent:
 
     def _turn(self) -> None:
         """Takes everything that happened, then waits for more."""
-        deadline = min(self._core.next_deadline() or math.inf, monotonic() + BEAT_EVERY_S)
-        ready = self._poller.wait(max(0.0, deadline - monotonic()))
+        now = self._clock.now()
+        deadline = min(self._core.next_deadline() or math.inf, now + BEAT_EVERY_S)
+        ready = self._poller.wait(self._clock.waits(max(0.0, deadline - now)))
+        self._clock.now()
         self._wake.clear()
         self._pulse.beat()
         while self._stops:
@@ -203,7 +207,7 @@ class Agent:
             self._read(descriptor)
         for descriptor in [source for source in ready if source in self._sentinels]:
             self._reap(descriptor)
-        if monotonic() >= self._core.next_heartbeat:
+        if self._clock.now() >= self._core.next_heartbeat:
             self._step(Measured(self._busyness.read()))
         self._step(Tick())
 
@@ -230,7 +234,7 @@ class Agent:
             event = events.popleft()
             try:
                 with self._turning:
-                    effects = self._core.step(event, monotonic())
+                    effects = self._core.step(event, self._clock.now())
             except Exception as error:
                 self._dropped.failed(_name(event), error)
                 effects = self._core.decided

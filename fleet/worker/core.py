@@ -40,6 +40,7 @@ from fleet.worker.state import (
     Spawn,
     Spawned,
     TakePart,
+    Tick,
     ToRank,
 )
 
@@ -94,7 +95,9 @@ class Core(Ranks):
             self.load = event.load
         elif isinstance(event, Shutdown):
             self._shutdown(event.drain)
-        self._timers()
+        elif isinstance(event, Tick):  # all that has happened was told before
+            self._timers()
+        self._end_if_over()
         return self._effects
 
     def next_deadline(self) -> float | None:
@@ -301,15 +304,16 @@ class Core(Ranks):
                     self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGKILL))
                 if rank.drained_at is not None and not rank.paused and self._now >= rank.drained_at:
                     self._end_if_drained(attempt, rank, give_up=True)
+        if self.drain_until is not None and not self.shutting_down and self._now >= self.drain_until:
+            self._log("warning", f"still running after {self.settings.drain_s:g} s: stopping it, to start elsewhere")
+            self._hand_back()
+
+    def _end_if_over(self) -> None:
         if self.drain_until is not None and not self.shutting_down:
-            if not any(attempt.active for attempt in self.attempts.values()):
+            active = any(attempt.active for attempt in self.attempts.values())
+            if not active:
                 self._log("info", "drained: nothing runs here any more")
                 self.shutting_down = True
-            elif self._now >= self.drain_until:
-                self._log(
-                    "warning", f"still running after {self.settings.drain_s:g} s: stopping it, to start elsewhere"
-                )
-                self._hand_back()
         if self.shutting_down and not self.ended and all(self._is_over(rank) for rank in self._ranks()):
             self._send(m.Goodbye())
             self._exit("")

@@ -214,6 +214,7 @@ def test_a_restarted_orchestrator_finds_what_waits_what_runs_and_what_has_ended(
     assert again.jobs["runs"].attempt == 1
     # The other worker does not come back, so what it had been given starts elsewhere.
     again.step(o.Received(peer, m.Heartbeat()), 10.0 + RETURN_WITHIN_S)
+    again.step(o.Tick(), 10.0 + RETURN_WITHIN_S)
     assert (again.jobs["waits"].seats, again.jobs["waits"].attempt) == ((worker_id,), 2)
 
 
@@ -325,3 +326,36 @@ def test_a_worker_that_heard_of_a_job_too_late_need_not_hold_it() -> None:
     core.step(o.Received(b"w0/1", m.WorkerHello("w0", "1", "h", 1, VERSIONS)), 5.0)
     effects = core.step(o.Received(b"w0/1", m.Assigned("j", 1, 5)), 5.1)
     assert m.Forget("j", 1) in sent(effects, b"w0/1")
+
+
+def test_nobody_is_judged_before_all_that_arrived_was_read() -> None:
+    """The first message that is read after a pause must not cost those their lives whose messages lie behind it."""
+    core = cluster(1, 1)
+    core.step(o.Received(b"w0/1", m.Heartbeat()), 7.0)
+    assert set(core.workers) == {"w0", "w1"}
+    core.step(o.Received(b"w1/1", m.Heartbeat()), 7.0)
+    core.step(o.Tick(), 7.0)
+    assert set(core.workers) == {"w0", "w1"}
+
+
+def test_connections_that_broke_while_the_orchestrator_stood_still_have_as_long_as_after_its_restart() -> None:
+    core = cluster(1, 1)
+    core.step(o.PeerLost(b"w0/1"), 1.0)
+    core.step(o.StoodStill(9.0), 1.5)
+    core.step(o.PeerLost(b"w1/1"), 1.6)
+    for now in (1.5 + RECONNECT_GRACE_S, 4.9):
+        core.step(o.Tick(), now)
+    assert set(core.workers) == {"w0", "w1"}
+
+
+def test_times_stay_where_they_were_on_the_wall_when_that_runs_on() -> None:
+    """A suspended laptop: its wall clock has gone on for eight hours, and its monotonic clock has not."""
+    core = cluster(1)
+    core.epoch = 1_000_000.0
+    running(core, 1)
+    before = core.jobs["j"].info(core.epoch, "")
+    core.move_epoch(core.epoch + 8 * 3600)
+    after = core.jobs["j"].info(core.epoch, "")
+    assert (after.submitted_at, after.started_at) == (before.submitted_at, before.started_at)
+    core.step(o.Received(CLIENT, m.Submit("later", 1, SPEC)), 1.0)
+    assert core.jobs["later"].info(core.epoch, "").submitted_at == 1_000_000.0 + 8 * 3600 + 1.0

@@ -157,6 +157,7 @@ def test_why_asks_all_ranks_and_their_answers_go_to_those_who_asked_alone() -> N
     core.step(o.PeerLost(CURIOUS), 2.0)
     core.step(o.Received(b"w0/1", m.Heartbeat()), 4.0)
     core.step(o.Received(b"w1/1", m.Heartbeat()), 4.0)
+    core.step(o.Tick(), 4.0)
     assert CURIOUS not in core.clients
     assert core.step(o.Received(b"w1/1", answer), 4.1) == []
 

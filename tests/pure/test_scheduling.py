@@ -39,6 +39,7 @@ def alive(core: Core, until: float) -> None:
     """Workers go on saying that they live, so that time may pass."""
     for worker_id in list(core.workers):
         core.step(o.Received(f"{worker_id}/1".encode(), m.Heartbeat()), until)
+    core.step(o.Tick(), until)
 
 
 def test_a_higher_priority_starts_first_and_equals_in_the_order_of_submission() -> None:

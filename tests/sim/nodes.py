@@ -14,6 +14,8 @@ from fleet.worker.core import Core as Agent
 if TYPE_CHECKING:
     from tests.sim.world import World
 
+SILENCE_S = 3.0  # after which ZeroMQ takes a connection for broken
+
 VERSIONS = m.Versions("0", "3.11")
 
 
@@ -59,7 +61,7 @@ class Node:
         """Tries until the orchestrator is there."""
         if not self.alive or self.line.number:
             return
-        if self.world.core is None:
+        if self.world.core is None or self.world.still_until > self.world.now:
             self.world.after(self.world.source.uniform(0.05, 2.0), self.connect)
             return
         self.world.line_count += 1
@@ -68,6 +70,22 @@ class Node:
         for message in queued:
             self.world.carry(self, message, up=True)
         self.link_up()
+
+    def silenced(self, until: float, here_at: float, there_at: float) -> None:
+        """The other side, or this one, stands still until then: the connection breaks, as each side finds out at its time."""
+        number, world = self.line.number, self.world
+        if not number:
+            return
+
+        def ends() -> None:
+            if self.alive and self.line.number == number:
+                self.line.number = 0
+                self.line.last_arrival.clear()
+                self.link_down()
+                world.at(until + world.source.uniform(0.0, 1.5), self.connect)
+
+        world.at(here_at, ends)
+        world.at(there_at, lambda: world.lost(self.peer, number))
 
     def cut(self, again: bool = True) -> None:
         number, self.line.number = self.line.number, 0
@@ -79,6 +97,11 @@ class Node:
         if again:
             self.link_down()
             world.after(world.source.uniform(0.05, 4.0), self.connect)
+
+
+def lived(now: float, deadline: float | None) -> float:
+    """The time of a clock that has stood still: it meets a deadline that rounding alone keeps it from."""
+    return deadline if deadline is not None and 0 < deadline - now < 1e-9 else now
 
 
 class Worker(Node):
@@ -99,6 +122,8 @@ class Worker(Node):
             gpus=gpus,
         )
         self.worker_id, self.slots, self.gpus = worker_id, slots, gpus
+        self.still_until = self.still_s = 0.0
+        self.held: list[w.Event] = []  # while it stands still
         self.core = Agent(settings, world.now)
         self.processes: dict[w.Key, Process] = {}
         self.tick_at: float | None = None
@@ -116,24 +141,49 @@ class Worker(Node):
     def step(self, event: w.Event) -> None:
         if not self.alive:
             return
+        if self.still_until > self.world.now:
+            self.held.append(event)
+            return
         events = deque([event])
         while events and self.alive:
             self.world.changed = self.world.changed or not isinstance(events[0], w.Tick)
-            for effect in self.core.step(events.popleft(), self.world.now):
+            for effect in self.core.step(
+                events.popleft(), lived(self.world.now - self.still_s, self.core.next_deadline())
+            ):
                 events.extend(self._perform(effect))
         self._arm()
 
     def _arm(self) -> None:
-        deadline = self.core.next_deadline()
+        deadline = self._deadline()
         if self.alive and deadline is not None and (self.tick_at is None or deadline < self.tick_at - 1e-9):
             self.tick_at = deadline
             self.world.at(deadline, self._tick)
 
+    def _deadline(self) -> float | None:
+        deadline = self.core.next_deadline()
+        return None if deadline is None else deadline + self.still_s
+
+    def stand_still(self, seconds: float) -> None:
+        """Stopped, as by SIGSTOP; its ranks run on. What happens meanwhile it hears of afterwards, before it looks at a clock."""
+        world = self.world
+        self.still_until = world.now + seconds
+        if seconds > SILENCE_S:
+            self.silenced(self.still_until, here_at=self.still_until, there_at=world.now + SILENCE_S)
+
+        def goes_on() -> None:
+            self.still_s += seconds
+            held, self.held = self.held, []
+            for event in held:
+                self.step(event)
+            self._arm()
+
+        world.at(self.still_until, goes_on)
+
     def _tick(self) -> None:
         self.tick_at = None
-        if self.alive:
+        if self.alive and self.still_until <= self.world.now:
             self.step(w.Tick())
-            deadline = self.core.next_deadline()
+            deadline = self._deadline()
             assert deadline is None or deadline > self.world.now, f"{self.worker_id} would spin: {deadline}"
 
     def _perform(self, effect: w.Effect) -> list[w.Event]:

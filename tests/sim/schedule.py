@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from fleet import messages as m
 from tests.sim.nodes import Client
@@ -22,15 +23,23 @@ FAULTS = (
     "cancel",
     "client gone",
     "nonsense",
+    "orchestrator stands still",
+    "worker stands still",
 )
 
 
 def run(seed: int) -> tuple[Counter[str], int]:
     """(faults that fired, events). Raises AssertionError that tells the seed and the last events."""
+    world, events = run_with(seed, FAULTS)
+    return world.faults, events
+
+
+def run_with(seed: int, faults: Sequence[str]) -> tuple[World, int]:
+    """With faults of these kinds only: (the world at the end, events)."""
     world = World(seed)
     events = 0
     try:
-        _furnish(world)
+        _furnish(world, faults)
         while world.now < FAULTS_S and world.step():
             events += 1
             _check(world)
@@ -45,7 +54,7 @@ def run(seed: int) -> tuple[Counter[str], int]:
     except Exception as error:
         trace = "\n".join(world.trace)
         raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}\nthe last events:\n{trace}") from error
-    return world.faults, events
+    return world, events
 
 
 def _check(world: World) -> None:
@@ -55,7 +64,7 @@ def _check(world: World) -> None:
         check(world)
 
 
-def _furnish(world: World) -> None:
+def _furnish(world: World, faults: Sequence[str]) -> None:
     source = world.source
     for number in range(source.randint(2, 4)):
         slots, gpus = source.randint(1, 3), source.choice([0, 0, 1])
@@ -67,7 +76,7 @@ def _furnish(world: World) -> None:
         submit = _job(world, f"j{number}", client.attached)
         world.after(source.uniform(0, FAULTS_S * 0.8), lambda c=client, s=submit: c.submit(s) if c.alive else None)
     for _ in range(source.randint(2, 9)):
-        fault = source.choice(FAULTS)
+        fault = source.choice(faults)
         world.after(source.uniform(0.5, FAULTS_S), lambda f=fault: _strike(world, f))
 
 
@@ -127,6 +136,16 @@ def _strike(world: World, fault: str) -> None:
     elif fault == "client gone" and len([c for c in world.clients if c.alive]) > 1 and client.alive:
         world.count("client gone")
         client.vanish()
+    elif fault == "orchestrator stands still" and world.core and world.still_until <= world.now:
+        world.count("orchestrator stands still")
+        seconds = source.uniform(0.5, 12.0)
+        world.stand_still(seconds)
+        for each in workers:
+            world.trouble_at[each.worker_id] = world.still_until
+    elif fault == "worker stands still" and worker and worker.still_until <= world.now:
+        world.count("worker stands still")
+        worker.stand_still(source.uniform(0.5, 12.0))
+        world.trouble_at[worker.worker_id] = worker.still_until
     elif fault == "nonsense" and worker:
         world.count("nonsense")
         for message in _nonsense(world):

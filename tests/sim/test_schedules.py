@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.sim.schedule import FAULTS, run
+from tests.sim.schedule import FAULTS, run, run_with
 
 CHUNKS, SEEDS_EACH = 6, 50
 MUST_FIRE = {
@@ -18,6 +18,8 @@ MUST_FIRE = {
     "drain by signal",
     "drain by name",
     "cancel",
+    "orchestrator stands still",
+    "worker stands still",
 }
 
 
@@ -40,3 +42,16 @@ def test_every_kind_of_fault_is_one_that_is_counted() -> None:
 
 def test_a_schedule_is_the_same_every_time() -> None:
     assert run(7) == run(7)
+
+
+def test_an_orchestrator_that_stands_still_takes_it_out_on_nobody() -> None:
+    """Whether its connections broke meanwhile or not: its own silence is not its workers'."""
+    fired = 0
+    for seed in range(60):
+        world, _ = run_with(seed, ["orchestrator stands still"])
+        fired += world.faults["orchestrator stands still"]
+        assert world.core is not None
+        assert world.core.counts.workers_lost == 0, "\n".join([f"seed {seed}", *world.trace])
+        lost = {job.job_id: job.history for job in world.core.jobs.values() if job.losses and job.history}
+        assert all("cannot start it" in entry for history in lost.values() for entry in history), lost
+    assert fired > 60

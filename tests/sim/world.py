@@ -17,7 +17,7 @@ from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core as Orchestrator
 from fleet.orchestrator.jobs import recalled
-from tests.sim.nodes import VERSIONS, Client, Node, Process, Worker
+from tests.sim.nodes import SILENCE_S, VERSIONS, Client, Node, Process, Worker, lived
 
 TRACE = 60
 
@@ -49,6 +49,8 @@ class World:
         self.live: dict[str, dict[int, list[tuple[Worker, Process]]]] = {}  # processes by job and attempt
         self.exits: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
         self.restarted_at = 0.0
+        self.still_until = self.still_s = 0.0  # of the orchestrator
+        self.held: list[o.Event] = []
         self.trouble_at: dict[str, float] = {}  # when a worker was last cut off, silent or without an orchestrator
         self.changed = True  # since the rules were last looked at: jobs, rooms, processes or windows
         self.forgotten: set[str] = (
@@ -125,6 +127,8 @@ class World:
         self.core = Orchestrator(VERSIONS, durable=True, policy=self.source.choice(["least-loaded", "round-robin"]))
         self._unsaved, self._failing, self.dies_after = {}, False, None
         records = [record for _, record in sorted(self.disk.values())]
+        self.still_until = self.still_s = 0.0
+        self.held.clear()
         self.core.recall([recalled(record, 0.0) for record in records], self.disk_drained, self.now)
         self.restarted_at = self.now
         self._arm()
@@ -144,14 +148,36 @@ class World:
                     self.after(self.source.uniform(0.05, 2.0), node.connect)
         self.after(self.source.uniform(0.1, 3.0), self.start_orchestrator)
 
+    def stand_still(self, seconds: float) -> None:
+        """The orchestrator is stopped, as by SIGSTOP. What arrives meanwhile it reads afterwards, before it looks at a clock."""
+        core = self.core
+        self.still_until = self.now + seconds
+        for node in list(self.nodes.values()):
+            if seconds > SILENCE_S:
+                heard_at = self.still_until + self.source.uniform(0.0, 0.3)
+                node.silenced(self.still_until, here_at=self.now + SILENCE_S, there_at=heard_at)
+
+        def goes_on() -> None:
+            if self.core is not core or core is None:
+                return  # killed meanwhile
+            self.still_s += seconds
+            held, self.held = self.held, []
+            for event in (o.StoodStill(seconds), *held, o.Tick()):
+                self.orchestrate(event)
+
+        self.at(self.still_until, goes_on)
+
     def orchestrate(self, event: o.Event) -> None:
+        if self.still_until > self.now:
+            self.held.append(event)
+            return
         self.changed = True
         events: list[o.Event] = [event]
         while events and self.core is not None:
             todo: list[o.Effect] = []
             new: list[str] = []
             for each in events:
-                for effect in self.core.step(each, self.now):
+                for effect in self.core.step(each, lived(self.now - self.still_s, self.core.next_deadline())):
                     if isinstance(effect, o.Save):
                         self._unsaved[effect.job_id] = effect.number, effect.record
                         new += [effect.job_id] if effect.is_new else []
@@ -195,16 +221,20 @@ class World:
         return [*recovered, *map(o.Saved, new)]
 
     def _arm(self) -> None:
-        deadline = self.core.next_deadline() if self.core is not None else None
+        deadline = self._deadline()
         if deadline is not None and (self.tick_at is None or deadline < self.tick_at - 1e-9):
             self.tick_at = deadline
             self.at(deadline, self._tick)
 
+    def _deadline(self) -> float | None:
+        deadline = self.core.next_deadline() if self.core is not None else None
+        return None if deadline is None else deadline + self.still_s
+
     def _tick(self) -> None:
         self.tick_at = None
-        if self.core is not None:
+        if self.core is not None and self.still_until <= self.now:
             self.orchestrate(o.Tick())
-            deadline = self.core.next_deadline() if self.core is not None else None
+            deadline = self._deadline()
             assert deadline is None or deadline > self.now, f"the orchestrator would spin: {deadline}"
 
     # Machines
