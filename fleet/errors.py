@@ -130,6 +130,42 @@ class Late:
         return f"rank {self.rank} ({self.host}, pid {self.pid}) {self.doing}"
 
 
+@dataclass(frozen=True)
+class Blocked:
+    """One rank's way to another, which runs, that is closed. Ranks have their numbers in the job."""
+
+    source: int
+    source_address: str  # where its own inbox listens
+    target: int
+    target_address: str
+
+    def __str__(self) -> str:
+        return f"rank {self.source} ({self.source_address}) does not reach rank {self.target} at {self.target_address}"
+
+
+def _firewall(blocked: Sequence[Blocked]) -> str:
+    """Which ways are closed, and what to look at."""
+    said = [str(way) for way in blocked[:SHOWN_AT_MOST]]
+    if more := len(blocked) - SHOWN_AT_MOST:
+        said += [f"and {more} more ways are closed"] if more > 0 else []
+    return (
+        f"{', '.join(said)}: is a firewall between them? Workers connect to each other on WORKER_PORT (50052) and up, one for "
+        "each slot, at FLEET_HOST"
+    )
+
+
+@dataclass(eq=False)
+class Unreachable(FleetError):
+    """The network must change: all ranks run, and some cannot make a connection to others."""
+
+    call: str
+    within_s: float
+    blocked: Sequence[Blocked]
+
+    def __str__(self) -> str:
+        return f"{self.call}: after {self.within_s:g} s {_firewall(self.blocked)}"
+
+
 @dataclass(eq=False)
 class CollectiveTimeout(FleetError):
     """Somebody is late, and is named: what was awaited, for how long, and what the missing ranks are doing."""
@@ -144,6 +180,7 @@ class CollectiveTimeout(FleetError):
     behind: str = ""  # the collective of this rank that still went on, so that this one had not even begun
     members: Sequence[int] = ()  # the job's number of each rank here; empty: the same one
     recent: Sequence[str] = ()  # the last collectives of this rank
+    blocked: Sequence[Blocked] = ()  # ways between the ranks that are closed
 
     @property
     def culprits(self) -> list[int]:
@@ -159,6 +196,8 @@ class CollectiveTimeout(FleetError):
         if not self.world_size:
             head += f" on rank {self.rank}"
         head += f": not complete after {self.waited_s:g} s"
+        if self.blocked:
+            return f"{head}; {_firewall(self.blocked)}"
         if not self.late:
             if not self.world_size:
                 return head

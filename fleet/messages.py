@@ -381,6 +381,7 @@ class Answer(Message, frozen=True):
     call: Text = ""  # the collective that was asked for; empty: it made none of that number
     line: Text = ""  # of the script, where that was called or the rank is now
     records: str = ""
+    unreached: Ranks = ()  # that it sent to, and that it has no connection to
 
 
 class Tally(Message, frozen=True):

@@ -122,6 +122,28 @@ def obstacle(host: str, port: int, within_s: float) -> str:
     return ""
 
 
+def resolved(tcp_endpoint: str) -> set[tuple[str, int]]:
+    """The addresses and ports that an endpoint stands for; empty where its name does not resolve."""
+    host, _, port = tcp_endpoint.removeprefix("tcp://").rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    with contextlib.suppress(OSError):
+        infos = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+        return {(str(info[4][0]).partition("%")[0], int(port)) for info in infos}
+    return set()
+
+
+def connected_to() -> set[tuple[str, int]] | None:
+    """The addresses and ports that this process has TCP connections to; None where the system does not tell."""
+    import psutil
+
+    try:
+        found = psutil.Process().net_connections("tcp")
+    except (psutil.Error, OSError):
+        return None
+    made = [c.raddr for c in found if c.status == psutil.CONN_ESTABLISHED and c.raddr]
+    return {(address.ip.removeprefix("::ffff:"), address.port) for address in made}
+
+
 def name_of(address: str) -> str:
     """The name that DNS has for an address, without its domain; empty if it has none.
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import zmq
 
 from fleet.bus import forks
+from fleet.bus.address import connected_to, resolved
 from fleet.bus.context import Bus
 from fleet.bus.lock import Lock
 from fleet.bus.strangers import Strangers
@@ -25,6 +26,7 @@ from fleet.errors import UsageError
 
 HWM = 256  # messages per direction and peer
 TICK_MS = 100  # how often a wait looks up from the socket
+CONNECTED_WITHIN_S = 1.0  # of its first message; later than that, something is in the way
 CLOSE_WITHIN_S = 2.0  # for threads that use a socket to leave it, which they do within a tick
 FRAME_BYTES = 2 << 20  # what one connection can make a rank hold before it has shown that it holds the secret
 JOIN_FRAMES_BELOW = 8192  # bytes: under this a copy is cheaper than a second frame
@@ -40,6 +42,7 @@ Check = Callable[[], None]  # called while waiting; raises to end the wait
 class _Outbox(NamedTuple):
     socket: zmq.Socket[bytes]
     lock: threading.Lock  # a full queue of one peer must hold up nobody who sends to another
+    opened: float  # monotonic
 
 
 class Mesh:
@@ -72,7 +75,7 @@ class Mesh:
         """
         self._bus.check_process()
         size = len(payload) if isinstance(payload, zmq.Frame | bytearray | bytes) else payload.nbytes
-        socket, lock = self._outboxes.get(peer) or self._open(peer)
+        socket, lock, _ = self._outboxes.get(peer) or self._open(peer)
         if not lock.acquire(blocking=False):
             self._until(lambda: lock.acquire(timeout=TICK_MS / 1000), deadline, check)
         try:
@@ -88,6 +91,16 @@ class Mesh:
             return _sent_in_frames(socket, memoryview(payload).cast("B"), track)
         finally:
             lock.release()
+
+    def unreached(self) -> list[int]:
+        """Peers that something was sent to a while ago, and that there is no connection to. Any thread may ask."""
+        since = monotonic() - CONNECTED_WITHIN_S
+        opened = [peer for peer, outbox in list(self._outboxes.items()) if outbox.opened < since]
+        waiting = [peer for peer in opened if self._addresses[peer].startswith("tcp:")]
+        connected = connected_to() if waiting else None
+        if connected is None:
+            return []
+        return [peer for peer in waiting if connected.isdisjoint(resolved(self._addresses[peer]))]
 
     def has_message(self) -> bool:
         """Whether `receive` would return one at once."""
@@ -156,7 +169,7 @@ class Mesh:
                 socket = self._bus.socket(zmq.DEALER, HWM, FRAME_BYTES)
                 socket.sndtimeo = TICK_MS
                 self._bus.connect(socket, self._addresses[peer])
-                self._outboxes[peer] = _Outbox(socket, threading.Lock())
+                self._outboxes[peer] = _Outbox(socket, threading.Lock(), monotonic())
             return self._outboxes[peer]
 
     def _check_open(self) -> None:

@@ -12,6 +12,7 @@ from fleet.collectives import reduce
 from fleet.collectives.arena import Arena
 from fleet.collectives.buffer import Buffer
 from fleet.collectives.conductor import Conductor, Inquiry
+from fleet.collectives.greeting import Unheard
 from fleet.collectives.header import pack_call
 from fleet.collectives.job import Call, Job
 from fleet.collectives.paths import BY_INIT, Forming, Overdue, World, reach
@@ -54,7 +55,8 @@ class Base:
         self._split_count = 0
         self._children: list[Base] = []
         check = world.check if world is not None else (lambda: None)
-        self._conductor = Conductor(rank, self._members, group, timeout_s, inquire, check)
+        inbox = world.inbox if world is not None else None
+        self._conductor = Conductor(rank, self._members, group, timeout_s, inquire, check, inbox)
         self._windows = Windows()
         self._path: Any = None
         self._points: Points | None = None
@@ -64,12 +66,14 @@ class Base:
                 found = reach(world, group, members, self._conductor.check, forming)
             except Overdue:
                 raise self._conductor.not_formed(forming.call, forming.within_s) from None
+            except Unheard as missing:
+                raise self._conductor.not_reached(forming.call, missing.ranks, missing.within_s) from None
             self._path, self._windows = found.path, found.windows
             self._conductor.arena = found.arena
             self._conductor.recorder.tally.path = found.path.name
             self._conductor.channel = found.channel if found.uses_sockets else None
             self._arena = found.arena
-            self._points = Points(found.channel, self._conductor.late)
+            self._points = Points(found.channel, self._conductor.known)
             self._channel = found.channel
 
     # Its life

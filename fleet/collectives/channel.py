@@ -43,6 +43,7 @@ class Inbox:
         self, mesh: Mesh, rank: int, addresses: Sequence[str], world: int, check: Check = lambda: None
     ) -> None:
         self.rank = rank
+        self.addresses = addresses
         self.refused_count = 0  # messages that were not fleet's
         self.stale_count = 0  # messages of another world
         self._mesh = mesh
@@ -136,6 +137,10 @@ class Inbox:
             with self._changed:
                 self._receiving = False
                 self._changed.notify_all()
+
+    def unreached(self) -> list[int]:
+        """Ranks of the world that something was sent to, and that there is no connection to."""
+        return self._mesh.unreached()
 
     def has(self, key: Key) -> bool:
         return key in self._early

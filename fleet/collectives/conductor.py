@@ -17,16 +17,26 @@ from time import monotonic, sleep
 from fleet.bus import forks
 from fleet.collectives.arena import Arena, Differs
 from fleet.collectives.arena import Late as LateHere
-from fleet.collectives.channel import Channel
+from fleet.collectives.channel import Channel, Inbox
 from fleet.collectives.header import describe_call
 from fleet.collectives.job import Call, Check, Job
 from fleet.collectives.recorder import SHOWN_ON_FAILURE, Recorder
 from fleet.collectives.work import Work
-from fleet.errors import Called, CollectiveMismatch, CollectiveTimeout, FleetError, Late, UsageError
+from fleet.errors import (
+    Blocked,
+    Called,
+    CollectiveMismatch,
+    CollectiveTimeout,
+    FleetError,
+    Late,
+    Unreachable,
+    UsageError,
+)
 
 CLOSE_WITHIN_S = 1.0
 COMPLETE_WITHIN_S = 0.4  # for ranks on their way to a collective that has failed, to be named with the others
 CLOSED = "this communicator is closed"
+UNANSWERED = "is not answering: stopped, frozen or cut off"  # what a rank does that nobody hears of
 _API = str(Path(__file__).with_name("communicator.py"))  # whose methods are called by scripts, and by each other
 _Item = tuple[Work, Job, Callable[[Job], None]]
 
@@ -40,6 +50,7 @@ class Doing:
     inside: bool
     call: str  # that was asked for; empty: it made none of that number
     line: str = ""
+    unreached: tuple[int, ...] = ()  # ranks of the world that it sent to and has no connection to
 
 
 # Asks every other rank of the world what it does in the communicator of this group, and what it called as the collective of
@@ -58,6 +69,7 @@ class Conductor:
         timeout_s: float,
         inquire: Inquiry | None,
         check: Check,
+        inbox: Inbox | None = None,
     ) -> None:
         self.rank = rank
         self.timeout_s = timeout_s
@@ -65,6 +77,7 @@ class Conductor:
         self.group = group
         self.channel: Channel | None = None  # set where the path uses sockets
         self.arena: Arena | None = None  # set where it uses shared memory
+        self.inbox = inbox
         self._members = members  # the world's numbers of its ranks
         self._inquire = inquire
         self._check = check
@@ -151,9 +164,21 @@ class Conductor:
         late = [doing.late for doing in doings if doing.sequence < 0] or [doing.late for doing in doings]
         return CollectiveTimeout(0, call, self.rank, waited_s, late, len(self._members), members=self._numbers())
 
-    def late(self, ranks: Sequence[int] = ()) -> list[Late]:
-        """What is known of `ranks`, as others wait for them."""
-        return [doing.late for doing in self._doings() if doing.late.rank in ranks]
+    def not_reached(self, call: str, missing: Sequence[int], within_s: float) -> FleetError:
+        """The error where nothing came from these ranks of the world, all of which should have greeted this one."""
+        doings = self._doings()
+        frozen = [d.late for d in doings if d.late.doing == UNANSWERED and self._members[d.late.rank] in missing]
+        if len(frozen) == len(missing):
+            return CollectiveTimeout(0, call, self.rank, within_s, frozen, len(self._members), members=self._numbers())
+        silent = {self._members[late.rank] for late in frozen}
+        me = self._members[self.rank]
+        ways = self._ways([(rank, me) for rank in missing if rank not in silent])
+        return Unreachable(call, within_s, [*ways, *(way for way in self._blocked(doings) if way not in ways)])
+
+    def known(self, ranks: Sequence[int]) -> tuple[list[Late], list[Blocked]]:
+        """What `ranks` do, as others wait for them, and which ways between ranks are closed."""
+        doings = self._doings()
+        return [doing.late for doing in doings if doing.late.rank in ranks], self._blocked(doings)
 
     def _progress(self) -> None:
         assert self._queue is not None
@@ -228,7 +253,8 @@ class Conductor:
     def _timed_out(self, job: Job, waited_for: int | None) -> FleetError:
         """A mismatch if somebody is in another call, else who has not come."""
         call, late = str(job.call), []
-        for doing in self._doings(job.sequence):
+        doings = self._doings(job.sequence)
+        for doing in doings:
             # Also of one that has left it: it left with an error.
             if doing.sequence >= job.sequence and doing.call and doing.call != call:
                 return CollectiveMismatch(job.sequence, self.rank, call, doing.late.rank, doing.call)
@@ -236,7 +262,23 @@ class Conductor:
                 late.append(doing.late)
         if not late and waited_for is not None and self._inquire is None:
             late.append(Late(waited_for, "this host", 0, "has not come"))
-        return CollectiveTimeout(job.sequence, call, self.rank, job.limit_s, late, len(self._members), line=job.where)
+        error = CollectiveTimeout(job.sequence, call, self.rank, job.limit_s, late, len(self._members), line=job.where)
+        error.blocked = self._blocked(doings)
+        return error
+
+    def _blocked(self, doings: Sequence[Doing]) -> list[Blocked]:
+        """The ways that are closed between ranks of this communicator that run."""
+        if self.inbox is None:
+            return []
+        me = self._members[self.rank]
+        running = {me, *(self._members[doing.late.rank] for doing in doings if doing.sequence >= 0)}
+        found = [(me, target) for target in self.inbox.unreached()]
+        found += [(self._members[doing.late.rank], target) for doing in doings for target in doing.unreached]
+        return self._ways([(source, target) for source, target in found if target in running])
+
+    def _ways(self, pairs: Sequence[tuple[int, int]]) -> list[Blocked]:
+        where = self.inbox.addresses if self.inbox is not None else ()
+        return [Blocked(source, where[source], target, where[target]) for source, target in pairs]
 
     def _complete(self, error: CollectiveMismatch) -> None:
         """Who else called what, and where. Ranks that are about to come are waited for, so that all ranks say the same."""

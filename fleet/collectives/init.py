@@ -48,6 +48,7 @@ def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Co
         welcome = session.welcome()
         lock = Lock(welcome.security, welcome.secret if welcome.security != "open" else "")
         mesh = Mesh(lock, welcome.bind, session.strangers)
+        session.unreached = mesh.unreached
         try:
             reached_at = _reachable(mesh.endpoint, welcome.advertise)
             world = session.join(reached_at, host_key(directory) if directory is not None else "", join_timeout_s)

@@ -19,6 +19,7 @@ from fleet.bus.lock import derive
 from fleet.bus.shared import DECIDED_WITHIN_S, PAGE_BYTES, share
 from fleet.collectives.arena import Arena, arena_bytes
 from fleet.collectives.channel import Channel, Inbox
+from fleet.collectives.greeting import greet, partners
 from fleet.collectives.header import pack_call
 from fleet.collectives.hierarchy import HierarchicalPath
 from fleet.collectives.job import Call, Check, Job
@@ -105,13 +106,17 @@ class Reach:
 def reach(world: World, group: int, members: Sequence[int], check: Check, forming: Forming) -> Reach:
     """The path among `members` (ranks of the world). All of them call this at the same time.
 
-    `check` is called while its collectives wait, and raises to end the wait. Raises Overdue.
+    `check` is called while its collectives wait, and raises to end the wait. Raises Overdue, and Unheard where ranks of a
+    new world do not reach this one.
     """
     deadline = monotonic() + forming.within_s
     channel = Channel(world.inbox, group, members, check)
     windows = Windows()
     hosts = _hosts(world, members)
     mine = next(host for host in hosts if channel.rank in host)
+    if group == 0 and len(hosts) > 1:
+        addresses = [world.members[member].address for member in members]
+        greet(channel, partners(channel.rank, addresses, mine), deadline)
     arena = None
     if len(mine) > LOCAL_AT_MOST:
         log.warning("more than %d ranks on one host: their tensors go through sockets, which is slower", LOCAL_AT_MOST)

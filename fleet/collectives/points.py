@@ -17,7 +17,7 @@ from fleet.collectives.buffer import Buffer
 from fleet.collectives.channel import Channel, Key, Payload
 from fleet.collectives.header import describe_call, pack_call
 from fleet.collectives.work import Work
-from fleet.errors import CollectiveMismatch, CollectiveTimeout, Late
+from fleet.errors import Blocked, CollectiveMismatch, CollectiveTimeout, Late
 
 
 class _Lane:
@@ -31,12 +31,12 @@ class _Lane:
 
 
 class Points:
-    """This rank's sends and receives. `late(ranks)` tells what is known of those that are waited for."""
+    """This rank's sends and receives. `known(ranks)` tells what those that are waited for do, and which ways are closed."""
 
-    def __init__(self, channel: Channel, late: Callable[[list[int]], list[Late]]) -> None:
+    def __init__(self, channel: Channel, known: Callable[[list[int]], tuple[list[Late], list[Blocked]]]) -> None:
         self._channel = channel
         self._group = channel.group + 1
-        self._late = late
+        self._known = known
         self._lanes: dict[tuple[int, int], _Lane] = {}  # by (rank, tag)
         self._received: dict[tuple[int, int], int] = {}
 
@@ -120,7 +120,8 @@ class Points:
     def _timeout(self, call: bytes, way: str, ranks: list[int], limit_s: float) -> CollectiveTimeout:
         what = describe_call(call) if way == "to" else describe_call(call).replace("send", "recv", 1)
         peer = f"rank {ranks[0]}" if len(ranks) == 1 else "any rank"
-        return CollectiveTimeout(0, f"{what} {way} {peer}", self._channel.rank, limit_s, self._late(ranks))
+        late, blocked = self._known(ranks)
+        return CollectiveTimeout(0, f"{what} {way} {peer}", self._channel.rank, limit_s, late, blocked=blocked)
 
 
 def in_background(act: Callable[[], Any], work: Work) -> None:

@@ -22,7 +22,7 @@ from fleet.bus.control import Dealer
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.strangers import Strangers
-from fleet.collectives.conductor import Doing
+from fleet.collectives.conductor import UNANSWERED, Doing
 from fleet.collectives.recorder import Recorder, text
 from fleet.config import RankSettings
 from fleet.errors import FleetError, Late, ProtocolError, WorldChanged
@@ -63,6 +63,7 @@ class Session:
         self._answers: dict[int, queue.SimpleQueue[m.Answer]] = {}  # by question: several threads may ask at once
         self._told_inside = False
         self.strangers = Strangers()  # of this rank's inbox
+        self.unreached: Callable[[], Sequence[int]] = lambda: ()  # ranks that it sent to and has no connection to
         self._told_refused = 0
         self._world: World | None = None
         self._thread = threading.Thread(target=self._run, name="fleet-session", daemon=True)
@@ -118,7 +119,7 @@ class Session:
         for rank in missing:
             member = self._world.members[rank] if self._world else None
             host, pid = (member.host, member.pid) if member else ("?", 0)
-            found.append(Doing(Late(rank, host, pid, "is not answering: stopped, frozen or cut off"), -1, False, ""))
+            found.append(Doing(Late(rank, host, pid, UNANSWERED), -1, False, ""))
         return sorted(found, key=lambda doing: doing.late.rank)
 
     def close(self) -> None:
@@ -207,7 +208,7 @@ class Session:
         self._out.put(
             m.Answer(
                 s.job_id, s.attempt, ask.rank, ask.question, s.rank, "", self._pid, sequence,
-                record is not None and not record.ended, doing, call, line, records,
+                record is not None and not record.ended, doing, call, line, records, tuple(self.unreached()),
             )
         )  # fmt: skip
         self._wake.set()
@@ -215,7 +216,7 @@ class Session:
 
 def _doing(answer: m.Answer) -> Doing:
     late = Late(answer.rank, answer.host, answer.pid, answer.doing)
-    return Doing(late, answer.sequence, answer.inside, answer.call, answer.line)
+    return Doing(late, answer.sequence, answer.inside, answer.call, answer.line, answer.unreached)
 
 
 def main_thread_line() -> str:

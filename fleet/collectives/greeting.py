@@ -1,0 +1,65 @@
+"""Whether the ranks of a new world reach each other: each greets those of other machines that it will talk to, and awaits theirs.
+
+Where a firewall lets nobody in, each rank finds out for itself that nothing comes, and from whom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import monotonic
+
+from fleet.collectives.channel import Channel, Key
+from fleet.collectives.header import pack_call
+
+HEARD_WITHIN_S = 15.0  # since all had joined: time for a lost packet or two, and for a machine that has much to do
+ALL_AT_MOST = 16  # ranks of a world in which each greets all others
+_SEQUENCE = 0  # before the first collective
+
+
+class Unheard(Exception):
+    """No greeting came from these ranks of the world in the time that there was for it."""
+
+    def __init__(self, ranks: Sequence[int], within_s: float) -> None:
+        super().__init__(ranks)
+        self.ranks = ranks
+        self.within_s = within_s
+
+
+def partners(rank: int, addresses: Sequence[str], machine: Sequence[int]) -> list[int]:
+    """The ranks that `rank` greets, which are those that greet it, by the endpoints of all; `machine` are those of its own.
+
+    In a large world they are the neighbours at distances of 1, 2, 4, ... in both directions, with which rings and trees
+    begin: about as many messages as a barrier has, and no N² connections.
+    """
+    count = len(addresses)
+    near: Sequence[int] = range(count)
+    if count > ALL_AT_MOST:
+        steps = [1 << power for power in range((count - 1).bit_length())]
+        near = sorted({(rank + step) % count for step in steps} | {(rank - step) % count for step in steps})
+    mine = _host(addresses[rank])
+    return [peer for peer in near if peer not in machine and mine and _host(addresses[peer]) not in ("", mine)]
+
+
+def greet(channel: Channel, ranks: Sequence[int], deadline: float) -> None:
+    """Exchanges greetings with these ranks of the channel, which do the same. Raises Unheard."""
+    started = monotonic()
+    deadline = min(deadline, started + HEARD_WITHIN_S)
+    call = pack_call("barrier")
+    for rank in ranks:
+        channel.send(rank, _SEQUENCE, 0, 0, call, b"", deadline)
+    awaited = {(channel.group, _SEQUENCE, channel.members[rank], 0, 0): rank for rank in ranks}
+
+    def find() -> Key | None:
+        return next((key for key in awaited if channel.inbox.has(key)), None)
+
+    while awaited:
+        try:
+            key, _, _ = channel.inbox.take(channel, find, deadline)
+        except TimeoutError:
+            raise Unheard([channel.members[rank] for rank in awaited.values()], deadline - started) from None
+        del awaited[key]
+
+
+def _host(endpoint: str) -> str:
+    """Where a rank listens; empty: where no network is between, in a file."""
+    return endpoint.rpartition(":")[0] if endpoint.startswith("tcp:") else ""
