@@ -11,17 +11,21 @@ import typer
 from fleet import config
 from fleet.cli.job_commands import (
     WITH_SCRIPT,
+    AsJson,
     DryRun,
     Gpus,
     Insecure,
     Keep,
+    MaxBundle,
     MaxOutput,
     MaxRestarts,
+    Orchestrator,
     OutputFolder,
     Policy,
     Priority,
     SecretFile,
     Slots,
+    Timeout,
     job_commands,
     job_options,
     words_of,
@@ -41,15 +45,26 @@ app = typer.Typer(
     help="Train a model with more than one Python process, on one machine or many.",
 )
 app.add_typer(job_commands)
+
+
+@app.callback()
+def fleet_command(
+    version: Annotated[bool, typer.Option("--version", help="Print fleet's version.")] = False,
+) -> None:
+    """Train a model with more than one Python process, on one machine or many."""
+
+
 MetricsPort = Annotated[
-    int | None, typer.Option(help="Serve /metrics and /healthz over HTTP there; else FLEET_METRICS_PORT.")
+    int | None,
+    typer.Option(help="Serve /metrics and /healthz over HTTP there.", show_default="FLEET_METRICS_PORT, none"),
 ]
 MetricsHost = Annotated[
     str | None,
     typer.Option(
-        help="Address to serve them at; else FLEET_METRICS_HOST.", show_default="--bind's, in a worker 127.0.0.1"
+        help="Address to serve them at.", show_default="FLEET_METRICS_HOST, that of --bind, in a worker 127.0.0.1"
     ),
 ]
+OrThisMachine = Annotated[str | None, typer.Option(help="HOST:PORT.", show_default="ORCHESTRATOR_ADDR, this machine")]
 
 
 @app.command("run", options_metavar=WITH_SCRIPT)
@@ -57,13 +72,11 @@ def run_command(
     workers: Annotated[
         int | None, typer.Option(help="Number of ranks.", show_default="one per core, or per Slurm task")
     ] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds to keep trying to reach the orchestrator.")] = 60.0,
-    log_dir: Annotated[Path | None, typer.Option(help="Folder for rank-N.log files.")] = None,
-    max_bundle: Annotated[int, typer.Option(help="Largest folder to send to a cluster, in MB.")] = 64,
+    timeout: Timeout = 60.0,
+    log_dir: Annotated[Path | None, typer.Option(help="Folder for rank-N.log files.", show_default="none")] = None,
+    max_bundle: MaxBundle = 64,
     transport: Annotated[str, typer.Option(help="Between local ranks: tcp or ipc.")] = "tcp",
-    orchestrator: Annotated[
-        str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR, else this machine.")
-    ] = None,
+    orchestrator: OrThisMachine = None,
     priority: Priority = 0,
     policy: Policy = "",
     max_restarts: MaxRestarts = 3,
@@ -118,7 +131,7 @@ def orchestrator_command(
     bind: Annotated[str, typer.Option(help="HOST:PORT to listen on; 0.0.0.0 is every interface.")] = "127.0.0.1:50051",
     policy: Annotated[str, typer.Option(help="How ranks are spread: least-loaded or round-robin.")] = "least-loaded",
     state: Annotated[
-        Path | None, typer.Option(help="Folder that keeps jobs; else FLEET_STATE_DIR.", show_default="yours")
+        Path | None, typer.Option(help="Folder that keeps jobs.", show_default="FLEET_STATE_DIR, yours")
     ] = None,
     keep_jobs: Annotated[int, typer.Option(help="Jobs that have ended, to keep at most.")] = 2000,
     keep_hours: Annotated[float, typer.Option(help="Hours to keep jobs that have ended.")] = 168.0,
@@ -144,11 +157,19 @@ def orchestrator_command(
 def worker_command(
     slots: Annotated[int, typer.Option(help="Ranks that may run here at once.")] = 1,
     gpus: Annotated[int, typer.Option(help="GPUs for jobs that ask for some.")] = 0,
-    orchestrator: Annotated[str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR.")] = None,
-    drain: Annotated[float | None, typer.Option(help="Seconds that jobs have to end after SIGTERM.")] = None,
+    orchestrator: Annotated[
+        str | None, typer.Option(help="HOST:PORT.", show_default=f"ORCHESTRATOR_ADDR, {config.DEFAULT_ORCHESTRATOR}")
+    ] = None,
+    within: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds that what runs here has to end, after SIGTERM.",
+            show_default=f"FLEET_DRAIN_S, {config.DRAIN_S}",
+        ),
+    ] = None,
     storage: Annotated[
         Path | None,
-        typer.Option(help="Folder that keeps what jobs write; else FLEET_STORAGE_DIR.", show_default="yours"),
+        typer.Option(help="Folder that keeps what jobs write.", show_default="FLEET_STORAGE_DIR, yours"),
     ] = None,
     metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = None,
@@ -159,15 +180,15 @@ def worker_command(
     from fleet.cli.daemons import run_worker
 
     address = orchestrator or config.orchestrator_address() or config.DEFAULT_ORCHESTRATOR
-    drain_s = config.drain_s() if drain is None else drain
+    drain_s = config.drain_s() if within is None else within
     run_worker(address, slots, gpus, secret_file, insecure, _metrics_at(metrics_host, metrics_port), drain_s, storage)
 
 
 @app.command("workers")
 def workers_command(
-    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to keep trying to reach the orchestrator.")] = 10.0,
-    orchestrator: Annotated[str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR.")] = None,
+    as_json: AsJson = False,
+    timeout: Timeout = 10.0,
+    orchestrator: Orchestrator = None,
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -175,7 +196,7 @@ def workers_command(
     from fleet.cli.workers import list_workers
 
     address = orchestrator or config.orchestrator_address()
-    typer.echo(list_workers(address, secret_file, insecure, timeout, json))
+    typer.echo(list_workers(address, secret_file, insecure, timeout, as_json))
 
 
 @app.command("doctor")
@@ -204,11 +225,18 @@ def secret_command(
     kept: Annotated[
         Path | None, typer.Option(help="File that keeps it; made if missing.", show_default="yours")
     ] = None,
-    owner_of: Annotated[Path | None, typer.Option(help="Whoever owns this file is to own the kept one.")] = None,
-    to: Annotated[Path | None, typer.Option(help="File to copy it to, for others to read.")] = None,
-    reader: Annotated[int | None, typer.Option(help="User id that may read the copy.")] = None,
+    owner_of: Annotated[
+        Path | None, typer.Option(help="The kept file gets the owner of this file.", show_default="you")
+    ] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="File to copy it to, for others to read.", show_default="none")
+    ] = None,
+    reader: Annotated[int | None, typer.Option(help="User id that may read the copy.", show_default="you")] = None,
 ) -> None:
-    """Make sure that there is a cluster secret, and say where; with --to, hand it to a container's user."""
+    """Make sure that there is a cluster secret, and say where. All machines of a cluster need the same one.
+
+    With --to, a copy of it is handed to a container's user.
+    """
     from fleet.cli.secret import ensure
 
     typer.echo(ensure(kept, owner_of, to, reader))
@@ -218,10 +246,9 @@ def secret_command(
 def why_command(
     job: Annotated[str, typer.Argument(help="The job's id.", show_default="the only one that runs")] = "",
     last: Annotated[int, typer.Option(help="Collectives to show of each rank.")] = 20,
-    timeout: Annotated[float, typer.Option(help="Seconds to keep trying to reach the orchestrator.")] = 10.0,
-    orchestrator: Annotated[
-        str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR, else this machine.")
-    ] = None,
+    as_json: AsJson = False,
+    timeout: Timeout = 10.0,
+    orchestrator: OrThisMachine = None,
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -229,7 +256,7 @@ def why_command(
     from fleet.cli.why import explain
 
     address = orchestrator or config.orchestrator_address()
-    typer.echo(explain(job, last, address, secret_file, insecure, timeout))
+    typer.echo(explain(job, last, address, secret_file, insecure, timeout, as_json))
 
 
 @app.command("pool", hidden=True)
@@ -240,9 +267,9 @@ def pool_command(answer: int = 1, slots: int = 1, gpus: int = 0, preload: str = 
     serve(answer, slots, gpus, preload)
 
 
-@app.command("version")
+@app.command("version", hidden=True)
 def version_command() -> None:
-    """Print fleet's version."""
+    """Print fleet's version, as --version does."""
     typer.echo(config.VERSION)
 
 
@@ -266,6 +293,8 @@ def _known(commands: Any, name: str) -> dict[str, bool]:
 def run() -> None:
     """Takes the command line of this process, and ends it with the right exit code."""
     arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        arguments = ["version"]
     try:
         commands = typer.main.get_command(app)
         if arguments and arguments[0] in RUN_SOMETHING:

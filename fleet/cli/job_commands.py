@@ -18,8 +18,13 @@ job_commands = typer.Typer()
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 Timeout = Annotated[float, typer.Option(help="Seconds to keep trying to reach the orchestrator.")]
-Orchestrator = Annotated[str | None, typer.Option(help="HOST:PORT; else ORCHESTRATOR_ADDR.")]
-SecretFile = Annotated[Path | None, typer.Option(help="File with the cluster secret.")]
+Orchestrator = Annotated[str | None, typer.Option(help="HOST:PORT.", show_default="ORCHESTRATOR_ADDR")]
+SecretFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the cluster secret.", show_default="FLEET_SECRET, FLEET_SECRET_FILE, ~/.config/fleet/secret"
+    ),
+]
 Insecure = Annotated[bool, typer.Option("--insecure", help="No secret: whoever reaches the port may run code.")]
 Job = Annotated[str, typer.Argument(help="The job's id, or how it begins.")]
 SomeJobs = Annotated[list[str], typer.Argument(help="Jobs by their ids, or how these begin.")]
@@ -43,7 +48,8 @@ MaxOutput = Annotated[int, typer.Option(help="How much of that is brought from a
 Keep = Annotated[
     list[str] | None,
     typer.Option(
-        help="On a cluster: files in the working folder that are output too, as in .gitignore; may be given again."
+        help="On a cluster: files in the working folder that are output too, as in .gitignore; may be given again.",
+        show_default="none",
     ),
 ]
 
@@ -84,7 +90,7 @@ def _cluster(orchestrator: str | None, secret_file: Path | None, insecure: bool,
 @job_commands.command("submit", options_metavar=WITH_SCRIPT)
 def submit_command(
     workers: Workers = 1,
-    name: Annotated[str, typer.Option(help="For `fleet jobs`.")] = "",
+    name: Annotated[str, typer.Option(help="For `fleet jobs`.", show_default="none")] = "",
     priority: Priority = 0,
     policy: Policy = "",
     max_restarts: MaxRestarts = 3,
@@ -120,9 +126,12 @@ def submit_command(
 
 @job_commands.command("sweep", options_metavar=WITH_SCRIPT)
 def sweep_command(
-    grid: Annotated[list[str] | None, typer.Option(help="NAME=A,B,C or NAME=FROM:TO; may be given again.")] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=A,B,C or NAME=FROM:TO; may be given again.", show_default="needed"),
+    ] = None,
     workers: Workers = 1,
-    name: Annotated[str, typer.Option(help="Of the sweep, for `fleet jobs --group`.")] = "",
+    name: Annotated[str, typer.Option(help="Of the sweep, for `fleet jobs --sweep`.", show_default="made up")] = "",
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the results.")] = False,
     priority: Priority = 0,
     policy: Policy = "",
@@ -162,7 +171,7 @@ def sweep_command(
 
 @job_commands.command("jobs")
 def jobs_command(
-    group: Annotated[str, typer.Option(help="Only those of this sweep.")] = "",
+    sweep: Annotated[str, typer.Option(help="Only those of this sweep.", show_default="all")] = "",
     limit: Annotated[int, typer.Option(help="The newest so many.")] = 50,
     as_json: AsJson = False,
     timeout: Timeout = 10.0,
@@ -175,7 +184,7 @@ def jobs_command(
     from fleet.versions import versions
 
     target = _cluster(orchestrator, secret_file, insecure, timeout)
-    typer.echo(list_jobs(target, versions(), group, limit, as_json))
+    typer.echo(list_jobs(target, versions(), sweep, limit, as_json))
 
 
 @job_commands.command("status")
@@ -198,7 +207,7 @@ def status_command(
 def logs_command(
     job: Job,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has ended.")] = False,
-    rank: Annotated[int | None, typer.Option(help="Only this rank's.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Only this rank's.", show_default="all")] = None,
     timeout: Timeout = 10.0,
     orchestrator: Orchestrator = None,
     secret_file: SecretFile = None,
@@ -214,7 +223,9 @@ def logs_command(
 @job_commands.command("fetch")
 def fetch_command(
     job: Job,
-    patterns: Annotated[list[str] | None, typer.Argument(help="Only these files or folders, as in a shell.")] = None,
+    patterns: Annotated[
+        list[str] | None, typer.Argument(help="Only these files or folders, as in a shell.", show_default="all")
+    ] = None,
     output: OutputFolder = None,
     max_output: MaxOutput = 1024,
     only_list: Annotated[bool, typer.Option("--list", help="Only show what there is.")] = False,

@@ -49,7 +49,7 @@ def sweep(
             conversation.wait(job_ids, lambda ended: _told(ended, by_job[ended.job_id]))
             rows = [_result(conversation, conversation.job(job_id), point) for job_id, point in by_job.items()]
     except KeyboardInterrupt:
-        say(f"the jobs go on; `fleet jobs --group {group}` shows them")
+        say(f"the jobs go on; `fleet jobs --sweep {group}` shows them")
         raise
     print(json.dumps(rows, indent=1) if as_json else _table(rows))
     return 0 if all(row["state"] == "succeeded" for row in rows) else 1

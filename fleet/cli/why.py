@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+from fleet import messages as m
 from fleet.bus.folders import own_folders
 from fleet.bus.lock import Lock
 from fleet.client.target import Target, cluster_target
-from fleet.client.why import ask, described
+from fleet.client.why import as_values, ask, described
 from fleet.errors import ConfigError, UsageError
 from fleet.versions import versions
 
@@ -15,12 +17,26 @@ LOCAL_WITHIN_S = 2.0
 
 
 def explain(
-    job_id: str, count: int, orchestrator: str | None, secret_file: Path | None, insecure: bool, timeout_s: float
+    job_id: str,
+    count: int,
+    orchestrator: str | None,
+    secret_file: Path | None,
+    insecure: bool,
+    timeout_s: float,
+    as_json: bool,
 ) -> str:
-    """What the ranks of a job do, in words. Raises ConfigError, UsageError."""
+    """What the ranks of a job do, in words or as JSON. Raises ConfigError, UsageError."""
     if orchestrator is not None:
-        cluster = cluster_target(orchestrator, secret_file, insecure, timeout_s)
-        return described(*ask(cluster, job_id, versions()), count)
+        found = [ask(cluster_target(orchestrator, secret_file, insecure, timeout_s), job_id, versions())]
+    else:
+        found = _ask_here(job_id)
+    if as_json:
+        return json.dumps([rank for answers, silent in found for rank in as_values(answers, silent, count)], indent=1)
+    return "\n".join(described(answers, len(silent), count) for answers, silent in found)
+
+
+def _ask_here(job_id: str) -> list[tuple[list[m.Answer], list[int]]]:
+    """What the ranks of this user's jobs on this machine say."""
     found, reasons = [], []
     for folder in own_folders():
         socket = folder / "orchestrator"
@@ -28,13 +44,13 @@ def explain(
             continue
         local = Target("this machine", f"ipc://{socket}", Lock(), LOCAL_WITHIN_S, local=True)
         try:
-            found.append(described(*ask(local, job_id, versions()), count))
+            found.append(ask(local, job_id, versions()))
         except UsageError as error:
             reasons.append(str(error))
         except ConfigError:
             continue  # left by a killed one
     if found:
-        return "\n".join(found)
+        return found
     raise UsageError(
         "; ".join(reasons) or "no job runs on this machine; set ORCHESTRATOR_ADDR to ask a cluster's orchestrator"
     )

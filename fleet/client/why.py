@@ -13,8 +13,8 @@ from fleet.text import shown
 ANSWER_WITHIN_S = 2.0
 
 
-def ask(target: Target, job_id: str, versions: m.Versions) -> tuple[list[m.Answer], int]:
-    """The answers, by rank, and how many ranks did not answer. An empty id means the only job that runs.
+def ask(target: Target, job_id: str, versions: m.Versions) -> tuple[list[m.Answer], list[int]]:
+    """The answers, by rank, and the ranks that did not answer. An empty id means the only job that runs.
 
     Raises ConfigError where no orchestrator answers, UsageError where there is no such job.
     """
@@ -35,7 +35,7 @@ def ask(target: Target, job_id: str, versions: m.Versions) -> tuple[list[m.Answe
             break
     if expected is None:
         raise ConfigError(f"no orchestrator answered at {target.name} within {target.timeout_s:g} s")
-    return [found[rank] for rank in sorted(found)], expected - len(found)
+    return [found[rank] for rank in sorted(found)], [rank for rank in range(expected) if rank not in found]
 
 
 def described(answered: list[m.Answer], silent_count: int, count: int) -> str:
@@ -48,3 +48,23 @@ def described(answered: list[m.Answer], silent_count: int, count: int) -> str:
     if silent_count:
         lines.append(f"{silent_count} ranks did not answer within {ANSWER_WITHIN_S:g} s: stopped, frozen or cut off")
     return "\n".join(lines)
+
+
+def as_values(answered: list[m.Answer], silent: list[int], count: int) -> list[dict[str, object]]:
+    """The same as plain values, one object for each rank; one that did not answer has only its number and what it does."""
+    told: list[dict[str, object]] = [
+        {
+            "job_id": answer.job_id,
+            "attempt": answer.attempt,
+            "rank": answer.rank,
+            "host": answer.host,
+            "pid": answer.pid,
+            "doing": answer.doing,
+            "call": answer.call,
+            "line": answer.line,
+            "inside": answer.inside,
+            "recent": answer.records.split("\n")[-count:] if answer.records else [],
+        }
+        for answer in answered
+    ]
+    return told + [{"rank": rank, "doing": "did not answer: stopped, frozen or cut off"} for rank in silent]

@@ -122,7 +122,7 @@ def test_a_sweep_is_a_table_of_its_results(cluster: Cluster) -> None:
         ("0.5", "0", "succeeded", "1.0"),
         ("0.5", "1", "succeeded", "2.0"),
     ]
-    assert len(json.loads(cluster.fleet("jobs", "--group", "mine", "--json").stdout)) == 4
+    assert len(json.loads(cluster.fleet("jobs", "--sweep", "mine", "--json").stdout)) == 4
 
 
 @pytest.mark.chaos

@@ -1,0 +1,63 @@
+"""The commands' own help: how each is used, a default for every option, and one name for one thing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from fleet import config
+from fleet.cli.app import RUN_SOMETHING, app
+from fleet.client.why import as_values
+from fleet.messages import Answer
+
+COMMANDS: dict[str, Any] = {
+    name: command
+    for name, command in typer.main.get_command(app).commands.items()  # type: ignore[attr-defined]
+    if not command.hidden
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_a_default_and_a_line_of_help(name: str) -> None:
+    for parameter in COMMANDS[name].params:
+        assert parameter.help, parameter.name
+        is_flag = getattr(parameter, "is_flag", False)
+        said = isinstance(parameter.show_default, str) or parameter.default not in (None, "")
+        assert is_flag or parameter.required or said, f"fleet {name} {parameter.opts} does not say its default"
+
+
+def test_one_thing_has_one_name() -> None:
+    found = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
+    assert not found & {"--drain", "--group"}  # --within, and --sweep as the command is called
+    json = [name for name, command in COMMANDS.items() if any("--json" in p.opts for p in command.params)]
+    assert {"why", "workers", "jobs", "status", "submit", "sweep", "wait", "cancel", "drain"} <= set(json)
+
+
+@pytest.mark.parametrize("name", RUN_SOMETHING)
+def test_the_line_of_use_has_the_script(name: str) -> None:
+    printed = CliRunner().invoke(app, [name, "--help"], prog_name="fleet").output
+    assert f"fleet {name} [OPTIONS] SCRIPT [ARGS]..." in printed
+
+
+def test_the_version_is_an_option_as_everywhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fleet.cli.app import run
+
+    for words in (["--version"], ["version"]):
+        monkeypatch.setattr("sys.argv", ["fleet", *words])
+        with pytest.raises(SystemExit) as ended:
+            run()
+        assert ended.value.code == 0
+        assert capsys.readouterr().out == f"{config.VERSION}\n"
+
+
+def test_why_as_values() -> None:
+    answer = Answer("j", 1, 0, 0, 2, "h", 7, 5, True, "is in collective #5", "barrier()", "t.py:3", "one\ntwo\nthree")
+    told, silent = as_values([answer], [3], 2)
+    assert told["rank"] == 2
+    assert told["recent"] == ["two", "three"]
+    assert silent == {"rank": 3, "doing": "did not answer: stopped, frozen or cut off"}
