@@ -38,6 +38,10 @@ class Lost:
     peer: bytes
 
 
+# The kernel took the connection, and nobody said a word until the handshake's time was up: the process there stands still.
+_SILENCE = (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EAGAIN)
+
+
 class Link(Enum):
     """What a Dealer tells of its one connection."""
 
@@ -161,7 +165,7 @@ class Dealer:
     def changes(self) -> list[Link]:
         """How the connection changed since the last call."""
         found = []
-        for event, _ in self._monitor.events():
+        for event, value in self._monitor.events():
             if event == zmq.EVENT_CONNECTED:
                 self._shaking_hands = True
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -169,7 +173,8 @@ class Dealer:
                 found.append(Link.UP)
             elif self._shaking_hands:
                 self._shaking_hands = False
-                found.append(Link.DENIED)
+                if (event, value) != _SILENCE:
+                    found.append(Link.DENIED)
             elif event == zmq.EVENT_DISCONNECTED:
                 found.append(Link.DOWN)
         return found

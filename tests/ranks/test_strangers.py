@@ -17,9 +17,10 @@ import pytest
 import zmq
 
 from fleet.bus.context import Bus
-from fleet.bus.control import Arrived, Dealer, Lost, Router
+from fleet.bus.control import Arrived, Dealer, Link, Lost, Router
 from fleet.bus.lock import Lock
 from fleet.bus.mesh import FRAME_BYTES, Mesh
+from fleet.bus.poller import Poller
 from fleet.bus.strangers import Strangers
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.header import MAGIC, pack_call, pack_head
@@ -331,6 +332,25 @@ def test_who_says_nothing_makes_room_for_others(monkeypatch: pytest.MonkeyPatch)
         thread.join()
         assert ended[-1] == b""
         assert router.send(b"member", b"\x05still here")
+
+
+def test_who_does_not_answer_is_not_taken_for_one_who_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An orchestrator that stands still: its kernel takes connections, and nobody says a word."""
+    monkeypatch.setattr("fleet.bus.context.HANDSHAKE_MS", 200)
+    with socket.create_server(("127.0.0.1", 0)) as still, Bus(Lock("curve", SECRET)) as bus:
+        dealer = Dealer(bus, f"tcp://127.0.0.1:{still.getsockname()[1]}", b"member")
+        assert changes(dealer, 2) == [Link.DOWN] * 2
+    with Bus(Lock("curve", SECRET)) as bus, Bus(Lock("curve", "another secret")) as other:
+        dealer = Dealer(other, Router(bus, "tcp://127.0.0.1:*").endpoint, b"member")
+        assert Link.DENIED in changes(dealer, 2)
+
+
+def changes(dealer: Dealer, count: int) -> list[Link]:
+    poller, found = Poller(dealer.poll_sockets), []
+    while len(found) < count:
+        poller.wait(10)
+        found += dealer.changes()
+    return found
 
 
 @pytest.mark.parametrize("size_bytes", [FRAME_BYTES, FRAME_BYTES + 1, 3 * FRAME_BYTES, 3 * FRAME_BYTES + 8])
