@@ -5,7 +5,7 @@ ARG PYTHON=python:3.11-slim
 
 FROM ${PYTHON} AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
-    PIP_ROOT_USER_ACTION=ignore
+    PIP_ROOT_USER_ACTION=ignore FLEET_HEALTH_FILE=/tmp/fleet-healthy
 RUN groupadd --gid 10001 fleet && useradd --uid 10001 --gid fleet --create-home fleet
 WORKDIR /opt/fleet
 COPY constraints.txt pyproject.toml README.md LICENSE ./
@@ -15,6 +15,7 @@ RUN python -c 'import tomllib; print("\n".join(tomllib.load(open("pyproject.toml
  && pip install -c constraints.txt -r dependencies.txt hatchling
 
 FROM base AS orchestrator
+COPY deploy/healthy.sh /usr/local/bin/fleet-healthy
 COPY fleet fleet
 RUN pip install --no-deps --no-build-isolation -c constraints.txt . && python -m compileall -q -o 0 "$(python -c 'import fleet; print(fleet.__path__[0])')"
 # A volume that is mounted here for the first time takes over the owner.
@@ -32,6 +33,7 @@ ARG TORCH_INDEX=
 RUN pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 
 FROM worker-base AS worker
+COPY deploy/healthy.sh /usr/local/bin/fleet-healthy
 COPY fleet fleet
 RUN pip install --no-deps --no-build-isolation -c constraints.txt . && python -m compileall -q -o 0 "$(python -c 'import fleet; print(fleet.__path__[0])')"
 # A volume that is mounted here for the first time takes over the owner.

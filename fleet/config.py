@@ -199,6 +199,12 @@ def metrics_port() -> int | None:
     return _number("FLEET_METRICS_PORT", 0, 0, 65535) if os.environ.get("FLEET_METRICS_PORT") else None
 
 
+def health_file() -> Path | None:
+    """FLEET_HEALTH_FILE: a file that an orchestrator or worker touches once a second while it is well, for health checks."""
+    text = os.environ.get("FLEET_HEALTH_FILE")
+    return Path(text) if text else None
+
+
 def metrics_host() -> str | None:
     """FLEET_METRICS_HOST: the address that /metrics and /healthz are served at. None: unset, the process knows best."""
     return os.environ.get("FLEET_METRICS_HOST") or None

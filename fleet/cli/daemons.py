@@ -70,7 +70,9 @@ def run_orchestrator(
         keeping = Keeping(folder, kept.jobs, kept.hours * 3600)
         close_to_others(folder)
         metrics_at = None if metrics is None else (metrics[0] or host, metrics[1])
-        service = Service(endpoint(host, port), lock, versions(), runtime, policy, metrics_at, keeping)
+        service = Service(
+            endpoint(host, port), lock, versions(), runtime, policy, metrics_at, keeping, config.health_file()
+        )
         _on_signals(lambda _: service.stop())
         register(runtime, "orchestrator", endpoint(_reachable_here(host), service.endpoint.rpartition(":")[2]))
         log.info("orchestrator listens on %s and keeps its jobs in %s", service.endpoint, keeping.folder)
@@ -123,6 +125,7 @@ def run_worker(
                 drain_s=drain_s,
                 gpus=gpus,
                 storage_id=kept.storage_id,
+                health_file=config.health_file(),
             )
             # Who may reach this machine need not read what runs on it: others than this machine only where that is said.
             metrics_at = None if metrics is None else (metrics[0] or "127.0.0.1", metrics[1])

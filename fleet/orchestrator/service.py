@@ -87,6 +87,7 @@ class Service:
         policy: str,
         metrics_at: tuple[str, int] | None = None,
         keeping: Keeping | None = None,  # None: jobs are gone with this process
+        health_file: Path | None = None,
     ) -> None:
         self._bus = Bus(lock)
         try:
@@ -100,7 +101,7 @@ class Service:
         self._logs = JobLogs(runtime / "logs")
         self._exposition: Exposition | None = None
         self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
-        self._pulse = Pulse(monotonic, LATE_AFTER_S)
+        self._pulse = Pulse(monotonic, LATE_AFTER_S, health_file)
         self._dropped = Dropped(log, monotonic)
         self._clock = LifeClock()
         self._core = Core(versions, policy, epoch=time() - self._clock.now(), numbering=numbering())
@@ -150,6 +151,7 @@ class Service:
 
     def _close(self) -> None:
         self._bus.close()
+        self._pulse.close()
         self._logs.close()
         if self._exposition is not None:
             self._exposition.close()

@@ -114,7 +114,7 @@ class Agent:
         self._clock = LifeClock()
         self._core = Core(settings, self._clock.now())
         self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
-        self._pulse = Pulse(monotonic, LATE_AFTER_S)
+        self._pulse = Pulse(monotonic, LATE_AFTER_S, settings.health_file)
         self._busyness = Busyness()
         self._dropped = Dropped(log, monotonic)
         self._metrics = WorkerMetrics(self._core, self._turning, self._clock.look, self._dropped.counts)
@@ -155,6 +155,7 @@ class Agent:
             for descriptor in self._readers:
                 os.close(descriptor)
             self._wake.close()
+            self._pulse.close()
             if self._exposition is not None:
                 self._exposition.close()
             remove_tree(self._runtime)
@@ -169,7 +170,7 @@ class Agent:
         ready = self._poller.wait(self._clock.waits(max(0.0, deadline - now)))
         self._clock.now()
         self._wake.clear()
-        self._pulse.beat()
+        self._pulse.beat(well=self._core.ever_welcomed)
         while self._stops:
             self._step(self._stops.popleft())
         while self._forwarded:

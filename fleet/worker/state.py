@@ -34,6 +34,7 @@ class Settings:
     storage_id: str = ""  # see WorkerHello
     stdin: Callable[[int], int | None] = lambda rank: None  # the descriptor that a rank has as its input; None: nothing
     drain_s: float = 0.0  # that what runs is given to end by itself, once this worker was told to leave
+    health_file: Path | None = None  # touched once a second while it is well, from its first welcome on
 
 
 @dataclass

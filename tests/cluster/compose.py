@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -11,6 +12,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.chaos.commands import FLEET
 
@@ -91,6 +94,26 @@ class Cluster:
         """Containers that Docker finds healthy."""
         ps = f"docker ps --filter label=com.docker.compose.project={PROJECT} --filter health=healthy --format '{{{{.Names}}}}'"
         return set(self.run(ps).split())
+
+    def started(self, *containers: str) -> list[str]:
+        """When each was started last."""
+        return self.run(f"docker inspect --format '{{{{.State.StartedAt}}}}' {' '.join(sorted(containers))}").split()
+
+    def signal(self, container: str, name: str) -> None:
+        """To fleet's own process, which is not the container's first one. In there is no command that finds it."""
+        find = 'for p in /proc/[0-9]*/comm; do read -r c <"$p"; [ "$c" = fleet ] && p=${p%/comm} && echo "${p#/proc/}"; done'
+        self.run(f"docker exec {container} sh -c 'kill -{name} $({find})'")
+
+    def cpu_s(self) -> float:
+        """CPU seconds so far of all engines and containers on this machine: dockerd, containerd, and all that they started."""
+        roots = [process for process in psutil.process_iter() if process.name().startswith(("dockerd", "containerd"))]
+        family = {process for root in roots for process in (root, *root.children(recursive=True))}
+        total = 0.0
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system + times.children_user + times.children_system
+        return total
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """Prometheus' answer: a list of {"metric": labels, "value": [time, text]}."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def test_sockets_are_used_where_shared_memory_is_off(three: Cluster, script: Pat
 
 def test_a_gang_that_waits_starts_by_itself_when_the_cluster_grows(three: Cluster, script: Path) -> None:
     job = three.start("fleet run train.py 1 --workers 5", script)
-    assert "3 of 5 slots" in line_of(job, "waits")
+    line_of(job, "3 of 5 slots")
     three.run("docker compose up -d --scale worker=5 --no-recreate")
     assert "sum 5.0" in job.communicate(timeout=60)[0]
     assert job.returncode == 0
@@ -121,6 +122,28 @@ def test_a_paused_worker_is_lost_and_comes_back(three: Cluster) -> None:
     until(lambda: three.ready() == names(1, 2, 3) and three.healthy() >= names(3))
 
 
+def test_an_orchestrator_that_hangs_is_unhealthy_and_ends_no_worker(three: Cluster) -> None:
+    until(lambda: three.healthy() >= names(1, 2, 3))
+    started = three.started(*names(1, 2, 3))
+    three.signal("tensorfleet-orchestrator-1", "STOP")
+    try:
+        until(lambda: "tensorfleet-orchestrator-1" not in three.healthy(), within_s=60)
+        assert three.healthy() >= names(1, 2, 3)  # of themselves only
+    finally:
+        three.signal("tensorfleet-orchestrator-1", "CONT")
+    until(lambda: three.ready() == names(1, 2, 3))
+    until(lambda: "tensorfleet-orchestrator-1" in three.healthy())
+    assert three.started(*names(1, 2, 3)) == started
+
+
+def test_an_idle_cluster_costs_next_to_nothing(three: Cluster) -> None:
+    """Over one round of health checks: what the containers take, and the engine for them. A Python a check took 0.4."""
+    until(lambda: three.healthy() >= names(1, 2, 3))
+    before, span_s = three.cpu_s(), 17.0
+    time.sleep(span_s)  # what is measured is that nothing happens
+    assert (three.cpu_s() - before) / span_s < 0.1
+
+
 def test_the_metrics_of_the_contract_come_from_every_worker(three: Cluster, script: Path) -> None:
     three.run("fleet run train.py 20 --workers 3", cwd=script)
     for metric in ("worker_jobs_total", "worker_jobs_active", "worker_cpu_usage", "worker_memory_usage"):
@@ -152,7 +175,7 @@ def test_another_version_is_refused_with_a_sentence(three: Cluster) -> None:
 def test_no_worker_at_all_is_said_to_who_waits(three: Cluster, script: Path) -> None:
     three.run("docker compose up -d", WORKER_REPLICAS="0")
     job = three.start("fleet run train.py 1 --workers 2", script)
-    assert "0 of 2 slots: the cluster has 0 on 0 workers; add workers" in line_of(job, "waits")
+    assert "0 of 2 slots: the cluster has 0 on 0 workers; add workers" in line_of(job, " slots")
     three.run("docker compose up -d", WORKER_REPLICAS="2")
     assert "sum 2.0" in job.communicate(timeout=60)[0]
 
