@@ -130,6 +130,11 @@ def is_preloading_libraries() -> bool:
     return bool(os.environ.get("LD_PRELOAD"))
 
 
+def leave_job() -> None:
+    """From here on `fleet.init()` makes a world of one: the process of a task is a rank to its agent only."""
+    os.environ.pop("FLEET_CONTROL", None)
+
+
 def limit_threads(threads: int) -> None:
     """Sets OMP_NUM_THREADS where the user has not: what the zygote imports reads it once, at import."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

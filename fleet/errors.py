@@ -17,7 +17,7 @@ class ConfigError(FleetError):
     """The operator must act: a setting is wrong. Raised before any socket opens wherever that is possible."""
 
 
-class UsageError(FleetError):
+class UsageError(FleetError, ValueError):
     """The caller must act: this call is illegal here. The text says what is legal."""
 
 

@@ -10,13 +10,17 @@ from typing import Annotated
 
 import msgspec
 
+from fleet.bounds import Pid, Seconds, Size, Word
 from fleet.errors import ProtocolError
 
 PIECE_BYTES = 1 << 20  # of a large buffer, in one frame
 INLINE_BYTES = 64 << 10  # a buffer or pickle from this size on travels apart from its task
 MESSAGE_BYTES = 1 << 20  # how much of them one message takes together
 
-Size = Annotated[int, msgspec.Meta(ge=0)]
+INITIALIZER = 0  # the number of the call that a runner makes before all others; to its agent, that of no task
+
+TaskId = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=1 << 62)]
+Small = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 
 
 class Said(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -31,17 +35,17 @@ class Apart(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Call(msgspec.Struct, frozen=True, array_like=True):
-    task_id: int
+    task_id: TaskId
     function: bytes  # digest of its pickle; empty: it is large, and pickled with its arguments
     data: bytes  # pickle of (function, args, kwargs), without the function where it has a digest
     buffers: tuple[Apart, ...] = ()  # of the pickle; where `data` is empty, the first is the pickle itself
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True):
-    task_id: int
+    task_id: TaskId
     ok: bool
     data: bytes  # pickle of what it returned, or of its exception
-    seconds: float
+    seconds: Seconds
     buffers: tuple[Apart, ...] = ()  # as those of a call
     text: str = ""  # the traceback; where there is no pickle, all that is known
 
@@ -54,17 +58,21 @@ class Run(Said, frozen=True):
 
     calls: tuple[Call, ...] = ()
     functions: dict[bytes, bytes] = {}  # pickles by digest, of those that the runner has not had yet
-    arrived: tuple[int, ...] = ()
+    arrived: tuple[TaskId, ...] = ()
 
 
 class Recall(Said, frozen=True):
     """Give these back, if they have not begun. Answered by Returned."""
 
-    task_ids: tuple[int, ...]
+    task_ids: tuple[TaskId, ...]
 
 
 class Sync(Said, frozen=True):
     """After a lost connection. Answered by Ready, and by all results that are kept."""
+
+
+class Leave(Said, frozen=True):
+    """No more calls come: end, as a script does at its end, once those that are there were made."""
 
 
 # Runner to client
@@ -73,10 +81,10 @@ class Sync(Said, frozen=True):
 class Ready(Said, frozen=True):
     """Said at the start, when asked by Sync, and of calls that came without their function: what is not held is given again."""
 
-    memory: str  # see bus.shared.host_key
-    python: str
-    pid: int
-    holds: tuple[int, ...] = ()  # tasks that have not ended, the one that runs first
+    memory: Word  # see bus.shared.host_key
+    python: Word
+    pid: Pid
+    holds: tuple[TaskId, ...] = ()  # tasks that have not ended, the one that runs first
 
 
 class Results(Said, frozen=True):
@@ -84,7 +92,7 @@ class Results(Said, frozen=True):
 
 
 class Returned(Said, frozen=True):
-    task_ids: tuple[int, ...]
+    task_ids: tuple[TaskId, ...]
 
 
 # Either way
@@ -93,21 +101,21 @@ class Returned(Said, frozen=True):
 class Fetch(Said, frozen=True):
     """Send a piece of a buffer: of a task's arguments (asked by a runner) or of its result (asked by a client)."""
 
-    task_id: int
-    index: int
+    task_id: TaskId
+    index: Small
     offset: Size
 
 
 class Piece(Said, frozen=True):
     """The piece is the frame behind this one; empty where there is no such buffer."""
 
-    task_id: int
-    index: int
+    task_id: TaskId
+    index: Small
     offset: Size
 
 
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):
-    said: Run | Recall | Sync | Ready | Results | Returned | Fetch | Piece
+    said: Run | Recall | Sync | Leave | Ready | Results | Returned | Fetch | Piece
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -122,5 +130,5 @@ def decode(data: bytes | memoryview) -> Said:
     """Raises ProtocolError for bytes that are nothing of it."""
     try:
         return _decoder.decode(data).said
-    except (msgspec.DecodeError, RecursionError) as error:  # a ValidationError is a DecodeError
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError
         raise ProtocolError(f"nothing that a task's client or runner says: {error}") from error

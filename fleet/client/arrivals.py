@@ -45,7 +45,13 @@ class Arrivals:
             coming = self._coming.setdefault(job_id, {})
             if result.task_id in coming:
                 continue  # said twice
-            found = _Coming(result, [self._buffer(job_id, apart) for apart in result.buffers])
+            try:
+                found = _Coming(result, [self._buffer(job_id, apart) for apart in result.buffers])
+            except (MemoryError, OverflowError):
+                size_bytes = sum(apart.size_bytes for apart in result.buffers)
+                text = f"its result of {size_bytes} bytes does not fit into the memory of this process"
+                whole.append((tasks.Result(result.task_id, False, b"", result.seconds, text=text), []))
+                continue
             if found.whole:
                 whole.append(_finished(found))
             else:

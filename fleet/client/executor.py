@@ -17,15 +17,19 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from time import monotonic
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack
 
 from fleet import config
 from fleet.client.calls import Promise
 from fleet.client.here import cluster_place, local_place
 from fleet.client.line import Line
+from fleet.client.seats import Wishes
 from fleet.client.target import cluster_target
 from fleet.errors import UsageError
 from fleet.values import JobOptions
+
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -50,6 +54,14 @@ class TaskOptions:
             raise UsageError(f"timeout is {self.timeout}: it must be a number of seconds above 0")
 
 
+class SomeOptions(TypedDict, total=False):
+    """Those of TaskOptions that differ."""
+
+    retries: int
+    timeout: float | None
+    priority: int
+
+
 class Executor(AnyExecutor):
     """Runs calls in `max_workers` processes: on this machine, or on the cluster at `addr` (else ORCHESTRATOR_ADDR).
 
@@ -59,6 +71,10 @@ class Executor(AnyExecutor):
     what must never run twice. After `timeout` seconds of running, its process is ended and its future raises TimeoutError.
     Its own exceptions are never retried: the future raises them, with the remote traceback as their cause.
 
+    As of ProcessPoolExecutor: the first argument may be `max_workers`; each process calls `initializer(*initargs)` before all
+    tasks, and where that raises no task is run; after `max_tasks_per_child` tasks it is replaced. `mp_context` may be one that
+    does not fork.
+
     On a cluster the folder of the caller's script travels to the workers, `max_bundle` MB (2^20 bytes) at most.
     `submit` waits while `max_pending` tasks or 256 MB of arguments are unfinished. No `if __name__ == "__main__"` is needed.
     Raises ConfigError where the cluster does not answer within `connect_timeout` seconds, UsageError for bad arguments.
@@ -66,9 +82,13 @@ class Executor(AnyExecutor):
 
     def __init__(
         self,
-        addr: str | None = None,
+        addr: str | int | None = None,
         *,
         max_workers: int | None = None,
+        mp_context: BaseContext | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: tuple[Any, ...] = (),
+        max_tasks_per_child: int | None = None,
         retries: int = 2,
         timeout: float | None = None,
         priority: int = 0,
@@ -80,8 +100,21 @@ class Executor(AnyExecutor):
         connect_timeout: float = 60.0,
         max_bundle: int = MAX_BUNDLE,
     ) -> None:
+        if isinstance(addr, int):
+            if max_workers is not None:
+                raise UsageError(f"max_workers is given twice: {addr}, and {max_workers}")
+            addr, max_workers = None, addr
         if max_workers is not None and max_workers < 1:
             raise UsageError(f"max_workers is {max_workers}: an Executor needs at least one process")
+        if max_tasks_per_child is not None and max_tasks_per_child < 1:
+            raise UsageError(f"max_tasks_per_child is {max_tasks_per_child}: it must be None (no limit) or at least 1")
+        if initializer is not None and not callable(initializer):
+            raise UsageError(f"initializer is {initializer!r}, which cannot be called")
+        if mp_context is not None and mp_context.get_start_method() == "fork":
+            raise UsageError(
+                "processes of an Executor are never forks of this one, which mp_context asks for: they inherit none of its "
+                "memory; give them what they need by initializer and initargs"
+            )
         if slots < 1 or gpus < 0 or max_pending < 1:
             raise UsageError("slots and max_pending must be at least 1, gpus at least 0")
         self._options = TaskOptions(retries, timeout, priority)
@@ -96,7 +129,8 @@ class Executor(AnyExecutor):
                 place = stack.enter_context(
                     cluster_place(cluster_target(address, None, insecure, connect_timeout), max_bundle << 20)
                 )
-            self._line = Line(place, options, count, max_pending, PENDING_BYTES, stack.pop_all())
+            wishes = Wishes(count, max_pending, PENDING_BYTES, max_tasks_per_child, initializer, initargs)
+            self._line = Line(place, options, wishes, stack.pop_all())
         self._line.start()
         _open.add(self._line)
         # The thread holds the line and nothing holds this: dropped, it ends once its futures are done.
@@ -106,10 +140,9 @@ class Executor(AnyExecutor):
         """A future of fn(*args, **kwargs). Raises UsageError where it cannot be pickled, RuntimeError after shutdown."""
         return self._submit(self._options, fn, args, kwargs)
 
-    def options(self, *, retries: int | None = None, timeout: float | None = None, priority: int | None = None) -> View:
-        """The same processes, with other options for the tasks: pool.options(retries=0).submit(pay, 100)."""
-        given = {"retries": retries, "timeout": timeout, "priority": priority}
-        return View(self, replace(self._options, **{key: v for key, v in given.items() if v is not None}))  # type: ignore[arg-type]
+    def options(self, **options: Unpack[SomeOptions]) -> View:
+        """The same processes, with other options for the tasks: pool.options(retries=0, timeout=None).submit(pay, 100)."""
+        return View(self, replace(self._options, **options))
 
     def map(
         self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1

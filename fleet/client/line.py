@@ -5,6 +5,7 @@ Everything that belongs to a task, its call, large arguments and future, is a Wo
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import uuid
@@ -25,13 +26,15 @@ from fleet.client import pool
 from fleet.client.arrivals import Arrivals
 from fleet.client.calls import Packer, Promise, Work, settle
 from fleet.client.here import Place
-from fleet.client.seats import PoolLost, Seat, Seats, check_python
-from fleet.errors import ConfigError, FleetError, TaskLost
+from fleet.client.seats import PoolLost, Seat, Seats, Wishes
+from fleet.errors import ConfigError, FleetError, ProtocolError, TaskLost
 from fleet.stillness import Deadline, LifeClock
 
 T = TypeVar("T")
+log = logging.getLogger("fleet.executor")
 
 LEAVE_WITHIN_S = 3.0  # for runners to end, once they were told to
+KILLED_WITHIN_S = 3.0  # for those that had not
 ACKNOWLEDGE_AFTER_S = 0.05  # results that no further call carries the acknowledgement of
 
 
@@ -42,14 +45,11 @@ class Line(Seats):
         self,
         place: Place,
         options: m.JobOptions,
-        count: int,
-        max_pending: int,
-        max_bytes: int,
+        wishes: Wishes,
         needed: ExitStack,  # closed by the thread when it ends
     ) -> None:
-        super().__init__(place, options, count)
+        super().__init__(place, options, wishes)
         self._needed = needed
-        self._max_pending, self._max_bytes = max_pending, max_bytes
         self._wake = Wake()
         self._asleep = False
         self._lock = threading.RLock()  # around the sockets and all that follows here
@@ -69,6 +69,9 @@ class Line(Seats):
         self._memory = host_key(directory) if directory is not None else ""
         self._packer = Packer(directory if self._memory else None)
         self._works: dict[int, Work] = {}
+        if wishes.initializer is not None:
+            self._first = self._packer.pack(wishes.initializer, wishes.initargs, {})
+        self._dropped_count = 0  # messages that were none
 
     def start(self) -> None:
         """Returns once the orchestrator has let this client in. Raises ConfigError where it does not in time."""
@@ -146,7 +149,8 @@ class Line(Seats):
     def _may_submit(self, size_bytes: int) -> bool:
         if self._finishing or self._broken is not None or not self._pending:
             return True
-        return self._pending < self._max_pending and self._pending_bytes + size_bytes <= self._max_bytes
+        wishes = self._wishes
+        return self._pending < wishes.max_pending and self._pending_bytes + size_bytes <= wishes.max_bytes
 
     # This line's own thread
 
@@ -173,7 +177,10 @@ class Line(Seats):
                 self._finishing = True
                 self._room.notify_all()
             self._ready.set()
-            self._end_tasks()
+            with self._lock:
+                self._end_tasks()
+            if self._first is not None:
+                self._first.release()
             self._packer.close()
             self._needed.close()
             self._wake.close()
@@ -261,6 +268,8 @@ class Line(Seats):
         return bool(submitted or cancelled)
 
     def _step(self, event: pool.Event) -> None:
+        if self._abandoned:
+            return  # what is lost now is not tried again
         for effect in self._pool.step(event, self._clock.look()):
             self._perform(effect)
 
@@ -273,7 +282,7 @@ class Line(Seats):
         elif isinstance(effect, pool.Recall):
             self._say(effect.job_id, tasks.Recall(effect.task_ids))
         elif isinstance(effect, pool.EndRunner):
-            self._unsent.append(m.Cancel(effect.job_id, effect.kill))
+            self._end_runner(effect.job_id, effect.kill)
         else:
             self._fail(effect)
 
@@ -309,7 +318,7 @@ class Line(Seats):
         if calls:
             self._run_calls(give.job_id, seat, calls, functions)
         if cancelled:  # between the decision and now: nothing will come of them
-            self._step(pool.Finished(give.job_id, dict.fromkeys(cancelled, 0.0)))
+            self._step(pool.NotGiven(give.job_id, tuple(cancelled)))
 
     def _run_calls(self, job_id: str, seat: Seat, calls: list[tasks.Call], functions: dict[bytes, bytes]) -> None:
         arrived, seat.arrived = tuple(seat.arrived), []
@@ -374,16 +383,21 @@ class Line(Seats):
         if job_id is None:
             self._from_orchestrator(arrived.data)
         elif job_id in self._seats and arrived.rest:
-            self._seats[job_id].peer = arrived.peer
-            self._from_runner(job_id, arrived)
+            try:
+                said = tasks.decode(arrived.rest[0].buffer)
+            except ProtocolError as error:
+                self._dropped_count += 1
+                if self._dropped_count & (self._dropped_count - 1) == 0:  # the 1st, 2nd, 4th, ...
+                    log.warning(
+                        "%d messages of runners were dropped, the last one since it is %s", self._dropped_count, error
+                    )
+                return
+            self._from_runner(job_id, said, arrived)
 
-    def _from_runner(self, job_id: str, arrived: Arrived) -> None:
+    def _from_runner(self, job_id: str, said: tasks.Said, arrived: Arrived) -> None:
         seat = self._seats[job_id]
-        said = tasks.decode(arrived.rest[0].buffer)
         if isinstance(said, tasks.Results):
-            whole = self._arrivals.results(job_id, said)
-            if whole:
-                self._settle(job_id, whole)
+            self._results(job_id, seat, said)
         elif isinstance(said, tasks.Piece):
             piece = arrived.rest[1].buffer if len(arrived.rest) > 1 else memoryview(b"")
             whole = self._arrivals.piece(job_id, said, piece)
@@ -398,22 +412,47 @@ class Line(Seats):
         elif isinstance(said, tasks.Returned):
             self._step(pool.GivenBack(job_id, said.task_ids))
         elif isinstance(said, tasks.Ready):
-            check_python(seat.worker, said.python)
-            seat.functions.clear()
-            self._arrivals.ask_again(job_id, said.memory)
-            self._step(pool.RunnerReady(job_id, f"{seat.worker} (pid {said.pid})", said.holds))
+            seat.peer = arrived.peer
+            seat.where = f"{seat.worker} (pid {said.pid})"
+            self._ready_runner(job_id, seat, said)
+
+    def _results(self, job_id: str, seat: Seat, said: tasks.Results) -> None:
+        whole = self._arrivals.results(job_id, said)
+        if self._first is not None and not seat.initialized:
+            for result, buffers in whole:
+                if result.task_id == tasks.INITIALIZER:
+                    self._initialized(job_id, seat, result, buffers)
+        if whole:
+            self._settle(job_id, whole)
+        here = {result.task_id for result, _ in whole}
+        arriving = {r.task_id: r.seconds for r in said.results if r.buffers and r.task_id not in here}
+        if arriving:
+            self._step(pool.Arriving(job_id, arriving))
 
     def _leave(self) -> None:
-        """Ends the runners, and waits for that in a bounded time: their slots are free when this returns."""
+        """Ends the runners, as scripts end: what they printed is shown, and their slots are free when this returns.
+
+        Waits for that in a bounded time. After Ctrl-C they are killed.
+        """
         self._acknowledge()
-        while self._unsent:
-            self._dealer.send(m.encode(self._unsent.popleft()))
+        for job_id in list(self._seats):
+            self._end_runner(job_id, kill=self._abandoned or not self._seats[job_id].where)
+        self._wait_for_ends(LEAVE_WITHIN_S)
         for job_id in self._seats:
-            self._dealer.send(m.encode(m.Cancel(job_id, kill=True)))
-        deadline = Deadline(LEAVE_WITHIN_S)
-        while self._seats and deadline.left_s and not self._target.local:
+            self._unsent.append(m.Cancel(job_id, kill=True))
+        self._wait_for_ends(0.0 if self._target.local else KILLED_WITHIN_S)
+
+    def _wait_for_ends(self, timeout_s: float) -> None:
+        deadline = Deadline(timeout_s)
+        while True:
+            while self._unsent:
+                self._dealer.send(m.encode(self._unsent.popleft()))
+            if not self._seats or not deadline.left_s:
+                return
             self._poller.wait(deadline.clock.waits(deadline.left_s))
             self._wake.clear()
             self._dealer.changes()
-            for arrived in self._dealer.receive():
-                self._take(arrived)
+            told = self._dealer.receive()
+            for thing in [*(self._router.receive() if self._router else ()), *told]:
+                if isinstance(thing, Arrived):
+                    self._take(thing)

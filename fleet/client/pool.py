@@ -41,6 +41,9 @@ class Runner:
     ready: bool = False
     retiring: bool = False  # its worker drains: it finishes what it has begun
     tasks: dict[int, Task] = field(default_factory=dict)
+    ended: set[int] = field(default_factory=set)  # of them: their results are on the way here
+    given: int = 0  # tasks in its life
+    spent: bool = False  # it was given all that it may have, and retires
     head_since: float = 0.0  # when the first of them can have begun
     recalling: bool = False
     where: str = ""  # worker and pid, for a person
@@ -48,7 +51,9 @@ class Runner:
 
     @property
     def head(self) -> Task | None:
-        return next(iter(self.tasks.values()), None)
+        if not self.ended:
+            return next(iter(self.tasks.values()), None)
+        return next((task for task_id, task in self.tasks.items() if task_id not in self.ended), None)
 
 
 # Events
@@ -82,7 +87,25 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Arriving:
+    """Results whose large buffers are still on their way, with the seconds that each task took."""
+
+    job_id: str
+    seconds: dict[int, float]
+
+
+@dataclass(frozen=True)
 class GivenBack:
+    """Tasks that a runner had not begun."""
+
+    job_id: str
+    task_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NotGiven:
+    """Tasks that were cancelled before they could be given to a runner."""
+
     job_id: str
     task_ids: tuple[int, ...]
 
@@ -104,7 +127,18 @@ class Tick:
     pass
 
 
-Event = Submitted | Cancelled | RunnerReady | Finished | GivenBack | RunnerRetires | RunnerEnded | Tick
+Event = (
+    Submitted
+    | Cancelled
+    | RunnerReady
+    | Finished
+    | Arriving
+    | GivenBack
+    | NotGiven
+    | RunnerRetires
+    | RunnerEnded
+    | Tick
+)
 
 
 # Effects
@@ -150,6 +184,7 @@ class Pool:
     """One Executor's tasks and runners."""
 
     size: int  # runners to have
+    tasks_at_most: int | None = None  # of one runner, which then ends
     runners: dict[str, Runner] = field(default_factory=dict)
     mean_s: float | None = None  # of what tasks take, the last ones counting most
     _queues: dict[int, deque[Task]] = field(default_factory=dict)  # by priority
@@ -176,8 +211,10 @@ class Pool:
                 self._queued.pop(task_id, None)
         elif isinstance(event, RunnerReady):
             self._ready(event)
-        elif isinstance(event, GivenBack):
-            self._given_back(event)
+        elif isinstance(event, Arriving):
+            self._arriving(event)
+        elif isinstance(event, GivenBack | NotGiven):
+            self._not_begun(event)
         elif isinstance(event, RunnerRetires):
             self._retires(event.job_id)
         elif isinstance(event, RunnerEnded):
@@ -259,15 +296,16 @@ class Pool:
             self._stillborn += 1
         if self._stillborn >= STILLBORN_AT_MOST:
             self._missing += 1  # until somebody wants something again
-        elif not runner.retiring:
+        elif not runner.retiring or runner.spent:
             self._ask()
         # Of those before the one that it was in the results were lost, those after it had not begun.
         cause = runner.tasks.get(event.task_id, runner.head)
         for task in reversed(runner.tasks.values()):
-            if task is not cause:
+            if task is not cause and task.retries:
                 self._queue(task, first=True)
-        if cause is not None:
-            self._lost(cause, runner, event.reason)
+        for task in list(runner.tasks.values()):
+            if task is cause or not task.retries:  # what may not run twice may have run
+                self._lost(task, runner, event.reason)
         if self._stillborn >= STILLBORN_AT_MOST and not any(r.ready for r in self.runners.values()):
             for task in list(self._queued.values()):
                 self._fail(task, "no runner", event.reason)
@@ -317,21 +355,46 @@ class Pool:
         runner = self.runners.get(event.job_id)
         if runner is None:
             return
+        head = runner.head
         for task_id, seconds in event.seconds.items():
             if runner.tasks.pop(task_id, None) is not None:
-                self.mean_s = seconds if self.mean_s is None else 0.9 * self.mean_s + 0.1 * seconds
-        runner.head_since = self._now
+                self._took(runner, task_id, seconds)
+                runner.ended.discard(task_id)
+        self._next_head(runner, head)
         self._end_if_retired(runner)
 
-    def _given_back(self, event: GivenBack) -> None:
+    def _arriving(self, event: Arriving) -> None:
         runner = self.runners.get(event.job_id)
         if runner is None:
             return
-        runner.recalling = False
+        head = runner.head
+        for task_id, seconds in event.seconds.items():
+            if task_id in runner.tasks:
+                self._took(runner, task_id, seconds)
+                runner.ended.add(task_id)
+        self._next_head(runner, head)
+
+    def _took(self, runner: Runner, task_id: int, seconds: float) -> None:
+        if task_id not in runner.ended:
+            self.mean_s = seconds if self.mean_s is None else 0.9 * self.mean_s + 0.1 * seconds
+
+    def _next_head(self, runner: Runner, before: Task | None) -> None:
+        if runner.head is not before:
+            runner.head_since = self._now
+
+    def _not_begun(self, event: GivenBack | NotGiven) -> None:
+        runner = self.runners.get(event.job_id)
+        if runner is None:
+            return
+        head = runner.head
         for task_id in reversed(event.task_ids):
             task = runner.tasks.pop(task_id, None)
             if task is not None:
-                self._queue(task, first=True)
+                runner.given -= 1
+                if isinstance(event, GivenBack):
+                    self._queue(task, first=True)
+        runner.recalling = runner.recalling and isinstance(event, NotGiven)
+        self._next_head(runner, head)
         self._end_if_retired(runner)
 
     def _time(self) -> None:
@@ -358,9 +421,15 @@ class Pool:
         room.sort(key=lambda runner: len(runner.tasks))
         share = -(-len(self._queued) // len(room))
         for runner in room:
-            given = self._take(runner, min(share, self._credit(runner) - len(runner.tasks)))
+            count = min(share, self._credit(runner) - len(runner.tasks))
+            if self.tasks_at_most is not None:
+                count = min(count, self.tasks_at_most - runner.given)
+            given = self._take(runner, count)
             if given:
-                if not runner.tasks:
+                runner.given += len(given)
+                runner.spent = runner.given == self.tasks_at_most
+                runner.retiring = runner.retiring or runner.spent
+                if runner.head is None:
                     runner.head_since = self._now
                 runner.tasks.update((task.task_id, task) for task in given)
                 self._effects.append(Give(runner.job_id, given))

@@ -7,7 +7,9 @@ import platform
 import uuid
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from fleet import messages as m
 from fleet import pickling, tasks
@@ -15,11 +17,12 @@ from fleet.bus.control import Dealer, Link
 from fleet.bus.transfer import read_part
 from fleet.client import pool
 from fleet.client.arrivals import Arrivals
+from fleet.client.calls import Packed
 from fleet.client.here import Place
 from fleet.client.prints import Prints
 from fleet.client.run import DENIALS_UNTIL_FINAL
 from fleet.client.target import hello
-from fleet.errors import ConfigError, FleetError, ProtocolError
+from fleet.errors import ConfigError, FleetError, OtherProtocol, ProtocolError
 from fleet.versions import versions
 
 SEATS_NEWS = m.Accepted | m.Waiting | m.Started | m.Retire | m.Ended | m.Rejected
@@ -28,7 +31,7 @@ log = logging.getLogger("fleet.executor")
 
 
 class PoolLost(FleetError):
-    """The process beside a local Executor has ended, with all its runners."""
+    """No task will ever run: the process beside a local Executor has ended, or what its runners begin with fails."""
 
 
 @dataclass
@@ -38,20 +41,35 @@ class Seat:
     submit: m.Submit
     accepted: bool = False
     started: bool = False
+    initialized: bool = False  # it has made the call that comes before all others
+    where: str = ""  # worker and pid, once it is there
     worker: str = ""
     peer: bytes = b""  # where it is reached directly
     functions: pickling.Functions = field(default_factory=pickling.Functions)  # that the runner has
     arrived: list[int] = field(default_factory=list)  # results to acknowledge
 
 
-def check_python(worker: str, theirs: str) -> None:
-    """Raises ConfigError where functions cannot travel between a worker and this process."""
+def differs(worker: str, python: str) -> str:
+    """Why functions cannot travel between a worker with this version and this process; empty: they can."""
     mine = platform.python_version()
-    if theirs.rpartition(".")[0] != mine.rpartition(".")[0]:
-        raise ConfigError(
-            f"worker {worker} runs Python {theirs}, this is {mine}: functions cannot travel between them; "
-            "use the same minor version on both"
-        )
+    if python.split(".")[:2] == mine.split(".")[:2]:
+        return ""
+    return (
+        f"worker {worker} runs Python {python}, this is {mine}: functions cannot travel between them; "
+        "use the same minor version on both"
+    )
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What an Executor wants of its line."""
+
+    count: int  # of runners; 0: as many as the cluster has room for
+    max_pending: int
+    max_bytes: int  # of arguments
+    tasks_at_most: int | None = None  # of one runner
+    initializer: Callable[..., object] | None = None  # the call that each runner makes before all others
+    initargs: tuple[Any, ...] = ()
 
 
 class Seats(ABC):
@@ -60,12 +78,13 @@ class Seats(ABC):
     _dealer: Dealer
     _arrivals: Arrivals
 
-    def __init__(self, place: Place, options: m.JobOptions, count: int) -> None:
+    def __init__(self, place: Place, options: m.JobOptions, wishes: Wishes) -> None:
         self._place = place
         self._target = place.target
         self._options = options
-        self._count = count  # of runners; 0: as many as the cluster has room for
-        self._pool = pool.Pool(count)
+        self._wishes = wishes
+        self._pool = pool.Pool(wishes.count, wishes.tasks_at_most)
+        self._first: Packed | None = None  # the call of the initializer
         self._seats: dict[str, Seat] = {}
         self._unsent: deque[m.Message] = deque()  # to the orchestrator
         self._prints = Prints()
@@ -84,6 +103,10 @@ class Seats(ABC):
     @abstractmethod
     def _say(self, job_id: str, said: tasks.Said, piece: bytes | None = None) -> None:
         """Tells a runner something."""
+
+    @abstractmethod
+    def _run_calls(self, job_id: str, seat: Seat, calls: list[tasks.Call], functions: dict[bytes, bytes]) -> None:
+        """Gives a runner calls, with functions that it has not had."""
 
     def _link(self, link: Link) -> None:
         if link is Link.UP:
@@ -105,7 +128,10 @@ class Seats(ABC):
         try:
             message = m.decode(data)
         except ProtocolError as error:
-            raise ConfigError(f"the orchestrator at {self._target.name}: {error}") from None
+            if isinstance(error, OtherProtocol) or not self._welcomed:
+                raise ConfigError(f"the orchestrator at {self._target.name}: {error}") from None
+            log.warning("a message of the orchestrator was dropped: %s", error)
+            return
         if isinstance(message, m.Welcome):
             self._welcome()
         elif isinstance(message, m.Unknown):
@@ -125,7 +151,7 @@ class Seats(ABC):
     def _welcome(self) -> None:
         if not self._welcomed:
             self._welcomed = True
-            if self._count:
+            if self._wishes.count:
                 self._begun()
             else:
                 self._dealer.send(m.encode(m.ListWorkers()))
@@ -136,7 +162,8 @@ class Seats(ABC):
     def _size(self, found: m.Workers) -> None:
         if not self._seats:
             o = self._options
-            room = sum(min(w.slots // o.slots, w.gpus // o.gpus if o.gpus else w.slots) for w in found.workers)
+            fit = [w for w in found.workers if not differs(w.worker_id, w.versions.python)] or found.workers
+            room = sum(min(w.slots // o.slots, w.gpus // o.gpus if o.gpus else w.slots) for w in fit)
             self._pool.size = max(1, room)
             self._begun()
 
@@ -165,9 +192,6 @@ class Seats(ABC):
         elif isinstance(message, m.Retire):
             self._step(pool.RunnerRetires(job_id))
         else:
-            del self._seats[job_id]
-            self._arrivals.drop(job_id)
-            self._prints.end(job_id)
             reason = message.reason
             if isinstance(message, m.Ended) and message.ranks:
                 status = message.ranks[0]
@@ -175,4 +199,48 @@ class Seats(ABC):
                 tail = status.stderr_tail.strip().splitlines()[-1:] if status.failed else []
                 reason += f"; its last line on stderr: {tail[0]}" if tail else ""
             task_id = message.ranks[0].task if isinstance(message, m.Ended) and message.ranks else 0
-            self._step(pool.RunnerEnded(job_id, reason, task_id))
+            self._ended(job_id, reason, task_id)
+
+    def _unfit(self, job_id: str, reason: str) -> None:
+        """Gives up a runner that cannot make this process' calls. Others are asked for, a bounded number of times."""
+        if reason not in self._said:
+            self._said.add(reason)
+            log.warning("a process of the Executor is not used: %s", reason)
+        self._unsent.append(m.Cancel(job_id, kill=True))
+        self._ended(job_id, reason, 0)
+
+    def _ended(self, job_id: str, reason: str, task_id: int) -> None:
+        del self._seats[job_id]
+        self._arrivals.drop(job_id)
+        self._prints.end(job_id)
+        self._step(pool.RunnerEnded(job_id, reason, task_id))
+
+    # Runners that are there
+
+    def _ready_runner(self, job_id: str, seat: Seat, said: tasks.Ready) -> None:
+        reason = differs(seat.worker, said.python)
+        if reason:
+            self._unfit(job_id, reason)
+            return
+        seat.functions.clear()
+        self._arrivals.ask_again(job_id, said.memory)
+        if self._first is None or seat.initialized:
+            self._step(pool.RunnerReady(job_id, seat.where, said.holds))
+        elif tasks.INITIALIZER not in said.holds:
+            function = self._first.function
+            functions = {function.digest: function.pickled} if function is not None else {}
+            self._run_calls(job_id, seat, [self._first.call(tasks.INITIALIZER)], functions)
+
+    def _initialized(self, job_id: str, seat: Seat, result: tasks.Result, buffers: list[Any]) -> None:
+        if not result.ok:
+            assert self._first is not None
+            raise PoolLost(f"the initializer {self._first.name} failed on {seat.where}: {result.text.strip()}")
+        seat.initialized = True
+        self._step(pool.RunnerReady(job_id, seat.where, ()))
+
+    def _end_runner(self, job_id: str, kill: bool) -> None:
+        seat = self._seats.get(job_id)
+        if kill or seat is None or not seat.where:
+            self._unsent.append(m.Cancel(job_id, kill))
+        else:
+            self._say(job_id, tasks.Leave())

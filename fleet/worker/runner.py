@@ -7,14 +7,15 @@ Knows its client only as the other end of a relay, see fleet/tasks.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+import sys
 import threading
 import traceback
 from collections import OrderedDict, deque
-from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, NoReturn
+from typing import Any
 
 from fleet import config, pickling, tasks
 from fleet import messages as m
@@ -34,14 +35,16 @@ TEXT_CHARS = 16 << 10  # of a traceback, its end
 PIECES_UNDER_WAY = 4  # of arguments that are fetched
 
 
-def serve(direct: str) -> NoReturn:
-    """Never returns: it is ended from outside, or with its agent. `direct` is where its client listens; empty: the relay."""
+def serve(direct: str) -> None:
+    """Returns when its client needs it no more. `direct` is where that listens; empty: it is reached through the relay."""
     settings = config.rank_settings()
     assert settings is not None, "a runner is started by an agent"
+    config.leave_job()
     try:
         Runner(settings, direct).run()
-    finally:
-        os._exit(1)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # not even the threads of its tasks keep it
 
 
 class Runner:
@@ -51,7 +54,8 @@ class Runner:
         self._pid = os.getpid()
         self._head = m.relay_head(settings.job_id)
         name = f"{settings.job_id}/runner/{self._pid}"
-        self._dealer = Dealer(Bus(Lock()), direct or settings.control, name.encode())
+        self._bus = Bus(Lock())
+        self._dealer = Dealer(self._bus, direct or settings.control, name.encode())
         self._poller = Poller(self._dealer.poll_sockets)
         if not direct:
             self._dealer.send(m.encode(m.RankHello(settings.job_id, settings.attempt, settings.rank, self._pid)))
@@ -72,12 +76,15 @@ class Runner:
         self._blobs: dict[tuple[int, int], Blob] = {}  # of results
         self._gathering: dict[tuple[int, int], Gathering] = {}  # of arguments that are in no file here
         self._under_way = 0
+        self._leaving = False
+        self._dropped_count = 0  # messages that were none
+        self._streams = sys.stdout, sys.stderr  # its own, whatever a task puts in their place
 
-    def run(self) -> NoReturn:
+    def run(self) -> None:
         threading.Thread(target=self._attend, name="fleet-attendant", daemon=True).start()
         self._lock.acquire()
         self._ready()
-        while True:
+        while not self._leaving or self._waiting or self._unsent:
             self._turn(wait=not self._waiting and not self._unsent)
             if self._waiting and self._has_arguments(self._waiting[0]):
                 self._call(self._waiting.popleft())
@@ -86,6 +93,8 @@ class Runner:
                 self._poller.wait(QUIET_AFTER_S)
             else:
                 self._send_results()
+        self._shelf.close()
+        self._bus.close()
 
     def _attend(self) -> None:
         seen: tasks.Call | None = None
@@ -123,8 +132,14 @@ class Runner:
             return  # the agent's own welcome
         try:
             said = tasks.decode(arrived.rest[0].buffer)
-        except ProtocolError:
-            return  # whoever has the secret and says nonsense gets no answer
+        except ProtocolError as error:
+            self._dropped_count += 1
+            if self._dropped_count & (self._dropped_count - 1) == 0:  # the 1st, 2nd, 4th, ...
+                print(
+                    f"fleet: {self._dropped_count} messages were dropped, the last one since it is {error}",
+                    file=sys.stderr,
+                )
+            return
         if isinstance(said, tasks.Run):
             self._forget(said.arrived)
             self._take_calls(said)
@@ -136,6 +151,8 @@ class Runner:
             for task_id in given:
                 self._function_of.pop(task_id, None)
             self._say(tasks.Returned(given))
+        elif isinstance(said, tasks.Leave):
+            self._leaving = True
         elif isinstance(said, tasks.Sync):
             self._ready()
             self._unsent, self._unsent_bytes = list(self._kept.values()), 0
@@ -200,7 +217,8 @@ class Runner:
     def _gather(self, call: tasks.Call) -> None:
         for index, buffer in enumerate(call.buffers):
             if not (buffer.path and self._reader.reaches(buffer.path, buffer.size_bytes)):
-                self._gathering[call.task_id, index] = Gathering(buffer.size_bytes, tasks.PIECE_BYTES)
+                with contextlib.suppress(MemoryError, OverflowError):  # the call will say so
+                    self._gathering[call.task_id, index] = Gathering(buffer.size_bytes, tasks.PIECE_BYTES)
         self._fetch()
 
     def _fetch(self) -> None:
@@ -230,6 +248,7 @@ class Runner:
             try:
                 value = function(*args, **kwargs)
             finally:
+                self._flush()
                 if os.getpid() != self._pid:
                     os._exit(0)  # a fork of the user's that came back from the call is not a second runner
                 self._lock.acquire()
@@ -247,6 +266,11 @@ class Runner:
         if not self._waiting or late or self._unsent_bytes >= SEND_FROM_BYTES:
             self._send_results()
 
+    def _flush(self) -> None:
+        for stream in self._streams:
+            with contextlib.suppress(OSError, ValueError):  # the task has closed it
+                stream.flush()
+
     def _prepared(self, call: tasks.Call) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         buffers = [self._buffer(call.task_id, index, apart) for index, apart in enumerate(call.buffers)]
         function, args, kwargs = pickling.loads(call.data or buffers.pop(0), buffers)
@@ -259,9 +283,7 @@ class Runner:
             return gathering.buffer
         memory = self._reader.take(apart.path, apart.size_bytes)
         if memory is None:
-            raise FileNotFoundError(
-                f"the argument of {apart.size_bytes} bytes is no longer in {Path(apart.path).parent}"
-            )
+            raise MemoryError(f"the argument of {apart.size_bytes} bytes does not fit into the memory of this process")
         return memory
 
     def _succeeded(self, task_id: int, value: Any, seconds: float) -> tasks.Result:

@@ -74,6 +74,7 @@ def main(descriptors: list[int], at_start: Collection[str]) -> None:
     _begin_anew(runtime)
     if plan.kind == "tasks":
         _run_tasks(plan)
+        return
     for descriptor, data in enumerate(said, 1):
         os.write(descriptor, data)  # what importing printed, which it would have printed here
     _run_python(plan, at_start)
@@ -220,12 +221,15 @@ def _show_without_our_frames(kind: str) -> None:
     sys.excepthook = show
 
 
-def _run_tasks(plan: Plan) -> NoReturn:
+def _run_tasks(plan: Plan) -> None:
     """Calls what its client sends. What the client can import, this process can: by its search path, or from its bundle."""
     from fleet.worker.runner import serve
 
     sys.argv = [plan.target]
     sys.path[0:0] = plan.args or (os.getcwd(),)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # its client writes it in its own
     serve(plan.target if plan.target.startswith("ipc:") else "")
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+import fleet
+
 
 def square(x: int) -> int:
     return x * x
@@ -194,3 +196,22 @@ def raise_group() -> None:
 def fail_in_plugin(folder: str) -> None:
     sys.path.insert(0, folder)
     importlib.import_module("plug").fail()
+
+
+_initialized = ""
+
+
+def initialize(value: str) -> None:
+    global _initialized
+    _initialized = value
+
+
+def initialized() -> str:
+    return _initialized
+
+
+def sum_in_a_world() -> tuple[int, list[float]]:
+    comm = fleet.init()
+    x = np.full(2, 3.0)
+    comm.all_reduce(x)
+    return comm.world_size, x.tolist()

@@ -1,0 +1,107 @@
+"""An Executor's decisions, event by event: whose time runs, who is blamed, and when a runner is replaced."""
+
+from __future__ import annotations
+
+from fleet.client import pool
+from fleet.client.pool import (
+    Arriving,
+    AskRunner,
+    EndRunner,
+    Fail,
+    Finished,
+    Give,
+    GivenBack,
+    NotGiven,
+    Pool,
+    RunnerEnded,
+    RunnerReady,
+    Submitted,
+    Task,
+    Tick,
+)
+
+
+def running(tasks: list[Task], mean_s: float | None = 1e-4, tasks_at_most: int | None = None) -> Pool:
+    """One runner that was given all that it may have of the tasks, at second 0."""
+    found = Pool(1, tasks_at_most=tasks_at_most)
+    found.start()
+    found.joined("r")
+    found.mean_s = mean_s
+    found.step(RunnerReady("r", "here", ()), 0.0)
+    found.step(Submitted(tasks), 0.0)
+    return found
+
+
+def given(effects: list[pool.Effect]) -> list[int]:
+    return [task.task_id for effect in effects if isinstance(effect, Give) for task in effect.tasks]
+
+
+def is_ended(effects: list[pool.Effect]) -> bool:
+    return any(isinstance(effect, EndRunner) and effect.kill for effect in effects)
+
+
+def test_the_time_of_a_task_is_not_extended_by_other_results() -> None:
+    found = running([Task(1, timeout_s=10.0), Task(2), Task(3)])
+    for second in range(1, 10):
+        assert not is_ended(
+            found.step(Finished("r", {100 + second: 0.1}), float(second))
+        )  # said twice, after a reconnect
+    assert not is_ended(found.step(NotGiven("r", (2,)), 9.5))
+    assert not is_ended(found.step(GivenBack("r", (3,)), 9.6))
+    assert found.next_deadline() == 10.0
+    assert is_ended(found.step(Tick(), 10.0))
+
+
+def test_the_time_of_a_task_begins_when_the_one_before_it_has_ended() -> None:
+    found = running([Task(1), Task(2, timeout_s=10.0)])
+    assert not is_ended(found.step(Finished("r", {1: 20.0}), 20.0))
+    assert not is_ended(found.step(Tick(), 29.9))
+    assert is_ended(found.step(Tick(), 30.0))
+
+
+def test_a_result_on_its_way_is_not_late_and_the_next_task_has_begun() -> None:
+    found = running([Task(1, timeout_s=5.0), Task(2, timeout_s=5.0)])
+    found.step(Arriving("r", {1: 4.0}), 4.0)
+    assert not is_ended(found.step(Tick(), 8.9))  # the first has ended, whatever its bytes take
+    assert is_ended(found.step(Tick(), 9.0))
+    [fail] = [e for e in found.step(RunnerEnded("r", "killed", 2), 9.1) if isinstance(e, Fail)]
+    assert (fail.task.task_id, fail.why) == (2, "timeout")
+    assert 1 in found._queued
+
+
+def test_a_result_counts_once_and_a_cancelled_task_not_at_all() -> None:
+    found = running([Task(n) for n in range(1, 5)], mean_s=1e-4)
+    found.step(NotGiven("r", (1, 2)), 0.1)
+    assert found.mean_s == 1e-4
+    found.step(Arriving("r", {3: 1.0}), 0.1)
+    mean_s = found.mean_s
+    assert mean_s is not None
+    assert mean_s > 0.1
+    found.step(Finished("r", {3: 1.0}), 0.1)
+    assert found.mean_s == mean_s
+
+
+def test_what_must_not_run_twice_is_lost_with_its_result() -> None:
+    """The runner died between tasks, and the result of this one did not arrive."""
+    found = running([Task(1, retries=0)])
+    found.step(Arriving("r", {1: 0.1}), 0.1)
+    [fail] = [e for e in found.step(RunnerEnded("r", "killed", 0), 0.2) if isinstance(e, Fail)]
+    assert (fail.task.task_id, fail.why) == (1, "lost")
+
+
+def test_a_runner_is_given_no_more_than_it_may_have_and_then_replaced() -> None:
+    found = running([Task(n) for n in range(1, 8)], tasks_at_most=3)
+    assert list(found.runners["r"].tasks) == [1, 2, 3]
+    assert not found.step(Finished("r", {1: 1e-4, 2: 1e-4}), 0.1)
+    assert found.step(Finished("r", {3: 1e-4}), 0.2) == [EndRunner("r", kill=False)]
+    assert found.step(RunnerEnded("r", "", 0), 0.3) == [AskRunner()]
+    found.joined("s")
+    assert given(found.step(RunnerReady("s", "here", ()), 0.4)) == [4, 5, 6]
+
+
+def test_a_task_that_was_given_back_does_not_count_for_its_runner() -> None:
+    found = running([Task(1), Task(2)], tasks_at_most=3)
+    found.step(GivenBack("r", (2,)), 0.1)
+    assert list(found.runners["r"].tasks) == [1, 2]  # given again
+    assert found.runners["r"].given == 2
+    assert not found.runners["r"].retiring
