@@ -70,7 +70,8 @@ class Bus:
             socket.bind(endpoint)
         except zmq.ZMQError as error:
             holder = holder_of(endpoint) if error.errno == zmq.EADDRINUSE else ""
-            raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}{holder}") from None
+            gone = "; it is no address of this machine (any more)" if error.errno == zmq.EADDRNOTAVAIL else ""
+            raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}{holder}{gone}") from None
         last = socket.last_endpoint
         found = (last if isinstance(last, bytes) else str(last).encode()).rstrip(b"\0").decode()
         bound = _MAPPED.sub(r"\1", found)

@@ -80,7 +80,7 @@ class Router:
             _detect_silence(self._socket)
         self._monitor = _Monitor(bus, self._socket, WATCHED)
         self.endpoint = bus.bind(self._socket, endpoint)
-        self.strangers = Strangers(self.endpoint)
+        self.strangers = Strangers(self.endpoint, hears=True)
         self.refused_count = 0  # messages with a wrong number of frames
         self._peer_of: dict[int, bytes] = {}  # by file descriptor of its connection
         self._descriptor_of: dict[bytes, int] = {}
@@ -95,6 +95,7 @@ class Router:
                 frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 found.extend(self._losses())
+                self.strangers.thin_out()
                 break
             # After the message and before its sender is noted: a descriptor may have been used by another before.
             found.extend(self._losses())
@@ -144,7 +145,6 @@ class Router:
                 if peer is not None:
                     del self._descriptor_of[peer]
                     found.append(Lost(peer))
-        self.strangers.thin_out()
         return found
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils import z85
 
-from fleet.bus.strangers import Strangers, happened
+from fleet.bus.strangers import SILENT_S, Strangers, happened
 from fleet.config import Security
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # rfc.zeromq.org/spec/27
@@ -113,19 +113,25 @@ class Doorkeeper:
         self._thread.join()
         self._stop.close()
 
+    def _patience_ms(self) -> int | None:
+        """How long to wait for something to happen."""
+        return round(SILENT_S * 1000) if self._strangers is not None and self._strangers.crowded else None
+
     def _run(self) -> None:
         poller = zmq.Poller()
         for socket in (self._zap, self._stopped, self._monitor):
             if socket is not None:
                 poller.register(socket, zmq.POLLIN)
-        while self._stopped not in (ready := dict(poller.poll())):
+        while self._stopped not in (ready := dict(poller.poll(self._patience_ms()))):
             if self._zap in ready:
                 version, request_id, _domain, _address, _identity, mechanism, *credentials = self._zap.recv_multipart()
                 admitted = self._lock.admits(mechanism, credentials)
                 status = [b"200", b"OK"] if admitted else [b"400", b"wrong secret"]
                 self._zap.send_multipart([version, request_id, *status, b"fleet" if admitted else b"", b""])
-            if self._monitor is not None and self._monitor in ready and self._strangers is not None:
-                self._strangers.saw(*happened(self._monitor))
+            if self._monitor is not None and self._strangers is not None:
+                while self._monitor.poll(0):
+                    self._strangers.saw(*happened(self._monitor))
+                self._strangers.thin_out()
         for socket in (self._zap, self._stopped, self._monitor):
             if socket is not None:
                 socket.close(linger=0)

@@ -15,7 +15,7 @@ from time import monotonic
 import zmq
 
 LOG_EVERY_S = 60.0  # a stranger that tries again and again fills no disk
-SILENT_AT_MOST = 256  # connections that have said nothing yet, of those older than SILENT_S
+SILENT_AT_MOST = 128  # connections that may be strangers', of those older than SILENT_S: each holds memory for a frame
 SILENT_S = 1.0
 
 BROKEN_HANDSHAKE = (
@@ -32,10 +32,14 @@ class Strangers:
     The events of a handshake say that it succeeded or failed, not whose it was, and of one who speaks no ZeroMQ at all
     there is none. So a connection counts as refused, too, if it ends and no handshake has succeeded since it began. While
     members connect, some may be missed; none of theirs is ever counted.
+
+    `hears`: its owner says of each connection when it has `heard` it. Else one may be a member's once any handshake has
+    succeeded.
     """
 
-    def __init__(self, endpoint: str = "") -> None:
+    def __init__(self, endpoint: str = "", hears: bool = False) -> None:
         self.endpoint = endpoint
+        self._hears = hears
         self.refused_count = 0
         self._unsaid_count = 0  # of them, since the last line in the log
         self._log_at = 0.0
@@ -43,7 +47,7 @@ class Strangers:
         self._admitted_count = 0
         self._failed_count = 0  # handshakes that have failed, of connections that have not ended
         self._open: dict[int, int] = {}  # what _admitted_count was when a connection began, by descriptor
-        self._silent: dict[int, float] = {}  # when a connection began that has said nothing, by descriptor, in order
+        self._silent: dict[int, float] = {}  # when a connection began that is no member's, by descriptor, in order
 
     def saw(self, event: int, value: int) -> None:
         """Takes one event of the monitor, with its descriptor where it has one."""
@@ -53,6 +57,8 @@ class Strangers:
             self._last = _address(value)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._admitted_count += 1
+            if not self._hears:
+                self._silent.clear()
         elif event & BROKEN_HANDSHAKE:
             self._failed_count += 1
             self._refused()
@@ -69,13 +75,17 @@ class Strangers:
         """A connection has sent a message, so its peer was let in."""
         self._silent.pop(descriptor, None)
 
-    def thin_out(self) -> None:
-        """Hangs up on the oldest of those that say nothing, where they are many: each holds a descriptor and memory.
+    @property
+    def crowded(self) -> bool:
+        """Whether there are so many that `thin_out` is to be called soon."""
+        return len(self._silent) > SILENT_AT_MOST
 
-        One that was let in meanwhile, and has not been heard yet, connects again.
+    def thin_out(self) -> None:
+        """Hangs up on the oldest where they are many: each holds a descriptor and memory. For when all events were taken,
+        and all messages heard. A member that is so slow connects again.
         """
         now = monotonic()
-        while len(self._silent) > SILENT_AT_MOST:
+        while self.crowded:
             descriptor, since = next(iter(self._silent.items()))
             if now - since < SILENT_S:
                 return

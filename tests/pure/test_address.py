@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from fleet import config
 from fleet.bus.address import endpoint, is_ipv6, listening_host, parse, shown
 from fleet.errors import ConfigError
 
@@ -52,6 +53,12 @@ def test_what_is_shown_is_read_again(host: str) -> None:
     assert parse(shown(host, 7), 50051, "--bind") == (host, 7)
     assert parse(endpoint(host, 7), 50051, "--bind") == (host, 7)
     assert is_ipv6(host) == (":" in host)
+
+
+@pytest.mark.parametrize("text", ["::1", "[::1]"])
+def test_fleet_host_may_have_brackets(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEET_HOST", text)
+    assert config.advertised_host() == "::1"
 
 
 def test_a_socket_listens_where_it_is_reached_and_nowhere_else() -> None:

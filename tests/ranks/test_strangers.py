@@ -303,35 +303,45 @@ def hang_up(endpoint: str, kind: Any) -> None:
     socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2]))).close()
 
 
-def test_who_says_nothing_makes_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest of many silent connections are hung up on, and one that was heard is not among them."""
+@pytest.mark.parametrize("where", ["router", "inbox"])
+def test_who_says_nothing_makes_room_for_others(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """The oldest of many silent connections are hung up on, and a member's is not among them."""
     monkeypatch.setattr("fleet.bus.strangers.SILENT_AT_MOST", 10)
     monkeypatch.setattr("fleet.bus.strangers.SILENT_S", 0.0)
-    with Bus(Lock("curve", SECRET)) as bus, Bus(Lock("curve", SECRET)) as other, contextlib.ExitStack() as stack:
-        router = Router(bus, "tcp://127.0.0.1:*")
-        member = Dealer(other, router.endpoint, b"member")
+    lock = Lock("curve", SECRET)
+    with Bus(lock) as bus, Bus(lock) as other, contextlib.ExitStack() as stack:
+        if where == "router":
+            router = Router(bus, "tcp://127.0.0.1:*")
+            endpoint, receive = router.endpoint, router.receive
+        else:
+            mesh = Mesh(lock, "tcp://127.0.0.1:*", Strangers())
+            stack.callback(mesh.close, linger=False)
+            endpoint, receive = mesh.endpoint, lambda: [found] if (found := mesh.receive()) else []
+        member = Dealer(other, endpoint, b"member")
         member.send(b"\x05hello")
-        while not any(isinstance(thing, Arrived) for thing in router.receive()):
+        while not receive():
             pass
-        address = "127.0.0.1", int(router.endpoint.rpartition(":")[2])
+        address = "127.0.0.1", int(endpoint.rpartition(":")[2])
         silent = [stack.enter_context(socket.create_connection(address, timeout=20)) for _ in range(30)]
-        first = silent[0]
-        ended: list[bytes] = []
+        ended = threading.Event()
 
         def read() -> None:
-            with contextlib.suppress(OSError):
-                while data := first.recv(1000):
-                    ended.append(data)
-            ended.append(b"")
+            with contextlib.suppress(ConnectionResetError):
+                while silent[0].recv(1000):
+                    pass
+            ended.set()
 
         thread = threading.Thread(target=read)
         thread.start()
         deadline = monotonic() + 20
-        while b"" not in ended and monotonic() < deadline:
-            assert not any(isinstance(thing, Lost) for thing in router.receive())
+        while not ended.is_set() and monotonic() < deadline:
+            assert not any(isinstance(thing, Lost) for thing in receive())
         thread.join()
-        assert ended[-1] == b""
-        assert router.send(b"member", b"\x05still here")
+        assert ended.is_set()
+        member.send(b"\x05still here")
+        while not any(isinstance(thing, Arrived | tuple) for thing in receive()):
+            pass
+        assert Link.DOWN not in member.changes()
 
 
 def test_who_does_not_answer_is_not_taken_for_one_who_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
