@@ -1,13 +1,15 @@
-"""The `fleet` command. This module stays small: a rank's process imports it again on its way to the user's script."""
+"""The `fleet` command. This module stays small: `fleet doctor --health` is run by every container every few seconds."""
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """The entry point of the `fleet` command."""
-    if sys.argv[1:] == ["doctor", "--health"]:  # run by every container every few seconds: half its time were imports
+    _open_what_is_closed()
+    if sys.argv[1:] == ["doctor", "--health"]:  # half its time were imports
         from fleet.cli.workers import check_health
 
         check_health()
@@ -15,3 +17,14 @@ def main() -> None:
     from fleet.cli.app import run
 
     run()
+
+
+def _open_what_is_closed() -> None:
+    """Standard streams that the starter has closed (`>&-`): else the next file or socket takes their place."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))

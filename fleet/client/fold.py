@@ -17,11 +17,15 @@ TRACEBACK_QUIET_S = 0.5  # without a line from its rank, a traceback is whole
 
 
 class Lines:
-    """Cuts one stream of one rank into lines of text. How the bytes arrive in pieces makes no difference."""
+    """Cuts one stream of one rank into lines of text. How the bytes arrive in pieces makes no difference.
+
+    Bytes that are no UTF-8 stay what they are, as os.fsdecode has them: whoever prints a line gets them back.
+    """
 
     def __init__(self) -> None:
         # Invariant: at most LINE_BYTES of text, then perhaps the carriage return after which it will be overdrawn.
         self._rest = b""
+        self.overdrawn = False  # whether the unfinished line has drawn over itself
 
     def feed(self, data: bytes) -> list[str]:
         """The lines that are complete now, without their ends."""
@@ -29,19 +33,29 @@ class Lines:
         pieces = [piece for line in complete for piece in _drawn(line)]
         *full, last = _drawn(unfinished)
         self._rest = last + b"\r" if last and unfinished.endswith(b"\r") else last
-        return [piece.decode(errors="replace") for piece in pieces + full]
+        self.overdrawn = b"\r" in unfinished or (self.overdrawn and not complete)
+        return [_text(piece) for piece in pieces + full]
+
+    @property
+    def unfinished(self) -> str:
+        """What the line that is not complete looks like now."""
+        return _text(self._rest.removesuffix(b"\r"))
 
     def rest(self) -> list[str]:
         """The last line, which nothing ended."""
         rest, self._rest = self._rest.removesuffix(b"\r"), b""
-        return [rest.decode(errors="replace")] if rest else []
+        return [_text(rest)] if rest else []
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="surrogateescape")
 
 
 def _drawn(line: bytes) -> list[bytes]:
     """What stays of a line: its last state, as a progress bar draws over itself with carriage returns.
 
     Before it come the full pieces of states too long to be kept until it is known whether they are overdrawn.
-    A piece ends after a number of bytes, so a character on the edge is shown as two replacement characters.
+    A piece ends after a number of bytes, so a character on the edge comes in two parts.
     """
     full: list[bytes] = []
     last = b""

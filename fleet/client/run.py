@@ -123,7 +123,7 @@ class Run:
             )
         if not self._said_waiting and waited >= SAY_WAITING_AFTER_S:
             self._said_waiting = True
-            say(f"no orchestrator answers at {self._target.name} yet; trying for {self._target.timeout_s:g} s")
+            self._say(f"no orchestrator answers at {self._target.name} yet; trying for {self._target.timeout_s:g} s")
 
     def _link(self, link: Link) -> None:
         if link is Link.UP:
@@ -137,7 +137,7 @@ class Run:
                     "on one side (FLEET_SECRET, FLEET_SECRET_FILE), or no orchestrator of fleet listens there"
                 )
         elif not self.cancelled:
-            say(f"lost the orchestrator at {self._target.name}; trying again until it is back (Ctrl-C: leave)")
+            self._say(f"lost the orchestrator at {self._target.name}; trying again until it is back (Ctrl-C: leave)")
 
     def _take(self, message: m.Message) -> None:
         if isinstance(message, m.Welcome):
@@ -155,7 +155,7 @@ class Run:
         elif isinstance(message, m.Want) and self._bundle is not None:
             self._orchestrator.send(m.encode(read_part(self._bundle, message)))
         elif isinstance(message, m.Waiting) and not self._target.local:
-            say(f"job {message.job_id} waits: {message.reason}")
+            self._say(f"job {message.job_id} waits: {message.reason}")
         elif isinstance(message, m.Started):
             self._started(message)
         elif isinstance(message, m.Output):
@@ -173,10 +173,14 @@ class Run:
         again = self._cancelled_at is not None
         if not again:
             self._cancelled_at = self._clock.now()
-            say("stopping all ranks (once more: at once)")
+            self._say("stopping all ranks (once more: at once)")
         self._orchestrator.send(m.encode(m.Cancel(self.job_id, kill=again)))
         if again or not self._submitted:
             self._ended = m.Ended(self.job_id, "cancelled", -1)
+
+    def _say(self, text: str) -> None:
+        self._printer.clear()
+        say(text)
 
 
 def say(text: str) -> None:
