@@ -13,6 +13,7 @@ import zmq
 
 from fleet.bus import forks
 from fleet.bus.address import holder_of
+from fleet.bus.descriptors import check_room
 from fleet.bus.lock import Doorkeeper, Lock
 from fleet.bus.strangers import WATCHED, Strangers
 from fleet.errors import ConfigError
@@ -29,6 +30,7 @@ class Bus:
     def __init__(self, lock: Lock, io_threads: int = 1) -> None:
         self.lock = lock
         self._forks = forks.count
+        check_room()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads)
         self._sockets: list[zmq.Socket[bytes]] = []
         self._doorkeeper: Doorkeeper | None = None

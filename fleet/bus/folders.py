@@ -18,15 +18,14 @@ from fleet.errors import ConfigError
 
 PREFIX = "fleet-"
 LOCK = "lock"
+SHORT = ("/tmp", "/var/tmp")
+BASE_BYTES = 70  # a socket's path has 107 at most, and 15 are for a folder's own name, 20 for the socket's
 
 
 @contextlib.contextmanager
 def held_folder(prefix: str = PREFIX) -> Iterator[Path]:
     """A fresh folder that only its owner may enter, until the context is left. `prefix` begins with PREFIX."""
-    try:
-        base = Path(tempfile.gettempdir())
-    except FileNotFoundError:
-        raise ConfigError("no temporary folder can be written to: mount a tmpfs at /tmp, or set TMPDIR") from None
+    base = _base()
     _sweep()
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
     draft = folder / f".{LOCK}"
@@ -40,9 +39,24 @@ def held_folder(prefix: str = PREFIX) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def _base() -> Path:
+    """The temporary folder, or another one where its path is too long for sockets in it. Raises ConfigError."""
+    try:
+        usual = tempfile.gettempdir()
+    except FileNotFoundError:
+        raise ConfigError("no temporary folder can be written to: mount a tmpfs at /tmp, or set TMPDIR") from None
+    for base in (usual, *SHORT):
+        if len(os.fsencode(base)) <= BASE_BYTES and os.access(base, os.W_OK | os.X_OK):
+            return Path(base)
+    raise ConfigError(
+        f"the temporary folder {usual} has a path of more than {BASE_BYTES} bytes, which leaves no room for a socket's name, "
+        f"and {' and '.join(SHORT)} cannot be written to: set TMPDIR to a shorter one"
+    )
+
+
 def own_folders() -> list[Path]:
     """The folders of this user, held or not. One that another user made is none, whatever lies in it."""
-    return [path for path in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")) if is_own_folder(path)]
+    return [path for path in sorted(_base().glob(f"{PREFIX}*")) if is_own_folder(path)]
 
 
 def is_held(lock: Path) -> bool:

@@ -27,4 +27,4 @@ def _open_what_is_closed() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest that is free
         if getattr(sys, name) is None:
-            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))
+            vars(sys)[name] = os.fdopen(descriptor, "w" if descriptor else "r", closefd=False)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import secrets
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 from fleet import config
+from fleet.bus import descriptors
 from fleet.bus.lock import Lock, derive_secret
+from fleet.client.embedded import running
 from fleet.client.target import Target
 from fleet.orchestrator.service import Service
 from fleet.versions import versions
@@ -22,6 +23,7 @@ from fleet.worker.zygote import Zygote
 
 Transport = Literal["tcp", "ipc"]
 HOST = "127.0.0.1"
+FILES, FILES_OF_A_RANK = 80, 5  # that orchestrator, agent and client have open at most: 54 + 4 for each rank, measured
 
 
 @contextmanager
@@ -39,7 +41,11 @@ def local_cluster(
     logging.getLogger("fleet.orchestrator").addHandler(logging.NullHandler())
     threads = max(1, config.usable_cores() // slots)
     config.limit_threads(threads)
-    zygote = Zygote(runtime, preload)  # first: its imports take longest
+    descriptors.require(
+        FILES + slots * FILES_OF_A_RANK, f"a job of {slots} rank{'s' if slots > 1 else ''} on this machine"
+    )
+    zygote = Zygote(runtime, preload)  # first: its imports take longest, and ranks keep the limits that it starts with
+    descriptors.raise_limit(FILES + slots * FILES_OF_A_RANK)
     try:
         endpoint = f"ipc://{runtime}/orchestrator"
         secret = secrets.token_hex(16)  # thrown away with the job
@@ -62,18 +68,11 @@ def local_cluster(
         (runtime / "orchestrator-bundles").mkdir()
         service = Service(endpoint, Lock(), versions(), runtime / "orchestrator-bundles", "least-loaded")
         agent = Agent(settings, zygote, endpoint, Lock(), runtime / "worker", threads, storage)
-        with _thread("fleet-orchestrator", service.run, service.stop), _thread("fleet-agent", agent.run, agent.stop):
-            yield Target("this machine", endpoint, Lock(), timeout_s=60.0, local=True)
+        target = Target("this machine", endpoint, Lock(), timeout_s=60.0, local=True)
+        with (
+            running("orchestrator", service.run, service.stop, target.failure),
+            running("worker", agent.run, agent.stop, target.failure),
+        ):
+            yield target
     finally:
         zygote.close()
-
-
-@contextmanager
-def _thread(name: str, run: Callable[[], None], stop: Callable[[], None]) -> Iterator[None]:
-    thread = threading.Thread(target=run, name=name)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop()
-        thread.join()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from functools import partial
 
 from fleet.cli.local import local_cluster
 from fleet.cli.runtime import runtime_folder
+from fleet.client.embedded import Failure
+from fleet.errors import FleetError
 from fleet.worker.output import Storage
 from fleet.worker.zygote import RUNNER
 
@@ -23,4 +27,14 @@ def serve(answer: int, slots: int, gpus: int, preload: str) -> None:
     ):
         with open(answer, "w", encoding="utf-8") as file:
             file.write(f"{target.endpoint}\n")
+        target.failure.listen(partial(_end, target.failure))
         sys.stdin.buffer.read()
+
+
+def _end(failure: Failure) -> None:
+    """At once: the main thread waits for its input, and the Executor will see that this process has ended."""
+    try:
+        failure.check()
+    except FleetError as error:
+        print(f"fleet: {error}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -15,7 +15,6 @@ import os
 import secrets
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +27,7 @@ from fleet.bus.ownership import open_own
 from fleet.cli.log import Lines
 from fleet.cli.runtime import runtime_folder
 from fleet.client.ask import workers
+from fleet.client.embedded import running
 from fleet.client.run import say
 from fleet.client.target import Target
 from fleet.errors import ConfigError, rank_set
@@ -69,7 +69,10 @@ def step_cluster(
         host, port = own_address(task), int(service.endpoint.rpartition(":")[2])
         agent = _agent(task, runtime, zygote, host, port, lock, timeout_s, storage)
         target = Target("this step", endpoint(host, port), lock, timeout_s, local=True)
-        with _thread(service.run, service.stop), _thread(agent.run, agent.stop):
+        with (
+            running("orchestrator", service.run, service.stop, target.failure),
+            running("worker", agent.run, agent.stop, target.failure),
+        ):
             with _meeting_file(task, None if given else f"{host} {port} {lock.secret}"):
                 _wait_for_all(task, target, interrupted)
             yield target
@@ -230,14 +233,3 @@ def _meet(task: config.SlurmTask, timeout_s: float, interrupted: Callable[[], bo
         f"task 0 of this step did not show up within {timeout_s:g} s: {task.meeting_file} is missing. Do the machines "
         "share that folder? If not, set FLEET_SECRET to the same text for all tasks"
     )
-
-
-@contextmanager
-def _thread(run: Callable[[], None], stop: Callable[[], None]) -> Iterator[None]:
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop()
-        thread.join()

@@ -46,12 +46,15 @@ def standard_input(who: Readers, world_size: int) -> Iterator[Callable[[int], in
 
 
 def _can_be_read() -> bool:
-    """Not if it is closed, or a terminal that belongs to another job of the shell at the moment."""
+    """Not if it is closed, or a terminal that belongs to another job of its shell at the moment."""
     try:
         os.fstat(0)
-        return not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp()
     except OSError:
         return False
+    try:
+        return not os.isatty(0) or os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return True  # a terminal, and no shell has jobs on it
 
 
 class Copies:

@@ -62,7 +62,10 @@ class Run:
         return self._cancelled_at is not None or bool(self._cancels)
 
     def run(self, versions: m.Versions) -> m.Ended:
-        """Returns when the job has ended, and all it printed has been printed. Raises ConfigError if it cannot start."""
+        """Returns when the job has ended, and all it printed has been printed. Raises ConfigError if it cannot start.
+
+        Raises FleetError where a cluster in this process fails, and where nothing can be printed.
+        """
         self._hello = hello(versions)
         self._started_at = self._clock.now()
         self._said_waiting = self._target.local
@@ -71,12 +74,15 @@ class Run:
                 name = f"client/{uuid.uuid4().hex}"
                 self._orchestrator = Dealer(bus, self._target.endpoint, name.encode())
                 poller = Poller([*self._orchestrator.poll_sockets, self._wake])
+                self._target.failure.listen(self._wake.set)
                 try:
                     while self._ended is None:
                         poller.wait(self._clock.waits(self._until_deadline()))
                         self._clock.now()
                         self._wake.clear()
                         self._turn()
+                        if self._ended is None:
+                            self._target.failure.check()
                     return self._ended
                 finally:
                     self._orchestrator.send(m.encode(m.Goodbye()))  # whatever is left of the job need not wait for us

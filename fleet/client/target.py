@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fleet import config
@@ -11,6 +11,7 @@ from fleet import messages as m
 from fleet.bus.address import endpoint, parse, shown
 from fleet.bus.lock import Lock
 from fleet.bus.process import numbering
+from fleet.client.embedded import Failure
 from fleet.errors import ConfigError
 
 
@@ -23,6 +24,7 @@ class Target:
     lock: Lock
     timeout_s: float  # to be let in
     local: bool  # embedded for one job: no host names in prefixes, and no talk about it
+    failure: Failure = field(default_factory=Failure, compare=False)  # of a cluster in this process
 
 
 def hello(versions: m.Versions) -> m.ClientHello:

@@ -19,6 +19,7 @@ from types import FrameType
 from fleet import messages as m
 from fleet.bus.context import Bus
 from fleet.bus.control import Dealer
+from fleet.bus.descriptors import check_room
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.strangers import Strangers
@@ -66,6 +67,7 @@ class Session:
         self.unreached: Callable[[], Sequence[int]] = lambda: ()  # ranks that it sent to and has no connection to
         self._told_refused = 0
         self._world: World | None = None
+        check_room()  # here, since the thread has nobody to tell
         self._thread = threading.Thread(target=self._run, name="fleet-session", daemon=True)
         self._thread.start()
 
