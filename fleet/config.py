@@ -290,6 +290,22 @@ def secret(file: Path | None = None) -> str | None:
     return read_secret(own) if own.exists() else None
 
 
+def missing_secret(file: Path | None = None) -> Path | None:
+    """The file that `secret` would read, if it is not there; None if there is a secret, or no such file could be."""
+    if file is None and given_secret() is not None:
+        return None
+    named = file or (Path(os.environ["FLEET_SECRET_FILE"]) if secret_file_is_named() else None)
+    if named is None and not os.environ.get("XDG_CONFIG_HOME") and home() is None:
+        return None
+    path = named or secret_path()
+    return None if path.exists() else path
+
+
+def secret_file_is_named() -> bool:
+    """Whether FLEET_SECRET_FILE is set."""
+    return bool(os.environ.get("FLEET_SECRET_FILE"))
+
+
 def given_secret() -> str | None:
     """FLEET_SECRET, None where it is unset or empty."""
     text = os.environ.get("FLEET_SECRET")

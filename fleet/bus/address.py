@@ -177,6 +177,15 @@ def holder_of(bound: str) -> str:
             if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == int(port):
                 if connection.pid is None:
                     return ", held by a process of another user"
-                name = " ".join(psutil.Process(connection.pid).cmdline()) or "?"
-                return f", held by pid {connection.pid}: {name[:120]}"
+                return f", held by {process_in_words(connection.pid)}"
     return ""
+
+
+def process_in_words(pid: int) -> str:
+    """A process by its number and, where that can be read, its command line."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        if words := " ".join(psutil.Process(pid).cmdline()):
+            return f"pid {pid}: {words[:120]}"
+    return f"pid {pid}"

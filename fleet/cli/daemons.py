@@ -25,12 +25,12 @@ from fleet.bus.address import (
     parse,
     shown,
 )
+from fleet.bus.claims import claimed_ports
 from fleet.bus.lock import derive_secret
 from fleet.cli.log import Lines
 from fleet.cli.private import close_to_others
 from fleet.cli.runtime import register, runtime_folder
-from fleet.cli.security import orchestrator_lock
-from fleet.client.target import control_lock
+from fleet.cli.security import orchestrator_lock, worker_lock
 from fleet.errors import ConfigError, UsageError
 from fleet.orchestrator.service import Keeping, Service
 from fleet.versions import versions
@@ -98,14 +98,18 @@ def run_worker(
     if not 0 <= gpus <= RANKS_AT_MOST:
         raise UsageError(f"--gpus is {gpus}: it must be the number of GPUs that ranks may use here")
     host, port = parse(address, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
-    lock = control_lock(secret_file, insecure)
     data_port = config.worker_port()
+    stopping = threading.Event()
+    _on_signals(lambda _: stopping.set())
     threads = max(1, config.usable_cores() // slots)
     config.limit_threads(threads)
-    with runtime_folder() as runtime:
+    with claimed_ports(data_port, slots), runtime_folder() as runtime:
+        lock = worker_lock(host, secret_file, insecure, stopping)
+        if lock is None:
+            return  # told to end while there was no secret
         zygote = Zygote(runtime, (*RUNNER, *(config.preload() or ())))
         try:
-            advertise = config.advertised_host() or _own_address(host, port)
+            advertise = config.advertised_host() or _own_address(host, port, stopping)
             if advertise is None:
                 return  # told to end while the orchestrator's name did not resolve
             listen = listening_host(advertise)
@@ -161,10 +165,8 @@ def _storage(given: Path | None, runtime: Path) -> Storage:
     return Storage(runtime / "output")
 
 
-def _own_address(host: str, port: int) -> str | None:
+def _own_address(host: str, port: int, stopping: threading.Event) -> str | None:
     """The address of this machine that the orchestrator's network sees. Waits for the orchestrator's name to resolve."""
-    stopping = threading.Event()
-    _on_signals(lambda _: stopping.set())
     said = False
     while not stopping.is_set():
         address = local_address_towards(host, port)

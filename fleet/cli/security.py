@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from pathlib import Path
 
 from fleet import config
 from fleet.bus.address import is_loopback
 from fleet.bus.lock import Lock
+from fleet.client.target import control_lock
 from fleet.errors import ConfigError
 from fleet.secret import create_secret
+
+LOOK_EVERY_S = 0.5
+
+log = logging.getLogger("fleet")
 
 
 def orchestrator_lock(host: str, secret_file: Path | None, insecure: bool) -> Lock:
@@ -25,3 +32,19 @@ def orchestrator_lock(host: str, secret_file: Path | None, insecure: bool) -> Lo
             "or set FLEET_SECRET_FILE or FLEET_SECRET, or say --insecure"
         )
     return Lock("curve", secret)
+
+
+def worker_lock(host: str, secret_file: Path | None, insecure: bool, stopping: threading.Event) -> Lock | None:
+    """The lock of a worker whose orchestrator is at `host`. Waits for a secret that may still come; None: told to end before.
+
+    Somebody makes the file that is named, and the first orchestrator of this machine makes the user's own. Any other that
+    is missing stays so. Raises ConfigError for that one.
+    """
+    missing = None if insecure else config.missing_secret(secret_file)
+    named = secret_file is not None or config.secret_file_is_named()
+    if missing is not None and (named or is_loopback(host)):
+        log.warning("the cluster secret is not in %s yet; trying again until it is (`fleet secret` makes one)", missing)
+        while not missing.exists():
+            if stopping.wait(LOOK_EVERY_S):
+                return None
+    return control_lock(secret_file, insecure)
