@@ -193,6 +193,7 @@ class Ended(Message, frozen=True):
     reason: Text  # empty: every rank exited with 0
     cause: RankOrNone  # the rank that failed first, -1: none
     ranks: Annotated[tuple[RankStatus, ...], ONE_A_RANK] = ()
+    outcome: Word = ""  # see JobInfo; empty: its orchestrator does not know the job
 
 
 class Retire(Message, frozen=True):

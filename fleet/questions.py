@@ -46,17 +46,19 @@ class Pong(Message, frozen=True):
 
 
 class ListJobs(Message, frozen=True):
-    """One job, those of a sweep, or all: the newest first. Answered by Jobs."""
+    """One job, those of a sweep, or all: the newest first. Answered by Jobs, a page at a time."""
 
     job_id: JobPrefix = ""
     group: Word = ""
     limit: Number = 1000
+    before: Number = 0  # of the page before, its `next`
     question: Number = 0
 
 
 class Jobs(Message, frozen=True):
     jobs: tuple[JobInfo, ...]
-    left_out: Number = 0  # older ones, over the limit
+    left_out: Number = 0  # older ones, over the limit or on pages to come
+    next: Number = 0  # what to ask for the next page with; 0: there is none
     question: Number = 0
 
 

@@ -84,6 +84,7 @@ BUNDLE_BYTES_AT_MOST, BUNDLE_FILES_AT_MOST = 1 << 30, 200_000
 PRIORITY_AT_MOST = 1000  # and at least minus that
 
 
+POINT_NAMES_AT_MOST = 256
 GRACE_S, GRACE_AT_MOST_S = 60.0, 7 * 24 * 3600.0
 
 
@@ -99,6 +100,8 @@ class JobOptions(msgspec.Struct, frozen=True):
     gpus: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
     python: Word = ""  # minor version that its workers must have; empty: any
     grace_s: Annotated[float, msgspec.Meta(ge=0.0, le=GRACE_AT_MOST_S)] = GRACE_S
+    # Its point of that sweep: names and values, in their order.
+    point: Annotated[tuple[tuple[Word, Text], ...], msgspec.Meta(max_length=POINT_NAMES_AT_MOST)] = ()
 
 
 class JobInfo(msgspec.Struct, frozen=True):

@@ -133,7 +133,7 @@ def orchestrator_command(
     state: Annotated[
         Path | None, typer.Option(help="Folder that keeps jobs.", show_default="FLEET_STATE_DIR, yours")
     ] = None,
-    keep_jobs: Annotated[int, typer.Option(help="Jobs that have ended, to keep at most.")] = 2000,
+    keep_jobs: Annotated[int, typer.Option(help="Jobs that have ended, to keep at most.")] = 10_000,
     keep_hours: Annotated[float, typer.Option(help="Hours to keep jobs that have ended.")] = 168.0,
     metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = None,

@@ -27,7 +27,9 @@ SecretFile = Annotated[
 ]
 Insecure = Annotated[bool, typer.Option("--insecure", help="No secret: whoever reaches the port may run code.")]
 Job = Annotated[str, typer.Argument(help="The job's id, or how it begins.")]
-SomeJobs = Annotated[list[str], typer.Argument(help="Jobs by their ids, or how these begin.")]
+SomeJobs = Annotated[
+    list[str] | None, typer.Argument(help="Jobs by their ids, or how these begin.", show_default="those of --sweep")
+]
 Workers = Annotated[int, typer.Option(help="Number of ranks.")]
 Priority = Annotated[int, typer.Option(help="Higher starts earlier; a minute of waiting counts as one.")]
 Policy = Annotated[str, typer.Option(help="least-loaded or round-robin.", show_default="the cluster's")]
@@ -131,7 +133,10 @@ def sweep_command(
         typer.Option(help="NAME=A,B,C or NAME=FROM:TO; may be given again.", show_default="needed"),
     ] = None,
     workers: Workers = 1,
-    name: Annotated[str, typer.Option(help="Of the sweep, for `fleet jobs --sweep`.", show_default="made up")] = "",
+    name: Annotated[
+        str,
+        typer.Option(help="Of the sweep, for `fleet jobs --sweep` and `fleet cancel --sweep`.", show_default="made up"),
+    ] = "",
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the results.")] = False,
     priority: Priority = 0,
     policy: Policy = "",
@@ -171,7 +176,9 @@ def sweep_command(
 
 @job_commands.command("jobs")
 def jobs_command(
-    sweep: Annotated[str, typer.Option(help="Only those of this sweep.", show_default="all")] = "",
+    sweep: Annotated[
+        str, typer.Option(help="The points and results of this sweep instead.", show_default="all jobs")
+    ] = "",
     limit: Annotated[int, typer.Option(help="The newest so many.")] = 50,
     as_json: AsJson = False,
     timeout: Timeout = 10.0,
@@ -179,12 +186,15 @@ def jobs_command(
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
-    """List jobs, the newest first."""
+    """List jobs, the newest first. With --sweep: the table of a sweep, with what has come of it so far."""
     from fleet.cli.jobs import list_jobs
+    from fleet.cli.sweep import again
     from fleet.versions import versions
 
+    if limit < 1:
+        raise UsageError(f"--limit is {limit}: it must be at least 1")
     target = _cluster(orchestrator, secret_file, insecure, timeout)
-    typer.echo(list_jobs(target, versions(), sweep, limit, as_json))
+    typer.echo(again(target, versions(), sweep, as_json) if sweep else list_jobs(target, versions(), limit, as_json))
 
 
 @job_commands.command("status")
@@ -246,7 +256,8 @@ def fetch_command(
 
 @job_commands.command("cancel")
 def cancel_command(
-    jobs: SomeJobs,
+    jobs: SomeJobs = None,
+    sweep: Annotated[str, typer.Option(help="All jobs of this sweep.", show_default="none")] = "",
     kill: Annotated[bool, typer.Option("--kill", help="At once, without a grace period.")] = False,
     as_json: AsJson = False,
     timeout: Timeout = 10.0,
@@ -255,15 +266,21 @@ def cancel_command(
     insecure: Insecure = False,
 ) -> None:
     """Cancel jobs, whether they wait or run."""
-    from fleet.cli.jobs import cancel
+    from fleet.cli.jobs import cancel, cancel_sweep
     from fleet.versions import versions
 
-    typer.echo(cancel(_cluster(orchestrator, secret_file, insecure, timeout), versions(), jobs, kill, as_json))
+    if bool(jobs) == bool(sweep):
+        raise UsageError("say what to cancel: fleet cancel JOB [JOB ...], or fleet cancel --sweep NAME")
+    target = _cluster(orchestrator, secret_file, insecure, timeout)
+    if sweep:
+        typer.echo(cancel_sweep(target, versions(), sweep, kill, as_json))
+    else:
+        typer.echo(cancel(target, versions(), jobs or [], kill, as_json))
 
 
 @job_commands.command("wait")
 def wait_command(
-    jobs: SomeJobs,
+    jobs: Annotated[list[str], typer.Argument(help="Jobs by their ids, or how these begin.")],
     as_json: AsJson = False,
     timeout: Timeout = 10.0,
     orchestrator: Orchestrator = None,

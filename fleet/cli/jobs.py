@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from fleet import messages as m
 from fleet.bounds import RANKS_AT_MOST
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import check_target
+from fleet.cli.table import table, terminal_width
 from fleet.cli.travel import spec_of_bundle
 from fleet.cli.words import Words
-from fleet.cli.workers import table
 from fleet.client.jobs import Conversation, refused
 from fleet.client.printer import Printer
 from fleet.client.report import exit_code, report
@@ -29,7 +30,11 @@ from fleet.text import shown
 
 LOOK_AGAIN_S = 0.2  # of `logs -f`, which asks
 CANCEL_WITHIN_S = 5.0
-COLUMNS = ("JOB", "STATE", "RANKS", "WHAT", "AGE", "RAN", "ATTEMPT", "WHERE, OR WHAT IT WAITS FOR")
+COLUMNS = ("JOB", "STATE", "RANKS", "WHAT", "AGE", "RAN", "TRY", "WHERE, OR WHY NOT")
+HOW = {"succeeded": "succeeded", "cancelled": "was cancelled", "quarantined": "was quarantined"}
+BEING_STOPPED = "is being stopped"
+
+PointItems = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,18 @@ class Submission:
 
 def submit(target: Target, versions: m.Versions, words: Words, submission: Submission) -> str:
     """Submits one job; its id, once it is on the orchestrator's disk. Raises UsageError, ConfigError, FleetError."""
-    (job_id,) = submit_each(target, versions, words, submission, [words.args])
+    (job_id,) = submit_each(target, versions, words, submission, [(words.args, ())])
     return job_id
 
 
 def submit_each(
-    target: Target, versions: m.Versions, words: Words, submission: Submission, arguments: Sequence[list[str]]
+    target: Target,
+    versions: m.Versions,
+    words: Words,
+    submission: Submission,
+    each: Sequence[tuple[list[str], PointItems]],
 ) -> list[str]:
-    """One job for each list of arguments, with one bundle; their ids."""
+    """One job for each list of arguments, with its point of a sweep, and one bundle for all; their ids."""
     if not 1 <= submission.workers <= RANKS_AT_MOST:
         raise UsageError(f"--workers is {submission.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
     check_target(words)
@@ -63,23 +72,23 @@ def submit_each(
                 submission.workers,
                 msgspec.structs.replace(spec, args=tuple(args)),
                 detached=True,
-                options=submission.options,
+                options=msgspec.structs.replace(submission.options, point=point),
             )
-            for args in arguments
+            for args, point in each
         ]
         refused(conversation.submit(submits, bundle))
     return [submit.job_id for submit in submits]
 
 
-def list_jobs(target: Target, versions: m.Versions, group: str, limit: int, as_json: bool) -> str:
+def list_jobs(target: Target, versions: m.Versions, limit: int, as_json: bool) -> str:
     with Conversation(target, versions) as conversation:
-        found = conversation.find(group=group, limit=limit)
+        found = conversation.find(limit=limit)
     if as_json:
         return json.dumps([msgspec.to_builtins(job) for job in found.jobs], indent=1)
     if not found.jobs:
-        return f"there is no job of the sweep {group}" if group else "there is no job in this cluster"
-    rows = [COLUMNS, *(_row(job) for job in found.jobs)]
-    return table(rows) + (f"\n{found.left_out} older ones are left out: --limit" if found.left_out else "")
+        return "there is no job in this cluster"
+    listed = table([COLUMNS, *(_row(job) for job in found.jobs)], terminal_width(), whole=COLUMNS[:1])
+    return listed + (f"\n{found.left_out} older ones are left out: --limit" if found.left_out else "")
 
 
 def status(target: Target, versions: m.Versions, prefix: str, as_json: bool) -> str:
@@ -119,39 +128,59 @@ def wait(target: Target, versions: m.Versions, prefixes: Sequence[str], as_json:
     with Conversation(target, versions) as conversation:
         jobs = [conversation.job(prefix) for prefix in prefixes]
         by_id = {job.job_id: job for job in jobs}
-
-        def told(ended: m.Ended) -> None:
+        ends: dict[str, m.Ended] = {}
+        for ended in conversation.ends(by_id):
+            ends[ended.job_id] = ended
             if as_json:
-                return
-            text = report(ended, by_id[ended.job_id].world_size)
-            print(f"job {ended.job_id} {'succeeded' if not text else 'did not succeed'}", flush=True)
+                continue
+            print(f"job {ended.job_id} {HOW.get(ended.outcome, 'did not succeed')}", flush=True)
+            text = "" if ended.outcome == "cancelled" else report(ended, by_id[ended.job_id].world_size)
             if text:
                 print(text, file=sys.stderr, flush=True)
-
-        ended = conversation.wait(by_id, told)
         if as_json:
             infos = [conversation.job(job_id) for job_id in by_id]
             print(json.dumps([msgspec.to_builtins(job) for job in infos], indent=1))
-    return next((code for job in jobs if (code := exit_code(ended[job.job_id]))), 0)
+    return next((code for job in jobs if (code := exit_code(ends[job.job_id]))), 0)
 
 
 def cancel(target: Target, versions: m.Versions, prefixes: Sequence[str], kill: bool, as_json: bool) -> str:
     """Says of each job how it ended, cancelled or before."""
-    lines, infos = [], []
     with Conversation(target, versions) as conversation:
         jobs = [conversation.job(prefix) for prefix in prefixes]
-        for job in jobs:
-            if not job.outcome:
-                conversation.cancel(job.job_id, kill)
-        conversation.wait([job.job_id for job in jobs], within_s=CANCEL_WITHIN_S)
-        for job in jobs:
-            now = conversation.job(job.job_id)
-            infos.append(now)
-            if job.outcome:
-                lines.append(f"job {job.job_id} had ended before: {job.outcome}")
-            else:
-                lines.append(f"job {job.job_id} {now.outcome or 'is being stopped'}")
-    return json.dumps([msgspec.to_builtins(job) for job in infos], indent=1) if as_json else "\n".join(lines)
+        ends = _cancelled(conversation, jobs, kill)
+        if as_json:
+            infos = [conversation.job(job.job_id) for job in jobs]
+            return json.dumps([msgspec.to_builtins(job) for job in infos], indent=1)
+    lines = []
+    for job in jobs:
+        if job.outcome:
+            lines.append(f"job {job.job_id} had ended before: {job.outcome}")
+        else:
+            lines.append(f"job {job.job_id} {ends.get(job.job_id, BEING_STOPPED)}")
+    return "\n".join(lines)
+
+
+def cancel_sweep(target: Target, versions: m.Versions, group: str, kill: bool, as_json: bool) -> str:
+    """Says how many of a sweep's jobs ended how. Raises UsageError where there is none of that name."""
+    from fleet.cli.sweep import points_of
+
+    with Conversation(target, versions) as conversation:
+        jobs = points_of(conversation, group)
+        ends = _cancelled(conversation, jobs, kill)
+        if as_json:
+            return json.dumps([msgspec.to_builtins(job) for job in points_of(conversation, group)], indent=1)
+    counts = Counter(ends.get(job.job_id, BEING_STOPPED) for job in jobs if not job.outcome)
+    before = sum(bool(job.outcome) for job in jobs)
+    said = [f"{number} {'job' if number == 1 else 'jobs'} {outcome}" for outcome, number in counts.items()]
+    said += [f"{before} had ended before"] if before else []
+    return f"sweep {group}: {', '.join(said)}"
+
+
+def _cancelled(conversation: Conversation, jobs: Sequence[m.JobInfo], kill: bool) -> dict[str, str]:
+    """How those ended that had not before; what takes longer than CANCEL_WITHIN_S is missing."""
+    alive = [job.job_id for job in jobs if not job.outcome]
+    conversation.cancel(alive, kill)
+    return {job_id: ended.outcome for job_id, ended in conversation.wait(alive, CANCEL_WITHIN_S).items()}
 
 
 def logs(target: Target, versions: m.Versions, prefix: str, rank: int | None, follow: bool) -> None:
@@ -226,8 +255,4 @@ def _row(job: m.JobInfo) -> tuple[str, ...]:
     state = job.outcome or job.state
     ran = span(_ran_s(job)) if job.started_at else "-"
     age = span(time() - job.submitted_at)
-    return job.job_id, state, str(job.world_size), _short(what, 40), age, ran, str(job.attempt), _short(where, 70)
-
-
-def _short(text: str, at_most: int) -> str:
-    return text if len(text) <= at_most else text[: at_most - 1] + "…"
+    return job.job_id, state, str(job.world_size), what, age, ran, str(job.attempt), where

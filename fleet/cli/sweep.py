@@ -1,23 +1,31 @@
-"""`fleet sweep`: one job for each point of a grid, and what came of them as a table."""
+"""`fleet sweep`: one job for each point of a grid, and what came of them as a table, which `fleet jobs --sweep` shows again."""
 
 from __future__ import annotations
 
 import json
+import math
+import sys
 import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from fleet import messages as m
 from fleet.cli.jobs import Submission, span, submit_each
+from fleet.cli.table import table, terminal_width
 from fleet.cli.words import Words
-from fleet.cli.workers import table
-from fleet.client.grid import Point, arguments
+from fleet.client.grid import POINTS_AT_MOST, Point, arguments
 from fleet.client.jobs import Conversation
 from fleet.client.run import say
 from fleet.client.target import Target
+from fleet.errors import UsageError
 
-TAIL_BYTES = 4096  # in which the last line of a job is looked for
+TAIL_BYTES = 16 << 10  # in which the result of a job is looked for
+STEPS = 10  # of the count of jobs that have ended, where no terminal shows each
+JOB, STATE, TOOK = "job", "state", "took"
+
+Row = dict[str, Any]
 
 
 def sweep(
@@ -31,49 +39,133 @@ def sweep(
 ) -> int:
     """Submits all points; unless `detach` waits for them and shows their results. 0 if every job succeeded."""
     group = submission.options.group or f"sweep-{uuid.uuid4().hex[:8]}"
-    submission = Submission(
-        submission.workers,
-        msgspec.structs.replace(submission.options, group=group),
-        submission.max_bundle_bytes,
-        submission.keep,
-    )
-    job_ids = submit_each(target, versions, words, submission, [[*words.args, *arguments(point)] for point in found])
-    by_job = dict(zip(job_ids, found, strict=True))
     say(f"sweep {group}: {len(found)} jobs")
-    if detach:
-        rows = [{**point, "job": job_id} for job_id, point in by_job.items()]
-        print(json.dumps(rows, indent=1) if as_json else _table(rows))
-        return 0
+    options = msgspec.structs.replace(submission.options, group=group)
+    submission = Submission(submission.workers, options, submission.max_bundle_bytes, submission.keep)
     try:
+        each = [([*words.args, *arguments(point)], tuple(point.items())) for point in found]
+        job_ids = submit_each(target, versions, words, submission, each)
+        by_job = dict(zip(job_ids, found, strict=True))
+        if detach:
+            print(_shown([row_of(point, {JOB: job_id}, {}) for job_id, point in by_job.items()], as_json))
+            return 0
         with Conversation(target, versions) as conversation:
-            conversation.wait(job_ids, lambda ended: _told(ended, by_job[ended.job_id]))
-            rows = [_result(conversation, conversation.job(job_id), point) for job_id, point in by_job.items()]
+            rows = _results(conversation, group, by_job)
     except KeyboardInterrupt:
-        say(f"the jobs go on; `fleet jobs --sweep {group}` shows them")
+        say(f"the jobs go on: `fleet jobs --sweep {group}` shows them, `fleet cancel --sweep {group}` ends them")
         raise
-    print(json.dumps(rows, indent=1) if as_json else _table(rows))
-    return 0 if all(row["state"] == "succeeded" for row in rows) else 1
+    print(_shown(list(rows.values()), as_json))
+    return 0 if all(row[STATE] == "succeeded" for row in rows.values()) else 1
 
 
-def _told(ended: m.Ended, point: Point) -> None:
-    if ended.reason:
-        where = " ".join(f"{name}={value}" for name, value in point.items())
-        say(f"{where}: job {ended.job_id} did not succeed: {ended.reason}")
+def again(target: Target, versions: m.Versions, group: str, as_json: bool) -> str:
+    """The table of a sweep, with what has come of it so far. Raises UsageError where there is none of that name."""
+    with Conversation(target, versions) as conversation:
+        jobs = points_of(conversation, group)
+        ended = [job.job_id for job in jobs if job.outcome]
+        tails = dict(zip(ended, conversation.logs(ended, 0, -TAIL_BYTES), strict=True))
+    rows = []
+    for job in jobs:
+        tail = tails.get(job.job_id)
+        rows.append(row_of(dict(job.options.point), _facts(job), {} if tail is None else result_in(tail.data)))
+    return _shown(rows, as_json)
 
 
-def _result(conversation: Conversation, job: m.JobInfo, point: Point) -> dict[str, Any]:
-    """A point with what came of it: the fields of the last line that rank 0 printed, if that is a JSON object."""
-    took = span(job.ended_at - job.started_at) if job.started_at else "-"
-    row: dict[str, Any] = {**point, "job": job.job_id, "state": job.outcome, "took": took}
-    tail = conversation.log(job.job_id, 0, -TAIL_BYTES).data.decode(errors="replace").rstrip().splitlines()
-    last = tail[-1] if tail else ""
-    try:
-        fields = json.loads(last)
-    except ValueError:
-        fields = None
-    return row | (fields if isinstance(fields, dict) else {"last line": last})
+def points_of(conversation: Conversation, group: str) -> list[m.JobInfo]:
+    """The jobs of a sweep, in the order of submission. Raises UsageError where there are none."""
+    found = conversation.find(group=group, limit=2 * POINTS_AT_MOST)
+    if not found.jobs:
+        raise UsageError(f"there is no job of a sweep {group!r} in this cluster")
+    return list(reversed(found.jobs))
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _results(conversation: Conversation, group: str, by_job: Mapping[str, Point]) -> dict[str, Row]:
+    """Waits for all. Each result is read as its job ends: a large sweep's first jobs may be forgotten before its last."""
+    rows: dict[str, Row] = {}
+    count = Count(group, len(by_job))
+    for ended in conversation.ends(by_job):
+        point = by_job[ended.job_id]
+        infos = conversation.find(ended.job_id, limit=1).jobs
+        if infos:
+            tail = conversation.logs([ended.job_id], 0, -TAIL_BYTES)[0].data
+            rows[ended.job_id] = row_of(point, _facts(infos[0]), result_in(tail))
+        else:
+            rows[ended.job_id] = row_of(point, {JOB: ended.job_id, STATE: ended.outcome or "unknown", TOOK: "-"}, {})
+        if ended.reason:
+            where = " ".join(f"{name}={value}" for name, value in point.items())
+            count.say(f"{where}: job {ended.job_id} did not succeed: {ended.reason}")
+        count.add(bool(ended.reason))
+    return {job_id: rows[job_id] for job_id in by_job}
+
+
+class Count:
+    """How many jobs have ended, on standard error: in one line on a terminal, else a line for each tenth."""
+
+    def __init__(self, group: str, total: int) -> None:
+        self._group, self._total = group, total
+        self._ended = self._failed = self._step = 0
+        self._on_terminal = sys.stderr.isatty()
+
+    def add(self, failed: bool) -> None:
+        self._ended, self._failed = self._ended + 1, self._failed + failed
+        step = STEPS * self._ended // self._total
+        text = f"sweep {self._group}: {self._ended} of {self._total} have ended"
+        text += f", {self._failed} did not succeed" if self._failed else ""
+        if self._on_terminal:
+            end = "\n" if self._ended == self._total else ""
+            print(f"\r\x1b[Kfleet: {text}", end=end, file=sys.stderr, flush=True)
+        elif step > self._step:
+            self._step = step
+            say(text)
+
+    def say(self, text: str) -> None:
+        if self._on_terminal:
+            print("\r\x1b[K", end="", file=sys.stderr)
+        say(text)
+
+
+def row_of(point: Mapping[str, Any], facts: Mapping[str, Any], result: Mapping[str, Any]) -> Row:
+    """One row. No column hides another: a name that is taken gets `grid.` or `result.` before it."""
+    row: Row = {(f"grid.{name}" if name in (JOB, STATE, TOOK) else name): value for name, value in point.items()}
+    row.update(facts)
+    for name, value in result.items():
+        while name in row:
+            name = f"result.{name}"
+        row[name] = value
+    return row
+
+
+def result_in(tail: bytes) -> dict[str, Any]:
+    """The last line that is a JSON object: a library's goodbye may come after it. Without one, the last line."""
+    lines = tail.decode(errors="replace").rstrip().splitlines()
+    for line in reversed(lines):
+        if line.lstrip().startswith("{"):
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(fields, dict):
+                return fields
+    return {"last line": lines[-1] if lines else ""}
+
+
+def _facts(job: m.JobInfo) -> Row:
+    took = span(job.ended_at - job.started_at) if job.started_at and job.ended_at else "-"
+    return {JOB: job.job_id, STATE: job.outcome or job.state, TOOK: took}
+
+
+def _shown(rows: Sequence[Row], as_json: bool) -> str:
+    if as_json:
+        return json.dumps(_plain(rows), indent=1, allow_nan=False)
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return table([[name.upper() for name in names], *([str(row.get(name, "")) for name in names] for row in rows)])
+    cells = [[str(row.get(name, "")) for name in names] for row in rows]
+    return table([[name.upper() for name in names], *cells], terminal_width(), whole={JOB.upper()})
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null, as in JavaScript."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

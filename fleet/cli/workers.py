@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from fleet import messages as m
 from fleet.cli.runtime import registered
+from fleet.cli.table import table, terminal_width
 from fleet.client.ask import ping, welcome, workers
 from fleet.client.target import cluster_target
 from fleet.errors import FleetError, UsageError
@@ -18,7 +19,8 @@ from fleet.text import shown, shown_lines
 from fleet.versions import versions
 
 HEALTH_WITHIN_S = 3.0
-COLUMNS = ("WORKER", "STATE", "SLOTS", "BUSY", "HOST", "FLEET", "PYTHON", "TORCH", "JOBS")
+COLUMNS = ("WORKER", "STATE", "SLOTS", "BUSY", "HOST", "JOBS")
+NAMED_AT_MOST = 3  # workers, in a sentence
 
 
 def list_workers(
@@ -32,7 +34,48 @@ def list_workers(
         return json.dumps([msgspec.to_builtins(worker) for worker in found], indent=1)
     if not found:
         return "no worker is in this cluster"
-    return table([COLUMNS, *(_row(worker) for worker in sorted(found, key=lambda w: _natural(w.worker_id)))])
+    found = tuple(sorted(found, key=lambda worker: _natural(worker.worker_id)))
+    listed = table([COLUMNS, *map(_row, found)], terminal_width(), whole=COLUMNS[:1])
+    return "\n".join([listed, *_software(found)])
+
+
+def _software(found: Sequence[m.WorkerState]) -> list[str]:
+    """What runs on all of them, in one line; where they differ, which differs."""
+    same = [
+        f"{name} {next(iter(versions))}"
+        for name, versions in (
+            ("fleet", {worker.versions.fleet for worker in found}),
+            ("Python", {worker.versions.python for worker in found}),
+            ("torch", {worker.versions.torch or "is not installed" for worker in found}),
+        )
+        if len(versions) == 1
+    ]
+    lines = [f"all: {', '.join(same)}"] if same else []
+    fleets = _by(found, lambda worker: worker.versions.fleet)
+    if len(fleets) > 1:
+        lines.append(f"they run different versions of fleet ({_groups(fleets)}): update the older ones")
+    pythons = _by(found, lambda worker: worker.versions.python_minor)
+    if len(pythons) > 1:
+        lines.append(f"they run different Pythons ({_groups(pythons)}): an Executor uses those with its caller's")
+    torches = _by(found, lambda worker: worker.versions.torch or "none")
+    if len(torches) > 1:
+        lines.append(f"they have different versions of torch ({_groups(torches)})")
+    return lines
+
+
+def _by(found: Sequence[m.WorkerState], version: Callable[[m.WorkerState], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for worker in found:
+        groups.setdefault(version(worker), []).append(worker.worker_id)
+    return groups
+
+
+def _groups(groups: Mapping[str, Sequence[str]]) -> str:
+    named = []
+    for version, worker_ids in sorted(groups.items()):
+        more = f" and {len(worker_ids) - NAMED_AT_MOST} more" if len(worker_ids) > NAMED_AT_MOST else ""
+        named.append(f"{shown(version)} on {', '.join(map(shown, worker_ids[:NAMED_AT_MOST]))}{more}")
+    return "; ".join(named)
 
 
 def health(secret_file: Path | None, insecure: bool, timeout_s: float) -> list[str]:
@@ -64,19 +107,9 @@ def _health(role: str, reached_at: str, secret_file: Path | None, insecure: bool
     return f"the orchestrator answers, fleet {found.fleet}"
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell. No cell breaks its line or moves the cursor."""
-    rows = [[shown(cell) for cell in row] for row in rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
 def _row(worker: m.WorkerState) -> tuple[str, ...]:
-    v = worker.versions
     slots, busy = str(worker.slots), str(worker.busy)
-    return worker.worker_id, worker.state, slots, busy, worker.host, v.fleet, v.python, v.torch, " ".join(worker.jobs)
+    return worker.worker_id, worker.state, slots, busy, worker.host, " ".join(worker.jobs)
 
 
 def _natural(name: str) -> tuple[str, int]:

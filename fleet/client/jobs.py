@@ -6,10 +6,13 @@ Whatever is asked is asked again after a lost connection, so that a restarted or
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
+
+from msgspec.structs import replace
 
 from fleet import messages as m
 from fleet.bounds import is_id, is_worker_id
@@ -22,8 +25,13 @@ from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, FleetError, ProtocolError, UsageError
 from fleet.stillness import LifeClock
 
-SUBMITS_UNDER_WAY = 256
+SUBMITS_UNDER_WAY = WATCHES_UNDER_WAY = 256
+QUESTIONS_UNDER_WAY = 16  # whose answers may have a megabyte each
+UNKNOWN = "the orchestrator does not know this job, or no longer"
 WORKER_ANSWERS_WITHIN_S = 30.0  # with a page of a listing, or with a few parts of a file
+
+Numbered = m.ListJobs | m.ReadLog | m.Drain
+A = TypeVar("A", m.Jobs, m.LogPart, m.Drained)
 
 
 class Conversation:
@@ -39,6 +47,9 @@ class Conversation:
         self._deadline: float | None = self._clock.now() + target.timeout_s  # to be let in; None: it is
         self._welcome = False  # on this connection
         self._denied_count = 0
+        self._connection = 0  # how often it was let in
+        self._numbers = count(1)  # of questions
+        self._ended: dict[str, m.Ended] = {}  # jobs whose end nobody has asked for since
 
     def __enter__(self) -> Self:
         return self
@@ -49,42 +60,41 @@ class Conversation:
     def submit(self, submits: Iterable[m.Submit], bundle: Path | None) -> dict[str, str]:
         """Returns once each job is on the orchestrator's disk with its files, or refused: why, by job; empty: taken."""
         waiting = {submit.job_id: submit for submit in submits}
+        under_way: dict[str, m.Submit] = {}
         answered: dict[str, str] = {}
 
-        def questions() -> list[m.Submit]:
-            return [submit for job_id, submit in waiting.items() if job_id not in answered][:SUBMITS_UNDER_WAY]
-
-        asked: set[str] = set()
+        def following() -> list[m.Submit]:
+            found = []
+            while waiting and len(under_way) < SUBMITS_UNDER_WAY:
+                job_id = next(iter(waiting))
+                under_way[job_id] = waiting.pop(job_id)
+                found.append(under_way[job_id])
+            return found
 
         def take(message: m.Message) -> bool:
             if isinstance(message, m.Want) and bundle is not None:
                 self._send(read_part(bundle, message))
-            elif isinstance(message, m.Accepted | m.Rejected) and message.job_id in waiting:
+            elif isinstance(message, m.Accepted | m.Rejected) and under_way.pop(message.job_id, None) is not None:
                 answered[message.job_id] = message.reason if isinstance(message, m.Rejected) else ""
-                for submit in questions():
-                    if isinstance(submit, m.Submit) and submit.job_id not in asked:
-                        asked.add(submit.job_id)
-                        self._send(submit)
-            return len(answered) == len(waiting)
+                for submit in following():
+                    self._send(submit)
+            return not under_way
 
-        def again() -> list[m.Submit]:
-            first = questions()
-            asked.update(submit.job_id for submit in first)
-            return first
-
-        self._until(again, take)
+        following()
+        if under_way:
+            self._until(lambda: list(under_way.values()), take)
         return answered
 
     def find(self, job_id: str = "", group: str = "", limit: int = 1000) -> m.Jobs:
-        """Jobs whose id begins so, of a sweep, or all: the newest first."""
-        found: list[m.Jobs] = []
-
-        def take(message: m.Message) -> bool:
-            found.extend([message] if isinstance(message, m.Jobs) else [])
-            return bool(found)
-
-        self._until(lambda: [m.ListJobs(job_id, group, limit)], take)
-        return found[0]
+        """Jobs whose id begins so, of a sweep, or all: the newest first, as many pages as it takes."""
+        found: list[m.JobInfo] = []
+        before = 0
+        while True:
+            page = self._asked([m.ListJobs(job_id, group, limit - len(found), before)], m.Jobs)[0]
+            found += page.jobs
+            before = page.next
+            if not page.jobs or not before or len(found) >= limit:
+                return m.Jobs(tuple(found), page.left_out)
 
     def job(self, prefix: str) -> m.JobInfo:
         """The one job whose id begins so. Raises UsageError where there is none, or several."""
@@ -96,57 +106,86 @@ class Conversation:
             raise UsageError(f"several jobs begin with {prefix!r}: {', '.join(job.job_id for job in found.jobs)}, ...")
         return (exact or list(found.jobs))[0]
 
-    def wait(
-        self,
-        job_ids: Iterable[str],
-        told: Callable[[m.Ended], None] = lambda ended: None,
-        within_s: float | None = None,
-    ) -> dict[str, m.Ended]:
-        """How each job ended; those that have not by `within_s` are missing. `told` is called for each as it ends."""
-        missing = list(dict.fromkeys(job_ids))
-        ended: dict[str, m.Ended] = {}
+    def ends(self, job_ids: Iterable[str], within_s: float | None = None) -> Iterator[m.Ended]:
+        """How each job ended, as it does; until `within_s`, if given. Other questions may be asked between two of them.
+
+        One that the orchestrator does not know, or no longer, has ended with UNKNOWN.
+        """
+        missing = dict.fromkeys(job_ids)
         until = None if within_s is None else self._clock.now() + within_s
+        unwatched: list[str] = []
+        asked: dict[int, str] = {}  # and not answered
+        connection = 0  # that they were asked on
+
+        def watches() -> list[m.Watch]:
+            found = []
+            while unwatched and len(asked) < WATCHES_UNDER_WAY:
+                job_id, number = unwatched.pop(), next(self._numbers)
+                asked[number] = job_id
+                found.append(m.Watch(job_id, number))
+            return found
+
+        def questions() -> list[m.Watch]:
+            nonlocal connection
+            if connection == self._connection:
+                return []  # they are on their way, or answered
+            connection = self._connection
+            unwatched[:] = reversed(missing)
+            asked.clear()
+            return watches()
 
         def take(message: m.Message) -> bool:
-            if isinstance(message, m.Ended) and message.job_id in missing and message.job_id not in ended:
-                ended[message.job_id] = message
-                told(message)
-            return len(ended) == len(missing)
+            if isinstance(message, m.Jobs) and (job_id := asked.pop(message.question, "")):
+                for watch in watches():
+                    self._send(watch)
+                if not message.jobs:
+                    self._ended[job_id] = m.Ended(job_id, UNKNOWN, -1)
+            return any(job_id in missing for job_id in self._ended)
 
-        if missing:
-            self._until(lambda: [m.Watch(job_id) for job_id in missing if job_id not in ended], take, until)
-        return ended
+        while missing and (until is None or self._clock.now() < until):
+            if not any(job_id in missing for job_id in self._ended):
+                self._until(questions, take, until)
+            for ended in list(self._ended.values()):
+                del self._ended[ended.job_id]
+                if ended.job_id in missing:
+                    del missing[ended.job_id]
+                    yield ended
 
-    def cancel(self, job_id: str, kill: bool = False) -> None:
-        self._until(lambda: [m.Cancel(job_id, kill), m.ListJobs(job_id)], lambda message: isinstance(message, m.Jobs))
+    def wait(self, job_ids: Iterable[str], within_s: float | None = None) -> dict[str, m.Ended]:
+        """How each job ended; those that have not by `within_s` are missing."""
+        return {ended.job_id: ended for ended in self.ends(job_ids, within_s)}
+
+    def cancel(self, job_ids: Iterable[str], kill: bool = False) -> None:
+        """Asks the orchestrator to end them; returns once it has read that."""
+        left = list(job_ids)
+        while left:
+            now, left = left[:SUBMITS_UNDER_WAY], left[SUBMITS_UNDER_WAY:]
+            fence = m.ListJobs(limit=0, question=next(self._numbers))
+            questions = [*(m.Cancel(job_id, kill) for job_id in now), fence]
+            self._until(
+                lambda: questions,  # noqa: B023 - called before the next turn
+                lambda message: isinstance(message, m.Jobs) and message.question == fence.question,  # noqa: B023
+            )
 
     def log(self, job_id: str, rank: int, offset: int) -> m.LogPart:
         """A part of what a rank printed; from the end where the offset is negative. Raises UsageError."""
-        found: list[m.LogPart] = []
+        part = self._asked([m.ReadLog(job_id, rank, offset)], m.LogPart)[0]
+        if part.error:
+            raise UsageError(part.error)
+        return part
 
-        def take(message: m.Message) -> bool:
-            found.extend([message] if isinstance(message, m.LogPart) and message.rank == rank else [])
-            return bool(found)
-
-        self._until(lambda: [m.ReadLog(job_id, rank, offset)], take)
-        if found[0].error:
-            raise UsageError(found[0].error)
-        return found[0]
+    def logs(self, job_ids: Iterable[str], rank: int, offset: int) -> list[m.LogPart]:
+        """The same of many jobs, at once. A part that cannot be had has an error."""
+        return self._asked([m.ReadLog(job_id, rank, offset) for job_id in job_ids], m.LogPart)
 
     def drain(self, worker_id: str, within_s: float, undo: bool) -> tuple[str, ...]:
         """The jobs that run there. Raises UsageError where there is no such worker."""
         if not is_worker_id(worker_id):
             raise UsageError(f"there is no worker {worker_id!r} in this cluster; `fleet workers` lists them")
-        found: list[m.Drained] = []
-
-        def take(message: m.Message) -> bool:
-            found.extend([message] if isinstance(message, m.Drained) else [])
-            return bool(found)
-
-        self._until(lambda: [m.Drain(worker_id, within_s, undo)], take)
-        if found[0].error:
-            raise UsageError(found[0].error)
-        return found[0].jobs
+        drained = self._asked([m.Drain(worker_id, within_s, undo)], m.Drained)[0]
+        if drained.error:
+            raise UsageError(drained.error)
+        return drained.jobs
 
     def ask_workers(self, asked: Sequence[m.ListFiles | m.ReadFile]) -> list[m.Files | m.FilePart]:
         """What workers say of a job's output, in the order of the questions, whose numbers differ. Raises FleetError."""
@@ -167,6 +206,35 @@ class Conversation:
     def pause(self, seconds: float) -> None:
         """Lets time pass, and takes what comes."""
         self._until(list, lambda message: False, self._clock.now() + seconds)
+
+    def _asked(self, asked: Sequence[Numbered], answer: type[A]) -> list[A]:
+        """The answers, in the order of the questions, of which a bounded number is under way."""
+        waiting = {(number := next(self._numbers)): replace(question, question=number) for question in asked}
+        order = list(waiting)
+        under_way: dict[int, m.Message] = {}
+        answers: dict[int, A] = {}
+
+        def following() -> list[m.Message]:
+            found: list[m.Message] = []
+            while waiting and len(under_way) < QUESTIONS_UNDER_WAY:
+                number = next(iter(waiting))
+                under_way[number] = waiting.pop(number)
+                found.append(under_way[number])
+            return found
+
+        def take(message: m.Message) -> bool:
+            if isinstance(message, m.Unanswered) and message.question in under_way:
+                raise FleetError(f"the orchestrator could not answer: {message.reason}")
+            if isinstance(message, answer) and under_way.pop(message.question, None) is not None:
+                answers[message.question] = message
+                for question in following():
+                    self._send(question)
+            return not under_way
+
+        following()
+        if under_way:
+            self._until(lambda: list(under_way.values()), take)
+        return [answers[number] for number in order]
 
     def _send(self, message: m.Message) -> None:
         self._dealer.send(m.encode(message))
@@ -203,6 +271,7 @@ class Conversation:
                     raise ConfigError(f"the orchestrator at {self._target.name}: {error}") from None
                 if isinstance(message, m.Welcome):
                     self._welcome, self._deadline = True, None
+                    self._connection += 1
                     for question in questions():
                         self._send(question)
                 elif isinstance(message, m.Unknown):
@@ -210,6 +279,8 @@ class Conversation:
                 elif isinstance(message, m.Refused):
                     raise ConfigError(f"the orchestrator at {self._target.name} refused this client: {message.reason}")
                 else:
+                    if isinstance(message, m.Ended):
+                        self._ended[message.job_id] = message
                     done = take(message) or done
             if done:
                 return

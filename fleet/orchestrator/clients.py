@@ -16,7 +16,7 @@ from fleet.values import amount_of
 
 LEFT_AT_MOST = 64  # sentences about what one job's workers and attempts left behind
 EVERYTHING_BYTES = 1 << 40
-JOBS_TOLD_AT_MOST = 5000  # in one answer, which is one frame
+PAGE_BYTES = 1 << 20  # of jobs in one answer: a frame has 8 MB, and the largest job less than 7
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Clients(Gangs):
         elif isinstance(message, m.ListJobs):
             self._list_jobs(peer, message)
         elif isinstance(message, m.Watch):
-            self._watch(peer, message.job_id)
+            self._watch(peer, message)
         elif isinstance(message, m.ReadLog):
             self._read_log(peer, message)
         elif isinstance(message, m.Drain):
@@ -184,22 +184,32 @@ class Clients(Gangs):
         if ask.job_id in self.jobs:
             found = [self.jobs[ask.job_id]]
         else:
-            found = [job for job in self.jobs.values() if job.job_id.startswith(ask.job_id)]
+            found = [job for job in reversed(self.jobs.values()) if job.job_id.startswith(ask.job_id)]
         if ask.group:
             found = [job for job in found if job.options.group == ask.group]
-        limit = max(0, min(ask.limit, JOBS_TOLD_AT_MOST))
-        newest = found[::-1][:limit]
-        infos = tuple(self._info(job, alone=len(newest) == 1) for job in newest)
-        self._send(peer, m.Jobs(infos, len(found) - len(newest)))
+        if ask.before:
+            found = [job for job in found if job.number < ask.before]
+        page: list[m.JobInfo] = []
+        size_bytes = 0
+        for job in found[: ask.limit]:
+            info = self._info(job, alone=len(found) == 1 or ask.limit == 1)
+            size_bytes += len(msgspec.msgpack.encode(info))
+            if page and size_bytes > PAGE_BYTES:
+                break
+            page.append(info)
+        left_out = len(found) - len(page)
+        following = found[len(page) - 1].number if left_out and page else 0
+        self._send(peer, m.Jobs(tuple(page), left_out, following, ask.question))
 
     def _info(self, job: Job, alone: bool) -> m.JobInfo:
         # Its turn is counted for a job that is asked for by itself: for all of a long queue it would take too long.
         told = job.state is JobState.QUEUED and not alone
         return job.info(self.epoch, job.waits_for if told else self._waits_for(job))
 
-    def _watch(self, peer: bytes, job_id: str) -> None:
-        job = self.jobs.get(job_id)
-        self._send(peer, m.Jobs(() if job is None else (self._info(job, alone=True),)))
+    def _watch(self, peer: bytes, watch: m.Watch) -> None:
+        job = self.jobs.get(watch.job_id)
+        infos = () if job is None else (self._info(job, alone=False),)
+        self._send(peer, m.Jobs(infos, question=watch.question))
         if job is None:
             return
         if job.state is JobState.ENDED:
@@ -218,7 +228,7 @@ class Clients(Gangs):
         else:
             self._effects.append(ServeLog(peer, ask, job.state is JobState.ENDED))
             return
-        self._send(peer, m.LogPart(ask.job_id, ask.rank, ask.offset, b"", True, error))
+        self._send(peer, m.LogPart(ask.job_id, ask.rank, ask.offset, b"", True, error, ask.question))
 
     def _why(self, peer: bytes, job_id: str) -> None:
         if not job_id:
@@ -294,14 +304,14 @@ class Clients(Gangs):
         if worker is None and not (drain.undo and drain.worker_id in self.drained):
             known = ", ".join(list(self.workers)[:8]) or "none"
             error = f"there is no worker {drain.worker_id!r} in this cluster; there are: {known}"
-            self._send(peer, m.Drained(drain.worker_id, (), error))
+            self._send(peer, m.Drained(drain.worker_id, (), error, drain.question))
             return
         (self.drained.discard if drain.undo else self.drained.add)(drain.worker_id)
         if self.durable:
             self._effects.append(SaveDrained(tuple(sorted(self.drained))))
         self.hand_backs.pop(drain.worker_id, None)
         jobs = tuple(self.seated.get(drain.worker_id, ()))
-        self._send(peer, m.Drained(drain.worker_id, jobs))
+        self._send(peer, m.Drained(drain.worker_id, jobs, "", drain.question))
         self._log("info", f"worker {drain.worker_id} {'takes work again' if drain.undo else 'is drained'}")
         if worker is None:
             return

@@ -19,7 +19,8 @@ from fleet.orchestrator.placement import DEFAULT, Rooms, Shape
 from fleet.orchestrator.state import Counts, Effect, Erase, Log, ReleaseBundle, Save, Send, Worker
 from fleet.orchestrator.waiting import HOLD_AFTER_S, Waiting, turn_of
 
-KEEP_JOBS, KEEP_S = 2000, 7 * 24 * 3600.0  # of jobs that have ended
+KEEP_JOBS, KEEP_S = 10_000, 7 * 24 * 3600.0  # of jobs that have ended: the largest sweep, a week
+KEEP_POINT_S = 60.0  # of a sweep, however many there are: its client asks for each result once it hears of the end
 NAMED_AT_MOST = 8  # workers, in a sentence
 BACKOFF_S, BACKOFF_AT_MOST_S = 0.5, 30.0  # after the second loss, doubled with each further one
 CANCELLED, RELEASED = "cancelled", "its Executor had no more for it"
@@ -314,7 +315,10 @@ class Gangs:
         while self.ended:
             job = self.jobs[self.ended[0]]
             assert job.ended_at is not None
-            if len(self.ended) <= self.keep_jobs and self._now - job.ended_at < self.keep_s:
+            age_s = self._now - job.ended_at
+            if job.options.group and age_s < min(KEEP_POINT_S, self.keep_s):
+                return
+            if age_s < self.keep_s and len(self.ended) <= self.keep_jobs:
                 return
             self.ended.popleft()
             self._forget(job)

@@ -15,6 +15,7 @@ from fleet import messages as m
 from fleet.orchestrator.placement import Shape
 
 TAILS_TOLD_CHARS = 1 << 20  # of all ranks together
+ARGS_TOLD_CHARS = 1 << 16
 TAIL_KEPT_CHARS = 2000  # of the stderr of a rank whose job has ended
 
 
@@ -125,7 +126,7 @@ class Job:
         """In one frame, whatever its ranks said last."""
         kept = TAILS_TOLD_CHARS // max(1, len(self.exits))
         ranks = tuple(_with_tail(self.exits[rank], kept) for rank in sorted(self.exits))
-        return m.Ended(self.job_id, self.reason, self.cause, ranks)
+        return m.Ended(self.job_id, self.reason, self.cause, ranks, self.outcome)
 
     def begin_again(self, now: float) -> None:
         """Back to where it waits for slots, as the next attempt. What comes of the one before is dropped."""
@@ -158,7 +159,7 @@ class Job:
             outcome=self.outcome,
             kind=self.spec.kind,
             target=self.spec.target,
-            args=self.spec.args,
+            args=_cut(self.spec.args),
             world_size=self.world_size,
             options=self.options,
             detached=self.detached,
@@ -174,6 +175,16 @@ class Job:
             held_by=tuple(self.held_by),
             left=self.left,
         )
+
+
+def _cut(args: tuple[str, ...]) -> tuple[str, ...]:
+    """Arguments as a person is shown them."""
+    left = ARGS_TOLD_CHARS
+    for number, arg in enumerate(args):
+        left -= len(arg) + 1
+        if left < 0:
+            return (*args[:number], f"... and {len(args) - number} more")
+    return args
 
 
 def _with_tail(status: m.RankStatus, chars: int) -> m.RankStatus:

@@ -382,7 +382,8 @@ class Service:
         ask = serve.ask
         try:
             offset, data, at_end = self._logs.read(ask.job_id, ask.rank, ask.offset)
-            part = m.LogPart(ask.job_id, ask.rank, offset, data, serve.ended and at_end)
+            part = m.LogPart(ask.job_id, ask.rank, offset, data, serve.ended and at_end, "", ask.question)
         except OSError as error:
-            part = m.LogPart(ask.job_id, ask.rank, ask.offset, b"", True, f"its log cannot be read: {error.strerror}")
+            why = f"its log cannot be read: {error.strerror}"
+            part = m.LogPart(ask.job_id, ask.rank, ask.offset, b"", True, why, ask.question)
         self._router.send(serve.peer, m.encode(part))

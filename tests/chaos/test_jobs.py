@@ -122,7 +122,53 @@ def test_a_sweep_is_a_table_of_its_results(cluster: Cluster) -> None:
         ("0.5", "0", "succeeded", "1.0"),
         ("0.5", "1", "succeeded", "2.0"),
     ]
-    assert len(json.loads(cluster.fleet("jobs", "--sweep", "mine", "--json").stdout)) == 4
+    assert "sweep mine: 4 of 4 have ended\n" in done.stderr
+    assert cluster.fleet("jobs", "--sweep", "mine").stdout == done.stdout
+
+
+RESULTS = """
+import argparse, json, sys
+p = argparse.ArgumentParser()
+p.add_argument("--seed", type=int)
+seed = p.parse_args().seed
+print(json.dumps([{"loss": float("nan")}, {"loss": 0.25}, {"loss": 1, "seed": 99, "state": "converged"}][seed]), flush=True)
+if seed == 1:
+    print("a library's goodbye", file=sys.stderr)
+"""
+
+
+@pytest.mark.chaos
+def test_results_of_a_sweep_are_json_and_hide_nothing(cluster: Cluster) -> None:
+    (cluster.folder / "results.py").write_text(RESULTS)
+    done = cluster.fleet("sweep", "--grid", "seed=0:3", "--json", str(cluster.folder / "results.py"))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout, parse_constant=lambda constant: pytest.fail(f"not JSON: {constant}"))
+    assert [(row["seed"], row["state"], row["loss"]) for row in rows] == [
+        ("0", "succeeded", None),
+        ("1", "succeeded", 0.25),
+        ("2", "succeeded", 1),
+    ]
+    assert (rows[2]["result.seed"], rows[2]["result.state"]) == (99, "converged")
+
+
+@pytest.mark.chaos
+def test_a_sweep_is_seen_again_and_cancelled_as_a_whole(cluster: Cluster) -> None:
+    began = cluster.folder / "began"
+    os.mkfifo(began)
+    words = ("--detach", "--name", "s", "--grid", "n=0:5", "--", "sh", "-c", f"echo on > {began}; sleep 600")
+    submitted = cluster.fleet("sweep", "--json", *words)
+    job_ids = [row["job"] for row in json.loads(submitted.stdout)]
+    began.read_text()
+    seen = json.loads(cluster.fleet("jobs", "--sweep", "s", "--json").stdout)
+    assert [(row["n"], row["job"]) for row in seen] == [(str(n), job_ids[n]) for n in range(5)]
+    assert seen[4]["state"] == "queued"
+    lines = cluster.fleet("jobs").stdout.splitlines()
+    assert len(lines) == 6
+    assert max(map(len, lines)) <= 80
+    assert cluster.fleet("cancel", "--sweep", "s").stdout == "sweep s: 5 jobs cancelled\n"
+    assert cluster.fleet("cancel", "--sweep", "s").stdout == "sweep s: 5 had ended before\n"
+    done = cluster.fleet("wait", job_ids[0])
+    assert (done.returncode, done.stdout, done.stderr) == (1, f"job {job_ids[0]} was cancelled\n", "")
 
 
 @pytest.mark.chaos
@@ -157,6 +203,9 @@ WRONG = (
     (("submit", "--policy", "random", "--", "true"), "there is no policy 'random'"),
     (("submit", "--priority", "9999", "--", "true"), "--priority is 9999"),
     (("sweep", "--", "true"), "a sweep needs a grid"),
+    (("jobs", "--sweep", "none"), "there is no job of a sweep 'none' in this cluster"),
+    (("cancel", "--sweep", "none"), "there is no job of a sweep 'none'"),
+    (("cancel",), "say what to cancel: fleet cancel JOB"),
     (("sweep", "--grid", "x", "--", "true"), "write NAME=A,B,C"),
 )
 

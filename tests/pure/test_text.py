@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fleet.cli.jobs import described
 from fleet.cli.log import Lines
 from fleet.cli.private import close_to_others
-from fleet.cli.workers import table
+from fleet.cli.table import table
 from fleet.client.run import say
 from fleet.client.why import described as answered
 from fleet.messages import Answer, JobInfo, JobOptions

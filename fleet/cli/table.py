@@ -1,0 +1,46 @@
+"""Tables for people: columns that fit the terminal. Knows strings only."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Sequence
+
+from fleet.text import shown
+
+GAP = 2
+CUT_TO_AT_LEAST = 6  # characters of a column
+
+
+def terminal_width() -> int:
+    """Of the terminal that standard output is; 80 where it is none."""
+    return shutil.get_terminal_size((80, 24)).columns
+
+
+def table(rows: Sequence[Sequence[str]], width: int | None = None, whole: Collection[str] = ()) -> str:
+    """Columns as wide as their widest cell, and the first row their names. No cell breaks its line or moves the cursor.
+
+    Within `width`, if given, as far as that can be: the widest columns are cut, but for those that are named in `whole`.
+    """
+    rows = [[shown(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    if width is not None:
+        _fit(widths, [name in whole for name in rows[0]], width - GAP * (len(widths) - 1))
+    lines = (
+        (" " * GAP).join(_cut(cell, size).ljust(size) for cell, size in zip(row, widths, strict=True)) for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _fit(widths: list[int], whole: Sequence[bool], width: int) -> None:
+    """Takes from the widest columns what is too much."""
+    while (over := sum(widths) - width) > 0:
+        loose = sorted((size, at) for at, size in enumerate(widths) if not whole[at] and size > CUT_TO_AT_LEAST)
+        if not loose:
+            return
+        size, at = loose[-1]
+        following = max(loose[-2][0] if len(loose) > 1 else 0, CUT_TO_AT_LEAST)
+        widths[at] = max(size - over, min(following, size - 1))
+
+
+def _cut(text: str, at_most: int) -> str:
+    return text if len(text) <= at_most else text[: at_most - 1] + "…"
