@@ -196,16 +196,15 @@ class CollectiveTimeout(FleetError):
         if not self.world_size:
             head += f" on rank {self.rank}"
         head += f": not complete after {self.waited_s:g} s"
-        if self.blocked:
-            return f"{head}; {_firewall(self.blocked)}"
+        closed = f"; {_firewall(self.blocked)}" if self.blocked else ""
         if not self.late:
-            if not self.world_size:
-                return head
+            if not self.world_size or closed:
+                return head + closed
             return f"{head}; every rank is inside this same collective: it was slow, not stuck (raise timeout_s)"
         missing = {late.rank for late in self.late}
         came = [rank for rank in range(self.world_size) if rank not in missing]
         here = f"{_named(came, self.members)} came, " if came else ""
-        return f"{head}; {here}waiting for {self._waited_for()}"
+        return f"{head}; {here}waiting for {self._waited_for()}{closed}"
 
     def _waited_for(self) -> str:
         """The late ranks, those together that do the same."""

@@ -43,6 +43,8 @@ def described(answered: list[m.Answer], silent_count: int, count: int) -> str:
     lines = []
     for answer in answered:
         lines.append(shown(f"rank {answer.rank} ({answer.host}, pid {answer.pid}) {answer.doing}"))
+        if answer.unreached:
+            lines.append(f"    has no connection to {', '.join(f'rank {rank}' for rank in answer.unreached)}")
         groups = answer.records.split("\n") if answer.records else []
         lines += [f"    {shown(line)}" for line in groups[-count:]]
     if silent_count:
@@ -63,6 +65,7 @@ def as_values(answered: list[m.Answer], silent: list[int], count: int) -> list[d
             "call": answer.call,
             "line": answer.line,
             "inside": answer.inside,
+            "unreached": answer.unreached,
             "recent": answer.records.split("\n")[-count:] if answer.records else [],
         }
         for answer in answered

@@ -162,7 +162,9 @@ class Conductor:
         doings = self._doings()
         # All that are on their way look alike; one that does not answer is the one that is missing.
         late = [doing.late for doing in doings if doing.sequence < 0] or [doing.late for doing in doings]
-        return CollectiveTimeout(0, call, self.rank, waited_s, late, len(self._members), members=self._numbers())
+        error = CollectiveTimeout(0, call, self.rank, waited_s, late, len(self._members), members=self._numbers())
+        error.blocked = self._blocked(doings)
+        return error
 
     def not_reached(self, call: str, missing: Sequence[int], within_s: float) -> FleetError:
         """The error where nothing came from these ranks of the world, all of which should have greeted this one."""

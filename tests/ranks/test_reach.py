@@ -10,6 +10,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
 from fleet.collectives.channel import Inbox
 from fleet.collectives.communicator import Communicator
-from fleet.collectives.conductor import Doing
+from fleet.collectives.conductor import UNANSWERED, Doing
 from fleet.collectives.paths import World
-from fleet.errors import CollectiveTimeout, Late, Unreachable
+from fleet.errors import Blocked, CollectiveTimeout, Late, Unreachable
 from fleet.group import Member
 
 LOCK = Lock("plain", "a secret for this test alone")
@@ -122,6 +123,36 @@ def test_a_late_call_names_who_does_not_reach_whom(refusing: str, call: str, mon
         assert f"does not reach rank 0 at {refusing}" in str(error)
         assert "WORKER_PORT" in str(error)
         assert "slow, not stuck" not in str(error)
+
+
+def test_a_rank_that_stands_still_is_not_taken_for_a_firewall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fleet.collectives.greeting.HEARD_WITHIN_S", 0.3)
+    mesh = Mesh(LOCK, "tcp://127.0.0.1:*")
+    try:
+        addresses = [mesh.endpoint, "tcp://127.0.0.2:50052"]
+        members = [Member(rank, "w", f"h{rank}", 0, addresses[rank]) for rank in range(2)]
+        world = World(Inbox(mesh, 0, addresses, 7), members, Path("/dev/shm"), "test", lambda: None)
+        frozen = Doing(Late(1, "h1", 812, UNANSWERED), -1, False, "")
+        with pytest.raises(
+            CollectiveTimeout, match=r"waiting for rank 1 \(h1, pid 812\): it is not answering: stopped"
+        ):
+            Communicator(0, range(2), world, inquire=lambda *_: [frozen])
+        absent = replace(frozen, late=replace(frozen.late, doing="has ended with code 0"))
+        with pytest.raises(Unreachable):
+            Communicator(0, range(2), world, inquire=lambda *_: [absent])
+    finally:
+        mesh.close(linger=False)
+
+
+def test_who_is_late_is_told_beside_ways_that_are_closed() -> None:
+    late = Late(2, "h2", 813, "is at train.py:41 in load_batch")
+    way = Blocked(1, "tcp://10.0.0.2:50052", 0, "tcp://10.0.0.1:50052")
+    text = str(CollectiveTimeout(4, "barrier()", 0, 5.0, [late], 3, blocked=[way] * 6))
+    assert (
+        "waiting for rank 2 (h2, pid 813): it is at train.py:41 in load_batch; rank 1 (tcp://10.0.0.2:50052) does"
+        in text
+    )
+    assert "and 2 more ways are closed: is a firewall between them?" in text
 
 
 def test_what_is_connected_counts_as_reached() -> None:
