@@ -32,10 +32,12 @@ class Place:
         self.orchestrator = self._stack.enter_context(started(*words, **self._variables))
         self.address = wait_for(self.orchestrator, r"listens on tcp://(\S+)", "stderr")
 
-    def start_worker(self, name: str, slots: int = 2, storage: Path | None = None) -> None:
+    def start_worker(self, name: str, slots: int = 2, storage: Path | None = None, **changes: str) -> None:
         variables = self._variables | {"ORCHESTRATOR_ADDR": self.address, "FLEET_WORKER_ID": name, "FLEET_PRELOAD": ""}
         kept = () if storage is None else ("--storage", str(storage))
-        self.workers[name] = self._stack.enter_context(started("worker", "--slots", str(slots), *kept, **variables))
+        self.workers[name] = self._stack.enter_context(
+            started("worker", "--slots", str(slots), *kept, **variables | changes)
+        )
 
     def kill(self, process: Popen[str]) -> None:
         process.send_signal(signal.SIGKILL)

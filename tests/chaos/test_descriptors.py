@@ -6,6 +6,7 @@ import os
 import resource
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -83,3 +84,19 @@ def test_an_orchestrator_without_a_descriptor_lives_on(place: Place, tmp_path: P
             wait_for(client, r"(no orchestrator answers)", "stderr")
         assert client.communicate()[0] == "2 ranks| it ran\n"
         assert client.returncode == 0
+
+
+@pytest.mark.chaos
+def test_more_slow_connections_than_descriptors_end_no_worker(place: Place, tmp_path: Path) -> None:
+    place.start_worker("w", FLEET_METRICS_PORT="0")
+    port = int(wait_for(place.workers["w"], r"metrics at http://127.0.0.1:(\d+)/", "stderr"))
+    place.wait_for_worker("w")
+    resource.prlimit(place.workers["w"].pid, resource.RLIMIT_NOFILE, (200, 200))
+    with ExitStack() as stack:
+        for _ in range(600):
+            slow = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            slow.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+            assert b"fleet_worker_connected" in answer.read()
+        assert run(place, tmp_path)[:2] == (0, "2 ranks| it ran\n")
+    assert place.workers["w"].poll() is None
