@@ -46,6 +46,7 @@ from fleet.worker.state import (
 
 SAY_UNREACHABLE_AFTER_S = 2.0
 RECONNECT_WITHIN_S = 2.0  # as long as the orchestrator waits for a worker
+STUCK_AFTER_S = 600.0  # preparing a job, without a part of its files meanwhile
 DENIALS_UNTIL_FINAL = 3  # an orchestrator killed in the middle of a handshake looks like one denial
 
 
@@ -80,13 +81,10 @@ class Core(Ranks):
             self._died(event)
         elif isinstance(event, Prepared):
             if attempt := self.attempts.get((event.job_id, event.attempt)):
-                attempt.directory, attempt.port = event.directory, event.port
+                attempt.directory, attempt.port, attempt.stuck_at = event.directory, event.port, None
                 self._send(m.Assigned(event.job_id, event.attempt, event.port))
         elif isinstance(event, PrepareFailed):
-            failed = m.AssignFailed(event.job_id, event.attempt, event.reason[:REASON_CHARS], event.permanent)
-            if attempt := self.attempts.get((event.job_id, event.attempt)):
-                attempt.failure = failed
-            self._send(failed)
+            self._cannot_prepare(event)
         elif isinstance(event, LinkUp | LinkDown | LinkDenied):
             self._link(event)
         elif isinstance(event, Answered):
@@ -109,6 +107,8 @@ class Core(Ranks):
         else:
             deadlines.append(self.drain_until)
         deadlines.append(self.gone_at)
+        if self.welcomed:
+            deadlines += [attempt.stuck_at for attempt in self.attempts.values()]
         if self.linked:
             deadlines.append(self.next_heartbeat)
         elif self.settings.join_within_s is not None and not self.ever_welcomed:
@@ -165,6 +165,9 @@ class Core(Ranks):
             self._exit(f"the orchestrator at {self.settings.orchestrator} refused this worker: {message.reason}")
         elif isinstance(message, m.Part):
             self._effects.append(TakePart(message))
+            for attempt in self.attempts.values():
+                if attempt.stuck_at is not None and attempt.assign.spec.digest == message.digest:
+                    attempt.stuck_at = self._now + STUCK_AFTER_S
         elif isinstance(message, m.Assign):
             self._assign(message)
         elif isinstance(message, m.ListFiles | m.ReadFile):
@@ -185,6 +188,9 @@ class Core(Ranks):
         self.next_heartbeat = self._now + self.heartbeat_s
         if not self.welcomed:
             self._log("info", f"joined the orchestrator at {self.settings.orchestrator}, {self.settings.slots} slots")
+        if not self.welcomed:
+            for attempt in self.attempts.values():  # no part of its files came while nobody was there
+                attempt.stuck_at = attempt.stuck_at and self._now + STUCK_AFTER_S
         self.welcomed = self.ever_welcomed = self.said_unreachable = True
         self._effects.append(ReportStored(welcome.cluster_id))
         for attempt in self.attempts.values():  # it may have missed these
@@ -220,8 +226,14 @@ class Core(Ranks):
             rank: Rank(rank, slot, tuple(islice(gpus, assign.gpus)))
             for rank, slot in zip(assign.ranks, slots, strict=False)
         }
-        self.attempts[key] = Attempt(assign, ranks=ranks)
+        self.attempts[key] = Attempt(assign, ranks=ranks, stuck_at=self._now + STUCK_AFTER_S)
         self._effects.append(Prepare(assign))
+
+    def _cannot_prepare(self, event: PrepareFailed) -> None:
+        failed = m.AssignFailed(event.job_id, event.attempt, event.reason[:REASON_CHARS], event.permanent)
+        if attempt := self.attempts.get((event.job_id, event.attempt)):
+            attempt.failure, attempt.stuck_at = failed, None
+        self._send(failed)
 
     def _about_attempt(self, attempt: Attempt, message: m.Message) -> None:
         if isinstance(message, m.Launch):
@@ -296,6 +308,9 @@ class Core(Ranks):
         if limit_s is not None and not self.ever_welcomed and not self.ended and self._now >= self.started_at + limit_s:
             self._exit(f"no orchestrator answered at {self.settings.orchestrator} within {limit_s:g} s")
         for attempt in list(self.attempts.values()):
+            if self.welcomed and attempt.stuck_at is not None and self._now >= attempt.stuck_at:
+                reason = f"nothing came of preparing it for {STUCK_AFTER_S:g} s: its disk, or a network behind that, may hang"
+                self._cannot_prepare(PrepareFailed(attempt.assign.job_id, attempt.assign.attempt, reason))
             for rank in attempt.ranks.values():
                 if rank.term_at is not None and self._now >= rank.term_at:
                     self._terminate(attempt, rank)

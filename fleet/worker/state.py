@@ -74,6 +74,7 @@ class Attempt:
     assign: m.Assign
     directory: Path | None = None  # set once prepared
     failure: m.AssignFailed | None = None  # why it cannot be
+    stuck_at: float | None = None  # when preparing it counts as stuck; set until it is prepared, or cannot be
     port: int = 0
     launched: bool = False
     gathered: bool = False  # what it wrote into its working folder has been looked at, or is about to be

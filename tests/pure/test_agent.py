@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fleet import messages as m
 from fleet.worker import state as w
+from fleet.worker.core import STUCK_AFTER_S
 from fleet.worker.core import Core as Agent
 from fleet.worker.ranks import DRAIN_S, STOP_GRACE_S, WINDOW_BYTES, WORLD_CHANGED_GRACE_S
 from tests.pure.test_orchestrator import SPEC, VERSIONS
@@ -184,6 +185,29 @@ def test_a_failure_to_prepare_is_told_again_to_an_orchestrator_that_did_not_hear
         core.step(failed, 0.1)
         again = core.step(w.FromOrchestrator(assign), 0.2)
         assert up(again, m.AssignFailed) == [m.AssignFailed("j", 1, failed.reason, failed.permanent)]
+
+
+def test_a_job_that_nothing_comes_of_is_given_back_so_that_no_disk_holds_it_for_ever() -> None:
+    core = Agent(agent().settings, 0.0)
+    core.step(w.LinkUp(), 0.0)
+    core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1e6)), 0.0)
+    digest = "d" * 64
+    core.step(w.FromOrchestrator(m.Assign("j", 1, 1, (0,), 0, 1, m.Spec("script", "x", digest=digest))), 0.0)
+    core.step(w.FromOrchestrator(m.Assign("k", 1, 1, (0,), 0, 1, SPEC)), 0.0)
+    core.step(w.Prepared("k", 1, Path("/"), 5), 1.0)
+    assert core.next_deadline() == STUCK_AFTER_S
+    core.step(w.FromOrchestrator(m.Part(digest, 0, b"some")), 10.0)
+    assert up(core.step(w.Tick(), STUCK_AFTER_S), m.AssignFailed) == []
+    core.step(w.LinkDown(), 20.0)
+    assert up(core.step(w.Tick(), 20.0 + STUCK_AFTER_S), m.AssignFailed) == []  # nothing can come now
+    core.step(w.LinkUp(), 700.0)
+    core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1e6)), 700.0)
+    assert core.next_deadline() == 700.0 + STUCK_AFTER_S
+    (failed,) = up(core.step(w.Tick(), 700.0 + STUCK_AFTER_S), m.AssignFailed)
+    assert isinstance(failed, m.AssignFailed)
+    assert (failed.job_id, failed.permanent) == ("j", False)
+    assert "may hang" in failed.reason
+    assert up(core.step(w.Tick(), 9e5), m.AssignFailed) == []
 
 
 def test_what_is_printed_while_there_is_no_orchestrator_is_kept_for_the_next() -> None:
