@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
+if (
+    getattr(sys, "argv", [""])[:1] == ["-m"]
+    and sys.orig_argv[-len(sys.argv)] in ("fleet", "-mfleet")
+    and not sys.flags.safe_path
+):
+    del sys.path[0]  # `python -m fleet`: the current folder, whose files may have the names of what is imported below
+
 from typing import TYPE_CHECKING, Any
 
 from fleet.config import VERSION as __version__

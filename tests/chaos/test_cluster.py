@@ -136,3 +136,19 @@ def test_no_secret_no_open_port() -> None:
     done = fleet("orchestrator", "--bind", "0.0.0.0:0")
     assert done.returncode == 2
     assert "refusing to listen on 0.0.0.0 without a cluster secret" in done.stderr
+
+
+@pytest.mark.chaos
+def test_what_a_script_does_before_its_imports_counts(cluster: Cluster, tmp_path: Path) -> None:
+    """A worker's fork server has imported numpy before it knows the script. Its words may have any bytes."""
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "early.py").write_text(
+        "import os, sys\nprint(ascii(sys.argv), 'numpy' in sys.modules)\nos.environ['OMP_NUM_THREADS'] = '1'\n"
+        "import fleet, numpy as np\ncomm = fleet.init()\nx = np.ones(3)\ncomm.all_reduce(x)\nprint('sum', x[0])\n"
+    )
+    with started("worker", "--slots", "2", **cluster.variables) as worker:
+        wait_for(worker, r"joined the orchestrator", "stderr")
+        done = fleet("run", "--workers", "2", str(tmp_path / "job" / "early.py"), "caf\udce9", **cluster.variables)
+    assert done.returncode == 0, done.stderr
+    assert "['early.py', 'caf\\udce9'] False" in done.stdout
+    assert "sum 2.0" in done.stdout

@@ -23,6 +23,7 @@ from fleet.errors import FleetError
 from fleet.messages import JobOptions, Spec
 from fleet.versions import versions
 
+EXECUTOR = "import fleet\nwith fleet.Executor(max_workers=1) as pool: print(pool.submit(abs, -3).result(30))\n"
 RUN = " ".join([*FLEET, "run", "--workers", "1"])
 
 
@@ -86,25 +87,24 @@ def test_a_long_tmpdir(tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 100)
     folder.mkdir()
     (tmp_path / "hi.py").write_text("import fleet, tempfile\nfleet.init().barrier()\nprint(tempfile.gettempdir())\n")
-    (tmp_path / "ex.py").write_text(
-        "import fleet\nwith fleet.Executor(max_workers=1) as e: print(e.submit(abs, -3).result(30))\n"
-    )
+    (tmp_path / "ex.py").write_text(EXECUTOR)
     done = shell(tmp_path, f"{RUN} hi.py; {sys.executable} ex.py; ls -A {folder}", TMPDIR=str(folder))
     assert done.stdout == f"0| {folder}\n3\n", done.stderr
 
 
 def test_files_of_the_current_folder_are_not_imported(tmp_path: Path) -> None:
-    (tmp_path / "here").mkdir()
-    for name in ("queue", "types", "secrets", "signal", "token", "socket", "selectors", "struct", "fleet/__init__"):
-        path = tmp_path / "here" / f"{name}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("raise RuntimeError('not for import')\n")
+    """Not by the processes that fleet starts for itself, and not by `python -m fleet`."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("queue", "secrets", "signal", "token", "socket", "selectors", "struct", "typing"):
+        (here / f"{name}.py").write_text("raise RuntimeError('not for import')\n")
     (tmp_path / "hi.py").write_text("import fleet\nfleet.init().barrier()\nprint('fine')\n")
-    (tmp_path / "ex.py").write_text(
-        "import fleet\nwith fleet.Executor(max_workers=1) as e: print(e.submit(abs, -3).result(30))\n"
-    )
-    fleet = Path(sys.executable).with_name("fleet")
-    done = shell(tmp_path / "here", f"{fleet} run --workers 1 ../hi.py; {sys.executable} ../ex.py")
+    (tmp_path / "ex.py").write_text(EXECUTOR)
+    assert shell(here, f"{RUN} ../hi.py").stdout == "0| fine\n"
+    (here / "fleet").mkdir()
+    (here / "fleet" / "__init__.py").write_text("")
+    # What `python -m` finds itself it finds here; not so the command `fleet`.
+    done = shell(here, f"{RUN.replace('-m fleet', '-P -m fleet')} ../hi.py; {sys.executable} ../ex.py")
     assert done.stdout == "0| fine\n3\n", done.stderr
 
 
