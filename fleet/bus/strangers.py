@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import socket
 import struct
+from collections.abc import Iterator
 from time import monotonic
 
 import zmq
+
+from fleet.bus.address import shown
 
 LOG_EVERY_S = 60.0  # a stranger that tries again and again fills no disk
 SILENT_AT_MOST = 128  # connections that may be strangers', of those older than SILENT_S: each holds memory for a frame
@@ -47,14 +49,15 @@ class Strangers:
         self._admitted_count = 0
         self._failed_count = 0  # handshakes that have failed, of connections that have not ended
         self._open: dict[int, int] = {}  # what _admitted_count was when a connection began, by descriptor
-        self._silent: dict[int, float] = {}  # when a connection began that is no member's, by descriptor, in order
+        # When a connection began that is no member's, and its peer's address: by descriptor, in the order of time.
+        self._silent: dict[int, tuple[float, str]] = {}
 
     def saw(self, event: int, value: int) -> None:
         """Takes one event of the monitor, with its descriptor where it has one."""
         if event == zmq.EVENT_ACCEPTED:
             self._open[value] = self._admitted_count
-            self._silent[value] = monotonic()
             self._last = _address(value)
+            self._silent[value] = monotonic(), self._last
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._admitted_count += 1
             if not self._hears:
@@ -86,12 +89,13 @@ class Strangers:
         """
         now = monotonic()
         while self.crowded:
-            descriptor, since = next(iter(self._silent.items()))
+            descriptor, (since, address) = next(iter(self._silent.items()))
             if now - since < SILENT_S:
                 return
             del self._silent[descriptor]
-            with contextlib.suppress(OSError), _borrowed(descriptor) as connection:
-                connection.shutdown(socket.SHUT_RDWR)  # libzmq closes it
+            if _address(descriptor) == address:  # else the number is another one's by now
+                with contextlib.suppress(OSError), _borrowed(descriptor) as connection:
+                    connection.shutdown(socket.SHUT_RDWR)  # libzmq closes it
 
     def _refused(self) -> None:
         self.refused_count += 1
@@ -105,7 +109,7 @@ class Strangers:
             self.endpoint,
             self._unsaid_count,
             self.refused_count,
-            f"; {self._last} was the last to connect" if self._last else "",
+            f"; {self._last} connected last" if self._last else "",
         )
         self._unsaid_count = 0
 
@@ -117,20 +121,20 @@ def happened(monitor: zmq.Socket[bytes]) -> tuple[int, int]:
 
 
 def _address(descriptor: int) -> str:
-    """The address of a connection's peer; empty where it has gone, or is a process of this machine."""
+    """The address and port of a connection's peer; empty where it has gone, or is a process of this machine."""
     try:
         with _borrowed(descriptor) as connection:
             name = connection.getpeername()
     except OSError:
         return ""
-    return str(name[0]).removeprefix("::ffff:") if isinstance(name, tuple) else ""
+    return shown(str(name[0]).removeprefix("::ffff:"), name[1]) if isinstance(name, tuple) else ""
 
 
-def _borrowed(descriptor: int) -> socket.socket:
-    """A libzmq connection as a socket of its own, so that the number cannot come to name another one meanwhile."""
-    own = os.dup(descriptor)
+@contextlib.contextmanager
+def _borrowed(descriptor: int) -> Iterator[socket.socket]:
+    """A connection of libzmq's, which stays its owner. Needs no descriptor of its own: there may be none left."""
+    connection = socket.socket(fileno=descriptor)
     try:
-        return socket.socket(fileno=own)
-    except OSError:
-        os.close(own)
-        raise
+        yield connection
+    finally:
+        connection.detach()

@@ -31,6 +31,7 @@ def runtime_folder() -> Iterator[Path]:
 def register(runtime: Path, role: str, reached_at: str) -> None:
     """Tells `fleet doctor` what runs here, and the endpoint that answers for it."""
     draft = runtime / f".{WHAT}"
+    draft.touch(mode=0o600)  # whatever the umask: `registered` believes no file that others may write
     draft.write_text(f"{role} {reached_at}\n", encoding="utf-8")
     draft.rename(runtime / WHAT)
 

@@ -262,6 +262,16 @@ def test_doctor_neither_waits_for_nor_believes_a_stranger(temporary: Path) -> No
     assert (temporary / "fleet-x").exists(), "swept what is not its own"
 
 
+def test_what_runs_is_found_whatever_the_umask(temporary: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        with runtime.runtime_folder() as mine:
+            runtime.register(mine, "worker", f"ipc://{mine}/agent")
+            assert runtime.registered() == [("worker", f"ipc://{mine}/agent")]
+    finally:
+        os.umask(before)
+
+
 @as_root
 def test_a_strangers_folder_is_not_swept_for_a_file_of_ones_own(temporary: Path) -> None:
     """Its lock is a link to a file that is mine and that nobody holds."""
@@ -292,7 +302,7 @@ def test_why_does_not_ask_a_strangers_orchestrator(temporary: Path) -> None:
     as_stranger(make)
     started = time.monotonic()
     with pytest.raises(UsageError, match="no job runs on this machine"):
-        why.explain("", 1, None, None, False, 10.0)
+        why.explain("", 1, None, None, False, 10.0, as_json=False)
     assert time.monotonic() - started < why.LOCAL_WITHIN_S / 2, "it waited for the stranger"
 
 

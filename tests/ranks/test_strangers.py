@@ -264,13 +264,14 @@ def test_who_is_refused_is_counted_and_said_once_a_minute(kind: Any, caplog: pyt
 def test_a_refused_strangers_address_is_named(caplog: pytest.LogCaptureFixture) -> None:
     strangers = Strangers("tcp://127.0.0.1:50052")
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()):
-        connection, _ = listener.accept()
+        connection, (_, port) = listener.accept()
         with connection:
             strangers.saw(zmq.EVENT_ACCEPTED, connection.fileno())
+            connection.getpeername()  # it is still open
     for _ in range(1000):
         strangers.saw(zmq.EVENT_HANDSHAKE_FAILED_AUTH, 400)
     (record,) = caplog.records
-    assert "1 connections (1 in all; 127.0.0.1 was the last to connect)" in record.getMessage()
+    assert f"1 connections (1 in all; 127.0.0.1:{port} connected last)" in record.getMessage()
     assert strangers.refused_count == 1000
 
 
