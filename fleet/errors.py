@@ -233,6 +233,7 @@ class RankEnded(FleetError):
     call: str
     sequence: int = 0  # 0: it is no collective
     line: str = ""  # of this rank's script, where the call was made; empty where it is not known
+    point_to_point: bool = False
 
     @property
     def culprits(self) -> list[int]:
@@ -240,10 +241,10 @@ class RankEnded(FleetError):
 
     def __str__(self) -> str:
         number = f" #{self.sequence}" if self.sequence else ""
-        return (
-            f"rank {self.rank} ({self.worker_id}, host {self.host}, pid {self.pid}) has ended (exit code 0) and will not call "
-            f"{self.call}{number}, which others called{_at(self.line)}"
-        )
+        who = f"rank {self.rank} ({self.worker_id}, host {self.host}, pid {self.pid}) has ended (exit code 0)"
+        if self.point_to_point:
+            return f"{who} before {self.call} was complete"
+        return f"{who} and will not call {self.call}{number}, which others called{_at(self.line)}"
 
 
 class TaskError(FleetError):

@@ -23,6 +23,7 @@ from fleet.bounds import (
     Incarnation,
     JobId,
     JobIds,
+    Made,
     Number,
     NumberOrNone,
     Pid,
@@ -295,6 +296,7 @@ class RankExited(Message, frozen=True):
     job_id: JobId
     attempt: Attempt
     status: RankStatus
+    made: Made | None = None  # see Tally
 
 
 class Output(Message, frozen=True):
@@ -348,12 +350,16 @@ class Formed(Message, frozen=True):
 
 
 class Lost(Message, frozen=True):
-    """A rank of the attempt has gone: whoever waits for it need not. `reason` says why, in words."""
+    """A rank of the attempt has gone: whoever waits for it need not. `reason` says why, in words.
+
+    Where its status is no failure, it has ended by itself, and ranks that do not need it go on.
+    """
 
     job_id: JobId
     attempt: Attempt
     status: RankStatus
     reason: Text
+    made: Made | None = None  # see Tally
 
 
 class Ask(Message, frozen=True):
@@ -394,6 +400,7 @@ class Tally(Message, frozen=True):
     rows: Annotated[tuple[TallyRow, ...], msgspec.Meta(max_length=1000)]
     inside_s: Seconds = 0.0  # how long it has been inside the collective that it is in; 0: in none
     refused_count: Number = 0  # strangers at its inbox since the last Tally
+    made: Made | None = None  # collectives that it made, in its last Tally of all; None: not known
 
 
 _ALL = (

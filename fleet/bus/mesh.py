@@ -36,7 +36,7 @@ JOIN_FRAMES_BELOW = 8192  # bytes: under this a copy is cheaper than a second fr
 _MALLOC_SETTINGS = {-3: 32 << 20, -1: 256 << 20, -2: 16 << 20}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 
 Tracker = Any  # zmq.MessageTracker: .done, .wait(timeout)
-Check = Callable[[], None]  # called while waiting; raises to end the wait
+Check = Callable[..., None]  # called while waiting; raises to end the wait
 
 
 class _Outbox(NamedTuple):

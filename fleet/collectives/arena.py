@@ -94,10 +94,10 @@ def digest(call: bytes) -> int:
 class Arena:
     """This host's end of a communicator: `ranks` are the communicator's numbers of the ranks here, `index` is this one.
 
-    `check` is called while waiting, and raises to end the wait.
+    `check` is called while waiting, with the rank that is waited for, and raises to end the wait.
     """
 
-    def __init__(self, memory: mmap.mmap, index: int, ranks: Sequence[int], check: Callable[[], None]) -> None:
+    def __init__(self, memory: mmap.mmap, index: int, ranks: Sequence[int], check: Callable[[int], None]) -> None:
         self.index = index
         self.ranks = ranks
         self.count = count = len(ranks)
@@ -282,7 +282,7 @@ class Arena:
                 now = monotonic()
                 if now > deadline:
                     raise Late(self.ranks[other])
-                self._check()
+                self._check(self.ranks[other])
                 sleep_s = min(_SLEEP_AT_MOST_S, max(_FIRST_SLEEP_S, (now - started) / 10), max(deadline - now, 0.0001))
                 time.tv_nsec = int(sleep_s * 1e9)
                 _syscall(_SYS_FUTEX, self._bell_address, _FUTEX_WAIT, rung, ctypes.addressof(time))

@@ -54,9 +54,9 @@ class Base:
         self._barrier = Call(pack_call("barrier"), reduce.kernel("max", "uint8", self.world_size, 1.0))
         self._split_count = 0
         self._children: list[Base] = []
-        check = world.check if world is not None else (lambda: None)
+        check, ended = (world.check, world.ended) if world is not None else ((lambda: None), {})
         inbox = world.inbox if world is not None else None
-        self._conductor = Conductor(rank, self._members, group, timeout_s, inquire, check, inbox)
+        self._conductor = Conductor(rank, self._members, group, timeout_s, inquire, check, inbox, ended)
         self._windows = Windows()
         self._path: Any = None
         self._points: Points | None = None
@@ -73,7 +73,7 @@ class Base:
             self._conductor.recorder.tally.path = found.path.name
             self._conductor.channel = found.channel if found.uses_sockets else None
             self._arena = found.arena
-            self._points = Points(found.channel, self._conductor.known)
+            self._points = Points(found.channel, self._conductor)
             self._channel = found.channel
 
     # Its life

@@ -67,25 +67,30 @@ class Inbox:
 
     def send(
         self,
-        channel: Channel,
         peer: int,
         key: tuple[int, int, int, int],
         call: bytes,
         payload: Any,
         deadline: float,
         track: bool,
+        check: Check,
     ) -> Tracker | None:
         """Queues one message for (group, sequence, turn, segment); see Mesh.send. Raises TimeoutError."""
         group, sequence, turn, segment = key
         head = pack_head(self._world, group, sequence, self.rank, turn, segment, call)
-        return self._mesh.send(peer, head, payload, deadline, track, channel.check)
+        return self._mesh.send(peer, head, payload, deadline, track, check)
 
-    def wait_until_sent(self, channel: Channel, tracker: Tracker, deadline: float) -> None:
+    def wait_until_sent(self, tracker: Tracker, deadline: float, check: Check) -> None:
         """Returns once lent memory may be changed. Raises TimeoutError."""
-        self._mesh.wait_until_sent(tracker, deadline, channel.check)
+        self._mesh.wait_until_sent(tracker, deadline, check)
 
-    def take(self, channel: Channel, find: Callable[[], Key | None], deadline: float) -> tuple[Key, bytes, Payload]:
-        """The message whose key `find` returns, once it is there. Raises TimeoutError, CollectiveMismatch."""
+    def take(
+        self, channel: Channel, find: Callable[[], Key | None], deadline: float, check: Check, awaited: int = -1
+    ) -> tuple[Key, bytes, Payload]:
+        """The message whose key `find` returns, once it is there. Raises TimeoutError, CollectiveMismatch.
+
+        `check` is called while waiting, with the rank `awaited` while it is silent, and raises to end the wait.
+        """
         with self._changed:
             while True:
                 if (key := find()) is not None:
@@ -93,7 +98,7 @@ class Inbox:
                 if not self._receiving:
                     break
                 self._changed.wait(TICK_MS / 1000)
-                self._look_up(channel)
+                self._look_up(channel, check)
                 if monotonic() > deadline:
                     raise TimeoutError
             self._receiving = True
@@ -107,7 +112,7 @@ class Inbox:
                         if (key := find()) is not None:
                             return (key, *self._early.pop(key))
                         self._changed.notify_all()
-                self._look_up(channel)
+                self._look_up(channel, check, -1 if arrived else awaited)
                 if (now := monotonic()) > deadline:
                     # What came in time may lie behind other messages, which a process that stood still has not read:
                     # they are read for a tick more, and no longer, however many come.
@@ -151,11 +156,11 @@ class Inbox:
     def close(self, linger: bool = True) -> None:
         self._mesh.close(linger)
 
-    def _look_up(self, channel: Channel) -> None:
+    def _look_up(self, channel: Channel, check: Check, awaited: int = -1) -> None:
         """What may end a wait, other than the message and the clock."""
         if channel.failed is not None:
             raise channel.failed
-        channel.check()
+        check(awaited)
 
     def _keep(self, head: Head, payload: Payload) -> None:
         channel = self._channels.get(head.group)
@@ -229,11 +234,11 @@ class Channel:
     ) -> Tracker | None:
         """Queues one message of a collective. Raises TimeoutError after `deadline`."""
         key = self.group, sequence, turn, segment
-        return self.inbox.send(self, self.members[peer], key, call, payload, deadline, track)
+        return self.inbox.send(self.members[peer], key, call, payload, deadline, track, self.check)
 
     def wait_until_sent(self, tracker: Tracker, deadline: float) -> None:
         """Returns once lent memory may be changed. Raises TimeoutError."""
-        self.inbox.wait_until_sent(self, tracker, deadline)
+        self.inbox.wait_until_sent(tracker, deadline, self.check)
 
     def expect(self, sequence: int, source: int, turn: int, segment: int, call: bytes, deadline: float) -> Payload:
         """The message for one place of a collective. Raises TimeoutError, CollectiveMismatch."""
@@ -245,14 +250,14 @@ class Channel:
             return key if inbox.has(key) else None
 
         try:
-            _, theirs, payload = inbox.take(self, find, first)
+            _, theirs, payload = inbox.take(self, find, first, self.check, source)
         except TimeoutError:
             if first == deadline:
                 raise
             # It is late. If it waits in another call than this one, it will find that out from this message.
             with contextlib.suppress(TimeoutError):  # its queue is full: what it sent may be here all the same
                 self.send(source, sequence, PROBE, 0, call, b"", 0.0)
-            _, theirs, payload = inbox.take(self, find, deadline)
+            _, theirs, payload = inbox.take(self, find, deadline, self.check, source)
         if theirs != call:
             self._compare(sequence, self.members[source], theirs)
             assert self.failed is not None

@@ -45,9 +45,10 @@ class Communicator(Base):
     - UsageError: illegal here, nothing was sent;
     - CollectiveMismatch: another rank called something else in the same place;
     - CollectiveTimeout: not complete in time; names the ranks that are late and what they are doing;
+    - RankEnded: a rank that is needed has ended without an error; says which;
     - WorldChanged: a rank has gone; says which and why.
 
-    After the last three the communicator is broken, what was to be written is undefined, and further calls raise again.
+    After all but the first the communicator is broken, what was to be written is undefined, and further calls raise again.
     """
 
     # Reductions

@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
@@ -19,7 +19,7 @@ from fleet.collectives.arena import Arena, Differs
 from fleet.collectives.arena import Late as LateHere
 from fleet.collectives.channel import Channel, Inbox
 from fleet.collectives.header import describe_call
-from fleet.collectives.job import Call, Check, Job
+from fleet.collectives.job import SETTLE_S, Call, Check, Ended, Job
 from fleet.collectives.recorder import SHOWN_ON_FAILURE, Recorder
 from fleet.collectives.work import Work
 from fleet.errors import (
@@ -29,6 +29,7 @@ from fleet.errors import (
     CollectiveTimeout,
     FleetError,
     Late,
+    RankEnded,
     Unreachable,
     UsageError,
 )
@@ -69,7 +70,8 @@ class Conductor:
         timeout_s: float,
         inquire: Inquiry | None,
         check: Check,
-        inbox: Inbox | None = None,
+        inbox: Inbox | None,
+        ended: Mapping[int, Ended],
     ) -> None:
         self.rank = rank
         self.timeout_s = timeout_s
@@ -81,6 +83,7 @@ class Conductor:
         self._members = members  # the world's numbers of its ranks
         self._inquire = inquire
         self._check = check
+        self.ended = ended  # by rank of the world
         self._forks = forks.count
         self._sequence = 0
         self._running = threading.Lock()
@@ -151,18 +154,39 @@ class Conductor:
         if not self.broken:
             self._broken = UsageError(CLOSED)
 
-    def check(self) -> None:
-        """Called while a collective waits. Raises what ends the wait, other than its deadline."""
+    def check(self, awaited: int = -1) -> None:
+        """Called while a collective waits, for one rank where that is known. Raises what ends the wait, other than its
+        deadline."""
+        self.check_world()
+        job = self.recorder.last
+        if self.ended and job is not None and not job.ended:
+            self._check_ended(job, awaited)
+
+    def check_world(self) -> None:
+        """Raises what ends any wait: a rank was lost, or this communicator is closed."""
         self._check()
         if self._closed:
             raise UsageError(CLOSED)
+
+    def _check_ended(self, job: Job, awaited: int) -> None:
+        """Raises RankEnded if a rank has ended that has not made this collective. Ranks that do not wait in it go on."""
+        for rank, member in enumerate(self._members):
+            if (ended := self.ended.get(member)) is None:
+                continue
+            if ended.made is not None:
+                missing = ended.made.get(self.group, 0) < job.sequence
+            else:  # only what does not come from itself can tell
+                missing = rank == awaited and monotonic() > max(ended.since, job.started) + SETTLE_S
+            if missing:
+                call = str(job.call)
+                raise RankEnded(member, ended.worker_id, ended.host, ended.pid, call, job.sequence, line=job.where)
 
     def not_formed(self, call: str, waited_s: float) -> CollectiveTimeout:
         """The error where not all ranks came to make this communicator, or memory of it."""
         doings = self._doings()
         # All that are on their way look alike; one that does not answer is the one that is missing.
         late = [doing.late for doing in doings if doing.sequence < 0] or [doing.late for doing in doings]
-        error = CollectiveTimeout(0, call, self.rank, waited_s, late, len(self._members), members=self._numbers())
+        error = CollectiveTimeout(0, call, self.rank, waited_s, late, len(self._members), members=self.numbers())
         error.blocked = self._blocked(doings)
         return error
 
@@ -171,7 +195,7 @@ class Conductor:
         doings = self._doings()
         frozen = [d.late for d in doings if d.late.doing == UNANSWERED and self._members[d.late.rank] in missing]
         if len(frozen) == len(missing):
-            return CollectiveTimeout(0, call, self.rank, within_s, frozen, len(self._members), members=self._numbers())
+            return CollectiveTimeout(0, call, self.rank, within_s, frozen, len(self._members), members=self.numbers())
         silent = {self._members[late.rank] for late in frozen}
         me = self._members[self.rank]
         ways = self._ways([(rank, me) for rank in missing if rank not in silent])
@@ -248,7 +272,7 @@ class Conductor:
         if isinstance(error, CollectiveMismatch):
             self._complete(error)
         if isinstance(error, CollectiveMismatch | CollectiveTimeout):
-            error.members = self._numbers()
+            error.members = self.numbers()
             error.recent = self.recorder.lines(SHOWN_ON_FAILURE)
         return error
 
@@ -302,7 +326,7 @@ class Conductor:
             calls.setdefault((error.peer_call, error.peer_line), []).append(error.peer)
         error.calls = [Called(tuple(sorted(ranks)), call, line) for (call, line), ranks in calls.items()]
 
-    def _numbers(self) -> Sequence[int]:
+    def numbers(self) -> Sequence[int]:
         """The job's number of each rank, empty where they are the same ones."""
         return () if tuple(self._members) == tuple(range(len(self._members))) else self._members
 

@@ -61,7 +61,7 @@ def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Co
             comm = Communicator(
                 settings.rank,
                 range(world.size),
-                World(inbox, world.members, directory or Path(), name, session.check, welcome.secret),
+                World(inbox, world.members, directory or Path(), name, session.check, welcome.secret, session.ended),
                 timeout_s=timeout_s,
                 local_rank=settings.local_rank,
                 generation=world.generation,

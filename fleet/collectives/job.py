@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 from types import CodeType
@@ -12,8 +13,22 @@ from fleet.collectives.arena import digest
 from fleet.collectives.header import describe_call, measure_call
 from fleet.collectives.reduce import Kernel
 
-# Called between pieces of work and while waiting; raises what ended the world, such as the loss of a rank.
-Check = Callable[[], None]
+# Called between pieces of work and while waiting; raises what ended the world, such as the loss of a rank. May be given the
+# rank that is waited for.
+Check = Callable[..., None]
+
+SETTLE_S = 0.5  # for what a rank sent before it ended, which may still be on its way
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A rank that has ended with 0 while the others go on, and the collectives that it made in each communicator."""
+
+    worker_id: str
+    host: str
+    pid: int
+    made: Mapping[int, int] | None  # by group; None: not known, since it ended without a word
+    since: float  # when this rank heard of it; monotonic
 
 
 class Call:

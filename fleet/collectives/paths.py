@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
@@ -22,7 +22,7 @@ from fleet.collectives.channel import Channel, Inbox
 from fleet.collectives.greeting import greet, partners
 from fleet.collectives.header import pack_call
 from fleet.collectives.hierarchy import HierarchicalPath
-from fleet.collectives.job import Call, Check, Job
+from fleet.collectives.job import Call, Check, Ended, Job
 from fleet.collectives.shared import SharedPath
 from fleet.collectives.sockets import SocketPath
 from fleet.collectives.windows import Windows
@@ -64,6 +64,9 @@ class World:
     name: str  # of this world, for files
     check: Check
     secret: str = ""  # of the job
+    ended: Mapping[int, Ended] = field(
+        default_factory=dict
+    )  # ranks that have left the others, by their number in the job
 
     def share(
         self, name: str, size_bytes: int, index: int, members: Sequence[int], deadline: float
@@ -142,8 +145,8 @@ def reach(world: World, group: int, members: Sequence[int], check: Check, formin
 def looking(check: Check, channel: Channel) -> Check:
     """`check`, and whether a rank of another host is in another call: for those who wait in shared memory."""
 
-    def both() -> None:
-        check()
+    def both(awaited: int = -1) -> None:
+        check(awaited)
         channel.look()
 
     return both

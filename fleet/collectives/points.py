@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from fleet.bus.mesh import TICK_MS
+from fleet.bus.mesh import TICK_MS, Check
 from fleet.collectives.buffer import Buffer
 from fleet.collectives.channel import Channel, Key, Payload
+from fleet.collectives.conductor import Conductor
 from fleet.collectives.header import describe_call, pack_call
+from fleet.collectives.job import SETTLE_S
 from fleet.collectives.work import Work
-from fleet.errors import Blocked, CollectiveMismatch, CollectiveTimeout, Late
+from fleet.errors import CollectiveMismatch, CollectiveTimeout, ProtocolError, RankEnded
 
 
 class _Lane:
@@ -31,12 +33,12 @@ class _Lane:
 
 
 class Points:
-    """This rank's sends and receives. `known(ranks)` tells what those that are waited for do, and which ways are closed."""
+    """This rank's sends and receives. `conductor` knows the world: what ends a wait, and what the other ranks do."""
 
-    def __init__(self, channel: Channel, known: Callable[[list[int]], tuple[list[Late], list[Blocked]]]) -> None:
+    def __init__(self, channel: Channel, conductor: Conductor) -> None:
         self._channel = channel
         self._group = channel.group + 1
-        self._known = known
+        self._conductor = conductor
         self._lanes: dict[tuple[int, int], _Lane] = {}  # by (rank, tag)
         self._received: dict[tuple[int, int], int] = {}
 
@@ -49,12 +51,14 @@ class Points:
         deadline = monotonic() + limit_s
         memory = buffer.flat.view(np.uint8)
         lane = self._lanes.get((dst, tag)) or self._lanes.setdefault((dst, tag), _Lane())
+        inbox, member = self._channel.inbox, self._channel.members[dst]
+        check = self._checking(call, [dst], 0.0)
         try:
-            self._take_turn(lane, deadline)
+            if not lane.turn.acquire(blocking=False):
+                self._take_turn(lane, deadline, check)
             try:
                 key = self._group, lane.sent_count + 1, tag, 0
-                member = self._channel.members[dst]
-                tracker = self._channel.inbox.send(self._channel, member, key, call, memory, deadline, track=True)
+                tracker = inbox.send(member, key, call, memory, deadline, True, check)
                 lane.sent_count += 1
             finally:
                 lane.turn.release()
@@ -63,7 +67,7 @@ class Points:
 
         def finish() -> None:
             try:
-                self._channel.wait_until_sent(tracker, deadline)
+                inbox.wait_until_sent(tracker, deadline, check)
             except TimeoutError:
                 raise self._timeout(call, "to", [dst], limit_s) from None
 
@@ -75,9 +79,9 @@ class Points:
         else:
             in_background(finish, work)
 
-    def _take_turn(self, lane: _Lane, deadline: float) -> None:
+    def _take_turn(self, lane: _Lane, deadline: float, check: Check) -> None:
         while not lane.turn.acquire(timeout=TICK_MS / 1000):
-            self._channel.check()
+            check()
             if monotonic() > deadline:
                 raise TimeoutError
 
@@ -90,7 +94,10 @@ class Points:
         claimed: list[int] = []
         try:
             key, sent, payload = self._channel.inbox.take(
-                self._channel, lambda: self._find(sources, tag, claimed), monotonic() + limit_s
+                self._channel,
+                lambda: self._find(sources, tag, claimed),
+                monotonic() + limit_s,
+                self._checking(call, sources, SETTLE_S),
             )
         except TimeoutError:
             raise self._timeout(call, "from", sources, limit_s) from None
@@ -114,14 +121,40 @@ class Points:
         return None
 
     def _store(self, buffer: Buffer, payload: Payload) -> None:
+        if len(payload.view) != buffer.flat.nbytes:
+            raise ProtocolError(f"a message of {len(payload.view)} bytes arrived where {buffer.flat.nbytes} belong")
         buffer.flat[:] = np.frombuffer(payload.view, dtype=buffer.flat.dtype)
         buffer.write_back()
 
-    def _timeout(self, call: bytes, way: str, ranks: list[int], limit_s: float) -> CollectiveTimeout:
+    def _checking(self, call: bytes, ranks: list[int], settle_s: float) -> Check:
+        """What is called while waiting for one of the ranks: raises RankEnded once all of them have ended. What they sent
+        before may still be on its way for `settle_s`."""
+        conductor, since = self._conductor, monotonic()
+
+        def check(awaited: int = -1) -> None:
+            conductor.check_world()
+            if not conductor.ended:
+                return
+            members = [self._channel.members[rank] for rank in ranks]
+            known = [conductor.ended.get(member) for member in members]
+            ended = [one for one in known if one is not None]
+            if len(ended) < len(known) or monotonic() < max(since, *(one.since for one in ended)) + settle_s:
+                return
+            what = self._described(call, "from" if settle_s else "to", ranks)
+            last = ended[-1]
+            raise RankEnded(members[-1], last.worker_id, last.host, last.pid, what, point_to_point=True)
+
+        return check
+
+    def _described(self, call: bytes, way: str, ranks: list[int]) -> str:
         what = describe_call(call) if way == "to" else describe_call(call).replace("send", "recv", 1)
-        peer = f"rank {ranks[0]}" if len(ranks) == 1 else "any rank"
-        late, blocked = self._known(ranks)
-        return CollectiveTimeout(0, f"{what} {way} {peer}", self._channel.rank, limit_s, late, blocked=blocked)
+        peer = f"rank {self._channel.members[ranks[0]]}" if len(ranks) == 1 else "any rank"
+        return f"{what} {way} {peer}"
+
+    def _timeout(self, call: bytes, way: str, ranks: list[int], limit_s: float) -> CollectiveTimeout:
+        late, blocked = self._conductor.known(ranks)
+        what, rank, numbers = self._described(call, way, ranks), self._channel.rank, self._conductor.numbers()
+        return CollectiveTimeout(0, what, rank, limit_s, late, members=numbers, blocked=blocked)
 
 
 def in_background(act: Callable[[], Any], work: Work) -> None:

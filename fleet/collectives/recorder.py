@@ -27,6 +27,12 @@ class Recorder:
         """The running collective, or the last one."""
         return self.jobs[-1] if self.jobs else None
 
+    @property
+    def made_count(self) -> int:
+        """How many collectives are over."""
+        last = self.last
+        return 0 if last is None else last.sequence - (not last.ended)
+
     def find(self, sequence: int) -> Job | None:
         """The collective of this number, if it is among those that are kept."""
         return next((job for job in reversed(list(self.jobs)) if job.sequence == sequence), None)

@@ -24,9 +24,10 @@ from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.strangers import Strangers
 from fleet.collectives.conductor import UNANSWERED, Doing
+from fleet.collectives.job import Ended
 from fleet.collectives.recorder import Recorder, text
 from fleet.config import RankSettings
-from fleet.errors import FleetError, Late, ProtocolError, WorldChanged
+from fleet.errors import FleetError, Late, ProtocolError, RankEnded, WorldChanged
 from fleet.group import World
 from fleet.stillness import Deadline
 
@@ -34,6 +35,7 @@ ANSWER_WITHIN_S = 1.0
 LOOK_UP_S = 0.1  # how often a wait for the others looks whether one has gone
 AGENT_WITHIN_S = 10.0  # the agent is on this machine
 TALLY_EVERY_S = 1.0
+MADE_AT_MOST = 1000  # communicators whose collectives a rank that ends tells the number of
 
 _NOT_THE_USERS = tuple(
     {
@@ -54,6 +56,7 @@ class Session:
         self._pid = pid
         self._recorders = recorders
         self._lost: WorldChanged | None = None
+        self.ended: dict[int, Ended] = {}  # ranks that have ended with 0 before this one
         self._wake = Wake()
         self._closing = threading.Event()
         self._out: queue.SimpleQueue[m.Message] = queue.SimpleQueue()
@@ -86,11 +89,13 @@ class Session:
             raise self._lost
 
     def join(self, address: str, memory: str, timeout_s: float) -> World | None:
-        """The world, once every rank has joined it; None after `timeout_s`. Raises WorldChanged."""
+        """The world, once every rank has joined it; None after `timeout_s`. Raises WorldChanged, RankEnded."""
         s = self._settings
         self._send(m.Join(s.job_id, s.attempt, s.rank, self._pid, address, memory))
         for wait_s in Deadline(timeout_s).waits(LOOK_UP_S):
             self.check()
+            for rank, ended in list(self.ended.items()):
+                raise RankEnded(rank, ended.worker_id, ended.host, ended.pid, "fleet.init()")
             with contextlib.suppress(queue.Empty):
                 self._world = self._formed.get(timeout=wait_s)
                 break
@@ -151,10 +156,13 @@ class Session:
                     self._tell_tally(agent)
                 poller.wait(max(0.0, tally_at - monotonic()))
                 self._wake.clear()
-            self._tell_tally(agent)
+            self._tell_tally(agent, last=True)
 
-    def _tell_tally(self, agent: Dealer) -> None:
-        recorders = [recorder for _, recorder in self._recorders()]
+    def _tell_tally(self, agent: Dealer, last: bool = False) -> None:
+        """What its collectives came to since the last time; the last time of all, also how many it made."""
+        groups = self._recorders()
+        recorders = [recorder for _, recorder in groups]
+        made = tuple((group, recorder.made_count) for group, recorder in groups[-MADE_AT_MOST:]) if last else None
         rows = [row for recorder in recorders for row in recorder.tally.take()]
         running = [recorder.last.started for recorder in recorders if recorder.last and not recorder.last.ended]
         inside_s = max(0.0, monotonic() - min(running, default=monotonic()))
@@ -163,9 +171,9 @@ class Session:
             self.strangers.refused_count - self._told_refused,
             self.strangers.refused_count,
         )
-        if rows or inside_s or self._told_inside or refused_count:
+        if rows or inside_s or self._told_inside or refused_count or last:
             s = self._settings
-            agent.send(m.encode(m.Tally(s.job_id, s.attempt, s.rank, tuple(rows), inside_s, refused_count)))
+            agent.send(m.encode(m.Tally(s.job_id, s.attempt, s.rank, tuple(rows), inside_s, refused_count, made)))
         self._told_inside = bool(inside_s)
 
     def _take(self, data: bytes) -> None:
@@ -182,6 +190,9 @@ class Session:
                 answers.put(message)
         elif isinstance(message, m.Ask):
             self._answer(message)
+        elif isinstance(message, m.Lost) and not message.status.failed:
+            gone, made = message.status, None if message.made is None else dict(message.made)
+            self.ended.setdefault(gone.rank, Ended(gone.worker_id, gone.host, gone.pid, made, monotonic()))
         elif isinstance(message, m.Lost) and self._lost is None:
             gone, generation = message.status, self._world.generation if self._world else self._settings.attempt
             reason = message.reason

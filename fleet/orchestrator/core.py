@@ -129,6 +129,8 @@ class Core(Clients):
             deadlines.append(next(iter(self.away.values())))
         if self.delayed:
             deadlines.append(self.delayed[0][0])
+        if self.leavers:
+            deadlines.append(self.leavers[0][0])
         return min(deadlines, default=None)
 
     def relay_to(self, peer: bytes, job_id: str) -> bytes | None:
@@ -242,6 +244,9 @@ class Core(Clients):
                 self._send(worker.peer, job.launch())
                 if len(job.joined) == job.world_size:
                     self._send(worker.peer, job.formed())
+                for rank, status in job.exits.items():
+                    if not status.failed:
+                        self._send(worker.peer, self._ended_by_itself(job, rank))
                 if job.spec.kind == "tasks":
                     self._send(job.client, m.Started(job.job_id, job.hosts, job.seats))
 
@@ -300,6 +305,8 @@ class Core(Clients):
             self._refuse_bundle(peer, digest, f"nothing came of its files for {NEXT_PART_WITHIN_S:g} s")
         if self.delayed and self.delayed[0][0] <= now:
             self._place()
+        if self.leavers and self.leavers[0][0] <= now:
+            self._tell_who_ended()
         if self.ended:
             self._prune()
 
@@ -411,7 +418,7 @@ class Core(Clients):
             # Nobody reads who would say so: keep its worker from waiting for that.
             self._send(worker.peer, m.OutputAck(job.job_id, message.rank, len(message.data)))
         elif isinstance(message, m.RankExited):
-            self._exited(job, message.status)
+            self._exited(job, message.status, message.made)
         elif isinstance(message, m.Ask):
             self._tell_workers(job, message)
         elif isinstance(message, m.Answer) and message.asker < 0:

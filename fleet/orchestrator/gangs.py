@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
+from msgspec.structs import replace
+
 from fleet import messages as m
+from fleet.bounds import Made
 from fleet.group import Member
 from fleet.messages import how
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState, record
@@ -22,6 +25,7 @@ from fleet.orchestrator.waiting import HOLD_AFTER_S, Waiting, turn_of
 KEEP_JOBS, KEEP_S = 10_000, 7 * 24 * 3600.0  # of jobs that have ended: the largest sweep, a week
 KEEP_POINT_S = 60.0  # of a sweep, however many there are: its client asks for each result once it hears of the end
 NAMED_AT_MOST = 8  # workers, in a sentence
+TELL_ENDED_AFTER_S = 0.2  # ranks that a rank has ended with 0, where the job goes on
 BACKOFF_S, BACKOFF_AT_MOST_S = 0.5, 30.0  # after the second loss, doubled with each further one
 CANCELLED, RELEASED = "cancelled", "its Executor had no more for it"
 CLIENT_GONE, CLIENT_AWAY = "its client went away", "its client was cut off for longer than its --grace"
@@ -47,6 +51,7 @@ class Gangs:
     # Invariant: a job is in seated[w] if and only if it is on workers, has a seat on w, and w has not been given up.
     seated: dict[str, set[str]] = field(default_factory=dict)
     delayed: list[tuple[float, str, int]] = field(default_factory=list)  # heap of (when, job_id, attempt): backoff
+    leavers: list[tuple[float, str, int, int]] = field(default_factory=list)  # heap of (when, job_id, attempt, rank)
     ended: deque[str] = field(default_factory=deque)  # in the order in which they ended
     bundle_users: Counter[str] = field(default_factory=Counter)  # jobs that have not ended, by digest
     submitted_count: int = 0
@@ -147,10 +152,14 @@ class Gangs:
         if len(job.joined) == job.world_size:
             self._tell_workers(job, job.formed())
 
-    def _exited(self, job: Job, status: m.RankStatus) -> None:
+    def _exited(self, job: Job, status: m.RankStatus, made: Made | None = None) -> None:
+        if made is not None and job.state is not JobState.ENDED:
+            job.made[status.rank] = made
         if status.rank in job.exits or job.state is JobState.ENDED:
             return
         job.exits[status.rank] = status
+        if job.state is JobState.RUNNING and not status.failed and not status.stopped:
+            heappush(self.leavers, (self._now + TELL_ENDED_AFTER_S, job.job_id, job.attempt, status.rank))
         if job.state is JobState.ASSIGNED:
             # An orchestrator before this one had launched it, and its disk did not take that: nobody knows its world.
             self._stop_to_begin_again(job, "it ran before its start was written down")
@@ -171,6 +180,18 @@ class Gangs:
         self._end_if_done(job)
         if job.state in ON_WORKERS:
             self._save(job)  # after a restart, what has ended must not count as lost
+
+    def _tell_who_ended(self) -> None:
+        """Ranks that ended with 0, to those that still run and may wait for them. Most jobs' ranks end together."""
+        while self.leavers and self.leavers[0][0] <= self._now:
+            _, job_id, attempt, rank = heappop(self.leavers)
+            job = self.jobs.get(job_id)
+            if job is not None and job.attempt == attempt and job.state is JobState.RUNNING:
+                self._tell_workers(job, self._ended_by_itself(job, rank))
+
+    def _ended_by_itself(self, job: Job, rank: int) -> m.Lost:
+        status = replace(job.exits[rank], stderr_tail="")
+        return m.Lost(job.job_id, job.attempt, status, how(status), job.made.get(rank))
 
     # How a job begins again
 

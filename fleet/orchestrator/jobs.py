@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from fleet import messages as m
+from fleet.bounds import Made
 from fleet.orchestrator.placement import Shape
 
 TAILS_TOLD_CHARS = 1 << 20  # of all ranks together
@@ -89,6 +90,7 @@ class Job:
     # What a restarted orchestrator need not know
     waits_for: str = ""  # as last told to the client
     joined: dict[int, m.Member] = field(default_factory=dict)
+    made: dict[int, Made] = field(default_factory=dict)  # by rank that has ended: the collectives that it made
     curious: set[bytes] = field(default_factory=set)  # clients that asked why, and get the ranks' answers
     watchers: set[bytes] = field(default_factory=set)  # clients that are told when it has ended
     _shares: tuple[tuple[str, ...], dict[str, tuple[int, ...]]] = field(default=((), {}), repr=False, compare=False)
@@ -136,13 +138,13 @@ class Job:
         self.queued_at = now
         self.seats, self.hosts, self.waits_for, self.reason, self.cause = (), (), "", "", -1
         self.starts_again = False
-        for kept in (self.ports, self.joined, self.exits):
+        for kept in (self.ports, self.joined, self.made, self.exits):
             kept.clear()
 
     def end(self, reason: str, outcome: str, now: float) -> None:
         self.move(JobState.ENDED)
         self.reason, self.outcome, self.ended_at = reason, outcome, now
-        for kept in (self.ports, self.joined, self.curious):
+        for kept in (self.ports, self.joined, self.made, self.curious):
             kept.clear()
         for rank, status in self.exits.items():
             self.exits[rank] = _with_tail(status, TAIL_KEPT_CHARS)

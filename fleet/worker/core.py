@@ -204,7 +204,7 @@ class Core(Ranks):
                 if rank.join is not None and rank.status is None:
                     self._send(rank.join)
                 if rank.status is not None:
-                    self._send(m.RankExited(attempt.assign.job_id, attempt.assign.attempt, rank.status))
+                    self._tell_exit(attempt, rank)
 
     # An attempt
 
@@ -250,7 +250,8 @@ class Core(Ranks):
             self._forget(attempt)
         elif isinstance(message, m.Formed | m.Lost | m.Answer):
             for rank in attempt.ranks.values():
-                rank.warned = rank.warned or (isinstance(message, m.Lost) and rank.join is not None)
+                lost = isinstance(message, m.Lost) and message.status.failed
+                rank.warned = rank.warned or (lost and rank.join is not None)
                 if rank.peer and (not isinstance(message, m.Answer) or message.asker == rank.rank):
                     self._effects.append(ToRank(rank.peer, message))
         elif isinstance(message, m.Ask):
@@ -270,6 +271,10 @@ class Core(Ranks):
             return
         if isinstance(message, m.Tally):
             rank.inside_since = self._now - message.inside_s if message.inside_s else None
+            if message.made is not None:
+                rank.made = message.made
+                if rank.status is not None:  # its end was seen before its last word
+                    self._tell_exit(attempt, rank)
         elif isinstance(message, m.RankHello) and attempt.assign.spec.kind == "tasks" and not rank.runner:
             rank.runner = peer  # later ones are tasks that call fleet.init()
         elif isinstance(message, m.RankHello):

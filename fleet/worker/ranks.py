@@ -69,7 +69,7 @@ class Ranks:
             if first and not attempt.launched:
                 s = self.settings
                 rank.status = m.RankStatus(rank.rank, s.worker_id, s.advertise, 0, 0, stopped=True)
-                self._send(m.RankExited(attempt.assign.job_id, attempt.assign.attempt, rank.status))
+                self._tell_exit(attempt, rank)
             return
         key = self._key(attempt, rank)
         if kill:
@@ -168,13 +168,17 @@ class Ranks:
         if not attempt.active:
             self.jobs_done += 1
             self._gather(attempt)  # first: a client that hears of the end may ask at once
-        self._send(m.RankExited(attempt.assign.job_id, attempt.assign.attempt, rank.status))
+        self._tell_exit(attempt, rank)
 
     def _gather(self, attempt: Attempt) -> None:
         """Once for each attempt that has a working folder of its own."""
         if attempt.launched and not attempt.gathered and attempt.assign.spec.digest and attempt.directory is not None:
             attempt.gathered = True
             self._effects.append(Gather(attempt.assign, attempt.directory))
+
+    def _tell_exit(self, attempt: Attempt, rank: Rank) -> None:
+        assert rank.status is not None
+        self._send(m.RankExited(attempt.assign.job_id, attempt.assign.attempt, rank.status, rank.made))
 
     # Looking up, and effects
 

@@ -59,6 +59,7 @@ class Rank:
     died: Died | None = None
     drained_at: float | None = None  # when output that a grandchild may still hold open is given up
     stderr_tail: bytes = b""
+    made: tuple[tuple[int, int], ...] | None = None  # by its last Tally: see there
     inside_since: float | None = None  # by its last Tally: when the collective began that it is in
     status: m.RankStatus | None = None
 

@@ -149,6 +149,50 @@ def test_a_rank_that_does_not_come_is_named_with_what_it_does(tmp_path: Path, me
 
 
 @MEMORY
+@pytest.mark.parametrize("how", ["pass", "sys.exit(0)", "raise SystemExit", "os._exit(0)"])
+def test_a_rank_that_ends_while_others_wait_is_told_to_them_at_once(tmp_path: Path, memory: str, how: str) -> None:
+    script = HEAD.replace("timeout_s=20", "timeout_s=50") + (
+        f"x = np.ones(8)\ncomm.all_reduce(x)\nif rank == victim:\n    print('left', time.time(), flush=True)\n    {how}\n"
+        "else:\n    try:\n        comm.all_reduce(x)\n    except fleet.RankEnded as error:\n"
+        "        print('told', time.time(), error, flush=True)\n        raise\n"
+    )
+    done = run(tmp_path, script, FLEET_SHARED_MEMORY=memory)
+    assert done.returncode == 1, done.stdout + done.stderr
+    left = re.search(r"left ([\d.]+)", done.stdout)
+    said = re.findall(r"told ([\d.]+) (.*)", done.stdout)
+    assert left, done.stdout
+    assert said, done.stdout + done.stderr
+    assert all(float(at) - float(left[1]) < AT_ONCE_S for at, _ in said)
+    where = f"script.py:{line_of(script, '        comm.all_reduce')} in <module>"
+    for _, text in said:
+        assert re.fullmatch(
+            rf"rank {VICTIM} \(local, host \S+, pid \d+\) has ended \(exit code 0\) and will not call "
+            rf"all_reduce\(float64\[8\], op=sum\) #2, which others called at {re.escape(where)}",
+            text,
+        )
+    assert f"fleet.errors.RankEnded: rank {VICTIM} (" in done.stderr
+
+
+def test_a_rank_that_ends_before_it_joins_is_told_to_the_others(tmp_path: Path) -> None:
+    script = HEAD.replace("comm = fleet.init", "if os.environ['RANK'] == '1': sys.exit()\ncomm = fleet.init")
+    done = run(tmp_path, script, workers=2)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "rank 1 (local, host 127.0.0.1, pid " in done.stderr
+    assert "has ended (exit code 0) and will not call fleet.init(), which others called" in done.stderr
+
+
+def test_a_rank_that_others_do_not_need_may_end_before_them(tmp_path: Path) -> None:
+    script = HEAD + (
+        "pairs = comm.split(rank // 2)\ncomm.barrier()\nif rank >= 2:\n    sys.exit()\n"
+        # Until it has been told of both ends, and for as long as that takes to matter; nothing else shows that.
+        "session = comm._conductor.ended\nwhile len(session) < 2: time.sleep(0.01)\n"
+        "time.sleep(0.6)\nx = np.ones(9)\npairs.all_reduce(x)\ncomm.send(x, 1 - rank)\ncomm.recv(x)\nprint(x[0])\n"
+    )
+    done = run(tmp_path, script)
+    assert (done.returncode, done.stdout) == (0, "2 ranks| 2.0\n"), done.stderr
+
+
+@MEMORY
 def test_different_calls_are_shown_with_their_lines_at_once(tmp_path: Path, memory: str) -> None:
     script = HEAD + (
         f"os.chdir({str(tmp_path)!r})\nx, out = np.ones(8), np.ones(16)\ncomm.barrier()\n"

@@ -106,6 +106,29 @@ def test_a_rank_that_was_told_whom_it_lost_has_the_time_to_say_so() -> None:
     assert kinds(core.step(w.Tick(), end + 9.0), w.Kill) == []
 
 
+def test_a_rank_that_ended_by_itself_is_passed_on_and_its_number_of_collectives_with_it() -> None:
+    core = joined()
+    ended = m.Lost("j", 1, m.RankStatus(1, "w1", "h", 7, 0), "exit code 0", ((0, 3),))
+    assert w.ToRank(RANK, ended) in core.step(w.FromOrchestrator(ended), 1.0)
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.Kill), "nobody is to act on that loss"
+    core.step(w.FromRank(RANK, m.Tally("j", 1, 0, (), made=((0, 5), (8, 0)))), 1.1)
+    for stream in ("stdout", "stderr"):
+        core.step(w.Printed(KEY, stream, b""), 1.2)
+    (exited,) = up(core.step(w.Died(KEY, 0, 0, False), 1.2), m.RankExited)
+    assert isinstance(exited, m.RankExited)
+    assert exited.made == ((0, 5), (8, 0))
+
+
+def test_the_last_word_of_a_rank_may_come_after_its_end() -> None:
+    core = joined()
+    for stream in ("stdout", "stderr"):
+        core.step(w.Printed(KEY, stream, b""), 1.2)
+    core.step(w.Died(KEY, 0, 0, False), 1.2)
+    (exited,) = up(core.step(w.FromRank(RANK, m.Tally("j", 1, 0, (), made=((0, 5),))), 1.3), m.RankExited)
+    assert isinstance(exited, m.RankExited)
+    assert exited.made == ((0, 5),)
+
+
 def test_a_rank_that_ends_by_itself_in_that_time_is_not_signalled_again() -> None:
     core = joined()
     core.step(w.FromOrchestrator(LOST), 1.0)

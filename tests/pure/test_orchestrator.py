@@ -8,6 +8,7 @@ from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import HEARTBEAT_TIMEOUT_S, RECONNECT_GRACE_S
 from fleet.orchestrator.core import Core as Orchestrator
+from fleet.orchestrator.gangs import TELL_ENDED_AFTER_S
 from fleet.orchestrator.jobs import JobState
 from fleet.orchestrator.placement import Rooms, Shape
 
@@ -94,6 +95,35 @@ def test_a_rank_that_ends_well_or_was_stopped_is_no_loss() -> None:
     stopped = m.RankStatus(1, "w1", "h", 8, 0, signal=15, stopped=True)
     effects = core.step(o.Received(b"w1/1", m.RankExited("j", 1, stopped)), 1.2)
     assert not any(isinstance(x, o.Send) and isinstance(x.message, m.Lost) for x in effects)
+
+
+def test_a_rank_that_ended_with_0_is_told_to_the_others_once_they_have_had_the_time_to_end_too() -> None:
+    core = cluster(1, 1)
+    running(core, 2)
+    status = m.RankStatus(1, "w1", "h", 7, 0, stderr_tail="bye")
+    core.step(o.Received(b"w1/1", m.RankExited("j", 1, status)), 1.0)
+    core.step(o.Received(b"w1/1", m.RankExited("j", 1, status, ((0, 12), (4, 1)))), 1.1)  # its last word came after it
+    assert core.next_deadline() == 1.0 + TELL_ENDED_AFTER_S
+    told = m.Lost("j", 1, replace(status, stderr_tail=""), "exit code 0", ((0, 12), (4, 1)))
+    effects = core.step(o.Tick(), 1.0 + TELL_ENDED_AFTER_S)
+    assert sent(effects, b"w0/1") == [told]
+    assert core.jobs["j"].state is JobState.RUNNING
+    back = replace(core.workers["w0"].hello, running=(("j", 1),))
+    assert told in sent(core.step(o.Received(b"w0/1", back), 2.0), b"w0/1"), "it may have missed that"
+    effects = core.step(o.Received(b"w0/1", m.RankExited("j", 1, m.RankStatus(0, "w0", "h", 7, 0))), 3.0)
+    assert core.jobs["j"].outcome == "succeeded"
+    assert sent(core.step(o.Tick(), 4.0), b"w1/1") == []
+
+
+def test_ranks_that_end_together_are_told_nothing() -> None:
+    core = cluster(1, 1)
+    running(core, 2)
+    for rank in (0, 1):
+        worker = f"w{rank}"
+        core.step(o.Received(f"{worker}/1".encode(), m.RankExited("j", 1, m.RankStatus(rank, worker, "h", 7, 0))), 1.0)
+    effects = core.step(o.Tick(), 2.0)
+    assert not any(isinstance(x, o.Send) and isinstance(x.message, m.Lost) for x in effects)
+    assert not core.leavers
 
 
 def test_a_lost_worker_is_announced_as_its_first_rank_to_the_workers_that_are_left() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fleet.bus.shared import host_key
 from fleet.collectives.channel import Inbox
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.conductor import Inquiry
+from fleet.collectives.job import Ended
 from fleet.collectives.paths import World
 from fleet.group import Member
 
@@ -57,6 +58,7 @@ class Worlds:
         timeout_s: float = 20.0,
         inquire: Sequence[Inquiry | None] | None = None,
         check: Callable[[], None] = lambda: None,
+        ended: Mapping[int, Ended] | None = None,
     ) -> tuple[list[Any], list[BaseException]]:
         results: list[Any] = [None] * n
         failures: list[BaseException] = []
@@ -73,7 +75,9 @@ class Worlds:
                 comm = None
                 try:
                     inbox = Inbox(meshes[rank], rank, addresses, WORLD_ID, check)
-                    world = World(inbox, members, SHM, name, check, "the secret of a job")
+                    world = World(
+                        inbox, members, SHM, name, check, "the secret of a job", {} if ended is None else ended
+                    )
                     asks = inquire[rank] if inquire else None
                     comm = Communicator(rank, range(n), world, timeout_s=timeout_s, generation=1, inquire=asks)
                     results[rank] = function(comm)
@@ -81,13 +85,13 @@ class Worlds:
                     failures.append(error)
                     results[rank] = error
                 finally:
-                    ended.wait()
+                    tried.wait()
                     if comm is not None:
                         comm.close()
                     else:
                         meshes[rank].close(linger=False)
 
-            ended = threading.Barrier(n)  # nobody leaves before all have tried
+            tried = threading.Barrier(n)  # nobody leaves before all have tried
             threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(n)]
             for thread in threads:
                 thread.start()
