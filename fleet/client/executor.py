@@ -27,6 +27,7 @@ from fleet.client.seats import Wishes
 from fleet.client.target import cluster_target
 from fleet.errors import UsageError
 from fleet.values import JobOptions
+from fleet.versions import versions
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
@@ -118,8 +119,9 @@ class Executor(AnyExecutor):
         if slots < 1 or gpus < 0 or max_pending < 1:
             raise UsageError("slots and max_pending must be at least 1, gpus at least 0")
         self._options = TaskOptions(retries, timeout, priority)
-        options = JobOptions(name=name, priority=priority, max_restarts=0, slots=slots, gpus=gpus)
         address = addr or config.orchestrator_address()
+        python = "" if address is None else versions().python_minor
+        options = JobOptions(name=name, priority=priority, max_restarts=0, slots=slots, gpus=gpus, python=python)
         with ExitStack() as stack:
             if address is None:
                 count = max_workers or config.usable_cores()

@@ -164,12 +164,15 @@ class Line(Seats):
                     self._poller.add(descriptor)
                 self._arrivals = Arrivals(self._say, self._memory)
                 self._started_at = self._clock.now()
-                while self._goes_on():
-                    with self._lock:
-                        wait_s = self._turn()
-                    if wait_s is not None:
-                        self._sleep(wait_s)
-                self._leave()
+                try:
+                    while self._goes_on():
+                        with self._lock:
+                            wait_s = self._turn()
+                        if wait_s is not None:
+                            self._sleep(wait_s)
+                    self._leave()
+                finally:
+                    self._dealer.send(m.encode(m.Goodbye()))  # what is left of its runners need not wait for it
         except BaseException as error:
             self._broken = error
         finally:

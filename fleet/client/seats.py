@@ -153,16 +153,19 @@ class Seats(ABC):
             self._welcomed = True
             if self._wishes.count:
                 self._begun()
-            else:
+            if not self._wishes.count or not self._target.local:
                 self._dealer.send(m.encode(m.ListWorkers()))
         for seat in self._seats.values():
             again = m.Submit(seat.submit.job_id, 1, seat.submit.spec, seat.accepted, options=self._options)
             self._dealer.send(m.encode(again))
 
     def _size(self, found: m.Workers) -> None:
-        if not self._seats:
+        """Raises ConfigError where no worker can run this process' functions. Some may: their jobs say which Python they need."""
+        fit = [w for w in found.workers if not differs(w.worker_id, w.versions.python)]
+        if found.workers and not fit:
+            raise ConfigError(differs(found.workers[0].worker_id, found.workers[0].versions.python))
+        if not self._seats and not self._wishes.count:
             o = self._options
-            fit = [w for w in found.workers if not differs(w.worker_id, w.versions.python)] or found.workers
             room = sum(min(w.slots // o.slots, w.gpus // o.gpus if o.gpus else w.slots) for w in fit)
             self._pool.size = max(1, room)
             self._begun()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import calls
@@ -14,8 +15,13 @@ import numpy as np
 import pytest
 
 import fleet
+from fleet import messages as m
+from fleet.bus.context import Bus
+from fleet.bus.control import Dealer
+from fleet.bus.lock import Lock
 from fleet.cli.runtime import runtime_folder
-from tests.chaos.place import Place
+from fleet.errors import ConfigError
+from tests.chaos.place import SECRET, Place
 
 
 @pytest.fixture
@@ -104,3 +110,45 @@ def test_a_module_that_is_only_here_is_an_error_that_says_how_it_travels(
             assert pool.submit(only_here.double, 4).result(timeout=60) == 8
         finally:
             cloudpickle.unregister_pickle_by_value(only_here)
+
+
+@contextmanager
+def worker_of_another_python(place: Place, worker_id: str) -> Iterator[None]:
+    """A worker that says hello and lives, with eight slots and Python 3.10."""
+    stop = threading.Event()
+    joined = threading.Event()
+
+    def live() -> None:
+        with Bus(Lock("curve", SECRET)) as bus:
+            dealer = Dealer(bus, f"tcp://{place.address}", f"{worker_id}/1".encode())
+            hello = m.WorkerHello(worker_id, "1", "127.0.0.1", 8, m.Versions(fleet.__version__, "3.10.4"))
+            dealer.send(m.encode(hello))
+            while not stop.wait(0.2):  # a heartbeat; the orchestrator wants one each second
+                dealer.send(m.encode(m.Heartbeat()))
+                if dealer.receive():
+                    joined.set()
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        assert joined.wait(20)
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.chaos
+def test_an_executor_uses_the_workers_with_its_python(place: Place) -> None:
+    with worker_of_another_python(place, "old"):
+        with (
+            pytest.raises(ConfigError, match=r"worker old runs Python 3\.10\.4, this is .*: functions cannot travel"),
+            fleet.Executor(max_workers=2) as pool,
+        ):
+            pool.submit(calls.square, 3).result(timeout=30)
+        place.start_worker("new", slots=2)
+        place.wait_for_worker("new")
+        with fleet.Executor() as pool:  # as many processes as fit
+            assert list(pool.map(calls.square, range(20))) == [x * x for x in range(20)]
+        with fleet.Executor(max_workers=2) as pool:
+            assert pool.submit(calls.square, 3).result(timeout=30) == 9
