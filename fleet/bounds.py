@@ -51,6 +51,7 @@ Offset = Annotated[int, Meta(ge=-(1 << 50), le=1 << 50)]  # in bytes; negative: 
 MtimeNs = Annotated[int, Meta(ge=-(1 << 63), le=NUMBER_AT_MOST)]
 Path = Annotated[bytes, Meta(max_length=4096)]  # of a file, in the bytes that its system has for it
 Peer = Annotated[bytes, Meta(max_length=255)]  # a connection's name
+StopSignal = Annotated[int, Meta(ge=0, le=15)]  # by which ranks are asked to stop; 0: SIGTERM
 Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]  # no infinity, and no NaN
 
 _ID = re.compile(rf"[A-Za-z0-9_-]{{1,{ID_CHARS}}}\Z")

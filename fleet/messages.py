@@ -34,6 +34,7 @@ from fleet.bounds import (
     Seconds,
     Size,
     SlotCount,
+    StopSignal,
     Text,
     Word,
     WorkerId,
@@ -187,6 +188,7 @@ class Started(Message, frozen=True):
 class Cancel(Message, frozen=True):
     job_id: JobId
     kill: bool = False  # at once, without a grace period
+    signal: StopSignal = 0  # that the client was told to end by
 
 
 class Ended(Message, frozen=True):
@@ -260,6 +262,7 @@ class Stop(Message, frozen=True):
     attempt: Attempt
     reason: Text
     kill: bool = False
+    signal: StopSignal = 0
 
 
 class Forget(Message, frozen=True):

@@ -110,7 +110,7 @@ def run_job(words: Words, options: Options) -> int:
         run = Run(target, spec, options.workers, job, bundle, printer)
         interruption.run = run
         for _ in range(interruption.early_count):
-            run.cancel()
+            run.cancel(interruption.number)
         try:
             ended = run.run(versions())
         except BrokenPipeError:
@@ -167,7 +167,7 @@ class _Interruption:
             if self.run is None:
                 self.early_count += 1
             else:
-                self.run.cancel()
+                self.run.cancel(number)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class Run:
         self._submit = m.Submit(self.job_id, world_size, spec, options=options)
         self._bundle = bundle
         self._printer = printer
-        self._cancels: deque[None] = deque()
+        self._cancels: deque[int] = deque()
         self._cancelled_at: float | None = None
         self._wake = Wake()
         self._clock = LifeClock()
@@ -53,8 +53,9 @@ class Run:
         self._denied_count = 0
         self._ended: m.Ended | None = None
 
-    def cancel(self) -> None:
-        self._cancels.append(None)
+    def cancel(self, signal: int = 0) -> None:
+        """`signal` is what ranks are asked to stop by, as this process was; 0: SIGTERM."""
+        self._cancels.append(signal)
         self._wake.set()
 
     @property
@@ -92,8 +93,7 @@ class Run:
 
     def _turn(self) -> None:
         while self._cancels and self._ended is None:
-            self._cancels.popleft()
-            self._cancel()
+            self._cancel(self._cancels.popleft())
         for link in self._orchestrator.changes():
             self._link(link)
         for arrived in self._orchestrator.receive():
@@ -175,12 +175,12 @@ class Run:
             workers = started.workers
             self._printer.name_of = lambda rank: f"{shown(workers[rank])}:{rank}"
 
-    def _cancel(self) -> None:
+    def _cancel(self, signal: int) -> None:
         again = self._cancelled_at is not None
         if not again:
             self._cancelled_at = self._clock.now()
             self._say("stopping all ranks (once more: at once)")
-        self._orchestrator.send(m.encode(m.Cancel(self.job_id, kill=again)))
+        self._orchestrator.send(m.encode(m.Cancel(self.job_id, again, signal)))
         if again or not self._submitted:
             self._ended = m.Ended(self.job_id, "cancelled", -1)
 

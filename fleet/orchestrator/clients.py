@@ -176,7 +176,7 @@ class Clients(Gangs):
             self._stop(job, reason)  # and it does not start again
             self._tell_workers(job, m.Stop(job.job_id, job.attempt, reason, kill=True))
         else:
-            self._stop(job, reason, cancel.kill)
+            self._stop(job, reason, cancel.kill, cancel.signal)
 
     # Looking at jobs
 

@@ -273,7 +273,7 @@ class Gangs:
 
     # How a job ends
 
-    def _stop(self, job: Job, reason: str, kill: bool = False) -> None:
+    def _stop(self, job: Job, reason: str, kill: bool = False, signal: int = 0) -> None:
         """Stops what runs of a job; a job that does not run ends at once."""
         if job.state is JobState.STOPPING and job.starts_again and reason in UNWANTED:
             job.starts_again, job.reason = False, reason
@@ -292,7 +292,7 @@ class Gangs:
             return
         job.move(JobState.STOPPING)
         self._save(job)
-        self._tell_workers(job, m.Stop(job.job_id, job.attempt, reason, kill))
+        self._tell_workers(job, m.Stop(job.job_id, job.attempt, reason, kill, signal))
 
     def _end_if_done(self, job: Job) -> None:
         if job.state not in (JobState.RUNNING, JobState.STOPPING) or len(job.exits) < job.world_size:

@@ -245,7 +245,7 @@ class Core(Ranks):
                     self._effects.append(Spawn(attempt.assign, message, number, attempt.directory))
         elif isinstance(message, m.Stop):
             for rank in attempt.ranks.values():
-                self._stop(attempt, rank, message.kill)
+                self._stop(attempt, rank, message.kill, message.signal)
         elif isinstance(message, m.Forget):
             self._forget(attempt)
         elif isinstance(message, m.Formed | m.Lost | m.Answer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from signal import SIGKILL, SIGTERM
+from signal import SIGHUP, SIGINT, SIGKILL
 
 from fleet import messages as m
 from fleet.worker.state import (
@@ -60,9 +60,11 @@ class Ranks:
         host = self.settings.advertise
         self._send(m.Answer(job_id, number, ask.rank, ask.question, rank.rank, host, rank.pid, -1, False, doing))
 
-    def _stop(self, attempt: Attempt, rank: Rank, kill: bool) -> None:
+    def _stop(self, attempt: Attempt, rank: Rank, kill: bool, signal: int = 0) -> None:
         if rank.died is not None:
             return
+        if signal in (SIGHUP, SIGINT):
+            rank.stop_signal = signal
         first, rank.stopped = not rank.stopped, True
         if not rank.pid:
             # Spawned will see `stopped`; what is never spawned has ended here.
@@ -83,7 +85,7 @@ class Ranks:
     def _terminate(self, attempt: Attempt, rank: Rank) -> None:
         rank.term_at = None
         rank.kill_at = self._now + STOP_GRACE_S
-        self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGTERM))
+        self._effects.append(Kill(self._key(attempt, rank), rank.pid, rank.stop_signal))
 
     def _forget(self, attempt: Attempt) -> None:
         for rank in attempt.ranks.values():

@@ -213,7 +213,8 @@ def _show_without_our_frames(kind: str) -> None:
     hook = sys.excepthook
 
     def show(error_type: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        error.__traceback__ = _users_part(traceback)  # the hook may look at either
+        # The hook may look at either. Where in a collective Ctrl-C has met a rank is no news.
+        error.__traceback__ = _users_part(traceback, to_its_end=error_type is not KeyboardInterrupt)
         hook(error_type, error, error.__traceback__)
         if kind == "script":
             _forget_file()
@@ -233,19 +234,17 @@ def _run_tasks(plan: Plan) -> None:
     serve(plan.target if plan.target.startswith("ipc:") else "")
 
 
-def _users_part(traceback: TracebackType | None) -> TracebackType | None:
-    """The traceback without the frames of fleet and runpy that led to the user's code."""
-    folder = Path(__file__).parent
-    ours = (
-        __file__,
-        str(folder / "fork_server.py"),
-        str(folder.parent / "__main__.py"),
-        runpy.__file__,
-        "<frozen runpy>",
-    )
+def _users_part(traceback: TracebackType | None, to_its_end: bool = True) -> TracebackType | None:
+    """The traceback without the frames of fleet and runpy that led to the user's code; if asked, without those it led to."""
+    folder = str(Path(__file__).parent.parent)
     rest = traceback
-    while rest is not None and rest.tb_frame.f_code.co_filename in ours:
+    while rest is not None and rest.tb_frame.f_code.co_filename.startswith((folder, runpy.__file__, "<frozen runpy>")):
         rest = rest.tb_next
+    at = rest
+    while at is not None and not to_its_end:
+        if at.tb_next is not None and at.tb_next.tb_frame.f_code.co_filename.startswith(folder):
+            at.tb_next = None
+        at = at.tb_next
     return rest or traceback
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import SIGTERM
 
 from fleet import messages as m
 from fleet.config import Security
@@ -52,6 +53,7 @@ class Rank:
     held: list[m.Output] = field(default_factory=list)  # printed while there was no orchestrator
     paused: bool = False
     stopped: bool = False
+    stop_signal: int = SIGTERM  # what it is asked to stop by
     warned: bool = False  # it has been told that the world changed
     term_at: float | None = None  # when it has had the time to act on that
     kill_at: float | None = None  # when SIGTERM has had its time

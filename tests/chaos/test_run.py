@@ -171,7 +171,7 @@ def test_killed_rank_ends_the_job_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_interruption_stops_everything(tmp_path: Path, number: signal.Signals) -> None:
     path = tmp_path / "victim.py"
     path.write_text(VICTIM)
@@ -181,6 +181,28 @@ def test_interruption_stops_everything(tmp_path: Path, number: signal.Signals) -
         process.send_signal(number)
         assert process.wait(timeout=30) == 128 + number
         assert time.monotonic() - interrupted_at < AT_ONCE_S
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ranks_hear_the_signal_that_ends_the_job(tmp_path: Path, number: signal.Signals) -> None:
+    """A script may save what it has, as under python: at Ctrl-C it gets KeyboardInterrupt, and its finally and atexit run."""
+    script = (
+        "import atexit, fleet, signal, sys, time\ndef end(number, frame): sys.exit(f'signal {number}')\n"
+        "signal.signal(signal.SIGTERM, end); signal.signal(signal.SIGHUP, end)\natexit.register(print, 'atexit')\n"
+        "comm = fleet.init()\ncomm.barrier()\ntry:\n    print('up', flush=True)\n"
+        "    time.sleep(60) if comm.rank else comm.barrier()\n"
+        "except BaseException as error: print(type(error).__name__, 'saved'); raise\n"
+    )
+    (tmp_path / "saves.py").write_text(script)
+    with started("run", str(tmp_path / "saves.py"), "--workers", "2") as process:
+        wait_for(process, r"(2 ranks\| up)")
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    kind = "KeyboardInterrupt" if number == signal.SIGINT else "SystemExit"
+    said = [line.partition("| ")[2] for line in out.splitlines() for _ in range(2 if line.startswith("2") else 1)]
+    assert (process.returncode, sorted(said)) == (128 + number, [f"{kind} saved"] * 2 + ["atexit"] * 2), err
+    assert "conductor.py" not in err
 
 
 @pytest.mark.chaos
