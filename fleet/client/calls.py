@@ -115,6 +115,10 @@ class Packer:
         return function
 
     def close(self) -> None:
+        """Futures outlive it: what calls needed goes now."""
+        with self._lock:
+            self._functions.clear()
+        self._by_name.clear()
         self._shelf.close()
 
 
@@ -130,7 +134,9 @@ def settle(work: Work, result: tasks.Result, buffers: list[Any]) -> None:
     name = work.packed.name
     try:
         value = pickling.loads(result.data or buffers.pop(0), buffers) if result.data or buffers else None
-    except Exception as error:
+    except (
+        BaseException
+    ) as error:  # SystemExit too, of what its class makes of being read: this is the Executor's thread
         unread = f"cannot be read here: {type(error).__name__}: {error}"
         text = (
             f"what task {name} returned {unread}" if result.ok else f"what task {name} raised {unread}\n{result.text}"

@@ -8,6 +8,7 @@ the accumulated sum, which equals scaling each rank's values but for rounding: t
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -30,6 +31,7 @@ _UFUNCS: dict[str, Any] = {
 }
 _TORCH = {"sum": "add", "mean": "add", "premul_sum": "add", "prod": "mul", "min": "minimum", "max": "maximum"}
 HALVES = ("float16", "bfloat16")
+SCRATCH_ELEMENTS = 1 << 18  # that halves are widened at a time: longer arrays take no more memory
 
 
 class PremulSum(NamedTuple):
@@ -119,14 +121,16 @@ class Kernel:
                 np.multiply(part, part.dtype.type(self._scale), out=part)
 
     def _many_halves(self, parts: Sequence[Array], out: Array, last: bool) -> None:
-        sum_of, term = _scratch(len(out))
-        for index, part in enumerate(parts):
-            widen(part, self.dtype, term if index else sum_of)
-            if index:
-                self._ufunc(sum_of, term, out=sum_of)
-        if last and self.finishes:
-            self.finish(sum_of)
-        narrow(sum_of, self.dtype, out)
+        for start in range(0, len(out), SCRATCH_ELEMENTS):
+            block = slice(start, start + SCRATCH_ELEMENTS)
+            sum_of, term = _scratch(len(out[block]))
+            for index, part in enumerate(parts):
+                widen(part[block], self.dtype, term if index else sum_of)
+                if index:
+                    self._ufunc(sum_of, term, out=sum_of)
+            if last and self.finishes:
+                self.finish(sum_of)
+            narrow(sum_of, self.dtype, out[block])
 
 
 @lru_cache(maxsize=512)
@@ -135,16 +139,21 @@ def kernel(op: str, dtype: str, world_size: int, factor: float) -> Kernel:
     return Kernel(op, dtype, world_size, factor)
 
 
-@lru_cache(maxsize=8)
-def _pages(length: int, thread: int) -> tuple[Array, Array]:
-    return np.empty(length, np.float32), np.empty(length, np.float32)
+class _Scratch(threading.local):
+    """Of one thread, and gone with it."""
+
+    def __init__(self) -> None:
+        self.arrays = np.empty((2, 0), np.float32)
+
+
+_of_thread = _Scratch()
 
 
 def _scratch(length: int) -> tuple[Array, Array]:
-    """Two float32 arrays that belong to this thread until its next call."""
-    import threading
-
-    first, second = _pages(1 << max(10, (length - 1).bit_length()), threading.get_ident())
+    """Two float32 arrays of up to SCRATCH_ELEMENTS, that belong to this thread until its next call."""
+    if _of_thread.arrays.shape[1] < length:
+        _of_thread.arrays = np.empty((2, 1 << max(10, (length - 1).bit_length())), np.float32)
+    first, second = _of_thread.arrays
     return first[:length], second[:length]
 
 

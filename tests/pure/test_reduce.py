@@ -196,3 +196,18 @@ def test_prefixes(dtype: str) -> None:
     flat = [part.view(torch.uint16).numpy() if dtype == "bfloat16" else part.numpy() for part in parts]
     reduce.kernel("sum", dtype, 4, 1.0).prefixes(flat)
     assert [part[0].item() for part in parts] == [1, 3, 6, 10]
+
+
+@pytest.mark.parametrize("dtype", reduce.HALVES)
+@pytest.mark.parametrize("extra", [-1, 0, 1])
+def test_halves_longer_than_the_scratch_are_combined_in_blocks_and_leave_no_long_arrays(dtype: str, extra: int) -> None:
+    length = 2 * reduce.SCRATCH_ELEMENTS + extra
+    tensors = [(torch.arange(length) % 97 + rank).to(getattr(torch, dtype)) for rank in range(3)]
+    parts = [
+        tensor.view(torch.int16).numpy().view(np.float16 if dtype == "float16" else np.uint16) for tensor in tensors
+    ]
+    out = parts[0].copy()
+    reduce.kernel("mean", dtype, 3, 1.0).many([out, *parts[1:]], out)
+    expected = (sum(tensor.float() for tensor in tensors) / 3).to(getattr(torch, dtype))
+    np.testing.assert_array_equal(out.view(np.int16), expected.view(torch.int16).numpy())
+    assert reduce._of_thread.arrays.nbytes <= 2 * 4 * reduce.SCRATCH_ELEMENTS

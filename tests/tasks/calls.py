@@ -215,3 +215,19 @@ def sum_in_a_world() -> tuple[int, list[float]]:
     x = np.full(2, 3.0)
     comm.all_reduce(x)
     return comm.world_size, x.tolist()
+
+
+class ExitsWhenPickled:
+    def __reduce__(self) -> Any:
+        sys.exit("pickled")
+
+
+class ExitsWhenRead:
+    """Read anywhere, it ends a careless thread."""
+
+    def __reduce__(self) -> Any:
+        return sys.exit, ("read",)
+
+
+def give(kind: str) -> Any:
+    return globals()[kind]()

@@ -156,3 +156,12 @@ def test_a_function_that_the_runner_has_forgotten_is_sent_again(pool: fleet.Exec
     for _ in range(2):
         futures = [pool.submit(function) for function in functions]
         assert [future.result(timeout=60) for future in futures] == list(range(1200))
+
+
+def test_values_that_exit_when_they_are_pickled_or_read_end_nothing(pool: fleet.Executor) -> None:
+    assert isinstance(pool.submit(calls.give, "ExitsWhenPickled").exception(timeout=30), SystemExit)
+    error = pool.submit(calls.give, "ExitsWhenRead").exception(timeout=30)
+    assert isinstance(error, fleet.TaskError)
+    assert "cannot be read here: SystemExit: read" in str(error)
+    assert isinstance(pool.submit(calls.square, calls.ExitsWhenRead()).exception(timeout=30), SystemExit)  # type: ignore[arg-type]
+    assert pool.submit(calls.square, 2).result(timeout=30) == 4
