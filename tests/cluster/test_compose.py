@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.compose import Cluster, names, until
+from tests.pages.pages import blocks_for
 
 pytestmark = pytest.mark.timeout(1200)  # the first one waits for the images
 
@@ -142,6 +144,14 @@ def test_an_idle_cluster_costs_next_to_nothing(three: Cluster) -> None:
     before, span_s = three.cpu_s(), 17.0
     time.sleep(span_s)  # what is measured is that nothing happens
     assert (three.cpu_s() - before) / span_s < 0.1
+
+
+def test_the_questions_that_the_page_asks_prometheus(three: Cluster) -> None:
+    commands = [command for block in blocks_for("compose") for command in block.commands]
+    assert len(commands) == 3
+    for command in commands:
+        printed = three.run(command.replace("http://localhost:9090", three.prometheus))
+        assert json.loads(printed)["status"] == "success", printed
 
 
 def test_the_metrics_of_the_contract_come_from_every_worker(three: Cluster, script: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 from fleet.config import first_host, slurm_task, tasks_on_node
 from tests.cluster.compose import ROOT, until
 from tests.cluster.slurm_node import missing, slurm_node
+from tests.pages.pages import blocks_for
 
 SCRIPT = """
 import os, signal, sys, time, fleet, numpy as np
@@ -225,6 +226,17 @@ def test_one_task_is_a_machine_like_any_other(slurm: dict[str, str], folder: Pat
         command, env=slurm | {"TASK": "-"}, cwd=folder, capture_output=True, text=True, timeout=60, check=False
     )
     assert "sum 3.0 tasks ['-', '-']" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_commands_of_the_page(slurm: dict[str, str], folder: Path) -> None:
+    """`srun`; `sbatch` is the next test's."""
+    commands = [command for block in blocks_for("slurm") for command in block.commands]
+    assert commands == ["srun -n 8 fleet run train.py", "sbatch examples/slurm/train.sbatch"]
+    (folder / "train.py").write_text("import os\nprint('of', os.environ['WORLD_SIZE'])\n")
+    # More tasks than this node has cores.
+    typed = commands[0].replace("srun", "srun --quiet --overcommit").split()
+    done = subprocess.run(typed, env=slurm, cwd=folder, capture_output=True, text=True, timeout=90, check=False)
+    assert "8 ranks| of 8" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow  # `sbatch --wait` looks every ten seconds

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.compose import Cluster, missing, until
+from tests.pages.pages import blocks_for
 
 STACK = "docker stack deploy -c docker-compose.yml -c deploy/swarm.yml tensorfleet"
 SECRET = "a secret of the test's own"
@@ -48,8 +49,25 @@ def test_the_stack_runs_jobs_and_scales(swarm: Cluster, script: Path) -> None:
     until(lambda: len(ready(swarm)) == 4)
     assert "sum 4.0" in swarm.run("fleet run train.py 1 --workers 4", cwd=script)
     until(lambda: swarm.targets() == 4)
+    _type_the_page(swarm, script)
     swarm.run("docker service scale --detach tensorfleet_worker=2")
     until(lambda: len(ready(swarm)) == 2)
+
+
+def _type_the_page(swarm: Cluster, script: Path) -> None:
+    """The block of docs/DEPLOYMENT.md in one shell, on the swarm that is there already, and with a secret that is."""
+    (block,) = blocks_for("swarm")
+    assert block.commands[0] == "docker swarm init"
+    assert STACK in block.commands
+    kept = Path(swarm.environment["HOME"]) / ".config" / "fleet" / "secret"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(SECRET)
+    kept.chmod(0o600)
+    *typed, last = block.commands[1:]
+    swarm.run("\n".join(["set -e", *typed]))
+    until(lambda: len(ready(swarm)) == 8, within_s=90)
+    assert "fleet run train.py --workers 8" in last
+    assert "sum 8.0" in swarm.run(last.replace("train.py", "train.py 1"), cwd=script)
 
 
 def ready(swarm: Cluster) -> set[str]:

@@ -5,6 +5,7 @@ Without a server nothing checks the values that the schemas leave open: enumerat
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 
 from fleet import config
 from fleet.cli.app import app
+from tests.pages.pages import ROOT, blocks_for
 
 FOLDER = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
 FILES = sorted({*FOLDER.glob("*.yaml")} - {FOLDER / "kustomization.yaml"})  # kustomize's own file has no schema there
@@ -137,3 +139,21 @@ def test_volumes_are_there_and_a_pod_has_no_right_that_it_does_not_need(pod: str
     assert spec["securityContext"]["seccompProfile"]["type"] == "RuntimeDefault"
     rights = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
     assert container["securityContext"] == rights
+
+
+def test_the_commands_of_the_page_name_what_is_there() -> None:
+    """They are not typed: the only cluster that a test could reach would be somebody's own."""
+    commands = [command for block in blocks_for("kubernetes") for command in block.commands]
+    assert len(commands) > 8
+    kinds = {"statefulset": "StatefulSet", "deployment": "Deployment", "pod": "Pod"}
+    for command in commands:
+        for path in re.findall(r"deploy/kubernetes\S*", command):
+            assert (ROOT / path).exists(), command
+        named = re.findall(r"\b(statefulset|deployment|pod)[/ ](\w+)", command)
+        assert all((kinds[kind], name) in ALL for kind, name in named), command
+        assert "-n fleet" in command or " apply " in command, command
+    (made,) = [command for command in commands if "create secret" in command]
+    assert "generic fleet --from-file=secret=" in made
+    volumes = [volume for pod in PODS.values() for volume in pod["spec"]["volumes"] if "secret" in volume]
+    assert {volume["secret"]["secretName"] for volume in volumes} == {"fleet"}
+    assert {volume["secret"]["defaultMode"] for volume in volumes} == {0o440}  # fleet refuses one that others may read
