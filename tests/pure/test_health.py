@@ -115,3 +115,5 @@ def test_compose_finds_a_hung_loop_within_a_minute_and_none_by_mistake(service: 
     assert 15 + rest_s + retries * (interval_s + 2) < 60
     assert int(health["timeout"].rstrip("s")) >= rest_s + 30  # the engine may be slow at it
     assert interval_s <= 2  # until it is healthy
+    override = yaml.safe_load((ROOT / "docker-compose.override.yml").read_text())["services"][service]["healthcheck"]
+    assert override == {"start_interval": health["interval"]}
