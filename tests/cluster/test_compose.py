@@ -170,7 +170,7 @@ def test_the_metrics_of_the_contract_come_from_every_worker(three: Cluster, scri
 def test_another_version_is_refused_with_a_sentence(three: Cluster) -> None:
     """As `--no-recreate` leaves old containers beside new ones."""
     old = (
-        "import sys, fleet.messages as m; m.PROTOCOL = 1; sys.argv = ['fleet', 'worker']\n"
+        "import sys, fleet.messages as m; m.PROTOCOL = 1; m._PROTOCOL_BYTE = bytes([1]); sys.argv = ['fleet', 'worker']\n"
         "from fleet.cli import main; main()"
     )
     printed = three.run(
