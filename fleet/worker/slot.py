@@ -22,13 +22,14 @@ from types import ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from fleet import config, interpreter
-from fleet.errors import WorldChanged
+from fleet.errors import FleetError, WorldChanged
 from fleet.worker.imports import imports_of
 
 PR_SET_PDEATHSIG = 1
 COMMAND_NOT_FOUND, COMMAND_NOT_EXECUTABLE = 127, 126  # the shell's
 _OF_ANY_MAIN = ("__annotations__", "__builtins__", "__name__")
 PLAN, STDOUT, STDERR, STATUS, STDIN = range(5)  # of the descriptors that a rank is started with
+_PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
 
 
 @dataclass(frozen=True)
@@ -209,12 +210,12 @@ def _set_first_folder(folder: str, at_start: Collection[str]) -> None:
 
 
 def _show_without_our_frames(kind: str) -> None:
-    """An exception that nobody caught is shown without the frames that led to the user's code."""
+    """An exception that nobody caught is shown without the frames that led to the user's code, or from it into fleet."""
     hook = sys.excepthook
 
     def show(error_type: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        # The hook may look at either. Where in a collective Ctrl-C has met a rank is no news.
-        error.__traceback__ = _users_part(traceback, to_its_end=error_type is not KeyboardInterrupt)
+        error.__traceback__ = _users_part(traceback)  # the hook may look at either
+        _end_at_users_code(error)
         hook(error_type, error, error.__traceback__)
         if kind == "script":
             _forget_file()
@@ -234,18 +235,34 @@ def _run_tasks(plan: Plan) -> None:
     serve(plan.target if plan.target.startswith("ipc:") else "")
 
 
-def _users_part(traceback: TracebackType | None, to_its_end: bool = True) -> TracebackType | None:
-    """The traceback without the frames of fleet and runpy that led to the user's code; if asked, without those it led to."""
-    folder = str(Path(__file__).parent.parent)
+def _users_part(traceback: TracebackType | None) -> TracebackType | None:
+    """The traceback without the frames of fleet and runpy that led to the user's code."""
     rest = traceback
-    while rest is not None and rest.tb_frame.f_code.co_filename.startswith((folder, runpy.__file__, "<frozen runpy>")):
+    while rest is not None and rest.tb_frame.f_code.co_filename.startswith(
+        (_PACKAGE, runpy.__file__, "<frozen runpy>")
+    ):
         rest = rest.tb_next
-    at = rest
-    while at is not None and not to_its_end:
-        if at.tb_next is not None and at.tb_next.tb_frame.f_code.co_filename.startswith(folder):
-            at.tb_next = None
-        at = at.tb_next
     return rest or traceback
+
+
+def _end_at_users_code(error: BaseException) -> None:
+    """Cuts fleet's own frames off the inner end of its errors, also of those that led to this one: they say all in words.
+    Where in a collective Ctrl-C has met a rank is no news either."""
+    seen: list[BaseException] = []
+    ahead: list[BaseException | None] = [error]
+    while ahead:
+        one = ahead.pop()
+        if one is None or one in seen:
+            continue
+        seen.append(one)
+        ahead += [one.__cause__, one.__context__]
+        last, at = None, one.__traceback__ if isinstance(one, FleetError | KeyboardInterrupt) else None
+        while at is not None:
+            if not at.tb_frame.f_code.co_filename.startswith(_PACKAGE):
+                last = at
+            at = at.tb_next
+        if last is not None:
+            last.tb_next = None
 
 
 def _say(text: str) -> None:

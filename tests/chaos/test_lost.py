@@ -149,6 +149,26 @@ def test_a_rank_that_does_not_come_is_named_with_what_it_does(tmp_path: Path, me
 
 
 @MEMORY
+def test_an_uncaught_mismatch_shows_the_scripts_lines_and_one_sentence(tmp_path: Path, memory: str) -> None:
+    """None of fleet's frames, also of an error that led to another."""
+    script = HEAD + (
+        "def step(x):\n    comm.all_reduce(x)\n\ntry:\n    comm.all_reduce([1.0])\n"
+        "except fleet.UsageError as error:\n    kept = error\ntry:\n    step(np.ones(1000 - (rank == 1)))\n"
+        "except fleet.CollectiveMismatch as error:\n    error.__cause__ = kept\n    raise\n"
+    )
+    done = run(tmp_path, script, FLEET_SHARED_MEMORY=memory)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "/fleet/collectives/" not in done.stderr
+    where = f"script.py:{line_of(script, '    comm.all_reduce(x)')} in step"
+    assert (
+        f"fleet.errors.CollectiveMismatch: different calls as collective #1: ranks 0,2-3 called "
+        f"all_reduce(float64[1000], op=sum) at {where}, rank 1 called all_reduce(float64[999], op=sum) at {where};"
+    ) in done.stderr
+    assert "fleet.errors.UsageError: x is a list" in done.stderr
+    assert len(done.stderr.splitlines()) < 40, "ranks that say the same say it once"
+
+
+@MEMORY
 @pytest.mark.parametrize("how", ["pass", "sys.exit(0)", "raise SystemExit", "os._exit(0)"])
 def test_a_rank_that_ends_while_others_wait_is_told_to_them_at_once(tmp_path: Path, memory: str, how: str) -> None:
     script = HEAD.replace("timeout_s=20", "timeout_s=50") + (
