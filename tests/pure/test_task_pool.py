@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 from fleet.client import pool
 from fleet.client.pool import (
     Arriving,
@@ -19,6 +21,7 @@ from fleet.client.pool import (
     Task,
     Tick,
 )
+from fleet.client.seats import differs
 
 
 def running(tasks: list[Task], mean_s: float | None = 1e-4, tasks_at_most: int | None = None) -> Pool:
@@ -105,3 +108,27 @@ def test_a_task_that_was_given_back_does_not_count_for_its_runner() -> None:
     assert list(found.runners["r"].tasks) == [1, 2]  # given again
     assert found.runners["r"].given == 2
     assert not found.runners["r"].retiring
+
+
+def test_a_runner_with_another_python_is_told_from_one_that_differs_in_nothing_that_matters() -> None:
+    major, minor, micro = platform.python_version_tuple()
+    assert differs("w", platform.python_version()) == ""
+    assert differs("w", f"{major}.{minor}.{micro}99") == ""
+    assert "worker w runs Python 3.99.1" in differs("w", "3.99.1")
+    assert "use the same minor version" in differs("w", f"{major}.{minor}1.0")
+    assert differs("w", "") != ""
+
+
+def test_runners_that_do_not_fit_are_not_asked_for_without_end() -> None:
+    found = Pool(1)
+    found.start()
+    asked = 1
+    for number in range(10):
+        if not asked:
+            break
+        found.joined(f"r{number}")
+        effects = found.step(RunnerEnded(f"r{number}", "worker w runs Python 3.99"), float(number))
+        asked = sum(isinstance(effect, AskRunner) for effect in effects)
+    assert number == 3
+    effects = found.step(Submitted([Task(1)]), 20.0)
+    assert effects.count(AskRunner()) == 1

@@ -152,3 +152,20 @@ def test_an_executor_uses_the_workers_with_its_python(place: Place) -> None:
             assert list(pool.map(calls.square, range(20))) == [x * x for x in range(20)]
         with fleet.Executor(max_workers=2) as pool:
             assert pool.submit(calls.square, 3).result(timeout=30) == 9
+
+
+@pytest.mark.chaos
+def test_an_executor_that_is_dropped_gives_its_slots_to_the_next_one(
+    place: Place, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place.start_worker("a", slots=1)
+    place.wait_for_worker("a")
+    for number in range(3):
+        pool = fleet.Executor(max_workers=1, initializer=calls.initialize, initargs=(number,))
+        assert pool.submit(calls.initialized).result(timeout=60) == number
+        pool.submit(print, f"printed by {number}")
+        del pool  # as a notebook's cell does that runs again
+    with fleet.Executor(max_workers=1) as pool:
+        assert pool.submit(calls.square, 3).result(timeout=60) == 9
+    shown = capfd.readouterr().out.splitlines()
+    assert [line for line in shown if line.startswith("printed")] == [f"printed by {number}" for number in range(3)]
