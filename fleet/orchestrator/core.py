@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from fleet import messages as m
 from fleet.bounds import REASON_CHARS
 from fleet.orchestrator.clients import Clients
-from fleet.orchestrator.gangs import CLIENT_AWAY, CLIENT_GONE
+from fleet.orchestrator.gangs import CLIENT_AWAY, CLIENT_GONE, PREPARE_WITHIN_S
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.state import (
     BundleRefused,
@@ -98,6 +98,8 @@ class Core(Clients):
                 job.move(JobState.QUEUED)
             if job.state is JobState.QUEUED:
                 self._queue(job)
+            if job.state is JobState.ASSIGNED:
+                self.preparing[job.job_id] = now + PREPARE_WITHIN_S
             for worker_id in job.workers:
                 if job.exits.keys() >= set(job.ranks_on(worker_id)):
                     continue  # its part is done
@@ -127,6 +129,8 @@ class Core(Clients):
             deadlines.append(next(iter(self.heard.values())) + HEARTBEAT_TIMEOUT_S)
         if self.away:
             deadlines.append(next(iter(self.away.values())))
+        if self.preparing:
+            deadlines.append(next(iter(self.preparing.values())))
         if self.delayed:
             deadlines.append(self.delayed[0][0])
         if self.leavers:
@@ -303,6 +307,7 @@ class Core(Clients):
         for peer, digest in self.uploads.overdue(now):
             self._drop_upload(peer, digest)
             self._refuse_bundle(peer, digest, f"nothing came of its files for {NEXT_PART_WITHIN_S:g} s")
+        self._give_up_unprepared()
         if self.delayed and self.delayed[0][0] <= now:
             self._place()
         if self.leavers and self.leavers[0][0] <= now:
@@ -373,6 +378,9 @@ class Core(Clients):
             self.rooms.set_load(worker.worker_id, message.load)
         elif isinstance(message, m.Want):
             self._effects.append(ServeBundle(worker.peer, message))
+            for job_id in self.seated.get(worker.worker_id, ()):
+                if job_id in self.preparing and self.jobs[job_id].spec.digest == message.digest:
+                    self._goes_on(self.jobs[job_id])
         elif isinstance(message, m.Leaving):
             worker.leaving = True
             self._open_or_close(worker)
@@ -406,7 +414,7 @@ class Core(Clients):
         elif isinstance(message, m.AssignFailed) and job.state is JobState.ASSIGNED and message.permanent:
             self._stop(job, f"it cannot be started: {message.reason[:REASON_CHARS]}")
         elif isinstance(message, m.AssignFailed) and job.state is JobState.ASSIGNED:
-            self._lose(job, worker.worker_id, worker.hello.host, f"cannot start it: {message.reason[:REASON_CHARS]}")
+            self._not_prepared(job, worker.worker_id, f"cannot start it: {message.reason[:REASON_CHARS]}")
         elif isinstance(message, m.Join):
             self._joined(job, worker, message)
         elif isinstance(message, m.Output):

@@ -6,7 +6,7 @@ the others. A job that loses a worker, or is handed back by one that drains, sta
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -27,6 +27,7 @@ KEEP_POINT_S = 60.0  # of a sweep, however many there are: its client asks for e
 NAMED_AT_MOST = 8  # workers, in a sentence
 TELL_ENDED_AFTER_S = 0.2  # ranks that a rank has ended with 0, where the job goes on
 BACKOFF_S, BACKOFF_AT_MOST_S = 0.5, 30.0  # after the second loss, doubled with each further one
+PREPARE_WITHIN_S = 600.0  # since a worker last asked for a part of the job's files, or was prepared
 CANCELLED, RELEASED = "cancelled", "its Executor had no more for it"
 CLIENT_GONE, CLIENT_AWAY = "its client went away", "its client was cut off for longer than its --grace"
 UNWANTED = frozenset({CANCELLED, CLIENT_GONE, CLIENT_AWAY})
@@ -52,6 +53,9 @@ class Gangs:
     seated: dict[str, set[str]] = field(default_factory=dict)
     delayed: list[tuple[float, str, int]] = field(default_factory=list)  # heap of (when, job_id, attempt): backoff
     leavers: list[tuple[float, str, int, int]] = field(default_factory=list)  # heap of (when, job_id, attempt, rank)
+    # When assigned jobs are given up; the one whose workers have shown nothing for longest is first. Invariant: the keys are the
+    # jobs in that state.
+    preparing: OrderedDict[str, float] = field(default_factory=OrderedDict)
     ended: deque[str] = field(default_factory=deque)  # in the order in which they ended
     bundle_users: Counter[str] = field(default_factory=Counter)  # jobs that have not ended, by digest
     submitted_count: int = 0
@@ -90,12 +94,13 @@ class Gangs:
 
     def _try(self, job_id: str, kept_for: Shape | None) -> bool | None:
         job = self.jobs[job_id]
-        seats = self.rooms.place(job_id, job.shape, job.options.policy or self.policy, kept_for)
+        seats = self.rooms.place(job_id, job.shape, job.options.policy or self.policy, kept_for, job.unfit)
         if seats is None:
             self._say_waiting(job, self.rooms.missing(job.shape, kept_for))
             held = self._now - job.queued_at >= HOLD_AFTER_S and self.rooms.could_ever_hold(job.shape)
             return None if held else False
         job.move(JobState.ASSIGNED)
+        self.preparing[job_id] = self._now + PREPARE_WITHIN_S
         job.seats = seats
         if job.spec.kind != "tasks":
             job.held_by |= {worker_id: self.workers[worker_id].hello.storage_id for worker_id in seats}
@@ -135,7 +140,9 @@ class Gangs:
             return
         job.ports[worker_id] = port
         if len(job.ports) < len(job.workers):
+            self._goes_on(job)
             return
+        self.preparing.pop(job.job_id, None)
         job.move(JobState.RUNNING)
         job.started_at = self._now if job.started_at is None else job.started_at
         self.counts.dispatched(self._now - job.queued_at)
@@ -143,6 +150,25 @@ class Gangs:
         self._tell_workers(job, job.launch())
         self._send(job.client, m.Started(job.job_id, job.hosts, job.seats))
         self._log("info", f"job {job.job_id} started on {some(job.workers)}")
+
+    def _goes_on(self, job: Job) -> None:
+        """A worker has shown that it prepares the job."""
+        if job.job_id in self.preparing:
+            self.preparing[job.job_id] = self._now + PREPARE_WITHIN_S
+            self.preparing.move_to_end(job.job_id)
+
+    def _give_up_unprepared(self) -> None:
+        """A worker that lives and does not prepare, such as one whose file system hangs, must not keep the job for ever."""
+        while self.preparing and self._now >= next(iter(self.preparing.values())):
+            job_id, _ = self.preparing.popitem(last=False)
+            job = self.jobs[job_id]
+            late = next(worker_id for worker_id in job.workers if worker_id not in job.ports)
+            self._not_prepared(job, late, f"did not prepare it within {PREPARE_WITHIN_S:g} s")
+
+    def _not_prepared(self, job: Job, worker_id: str, why: str) -> None:
+        """Its next attempt goes to other workers, where there are some."""
+        job.unfit |= {worker_id}
+        self._lose(job, worker_id, job.hosts[job.seats.index(worker_id)], why)
 
     def _joined(self, job: Job, worker: Worker, join: m.Join) -> None:
         self.counts.generations += len(job.joined) == job.world_size - 1 and join.rank not in job.joined
@@ -256,6 +282,7 @@ class Gangs:
             self._stop_to_begin_again(job, reason)
 
     def _stop_to_begin_again(self, job: Job, reason: str) -> None:
+        self.preparing.pop(job.job_id, None)
         job.starts_again, job.reason = True, reason
         self._tell_workers(job, m.Stop(job.job_id, job.attempt, reason))
         job.move(JobState.STOPPING)
@@ -324,6 +351,7 @@ class Gangs:
         self._place()
 
     def _unseat(self, job: Job) -> None:
+        self.preparing.pop(job.job_id, None)
         for worker_id in job.workers:
             self.rooms.release(worker_id, job.job_id)
             if (jobs := self.seated.get(worker_id)) is not None:

@@ -89,6 +89,7 @@ class Job:
     left: tuple[str, ...] = ()  # what was deleted with its working folders, in words
     # What a restarted orchestrator need not know
     waits_for: str = ""  # as last told to the client
+    unfit: frozenset[str] = frozenset()  # workers that could not prepare it
     joined: dict[int, m.Member] = field(default_factory=dict)
     made: dict[int, Made] = field(default_factory=dict)  # by rank that has ended: the collectives that it made
     curious: set[bytes] = field(default_factory=set)  # clients that asked why, and get the ranks' answers

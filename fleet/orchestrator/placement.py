@@ -6,7 +6,7 @@ each policy, so that placing a rank costs the logarithm of the number of workers
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
@@ -163,13 +163,35 @@ class Rooms:
         self._take(room, shape, -ranks)
         self._push(room)
 
-    def place(self, job_id: str, shape: Shape, policy: str, kept_for: Shape | None = None) -> tuple[str, ...] | None:
+    def place(
+        self,
+        job_id: str,
+        shape: Shape,
+        policy: str,
+        kept_for: Shape | None = None,
+        unfit: Container[str] = (),
+    ) -> tuple[str, ...] | None:
         """The worker of each rank, taken; ranks of one worker are neighbours, so that a ring crosses between hosts as rarely
-        as it can. None: it does not fit now beside what is kept for another gang, and nothing is taken."""
+        as it can. None: it does not fit now beside what is kept for another gang, and nothing is taken.
+
+        Workers in `unfit` get ranks only if the others have no room for all.
+        """
         if self.free < shape.world_size * shape.slots or self._still_unfit(shape, None):
             return None
         if kept_for is not None and self._still_unfit(shape, kept_for):
             return None
+        seats = self._place(job_id, shape, policy, kept_for, unfit) if unfit else None
+        if seats is None:
+            seats = self._place(job_id, shape, policy, kept_for, ())
+        if seats is None:
+            if len(self._unfit) >= UNFIT_KEPT:
+                self._unfit.clear()
+            self._unfit[shape, kept_for] = set()
+        return seats
+
+    def _place(
+        self, job_id: str, shape: Shape, policy: str, kept_for: Shape | None, unfit: Container[str]
+    ) -> tuple[str, ...] | None:
         heap, key = self._heap(policy), POLICIES[policy]
         counts: dict[str, int] = {}
         passed: list[Room] = []
@@ -178,7 +200,7 @@ class Rooms:
             room = self._pop(heap, key)
             if room is None:
                 break
-            if not room.fits(shape, kept_for):
+            if room.worker_id in unfit or not room.fits(shape, kept_for):
                 passed.append(room)
                 continue
             room.last_turn, self._turn = self._turn, self._turn + 1
@@ -191,9 +213,6 @@ class Rooms:
             return tuple(worker_id for worker_id, count in counts.items() for _ in range(count))
         for worker_id in counts:
             self.release(worker_id, job_id)
-        if len(self._unfit) >= UNFIT_KEPT:
-            self._unfit.clear()
-        self._unfit[shape, kept_for] = set()
         return None
 
     def _still_unfit(self, shape: Shape, kept_for: Shape | None) -> bool:

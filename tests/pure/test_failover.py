@@ -7,6 +7,7 @@ import pytest
 from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import RECONNECT_GRACE_S, RETURN_WITHIN_S, Core
+from fleet.orchestrator.gangs import PREPARE_WITHIN_S
 from fleet.orchestrator.jobs import MOVES, Job, JobState, recalled, record
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
 from tests.pure.test_scheduling import alive, finish, submit
@@ -359,3 +360,28 @@ def test_times_stay_where_they_were_on_the_wall_when_that_runs_on() -> None:
     assert (after.submitted_at, after.started_at) == (before.submitted_at, before.started_at)
     core.step(o.Received(CLIENT, m.Submit("later", 1, SPEC)), 1.0)
     assert core.jobs["later"].info(core.epoch, "").submitted_at == 1_000_000.0 + 8 * 3600 + 1.0
+
+
+def test_a_job_that_a_living_worker_does_not_prepare_goes_to_another_in_time() -> None:
+    core = cluster(1, 1)
+    spec = m.Spec("script", "t", digest="a" * 64, bundle_bytes=5)
+    core.step(o.Received(CLIENT, m.Submit("j", 1, spec, detached=True)), 0.0)
+    core.step(o.BundleStored(spec.digest), 0.0)
+    (first,) = core.jobs["j"].seats
+    peer = f"{first}/1".encode()
+
+    def live(until: float) -> None:
+        while core._now < until:
+            for worker in core.workers.values():
+                core.step(o.Received(worker.peer, m.Heartbeat()), min(core._now + 1.0, until))
+            core.step(o.Tick(), core._now)
+
+    live(400.0)
+    core.step(o.Received(peer, m.Want(spec.digest, 1)), 400.0)  # it is slow
+    live(400.0 + PREPARE_WITHIN_S - 1.0)
+    assert core.jobs["j"].attempt == 1
+    live(400.0 + PREPARE_WITHIN_S)
+    job = core.jobs["j"]
+    assert (job.attempt, job.losses, job.seats) == (2, 1, (f"w{1 - int(first[1])}",))
+    assert f"worker {first} (10.0.0.{first[1]}) did not prepare it within 600 s" in job.history[0]
+    assert core.rooms[first].taken == 0

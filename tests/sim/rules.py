@@ -70,6 +70,8 @@ def _indexes(world: World) -> None:
             )
         assert job.losses <= job.options.max_restarts + 1, f"job {job.job_id} was tried too often"
         assert job.outcome != "quarantined" or job.losses == job.options.max_restarts + 1
+    assigned = {job.job_id for job in core.jobs.values() if job.state is JobState.ASSIGNED}
+    assert core.preparing.keys() == assigned, f"{set(core.preparing)} have a deadline, and {assigned} are assigned"
     assert sum(1 for job in core.jobs.values() if job.state is JobState.ENDED) == len(core.ended)
 
 
