@@ -1,5 +1,5 @@
 # The verbs of this repository; CI calls the same ones. They need Python >= 3.11 with venv, and make.
-# Another interpreter: PYTHON=python3.12 make demo (after make clean, if .venv is there already).
+# Another interpreter: make test PYTHON=python3.12. A .venv that another one made is made anew.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -34,6 +34,22 @@ bench: .venv/.bench ## how long a gang takes to start, and to end when it failed
 clean: ## remove what the other verbs made
 	rm -rf .venv .peers build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# Who names an interpreter wants that one, whatever made the .venv that is there.
+ifneq ($(origin PYTHON),file)
+ifneq ($(wildcard $(BIN)/python),)
+WHO := 'import sys; print(sys.version.split()[0], sys.base_prefix)'
+ifneq ($(shell $(BIN)/python -c $(WHO) 2>&1),$(shell $(PYTHON) -c $(WHO) 2>&1))
+.venv/.made: away
+endif
+endif
+endif
+
+.PHONY: away
+away:
+	@$(PYTHON) -c ''
+	@echo ".venv was made by another interpreter than $(PYTHON): it is made anew"
+	rm -rf .venv
 
 # A stamp is touched last, so an interrupted installation starts over.
 .venv/.made:

@@ -14,6 +14,7 @@ if (
 from typing import TYPE_CHECKING, Any
 
 from fleet.config import VERSION as __version__
+from fleet.config import check_system
 from fleet.errors import (
     CollectiveMismatch,
     CollectiveTimeout,
@@ -56,6 +57,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Executor and as_completed load when they are used: a rank has no need of them."""
     if name in ("Executor", "as_completed"):
+        check_system()
         from fleet.client import executor
 
         return getattr(executor, name)
@@ -69,6 +71,7 @@ def init(timeout_s: float = 30.0, join_timeout_s: float = 300.0) -> Communicator
     Calling it again returns the same communicator. Raises CollectiveTimeout, which names the ranks that did not come, and
     Unreachable, which names those that do not reach each other over the network.
     """
+    check_system()
     from fleet.collectives.init import init
 
     return init(timeout_s=timeout_s, join_timeout_s=join_timeout_s)

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,14 @@ class RankSettings:
     rank: int
     world_size: int
     local_rank: int
+
+
+def check_system() -> None:
+    """Raises ConfigError on another system than Linux, before anything is imported that only Linux has."""
+    if sys.platform != "linux":
+        raise ConfigError(
+            f"fleet runs on Linux only, and this is {sys.platform}: use a Linux machine, a container, or WSL on Windows"
+        )
 
 
 def rank_settings() -> RankSettings | None:

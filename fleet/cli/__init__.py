@@ -5,9 +5,17 @@ from __future__ import annotations
 import os
 import sys
 
+from fleet.config import check_system
+from fleet.errors import ConfigError
+
 
 def main() -> None:
     """The entry point of the `fleet` command."""
+    try:
+        check_system()
+    except ConfigError as error:
+        print(f"fleet: {error}", file=sys.stderr)
+        sys.exit(2)
     _open_what_is_closed()
     if sys.argv[1:] == ["doctor", "--health"]:  # half its time were imports
         from fleet.cli.workers import check_health

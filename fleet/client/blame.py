@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import re
 
-from fleet.client.fold import TRACEBACK
-
+TRACEBACK = "Traceback (most recent call last):"  # the last words of the line that begins one
 _LATE = re.compile(r"CollectiveTimeout: .*?waiting for (?=rank)(.*)")
 _LATE_RANKS = re.compile(r"(?:^|; |: )ranks? ([\d,-]+)(?= \(|$)")
 _DIFFERENT = re.compile(r"CollectiveMismatch: (.*?)(?:; every rank must|; shape and dtype)")
 _CALLED = re.compile(r"ranks? ([\d,-]+) called ")
+_RANKS = re.compile(r"\branks? [\d,-]+")
 _ENDED = re.compile(r"RankEnded: rank (\d+) ")
 
 
@@ -38,6 +38,14 @@ def blamed(line: str) -> tuple[list[int], str]:
             return sorted(rank for group in groups[1:] for rank in group), "called something else than the others"
         return sorted(rank for group in groups for rank in group), "called different things"
     return [], ""
+
+
+def alike(line: str) -> str:
+    """What is the same in an error's line of all ranks that blame the same ones. Any other line is itself.
+
+    A rank that asks the others what they called later may find one of them gone, so that its groups are smaller.
+    """
+    return f"{_RANKS.sub('ranks', line)} {blamed(line)}" if line.startswith("fleet.errors.") else line
 
 
 def _numbers(text: str) -> list[int]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from fleet.client.blame import TRACEBACK, alike
+
 LINE_BYTES = 64 << 10  # a longer line is cut into pieces of this size
 HELD_AT_MOST = 1000
-TRACEBACK = "Traceback (most recent call last):"  # the last words of the line that begins one
 TRACEBACK_LINES = 1000  # a longer one is cut into pieces of this size
 TRACEBACK_QUIET_S = 0.5  # without a line from its rank, a traceback is whole
 
@@ -81,6 +82,7 @@ class _Held:
 
     stream: str
     text: str
+    like: str  # what is the same for all ranks that join
     until: float
     ranks: set[int] = field(default_factory=set)
 
@@ -120,7 +122,7 @@ class Fold:
         if stream == "stderr" and text.endswith(TRACEBACK):
             self._tracebacks[rank] = _Traceback([text], now)
             return shown + self.due(now)
-        return shown + self._hold(rank, stream, text, now + self._hold_s) + self.due(now)
+        return shown + self._hold(rank, stream, text, text, now + self._hold_s) + self.due(now)
 
     def due(self, now: float) -> list[Folded]:
         """What may not wait any more: too old, or too much held."""
@@ -150,13 +152,14 @@ class Fold:
         traceback = self._tracebacks.pop(rank, None)
         if traceback is None:
             return []
-        return self._hold(rank, "stderr", "\n".join(traceback.lines), now + self._traceback_hold_s)
+        like = "\n".join(map(alike, traceback.lines))
+        return self._hold(rank, "stderr", "\n".join(traceback.lines), like, now + self._traceback_hold_s)
 
-    def _hold(self, rank: int, stream: str, text: str, until: float) -> list[Folded]:
+    def _hold(self, rank: int, stream: str, text: str, like: str, until: float) -> list[Folded]:
         """Holds a line, or joins one that is held; what is complete with it is returned."""
-        found = self._joinable(rank, stream, text)
+        found = self._joinable(rank, stream, like)
         if found is None:
-            self._held.append(_Held(stream, text, until))
+            self._held.append(_Held(stream, text, like, until))
             found = self._first + len(self._held) - 1
         ranks = self._held[found - self._first].ranks
         ranks.add(rank)
@@ -164,12 +167,12 @@ class Fold:
         # Every rank is past the lines before a complete one, so none of them can be joined any more.
         return self._release(found - self._first + 1) if len(ranks) == self._world_size else []
 
-    def _joinable(self, rank: int, stream: str, text: str) -> int | None:
+    def _joinable(self, rank: int, stream: str, like: str) -> int | None:
         """The number of a held line that is the same, and stands after all that this rank has printed."""
         start = max(self._first, self._last_of.get(rank, -1) + 1)
         for number in range(start, self._first + len(self._held)):
             held = self._held[number - self._first]
-            if held.text == text and held.stream == stream:
+            if held.like == like and held.stream == stream:
                 return number
         return None
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Container
+from collections.abc import Iterable
 
-from fleet.client.blame import blamed, headline
+from fleet.client.blame import alike, blamed, headline
 from fleet.errors import rank_set
 from fleet.messages import Ended, RankStatus, how
 from fleet.text import shown
@@ -23,7 +23,7 @@ def exit_code(ended: Ended) -> int:
     return 1 if ended.reason or any(status.failed for status in ended.ranks) else 0
 
 
-def report(ended: Ended, world_size: int, printed: Container[str] | None = None) -> str:
+def report(ended: Ended, world_size: int, printed: Iterable[str] | None = None) -> str:
     """What went wrong and where, first things first; empty for a job that succeeded.
 
     `printed` has the lines of ranks that the reader has just seen: none of them is said again. None: the reader has seen nothing.
@@ -33,13 +33,13 @@ def report(ended: Ended, world_size: int, printed: Container[str] | None = None)
     if cause is None:
         return f"fleet: the job did not succeed: {shown(ended.reason)}" if ended.reason else ""
     error = headline(cause.stderr_tail)
-    alike = [
+    likewise = [
         rank for rank, status in sorted(by_rank.items()) if rank != cause.rank and _failed_alike(status, cause, error)
     ]
-    others = [status for status in ended.ranks if status.rank != cause.rank and status.rank not in alike]
+    others = [status for status in ended.ranks if status.rank != cause.rank and status.rank not in likewise]
     lines = _tail(cause) if printed is None else []
-    lines += _whose_fault(cause, alike, error, by_rank, world_size)
-    if printed is not None and error and not cause.signal and error not in printed:
+    lines += _whose_fault(cause, likewise, error, by_rank, world_size)
+    if printed is not None and error and not cause.signal and alike(error) not in map(alike, printed):
         lines.append(f"fleet: it said: {_short(shown(error))}")
     if ended.reason not in ("", cause.reason, f"rank {cause.rank} failed"):
         lines.append(f"fleet: {shown(ended.reason)}")
@@ -54,10 +54,10 @@ def _tail(cause: RankStatus) -> list[str]:
 
 
 def _whose_fault(
-    cause: RankStatus, alike: list[int], error: str, by_rank: dict[int, RankStatus], world_size: int
+    cause: RankStatus, likewise: list[int], error: str, by_rank: dict[int, RankStatus], world_size: int
 ) -> list[str]:
     """The rank that failed first; or those that its error blames, before those that failed because of them."""
-    failed = _ranks([cause.rank, *alike], world_size)
+    failed = _ranks([cause.rank, *likewise], world_size)
     how_it_failed = shown(how(cause))
     culprits, did = blamed(error)
     if culprits:
@@ -66,7 +66,7 @@ def _whose_fault(
             f"fleet: {_ranks(culprits, world_size)}{where} {did}",
             f"fleet: failed because of it: {failed} ({how_it_failed})",
         ]
-    if alike:
+    if likewise:
         return [f"fleet: {failed} failed alike: {how_it_failed}"]
     return [f"fleet: {failed} failed ({_place(cause)}): {how_it_failed}"]
 
@@ -88,8 +88,8 @@ def _others(others: list[RankStatus], world_size: int) -> list[str]:
 
 def _failed_alike(status: RankStatus, cause: RankStatus, error: str) -> bool:
     """By itself, with the same code and error: also if it had been told to stop meanwhile."""
-    alike = (status.code, status.signal, status.reason) == (cause.code, 0, "")
-    return alike and bool(error and status.code) and headline(status.stderr_tail) == error
+    same = (status.code, status.signal, status.reason) == (cause.code, 0, "")
+    return same and bool(error and status.code) and alike(headline(status.stderr_tail)) == alike(error)
 
 
 def _place(status: RankStatus) -> str:

@@ -256,6 +256,21 @@ def test_a_traceback_is_one_piece_and_waits_for_its_like() -> None:
     assert fold.next_deadline() is None
 
 
+def test_errors_that_blame_the_same_ranks_are_alike() -> None:
+    """The third asked later, when rank 1 was gone. The last waits for another rank."""
+    fold = Fold(5)
+    said = "fleet.errors.CollectiveMismatch: different calls: ranks {} called a, rank 0 called b; every rank must"
+    late = "fleet.errors.CollectiveTimeout: a() #1: not complete after 2 s; rank 0 came, waiting for rank {} (h, pid 7): it is"
+    errors = [said.format("1-4"), said.format("1-4"), said.format("2-4"), late.format(1), late.format(2)]
+    for rank, error in enumerate(errors):
+        told(fold, rank, [BEGINS, error], 0.0)
+    assert [(line.ranks, line.text.splitlines()[1]) for line in fold.flush()] == [
+        ((0, 1, 2), said.format("1-4")),
+        ((3,), late.format(1)),
+        ((4,), late.format(2)),
+    ]
+
+
 def test_what_a_rank_prints_after_a_traceback_comes_after_it() -> None:
     fold = Fold(3, hold_s=0.1, traceback_hold_s=1.0)
     told(fold, 0, [BEGINS, "ValueError: caught"], 0.0)
