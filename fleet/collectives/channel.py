@@ -260,12 +260,13 @@ class Channel:
             _, theirs, payload = inbox.take(self, find, deadline, self.check, source)
         if theirs != call:
             self._compare(sequence, self.members[source], theirs)
-            assert self.failed is not None
-            raise self.failed
+            raise self.failed or ProtocolError(f"{describe_call(theirs)} arrived where {describe_call(call)} belongs")
         return payload
 
     def wants(self, head: Head) -> bool:
         """Whether a message that arrived is of use now or later; a different call is noted."""
+        if head.source not in self._rank_of:
+            return False  # whoever made that up holds the secret, and is no member
         if head.sequence <= self._sequence:
             self._compare(head.sequence, head.source, head.call)
         elif head.sequence not in self._ahead:

@@ -299,19 +299,21 @@ class Communicator(Base):
         check_rank(root, "root", self.world_size)
         data = np.frombuffer(pickle.dumps(obj), np.uint8) if self.rank == root else np.empty(0, np.uint8)
         size = np.array([len(data)])
+        deadline = monotonic() + self._limit(timeout_s)
         self.broadcast(size, root, timeout_s=timeout_s)
         whole = data if self.rank == root else np.empty(int(size[0]), np.uint8)
-        self.broadcast(whole, root, timeout_s=timeout_s)
+        self.broadcast(whole, root, timeout_s=max(0.0, deadline - monotonic()))
         return obj if self.rank == root else pickle.loads(whole.tobytes())
 
     def all_gather_object(self, obj: Any, *, timeout_s: float | None = None) -> list[Any]:
         """Every rank's obj, in the order of the ranks. They travel pickled, among ranks that hold the job's secret."""
         data = np.frombuffer(pickle.dumps(obj), np.uint8)
         sizes = np.empty(self.world_size, np.int64)
+        deadline = monotonic() + self._limit(timeout_s)
         self.all_gather(sizes, np.array([len(data)]), timeout_s=timeout_s)
         mine, all_data = np.zeros(sizes.max(), np.uint8), np.empty((self.world_size, sizes.max()), np.uint8)
         mine[: len(data)] = data
-        self.all_gather(all_data, mine, timeout_s=timeout_s)
+        self.all_gather(all_data, mine, timeout_s=max(0.0, deadline - monotonic()))
         return [pickle.loads(row[:size].tobytes()) for row, size in zip(all_data, sizes, strict=True)]
 
     def split(self, color: int | None, key: int = 0, *, timeout_s: float | None = None) -> Communicator | None:

@@ -22,9 +22,10 @@ from fleet.bus.lock import Lock
 from fleet.bus.mesh import FRAME_BYTES, Mesh
 from fleet.bus.poller import Poller
 from fleet.bus.strangers import Strangers
+from fleet.collectives.channel import PROBE
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.header import MAGIC, pack_call, pack_head
-from fleet.errors import CollectiveTimeout, ProtocolError
+from fleet.errors import CollectiveTimeout, FleetError, ProtocolError, UsageError
 from fleet.messages import FRAME_LIMIT_BYTES
 
 Call = Callable[[Communicator], None]
@@ -119,6 +120,62 @@ def test_a_segment_of_the_wrong_size_is_a_protocol_error(run_world: Any) -> None
                     comm.all_reduce(np.ones(3))
 
     run_world(2, forged)
+
+
+def forged(random: np.random.Generator, world_id: int) -> list[bytes]:
+    """A message of a member that is wrong or hostile: right in its world, and nearly right in all else."""
+    pick = random.choice
+    call = pack_call(
+        str(pick(["all_reduce", "all_gather", "barrier", "send", "broadcast"])),
+        str(pick(["", "sum", "max"])),
+        str(pick(["", "float64", "float32", "bfloat16"])),
+        tuple(int(n) for n in random.integers(0, 4, int(random.integers(0, 3)))) or (3,),
+        int(pick([0, 1, 2, -1, 2**62])),
+    )
+    if random.random() < 0.3:
+        call = random.bytes(int(random.integers(0, 30)))
+    if random.random() < 0.5:
+        call = pack_call("all_reduce", "sum", "float64", (3,))
+    head = pack_head(
+        world_id,
+        int(pick([0, 0, 0, 1, 2, 2**32 - 1])),
+        int(pick([0, 1, 2, 3, 4, 5, 300, 2**63])),
+        int(pick([0, 1, 2, 3, 2**32 - 1])),
+        int(pick([0, 1, 2, PROBE])),
+        int(pick([0, 0, 1, 2**32 - 1])),
+        call,
+    )
+    payload = random.bytes(int(pick([0, 1, 8, 23, 24, 25, 4096])))
+    return [head + payload] if random.random() < 0.5 else [head, payload, *([b"more"] if random.random() < 0.1 else [])]
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FLEET_TEST_SEEDS", "6"))))
+@pytest.mark.parametrize(("n", "transport"), [(3, "ipc"), (4, 2)])
+def test_a_member_that_is_wrong_or_hostile_ends_calls_with_fleets_errors_only(
+    run_world: Any, n: int, transport: str | int, seed: int
+) -> None:
+    """Each call ends by its deadline: right, or with an error of fleet. More seeds by FLEET_TEST_SEEDS."""
+    random = np.random.default_rng(seed)
+    messages = [forged(random, run_world.world_id) for _ in range(60)]
+
+    def attacked(comm: Communicator) -> None:
+        if comm.rank == 0:
+            with Bus(Lock()) as bus:
+                hostile = bus.socket(zmq.DEALER, 1000, FRAME_BYTES)
+                bus.connect(hostile, endpoint_of(comm))
+                for frames in messages:
+                    hostile.send_multipart(frames)
+                with contextlib.suppress(FleetError):  # what it forged from another rank may well fit
+                    comm.recv(np.zeros(3), timeout_s=0.1)
+        for step in range(4):
+            x, out = np.full(3, comm.rank + 1.0), np.empty((n, 3))
+            comm.all_reduce(x)
+            comm.all_gather(out, np.full(3, float(step)))
+            comm.barrier()
+
+    for result in run_world.caught(n, attacked, transport=transport, timeout_s=0.5):
+        assert result is None or isinstance(result, FleetError), repr(result)
+        assert not isinstance(result, UsageError), repr(result)
 
 
 @pytest.mark.parametrize("transport", ["ipc", "tcp"])
