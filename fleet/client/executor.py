@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor as AnyExecutor
 from concurrent.futures import Future
@@ -133,8 +134,12 @@ class Executor(AnyExecutor):
                 )
             wishes = Wishes(count, max_pending, PENDING_BYTES, max_tasks_per_child, initializer, initargs)
             self._line = Line(place, options, wishes, stack.pop_all())
-        self._line.start()
         _open.add(self._line)
+        try:
+            self._line.start()
+        except KeyboardInterrupt:
+            self._line.finish(True, abandon=True)
+            raise
         # The thread holds the line and nothing holds this: dropped, it ends once its futures are done.
         weakref.finalize(self, self._line.drop).atexit = False
 
@@ -147,10 +152,18 @@ class Executor(AnyExecutor):
         return View(self, replace(self._options, **options))
 
     def map(
-        self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
     ) -> Iterator[T]:
-        """As concurrent.futures: results in order; `chunksize` calls are one task. The arguments are read at once."""
-        return self._map(self._options, fn, iterables, timeout, chunksize)
+        """As concurrent.futures: results in order; `chunksize` calls are one task.
+
+        The arguments are read at once, or, with `buffersize`, while at most so many tasks have results that nobody has taken.
+        """
+        return self._map(self._options, fn, iterables, timeout, chunksize, buffersize)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """No more tasks are taken; with `wait`, returns when all have ended and every process is gone."""
@@ -175,15 +188,18 @@ class Executor(AnyExecutor):
         iterables: tuple[Iterable[Any], ...],
         timeout: float | None,
         chunksize: int,
+        buffersize: int | None,
     ) -> Iterator[T]:
         if chunksize < 1:
             raise UsageError(f"chunksize is {chunksize}: it must be at least 1")
+        if buffersize is not None and buffersize < 1:
+            raise UsageError(f"buffersize is {buffersize}: it must be None (no limit) or at least 1")
         calls = zip(*iterables, strict=False)
         if chunksize == 1:
-            return _results([self._submit(options, fn, args, {}) for args in calls], timeout)
+            return _results((self._submit(options, fn, args, {}) for args in calls), timeout, buffersize)
         chunks = iter(lambda: list(islice(calls, chunksize)), [])
-        futures = [self._submit(options, _call_each, (fn, chunk), {}) for chunk in chunks]
-        return chain.from_iterable(_results(futures, timeout))  # type: ignore[arg-type]
+        futures = (self._submit(options, _call_each, (fn, chunk), {}) for chunk in chunks)
+        return chain.from_iterable(_results(futures, timeout, buffersize))  # type: ignore[arg-type]
 
 
 class View(AnyExecutor):
@@ -197,9 +213,14 @@ class View(AnyExecutor):
         return self._executor._submit(self._options, fn, args, kwargs)
 
     def map(
-        self, fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
     ) -> Iterator[T]:
-        return self._executor._map(self._options, fn, iterables, timeout, chunksize)
+        return self._executor._map(self._options, fn, iterables, timeout, chunksize, buffersize)
 
 
 def as_completed(
@@ -221,16 +242,20 @@ def _call_each(fn: Callable[..., T], calls: list[tuple[Any, ...]]) -> list[T]:
     return [fn(*args) for args in calls]
 
 
-def _results(futures: list[Promise[T]], timeout: float | None) -> Iterator[T]:
+def _results(submitted: Iterator[Promise[T]], timeout: float | None, at_once: int | None) -> Iterator[T]:
     """In order; what is left is cancelled when one raises, times out, or nobody wants more."""
     deadline = None if timeout is None else monotonic() + timeout
+    futures = deque(islice(submitted, at_once))
 
     def each() -> Iterator[T]:
         try:
-            futures.reverse()
             while futures:
                 left_s = None if deadline is None else deadline - monotonic()
-                yield futures.pop().result(left_s)
+                result = futures.popleft().result(left_s)
+                if at_once is not None:
+                    futures.extend(islice(submitted, 1))
+                yield result
+                del result
         finally:
             for future in futures:
                 future.cancel()

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from fleet import config, tasks
 from fleet import messages as m
+from fleet.bus import forks
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Router
 from fleet.bus.poller import Poller, Wake
@@ -50,6 +51,7 @@ class Line(Seats):
     ) -> None:
         super().__init__(place, options, wishes)
         self._needed = needed
+        self._forks = forks.count
         self._wake = Wake()
         self._asleep = False
         self._lock = threading.RLock()  # around the sockets and all that follows here
@@ -90,6 +92,8 @@ class Line(Seats):
         self, fn: Callable[..., T], args: Any, kwargs: Any, retries: int, timeout_s: float | None, priority: int
     ) -> Promise[T]:
         """Raises UsageError where the call cannot be pickled, RuntimeError when no more are taken."""
+        if self._forks != forks.count:
+            raise RuntimeError("this Executor is that of the process of which this one is a fork: make one here")
         packed = self._packer.pack(fn, args, kwargs)
         size_bytes = packed.size_bytes
         with self._room:

@@ -121,16 +121,19 @@ class Kernel:
                 np.multiply(part, part.dtype.type(self._scale), out=part)
 
     def _many_halves(self, parts: Sequence[Array], out: Array, last: bool) -> None:
-        for start in range(0, len(out), SCRATCH_ELEMENTS):
-            block = slice(start, start + SCRATCH_ELEMENTS)
-            sum_of, term = _scratch(len(out[block]))
-            for index, part in enumerate(parts):
-                widen(part[block], self.dtype, term if index else sum_of)
-                if index:
-                    self._ufunc(sum_of, term, out=sum_of)
-            if last and self.finishes:
-                self.finish(sum_of)
-            narrow(sum_of, self.dtype, out[block])
+        if len(out) > SCRATCH_ELEMENTS:
+            for start in range(0, len(out), SCRATCH_ELEMENTS):
+                block = slice(start, start + SCRATCH_ELEMENTS)
+                self._many_halves([part[block] for part in parts], out[block], last)
+            return
+        sum_of, term = _scratch(len(out))
+        for index, part in enumerate(parts):
+            widen(part, self.dtype, term if index else sum_of)
+            if index:
+                self._ufunc(sum_of, term, out=sum_of)
+        if last and self.finishes:
+            self.finish(sum_of)
+        narrow(sum_of, self.dtype, out)
 
 
 @lru_cache(maxsize=512)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import BrokenExecutor, Future, wait
@@ -80,6 +82,13 @@ def test_map_chunks_and_its_errors() -> None:
             next(results)
         with pytest.raises(TimeoutError):
             list(pool.map(time.sleep, [0, 5], timeout=0.1))
+        read: list[int] = []
+        results = pool.map(calls.square, (read.append(number) or number for number in range(100)), buffersize=3)
+        assert [next(results) for _ in range(4)] == [0, 1, 4, 9]
+        assert read == [0, 1, 2, 3, 4, 5, 6]
+        assert list(results) == [number**2 for number in range(4, 100)]
+        with pytest.raises(ValueError, match="buffersize is 0"):
+            pool.map(calls.square, [1], buffersize=0)
 
 
 def test_shutdown_without_waiting_lets_what_was_submitted_end() -> None:
@@ -137,3 +146,25 @@ def test_what_has_begun_is_not_cancelled_and_what_has_not_is(tmp_path: Path) -> 
 def test_arguments_that_make_no_sense(arguments: dict[str, object], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         fleet.Executor(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_fork_of_the_caller_is_told_that_the_executor_is_not_its_own(tmp_path: Path) -> None:
+    """Nothing there would ever take its tasks."""
+    program = (
+        "import fleet, os\n"
+        "with fleet.Executor(1) as pool:\n"
+        "    assert pool.submit(pow, 2, 3).result(30) == 8\n"
+        "    child = os.fork()\n"
+        "    if not child:\n"
+        "        try: pool.submit(pow, 2, 3)\n"
+        "        except RuntimeError as error: print(error, flush=True)\n"
+        "        os._exit(0)\n"
+        "    os.waitpid(child, 0)\n"
+        "    print(pool.submit(pow, 2, 4).result(30))\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert done.stdout.splitlines() == [
+        "this Executor is that of the process of which this one is a fork: make one here",
+        "16",
+    ], done.stderr
