@@ -15,6 +15,8 @@ from fleet.worker.state import Event
 
 Work = Callable[[], list[Event]]
 
+CLOSE_WITHIN_S = 60.0
+
 log = logging.getLogger("fleet.worker")
 
 
@@ -51,11 +53,15 @@ class FileThread:
         except queue.Empty:
             return found
 
-    def close(self) -> None:
-        """Returns once all work that was put is done."""
+    def close(self, within_s: float = CLOSE_WITHIN_S) -> None:
+        """Returns once all work that was put is done, or is given up: a disk that hangs must not keep its agent."""
         if self._thread is not None:
             self._work.put(None)
-            self._thread.join()
+            self._thread.join(within_s)
+            if self._thread.is_alive():
+                log.warning(
+                    "work on files is left undone, after %g s: its disk, or a network behind that, may hang", within_s
+                )
 
     def _run(self) -> None:
         while (next_one := self._work.get()) is not None:

@@ -16,7 +16,7 @@ SECRET = "a secret of the test's own"
 
 
 @pytest.fixture
-def swarm(tmp_path: Path) -> Iterator[Cluster]:
+def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := missing():
         pytest.skip(reason)
     state = subprocess.run(
@@ -24,7 +24,7 @@ def swarm(tmp_path: Path) -> Iterator[Cluster]:
     )
     if state.stdout.strip() != "inactive":
         pytest.skip("this engine is part of a swarm already")
-    made = Cluster(tmp_path, 50051, 9090)  # deploy/swarm.yml publishes these
+    made = Cluster(tmp_path_factory.mktemp("home"), 50051, 9090)  # deploy/swarm.yml publishes these
     made.environment |= {"FLEET_SECRET": SECRET, "WORKER_CPUS_RESERVED": "0.1", "WORKER_MEMORY_RESERVED": "64M"}
     made.build()
     made.run("docker swarm init --advertise-addr 127.0.0.1")
