@@ -14,6 +14,7 @@ import io
 import os
 import re
 import sys
+import weakref
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,10 @@ from typing import Any
 from fleet import config
 
 # Libraries that lose nothing if they are not told of the end. Of packages: all that is in their folders.
-_PACKAGES = ("fleet", "msgpack", "msgspec", "numpy", "pandas", "psutil", "scipy", "sklearn", "torch", "zmq")
+_PACKAGES = (
+    "fleet", "msgpack", "msgspec", "numpy", "nvidia", "pandas", "psutil", "pyzmq", "scipy", "sklearn", "torch", "triton", "zmq",
+    "scikit_learn",
+)  # fmt: skip
 _SYSTEM = re.compile(
     r"/(ld-linux|ld-|lib(c|m|dl|rt|pthread|util|gcc_s|stdc\+\+|gomp|ssl|crypto|ffi|z|bz2|lzma|zstd|expat|uuid|sqlite3|nss_\w+|"
     r"resolv|readline|ncursesw?|tinfow?|mpdec|gfortran|quadmath|openblas\w*|lapack|blas|python3[\d.]*))[-.\d]*[^/]*$"
@@ -29,15 +33,15 @@ _SYSTEM = re.compile(
 
 _FILE = io.IOBase.__mro__[1]  # the base of them all; isinstance would run code of things that are no files
 
-_kept: dict[str, ModuleType] = {}
-_mapped_before: frozenset[str] = frozenset()
-
 
 class _Kept:
     """Stands for a module that was imported before the fork while Python takes the modules apart: it knows only modules."""
 
     def __init__(self, module: ModuleType) -> None:
         self.__dict__ = module.__dict__
+
+
+_kept: dict[str, tuple[ModuleType, _Kept]] = {}
 
 
 class _Last:
@@ -54,11 +58,13 @@ def prepare() -> None:
 
 def keep_modules() -> None:
     """Once all is imported that ranks are to be forked with."""
-    global _mapped_before
-    _kept.update((name, module) for name, module in sys.modules.items() if type(module) is ModuleType)
-    for name in ("__main__", "builtins", "sys"):
-        _kept.pop(name, None)
-    _mapped_before = _mapped()
+    for name, module in sys.modules.items():
+        if type(module) is ModuleType and name not in ("__main__", "builtins", "sys"):
+            _kept[name] = module, _Kept(module)
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        # torch gives its operators back one by one, 25 ms in each rank.
+        if (alive := finalizer.peek()) is not None and alive[1].__module__.startswith("torch."):
+            finalizer.atexit = False
 
 
 def _end() -> None:
@@ -67,9 +73,10 @@ def _end() -> None:
         return  # it was not forked
     # Never freed, whatever Python does to the modules that refer to it.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(_kept))
-    for name, module in _kept.items():
-        if sys.modules.get(name) is module:
-            sys.modules[name] = _Kept(module)  # type: ignore[assignment]
+    modules: dict[str, Any] = sys.modules
+    for name, (module, stand_in) in _kept.items():
+        if modules.get(name) is module:
+            modules[name] = stand_in
     sys._fleet_last = _Last()  # type: ignore[attr-defined]
     libc = ctypes.CDLL(None)
     if _nothing_to_tell() and hasattr(libc, "on_exit"):
@@ -80,14 +87,15 @@ def _end() -> None:
 
 def _nothing_to_tell() -> bool:
     """Whether only libraries are loaded that lose nothing if they are not told of the end."""
-    if config.is_preloading_libraries() or not _mapped_before:
+    if config.is_preloading_libraries():
         return False
-    folders = [entry for entry in sys.path if entry.endswith("/lib-dynload")]
-    for name in _PACKAGES:
-        if file := getattr(sys.modules.get(name), "__file__", None):
-            folders += [os.path.dirname(file), f"{os.path.dirname(file)}.libs"]
-    known = tuple(f"{folder}/" for folder in folders)
-    return all(path.startswith(known) or _SYSTEM.search(path) for path in _mapped() - _mapped_before)
+    files = [getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES]
+    parents = {os.path.dirname(os.path.dirname(file)) for file in files if file}
+    folders = [f"{parent}/{name}" for parent in parents for name in _PACKAGES]
+    folders += [f"{folder}.libs" for folder in folders] + [path for path in sys.path if path.endswith("/lib-dynload")]
+    known = (os.path.realpath("/proc/self/exe"), "/memfd:", *(f"{folder}/" for folder in folders))
+    mapped = _mapped()
+    return bool(mapped) and all(path.startswith(known) or _SYSTEM.search(path) for path in mapped)
 
 
 def _mapped() -> frozenset[str]:

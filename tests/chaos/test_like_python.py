@@ -6,6 +6,7 @@ Each script looks at many things at once, since a process costs more than a look
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -118,6 +119,18 @@ def test_with_torch_loaded_before_the_fork(tmp_path: Path) -> None:
     source = "import numpy, torch, fleet\n" + OPEN_FILES + LATE
     found = compare(tmp_path, [script(tmp_path, source)], PYTHONUNBUFFERED="")
     assert found.files["t.txt"] == b"anchored"
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_a_c_library_is_told_of_the_end(tmp_path: Path) -> None:
+    (tmp_path / "end.c").write_text(
+        '#include <stdio.h>\n#include <stdlib.h>\nstatic void at_exit(void) { fclose(fopen("at-exit.txt", "w")); }\n'
+        "__attribute__((constructor)) static void start(void) { atexit(at_exit); }\n"
+        '__attribute__((destructor)) static void end(void) { fclose(fopen("destructor.txt", "w")); }\n'
+    )
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", "end.so", "end.c"], cwd=tmp_path, check=True, timeout=60)
+    found = compare(tmp_path, [script(tmp_path, "import ctypes, fleet\nctypes.CDLL('./end.so')\n")])
+    assert sorted(found.files) == ["at-exit.txt", "destructor.txt"]
 
 
 @pytest.mark.parametrize(
