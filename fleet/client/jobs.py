@@ -49,6 +49,7 @@ class Conversation:
         self._denied_count = 0
         self._connection = 0  # how often it was let in
         self._numbers = count(1)  # of questions
+        self._watching: dict[int, str] = {}  # jobs by the questions about their ends that are not answered
         self._ended: dict[str, m.Ended] = {}  # jobs whose end nobody has asked for since
 
     def __enter__(self) -> Self:
@@ -114,32 +115,25 @@ class Conversation:
         missing = dict.fromkeys(job_ids)
         until = None if within_s is None else self._clock.now() + within_s
         unwatched: list[str] = []
-        asked: dict[int, str] = {}  # and not answered
-        connection = 0  # that they were asked on
-
-        def watches() -> list[m.Watch]:
-            found = []
-            while unwatched and len(asked) < WATCHES_UNDER_WAY:
-                job_id, number = unwatched.pop(), next(self._numbers)
-                asked[number] = job_id
-                found.append(m.Watch(job_id, number))
-            return found
+        connection = 0  # that they are watched on
 
         def questions() -> list[m.Watch]:
             nonlocal connection
-            if connection == self._connection:
-                return []  # they are on their way, or answered
-            connection = self._connection
-            unwatched[:] = reversed(missing)
-            asked.clear()
-            return watches()
+            if connection != self._connection:  # what was asked before is lost
+                connection = self._connection
+                unwatched[:] = reversed(missing)
+                self._watching.clear()
+            found = []
+            while unwatched and len(self._watching) < WATCHES_UNDER_WAY:
+                job_id, number = unwatched.pop(), next(self._numbers)
+                self._watching[number] = job_id
+                found.append(m.Watch(job_id, number))
+            return found
 
         def take(message: m.Message) -> bool:
-            if isinstance(message, m.Jobs) and (job_id := asked.pop(message.question, "")):
-                for watch in watches():
+            if isinstance(message, m.Jobs):
+                for watch in questions():
                     self._send(watch)
-                if not message.jobs:
-                    self._ended[job_id] = m.Ended(job_id, UNKNOWN, -1)
             return any(job_id in missing for job_id in self._ended)
 
         while missing and (until is None or self._clock.now() < until):
@@ -279,11 +273,17 @@ class Conversation:
                 elif isinstance(message, m.Refused):
                     raise ConfigError(f"the orchestrator at {self._target.name} refused this client: {message.reason}")
                 else:
-                    if isinstance(message, m.Ended):
-                        self._ended[message.job_id] = message
+                    self._note_end(message)
                     done = take(message) or done
             if done:
                 return
+
+    def _note_end(self, message: m.Message) -> None:
+        """What comes of watched jobs, whatever else is being asked."""
+        if isinstance(message, m.Ended):
+            self._ended[message.job_id] = message
+        elif isinstance(message, m.Jobs) and (job_id := self._watching.pop(message.question, "")) and not message.jobs:
+            self._ended[job_id] = m.Ended(job_id, UNKNOWN, -1)
 
     def _link(self, link: Link) -> None:
         if link is Link.UP:
