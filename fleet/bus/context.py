@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 import zmq
+import zmq.utils.garbage  # now, so that its exit hook runs after ours: it frees memory that libzmq may still be sending
 
 from fleet.bus import forks
 from fleet.bus.address import holder_of

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fleet.bus.mesh import Tracker
 from fleet.collectives.buffer import Array
 from fleet.collectives.channel import Among, Channel, Payload
 from fleet.collectives.job import Job
@@ -94,11 +95,7 @@ def send(channel: Channel | Among, job: Job, peer: int, chunk: Array, turn: int 
     call = job.call.data
     for number, piece in enumerate(segments(chunk)):
         memory = chunk[piece].view(np.uint8)
-        tracker = channel.send(peer, job.sequence, turn, number, call, memory, job.deadline, track=True)
-        if tracker is not None:
-            if job.lent is None:
-                job.lent = []
-            job.lent.append(tracker)
+        _lend(job, channel.send(peer, job.sequence, turn, number, call, memory, job.deadline, track=True))
 
 
 def receive(channel: Channel | Among, job: Job, peer: int, into: Array, turn: int = 0) -> None:
@@ -131,8 +128,21 @@ def _send_chunk(channel: Channel | Among, job: Job, move: Move, chunk: Array, ke
         send(channel, job, peer, chunk, move.send_turn)
         return
     for segment, payload in enumerate(payloads):
-        carrier: Any = payload.carrier
-        channel.send(peer, job.sequence, move.send_turn, segment, job.call.data, carrier, job.deadline)
+        _send_on(channel, job, peer, move.send_turn, segment, payload)
+
+
+def _send_on(channel: Channel | Among, job: Job, peer: int, turn: int, segment: int, payload: Payload) -> None:
+    """Sends what arrived. A frame belongs to libzmq; memory that several were put together in is lent until `finish`."""
+    carrier: Any = payload.carrier
+    own = isinstance(carrier, bytearray)
+    _lend(job, channel.send(peer, job.sequence, turn, segment, job.call.data, carrier, job.deadline, track=own))
+
+
+def _lend(job: Job, tracker: Tracker | None) -> None:
+    if tracker is not None:
+        if job.lent is None:
+            job.lent = []
+        job.lent.append(tracker)
 
 
 def _receive_chunk(
@@ -153,7 +163,7 @@ def _receive_chunk(
             if step.action is Action.REDUCE_LAST:
                 job.kernel.finish(arrived)
         for turn, peer in move.onward:
-            channel.send(peer, job.sequence, turn, number, call, payload.carrier, job.deadline)
+            _send_on(channel, job, peer, turn, number, payload)
         # The result is written after it was sent on: the neighbour's work starts earlier by that much.
         if target is not None:
             target[piece] = arrived
