@@ -210,12 +210,12 @@ def doctor_command(
     if health:
         from fleet.cli.workers import health as healthy
 
-        typer.echo("\n".join(healthy(secret_file, insecure, timeout)))
+        typer.echo(shown_lines("\n".join(healthy(secret_file, insecure, timeout))))
         return
     from fleet.cli.doctor import examine
 
     lines, well = examine(secret_file, insecure, timeout)
-    typer.echo("\n".join(lines))
+    typer.echo(shown_lines("\n".join(lines)))
     if not well:
         raise typer.Exit(1)
 

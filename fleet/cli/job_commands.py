@@ -12,6 +12,7 @@ from fleet import messages as m
 from fleet.cli.words import Words
 from fleet.client.target import Target, cluster_target
 from fleet.errors import UsageError
+from fleet.text import shown_lines
 from fleet.values import GRACE_AT_MOST_S, GRACE_S, PRIORITY_AT_MOST
 
 job_commands = typer.Typer()
@@ -310,4 +311,4 @@ def drain_command(
     from fleet.versions import versions
 
     target = _cluster(orchestrator, secret_file, insecure, timeout)
-    typer.echo(drain(target, versions(), worker, within, undo, as_json))
+    typer.echo(shown_lines(drain(target, versions(), worker, within, undo, as_json)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -104,7 +103,9 @@ def fetch(
                 {"path": s.path, "size_bytes": s.info.size_bytes, "mtime_ns": s.info.mtime_ns, "worker_id": s.worker_id}
                 for s in found.sources
             ]
-            lines = [f"{s.info.size_bytes:>14,}  {shown(s.target)}  (worker {s.worker_id})" for s in found.sources]
+            lines = [
+                f"{s.info.size_bytes:>14,}  {shown(s.target)}  (worker {shown(s.worker_id)})" for s in found.sources
+            ]
             print(json.dumps(rows, indent=1) if as_json else "\n".join(lines) or _nothing(job, patterns))
         for error in found.errors:
             say(error)
@@ -127,7 +128,7 @@ def _said(done: Fetched, folder: Path) -> bool:
     if done.already_there:
         say(f"output: {done.already_there} of its files were in {_shown(folder)} already")
     for error in done.errors:
-        print(f"fleet: not brought: {error}", file=sys.stderr, flush=True)
+        say(f"not brought: {error}")
     return not done.errors
 
 

@@ -147,7 +147,7 @@ def _job_here(options: Options, is_slurm_task: bool) -> m.JobOptions:
         raise UsageError("--gpus is for workers of a cluster; under srun, say it to srun: --gpus-per-task")
     if options.workers * gpus > found:
         raise UsageError(
-            f"--workers {options.workers} with --gpus {gpus} takes {options.workers * gpus} GPUs, and this machine has "
+            f"--workers {options.workers} with --gpus {gpus} takes {options.workers * gpus} of them, and this machine has "
             f"{found or 'none'} (CUDA_VISIBLE_DEVICES, /dev/nvidia*); ORCHESTRATOR_ADDR says which cluster has some"
         )
     return msgspec.structs.replace(options.job, slots=1)  # there is nothing else here that a rank would share them with

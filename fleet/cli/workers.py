@@ -89,7 +89,7 @@ def health(secret_file: Path | None, insecure: bool, timeout_s: float) -> list[s
 def check_health() -> None:
     """`fleet doctor --health` with its defaults: one line for each, or what is wrong and exit code 1."""
     try:
-        print("\n".join(health(None, False, HEALTH_WITHIN_S)))
+        print(shown_lines("\n".join(health(None, False, HEALTH_WITHIN_S))))
     except FleetError as error:
         print(f"fleet: {shown_lines(str(error))}", file=sys.stderr)
         sys.exit(1)

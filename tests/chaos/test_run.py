@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from commands import AT_ONCE_S, FLEET, environment, fleet, started, wait_for
 
+from tests.wanted import needs_torch
+
 SUM = "import fleet, numpy as np\ncomm = fleet.init()\nx = np.ones(3)\ncomm.all_reduce(x)\nprint('sum', x[0])\n"
 # Rank 2 says where it is once everybody is in the world, then all wait in a barrier that rank 2 never reaches.
 VICTIM = (
@@ -105,6 +107,7 @@ def test_command() -> None:
     assert fleet("run", "--workers", "2", "--", "sh", "-c", "exit $RANK").returncode == 1
 
 
+@needs_torch
 def test_torch_gloo_runs_unchanged(tmp_path: Path) -> None:
     script = (
         "import torch, torch.distributed as dist\ndist.init_process_group('gloo')\nx = torch.ones(1)\n"
@@ -123,7 +126,7 @@ def test_torch_gloo_runs_unchanged(tmp_path: Path) -> None:
         ([__file__, "--workers", "0"], "--workers is 0"),
         (["-m", "no_such_module"], "there is no module no_such_module"),
         (["-n", "2", __file__], f"fleet run --workers 2 {__file__}"),
-        (["--workers", "2", "--gpus", "2", __file__], "takes 4 GPUs, and this machine has none"),
+        (["--workers", "2", "--gpus", "2", __file__], "takes 4 of them, and this machine has none"),
         (["--orchestrator", "a:b:c/d", __file__], "must be HOST:PORT"),
     ],
 )

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fleet.collectives import reduce
 from fleet.collectives.header import DTYPES, REDUCTIONS
 from fleet.errors import UsageError
+from tests.wanted import needs_torch, torch
 
 OPS = tuple(filter(None, REDUCTIONS))
 NAMES = tuple(filter(None, DTYPES))
@@ -140,6 +140,7 @@ def test_bools_are_or_and_and(op: str, word: Any) -> None:
     assert into.tolist() == want
 
 
+@needs_torch
 @pytest.mark.parametrize("op", [op for op in OPS if legal(op, "bfloat16")])
 def test_bfloat16_rounds_once(op: str) -> None:
     generator = torch.Generator().manual_seed(3)
@@ -157,6 +158,7 @@ def test_bfloat16_rounds_once(op: str) -> None:
         assert torch.equal(into, completed(op, want.double()).bfloat16())
 
 
+@needs_torch
 @pytest.mark.parametrize("op", ["min", "max"])
 @pytest.mark.parametrize("dtype", [*FLOATS, "bfloat16"])
 def test_not_a_number_is_never_lost(op: str, dtype: str) -> None:
@@ -179,6 +181,7 @@ def test_nothing_is_combined_to_nothing(op: str, dtype: str) -> None:
         finish(empty)
 
 
+@needs_torch
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_halves_are_accumulated_in_float32_and_rounded_once(dtype: str) -> None:
     """257 ones: bfloat16 added one by one would stick at 256."""
@@ -190,6 +193,7 @@ def test_halves_are_accumulated_in_float32_and_rounded_once(dtype: str) -> None:
     assert wide.tolist() == [torch.tensor(257.0, dtype=getattr(torch, dtype)).item()] * 3
 
 
+@needs_torch
 @pytest.mark.parametrize("dtype", ["int64", "float32", "float16", "bfloat16"])
 def test_prefixes(dtype: str) -> None:
     parts = [torch.full((5,), rank + 1, dtype=getattr(torch, dtype)) for rank in range(4)]
@@ -198,6 +202,7 @@ def test_prefixes(dtype: str) -> None:
     assert [part[0].item() for part in parts] == [1, 3, 6, 10]
 
 
+@needs_torch
 @pytest.mark.parametrize("dtype", reduce.HALVES)
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_halves_longer_than_the_scratch_are_combined_in_blocks_and_leave_no_long_arrays(dtype: str, extra: int) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from grid import (
     ELEMENTS,
     LARGE,
@@ -23,6 +22,7 @@ from grid import (
 
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.sockets import small_limits
+from tests.wanted import needs_torch, torch
 
 TORCH_DTYPES = ("bool", "uint8", "int64", "float16", "bfloat16", "float32", "complex64")
 assert all(max(small_limits(n)) < PAST_THE_THRESHOLD * 4 for n in WORLD_SIZES)
@@ -135,6 +135,7 @@ def test_many_segments(run_world: Any, n: int, transport: str | int) -> None:
     assert all(found == digests[0] for found in digests), "the ranks hold different bits"
 
 
+@needs_torch
 @pytest.mark.parametrize(("n", "transport"), [(1, "ipc"), (2, "ipc"), (3, "shared"), (5, "ipc"), (3, 2), (4, 2)])
 def test_torch(run_world: Any, n: int, transport: str | int) -> None:
     def wide(found: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -227,7 +228,9 @@ def test_memory_of_every_form(run_world: Any, n: int, transport: str | int) -> N
                 np.testing.assert_array_equal(got[:, ::2], base.T * ((rank - 1) % n + 1))
                 assert (got[:, 1::2] == -1).all()
 
-        for scalar in (np.array(float(mine)), torch.tensor(float(mine)), torch.tensor(mine, dtype=torch.bfloat16)):
+        scalars: list[Any] = [np.array(float(mine))]
+        scalars += [torch.tensor(float(mine)), torch.tensor(mine, dtype=torch.bfloat16)] if torch else []
+        for scalar in scalars:
             comm.all_reduce(scalar)
             assert scalar.shape == ()
             assert float(scalar) == total
@@ -239,7 +242,7 @@ def test_memory_of_every_form(run_world: Any, n: int, transport: str | int) -> N
         comm.reduce_scatter(out, np.arange(n, dtype=np.int32))
         assert out == rank * n
 
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16) if torch else ():
             weight = torch.full((5, 7), float(mine), dtype=dtype, requires_grad=True)
             comm.all_reduce(weight)
             assert weight.requires_grad

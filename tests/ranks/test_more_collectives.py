@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from grid import (
     ELEMENTS,
     LARGE,
@@ -23,6 +22,7 @@ from grid import (
 )
 
 from fleet.collectives.communicator import Communicator
+from tests.wanted import needs_torch, torch
 
 FEW_DTYPES = ("bool", "int16", "float16", "float64", "complex64")
 # The last two: 3 hosts with 2, 1 and 2 ranks, and with 3, 2 and 3.
@@ -151,6 +151,7 @@ def test_many_megabytes(run_world: Any, n: int, transport: str | int) -> None:
     run_world(n, large, transport=transport)
 
 
+@needs_torch
 @pytest.mark.parametrize(("n", "transport"), [(1, "ipc"), (3, "ipc"), (4, "shared"), (3, 2)])
 def test_bfloat16_and_torch(run_world: Any, n: int, transport: str | int) -> None:
     """Small whole numbers, which are exact; rounding is test_precision.py's."""

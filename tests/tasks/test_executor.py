@@ -17,10 +17,10 @@ from pathlib import Path
 import calls
 import numpy as np
 import pytest
-import torch
 
 import fleet
 from fleet.bus.blobs import _File
+from tests.wanted import needs_torch, torch
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +118,11 @@ def test_an_array_may_be_changed_once_it_was_submitted(pool: fleet.Executor) -> 
     assert [future.result() for future in futures] == [number * 1e6 for number in range(8)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex64])
+@needs_torch
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "int8", "bool", "complex64"])
 @pytest.mark.parametrize("shape", [(), (0, 3), (7,), (300, 400)])
-def test_tensors_travel_as_their_bytes(pool: fleet.Executor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_tensors_travel_as_their_bytes(pool: fleet.Executor, name: str, shape: tuple[int, ...]) -> None:
+    dtype = getattr(torch, name)
     tensor = (torch.rand(shape) * 4).to(dtype)
     found = pool.submit(lambda x: x, tensor).result()
     assert found.dtype == dtype
