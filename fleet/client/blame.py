@@ -6,13 +6,15 @@ A rank's error reaches its client as text, the end of its stderr: one line that 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 TRACEBACK = "Traceback (most recent call last):"  # the last words of the line that begins one
+_SET = r"(\d+(?:[,-]\d+)*)"  # as errors.rank_set writes it
 _LATE = re.compile(r"CollectiveTimeout: .*?waiting for (?=rank)(.*)")
-_LATE_RANKS = re.compile(r"(?:^|; |: )ranks? ([\d,-]+)(?= \(|$)")
+_LATE_RANKS = re.compile(rf"(?:^|; |: )ranks? {_SET}(?= \(|$)")
 _DIFFERENT = re.compile(r"CollectiveMismatch: (.*?)(?:; every rank must|; shape and dtype)")
-_CALLED = re.compile(r"ranks? ([\d,-]+) called ")
-_RANKS = re.compile(r"\branks? [\d,-]+")
+_CALLED = re.compile(rf"ranks? {_SET} called ")
+_RANKS = re.compile(rf"\branks? {_SET}")
 _ENDED = re.compile(r"RankEnded: rank (\d+) ")
 
 
@@ -41,11 +43,21 @@ def blamed(line: str) -> tuple[list[int], str]:
 
 
 def alike(line: str) -> str:
-    """What is the same in an error's line of all ranks that blame the same ones. Any other line is itself.
+    """What is the same in the error's lines of all ranks that one failure has. Any other line is itself.
 
-    A rank that asks the others what they called later may find one of them gone, so that its groups are smaller.
+    A rank that asks late what the others called may find some gone: its groups are smaller, and what was called is the same.
     """
-    return f"{_RANKS.sub('ranks', line)} {blamed(line)}" if line.startswith("fleet.errors.") else line
+    if not line.startswith("fleet.errors."):
+        return line
+    if found := _DIFFERENT.search(line):
+        head, *calls = re.split(r"(?:(?<=: )|, )ranks? [\d,-]+ called ", found.group(1))
+        return f"{head} {sorted(calls)}"
+    return f"{_RANKS.sub('ranks', line)} {blamed(line)}"
+
+
+def fullest(lines: Iterable[str]) -> str:
+    """Of lines that are alike the one that names most ranks, the first of them."""
+    return max(lines, key=lambda line: sum(len(_numbers(text)) for text in _RANKS.findall(line)))
 
 
 def _numbers(text: str) -> list[int]:

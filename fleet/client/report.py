@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable
 
-from fleet.client.blame import alike, blamed, headline
+from fleet.client.blame import alike, blamed, fullest, headline
 from fleet.errors import rank_set
 from fleet.messages import Ended, RankStatus, how
 from fleet.text import shown
@@ -36,6 +36,7 @@ def report(ended: Ended, world_size: int, printed: Iterable[str] | None = None) 
     likewise = [
         rank for rank, status in sorted(by_rank.items()) if rank != cause.rank and _failed_alike(status, cause, error)
     ]
+    error = fullest([error, *(headline(by_rank[rank].stderr_tail) for rank in likewise)])
     others = [status for status in ended.ranks if status.rank != cause.rank and status.rank not in likewise]
     lines = _tail(cause) if printed is None else []
     lines += _whose_fault(cause, likewise, error, by_rank, world_size)

@@ -155,6 +155,17 @@ def test_an_errors_line_says_whom_it_blames(error: Exception, ranks: list[int], 
     assert blamed(line) == (ranks, did)
 
 
+def test_a_rank_that_asked_late_does_not_change_whom_the_report_blames() -> None:
+    whole = CollectiveMismatch(2, 0, "a()", 1, "b()", calls=[Called((0,), "a()"), Called((1, 2, 3), "b()")])
+    few = CollectiveMismatch(2, 0, "a()", 1, "b()", calls=[Called((0,), "a()"), Called((3,), "b()")])
+    tails = {rank: f"{TRACEBACK}fleet.errors.CollectiveMismatch: {few if rank == 3 else whole}\n" for rank in range(4)}
+    ended = Ended("j", "rank 3 failed", 3, tuple(status(r, code=1, stderr_tail=tail) for r, tail in tails.items()))
+    assert report(ended, 4, tails[0].splitlines()).splitlines() == [
+        "fleet: rank 0 (host h, pid 10) called something else than the others",
+        "fleet: failed because of it: ranks 0-3 (exit code 1)",
+    ]
+
+
 def test_report_names_whom_the_others_waited_for() -> None:
     tail = f"{TRACEBACK}fleet.errors.CollectiveTimeout: {LATE}\n"
     failed = [status(rank, code=1, stderr_tail=tail) for rank in (0, 2, 3)]

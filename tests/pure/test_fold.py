@@ -257,17 +257,18 @@ def test_a_traceback_is_one_piece_and_waits_for_its_like() -> None:
 
 
 def test_errors_that_blame_the_same_ranks_are_alike() -> None:
-    """The third asked later, when rank 1 was gone. The last waits for another rank."""
-    fold = Fold(5)
+    """The third asked later, when rank 1 was gone, the fourth when all but the first were. The last waits for another rank."""
+    fold = Fold(6)
     said = "fleet.errors.CollectiveMismatch: different calls: ranks {} called a, rank 0 called b; every rank must"
     late = "fleet.errors.CollectiveTimeout: a() #1: not complete after 2 s; rank 0 came, waiting for rank {} (h, pid 7): it is"
-    errors = [said.format("1-4"), said.format("1-4"), said.format("2-4"), late.format(1), late.format(2)]
+    few = said.format("3").replace("ranks 3 called a, rank 0 called b", "rank 0 called b, ranks 3 called a")
+    errors = [said.format("1-4"), said.format("1-4"), said.format("2-4"), few, late.format(1), late.format(2)]
     for rank, error in enumerate(errors):
         told(fold, rank, [BEGINS, error], 0.0)
     assert [(line.ranks, line.text.splitlines()[1]) for line in fold.flush()] == [
-        ((0, 1, 2), said.format("1-4")),
-        ((3,), late.format(1)),
-        ((4,), late.format(2)),
+        ((0, 1, 2, 3), said.format("1-4")),
+        ((4,), late.format(1)),
+        ((5,), late.format(2)),
     ]
 
 
