@@ -110,9 +110,10 @@ class Conductor:
             frame = frame.f_back
         job = Job(call, frame.f_code, frame.f_lineno, wire)
         job.limit_s = self.timeout_s if timeout_s is None else timeout_s
-        job.deadline = monotonic() + job.limit_s  # from here on, also while other calls have their turn
+        job.started = monotonic()
+        job.deadline = job.started + job.limit_s  # from here on, also while other calls have their turn
         if not async_op and not self._queued_count:
-            if not self._running.acquire(blocking=False):
+            if not self._running.acquire(False):
                 self._await_turn(job)
             try:
                 self._carry_out(job, act)
@@ -215,6 +216,7 @@ class Conductor:
                 begins = work.begin()
                 try:
                     if begins:
+                        job.started = monotonic()
                         self._carry_out(job, act)
                 except BaseException as raised:
                     error = raised
@@ -227,6 +229,7 @@ class Conductor:
         """Until the collective of another thread has ended. Raises CollectiveTimeout."""
         if not self._running.acquire(timeout=min(max(0.0, job.deadline - monotonic()), threading.TIMEOUT_MAX)):
             raise self._not_begun(job)
+        job.started = monotonic()
 
     def _not_begun(self, job: Job) -> BaseException:
         """The error of a call whose deadline passed before its turn came. The other ranks may be in it: this one is out of
@@ -243,7 +246,6 @@ class Conductor:
             self.check_usable()
         self._check()
         self._sequence = job.sequence = self._sequence + 1
-        job.started = started = monotonic()
         self.recorder.jobs.append(job)
         try:
             if self.arena is not None:
@@ -257,7 +259,7 @@ class Conductor:
         finally:
             job.ended = ended = monotonic()
             call = job.call
-            self.recorder.tally.add(call.operation, call.byte_count, ended - started)
+            self.recorder.tally.add(call.operation, call.byte_count, ended - job.started)
 
     def _explained(self, job: Job, error: BaseException) -> BaseException:
         """The error to raise, with everything that is known about it."""
