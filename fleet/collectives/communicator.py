@@ -266,9 +266,7 @@ class Communicator(Base):
         buffer = as_buffer(x, "x", written=False)
         self._conductor.check_usable()
         assert self._points is not None
-        work = Work() if async_op else None
-        self._points.send(buffer, dst, tag, self._limit(timeout_s), work)
-        return work
+        return self._points.send(buffer, dst, tag, self._limit(timeout_s), async_op)
 
     def recv(
         self, x: Any, src: int | None = None, tag: int = 0, *, timeout_s: float | None = None, async_op: bool = False

@@ -6,13 +6,14 @@ They do not wait for collectives under way, nor those for them. A send returns w
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
 import numpy as np
 
-from fleet.bus.mesh import TICK_MS, Check
+from fleet.bus.mesh import Check, Tracker
 from fleet.collectives.buffer import Buffer
 from fleet.collectives.channel import Channel, Key, Payload
 from fleet.collectives.conductor import Conductor
@@ -23,13 +24,44 @@ from fleet.errors import CollectiveMismatch, CollectiveTimeout, ProtocolError, R
 
 
 class _Lane:
-    """What goes to one rank with one tag: how much of it has left, and whose turn it is to send."""
-
-    __slots__ = ("sent_count", "turn")
+    """What goes to one rank with one tag: how much of it has left, and the sends that wait for the one under way."""
 
     def __init__(self) -> None:
         self.sent_count = 0
-        self.turn = threading.Lock()  # messages of one tag leave in the order of their numbers
+        self._lock = threading.Lock()
+        self._is_busy = False
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def enter(self, act: Callable[[], None]) -> bool:
+        """Whether the caller may send now, and then leaves. If not, `act` does so, behind all that came before."""
+        with self._lock:
+            if self._is_busy:
+                self._waiting.append(act)
+                return False
+            self._is_busy = True
+            return True
+
+    def leave(self) -> None:
+        if (act := self._next()) is not None:
+            self.go_on(act)
+
+    def go_on(self, act: Callable[[], None]) -> None:
+        """Has `act` and all that waits carried out, in a thread: each may have to wait for room."""
+
+        def run() -> None:
+            following: Callable[[], None] | None = act
+            while following is not None:
+                following()
+                following = self._next()
+
+        threading.Thread(target=run, name="fleet-lane", daemon=True).start()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            self._is_busy = False
+            return None
 
 
 class Points:
@@ -42,48 +74,73 @@ class Points:
         self._lanes: dict[tuple[int, int], _Lane] = {}  # by (rank, tag)
         self._received: dict[tuple[int, int], int] = {}
 
-    def send(self, buffer: Buffer, dst: int, tag: int, limit_s: float, work: Work | None) -> None:
-        """Sends; with `work`, that ends once the memory may be changed again.
+    def send(self, buffer: Buffer, dst: int, tag: int, limit_s: float, async_op: bool) -> Work | None:
+        """Sends; returns once the memory may be changed again, or with `async_op` at once.
 
         Raises CollectiveTimeout. A message that found no room by then was not sent, and the next one takes its number.
         """
         call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
         deadline = monotonic() + limit_s
-        memory = buffer.flat.view(np.uint8)
-        lane = self._lanes.get((dst, tag)) or self._lanes.setdefault((dst, tag), _Lane())
-        inbox, member = self._channel.inbox, self._channel.members[dst]
         check = self._checking(call, [dst], 0.0)
-        try:
-            if not lane.turn.acquire(blocking=False):
-                self._take_turn(lane, deadline, check)
-            try:
-                key = self._group, lane.sent_count + 1, tag, 0
-                tracker = inbox.send(member, key, call, memory, deadline, True, check)
-                lane.sent_count += 1
-            finally:
-                lane.turn.release()
-        except TimeoutError:
-            raise self._timeout(call, "to", [dst], limit_s) from None
+        lane = self._lanes.get((dst, tag)) or self._lanes.setdefault((dst, tag), _Lane())
+        inbox = self._channel.inbox
 
-        def finish() -> None:
+        def late() -> CollectiveTimeout:
+            return self._timeout(call, "to", [dst], limit_s)
+
+        def queue(until: float) -> Tracker | None:
+            key = self._group, lane.sent_count + 1, tag, 0
+            memory, member = buffer.flat.view(np.uint8), self._channel.members[dst]
+            tracker = inbox.send(member, key, call, memory, until, True, check)
+            lane.sent_count += 1
+            return tracker
+
+        def settle(tracker: Tracker) -> None:
             try:
                 inbox.wait_until_sent(tracker, deadline, check)
             except TimeoutError:
-                raise self._timeout(call, "to", [dst], limit_s) from None
+                raise late() from None
 
-        if tracker is None:
-            if work is not None:
-                work.end()
-        elif work is None:
-            finish()
-        else:
-            in_background(finish, work)
+        work = Work(deadline, late)
 
-    def _take_turn(self, lane: _Lane, deadline: float, check: Check) -> None:
-        while not lane.turn.acquire(timeout=TICK_MS / 1000):
-            check()
-            if monotonic() > deadline:
-                raise TimeoutError
+        def carry_out() -> None:
+            if monotonic() > deadline or not work.begin():
+                return
+            try:
+                tracker = queue(deadline)
+            except BaseException as error:
+                work.end(late() if isinstance(error, TimeoutError) else error)
+            else:
+                if tracker is None:
+                    work.end()
+                else:
+                    in_background(lambda: settle(tracker), work)
+
+        if lane.enter(carry_out):
+            try:
+                tracker = queue(0.0 if async_op else deadline)
+            except TimeoutError:
+                if not async_op:
+                    lane.leave()
+                    raise late() from None
+                lane.go_on(carry_out)  # there is no room now
+            except BaseException:
+                lane.leave()
+                raise
+            else:
+                lane.leave()
+                work.begin()
+                if tracker is None:
+                    work.end()
+                elif async_op:
+                    in_background(lambda: settle(tracker), work)
+                else:
+                    settle(tracker)
+                    work.end()
+        if async_op:
+            return work
+        work.wait()
+        return None
 
     def recv(self, buffer: Buffer, src: int | None, tag: int, limit_s: float) -> int:
         """Receives from src, or from whoever's message is there first; returns who sent it."""

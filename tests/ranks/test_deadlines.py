@@ -170,6 +170,29 @@ def test_a_send_that_found_no_room_was_not_sent(run_world: Any) -> None:
     run_world(2, numbers)
 
 
+def test_asynchronous_sends_return_at_once_and_arrive_in_order(run_world: Any) -> None:
+    """Also where both ranks send far more than there is room for, before either receives."""
+    count = 1500
+
+    def exchange(comm: Communicator) -> None:
+        peer = 1 - comm.rank
+        sent = [np.full(900, step + comm.rank, np.float64) for step in range(count)]
+        works: list[Any] = [comm.send(x, peer, tag=2, async_op=True) for x in sent]
+        last = threading.Thread(target=comm.send, args=(np.full(900, -1.0), peer, 2))
+        last.start()
+        x = np.zeros(900)
+        for step in range(count):
+            comm.recv(x, peer, tag=2)
+            assert (x == step + peer).all()
+        comm.recv(x, peer, tag=2)
+        assert (x == -1).all()
+        last.join()
+        for work in works:
+            work.wait()
+
+    run_world(2, exchange)
+
+
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("transport", ["ipc", "shared"])
 def test_the_clock_runs_while_another_call_has_its_turn(run_world: Any, transport: str, asynchronous: bool) -> None:
