@@ -22,9 +22,9 @@ from fleet.worker.output import Storage
 from fleet.worker.state import Answered, Event, Prepared, PrepareFailed
 
 STORED_AT_ONCE = 4096  # jobs in one message
-# This machine is short of something, or broken: another one may well unpack the same bundle.
-_OF_THIS_MACHINE = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EROFS, errno.EACCES}
+# What names in an archive bring about. All other errors of the system are this machine's: it is short of something, or broken.
+_OF_NAMES = frozenset(
+    {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EINVAL, errno.EILSEQ}
 )
 
 log = logging.getLogger("fleet.worker")
@@ -111,9 +111,8 @@ class JobFiles:
         except BrokenOff:
             return []
         except Exception as error:  # tarfile and gzip raise many things for bytes that are no archive
-            here = isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THIS_MACHINE
             reason = f"its bundle cannot be unpacked: {str(error)[:500] or type(error).__name__}"
-            return [PrepareFailed(assign.job_id, assign.attempt, reason, permanent=not here)]
+            return [PrepareFailed(assign.job_id, assign.attempt, reason, permanent=lies_with_archive(error))]
 
     def _store(self, part: m.Part) -> list[Event]:
         try:
@@ -161,3 +160,11 @@ class JobFiles:
         for job_id in job_ids:
             log.info("removed what job %s wrote: the cluster has forgotten it", job_id)
         return []
+
+
+def lies_with_archive(error: Exception) -> bool:
+    """Whether every worker would fail at it; else another one may well unpack the same bundle."""
+    if isinstance(error, MemoryError):
+        return False
+    number = error.errno if isinstance(error, OSError) else None  # gzip's errors of an archive have none
+    return number is None or number in _OF_NAMES

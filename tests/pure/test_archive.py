@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import importlib
 import io
@@ -18,6 +19,7 @@ import pytest
 from fleet.bus.trees import remove_tree
 from fleet.worker import archive
 from fleet.worker.archive import BrokenOff, unpack
+from fleet.worker.job_files import lies_with_archive
 
 KINDS = {"file": tarfile.REGTYPE, "folder": tarfile.DIRTYPE, "link": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE}
 
@@ -131,6 +133,25 @@ def test_what_fleet_did_not_pack_is_refused(case: str, inside: Path, tmp_path: P
         unpack(path, inside, files_at_most=100, bytes_at_most=2 << 20)
     assert sorted(os.listdir(tmp_path)) == ["a.tar.gz", "inside"]
     assert sum(file.lstat().st_size for file in inside.rglob("*") if file.is_file()) <= 2 << 20
+
+
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (EOFError("ended before"), True),
+        (gzip.BadGzipFile("no gzip"), True),
+        (ValueError("too many"), True),
+        (OSError(errno.ENAMETOOLONG, ""), True),
+        (OSError(errno.EEXIST, ""), True),
+        (OSError(errno.ENOSPC, ""), False),
+        (OSError(errno.EMFILE, ""), False),
+        (OSError(errno.EIO, ""), False),
+        (FileNotFoundError(errno.ENOENT, "what clears /tmp took it"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_who_is_to_blame_decides_whether_another_worker_is_tried(error: Exception, answer: bool) -> None:
+    assert lies_with_archive(error) is answer
 
 
 def test_a_time_beyond_all_clocks_and_rights_beyond_its_owners_do_no_harm(inside: Path, tmp_path: Path) -> None:
