@@ -308,14 +308,30 @@ class Output(Message, frozen=True):
     rank: Rank
     stream: Literal["stdout", "stderr"]
     data: Annotated[bytes, msgspec.Meta(max_length=PART_BYTES)]
+    number: Number = (
+        1  # counts what a rank prints in an attempt: what comes twice is dropped, what is missing comes again
+    )
 
 
 class OutputAck(Message, frozen=True):
-    """The client printed so many bytes of a rank: its worker may send as many more."""
+    """The client has printed what a rank sent, up to this number. Its worker keeps what comes after that."""
 
     job_id: JobId
+    attempt: Attempt
     rank: Rank
-    count_bytes: Size
+    number: Number
+
+
+class Repeat(Message, frozen=True):
+    """The client may lack something: a worker sends again what was not acknowledged, and then Repeated."""
+
+    job_id: JobId
+    attempt: Attempt
+
+
+class Repeated(Message, frozen=True):
+    job_id: JobId
+    attempt: Attempt
 
 
 # A rank and its agent; Join, Formed, Ask and Answer go on through the orchestrator
@@ -410,7 +426,8 @@ _ALL = (
     WorkerHello | ClientHello | Welcome | Refused | Heartbeat | Unknown | Leaving | HandBack | Goodbye | Ping | Pong
     | Submit | Accepted | Rejected | Waiting | Started | Cancel | Ended | Retire | ListJobs | Jobs | Watch | ReadLog
     | LogPart | Drain | Drained | Want | Part | Assign | Assigned | AssignFailed | Launch | Stop
-    | Forget | RankExited | Output | OutputAck | RankHello | RankWelcome | Join | Formed | Lost | Ask | Answer | Tally
+    | Forget | RankExited | Output | OutputAck
+    | Repeat | Repeated | RankHello | RankWelcome | Join | Formed | Lost | Ask | Answer | Tally
     | ListWorkers | Workers | Why | Because | Unanswered
     | Stored | Discard | Left | ListFiles | Files | ReadFile | FilePart
 )  # fmt: skip
@@ -461,32 +478,9 @@ def decode(data: bytes) -> Message:
 
 
 __all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Message)]
-__all__ += ["PART_BYTES", "PROTOCOL", "TALLY_SECONDS", "Because", "Drain", "Drained", "JobInfo", "JobOptions", "Jobs"]
 __all__ += [
-    "ListJobs",
-    "ListWorkers",
-    "LogPart",
-    "Member",
-    "Message",
-    "Ping",
-    "Pong",
-    "Question",
-    "RankStatus",
-    "ReadLog",
-    "Spec",
-]
-__all__ += [
-    "TallyRow",
-    "Unanswered",
-    "Versions",
-    "Watch",
-    "Why",
-    "WorkerState",
-    "Workers",
-    "World",
-    "decode",
-    "encode",
-    "how",
-]
-__all__ += ["FILES_AT_ONCE", "FileInfo", "FilePart", "Files", "ListFiles", "ReadFile"]
-__all__ += ["relay_head", "relayed_job"]
+    "FILES_AT_ONCE", "PART_BYTES", "PROTOCOL", "TALLY_SECONDS", "Because", "Drain", "Drained", "FileInfo", "FilePart",
+    "Files", "JobInfo", "JobOptions", "Jobs", "ListFiles", "ListJobs", "ListWorkers", "LogPart", "Member", "Message",
+    "Ping", "Pong", "Question", "RankStatus", "ReadFile", "ReadLog", "Spec", "TallyRow", "Unanswered", "Versions", "Watch",
+    "Why", "WorkerState", "Workers", "World", "decode", "encode", "how", "relay_head", "relayed_job",
+]  # fmt: skip

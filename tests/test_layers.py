@@ -50,6 +50,7 @@ DECIDERS = (
     "fleet/collectives/schedule.py",
     "fleet/client/fold.py",
     "fleet/client/grid.py",
+    "fleet/client/in_order.py",
     "fleet/client/pool.py",
 )
 IMPURE = frozenset({"time", "random", "os", "socket", "threading", "subprocess", "zmq", "multiprocessing"})

@@ -6,6 +6,7 @@ within seconds (ZMTP heartbeats, rfc.zeromq.org/spec/37) for a machine that is c
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -19,6 +20,7 @@ from fleet.messages import FRAME_LIMIT_BYTES, relayed_job
 Frame = zmq.Frame | bytes | bytearray | memoryview  # a view must stay as it is until it has left
 FRAMES_AT_MOST = 66  # of one relayed message
 HWM = 10_000  # messages; a peer this far behind counts as lost, see Router.send
+BACKLOG_EVERY_S = 0.05
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 3000
 
 
@@ -40,6 +42,17 @@ class Lost:
 
 # The kernel took the connection, and nobody said a word until the handshake's time was up: the process there stands still.
 _SILENCE = (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EAGAIN)
+
+
+class Sent(Enum):
+    """What became of a message. True only if it is on its way."""
+
+    YES = auto()
+    FULL = auto()  # nobody has read for long; what is not sent is lost unless its sender says it again
+    GONE = auto()  # the peer is not connected
+
+    def __bool__(self) -> bool:
+        return self is Sent.YES
 
 
 class Link(Enum):
@@ -64,11 +77,6 @@ class _Monitor:
         return found
 
 
-def _detect_silence(socket: zmq.Socket[bytes]) -> None:
-    socket.heartbeat_ivl = HEARTBEAT_MS
-    socket.heartbeat_timeout = socket.heartbeat_ttl = HEARTBEAT_TIMEOUT_MS
-
-
 class Router:
     """One bound socket. `receive` yields what arrived and who was lost; `poll_sockets` are what to wait for."""
 
@@ -76,8 +84,6 @@ class Router:
         self._socket = bus.socket(zmq.ROUTER, HWM, FRAME_LIMIT_BYTES)
         self._socket.router_mandatory = True  # an unknown peer is an error, never a silent drop
         self._socket.router_handover = True  # the same peer on a new connection wins over its ghost
-        if endpoint.startswith("tcp:"):
-            _detect_silence(self._socket)
         self._monitor = _Monitor(bus, self._socket, WATCHED)
         self.endpoint = bus.bind(self._socket, endpoint)
         self.strangers = Strangers(self.endpoint, hears=True)
@@ -114,15 +120,17 @@ class Router:
                 self._descriptor_of[peer] = descriptor
         return found
 
-    def send(self, peer: bytes, data: bytes, rest: Sequence[Frame] = ()) -> bool:
-        """False if the peer is not connected, or so far behind that its queue is full."""
+    def send(self, peer: bytes, data: bytes, rest: Sequence[Frame] = ()) -> Sent:
+        """FULL: the peer is there, and so far behind that it counts as lost."""
         try:
             self._socket.send_multipart([peer, data, *rest], zmq.DONTWAIT, copy=not rest)
         except zmq.ZMQError as error:
-            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                return False
+            if error.errno == zmq.EAGAIN:
+                return Sent.FULL
+            if error.errno == zmq.EHOSTUNREACH:
+                return Sent.GONE
             raise
-        return True
+        return Sent.YES
 
     def descriptors(self) -> list[int]:
         """What to wait for where several threads use this socket, one at a time; see `has_event`."""
@@ -154,13 +162,32 @@ class Dealer:
     def __init__(self, bus: Bus, endpoint: str, identity: bytes) -> None:
         self._socket = bus.socket(zmq.DEALER, HWM, FRAME_LIMIT_BYTES)
         self._socket.routing_id = identity
+        # Of both sides this one alone pings, and says after what silence the other one is to hang up. libzmq 4.3 aborts where
+        # a socket that pings has a full queue of what it received and its peer goes ("!_io_error"): a member could end an
+        # orchestrator so. Here that queue has no bound of its own; what is asked for, and credit, bound it.
+        self._socket.rcvhwm = 0
         if endpoint.startswith("tcp:"):
-            _detect_silence(self._socket)
+            self._socket.heartbeat_ivl = HEARTBEAT_MS
+            self._socket.heartbeat_timeout = self._socket.heartbeat_ttl = HEARTBEAT_TIMEOUT_MS
         watched = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | BROKEN_HANDSHAKE
         self._monitor = _Monitor(bus, self._socket, watched)
         self._shaking_hands = False
+        self._backlog: deque[bytes] = deque()  # put, and not sent: the queue was full
         bus.connect(self._socket, endpoint)
         self.poll_sockets = (self._socket, self._monitor.socket)
+
+    def put(self, data: bytes) -> None:
+        """Sends it, in its order, once the queue has room: now, or while this side receives. It is lost with neither."""
+        self._backlog.append(data)
+        self._send_backlog()
+
+    def _send_backlog(self) -> None:
+        while self._backlog and self.send(self._backlog[0]):
+            self._backlog.popleft()
+
+    def patience(self, wait_s: float | None) -> float | None:
+        """How long to wait for messages at most, since what could not be sent is tried again with `receive`."""
+        return wait_s if not self._backlog else min(BACKLOG_EVERY_S, BACKLOG_EVERY_S if wait_s is None else wait_s)
 
     def changes(self) -> list[Link]:
         """How the connection changed since the last call."""
@@ -181,6 +208,7 @@ class Dealer:
 
     def receive(self) -> list[Arrived]:
         """All messages that are there, at most a batch; waits for nothing."""
+        self._send_backlog()
         found: list[Arrived] = []
         for _ in range(256):
             try:
@@ -190,10 +218,10 @@ class Dealer:
             found.append(Arrived(b"", frames[0].bytes, tuple(frames[1:])))
         return found
 
-    def send(self, data: bytes, rest: Sequence[Frame] = ()) -> bool:
-        """False if the queue is full, which means that nobody has read for long."""
+    def send(self, data: bytes, rest: Sequence[Frame] = ()) -> Sent:
+        """YES: it goes over this connection or, while that is down, over the next one. FULL: it does not."""
         try:
             self._socket.send_multipart([data, *rest], zmq.DONTWAIT, copy=not rest)
         except zmq.Again:
-            return False
-        return True
+            return Sent.FULL
+        return Sent.YES

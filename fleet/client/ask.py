@@ -31,7 +31,7 @@ def answers(
             poller.wait(deadline.clock.waits(deadline.left_s))
             for link in dealer.changes():
                 if link is Link.UP:
-                    dealer.send(m.encode(hello(versions)))
+                    dealer.put(m.encode(hello(versions)))
                 elif link is Link.DENIED:
                     denied_count += 1
                     if denied_count >= DENIALS_UNTIL_FINAL:
@@ -49,7 +49,7 @@ def answers(
                 if isinstance(message, m.Welcome):
                     welcomed = True
                     if question is not None:
-                        dealer.send(m.encode(question))
+                        dealer.put(m.encode(question))
                 yield message
     if not welcomed:
         raise ConfigError(f"no orchestrator answered at {target.name} within {target.timeout_s:g} s")
@@ -79,7 +79,7 @@ def ping(endpoint: str, timeout_s: float) -> m.Pong | None:
     with Bus(Lock()) as bus:
         dealer = Dealer(bus, endpoint, f"ping/{uuid.uuid4().hex}".encode())
         poller = Poller(dealer.poll_sockets)
-        dealer.send(m.encode(m.Ping()))
+        dealer.put(m.encode(m.Ping()))
         while deadline.left_s:
             poller.wait(deadline.clock.waits(deadline.left_s))
             dealer.changes()

@@ -231,7 +231,7 @@ class Conversation:
         return [answers[number] for number in order]
 
     def _send(self, message: m.Message) -> None:
-        self._dealer.send(m.encode(message))
+        self._dealer.put(m.encode(message))
 
     def _until(
         self,
@@ -253,7 +253,7 @@ class Conversation:
                 raise ConfigError(
                     f"no orchestrator answered at {name} within {timeout_s:g} s: is it running, and is the address right?"
                 )
-            self._poller.wait(self._clock.waits(left_s))
+            self._poller.wait(self._clock.waits(self._dealer.patience(left_s)))
             self._clock.now()
             for link in self._dealer.changes():
                 self._link(link)

@@ -20,7 +20,7 @@ from fleet import config, tasks
 from fleet import messages as m
 from fleet.bus import forks
 from fleet.bus.context import Bus
-from fleet.bus.control import Arrived, Dealer, Router
+from fleet.bus.control import Arrived, Dealer, Router, Sent
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.shared import host_key
 from fleet.client import pool
@@ -36,6 +36,7 @@ log = logging.getLogger("fleet.executor")
 
 LEAVE_WITHIN_S = 3.0  # for runners to end, once they were told to
 KILLED_WITHIN_S = 3.0  # for those that had not
+ASK_AGAIN_S = 0.2  # a runner that did not read
 ACKNOWLEDGE_AFTER_S = 0.05  # results that no further call carries the acknowledgement of
 
 
@@ -176,7 +177,7 @@ class Line(Seats):
                             self._sleep(wait_s)
                     self._leave()
                 finally:
-                    self._dealer.send(m.encode(m.Goodbye()))  # what is left of its runners need not wait for it
+                    self._dealer.put(m.encode(m.Goodbye()))  # what is left of its runners need not wait for it
         except BaseException as error:
             self._broken = error
         finally:
@@ -212,7 +213,7 @@ class Line(Seats):
     def _turn(self) -> float | None:
         """Takes in all that happened; returns how long to wait for more. None: not at all."""
         while self._unsent:
-            self._dealer.send(m.encode(self._unsent.popleft()))
+            self._dealer.put(m.encode(self._unsent.popleft()))
         for link in self._dealer.changes():
             self._link(link)
         # Taken in one order and acted on in the other: a runner's last result counts before its end, and what was submitted
@@ -235,6 +236,12 @@ class Line(Seats):
             if now >= self._acknowledge_at:
                 self._acknowledge()
             waits.append(max(0.0, self._acknowledge_at - now))
+        for job_id, seat in self._seats.items():
+            if seat.behind_at is not None:
+                if now >= seat.behind_at:
+                    seat.behind_at = None
+                    self._say(job_id, tasks.Sync())
+                waits.append(ASK_AGAIN_S)
         if not self._welcomed:
             waits.append(self._started_at + self._target.timeout_s - now)
             if waits[-1] <= 0:
@@ -247,7 +254,8 @@ class Line(Seats):
         """Outside of the lock: who finds this line asleep may act for it, or wakes it."""
         self._asleep = True
         nothing = not self._inbox and not self._cancels and (not self._finishing or self._works)
-        if nothing and self._wake in self._poller.wait(self._clock.waits(None if wait_s == math.inf else wait_s)):
+        wait_s_or_none = self._dealer.patience(None if wait_s == math.inf else wait_s)
+        if nothing and self._wake in self._poller.wait(self._clock.waits(wait_s_or_none)):
             self._wake.clear()
         self._asleep = False
 
@@ -339,10 +347,14 @@ class Line(Seats):
 
     def _say(self, job_id: str, said: tasks.Said, piece: bytes | None = None) -> None:
         body = [tasks.encode(said)] if piece is None else [tasks.encode(said), piece]
+        seat = self._seats[job_id]
+        sent = Sent.GONE  # a runner that is not there yet is told everything when it comes
         if self._router is None:
-            self._dealer.send(m.relay_head(job_id), body)
-        elif peer := self._seats[job_id].peer:
-            self._router.send(peer, m.relay_head(job_id), body)
+            sent = self._dealer.send(m.relay_head(job_id), body)
+        elif seat.peer:
+            sent = self._router.send(seat.peer, m.relay_head(job_id), body)
+        if sent is Sent.FULL:
+            seat.behind_at = self._clock.look() + ASK_AGAIN_S
 
     def _settle(self, job_id: str, results: list[tuple[tasks.Result, list[Any]]]) -> None:
         """Results that are here with all their buffers."""
@@ -453,7 +465,7 @@ class Line(Seats):
         deadline = Deadline(timeout_s)
         while True:
             while self._unsent:
-                self._dealer.send(m.encode(self._unsent.popleft()))
+                self._dealer.put(m.encode(self._unsent.popleft()))
             if not self._seats or not deadline.left_s:
                 return
             self._poller.wait(deadline.clock.waits(deadline.left_s))

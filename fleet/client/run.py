@@ -17,6 +17,7 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Dealer, Link
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.transfer import read_part
+from fleet.client.in_order import InOrder
 from fleet.client.printer import Printer
 from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, ProtocolError
@@ -49,6 +50,7 @@ class Run:
         self._cancelled_at: float | None = None
         self._wake = Wake()
         self._clock = LifeClock()
+        self._in_order = InOrder()
         self._submitted = self._accepted = False
         self._denied_count = 0
         self._ended: m.Ended | None = None
@@ -78,7 +80,7 @@ class Run:
                 self._target.failure.listen(self._wake.set)
                 try:
                     while self._ended is None:
-                        poller.wait(self._clock.waits(self._until_deadline()))
+                        poller.wait(self._clock.waits(self._orchestrator.patience(self._until_deadline())))
                         self._clock.now()
                         self._wake.clear()
                         self._turn()
@@ -86,7 +88,7 @@ class Run:
                             self._target.failure.check()
                     return self._ended
                 finally:
-                    self._orchestrator.send(m.encode(m.Goodbye()))  # whatever is left of the job need not wait for us
+                    self._orchestrator.put(m.encode(m.Goodbye()))  # whatever is left of the job need not wait for us
         finally:
             self._printer.finish(self._clock.now())
             self._wake.close()
@@ -134,7 +136,7 @@ class Run:
     def _link(self, link: Link) -> None:
         if link is Link.UP:
             self._denied_count = 0
-            self._orchestrator.send(m.encode(self._hello))
+            self._orchestrator.put(m.encode(self._hello))
         elif link is Link.DENIED:
             self._denied_count += 1
             if self._denied_count >= DENIALS_UNTIL_FINAL:
@@ -149,9 +151,9 @@ class Run:
         if isinstance(message, m.Welcome):
             # Before it was accepted it may have been lost with its message; after that it must not start a second time.
             self._submitted = True
-            self._orchestrator.send(m.encode(replace(self._submit, again=self._accepted)))
+            self._orchestrator.put(m.encode(replace(self._submit, again=self._accepted)))
         elif isinstance(message, m.Unknown):
-            self._orchestrator.send(m.encode(self._hello))
+            self._orchestrator.put(m.encode(self._hello))
         elif isinstance(message, m.Refused):
             raise ConfigError(f"the orchestrator at {self._target.name} refused this client: {message.reason}")
         elif isinstance(message, m.Accepted):
@@ -159,16 +161,22 @@ class Run:
         elif isinstance(message, m.Rejected) and message.job_id == self.job_id:
             self._ended = m.Ended(self.job_id, f"not taken: {message.reason}", -1)
         elif isinstance(message, m.Want) and self._bundle is not None:
-            self._orchestrator.send(m.encode(read_part(self._bundle, message)))
+            self._orchestrator.put(m.encode(read_part(self._bundle, message)))
         elif isinstance(message, m.Waiting) and not self._target.local:
             self._say(f"job {message.job_id} waits: {message.reason}")
         elif isinstance(message, m.Started):
             self._started(message)
         elif isinstance(message, m.Output):
-            self._printer.write(message.rank, message.stream, message.data, self._clock.now())
-            self._orchestrator.send(m.encode(m.OutputAck(self.job_id, message.rank, len(message.data))))
+            self._output(message)
         elif isinstance(message, m.Ended) and message.job_id == self.job_id:
             self._ended = message
+
+    def _output(self, output: m.Output) -> None:
+        if self._in_order.is_next(output):
+            self._printer.write(output.rank, output.stream, output.data, self._clock.now())
+        self._orchestrator.put(m.encode(self._in_order.ack(output)))
+        if (repeat := self._in_order.gap(output)) is not None:
+            self._orchestrator.put(m.encode(repeat))
 
     def _started(self, started: m.Started) -> None:
         if not self._target.local:
@@ -180,7 +188,7 @@ class Run:
         if not again:
             self._cancelled_at = self._clock.now()
             self._say("stopping all ranks (once more: at once)")
-        self._orchestrator.send(m.encode(m.Cancel(self.job_id, again, signal)))
+        self._orchestrator.put(m.encode(m.Cancel(self.job_id, again, signal)))
         if again or not self._submitted:
             self._ended = m.Ended(self.job_id, "cancelled", -1)
 

@@ -19,6 +19,7 @@ from fleet.client import pool
 from fleet.client.arrivals import Arrivals
 from fleet.client.calls import Packed
 from fleet.client.here import Place
+from fleet.client.in_order import InOrder
 from fleet.client.prints import Prints
 from fleet.client.run import DENIALS_UNTIL_FINAL
 from fleet.client.target import hello
@@ -45,6 +46,9 @@ class Seat:
     where: str = ""  # worker and pid, once it is there
     worker: str = ""
     peer: bytes = b""  # where it is reached directly
+    behind_at: float | None = (
+        None  # it does not read, and something said to it was lost: when it is asked what it holds
+    )
     functions: pickling.Functions = field(default_factory=pickling.Functions)  # that the runner has
     arrived: list[int] = field(default_factory=list)  # results to acknowledge
 
@@ -88,6 +92,7 @@ class Seats(ABC):
         self._seats: dict[str, Seat] = {}
         self._unsent: deque[m.Message] = deque()  # to the orchestrator
         self._prints = Prints()
+        self._in_order = InOrder()
         self._said: set[str] = set()
         self._denied_count = 0
         self._welcomed = False
@@ -111,7 +116,7 @@ class Seats(ABC):
     def _link(self, link: Link) -> None:
         if link is Link.UP:
             self._denied_count = 0
-            self._dealer.send(m.encode(hello(versions())))
+            self._dealer.put(m.encode(hello(versions())))
         elif link is Link.DENIED:
             self._denied_count += 1
             if self._denied_count >= DENIALS_UNTIL_FINAL:
@@ -135,16 +140,19 @@ class Seats(ABC):
         if isinstance(message, m.Welcome):
             self._welcome()
         elif isinstance(message, m.Unknown):
-            self._dealer.send(m.encode(hello(versions())))
+            self._dealer.put(m.encode(hello(versions())))
         elif isinstance(message, m.Refused):
             raise ConfigError(f"the orchestrator at {self._target.name} refused this client: {message.reason}")
         elif isinstance(message, m.Workers):
             self._size(message)
         elif isinstance(message, m.Want) and self._place.bundle is not None:
-            self._dealer.send(m.encode(read_part(self._place.bundle, message)))
+            self._dealer.put(m.encode(read_part(self._place.bundle, message)))
         elif isinstance(message, m.Output):
-            self._prints.write(message.job_id, message.stream, message.data)
-            self._dealer.send(m.encode(m.OutputAck(message.job_id, message.rank, len(message.data))))
+            if self._in_order.is_next(message):
+                self._prints.write(message.job_id, message.stream, message.data)
+            self._dealer.put(m.encode(self._in_order.ack(message)))
+            if (repeat := self._in_order.gap(message)) is not None:
+                self._dealer.put(m.encode(repeat))
         elif isinstance(message, SEATS_NEWS) and message.job_id in self._seats:
             self._about_seat(self._seats[message.job_id], message)
 
@@ -154,10 +162,10 @@ class Seats(ABC):
             if self._wishes.count:
                 self._begun()
             if not self._wishes.count or not self._target.local:
-                self._dealer.send(m.encode(m.ListWorkers()))
+                self._dealer.put(m.encode(m.ListWorkers()))
         for seat in self._seats.values():
             again = m.Submit(seat.submit.job_id, 1, seat.submit.spec, seat.accepted, options=self._options)
-            self._dealer.send(m.encode(again))
+            self._dealer.put(m.encode(again))
 
     def _size(self, found: m.Workers) -> None:
         """Raises ConfigError where no worker can run this process' functions. Some may: their jobs say which Python they need."""
@@ -216,6 +224,7 @@ class Seats(ABC):
         del self._seats[job_id]
         self._arrivals.drop(job_id)
         self._prints.end(job_id)
+        self._in_order.drop(job_id)
         self._step(pool.RunnerEnded(job_id, reason, task_id))
 
     # Runners that are there

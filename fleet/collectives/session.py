@@ -147,14 +147,14 @@ class Session:
             tally_at = 0.0
             while not self._closing.is_set():
                 while not self._out.empty():
-                    agent.send(m.encode(self._out.get()))
+                    agent.put(m.encode(self._out.get()))
                 for arrived in agent.receive():
                     self._take(arrived.data)
                 agent.changes()  # nothing to decide: an agent that is gone takes this process with it
                 if monotonic() >= tally_at:
                     tally_at = monotonic() + TALLY_EVERY_S
                     self._tell_tally(agent)
-                poller.wait(max(0.0, tally_at - monotonic()))
+                poller.wait(agent.patience(max(0.0, tally_at - monotonic())))
                 self._wake.clear()
             self._tell_tally(agent, last=True)
 
@@ -173,7 +173,7 @@ class Session:
         )
         if rows or inside_s or self._told_inside or refused_count or last:
             s = self._settings
-            agent.send(m.encode(m.Tally(s.job_id, s.attempt, s.rank, tuple(rows), inside_s, refused_count, made)))
+            agent.put(m.encode(m.Tally(s.job_id, s.attempt, s.rank, tuple(rows), inside_s, refused_count, made)))
         self._told_inside = bool(inside_s)
 
     def _take(self, data: bytes) -> None:

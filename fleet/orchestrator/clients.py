@@ -15,7 +15,6 @@ from fleet.orchestrator.uploads import Uploads
 from fleet.values import amount_of
 
 LEFT_AT_MOST = 64  # sentences about what one job's workers and attempts left behind
-EVERYTHING_BYTES = 1 << 40
 PAGE_BYTES = 1 << 20  # of jobs in one answer: a frame has 8 MB, and the largest job less than 7
 
 
@@ -36,8 +35,18 @@ class Clients(Gangs):
             self._part(peer, message)
         elif isinstance(message, m.OutputAck):
             job = self.jobs.get(message.job_id)
-            if job is not None and job.client == peer and message.rank < len(job.seats):
-                self._send_worker(job.seats[message.rank], message)
+            if (
+                job is not None
+                and job.client == peer
+                and message.rank < len(job.seats)
+                and message.attempt == job.attempt
+            ):
+                self._acknowledged(job, message)
+        elif isinstance(message, m.Repeat):
+            job = self.jobs.get(message.job_id)
+            live = job is not None and (job.state in ON_WORKERS or job.job_id in self.owed)
+            if job is not None and live and job.client == peer and job.attempt == message.attempt:
+                self._tell_workers(job, message)
         elif isinstance(message, m.Cancel):
             self._cancel(peer, message)
         elif isinstance(message, m.ListWorkers):
@@ -100,19 +109,17 @@ class Clients(Gangs):
         self._send(peer, m.Accepted(job.job_id))
         if job.client != peer:
             return
-        if job.state is JobState.ENDED:
+        if job.state is JobState.ENDED and self.owed.get(job.job_id):
+            self._tell_workers(job, m.Repeat(job.job_id, job.attempt))  # and then the result: see Repeated
+            self.repeating[job.job_id] = set(self.owed[job.job_id])
+        elif job.state is JobState.ENDED:
             self._send(peer, job.result())
         elif job.state in ON_WORKERS:
             if job.state is JobState.RUNNING:
                 self._send(peer, m.Started(job.job_id, job.hosts, job.seats))
-            self._acknowledge_all(job)
+            self._tell_workers(job, m.Repeat(job.job_id, job.attempt))  # what was on its way may be lost
         elif job.state is JobState.QUEUED and job.waits_for:
             self._send(peer, m.Waiting(job.job_id, job.waits_for))
-
-    def _acknowledge_all(self, job: Job) -> None:
-        """What its client acknowledged, or never got, may be lost with a connection: ranks must not wait for that."""
-        for rank, worker_id in enumerate(job.seats):
-            self._send_worker(worker_id, m.OutputAck(job.job_id, rank, EVERYTHING_BYTES))
 
     def _unacceptable(self, submit: m.Submit) -> str:
         """Why a job is not taken; empty: it is."""
@@ -177,6 +184,22 @@ class Clients(Gangs):
             self._tell_workers(job, m.Stop(job.job_id, job.attempt, reason, kill=True))
         else:
             self._stop(job, reason, cancel.kill, cancel.signal)
+
+    def _acknowledged(self, job: Job, ack: m.OutputAck) -> None:
+        job.acked[ack.rank] = max(ack.number, job.acked.get(ack.rank, 0))
+        if job.state in ON_WORKERS:
+            self._send_worker(job.seats[ack.rank], ack)
+        elif not job.owes_output:
+            self._settle(job)
+
+    def _repeated(self, job: Job, worker_id: str) -> None:
+        """A worker has said all again that the client may lack, or is gone: the result follows once all have."""
+        waiting = self.repeating.get(job.job_id)
+        if waiting is not None:
+            waiting.discard(worker_id)
+            if not waiting:
+                del self.repeating[job.job_id]
+                self._send(job.client, job.result())
 
     # Looking at jobs
 

@@ -21,6 +21,7 @@ from fleet.orchestrator.state import (
     Effect,
     Event,
     KeepOutput,
+    PeerBehind,
     PeerDied,
     PeerLost,
     Received,
@@ -40,6 +41,7 @@ CLAIM_AFTER_S = (
     HEARTBEAT_S / 2
 )  # since a newcomer's first hello: what its rival had said before it ended is read by then
 RECONNECT_GRACE_S = 2.0
+TELL_AGAIN_S = 0.5
 RETURN_WITHIN_S = 6.0  # workers and clients of an orchestrator that was restarted: their backoff is up to 2 s
 
 
@@ -54,6 +56,7 @@ class Core(Clients):
     lenient_until: float = 0.0  # after a stillness of this process, which may have cost connections
     # By worker id: the connection of a newcomer that wants the id of a worker that is there, and when it first said so.
     claims: dict[str, tuple[bytes, float]] = field(default_factory=dict)
+    behind: dict[bytes, float] = field(default_factory=dict)  # peers that do not read: when they are told to say hello
     missed: dict[str, float] = field(default_factory=dict)  # workers from before a restart: when they are given up
     gone: dict[bytes, float] = field(default_factory=dict)  # clients whose connection is down: when they are given up
     numbering: str = ""  # of processes, see bus.process
@@ -65,7 +68,10 @@ class Core(Clients):
         if isinstance(event, Received):
             self._received(event.peer, event.message, now)
         elif isinstance(event, PeerLost):
+            self.behind.pop(event.peer, None)
             self._peer_lost(event.peer, now)
+        elif isinstance(event, PeerBehind):
+            self._peer_behind(event.peer, now)
         elif isinstance(event, PeerDied):
             if self.clients.get(event.peer) is not None:  # lost, and not back
                 self._client_gone(event.peer, CLIENT_GONE)
@@ -94,6 +100,7 @@ class Core(Clients):
                 continue
             if job.spec.digest:
                 self.bundle_users[job.spec.digest] += 1
+            job.kept_unknown = job.state in ON_WORKERS
             if job.state is JobState.FETCHING:  # it was whole when it was written down
                 job.move(JobState.QUEUED)
             if job.state is JobState.QUEUED:
@@ -122,7 +129,7 @@ class Core(Clients):
 
     def next_deadline(self) -> float | None:
         """When to send a Tick if nothing else happens."""
-        deadlines = [*self.missed.values(), *self.hand_backs.values(), *self.gone.values()]
+        deadlines = [*self.missed.values(), *self.hand_backs.values(), *self.gone.values(), *self.behind.values()]
         if (upload_until := self.uploads.next_deadline()) is not None:
             deadlines.append(upload_until)
         if self.heard:
@@ -159,6 +166,7 @@ class Core(Clients):
             self._worker_hello(peer, message, now)
         elif isinstance(message, m.ClientHello):
             self.clients[peer] = None
+            self.behind.pop(peer, None)
             self.gone.pop(peer, None)
             if self.numbering and message.numbering == self.numbering:
                 self.pids[peer] = message.pid
@@ -197,6 +205,7 @@ class Core(Clients):
             self._log("info", f"worker {worker_id} is back")
         self.missed.pop(worker_id, None)
         self.away.pop(worker_id, None)
+        self.behind.pop(peer, None)
         self.heard[worker_id] = now
         self.heard.move_to_end(worker_id)
         worker.leaving, worker.drained = hello.leaving, worker_id in self.drained
@@ -207,7 +216,9 @@ class Core(Clients):
             if held is None or held.attempt != attempt or worker_id not in held.seats:
                 self._send(peer, m.Stop(job_id, attempt, "the orchestrator no longer knows this job", kill=True))
                 self._send(peer, m.Forget(job_id, attempt))
-            elif held.state is JobState.ENDED:
+            elif worker_id in self.repeating.get(job_id, ()):
+                self._send(peer, m.Repeat(job_id, attempt))
+            elif held.state is JobState.ENDED and worker_id not in self.owed.get(job_id, ()):
                 self._send(peer, m.Forget(job_id, attempt))
         self._resend(worker)
         self._place()
@@ -254,19 +265,31 @@ class Core(Clients):
                 if job.spec.kind == "tasks":
                     self._send(job.client, m.Started(job.job_id, job.hosts, job.seats))
 
+    def _peer_behind(self, peer: bytes, now: float) -> None:
+        """As good as lost, and what it has missed it is told as after a lost connection: once it says hello, as it is told to."""
+        worker = self._worker_at(peer)
+        if self.clients.get(peer, 0.0) is None or (worker is not None and worker.lost_since is None):
+            self.behind[peer] = now + TELL_AGAIN_S
+            self._log(
+                "warning",
+                f"peer {peer.decode(errors='replace')} does not read what it is sent: it has to say hello again",
+            )
+            self._peer_lost(peer, now)
+
     def _peer_lost(self, peer: bytes, now: float) -> None:
         worker = self._worker_at(peer)
         if worker is not None:
+            if worker.lost_since is not None:
+                return
             worker.lost_since, self.away[worker.worker_id] = now, self._given_up_at(now)
             self._open_or_close(worker)
             self._log("warning", f"worker {worker.worker_id} lost its connection")
-        elif peer in self.clients:
+        elif self.clients.get(peer, 0.0) is None:
             self.clients[peer] = now
             grace_s = RECONNECT_GRACE_S
             for job in self.jobs.values():
                 if job.client == peer and job.state is not JobState.ENDED:
                     grace_s = max(grace_s, job.options.grace_s)
-                    self._acknowledge_all(job)
             self.gone[peer] = max(now + grace_s, self.lenient_until)
 
     def _given_up_at(self, now: float) -> float:
@@ -293,6 +316,12 @@ class Core(Clients):
         while self.heard and now >= (since := next(iter(self.heard.values()))) + HEARTBEAT_TIMEOUT_S:
             self.counts.heartbeats_missed += round((now - since) / HEARTBEAT_S)
             self._evict(self.workers[next(iter(self.heard))], f"was lost: no heartbeat for {HEARTBEAT_TIMEOUT_S:g} s")
+        for peer in [peer for peer, since in self.behind.items() if now >= since]:
+            if self.clients.get(peer) is None and self._worker_at(peer) is None:
+                del self.behind[peer]  # given up
+                continue
+            self.behind[peer] = now + TELL_AGAIN_S
+            self._send(peer, m.Unknown())
         for worker_id in [worker_id for worker_id, until in self.missed.items() if now >= until]:
             del self.missed[worker_id]
             self._give_up(
@@ -325,6 +354,7 @@ class Core(Clients):
             if job.client == peer:
                 if job.state is JobState.FETCHING and (peer, job.spec.digest) in self.uploads:
                     self._drop_upload(peer, job.spec.digest)
+                self._settle(job)
                 self._stop(job, reason)
 
     def _evict(self, worker: Worker, why: str) -> None:
@@ -337,6 +367,9 @@ class Core(Clients):
         self._log("info" if why == "left" else "warning", f"worker {worker_id} {why}")
         self.counts.workers_lost += why != "left"
         self._give_up(worker_id, worker.hello.host, why)
+        for job_id in [job_id for job_id, holders in self.owed.items() if worker_id in holders]:
+            self.owed[job_id].discard(worker_id)
+            self._repeated(self.jobs[job_id], worker_id)
 
     def _give_up(self, worker_id: str, host: str, why: str) -> None:
         jobs = self._jobs_on(worker_id)
@@ -391,16 +424,40 @@ class Core(Clients):
         elif isinstance(message, m.Files | m.FilePart | m.Stored | m.Left):
             self._tell_of_output(worker, message)
         elif isinstance(
-            message, m.HandBack | m.Assigned | m.AssignFailed | m.RankExited | m.Output | m.Join | m.Ask | m.Answer
+            message,
+            m.Repeated | m.HandBack | m.Assigned | m.AssignFailed | m.RankExited | m.Output | m.Join | m.Ask | m.Answer,
         ):
             job = self.jobs.get(message.job_id)
             known = job is not None and job.attempt == message.attempt and worker.worker_id in job.seats
             if job is not None and known and job.state in ON_WORKERS:
                 self._about_job(job, worker, message)
-            elif not isinstance(message, m.Output | m.Ask | m.Answer):
+            elif job is not None and known and worker.worker_id in self.owed.get(job.job_id, ()):
+                if isinstance(message, m.Output):
+                    self._send(job.client, message)
+                elif isinstance(message, m.Repeated):
+                    self._repeated(job, worker.worker_id)
+            elif not isinstance(message, m.Output | m.Ask | m.Answer | m.Repeated):
                 # It was given up while that worker was away, or heard of too late: whatever it holds, it need not.
                 self._send(worker.peer, m.Stop(message.job_id, message.attempt, "it was given up", kill=True))
                 self._send(worker.peer, m.Forget(message.job_id, message.attempt))
+
+    def _output(self, job: Job, worker: Worker, output: m.Output) -> None:
+        """Goes on to the client. One that is away has it later: until it acknowledges, the worker keeps it."""
+        if job.client:
+            job.printed[output.rank] = max(output.number, job.printed.get(output.rank, 0))
+        if self._reaches(job.client):
+            self._send(job.client, output)
+        elif job.detached:
+            last = job.kept.get(output.rank, output.number - 1 if job.kept_unknown else 0)
+            if output.number > last + 1:  # one before it was lost
+                if job.asked.get(output.rank) != last:  # once, since all of them come again
+                    job.asked[output.rank] = last
+                    self._send(worker.peer, m.Repeat(job.job_id, job.attempt))
+                return
+            if output.number == last + 1:
+                job.kept[output.rank] = output.number
+                self._effects.append(KeepOutput(job.job_id, output.rank, output.data))
+            self._send(worker.peer, m.OutputAck(job.job_id, job.attempt, output.rank, output.number))
 
     def _about_job(self, job: Job, worker: Worker, message: m.Message) -> None:
         if isinstance(message, m.RankExited | m.Output | m.Join):
@@ -418,13 +475,7 @@ class Core(Clients):
         elif isinstance(message, m.Join):
             self._joined(job, worker, message)
         elif isinstance(message, m.Output):
-            if self._reaches(job.client):
-                self._send(job.client, message)
-                return
-            if job.detached:
-                self._effects.append(KeepOutput(job.job_id, message.rank, message.data))
-            # Nobody reads who would say so: keep its worker from waiting for that.
-            self._send(worker.peer, m.OutputAck(job.job_id, message.rank, len(message.data)))
+            self._output(job, worker, message)
         elif isinstance(message, m.RankExited):
             self._exited(job, message.status, message.made)
         elif isinstance(message, m.Ask):

@@ -56,6 +56,9 @@ class Gangs:
     # When assigned jobs are given up; the one whose workers have shown nothing for longest is first. Invariant: the keys are the
     # jobs in that state.
     preparing: OrderedDict[str, float] = field(default_factory=OrderedDict)
+    # Jobs that have ended, whose client has not acknowledged all that they printed: the workers that keep it, until it has.
+    owed: dict[str, set[str]] = field(default_factory=dict)
+    repeating: dict[str, set[str]] = field(default_factory=dict)  # by job: workers that a result waits for
     ended: deque[str] = field(default_factory=deque)  # in the order in which they ended
     bundle_users: Counter[str] = field(default_factory=Counter)  # jobs that have not ended, by digest
     submitted_count: int = 0
@@ -336,7 +339,10 @@ class Gangs:
         elif reason == RELEASED:
             outcome = "succeeded"
         self.waiting.remove(job.job_id)
-        self._tell_workers(job, m.Forget(job.job_id, job.attempt))
+        if job.owes_output and job.client in self.clients:
+            self.owed[job.job_id] = {worker_id for worker_id in job.workers if worker_id in self.workers}
+        else:
+            self._tell_workers(job, m.Forget(job.job_id, job.attempt))
         self._unseat(job)
         job.end(reason, job.outcome or outcome, self._now)
         self._release_bundle(job)
@@ -372,7 +378,15 @@ class Gangs:
             self.ended.popleft()
             self._forget(job)
 
+    def _settle(self, job: Job) -> None:
+        """Its client has all that was printed, or is gone: workers need not keep it."""
+        if self.owed.pop(job.job_id, None) is not None:
+            self._tell_workers(job, m.Forget(job.job_id, job.attempt))
+        if self.repeating.pop(job.job_id, None) is not None:
+            self._send(job.client, job.result())
+
     def _forget(self, job: Job) -> None:
+        self._settle(job)
         del self.jobs[job.job_id]
         self._effects.append(Erase(job.job_id))
         for worker_id in job.held_by:  # one that is away says later what it has: see Stored
@@ -400,8 +414,11 @@ class Gangs:
         return self.clients.get(client, 0.0) is None
 
     def _send(self, peer: bytes, message: m.Message) -> None:
-        if peer:  # a detached job has no client
-            self._effects.append(Send(peer, message))
+        if not peer:
+            return  # a detached job has no client
+        if self.clients.get(peer) is not None and not isinstance(message, m.Unknown | m.Welcome):
+            return  # it is away, or lacks something: when it is back it asks for all that matters, in its order
+        self._effects.append(Send(peer, message))
 
     def _send_worker(self, worker_id: str, message: m.Message) -> None:
         if worker_id in self.workers:

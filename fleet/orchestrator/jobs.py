@@ -92,6 +92,11 @@ class Job:
     unfit: frozenset[str] = frozenset()  # workers that could not prepare it
     joined: dict[int, m.Member] = field(default_factory=dict)
     made: dict[int, Made] = field(default_factory=dict)  # by rank that has ended: the collectives that it made
+    kept: dict[int, int] = field(default_factory=dict)  # by rank: the number of its last output in the log
+    printed: dict[int, int] = field(default_factory=dict)  # by rank: the number of its last output for the client
+    acked: dict[int, int] = field(default_factory=dict)  # and of the last one that the client has
+    asked: dict[int, int] = field(default_factory=dict)  # by rank: what that number was when what follows was asked for
+    kept_unknown: bool = False  # an orchestrator before this one kept some of it
     curious: set[bytes] = field(default_factory=set)  # clients that asked why, and get the ranks' answers
     watchers: set[bytes] = field(default_factory=set)  # clients that are told when it has ended
     _shares: tuple[tuple[str, ...], dict[str, tuple[int, ...]]] = field(default=((), {}), repr=False, compare=False)
@@ -117,6 +122,11 @@ class Job:
             self._shares = self.seats, {seat: tuple(ranks) for seat, ranks in found.items()}
         return self._shares[1]
 
+    @property
+    def owes_output(self) -> bool:
+        """Whether its client may lack some of what was printed."""
+        return any(self.acked.get(rank, 0) < number for rank, number in self.printed.items())
+
     def launch(self) -> m.Launch:
         return m.Launch(self.job_id, self.attempt, self.hosts[0], self.ports[self.workers[0]])
 
@@ -139,13 +149,14 @@ class Job:
         self.queued_at = now
         self.seats, self.hosts, self.waits_for, self.reason, self.cause = (), (), "", "", -1
         self.starts_again = False
-        for kept in (self.ports, self.joined, self.made, self.exits):
+        self.kept_unknown = False
+        for kept in (self.ports, self.joined, self.made, self.exits, self.kept, self.asked, self.printed, self.acked):
             kept.clear()
 
     def end(self, reason: str, outcome: str, now: float) -> None:
         self.move(JobState.ENDED)
         self.reason, self.outcome, self.ended_at = reason, outcome, now
-        for kept in (self.ports, self.joined, self.made, self.curious):
+        for kept in (self.ports, self.joined, self.made, self.curious, self.kept, self.asked):
             kept.clear()
         for rank, status in self.exits.items():
             self.exits[rank] = _with_tail(status, TAIL_KEPT_CHARS)

@@ -16,7 +16,7 @@ from time import monotonic, time
 
 from fleet import messages as m
 from fleet.bus.context import Bus
-from fleet.bus.control import Arrived, Lost, Router
+from fleet.bus.control import Arrived, Lost, Router, Sent
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.process import numbering, watch_end
@@ -38,6 +38,7 @@ from fleet.orchestrator.state import (
     FetchBundle,
     KeepOutput,
     Log,
+    PeerBehind,
     PeerDied,
     PeerLost,
     Received,
@@ -248,7 +249,7 @@ class Service:
     def _arrived(self, arrived: Arrived) -> None:
         if (job_id := m.relayed_job(arrived.data)) is not None:
             if (receiver := self._core.relay_to(arrived.peer, job_id)) is not None:
-                self._router.send(receiver, arrived.data, arrived.rest)
+                self._sent(receiver, self._router.send(receiver, arrived.data, arrived.rest))
             return
         try:
             message = m.decode(arrived.data)
@@ -334,12 +335,11 @@ class Service:
     def _perform(self, effect: Effect) -> list[Event]:
         """Carries out one effect; returns what came of it at once."""
         if isinstance(effect, Send):
-            # One that is gone is told of by PeerLost. One that is here and does not read is as good as gone.
-            self._router.send(effect.peer, m.encode(effect.message))
+            self._sent(effect.peer, self._router.send(effect.peer, m.encode(effect.message)))
         elif isinstance(effect, Log):
             log.log(logging.getLevelNamesMapping()[effect.level.upper()], effect.text)
         elif isinstance(effect, ServeBundle):
-            self._router.send(effect.peer, m.encode(self._bundles.serve(effect.want)))
+            self._sent(effect.peer, self._router.send(effect.peer, m.encode(self._bundles.serve(effect.want))))
         elif isinstance(effect, FetchBundle):
             return self._fetched(
                 effect.digest, effect.peer, lambda: self._bundles.fetch(effect.digest, effect.size_bytes, effect.peer)
@@ -358,6 +358,11 @@ class Service:
             self._serve_log(effect)
         return []
 
+    def _sent(self, peer: bytes, sent: Sent) -> None:
+        """One that is gone is told of by PeerLost. One that is here and does not read is as good as gone."""
+        if sent is Sent.FULL:
+            self._step(PeerBehind(peer))
+
     def _fetched(self, digest: str, peer: bytes, act: Callable[[], m.Want | None]) -> list[Event]:
         try:
             want = act()
@@ -367,7 +372,7 @@ class Service:
         except ValueError as error:
             return [BundleRefused(peer, digest, f"its bundle was refused: {error}")]
         if want is not None:
-            self._router.send(peer, m.encode(want))
+            self._sent(peer, self._router.send(peer, m.encode(want)))
         return [BundleStored(digest)] if self._bundles.has(digest) else []
 
     def _keep_output(self, kept: KeepOutput) -> None:
@@ -386,4 +391,4 @@ class Service:
         except OSError as error:
             why = f"its log cannot be read: {error.strerror}"
             part = m.LogPart(ask.job_id, ask.rank, ask.offset, b"", True, why, ask.question)
-        self._router.send(serve.peer, m.encode(part))
+        self._sent(serve.peer, self._router.send(serve.peer, m.encode(part)))

@@ -71,6 +71,13 @@ class PeerDied:
 
 
 @dataclass(frozen=True)
+class PeerBehind:
+    """A message to a peer was lost, since it does not read what it is sent. Its connection is up."""
+
+    peer: bytes
+
+
+@dataclass(frozen=True)
 class BundleStored:
     """A bundle is there, whole and with the right digest."""
 
@@ -119,7 +126,17 @@ class Tick:
 
 
 Event = (
-    Received | PeerLost | PeerDied | BundleStored | BundleRefused | Saved | SaveFailed | SavesAgain | StoodStill | Tick
+    Received
+    | PeerLost
+    | PeerBehind
+    | PeerDied
+    | BundleStored
+    | BundleRefused
+    | Saved
+    | SaveFailed
+    | SavesAgain
+    | StoodStill
+    | Tick
 )
 
 

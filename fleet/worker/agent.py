@@ -18,7 +18,7 @@ from time import monotonic
 from fleet import config
 from fleet import messages as m
 from fleet.bus.context import Bus
-from fleet.bus.control import Arrived, Dealer, Link, Router
+from fleet.bus.control import Arrived, Dealer, Link, Router, Sent
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.shared import sweep
@@ -51,6 +51,7 @@ from fleet.worker.state import (
     Kill,
     LinkDenied,
     LinkDown,
+    LinkFull,
     LinkUp,
     Listen,
     Log,
@@ -60,6 +61,7 @@ from fleet.worker.state import (
     Printed,
     Remove,
     ReportStored,
+    Resume,
     ServeOutput,
     Settings,
     Shutdown,
@@ -69,6 +71,7 @@ from fleet.worker.state import (
     Tick,
     ToOrchestrator,
     ToRank,
+    Unheard,
 )
 from fleet.worker.usage import Busyness
 from fleet.worker.zygote import Child, Zygote
@@ -181,12 +184,11 @@ class Agent:
             self._step(event)
         for link in self._orchestrator.changes():
             self._step(LINKS[link])
-            if link is Link.UP:
-                self._files.resume()
         for arrived in self._orchestrator.receive():
             if (job_id := m.relayed_job(arrived.data)) is not None:
-                if peer := self._core.runner_of(job_id):
-                    self._ranks.send(peer, arrived.data, arrived.rest)
+                peer = self._core.runner_of(job_id)
+                if peer and self._ranks.send(peer, arrived.data, arrived.rest) is Sent.FULL:
+                    self._step(LinkFull())  # its client says again what the runner may lack, once this worker is back
                 continue
             try:
                 self._step(FromOrchestrator(m.decode(arrived.data)))
@@ -214,8 +216,9 @@ class Agent:
 
     def _from_rank(self, arrived: Arrived) -> None:
         if (job_id := m.relayed_job(arrived.data)) is not None:
-            if self._core.runner_of(job_id) == arrived.peer:
-                self._orchestrator.send(arrived.data, arrived.rest)
+            is_runner = self._core.runner_of(job_id) == arrived.peer
+            if is_runner and self._orchestrator.send(arrived.data, arrived.rest) is Sent.FULL:
+                self._step(LinkFull())
             return
         try:
             message = m.decode(arrived.data)
@@ -249,9 +252,11 @@ class Agent:
     def _perform(self, effect: Effect) -> list[Event]:
         """Carries out one effect; returns what came of it at once."""
         if isinstance(effect, ToOrchestrator):
-            self._orchestrator.send(m.encode(effect.message))
+            if self._orchestrator.send(m.encode(effect.message)) is Sent.FULL:
+                return [LinkFull()]
         elif isinstance(effect, ToRank):
-            self._ranks.send(effect.peer, m.encode(effect.message))
+            if self._ranks.send(effect.peer, m.encode(effect.message)) is Sent.FULL:
+                return [Unheard(effect.peer, effect.message)]
         elif isinstance(effect, Listen):
             self._listen(effect)
         elif isinstance(effect, Kill):
@@ -273,6 +278,8 @@ class Agent:
             self._files.serve(effect.ask)
         elif isinstance(effect, ReportStored):
             self._files.report_stored(effect.cluster_id)
+        elif isinstance(effect, Resume):
+            self._files.resume()
         elif isinstance(effect, DiscardOutput):
             self._files.discard_output(effect.job_ids)
         elif isinstance(effect, Log):

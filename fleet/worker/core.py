@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from fleet import messages as m
 from fleet.bounds import REASON_CHARS
-from fleet.worker.ranks import Ranks
+from fleet.worker.ranks import RETRY_S, Ranks
 from fleet.worker.state import (
     Answered,
     Attempt,
@@ -27,6 +27,7 @@ from fleet.worker.state import (
     Kill,
     LinkDenied,
     LinkDown,
+    LinkFull,
     LinkUp,
     Measured,
     Prepare,
@@ -35,13 +36,16 @@ from fleet.worker.state import (
     Printed,
     Rank,
     ReportStored,
+    Resume,
     ServeOutput,
     Shutdown,
     Spawn,
     Spawned,
     TakePart,
     Tick,
+    ToOrchestrator,
     ToRank,
+    Unheard,
 )
 
 SAY_UNREACHABLE_AFTER_S = 2.0
@@ -89,6 +93,10 @@ class Core(Ranks):
             self._link(event)
         elif isinstance(event, Answered):
             self._send(event.message)
+        elif isinstance(event, LinkFull):
+            self.welcomed = False  # says hello until it is, and then what may be lost
+        elif isinstance(event, Unheard):
+            self._unheard(event)
         elif isinstance(event, Measured):
             self.load = event.load
         elif isinstance(event, Shutdown):
@@ -100,8 +108,10 @@ class Core(Ranks):
 
     def next_deadline(self) -> float | None:
         """When to send a Tick if nothing else happens."""
+        if self.ended:
+            return None
         deadlines = [r.kill_at for r in self._ranks()] + [r.term_at for r in self._ranks()]
-        deadlines += [r.drained_at for r in self._ranks() if not r.paused]
+        deadlines += [self._given_up_at(r) for r in self._ranks()] + [r.owed_at for r in self._ranks()]
         if self.shutting_down:
             deadlines += [r.drained_at for r in self._ranks() if r.drained_at is not None and r.drained_at > self._now]
         else:
@@ -154,7 +164,7 @@ class Core(Ranks):
         hello = m.WorkerHello(
             s.worker_id, s.incarnation, s.advertise, s.slots, s.versions, running, leaving, s.gpus, s.storage_id
         )
-        self._send(hello)
+        self._effects.append(ToOrchestrator(hello))
 
     def _from_orchestrator(self, message: m.Message) -> None:
         if isinstance(message, m.Welcome):
@@ -175,10 +185,10 @@ class Core(Ranks):
         elif isinstance(message, m.Discard):
             self._effects.append(DiscardOutput(message.job_ids))
         elif isinstance(message, m.OutputAck):
-            for (job_id, _), attempt in self.attempts.items():
-                if job_id == message.job_id and message.rank in attempt.ranks:
-                    self._acknowledged(attempt, attempt.ranks[message.rank], message.count_bytes)
-        elif isinstance(message, m.Launch | m.Stop | m.Forget | m.Formed | m.Lost | m.Ask | m.Answer):
+            printed = self.attempts.get((message.job_id, message.attempt))
+            if printed is not None and message.rank in printed.ranks:
+                self._acknowledged(printed, printed.ranks[message.rank], message.number)
+        elif isinstance(message, m.Launch | m.Stop | m.Forget | m.Formed | m.Lost | m.Ask | m.Answer | m.Repeat):
             attempt_or_none = self.attempts.get((message.job_id, message.attempt))
             if attempt_or_none is not None:
                 self._about_attempt(attempt_or_none, message)
@@ -192,15 +202,10 @@ class Core(Ranks):
             for attempt in self.attempts.values():  # no part of its files came while nobody was there
                 attempt.stuck_at = attempt.stuck_at and self._now + STUCK_AFTER_S
         self.welcomed = self.ever_welcomed = self.said_unreachable = True
-        self._effects.append(ReportStored(welcome.cluster_id))
+        self._effects += [ReportStored(welcome.cluster_id), Resume()]
         for attempt in self.attempts.values():  # it may have missed these
             for rank in attempt.ranks.values():
-                # What was on its way may be lost, and then nobody acknowledges it; what was held back goes now.
-                held = sum(len(output.data) for output in rank.held)
-                self._acknowledged(attempt, rank, rank.unread_bytes - held)
-                for output in rank.held:
-                    self._send(output)
-                rank.held.clear()
+                self._tell_output(attempt, rank, again=True)
                 if rank.join is not None and rank.status is None:
                     self._send(rank.join)
                 if rank.status is not None:
@@ -257,6 +262,10 @@ class Core(Ranks):
         elif isinstance(message, m.Ask):
             for rank in attempt.ranks.values():
                 self._ask(attempt, rank, message)
+        elif isinstance(message, m.Repeat):
+            for rank in attempt.ranks.values():
+                self._tell_output(attempt, rank, again=True)
+            self._send(m.Repeated(message.job_id, message.attempt))
 
     # A rank
 
@@ -293,6 +302,13 @@ class Core(Ranks):
         else:
             self._send(message)
 
+    def _unheard(self, event: Unheard) -> None:
+        """What a rank must know it is told again, in order. Who asks it something asks again, or not."""
+        for rank in self._ranks():
+            if rank.peer == event.peer and isinstance(event.message, m.RankWelcome | m.Formed | m.Lost):
+                rank.owed.append(event.message)
+                rank.owed_at = self._now + RETRY_S
+
     # Time, and the end
 
     def _timers(self) -> None:
@@ -322,8 +338,12 @@ class Core(Ranks):
                 if rank.kill_at is not None and self._now >= rank.kill_at:
                     rank.kill_at = None
                     self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGKILL))
-                if rank.drained_at is not None and not rank.paused and self._now >= rank.drained_at:
+                given_up_at = self._given_up_at(rank)
+                if given_up_at is not None and self._now >= given_up_at:
                     self._end_if_drained(attempt, rank, give_up=True)
+                if rank.owed_at is not None and self._now >= rank.owed_at:
+                    owed, rank.owed, rank.owed_at = rank.owed, [], None
+                    self._effects += [ToRank(rank.peer, message) for message in owed]
         if self.drain_until is not None and not self.shutting_down and self._now >= self.drain_until:
             self._log("warning", f"still running after {self.settings.drain_s:g} s: stopping it, to start elsewhere")
             self._hand_back()
@@ -335,7 +355,7 @@ class Core(Ranks):
                 self._log("info", "drained: nothing runs here any more")
                 self.shutting_down = True
         if self.shutting_down and not self.ended and all(self._is_over(rank) for rank in self._ranks()):
-            self._send(m.Goodbye())
+            self._effects.append(ToOrchestrator(m.Goodbye()))
             self._exit("")
 
     def _is_over(self, rank: Rank) -> bool:

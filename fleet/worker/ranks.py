@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from signal import SIGHUP, SIGINT, SIGKILL
+from typing import Literal
 
 from fleet import messages as m
 from fleet.worker.state import (
@@ -27,7 +28,11 @@ from fleet.worker.state import (
 WORLD_CHANGED_GRACE_S = 0.5  # for a rank that was told whom it has lost to say so, before SIGTERM
 STOP_GRACE_S = 1.2  # between SIGTERM and SIGKILL: Ctrl-C promises an end within 2 s
 DRAIN_S = 0.5  # for output that a grandchild holds open after its rank has died
-WINDOW_BYTES = 1 << 20  # of output under way per rank
+UNREAD_S = 2.0  # for a client to read what a rank printed that has ended since, when the job is to end
+WINDOW_BYTES = 1 << 20  # of output of a rank that is not acknowledged: then it feels that nobody reads
+UNDER_WAY, UNDER_WAY_OF_JOB = 64, 8192  # messages with output, of a rank and of all ranks of a job: queues hold 10 000
+MESSAGE_BYTES = 64 << 10  # what is printed meanwhile goes together, up to this
+RETRY_S = 0.5  # what a rank did not read
 STDERR_TAIL_BYTES = 8 << 10
 
 
@@ -60,7 +65,14 @@ class Ranks:
         host = self.settings.advertise
         self._send(m.Answer(job_id, number, ask.rank, ask.question, rank.rank, host, rank.pid, -1, False, doing))
 
+    def _given_up_at(self, rank: Rank) -> float | None:
+        """When a rank that has died counts as ended, whatever it printed."""
+        if rank.drained_at is None or not rank.unsent:
+            return rank.drained_at
+        return rank.drained_at + UNREAD_S if rank.hurried else None
+
     def _stop(self, attempt: Attempt, rank: Rank, kill: bool, signal: int = 0) -> None:
+        rank.hurried = True
         if rank.died is not None:
             return
         if signal in (SIGHUP, SIGINT):
@@ -117,21 +129,42 @@ class Ranks:
             return
         if event.stream == "stderr":
             rank.stderr_tail = (rank.stderr_tail + event.data)[-STDERR_TAIL_BYTES:]
-        stream = "stderr" if event.stream == "stderr" else "stdout"
-        output = m.Output(attempt.assign.job_id, attempt.assign.attempt, rank.rank, stream, event.data)  # type: ignore[arg-type]
-        if self.welcomed:
-            self._send(output)
+        if rank.unsent and rank.unsent[-1][0] == event.stream and len(rank.unsent[-1][1]) < MESSAGE_BYTES:
+            rank.unsent[-1][1].extend(event.data)
         else:
-            rank.held.append(output)  # until there is an orchestrator that takes it, at most a window of it
+            rank.unsent.append((event.stream, bytearray(event.data)))
         rank.unread_bytes += len(event.data)
+        self._tell_output(attempt, rank)
         if rank.drained_at is not None:
             rank.drained_at = self._now + DRAIN_S
         if rank.unread_bytes >= WINDOW_BYTES and not rank.paused:
             rank.paused = True
             self._effects.append(Listen(event.key, False))
 
-    def _acknowledged(self, attempt: Attempt, rank: Rank, count_bytes: int) -> None:
-        rank.unread_bytes = max(0, rank.unread_bytes - count_bytes)
+    def _tell_output(self, attempt: Attempt, rank: Rank, again: bool = False) -> None:
+        """Sends what may be under way. `again`: all of it, since it may be lost."""
+        if not self.welcomed:
+            return
+        if again:
+            for output in rank.sent:
+                self._send(output)
+        at_most = max(1, min(UNDER_WAY, UNDER_WAY_OF_JOB // attempt.assign.world_size))
+        while rank.unsent and len(rank.sent) < at_most:
+            stream, data = rank.unsent.popleft()
+            rank.sent_count += 1
+            job_id, number = attempt.assign.job_id, attempt.assign.attempt
+            where: Literal["stdout", "stderr"] = "stderr" if stream == "stderr" else "stdout"
+            output = m.Output(job_id, number, rank.rank, where, bytes(data), rank.sent_count)
+            rank.sent.append(output)
+            self._send(output)
+
+    def _acknowledged(self, attempt: Attempt, rank: Rank, number: int) -> None:
+        """The client has it, up to this number."""
+        while rank.sent and rank.sent[0].number <= number:
+            rank.unread_bytes -= len(rank.sent.popleft().data)
+        self._tell_output(attempt, rank)
+        if rank.died is not None and not rank.unsent:
+            self._end_if_drained(attempt, rank)
         if rank.paused and rank.unread_bytes <= WINDOW_BYTES // 2:
             rank.paused = False
             if rank.drained_at is not None:
@@ -151,8 +184,9 @@ class Ranks:
 
     def _end_if_drained(self, attempt: Attempt, rank: Rank, give_up: bool = False) -> None:
         """A rank has ended when it is dead and all it printed has been read."""
-        if rank.died is None or rank.status is not None or (rank.open_streams and not give_up):
+        if rank.died is None or rank.status is not None or ((rank.open_streams or rank.unsent) and not give_up):
             return
+        rank.unsent.clear()
         rank.drained_at = None
         rank.status = m.RankStatus(
             rank=rank.rank,
@@ -200,7 +234,9 @@ class Ranks:
         return attempt.assign.job_id, attempt.assign.attempt, rank.rank
 
     def _send(self, message: m.Message) -> None:
-        self._effects.append(ToOrchestrator(message))
+        """Nothing before its welcome, after which all that matters is said again: what is said before may overtake that."""
+        if self.welcomed:
+            self._effects.append(ToOrchestrator(message))
 
     def _log(self, level: str, text: str) -> None:
         self._effects.append(Log(level, text))

@@ -21,7 +21,7 @@ from fleet import config, pickling, tasks
 from fleet import messages as m
 from fleet.bus.blobs import Blob, Gathering, Reader, Shelf
 from fleet.bus.context import Bus
-from fleet.bus.control import Arrived, Dealer
+from fleet.bus.control import Arrived, Dealer, Sent
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller
 from fleet.bus.shared import host_key
@@ -79,6 +79,7 @@ class Runner:
         self._leaving = False
         self._dropped_count = 0  # messages that were none
         self._streams = sys.stdout, sys.stderr  # its own, whatever a task puts in their place
+        self._behind = False
 
     def run(self) -> None:
         threading.Thread(target=self._attend, name="fleet-attendant", daemon=True).start()
@@ -116,13 +117,17 @@ class Runner:
     def _turn(self, wait: bool) -> None:
         """Takes in what has arrived; with `wait`, something has."""
         while True:
+            if self._behind:  # something said was lost: says all of it again, as if it was asked to
+                self._behind = False
+                self._say_all()
+                self._send_results()
             arrived = self._dealer.receive()
             for message in arrived:
                 self._take(message)
             if arrived or not wait:
                 return
             self._dealer.changes()
-            if not self._poller.wait(QUIET_AFTER_S):
+            if not self._poller.wait(QUIET_AFTER_S) and not self._behind:
                 self._active.clear()
                 self._poller.wait(None)
             self._active.set()
@@ -154,12 +159,7 @@ class Runner:
         elif isinstance(said, tasks.Leave):
             self._leaving = True
         elif isinstance(said, tasks.Sync):
-            self._ready()
-            self._unsent, self._unsent_bytes = list(self._kept.values()), 0
-            self._under_way = 0
-            for gathering in self._gathering.values():
-                gathering.ask_again()
-            self._fetch()
+            self._say_all()
         elif isinstance(said, tasks.Fetch):
             blob = self._blobs.get((said.task_id, said.index))
             data = blob.piece(said.offset, tasks.PIECE_BYTES) if blob is not None else b""
@@ -193,7 +193,18 @@ class Runner:
             self._ready()
 
     def _say(self, said: tasks.Said, piece: bytes | None = None) -> None:
-        self._dealer.send(self._head, [tasks.encode(said)] if piece is None else [tasks.encode(said), piece])
+        body = [tasks.encode(said)] if piece is None else [tasks.encode(said), piece]
+        if self._dealer.send(self._head, body) is Sent.FULL:
+            self._behind = True
+
+    def _say_all(self) -> None:
+        """What is held, what is not known to have arrived, and what is missing."""
+        self._ready()
+        self._unsent, self._unsent_bytes = list(self._kept.values()), 0
+        self._under_way = 0
+        for gathering in self._gathering.values():
+            gathering.ask_again()
+        self._fetch()
 
     def _ready(self) -> None:
         held = ([self._running] if self._running else []) + list(self._waiting)

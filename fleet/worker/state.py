@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,10 +48,16 @@ class Rank:
     gpus: tuple[int, ...] = ()  # that are its own
     pid: int = 0  # 0: not started yet
     peer: bytes = b""  # its session's connection, once it called fleet.init()
+    owed: list[m.Message] = field(default_factory=list)  # to that, which did not read
+    owed_at: float | None = None  # when it is tried again
     runner: bytes = b""  # a task runner's connection, to its client
     join: m.Join | None = None
-    unread_bytes: int = 0  # sent towards the client, which has not acknowledged them
-    held: list[m.Output] = field(default_factory=list)  # printed while there was no orchestrator
+    sent: deque[m.Output] = field(default_factory=deque)  # towards the client, which has not acknowledged it
+    unsent: deque[tuple[str, bytearray]] = field(
+        default_factory=deque
+    )  # by stream: printed since too much is under way
+    sent_count: int = 0  # all in all
+    unread_bytes: int = 0  # sent or not, and not acknowledged
     paused: bool = False
     stopped: bool = False
     stop_signal: int = SIGTERM  # what it is asked to stop by
@@ -60,6 +67,7 @@ class Rank:
     open_streams: set[str] = field(default_factory=set)
     died: Died | None = None
     drained_at: float | None = None  # when output that a grandchild may still hold open is given up
+    hurried: bool = False  # its job is to end: what nobody reads is given up too
     stderr_tail: bytes = b""
     made: tuple[tuple[int, int], ...] | None = None  # by its last Tally: see there
     inside_since: float | None = None  # by its last Tally: when the collective began that it is in
@@ -115,6 +123,19 @@ class LinkDown:
 @dataclass(frozen=True)
 class LinkDenied:
     pass
+
+
+@dataclass(frozen=True)
+class LinkFull:
+    """A message was lost, since the queue to the orchestrator, or to a task runner, is full."""
+
+
+@dataclass(frozen=True)
+class Unheard:
+    """A rank is there and does not read: this did not reach it."""
+
+    peer: bytes
+    message: m.Message
 
 
 @dataclass(frozen=True)
@@ -183,8 +204,8 @@ class Tick:
 
 
 Event = (
-    FromOrchestrator | FromRank | LinkUp | LinkDown | LinkDenied | Prepared | PrepareFailed | Spawned | Printed | Died
-    | Shutdown | Measured | Answered | Tick
+    FromOrchestrator | FromRank | LinkUp | LinkDown | LinkDenied | LinkFull | Unheard | Prepared | PrepareFailed
+    | Spawned | Printed | Died | Shutdown | Measured | Answered | Tick
 )  # fmt: skip
 
 
@@ -277,6 +298,11 @@ class DiscardOutput:
 
 
 @dataclass(frozen=True)
+class Resume:
+    """Ask again for the bundles that are on the way: what was asked for may be lost."""
+
+
+@dataclass(frozen=True)
 class Log:
     level: str
     text: str
@@ -291,5 +317,5 @@ class Exit:
 
 Effect = (
     ToOrchestrator | ToRank | Prepare | TakePart | Spawn | Kill | Listen | Remove | Gather | ServeOutput | ReportStored
-    | DiscardOutput | Log | Exit
+    | DiscardOutput | Resume | Log | Exit
 )  # fmt: skip

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from time import sleep
 
 import msgpack
 import pytest
+import zmq
 
 from fleet import messages as m
 from fleet.messages import PROTOCOL
@@ -22,7 +24,7 @@ def mutated(message: m.Message, **changes: object) -> bytes:
 
 def test_members_that_are_wrong_end_nobody(tmp_path: Path) -> None:
     wrong = [
-        mutated(m.OutputAck("j", 0, 1), rank=-1),
+        mutated(m.OutputAck("j", 1, 0, 1), rank=-1),
         mutated(m.ReadLog("j", 0, 0), offset=2**63),
         mutated(m.Want("ab" * 32, 0), offset=2**63),
         mutated(m.Submit("j", 1, SPEC), job_id="../../up"),
@@ -94,6 +96,43 @@ def test_a_clock_that_fails_is_tried_again_and_does_not_spin(tmp_path: Path, mon
         for _ in range(3):
             client.enter()
         assert ticks < 100
+
+
+def test_a_client_that_does_not_read_is_told_to_say_hello_again(tmp_path: Path) -> None:
+    """Once its queue has room. Until then what it was sent is lost, and the orchestrator knows."""
+    with orchestrator(tmp_path / "o") as (service, _), zmq.Context() as context, context.socket(zmq.DEALER) as client:
+        client.setsockopt(zmq.ROUTING_ID, b"client/1")
+        client.setsockopt(zmq.LINGER, 0)
+        client.setsockopt(
+            zmq.RCVHWM, 1
+        )  # so that all of it waits on the other side; fleet's own clients take what comes
+        client.connect(service.endpoint)
+        client.send(m.encode(m.ClientHello(VERSIONS)))
+        asked = m.encode(m.Why("x" * 64))  # it is told at some length that there is no such job
+        while not service._core.behind:
+            client.send(asked)
+        while m.decode(client.recv()) != m.Unknown():
+            pass
+        client.send(m.encode(m.ClientHello(VERSIONS)))
+        while not isinstance(m.decode(client.recv()), m.Welcome):
+            pass
+        assert service._core.behind == {}
+
+
+def test_a_flood_from_a_member_that_is_gone_then_ends_nobody(tmp_path: Path) -> None:
+    """libzmq aborted the process: a socket that pings, a full queue of what it received, a peer that hangs up."""
+    with orchestrator(tmp_path / "o") as (service, bus):
+        with service._turning:  # it stands still, and what arrives fills its queue
+            with zmq.Context() as context, context.socket(zmq.DEALER) as flood:
+                flood.setsockopt(zmq.LINGER, 0)
+                flood.setsockopt(zmq.SNDHWM, 0)
+                flood.connect(service.endpoint)
+                for _ in range(60_000):
+                    flood.send(m.encode(m.Why("x" * 64)))
+                sleep(0.5)  # for the kernel's buffers to fill, which sends no event
+            sleep(1.2)  # so that a ping would be due, and abort
+        client = Member(bus, service.endpoint)
+        client.enter()
 
 
 def test_a_second_worker_with_a_known_id_is_refused_by_a_live_orchestrator(tmp_path: Path) -> None:

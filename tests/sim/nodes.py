@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleet import messages as m
+from fleet.client.in_order import InOrder
 from fleet.worker import state as w
 from fleet.worker.core import Core as Agent
 
@@ -26,6 +27,9 @@ class Process:
     key: w.Key
     pid: int
     wants: int
+    prints: deque[int] = field(default_factory=deque)  # sizes of what it will print
+    heard: bool = True  # its agent reads what it prints
+    wants_to_end: bool = False  # once that has been read
 
 
 @dataclass
@@ -34,6 +38,10 @@ class Line:
 
     number: int = 0
     silent_until: float = 0.0
+    late_count: int = 0  # messages that a silence held up
+    full_until: dict[str, float] = field(
+        default_factory=dict
+    )  # by direction: what is sent is lost, and its sender knows
     last_arrival: dict[str, float] = field(default_factory=dict)  # by direction: messages keep their order
     queued: list[m.Message] = field(default_factory=list)  # a DEALER keeps what is sent while it is not connected
 
@@ -51,11 +59,16 @@ class Node:
 
     def take(self, message: m.Message) -> None: ...
 
-    def send(self, message: m.Message) -> None:
+    def send(self, message: m.Message) -> bool:
+        """False: the queue is full, and the message lost."""
+        if self.line.number and self.line.full_until.get("up", 0.0) > self.world.now:
+            self.world.faults["queue was full"] += 1
+            return False
         if self.line.number:
             self.world.carry(self, message, up=True)
         else:
             self.line.queued.append(message)
+        return True
 
     def connect(self) -> None:
         """Tries until the orchestrator is there."""
@@ -189,7 +202,13 @@ class Worker(Node):
     def _perform(self, effect: w.Effect) -> list[w.Event]:
         world, source = self.world, self.world.source
         if isinstance(effect, w.ToOrchestrator):
-            self.send(effect.message)
+            if not self.send(effect.message):
+                return [w.LinkFull()]
+        elif isinstance(effect, w.Listen):
+            process = self.processes.get(effect.key)
+            if process is not None and process.heard is not effect.on:
+                process.heard = effect.on
+                world.after(0.001, lambda: self._read(process))
         elif isinstance(effect, w.Prepare):
             assign = effect.assign
             if source.random() < 0.03:
@@ -205,6 +224,7 @@ class Worker(Node):
             self._kill(effect)
         elif isinstance(effect, w.Exit):
             self.alive = False
+            world.ended_workers.add(self.worker_id)
             for process in list(self.processes.values()):  # its shell kills what is left
                 self.world.ended(process, 0, 9)
             self.processes.clear()
@@ -223,11 +243,16 @@ class Worker(Node):
             join = m.Join(key[0], key[1], key[2], process.pid, "tcp://h:1")
             world.after(source.uniform(0, 0.4), lambda: self._from(process, join))
         if source.random() < 0.5:
-            printed = w.Printed(key, "stdout", b"x" * source.randrange(1, 3_000_000, 4096))
-            world.after(source.uniform(0, 1.0), lambda: self._if_runs(process, printed))
-        world.after(
-            source.choice([0.0, 0.3, 1.0, 4.0, 15.0]) * source.random(), lambda: self.end(process, process.wants, 0)
-        )
+            count = source.choice([1, 2, 4, 150])
+            process.prints.extend(source.randrange(1, 65_536 if count < 150 else 32_768) for _ in range(count))
+            world.after(source.uniform(0, 1.0), lambda: self._read(process))
+
+        def ends() -> None:
+            process.wants_to_end = True
+            if not process.prints:
+                self.end(process, process.wants, 0)
+
+        world.after(source.choice([0.0, 0.3, 1.0, 4.0, 15.0]) * source.random(), ends)
         return w.Spawned(key, process.pid)
 
     def _from(self, process: Process, message: m.Message) -> None:
@@ -236,9 +261,21 @@ class Worker(Node):
             self.step(w.FromRank(peer, m.RankHello(*process.key, process.pid)))
             self.step(w.FromRank(peer, message))
 
-    def _if_runs(self, process: Process, event: w.Event) -> None:
-        if self.processes.get(process.key) is process:
-            self.step(event)
+    def _read(self, process: Process) -> None:
+        """Part of what it prints; a process cannot end before its pipe has been read."""
+        world = self.world
+        if not self.alive or self.processes.get(process.key) is not process or not process.heard:
+            return
+        if self.still_until > world.now:
+            world.at(self.still_until + 0.01, lambda: self._read(process))
+            return
+        if process.prints:
+            size_bytes = process.prints.popleft()
+            world.printed[process.key] += size_bytes
+            self.step(w.Printed(process.key, "stdout", bytes(size_bytes)))
+            world.after(world.source.uniform(0.0005, 0.005), lambda: self._read(process))
+        elif process.wants_to_end:
+            self.end(process, process.wants, 0)
 
     def _kill(self, kill: w.Kill) -> None:
         process = self.processes.get(kill.key)
@@ -262,6 +299,7 @@ class Worker(Node):
 
     def crash(self) -> None:
         self.alive = False
+        self.world.ended_workers.add(self.worker_id)
         for process in self.processes.values():
             self.world.ended(process, 0, 9)
         self.processes.clear()
@@ -271,12 +309,15 @@ class Worker(Node):
 
 
 class Client(Node):
-    """Submits until it is acknowledged, watches what it has submitted, and notes all results."""
+    """Submits until it is acknowledged, watches what it has submitted, and notes all results and what was printed."""
 
     def __init__(self, world: World, name: str, attached: bool) -> None:
         super().__init__(world, f"client/{name}".encode())
         self.attached = attached
         self.jobs: dict[str, m.Submit] = {}
+        self.in_order = InOrder()
+        self.received: Counter[w.Key] = Counter()
+        self.unsent: deque[m.Message] = deque()
         self.connect()
 
     def link_up(self) -> None:
@@ -306,7 +347,23 @@ class Client(Node):
         elif isinstance(message, m.Ended):
             world.results.setdefault(message.job_id, []).append(message)
         elif isinstance(message, m.Output):
-            self.send(m.OutputAck(message.job_id, message.rank, len(message.data)))
+            if self.in_order.is_next(message):
+                self.received[message.job_id, message.attempt, message.rank] += len(message.data)
+            self.send(self.in_order.ack(message))
+            if (repeat := self.in_order.gap(message)) is not None:
+                self.send(repeat)
+
+    def send(self, message: m.Message) -> bool:
+        """As Dealer.put: what the queue does not take goes first the next time."""
+        self.unsent.append(message)
+        self._flush()
+        return True
+
+    def _flush(self) -> None:
+        while self.unsent and super().send(self.unsent[0]):
+            self.unsent.popleft()
+        if self.unsent:
+            self.world.after(0.05, self._flush)
 
     def vanish(self) -> None:
         self.alive = False

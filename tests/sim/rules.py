@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from fleet.orchestrator.jobs import ON_WORKERS, JobState
+from fleet.worker.ranks import UNDER_WAY
 from tests.sim.world import World
 
 REACHED_WITHIN_S = 16.0  # a worker in trouble may run what was given up: until it is back, and has been told
@@ -19,7 +20,9 @@ def check(world: World) -> None:
     for worker in world.workers.values():
         for attempt in worker.core.attempts.values():
             for rank in attempt.ranks.values():
-                assert rank.unread_bytes >= 0, "credit below nothing"
+                kept = sum(len(output.data) for output in rank.sent) + sum(len(data) for _, data in rank.unsent)
+                assert rank.unread_bytes == kept or rank.status is not None, "credit is not what is kept"
+                assert len(rank.sent) <= UNDER_WAY, "too much is under way"
 
 
 def _rooms(world: World) -> None:
@@ -88,6 +91,20 @@ def _one_live_attempt(world: World) -> None:
                 )
 
 
+def check_output(world: World) -> None:
+    """What a job printed that succeeded, its client has, whatever happened to queues and connections."""
+    assert world.core is not None
+    for client in world.clients if not world.output_at_risk else ():
+        for job_id in client.jobs if client.attached and client.alive else ():
+            job = world.core.jobs.get(job_id)
+            if job is not None and job.outcome == "succeeded" and not world.ended_workers & set(job.seats):
+                for rank in range(job.world_size):
+                    key = job_id, job.attempt, rank
+                    assert client.received[key] == world.printed[key], (
+                        f"{key}: {client.received[key]} of {world.printed[key]}"
+                    )
+
+
 def check_end(world: World) -> None:
     """Once everything is well again, and time has passed."""
     core = world.core
@@ -107,5 +124,6 @@ def check_end(world: World) -> None:
             assert len(exits) == job.world_size, f"job {job_id} succeeded without all its ranks"
             assert all(status == (0, 0) for status in exits.values()), f"job {job_id} succeeded with {exits}"
     assert not any(world.live.values()), f"processes are left: {world.live}"
+    check_output(world)
     for worker in world.workers.values():
         assert not worker.core.attempts, f"{worker.worker_id} still holds {list(worker.core.attempts)}"

@@ -25,6 +25,7 @@ FAULTS = (
     "nonsense",
     "orchestrator stands still",
     "worker stands still",
+    "queue full",
 )
 
 
@@ -136,6 +137,13 @@ def _strike(world: World, fault: str) -> None:
     elif fault == "client gone" and len([c for c in world.clients if c.alive]) > 1 and client.alive:
         world.count("client gone")
         client.vanish()
+    elif fault == "queue full":
+        node = source.choice([*workers, client])
+        way = source.choice(["up", "down"])
+        world.count(f"queue full, {way}")
+        node.line.full_until[way] = world.now + source.choice([0.05, 0.5, 3.0]) * source.random()
+        if node in workers:
+            world.trouble_at[node.worker_id] = world.now  # type: ignore[union-attr]
     elif fault == "orchestrator stands still" and world.core and world.still_until <= world.now:
         world.count("orchestrator stands still")
         seconds = source.uniform(0.5, 12.0)
@@ -158,7 +166,7 @@ def _nonsense(world: World) -> list[m.Message]:
     attempt, rank = world.source.choice([0, 1, 99]), world.source.choice([-1, 0, 7])
     status = m.RankStatus(99, "w0", "h", 1, 0)
     return [
-        m.OutputAck(job_id, 99, 1 << 40),
+        m.OutputAck(job_id, attempt, 99, 1 << 40),
         m.HandBack("none", attempt),
         m.Join("none", attempt, rank, 1, "tcp://h:1"),
         m.Assigned("none", attempt, 1),

@@ -46,6 +46,11 @@ class World:
         self.rejected: set[str] = set()
         self.results: dict[str, list[m.Ended]] = {}
         self.cancelled: set[str] = set()
+        self.printed: Counter[tuple[str, int, int]] = Counter()  # bytes, by job, attempt and rank
+        self.output_at_risk = (
+            False  # an orchestrator ended: what it had from a worker and not given to a client is lost
+        )
+        self.ended_workers: set[str] = set()  # and with them what their ranks had printed and no client had
         self.live: dict[str, dict[int, list[tuple[Worker, Process]]]] = {}  # processes by job and attempt
         self.exits: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
         self.restarted_at = 0.0
@@ -103,10 +108,12 @@ class World:
     def _arrive(self, node: Node, number: int, message: m.Message, up: bool) -> None:
         if node.line.number != number:
             return  # of a connection that is no more
-        if node.line.silent_until > self.now:
-            self.at(node.line.silent_until + 1e-6 * (number % 97), lambda: self._arrive(node, number, message, up))
+        if node.line.silent_until - self.now > 1e-6:  # it arrives then, before what was sent later
+            node.line.late_count += 1
+            when = node.line.silent_until - 9e-7 + 1e-11 * node.line.late_count
+            self.at(when, lambda: self._arrive(node, number, message, up))
             return
-        if not isinstance(message, m.Heartbeat):
+        if not isinstance(message, m.Heartbeat | m.Output | m.OutputAck):
             self.note(f"{node.peer.decode()} {'->' if up else '<-'} {type(message).__name__} {_brief(message)}")
         if not up:
             if node.alive:
@@ -135,6 +142,7 @@ class World:
 
     def crash_orchestrator(self) -> None:
         self.core = None
+        self.output_at_risk = True
         # What the disk refused is lost now: a job may have a second result. It is the one thing that cannot be kept then.
         self.forgotten |= set(self._unsaved)
         for worker in self.workers.values():
@@ -197,7 +205,12 @@ class World:
                         return
                 if isinstance(effect, o.Send):
                     node = self.nodes.get(effect.peer)
-                    if node is not None and node.line.number:
+                    if node is None or not node.line.number:
+                        continue
+                    if node.line.full_until.get("down", 0.0) > self.now:
+                        self.faults["queue was full"] += 1
+                        events.append(o.PeerBehind(effect.peer))
+                    else:
                         self.carry(node, effect.message, up=False)
         self._arm()
 
