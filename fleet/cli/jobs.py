@@ -27,6 +27,7 @@ from fleet.client.report import exit_code, report
 from fleet.client.target import Target
 from fleet.errors import UsageError
 from fleet.text import shown
+from fleet.values import native, portable
 
 LOOK_AGAIN_S = 0.2  # of `logs -f`, which asks
 CANCEL_WITHIN_S = 5.0
@@ -70,7 +71,7 @@ def submit_each(
             m.Submit(
                 uuid.uuid4().hex[:12],
                 submission.workers,
-                msgspec.structs.replace(spec, args=tuple(args)),
+                msgspec.structs.replace(spec, args=tuple(map(portable, args))),
                 detached=True,
                 options=msgspec.structs.replace(submission.options, point=point),
             )
@@ -105,7 +106,7 @@ def described(job: m.JobInfo) -> str:
     lines = [
         ("job", f"{job.job_id}{f' ({o.name})' if o.name else ''}"),
         ("state", job.outcome or job.state),
-        ("runs", " ".join((job.target, *job.args))),
+        ("runs", " ".join(map(native, (job.target, *job.args)))),
         ("ranks", f"{job.world_size}{_each(o)}"),
         ("submitted", strftime("%Y-%m-%d %H:%M:%S", local(job.submitted_at))),
         ("waits for", job.waits_for),

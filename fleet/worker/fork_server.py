@@ -6,9 +6,12 @@ What importing printed is kept, and printed again by every rank, which would hav
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import gc
 import os
+import resource
 import select
 import signal
 import socket
@@ -17,11 +20,13 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable
 
+from fleet.bus.descriptors import raise_limit
 from fleet.worker import ending, slot
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 READY = b"!"
-DESCRIPTORS_AT_MOST = 5  # plan, stdout, stderr, status, perhaps stdin
+FILES_AT_MOST = 1 << 14
+DESCRIPTORS = 5  # plan, stdout, stderr, status, stdin
 ANSWER = struct.Struct("!q")  # a pid, or an errno that is negative
 
 
@@ -40,9 +45,12 @@ def main(words: list[str], at_start: Collection[str]) -> None:
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    raise_limit(FILES_AT_MOST)  # it has one open for each rank
     link = socket.socket(fileno=int(descriptor))
     link.sendall(READY)
     descriptors = _serve(link)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     for number, handler in inherited.items():
         signal.signal(number, handler)
     slot.main(descriptors, at_start)
@@ -91,10 +99,10 @@ def _serve(link: socket.socket) -> list[int]:
             _reap(children)
         if link.fileno() not in ready:
             continue
-        message, descriptors, _, _ = socket.recv_fds(link, 1, DESCRIPTORS_AT_MOST)
+        message, descriptors, _, _ = socket.recv_fds(link, 1, DESCRIPTORS)
         if not message:
             os._exit(0)  # the agent has ended; ranks that still run are told by PR_SET_PDEATHSIG
-        pid = _fork()
+        pid = _fork() if len(descriptors) == DESCRIPTORS else -errno.EMFILE  # the kernel closes those without room
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -126,5 +134,6 @@ def _reap(children: dict[int, int]) -> None:
         if not pid:
             return
         if (descriptor := children.pop(pid, None)) is not None:
-            os.write(descriptor, struct.pack("!i", status))
+            with contextlib.suppress(OSError):  # the agent has given it up
+                os.write(descriptor, struct.pack("!i", status))
             os.close(descriptor)
