@@ -34,7 +34,7 @@ class Imports:
     """What is known of one script's imports."""
 
     early: tuple[str, ...]  # of PRELOADABLE and what belongs to them, in order: these may be imported before it starts
-    late: frozenset[str]  # top-level names of what must not, and may import any of these itself
+    late: frozenset[str]  # top-level names of what the script may import after it has changed something
 
 
 def imports_of(tree: ast.Module, folder: Path, packages: Sequence[Path] = ()) -> Imports:
@@ -42,25 +42,23 @@ def imports_of(tree: ast.Module, folder: Path, packages: Sequence[Path] = ()) ->
     walk = _Walk(folder)
     found = [step for path in packages for step in walk.own(path)] + list(walk.steps(tree, folder))
     first_change = next((index for index, (what, _) in enumerate(found) if what == "change"), len(found))
+    changes = first_change < len(found)
     early: dict[str, None] = {}
     late: set[str] = set()
     for index, (what, name) in enumerate(found):
         top = name.partition(".")[0]
         if what == "change" or top in sys.stdlib_module_names:
             continue
-        before = index < first_change if what == "import" else first_change == len(found)
-        if before and top not in PRELOADABLE:
-            continue
-        if before and PathFinder.find_spec(top, [str(folder)]) is None:
-            early[name] = None
-        else:
+        before = index < first_change if what == "import" else not changes
+        if not before:
             late.add(top)
-    kept = [name for name in early if name.partition(".")[0] not in late]
+        elif what != "seldom" and top in PRELOADABLE and PathFinder.find_spec(top, [str(folder)]) is None:
+            early[name] = None
     # `import fleet` alone imports none of the others; fleet.init() does.
-    if first_change < len(found) and all(name.partition(".")[0] == "fleet" for name in kept):
-        late |= {name.partition(".")[0] for name in kept}
-        kept = []
-    return Imports(tuple(kept), frozenset(late))
+    if changes and all(name.partition(".")[0] == "fleet" for name in early):
+        late |= {name.partition(".")[0] for name in early}
+        early = {}
+    return Imports(tuple(early), frozenset(late))
 
 
 class _Walk:
@@ -71,8 +69,8 @@ class _Walk:
         self._seen: set[Path] = set()
 
     def steps(self, tree: ast.Module, beside: Path) -> Iterator[tuple[str, str]]:
-        """("import", name), ("perhaps", name) for one in a function or a branch, ("change", ""). `beside`: the file's folder."""
-        for node, always in _in_order(tree, True):
+        """("import", name), the same with "perhaps" and "seldom", and ("change", ""). `beside` is the file's folder."""
+        for node, when in _in_order(tree, "import"):
             base, names = self._folder, []
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
@@ -94,9 +92,9 @@ class _Walk:
                 for path in _own_modules(name, base):
                     own = True
                     for what, inner_name in self.own(path):
-                        yield (what if always or what == "change" else "perhaps"), inner_name
+                        yield (what if when == "import" or what == "change" else when), inner_name
                 if not own and base is self._folder and (isinstance(node, ast.Import) or name == names[0]):
-                    yield ("import" if always else "perhaps"), name
+                    yield when, name
 
     def own(self, path: Path) -> Iterator[tuple[str, str]]:
         if path in self._seen:
@@ -126,24 +124,26 @@ def _own_modules(name: str, folder: Path) -> Iterator[Path]:
                 return
 
 
-def _in_order(node: ast.AST, always: bool) -> Iterator[tuple[ast.AST, bool]]:
-    """All nodes in the order of the text, and whether each runs for certain when the module does."""
+def _in_order(node: ast.AST, when: str) -> Iterator[tuple[ast.AST, str]]:
+    """All nodes in the order of the text, and when each runs: "import", with the module; "perhaps", in a function that is
+    called; "seldom", in a branch, as those for TYPE_CHECKING and for another library that is missing."""
     for child in ast.iter_child_nodes(node):
-        yield child, always
-        certain = always and not isinstance(
-            child,
-            ast.FunctionDef
-            | ast.AsyncFunctionDef
-            | ast.Lambda
-            | ast.If
-            | ast.For
-            | ast.While
-            | ast.Match
-            | ast.ExceptHandler,
-        )
+        yield child, when
+        inside = when
+        if isinstance(child, ast.ExceptHandler | ast.For | ast.While | ast.Match) or (
+            isinstance(child, ast.If) and not _is_main(child.test)
+        ):
+            inside = "seldom"
+        elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and when == "import":
+            inside = "perhaps"
         if isinstance(child, ast.Attribute | ast.Subscript | ast.Call | ast.Compare | ast.Dict) and _only_reads(child):
             continue
-        yield from _in_order(child, certain)
+        yield from _in_order(child, inside)
+
+
+def _is_main(test: ast.expr) -> bool:
+    """Whether it is the test for `__main__` of a script, which passes."""
+    return isinstance(test, ast.Compare) and isinstance(test.left, ast.Name) and test.left.id == "__name__"
 
 
 def _is_environ(node: ast.AST) -> bool:

@@ -26,7 +26,9 @@ def early(folder: Path, source: str) -> list[str]:
             ["torch"],
         ),
         ("def main():\n    import torch\nmain()", ["torch"]),
+        ("if __name__ == '__main__':\n    import torch", ["torch"]),
         ("import torch\nimport os\nos.environ['A'] = '1'", ["torch"]),
+        ("import torch\nimport os\nos.environ['A'] = '1'\ndef f():\n    import torch", ["torch"]),
         ("import fleet, torch\nimport os\nos.environ['A'] = '1'", ["fleet", "torch"]),
         # What comes after a change is left to the script.
         ("import os\nos.environ['A'] = '1'\nimport torch", []),
@@ -48,6 +50,10 @@ def early(folder: Path, source: str) -> list[str]:
         # `import fleet` imports no numpy, fleet.init() does.
         ("import fleet, os\nos.environ['OMP_NUM_THREADS'] = '1'\nfleet.init()", []),
         ("import collections", []),
+        # What a script imports only in some cases.
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pandas", []),
+        ("try:\n    import fast\nexcept ImportError:\n    import pandas", []),
+        ("def f(x):\n    if x:\n        import torch", []),
     ],
 )
 def test_what_a_script_cannot_have_changed(tmp_path: Path, source: str, names: list[str]) -> None:
