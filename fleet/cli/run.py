@@ -63,6 +63,7 @@ def run_job(words: Words, options: Options) -> int:
         raise UsageError(f"--workers is {options.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
     if options.timeout_s <= 0:
         raise UsageError(f"--timeout is {options.timeout_s:g}: it must be a number of seconds above 0")
+    here = _here()
     who = readers(options.stdin, local=options.orchestrator is None and config.slurm_task() is None)
     imports = check_target(words)
     if options.dry_run:
@@ -103,7 +104,7 @@ def run_job(words: Words, options: Options) -> int:
                 )
             target = stack.enter_context(local)
             args = tuple(map(portable, words.args))
-            spec, bundle = m.Spec(words.kind, portable(words.target), args, portable(_here())), None
+            spec, bundle = m.Spec(words.kind, portable(words.target), args, portable(here)), None
         else:
             target = cluster_target(options.orchestrator, options.secret_file, options.insecure, options.timeout_s)
             spec, bundle = spec_of_bundle(words, runtime, options.max_bundle_bytes, options.keep)

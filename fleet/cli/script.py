@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from zipfile import is_zipfile
 
 from fleet.cli.words import Words
 from fleet.errors import UsageError
@@ -25,8 +26,14 @@ def check_target(words: Words) -> Imports:
 
 
 def check_script(path: Path) -> Imports:
-    """What the script imports. Raises UsageError where it cannot run."""
-    return _check(path, path.resolve().parent)
+    """What the script imports; as with python, it may be a folder or a zip file with a __main__.py. Raises UsageError."""
+    if path.is_dir():
+        if not (path / "__main__.py").exists():
+            raise UsageError(f"the folder {path} cannot be run: it has no __main__.py")
+        return _check(path / "__main__.py", path)
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is not a file: every rank reads the script for itself, so a pipe cannot be one")
+    return NOTHING if path.is_file() and is_zipfile(path) else _check(path, path.resolve().parent)
 
 
 def check_module(name: str) -> Imports:

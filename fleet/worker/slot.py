@@ -162,7 +162,12 @@ def _run_python(plan: Plan, at_start: Collection[str]) -> None:
     vars(main).update(same, __doc__=None, __loader__=None, __package__=None, __spec__=None)
     sys.modules["__main__"] = main
     try:
-        if plan.kind == "script":
+        if plan.kind == "script" and _holds_main(plan.target):
+            sys.argv = [plan.target, *plan.args]
+            sys.orig_argv = [sys.orig_argv[0], *options, *sys.argv]
+            sys.path.insert(0, os.path.abspath(plan.target))
+            runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
+        elif plan.kind == "script":
             sys.argv = [plan.target, *plan.args]
             sys.orig_argv = [sys.orig_argv[0], *options, *sys.argv]
             _set_first_folder(os.path.dirname(os.path.realpath(plan.target)), at_start)
@@ -184,6 +189,18 @@ def _run_python(plan: Plan, at_start: Collection[str]) -> None:
     except BaseException:
         _show_without_our_frames(plan.kind)
         raise
+
+
+def _holds_main(path: str) -> bool:
+    """Whether it is a folder or a zip file, of which Python runs the `__main__` module."""
+    if os.path.isdir(path):
+        return True
+    with open(path, "rb") as file:
+        if not file.read(2).startswith((b"PK", b"#!")):  # as most scripts do not
+            return False
+    from zipfile import is_zipfile
+
+    return is_zipfile(path)
 
 
 def _forget_file() -> None:

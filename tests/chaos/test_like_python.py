@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipapp
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -200,6 +201,16 @@ def test_what_a_script_sees(tmp_path: Path) -> None:
     compare(tmp_path, ["./link.py", "word", "own", b"caf\xe9"], b"given\n", PYTHONWARNINGS="always::UserWarning")
     compare(tmp_path, ["-m", "package.module", "a"], PYTHONUTF8="1")
     compare(tmp_path, ["real/script.py"], PYTHONIOENCODING="latin-1:replace", PYTHONSAFEPATH="1")
+
+
+def test_a_folder_and_a_zip_file_with_a_main_module(tmp_path: Path) -> None:
+    source = "import sys, other\nprint(sys.argv, sys.path[0], __file__, __spec__.name, __name__)\n"
+    (tmp_path / "folder").mkdir()
+    script(tmp_path / "folder", source, "__main__.py")
+    script(tmp_path / "folder", "", "other.py")
+    zipapp.create_archive(tmp_path / "folder", tmp_path / "packed.pyz", "/usr/bin/env python3")
+    compare(tmp_path, ["folder", "a"])
+    compare(tmp_path, ["packed.pyz", "a"])
 
 
 def test_processes_of_a_script_find_its_main_module(tmp_path: Path) -> None:
