@@ -148,53 +148,62 @@ def test_the_script_of_the_readme(shell: Shell) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_commands_that_need_a_cluster(shell: Shell) -> None:
-    """Where a block starts an orchestrator and a worker, in that one; the others in that of the README, which comes first."""
+    """Where a block starts an orchestrator, in that one; the others in that of the README, which comes first."""
     found = blocks_for("cluster")
-    start = [block for block in found if any("fleet orchestrator" in command for command in block.commands)]
-    others = [command for block in found if block not in start for command in block.commands]
-    assert [block.page for block in start] == ["README.md", "docs/DEPLOYMENT.md"]
-    for block in start:
-        with _cluster(shell, block) as address:
-            if block is start[0]:
-                shell.environment["ORCHESTRATOR_ADDR"] = address
-                _type(shell, sorted(others, key=lambda command: "drain" in command))
+    first, *others = [block for block in found if any("fleet orchestrator" in command for command in block.commands)]
+    assert first.page == "README.md"
+    rest = [block for block in found if block not in (first, *others)]
+    for block in (first, *others):
+        with ExitStack() as stack:
+            cluster = Cluster(shell, stack)
+            cluster.type(block)
+            if block is first:
+                shell.environment["ORCHESTRATOR_ADDR"] = cluster.address
+                for one in sorted(rest, key=lambda block: "drain" in str(block)):
+                    cluster.type(one)
                 del shell.environment["ORCHESTRATOR_ADDR"]
 
 
-@contextmanager
-def _cluster(shell: Shell, block: Block) -> Iterator[str]:
-    """Types the block, with a port that is free and this machine's address; what runs on is ended at the end."""
-    address = f"127.0.0.1:{free_port()}"
-    orchestrator = None
-    with ExitStack() as stack:
+class Cluster:
+    """What the commands of a page are about: an orchestrator at a free port of this machine, its workers, the last job."""
+
+    def __init__(self, shell: Shell, stack: ExitStack) -> None:
+        self.address = f"127.0.0.1:{free_port()}"
+        self._shell = shell
+        self._stack = stack
+        self._orchestrator: subprocess.Popen[str] | None = None
+        self._worker_count = 0
+        self._job = ""
+
+    def type(self, block: Block) -> None:
+        """Types a block's commands; those that run on are ended with the cluster."""
         for command in block.commands:
-            typed = command.replace("10.0.0.1:50051", address).replace(
-                "0.0.0.0:50051", f"0.0.0.0:{address.partition(':')[2]}"
-            )
+            typed = command.replace("10.0.0.1:50051", self.address)
+            typed = typed.replace("0.0.0.0:50051", f"0.0.0.0:{self.address.partition(':')[2]}")
+            typed = typed.replace("JOB [JOB ...]", "JOB").replace("JOB", self._job).replace("WORKER ", "w1 ")
             if "fleet orchestrator" in command:
-                orchestrator = stack.enter_context(shell.start(typed))
-                wait_for(orchestrator, "(listens on)", "stderr")
-            elif "fleet worker" in command:
-                assert orchestrator is not None
-                stack.enter_context(shell.start(f"FLEET_WORKER_ID=w {typed}"))
-                wait_for(orchestrator, "(worker w joined)", "stderr")
+                self._orchestrator = self._stack.enter_context(self._shell.start(typed))
+                wait_for(self._orchestrator, "(listens on)", "stderr")
+            elif "fleet worker " in command:
+                self._start_worker(re.sub(r"WORKER_PORT=\d+", "WORKER_PORT=0", typed))
             else:
-                printed = shell.run(typed)
-                assert "fleet run" not in command or "of 4 " in printed, printed
-        yield address
+                self._check(command, self._shell.run(typed))
 
+    def _start_worker(self, typed: str) -> None:
+        assert self._orchestrator is not None
+        self._worker_count += 1
+        name = f"w{self._worker_count}"
+        self._stack.enter_context(self._shell.start(f"FLEET_WORKER_ID={name} {typed}"))
+        wait_for(self._orchestrator, f"(worker {name} joined)", "stderr")
 
-def _type(shell: Shell, commands: list[str]) -> None:
-    job = ""
-    for command in commands:
-        typed = command.replace("JOB [JOB ...]", "JOB").replace("JOB", job).replace("WORKER", "w")
-        printed = shell.run(typed)
-        if "fleet submit" in command:
-            job = printed.strip()
-            assert re.fullmatch("[0-9a-f]{12}", job)
-            if command is commands[0]:
-                why = json.loads(shell.run(f"fleet wait {job} >&2; fleet status {job} --json"))
-                assert why["outcome"] == "succeeded"
+    def _check(self, command: str, printed: str) -> None:
+        if "fleet run" in command:
+            assert "of 4 " in printed, printed
+        elif "fleet submit" in command:
+            self._job = printed.strip()
+            assert re.fullmatch("[0-9a-f]{12}", self._job)
+            told = self._shell.run(f"fleet wait {self._job} >&2; fleet status {self._job} --json")
+            assert json.loads(told)["outcome"] == "succeeded", told
         elif "fleet sweep" in command:
             assert printed.count("succeeded") == 8, printed
         elif "fleet logs" in command:
