@@ -138,7 +138,7 @@ class Conductor:
         """Raises what ended this communicator, if something has, or this process is only a fork of its owner."""
         forks.check(self._forks)
         if isinstance(self._broken, FleetError):
-            raise self._broken
+            raise self._broken.with_traceback(None)  # that of an earlier call is of no use with this one's
         if self._broken is not None:
             raise UsageError(f"an earlier collective was interrupted by {self._broken!r}: ranks are no longer in step")
 

@@ -86,7 +86,7 @@ class Session:
     def check(self) -> None:
         """Raises WorldChanged once a rank of this world has gone. Called wherever this rank waits for others."""
         if self._lost is not None:
-            raise self._lost
+            raise self._lost.with_traceback(None)
 
     def join(self, address: str, memory: str, timeout_s: float) -> World | None:
         """The world, once every rank has joined it; None after `timeout_s`. Raises WorldChanged, RankEnded."""

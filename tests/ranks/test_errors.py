@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -226,8 +227,12 @@ def test_a_mismatch_breaks_the_communicator(run_world: Any) -> None:
     def differ(comm: Communicator) -> None:
         with pytest.raises((CollectiveMismatch, CollectiveTimeout)) as caught:
             comm.all_reduce(np.ones(4 + comm.rank))
-        with pytest.raises(type(caught.value)):
-            comm.barrier()
+        depths = []
+        for _ in range(3):
+            with pytest.raises(type(caught.value)) as again:
+                comm.barrier()
+            depths.append(len(traceback.extract_tb(again.value.__traceback__)))
+        assert len(set(depths)) == 1, "what an earlier call went through is shown with a later one"
         raise caught.value
 
     results = run_world.caught(2, differ, timeout_s=1.0)
