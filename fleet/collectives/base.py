@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from fleet.bus.shared import PAGE_BYTES
 from fleet.collectives import reduce
 from fleet.collectives.arena import Arena
 from fleet.collectives.buffer import Buffer
-from fleet.collectives.conductor import Conductor, Inquiry
+from fleet.collectives.conductor import CLOSE_WITHIN_S, Conductor, Inquiry
 from fleet.collectives.greeting import Unheard
 from fleet.collectives.header import pack_call
 from fleet.collectives.job import Call, Job
@@ -96,11 +97,17 @@ class Base:
         ]
 
     def close(self) -> None:
-        """Ends this rank's part: sockets close, what was sent is still delivered. Happens by itself at exit."""
+        """Ends this rank's part: sockets close, what was sent is still delivered. Happens by itself at exit.
+
+        What is queued has a second to end, all communicators together.
+        """
+        self._close_by(monotonic() + CLOSE_WITHIN_S)
+
+    def _close_by(self, deadline: float) -> None:
         for child in self._children:
-            child.close()
+            child._close_by(deadline)
         broken = self._conductor.broken
-        self._conductor.close()
+        self._conductor.close(deadline)
         if self._group == 0 and self._world is not None:
             self._world.inbox.close(linger=not broken)
             self._world = None

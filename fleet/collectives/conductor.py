@@ -146,11 +146,11 @@ class Conductor:
     def broken(self) -> bool:
         return self._broken is not None
 
-    def close(self) -> None:
-        """Waits, for a second at most, for what is queued; further calls, and what still goes on then, raise UsageError."""
+    def close(self, deadline: float) -> None:
+        """Waits until `deadline` (monotonic) for what is queued; further calls, and what still goes on then, raise UsageError."""
         if self._queue is not None and self._thread is not None and self._forks == forks.count:
             self._queue.put(None)
-            self._thread.join(CLOSE_WITHIN_S)
+            self._thread.join(max(0.0, deadline - monotonic()))
         self._closed = True
         if not self.broken:
             self._broken = UsageError(CLOSED)

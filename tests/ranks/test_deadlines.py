@@ -279,6 +279,24 @@ def test_memory_that_not_all_come_to_make_keeps_its_deadline(run_world: Any) -> 
     run_world(2, empty, transport="shared")
 
 
+def test_communicators_close_together(run_world: Any) -> None:
+    """Not each after the last one's second."""
+    took: list[float] = []
+
+    def leave(comm: Communicator) -> None:
+        made = [comm.split(0) for _ in range(6)]
+        if comm.rank == 0:
+            for child in made:
+                assert child is not None
+                child.barrier(async_op=True, timeout_s=LONG_S)
+            started = monotonic()
+            comm.close()
+            took.append(monotonic() - started)
+
+    run_world(2, leave, transport="shared")
+    assert took[0] < 5.0
+
+
 @pytest.mark.parametrize("transport", ["ipc", "shared"])
 def test_what_goes_on_when_a_communicator_closes_says_so(run_world: Any, transport: str) -> None:
     works: list[Any] = []
