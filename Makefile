@@ -2,11 +2,12 @@
 # Another interpreter: make test PYTHON=python3.12. A .venv that another one made is made anew.
 
 PYTHON ?= python3
+SOAK_S ?= 600
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test bench clean
+.PHONY: help demo check test soak bench clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
@@ -23,6 +24,9 @@ check: .venv/.test ## format, lint, types, layers
 test: .venv/.test ## every test; those of real clusters last, one at a time, and skipped where there is no Docker or Slurm
 	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/cluster tests
 	$(BIN)/python -m pytest tests/cluster
+
+soak: .venv/.test ## jobs and tasks on a small cluster for SOAK_S seconds, and what each process gains for 1000 jobs
+	FLEET_TEST_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -s tests/soak
 
 bench: .venv/.bench ## how long a gang takes to start, and to end when it failed, all_reduce against Gloo, tasks, and what the orchestrator's work costs
 	$(BIN)/python bench/startup.py

@@ -10,6 +10,7 @@ from pathlib import Path
 from fleet.messages import PART_BYTES, Part, Want
 
 SYNC_BYTES = 4 << 20  # of a file that is to survive a power cut: so much is unsynced at most, and one wait is short
+KEEP_COUNT = 50  # files that nobody needs, however small they are
 
 _DIGITS = frozenset("0123456789abcdef")
 
@@ -96,12 +97,12 @@ def read_part(path: Path, want: Want) -> Part:
 
 
 def surplus(sizes: Mapping[str, int], needed: Container[str], keep_bytes: int) -> list[str]:
-    """The first of those that nobody needs, so many that the others of them have at most `keep_bytes` together."""
+    """The first of those that nobody needs, so that of the others at most KEEP_COUNT stay, with at most `keep_bytes`."""
     free = [digest for digest in sizes if digest not in needed]
     left = sum(sizes[digest] for digest in free)
-    found = []
+    found: list[str] = []
     for digest in free:
-        if left <= keep_bytes:
+        if left <= keep_bytes and len(free) - len(found) <= KEEP_COUNT:
             break
         left -= sizes[digest]
         found.append(digest)

@@ -46,16 +46,17 @@ def variables(tmp_path: Path, address: str) -> dict[str, str]:
 def test_a_command_that_was_cut_off_finds_its_job_again(place: Place, tmp_path: Path, fifos: tuple[Path, Path]) -> None:
     began, go = fifos
     proxy = Proxy(place.address)
-    program = f"echo on > {began}; cat {go}; exit 3"
+    program = f"echo before; echo on > {began}; cat {go}; echo after; exit 3"
     with started("run", "--workers", "1", "--", "sh", "-c", program, **variables(tmp_path, proxy.address)) as client:
         began.read_text()
         proxy.cut()
         time.sleep(RECONNECT_GRACE_S + 0.5)  # by then it used to be given up; nothing tells when nothing happens
         proxy.open()
         go.write_text("meanwhile\n")
-        _, err = client.communicate(timeout=30)
+        out, err = client.communicate(timeout=30)
     proxy.cut()
     assert client.returncode == 3, err
+    assert [line.rpartition("| ")[2] for line in out.splitlines()] == ["before", "meanwhile", "after"]
     assert "lost the orchestrator" in err
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fleet.bus.transfer import Incoming, is_digest, read_part
+from fleet.bus.transfer import KEEP_COUNT, Incoming, is_digest, read_part, surplus
 from fleet.messages import PART_BYTES, Part, Want
 from fleet.worker.bundles import Bundles
 from tests.disks import small_disk
@@ -127,6 +127,14 @@ def test_archives_on_a_worker_stay_bounded(tmp_path: Path) -> None:
         bundles.release(str(number), 1)
     assert [bundles.has(digest_of(data)) for data in several] == [False] * 4 + [True] * 2
     assert len(names(tmp_path / "worker")) == 2
+
+
+def test_files_that_nobody_needs_are_bounded_in_number_too() -> None:
+    sizes = {str(number): 1 for number in range(2 * KEEP_COUNT)}
+    removed = surplus(sizes, {"0", "1"}, 1 << 20)
+    assert removed == [str(number) for number in range(2, KEEP_COUNT)]
+    assert surplus({"a": 1}, {"a"}, 0) == []
+    assert surplus({"a": 1}, (), 0) == ["a"]
 
 
 def test_what_is_on_its_way_for_nobody_is_dropped(tmp_path: Path) -> None:
