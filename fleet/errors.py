@@ -143,14 +143,23 @@ class Blocked:
         return f"rank {self.source} ({self.source_address}) does not reach rank {self.target} at {self.target_address}"
 
 
+_LOOPBACK = ("tcp://127.", "tcp://[::1]")
+
+
 def _firewall(blocked: Sequence[Blocked]) -> str:
     """Which ways are closed, and what to look at."""
     said = [str(way) for way in blocked[:SHOWN_AT_MOST]]
     if more := len(blocked) - SHOWN_AT_MOST:
         said += [f"and {more} more ways are closed"] if more > 0 else []
+    ways = ", ".join(said)
+    if any(w.target_address.startswith(_LOOPBACK) and not w.source_address.startswith(_LOOPBACK) for w in blocked):
+        return (
+            f"{ways}: only its own machine reaches a loopback address. Set FLEET_HOST on that worker, or its ORCHESTRATOR_ADDR "
+            "to an address that others see too"
+        )
     return (
-        f"{', '.join(said)}: is a firewall between them? Workers connect to each other on WORKER_PORT (50052) and up, one for "
-        "each slot, at FLEET_HOST"
+        f"{ways}: is a firewall between them? Workers connect to each other on WORKER_PORT (50052) and up, one for each slot, "
+        "at FLEET_HOST"
     )
 
 
@@ -164,6 +173,21 @@ class Unreachable(FleetError):
 
     def __str__(self) -> str:
         return f"{self.call}: after {self.within_s:g} s {_firewall(self.blocked)}"
+
+
+@dataclass(eq=False)
+class SameAddress(FleetError):
+    """The operator must act: ranks of two machines say that they are reached at one address."""
+
+    first: str  # rank and worker
+    second: str
+    address: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.first} and {self.second} are both at {self.address}, and only one of them can be: set FLEET_HOST on each "
+            "worker to an address that the others reach it at"
+        )
 
 
 @dataclass(eq=False)

@@ -10,6 +10,8 @@ from time import monotonic
 
 from fleet.collectives.channel import Channel, Key
 from fleet.collectives.header import pack_call
+from fleet.errors import SameAddress
+from fleet.group import Member
 
 HEARD_WITHIN_S = 20.0  # since all had joined: time for a lost packet or two, and for a machine that has much to do
 ALL_AT_MOST = 16  # ranks of a world in which each greets all others
@@ -23,6 +25,16 @@ class Unheard(Exception):
         super().__init__(ranks)
         self.ranks = ranks
         self.within_s = within_s
+
+
+def check_addresses(members: Sequence[Member]) -> None:
+    """Raises SameAddress where two ranks are said to be at one address, as of two machines that both say 127.0.0.1."""
+    seen: dict[str, Member] = {}
+    for member in members:
+        before = seen.setdefault(member.address, member)
+        if before is not member:
+            first, second = (f"rank {m.rank} (worker {m.worker_id}, pid {m.pid})" for m in (before, member))
+            raise SameAddress(first, second, member.address)
 
 
 def partners(rank: int, addresses: Sequence[str], machine: Sequence[int]) -> list[int]:

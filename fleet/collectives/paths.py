@@ -19,7 +19,7 @@ from fleet.bus.lock import derive
 from fleet.bus.shared import DECIDED_WITHIN_S, PAGE_BYTES, share
 from fleet.collectives.arena import Arena, arena_bytes
 from fleet.collectives.channel import Channel, Inbox
-from fleet.collectives.greeting import greet, partners
+from fleet.collectives.greeting import check_addresses, greet, partners
 from fleet.collectives.header import pack_call
 from fleet.collectives.hierarchy import HierarchicalPath
 from fleet.collectives.job import Call, Check, Ended, Job
@@ -118,6 +118,7 @@ def reach(world: World, group: int, members: Sequence[int], check: Check, formin
     hosts = _hosts(world, members)
     mine = next(host for host in hosts if channel.rank in host)
     if group == 0 and len(hosts) > 1:
+        check_addresses(world.members)
         addresses = [world.members[member].address for member in members]
         greet(channel, partners(channel.rank, addresses, mine), deadline)
     arena = None
