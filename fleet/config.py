@@ -296,7 +296,13 @@ def secret(file: Path | None = None) -> str | None:
     if not os.environ.get("XDG_CONFIG_HOME") and home() is None:
         return None
     own = secret_path()
-    return read_secret(own) if own.exists() else None
+    try:
+        is_there = own.exists()
+    except OSError as error:  # the home folder of somebody else, as under su or in a container
+        raise ConfigError(
+            f"{own} cannot be looked at ({error.strerror}): set HOME, FLEET_SECRET_FILE or FLEET_SECRET"
+        ) from None
+    return read_secret(own) if is_there else None
 
 
 def missing_secret(file: Path | None = None) -> Path | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fleet import config
 from fleet.cli.secret import ensure
 from fleet.cli.security import orchestrator_lock
 from fleet.client.target import control_lock
@@ -102,3 +103,12 @@ def test_where_there_is_no_secret_the_command_that_makes_one_is_named(
         control_lock(None, insecure=False)
     with pytest.raises(ConfigError, match="`fleet secret` makes one"):
         orchestrator_lock("0.0.0.0", None, insecure=False)
+
+
+def test_somebody_elses_home_gets_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is too long stands for a folder that may not be entered: root may enter all."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / ("x" * 300)))
+    for name in ("FLEET_SECRET", "FLEET_SECRET_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"cannot be looked at .*: set HOME"):
+        config.secret()
