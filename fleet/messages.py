@@ -13,6 +13,7 @@ import msgspec
 
 from fleet.bounds import (
     ONE_A_RANK,
+    REASON_CHARS,
     Attempt,
     Count,
     Digest,
@@ -473,7 +474,7 @@ def decode(data: bytes) -> Message:
     try:
         message: Message = _decoder.decode(memoryview(data)[1:])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # a ValidationError is a DecodeError
-        raise ProtocolError(f"not a message of fleet: {error}") from error
+        raise ProtocolError(f"not a message of fleet: {str(error)[:REASON_CHARS]}") from error
     return message
 
 

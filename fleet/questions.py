@@ -194,4 +194,4 @@ class Unanswered(Message, frozen=True):
     reason: Word
 
 
-Question = ListJobs | Watch | ReadLog | Drain | ListWorkers | Why
+Question = ListJobs | Watch | ReadLog | Drain | ListWorkers | Why | ListFiles | ReadFile

@@ -12,7 +12,7 @@ from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller
 from fleet.client.run import DENIALS_UNTIL_FINAL
 from fleet.client.target import Target, hello
-from fleet.errors import ConfigError, ProtocolError
+from fleet.errors import ConfigError, FleetError, ProtocolError
 from fleet.stillness import Deadline
 
 
@@ -21,7 +21,7 @@ def answers(
 ) -> Iterator[m.Message]:
     """What comes after the question, and before it the Welcome; ends at the deadline.
 
-    Raises ConfigError where no orchestrator answers, or it refuses this client.
+    Raises ConfigError where no orchestrator answers, or it refuses this client; FleetError where it fails at the question.
     """
     denied_count, welcomed = 0, False
     with Bus(target.lock) as bus:
@@ -46,6 +46,10 @@ def answers(
                     raise ConfigError(f"the orchestrator at {target.name}: {error}") from None
                 if isinstance(message, m.Refused):
                     raise ConfigError(f"the orchestrator at {target.name} refused this client: {message.reason}")
+                if isinstance(message, m.Unanswered):
+                    raise FleetError(f"the orchestrator could not answer: {message.reason}")
+                if isinstance(message, m.Unknown):
+                    dealer.put(m.encode(hello(versions)))
                 if isinstance(message, m.Welcome):
                     welcomed = True
                     if question is not None:
@@ -57,8 +61,8 @@ def answers(
 
 def workers(target: Target, versions: m.Versions) -> tuple[m.WorkerState, ...]:
     """Who is in the cluster, in the order in which they joined."""
-    for message in answers(target, m.ListWorkers(), versions, Deadline(target.timeout_s)):
-        if isinstance(message, m.Workers):
+    for message in answers(target, m.ListWorkers(1), versions, Deadline(target.timeout_s)):
+        if isinstance(message, m.Workers) and message.question == 1:
             return message.workers
     raise ConfigError(
         f"the orchestrator at {target.name} did not say who its workers are within {target.timeout_s:g} s"

@@ -23,13 +23,13 @@ def ask(target: Target, job_id: str, versions: m.Versions) -> tuple[list[m.Answe
     found: dict[int, m.Answer] = {}
     expected: int | None = None
     deadline = Deadline(target.timeout_s)
-    for message in answers(target, m.Why(job_id), versions, deadline):
-        if isinstance(message, m.Because):
+    for message in answers(target, m.Why(job_id, 1), versions, deadline):
+        if isinstance(message, m.Because) and message.question == 1:
             if message.error:
                 raise UsageError(message.error)
             expected = message.rank_count
             deadline.within(ANSWER_WITHIN_S)
-        elif isinstance(message, m.Answer):
+        elif isinstance(message, m.Answer) and message.question == 1:
             found[message.rank] = message
         if expected is not None and len(found) >= expected:
             break

@@ -14,6 +14,7 @@ from fleet.orchestrator.state import DropUpload, FetchBundle, SaveDrained, Serve
 from fleet.orchestrator.uploads import Uploads
 from fleet.values import amount_of
 
+CURIOUS_AT_MOST = 64  # questions about one job whose answers are on the way
 LEFT_AT_MOST = 64  # sentences about what one job's workers and attempts left behind
 PAGE_BYTES = 1 << 20  # of jobs in one answer: a frame has 8 MB, and the largest job less than 7
 
@@ -26,6 +27,7 @@ class Clients(Gangs):
     hand_backs: dict[str, float] = field(default_factory=dict)  # when what runs on a drained worker moves elsewhere
     with_files: dict[str, None] = field(default_factory=dict)  # whose files may be on the way, in order; see _fetching
     uploads: Uploads = field(default_factory=Uploads)
+    why_count: int = 0  # questions to ranks, of all clients
     disk_error: str = ""  # why nothing could be written down the last time
 
     def _from_client(self, peer: bytes, message: m.Message) -> None:
@@ -50,7 +52,8 @@ class Clients(Gangs):
         elif isinstance(message, m.Cancel):
             self._cancel(peer, message)
         elif isinstance(message, m.ListWorkers):
-            self._send(peer, m.Workers(tuple(self._state_of(worker) for worker in self.workers.values())))
+            states = tuple(self._state_of(worker) for worker in self.workers.values())
+            self._send(peer, m.Workers(states, message.question))
         elif isinstance(message, m.ListJobs):
             self._list_jobs(peer, message)
         elif isinstance(message, m.Watch):
@@ -60,7 +63,7 @@ class Clients(Gangs):
         elif isinstance(message, m.Drain):
             self._drain(peer, message)
         elif isinstance(message, m.Why):
-            self._why(peer, message.job_id)
+            self._why(peer, message)
         elif isinstance(message, m.ListFiles | m.ReadFile):
             self._ask_for_output(peer, message)
 
@@ -253,7 +256,8 @@ class Clients(Gangs):
             return
         self._send(peer, m.LogPart(ask.job_id, ask.rank, ask.offset, b"", True, error, ask.question))
 
-    def _why(self, peer: bytes, job_id: str) -> None:
+    def _why(self, peer: bytes, why: m.Why) -> None:
+        job_id = why.job_id
         if not job_id:
             running = [j.job_id for j in self.jobs.values() if j.state is JobState.RUNNING]
             job_id = running[0] if len(running) == 1 else ""
@@ -263,11 +267,14 @@ class Clients(Gangs):
             what = f"job {job_id} is unknown here" if job_id else "say which job"
             what = what if job is None else f"job {job_id} is {job.state.name.lower()}"
             known = f"running: {some(running)}" if running else "no job runs"
-            self._send(peer, m.Because(job_id, f"{what}; {known}"))
+            self._send(peer, m.Because(job_id, f"{what}; {known}", question=why.question))
             return
-        job.curious.add(peer)
-        self._send(peer, m.Because(job_id, "", job.world_size))
-        self._tell_workers(job, m.Ask(job.job_id, job.attempt, -1, 0, records=True))
+        self.why_count += 1
+        job.curious[self.why_count] = peer, why.question
+        if len(job.curious) > CURIOUS_AT_MOST:
+            del job.curious[next(iter(job.curious))]
+        self._send(peer, m.Because(job_id, "", job.world_size, why.question))
+        self._tell_workers(job, m.Ask(job.job_id, job.attempt, -1, self.why_count, records=True))
 
     # What jobs wrote
 

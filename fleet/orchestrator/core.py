@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from fleet import messages as m
 from fleet.bounds import REASON_CHARS
 from fleet.orchestrator.clients import Clients
@@ -349,7 +351,7 @@ class Core(Clients):
         self.pids.pop(peer, None)
         del self.clients[peer]
         for job in list(self.jobs.values()):
-            job.curious.discard(peer)
+            job.curious = {number: asked for number, asked in job.curious.items() if asked[0] != peer}
             job.watchers.discard(peer)
             if job.client == peer:
                 if job.state is JobState.FETCHING and (peer, job.spec.digest) in self.uploads:
@@ -481,7 +483,8 @@ class Core(Clients):
         elif isinstance(message, m.Ask):
             self._tell_workers(job, message)
         elif isinstance(message, m.Answer) and message.asker < 0:
-            for client in job.curious:
-                self._send(client, message)
+            if message.question in job.curious:
+                client, question = job.curious[message.question]
+                self._send(client, replace(message, question=question))
         elif isinstance(message, m.Answer) and message.asker < job.world_size:
             self._send_worker(job.seats[message.asker], message)

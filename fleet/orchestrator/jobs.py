@@ -97,7 +97,8 @@ class Job:
     acked: dict[int, int] = field(default_factory=dict)  # and of the last one that the client has
     asked: dict[int, int] = field(default_factory=dict)  # by rank: what that number was when what follows was asked for
     kept_unknown: bool = False  # an orchestrator before this one kept some of it
-    curious: set[bytes] = field(default_factory=set)  # clients that asked why, and get the ranks' answers
+    # Who asked why, and as which of its questions, by the number that ranks were asked with. The newest of them.
+    curious: dict[int, tuple[bytes, int]] = field(default_factory=dict)
     watchers: set[bytes] = field(default_factory=set)  # clients that are told when it has ended
     _shares: tuple[tuple[str, ...], dict[str, tuple[int, ...]]] = field(default=((), {}), repr=False, compare=False)
 

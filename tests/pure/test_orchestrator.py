@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from msgspec.structs import replace
 
 from fleet import messages as m
@@ -174,13 +176,18 @@ def test_why_asks_all_ranks_and_their_answers_go_to_those_who_asked_alone() -> N
     core = cluster(1, 1)
     running(core, 2)
     core.step(o.Received(CURIOUS, m.ClientHello(VERSIONS)), 0.5)
-    effects = core.step(o.Received(CURIOUS, m.Why("j")), 1.0)
-    assert sent(effects, CURIOUS) == [m.Because("j", "", 2)]
+    core.step(o.Received(CURIOUS, m.Why("j", 6)), 0.9)
+    effects = core.step(o.Received(CURIOUS, m.Why("j", 7)), 1.0)
+    assert sent(effects, CURIOUS) == [m.Because("j", "", 2, 7)]
     for peer in (b"w0/1", b"w1/1"):
-        assert sent(effects, peer) == [m.Ask("j", 1, -1, 0, records=True)]
-    answer = m.Answer("j", 1, -1, 0, 1, "h", 7, 3, True, "is in barrier()", records="#3 barrier()")
+        assert sent(effects, peer) == [m.Ask("j", 1, -1, 2, records=True)]
+    answer = m.Answer("j", 1, -1, 2, 1, "h", 7, 3, True, "is in barrier()", records="#3 barrier()")
     effects = core.step(o.Received(b"w1/1", answer), 1.1)
-    assert effects == [o.Send(CURIOUS, answer)]
+    assert effects == [o.Send(CURIOUS, replace(answer, question=7))]
+    late = core.step(o.Received(b"w1/1", replace(answer, question=1)), 1.1)
+    assert late == [
+        o.Send(CURIOUS, replace(answer, question=6))
+    ]  # of the question before: not taken for an answer to 7
     # A rank's own question is none of the client's business.
     for_a_rank = replace(answer, asker=0)
     assert core.step(o.Received(b"w1/1", for_a_rank), 1.2) == [o.Send(b"w0/1", for_a_rank)]
@@ -312,3 +319,21 @@ def test_only_processes_whose_numbers_mean_the_same_here_are_watched() -> None:
     assert core.pids == {CLIENT: 7}
     core.step(o.Received(CLIENT, m.Goodbye()), 1.0)
     assert core.pids == {}
+
+
+def test_an_answer_repeats_the_number_of_its_question() -> None:
+    core = cluster(1)
+    questions = [
+        m.ListJobs(question=11),
+        m.Watch("none", 12),
+        m.ReadLog("none", 0, 0, 13),
+        m.Drain("none", question=14),
+        m.ListWorkers(15),
+        m.Why("none", 16),
+        m.ListFiles("none", "w0", 17),
+        m.ReadFile("none", "w0", 18, b"x", 0),
+    ]
+    assert {type(question) for question in questions} == set(get_args(m.Question))
+    for question in questions:
+        (answer,) = sent(core.step(o.Received(CLIENT, question), 1.0), CLIENT)
+        assert answer.question == question.question, question  # type: ignore[attr-defined]
