@@ -84,7 +84,9 @@ def sweep(directory: Path) -> None:
             descriptor = open_own(path, os.O_RDWR)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                # Of its name too: between the two its maker may have ended, and another have made a file of that name.
+                if os.path.samestat(os.fstat(descriptor), path.lstat()):
+                    path.unlink()
             finally:
                 os.close(descriptor)
 

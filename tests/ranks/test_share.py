@@ -119,6 +119,24 @@ def test_sweep_removes_what_nobody_holds_and_nothing_else(folder: Path) -> None:
     sweep(folder / "missing")
 
 
+def test_a_sweeper_that_is_late_takes_no_newer_file_of_the_same_name(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its look at an old file and the lock that nobody holds any more, a new one has got the name."""
+    path = folder / f"{PREFIX}test"
+    path.write_bytes(b"old")
+    real = fcntl.flock
+
+    def lock(descriptor: int, how: int) -> None:
+        path.unlink()
+        path.write_bytes(b"new")
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    sweep(folder)
+    assert path.read_bytes() == b"new"
+
+
 def test_sweeping_while_ranks_share_takes_nothing_from_them(folder: Path) -> None:
     stop = threading.Event()
 
