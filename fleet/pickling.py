@@ -134,12 +134,14 @@ def dumps(value: Any, apart_from_bytes: int) -> tuple[bytes, list[Parts]]:
         return False
 
     if _is_plain(value):
-        chunks: Parts = (pickle.dumps(value, 5, buffer_callback=beside),)
-    else:
-        chunks = _Chunks()
-        _Pickler(chunks, 5, buffer_callback=beside).dump(value)
+        data = pickle.dumps(value, 5, buffer_callback=beside)
+        return (data, buffers) if len(data) < apart_from_bytes else (b"", [(data,), *buffers])
+    chunks = _Chunks()
+    _Pickler(chunks, 5, buffer_callback=beside).dump(value)
+    if len(chunks) == 1 and len(chunks[0]) < apart_from_bytes:
+        return chunks[0], buffers
     if sum(memoryview(chunk).nbytes for chunk in chunks) < apart_from_bytes:
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks), buffers
+        return b"".join(chunks), buffers
     return b"", [chunks, *buffers]
 
 
@@ -181,10 +183,8 @@ def _registered(module: str) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in registered())
 
 
-def registered() -> set[str]:
-    """The modules that somebody told cloudpickle to pickle by value."""
-    found: set[str] = cloudpickle.list_registry_pickle_by_value()
-    return found
+# () -> set[str]: the modules that somebody told cloudpickle to pickle by value
+registered = cloudpickle.list_registry_pickle_by_value
 
 
 class Function:

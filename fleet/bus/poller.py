@@ -61,7 +61,7 @@ class Poller:
         self._poller.unregister(source)
 
     def wait(self, timeout_s: float | None) -> set[Source]:
-        """The sources that have something to read; empty after `timeout_s` (None: waits for ever)."""
+        """The sources that have something to read, of a Wake its descriptor; empty after `timeout_s` (None: waits for ever)."""
         # Rounded up: waking a moment early would only spin until the deadline.
         timeout_ms = None if timeout_s is None else max(0, int(timeout_s * 1000) + 1)
         return {source for source, _ in self._poller.poll(timeout_ms)}

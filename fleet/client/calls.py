@@ -84,9 +84,14 @@ class Packer:
 
     def pack(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
         """A copy of the call, as it is now. Raises UsageError that names what cannot be pickled."""
-        name = _name(fn)
+        function = None
+        if type(fn) is FunctionType:
+            name = fn.__qualname__
+            if not pickling.registered():
+                function = self._by_name.get(fn)
+        else:
+            name = _name(fn)
         try:
-            function = self._by_name.get(fn) if type(fn) is FunctionType and not pickling.registered() else None
             if function is None:
                 function = self._function(fn)
         except Exception as error:

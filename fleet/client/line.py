@@ -254,9 +254,11 @@ class Line(Seats):
         """Outside of the lock: who finds this line asleep may act for it, or wakes it."""
         self._asleep = True
         nothing = not self._inbox and not self._cancels and (not self._finishing or self._works)
-        wait_s_or_none = self._dealer.patience(None if wait_s == math.inf else wait_s)
-        if nothing and self._wake in self._poller.wait(self._clock.waits(wait_s_or_none)):
-            self._wake.clear()
+        if nothing:
+            wait_s_or_none = self._dealer.patience(None if wait_s == math.inf else wait_s)
+            ready = self._poller.wait(self._clock.waits(wait_s_or_none))
+            if self._wake.fileno() in ready:
+                self._wake.clear()
         self._asleep = False
 
     def _take_inbox(self) -> bool:
@@ -359,6 +361,10 @@ class Line(Seats):
     def _settle(self, job_id: str, results: list[tuple[tasks.Result, list[Any]]]) -> None:
         """Results that are here with all their buffers."""
         seat = self._seats.get(job_id)
+        if self._first is not None and seat is not None and not seat.initialized:
+            for result, _ in results:
+                if result.task_id == tasks.INITIALIZER:
+                    self._initialized(job_id, seat, result)
         seconds = {}
         for result, _ in results:
             seconds[result.task_id] = result.seconds
@@ -416,7 +422,7 @@ class Line(Seats):
     def _from_runner(self, job_id: str, said: tasks.Said, arrived: Arrived) -> None:
         seat = self._seats[job_id]
         if isinstance(said, tasks.Results):
-            self._results(job_id, seat, said)
+            self._results(job_id, said)
         elif isinstance(said, tasks.Piece):
             piece = arrived.rest[1].buffer if len(arrived.rest) > 1 else memoryview(b"")
             whole = self._arrivals.piece(job_id, said, piece)
@@ -424,7 +430,8 @@ class Line(Seats):
                 self._settle(job_id, whole)
         elif isinstance(said, tasks.Fetch):
             work = self._works.get(said.task_id)
-            blob = work.packed.blobs[said.index] if work and said.index < len(work.packed.blobs) else None
+            packed = self._first if said.task_id == tasks.INITIALIZER else work.packed if work is not None else None
+            blob = packed.blobs[said.index] if packed is not None and said.index < len(packed.blobs) else None
             data = blob.piece(said.offset, tasks.PIECE_BYTES) if blob is not None else b""
             piece_said = tasks.Piece(said.task_id, said.index, said.offset)
             self._say(job_id, piece_said, data)
@@ -435,17 +442,13 @@ class Line(Seats):
             seat.where = f"{seat.worker} (pid {said.pid})"
             self._ready_runner(job_id, seat, said)
 
-    def _results(self, job_id: str, seat: Seat, said: tasks.Results) -> None:
+    def _results(self, job_id: str, said: tasks.Results) -> None:
         whole = self._arrivals.results(job_id, said)
-        if self._first is not None and not seat.initialized:
-            for result, buffers in whole:
-                if result.task_id == tasks.INITIALIZER:
-                    self._initialized(job_id, seat, result, buffers)
         if whole:
             self._settle(job_id, whole)
-        here = {result.task_id for result, _ in whole}
-        arriving = {r.task_id: r.seconds for r in said.results if r.buffers and r.task_id not in here}
-        if arriving:
+        if len(whole) < len(said.results):
+            here = {result.task_id for result, _ in whole}
+            arriving = {r.task_id: r.seconds for r in said.results if r.buffers and r.task_id not in here}
             self._step(pool.Arriving(job_id, arriving))
 
     def _leave(self) -> None:

@@ -243,7 +243,7 @@ class Seats(ABC):
             functions = {function.digest: function.pickled} if function is not None else {}
             self._run_calls(job_id, seat, [self._first.call(tasks.INITIALIZER)], functions)
 
-    def _initialized(self, job_id: str, seat: Seat, result: tasks.Result, buffers: list[Any]) -> None:
+    def _initialized(self, job_id: str, seat: Seat, result: tasks.Result) -> None:
         if not result.ok:
             assert self._first is not None
             raise PoolLost(f"the initializer {self._first.name} failed on {seat.where}: {result.text.strip()}")

@@ -259,7 +259,6 @@ class Runner:
             try:
                 value = function(*args, **kwargs)
             finally:
-                self._flush()
                 if os.getpid() != self._pid:
                     os._exit(0)  # a fork of the user's that came back from the call is not a second runner
                 self._lock.acquire()
@@ -275,6 +274,7 @@ class Runner:
         self._unsent_bytes += len(result.data) + len(result.text)
         late = monotonic() - self._unsent_since >= SEND_AFTER_S
         if not self._waiting or late or self._unsent_bytes >= SEND_FROM_BYTES:
+            self._flush()
             self._send_results()
 
     def _flush(self) -> None:

@@ -201,9 +201,10 @@ def fail_in_plugin(folder: str) -> None:
 _initialized = ""
 
 
-def initialize(value: str) -> None:
+def initialize(value: str) -> str:
     global _initialized
     _initialized = value
+    return value
 
 
 def initialized() -> str:

@@ -18,14 +18,18 @@ import fleet
 
 
 def test_the_first_argument_may_be_the_number_of_processes() -> None:
-    with fleet.Executor(2, initializer=calls.initialize, initargs=("x",)) as pool:
-        assert {pool.submit(calls.initialized).result(timeout=30) for _ in range(4)} == {"x"}
+    large = "x" * 200_000
+    with fleet.Executor(2, initializer=calls.initialize, initargs=(large,)) as pool:
+        assert {pool.submit(calls.initialized).result(timeout=30) for _ in range(4)} == {large}
         pids = {pool.submit(os.getpid).result(timeout=30) for _ in range(8)}
         assert len(pids) <= 2
 
 
-def test_an_initializer_that_raises_breaks_the_pool() -> None:
-    with fleet.Executor(1, initializer=calls.fail, initargs=("no licence",)) as pool:
+@pytest.mark.parametrize("padding", [0, 200_000])
+def test_an_initializer_that_raises_breaks_the_pool(monkeypatch: pytest.MonkeyPatch, padding: int) -> None:
+    """Also where its error is so large that it is fetched in pieces."""
+    monkeypatch.setenv("FLEET_SHARED_MEMORY", "off")
+    with fleet.Executor(1, initializer=calls.fail, initargs=(padding * "x" + "no licence",)) as pool:
         try:
             error = pool.submit(calls.square, 2).exception(timeout=30)
             assert isinstance(error, fleet.TaskLost)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
@@ -92,3 +93,28 @@ def test_the_code_of_a_killed_caller_does_not_stay(tmp_path: Path) -> None:
     assert bundle.parent.name.startswith("fleet-code-")
     with runtime_folder():  # as the next command of fleet, or the next Executor
         assert not bundle.parent.exists()
+
+
+def test_a_thread_that_was_woken_sleeps_again(tmp_path: Path) -> None:
+    """It span from the first wake-up on: the wake-up was never taken."""
+    say, wait = tmp_path / "say", tmp_path / "wait"
+    os.mkfifo(say)
+    os.mkfifo(wait)
+    with fleet.Executor(max_workers=1) as pool:
+        runs = pool.submit(calls.say_and_wait, str(say), str(wait))
+        assert int(say.read_text())
+        assert pool.submit(calls.square, 1).cancel()  # which wakes it
+        turns = 0
+        turn = pool._line._turn
+
+        def count() -> float | None:
+            nonlocal turns
+            turns += 1
+            return turn()
+
+        pool._line._turn = count  # type: ignore[method-assign]
+        pool._line._wake.set()
+        time.sleep(0.2)  # in which nothing is to happen
+        assert turns < 20
+        wait.write_text("go\n")
+        assert runs.result(timeout=30) == "go\n"
