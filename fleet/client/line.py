@@ -137,14 +137,14 @@ class Line(Seats):
     def _act_here(self) -> bool:
         """Gives a runner that has nothing to do its task in the caller's thread: a change of threads costs 0.1 ms.
 
-        False: this line's own thread has to look.
+        False: this line's own thread has to look. It need not where no runner has room: a result will wake it.
         """
-        router = self._router
-        if router is None or not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(blocking=False):
             return False
         try:
-            if not self._pool.has_idle:
-                return False
+            router = self._router
+            if router is None or not self._pool.has_idle:
+                return not self._pool.has_room
             self._take_inbox()
             # What came in meanwhile, and deadlines that are new, are that thread's.
             return not router.has_event() and self._pool.next_deadline() is None and not self._unsent

@@ -254,6 +254,14 @@ class Pool:
         return any(r.ready and not r.tasks and not r.retiring and r.verdict is None for r in self.runners.values())
 
     @property
+    def has_room(self) -> bool:
+        """Whether a further task may be given to a runner now, or have one asked for."""
+        if self._missing:
+            return True
+        room = (r for r in self.runners.values() if r.ready and not r.retiring and r.verdict is None)
+        return any(len(runner.tasks) < self._credit(runner) for runner in room)
+
+    @property
     def task_count(self) -> int:
         return len(self._queued) + sum(len(runner.tasks) for runner in self.runners.values())
 

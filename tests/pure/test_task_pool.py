@@ -132,3 +132,23 @@ def test_runners_that_do_not_fit_are_not_asked_for_without_end() -> None:
     assert number == 3
     effects = found.step(Submitted([Task(1)]), 20.0)
     assert effects.count(AskRunner()) == 1
+
+
+def test_room_is_what_a_further_task_would_be_given_or_asked_for() -> None:
+    found = Pool(1)
+    found.start()
+    found.joined("r")
+    assert not found.has_room  # it will say that it is there
+    found.mean_s = 1.0
+    found.step(RunnerReady("r", "here", ()), 0.0)
+    assert found.has_room
+    found.step(Submitted([Task(1)]), 0.0)
+    assert not found.has_room
+    found.step(Finished("r", {1: 1.0}), 1.0)
+    assert found.has_room
+    found.step(RunnerEnded("r", "killed"), 2.0)
+    assert not found.has_room
+    for number in range(3):
+        found.joined(f"r{number}")
+        found.step(RunnerEnded(f"r{number}", "killed"), 3.0)
+    assert found.has_room  # one is asked for when somebody wants something again

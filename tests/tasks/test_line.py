@@ -57,6 +57,7 @@ def test_what_was_submitted_before_a_result_came_competes_for_its_runner(
         stop.set()
         low = pool.options(priority=-1).submit(calls.square, 1)
         low.add_done_callback(lambda _: order.append("low"))
+        pool._line._wake.set()  # no runner has room, so nothing but a result would have it look
         assert stopped.wait(60)
         high = pool.options(priority=5).submit(calls.square, 3)
         high.add_done_callback(lambda _: order.append("high"))
