@@ -242,12 +242,16 @@ def state_folder(port: int) -> Path | None:
     return own / ".local" / "state" / "fleet" / str(port)
 
 
-def storage_folder() -> Path:
-    """FLEET_STORAGE_DIR: where a worker keeps what jobs write. Else a folder that all workers of this user here share."""
+def storage_folder() -> Path | None:
+    """FLEET_STORAGE_DIR: where a worker keeps what jobs write. Else a folder that all workers of this user here share.
+
+    None for a user without a home.
+    """
     if text := os.environ.get("FLEET_STORAGE_DIR"):
         return Path(text)
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "fleet" / "output"
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "fleet" / "output"
+    return None if (own := home()) is None else own / ".local" / "state" / "fleet" / "output"
 
 
 def storage_is_named() -> bool:

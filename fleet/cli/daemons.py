@@ -148,6 +148,12 @@ def run_worker(
 def _storage(given: Path | None, runtime: Path) -> Storage:
     """What jobs write is kept there. Raises ConfigError where a folder that somebody named cannot be used."""
     folder = given or config.storage_folder()
+    if folder is None:
+        log.warning(
+            "what jobs write is kept only as long as this worker runs: there is no home folder, --storage names one"
+        )
+        (runtime / "output").mkdir()
+        return Storage(runtime / "output")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         storage = Storage(folder)
