@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterable
 
-from fleet.client.blame import alike, blamed, fullest, headline
+from fleet.client.blame import TRACEBACK, alike, blamed, fullest, headline
 from fleet.errors import rank_set
 from fleet.messages import Ended, RankStatus, how
 from fleet.text import shown
@@ -76,7 +76,7 @@ def _others(others: list[RankStatus], world_size: int) -> list[str]:
     """What became of the other ranks: those together that ended in the same way."""
     groups: dict[str, list[int]] = {}
     for status in others:
-        if status.stopped:
+        if status.stopped or _ended_with_it(status):
             said = "stopped because of it: {}"
         elif status.failed:
             said = f"failed too: {{}} ({shown(how(status)).replace('{', '{{').replace('}', '}}')})"
@@ -85,6 +85,12 @@ def _others(others: list[RankStatus], world_size: int) -> list[str]:
         groups.setdefault(said, []).append(status.rank)
     first = sorted(groups, key=lambda said: ("stopped", "failed", "had").index(said.split(" ")[0]))
     return [f"fleet: {said.format(_ranks(groups[said], world_size))}" for said in first]
+
+
+def _ended_with_it(status: RankStatus) -> bool:
+    """Whether it ended as a rank does that hears of a loss before it is told to stop: with 1, and without a traceback."""
+    silent = TRACEBACK not in status.stderr_tail
+    return silent and (status.code, status.signal, status.reason) == (1, 0, "")
 
 
 def _failed_alike(status: RankStatus, cause: RankStatus, error: str) -> bool:

@@ -114,13 +114,14 @@ RAISED = "ValueError: bad\x1b[2J batch"
 def test_ranks_that_fail_alike_are_one_line() -> None:
     tail = TRACEBACK + RAISED + "\nand a second line\n"
     alike = [status(rank, code=1, stderr_tail=tail, stopped=rank == 3) for rank in (0, 1, 3)]
-    others = (status(2, code=1), status(4, code=1), status(5, signal=9), status(6, signal=15, stopped=True))
-    ended = Ended("j", "rank 1 failed", 1, (*alike, *others))
-    assert report(ended, 7, []).splitlines() == [
+    others = (status(2, code=3), status(4, code=3), status(5, signal=9), status(6, signal=15, stopped=True))
+    lost_it = status(7, code=1, stderr_tail="a warning\n")  # it heard of the loss before it was told to stop
+    ended = Ended("j", "rank 1 failed", 1, (*alike, *others, lost_it))
+    assert report(ended, 8, []).splitlines() == [
         "fleet: ranks 0-1,3 failed alike: exit code 1",
         r"fleet: it said: ValueError: bad\x1b[2J batch",
-        "fleet: stopped because of it: rank 6",
-        "fleet: failed too: ranks 2,4 (exit code 1)",
+        "fleet: stopped because of it: ranks 6-7",
+        "fleet: failed too: ranks 2,4 (exit code 3)",
         "fleet: failed too: rank 5 (killed by signal 9 (SIGKILL))",
     ]
 
