@@ -47,7 +47,7 @@ def run(place: Place, folder: Path) -> tuple[int, str, str]:
 
 def command(place: Place, folder: Path) -> tuple[list[str], dict[str, str]]:
     variables = {"FLEET_SECRET_FILE": str(folder / "secret"), "ORCHESTRATOR_ADDR": place.address}
-    return ["run", "--workers", "2", str(folder / "job" / "script.py")], variables
+    return ["run", "--workers", "2", "--max-restarts", "0", str(folder / "job" / "script.py")], variables
 
 
 def open_now(process: Popen[str]) -> int:
