@@ -234,6 +234,11 @@ class Functions:
         self._bytes = 0
 
 
+def call_each(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
+    """Several calls that are one task. Here, since a runner has this module: to import an Executor's took it 0.2 s."""
+    return [function(*args) for args in calls]
+
+
 def function_bytes(function: Callable[..., Any]) -> bytes:
     """The pickle of a function. Raises whatever its pickling raises."""
     return _whole(_Pickler, function)

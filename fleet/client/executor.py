@@ -20,7 +20,7 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack
 
-from fleet import config
+from fleet import config, pickling
 from fleet.client.calls import Promise
 from fleet.client.here import cluster_place, local_place
 from fleet.client.line import Line
@@ -198,7 +198,7 @@ class Executor(AnyExecutor):
         if chunksize == 1:
             return _results((self._submit(options, fn, args, {}) for args in calls), timeout, buffersize)
         chunks = iter(lambda: list(islice(calls, chunksize)), [])
-        futures = (self._submit(options, _call_each, (fn, chunk), {}) for chunk in chunks)
+        futures = (self._submit(options, pickling.call_each, (fn, chunk), {}) for chunk in chunks)
         return chain.from_iterable(_results(futures, timeout, buffersize))  # type: ignore[arg-type]
 
 
@@ -236,10 +236,6 @@ def as_completed(
 
     title = progress if isinstance(progress, str) else "tasks"
     return iter(track(ended, title, total=len(set(wanted)), console=Console(stderr=True)))
-
-
-def _call_each(fn: Callable[..., T], calls: list[tuple[Any, ...]]) -> list[T]:
-    return [fn(*args) for args in calls]
 
 
 def _results(submitted: Iterator[Promise[T]], timeout: float | None, at_once: int | None) -> Iterator[T]:
