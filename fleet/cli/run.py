@@ -22,7 +22,6 @@ from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import check_target, preload_for
 from fleet.cli.slurm import serve, step_cluster
 from fleet.cli.stdin import readers, standard_input
-from fleet.cli.travel import spec_of_bundle, stays, would_travel
 from fleet.cli.words import Words
 from fleet.client.printer import Printer
 from fleet.client.report import INTERRUPTED, exit_code, report
@@ -67,6 +66,8 @@ def run_job(words: Words, options: Options) -> int:
     who = readers(options.stdin, local=options.orchestrator is None and config.slurm_task() is None)
     imports = check_target(words)
     if options.dry_run:
+        from fleet.cli.travel import stays, would_travel
+
         print(would_travel(words, options.max_bundle_bytes) if options.orchestrator else stays())
         return 0
     task = config.slurm_task()
@@ -107,6 +108,8 @@ def run_job(words: Words, options: Options) -> int:
             spec, bundle = m.Spec(words.kind, portable(words.target), args, portable(here)), None
         else:
             target = cluster_target(options.orchestrator, options.secret_file, options.insecure, options.timeout_s)
+            from fleet.cli.travel import spec_of_bundle  # here, for what it imports takes 10 ms
+
             spec, bundle = spec_of_bundle(words, runtime, options.max_bundle_bytes, options.keep)
         run = Run(target, spec, options.workers, job, bundle, printer)
         interruption.run = run

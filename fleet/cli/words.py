@@ -7,7 +7,6 @@ After `--` everything is the script's, `--workers` too. `--` in place of the scr
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ from fleet.errors import UsageError
 WORKERS = "--workers"
 HELP = "--help"
 # How other launchers call the number of ranks: mpirun, srun, torchrun, accelerate.
-_NUMBER = re.compile(r"(-np?|--np|--ntasks|--nproc(?:[-_]per[-_]node)?|--num[-_]processes|--world[-_]size)(?:=?(\d+))?")
-_MEETING = re.compile(r"--(standalone|nnodes|node[-_]rank|master[-_](addr|port)|rdzv[-_]\w+)(=.*)?", re.S)  # torchrun's
+_NUMBER = r"(-np?|--np|--ntasks|--nproc(?:[-_]per[-_]node)?|--num[-_]processes|--world[-_]size)(?:=?(\d+))?"
+_MEETING = r"--(standalone|nnodes|node[-_]rank|master[-_](addr|port)|rdzv[-_]\w+)(=.*)?"  # torchrun's
 
 
 @dataclass(frozen=True)
@@ -105,15 +104,17 @@ def _unknown(words: Sequence[str], at: int, known: Mapping[str, bool], command: 
     before, after = words[:at], words[at + 1 :]
     if word == "-h":
         return f"write fleet {command} --help"
-    if found := _NUMBER.fullmatch(word):
+    if found := re.fullmatch(_NUMBER, word):
         value = found.group(2) or (after[0] if after else "8")
         rest = after if found.group(2) else after[1:]
         typed = shlex.join([*before, WORKERS, value, *(rest or ["train.py"])])
         return f"{found.group(1)} is called {WORKERS} here: fleet {command} {typed}"
-    if _MEETING.fullmatch(word):
+    if re.fullmatch(_MEETING, word, re.S):
         return f"fleet {command} does not need {name}: ranks find each other by themselves; leave it out"
     if (right := name.replace("_", "-")) in known:
         return f"fleet {command} does not know {name}: it is {right}"
+    import difflib  # for mistakes alone
+
     near = difflib.get_close_matches(name, known, 1, 0.75)
     hint = f" (is it {near[0]}?)" if near else ""
     return f"fleet {command} does not know {name}{hint}; options of the script come after the script's name"

@@ -9,13 +9,14 @@ import re
 from collections.abc import Iterable
 
 TRACEBACK = "Traceback (most recent call last):"  # the last words of the line that begins one
+# Compiled when one is needed, which in most runs is never.
 _SET = r"(\d+(?:[,-]\d+)*)"  # as errors.rank_set writes it
-_LATE = re.compile(r"CollectiveTimeout: .*?waiting for (?=rank)(.*)")
-_LATE_RANKS = re.compile(rf"(?:^|; |: )ranks? {_SET}(?= \(|$)")
-_DIFFERENT = re.compile(r"CollectiveMismatch: (.*?)(?:; every rank must|; shape and dtype)")
-_CALLED = re.compile(rf"ranks? {_SET} called ")
-_RANKS = re.compile(rf"\branks? {_SET}")
-_ENDED = re.compile(r"RankEnded: rank (\d+) ")
+_LATE = r"CollectiveTimeout: .*?waiting for (?=rank)(.*)"
+_LATE_RANKS = rf"(?:^|; |: )ranks? {_SET}(?= \(|$)"
+_DIFFERENT = r"CollectiveMismatch: (.*?)(?:; every rank must|; shape and dtype)"
+_CALLED = rf"ranks? {_SET} called "
+_RANKS = rf"\branks? {_SET}"
+_ENDED = r"RankEnded: rank (\d+) "
 
 
 def headline(stderr: str) -> str:
@@ -29,13 +30,13 @@ def headline(stderr: str) -> str:
 
 def blamed(line: str) -> tuple[list[int], str]:
     """The ranks that an error's line blames, and what they did; none: it blames nobody but the rank that raised it."""
-    if found := _ENDED.search(line):
+    if found := re.search(_ENDED, line):
         return [int(found.group(1))], "ended before a call that the others wait in"
-    if found := _LATE.search(line):
-        ranks = [rank for text in _LATE_RANKS.findall(found.group(1)) for rank in _numbers(text)]
+    if found := re.search(_LATE, line):
+        ranks = [rank for text in re.findall(_LATE_RANKS, found.group(1)) for rank in _numbers(text)]
         return sorted(ranks), "kept the others waiting"
-    if found := _DIFFERENT.search(line):
-        groups = sorted((_numbers(text) for text in _CALLED.findall(found.group(1))), key=len, reverse=True)
+    if found := re.search(_DIFFERENT, line):
+        groups = sorted((_numbers(text) for text in re.findall(_CALLED, found.group(1))), key=len, reverse=True)
         if len(groups) > 1 and len(groups[1]) < len(groups[0]):
             return sorted(rank for group in groups[1:] for rank in group), "called something else than the others"
         return sorted(rank for group in groups for rank in group), "called different things"
@@ -49,15 +50,15 @@ def alike(line: str) -> str:
     """
     if not line.startswith("fleet.errors."):
         return line
-    if found := _DIFFERENT.search(line):
+    if found := re.search(_DIFFERENT, line):
         head, *calls = re.split(r"(?:(?<=: )|, )ranks? [\d,-]+ called ", found.group(1))
         return f"{head} {sorted(calls)}"
-    return f"{_RANKS.sub('ranks', line)} {blamed(line)}"
+    return f"{re.sub(_RANKS, 'ranks', line)} {blamed(line)}"
 
 
 def fullest(lines: Iterable[str]) -> str:
     """Of lines that are alike the one that names most ranks, the first of them."""
-    return max(lines, key=lambda line: sum(len(_numbers(text)) for text in _RANKS.findall(line)))
+    return max(lines, key=lambda line: sum(len(_numbers(text)) for text in re.findall(_RANKS, line)))
 
 
 def _numbers(text: str) -> list[int]:
