@@ -141,7 +141,8 @@ def result_in(tail: bytes) -> dict[str, Any]:
     for line in reversed(lines):
         if line.lstrip().startswith("{"):
             try:
-                fields = json.loads(line)
+                # What stderr had may stand behind it: an unbuffered print writes its line's end by itself.
+                fields, _ = json.JSONDecoder().raw_decode(line.lstrip())
             except (ValueError, RecursionError):
                 continue
             if isinstance(fields, dict):

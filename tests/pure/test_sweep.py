@@ -26,6 +26,7 @@ from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, sent
         (b"\xff\n\n", {"last line": "\ufffd"}),
         (b"", {"last line": ""}),
         (b'{"a": ' * 5000, {"last line": '{"a": ' * 5000}),
+        (b'{"loss": 0.25}a goodbye on stderr\n\n', {"loss": 0.25}),
     ],
 )
 def test_the_last_line_that_is_an_object_is_the_result(tail: bytes, result: object) -> None:
