@@ -35,13 +35,14 @@ class Strangers:
     there is none. So a connection counts as refused, too, if it ends and no handshake has succeeded since it began. While
     members connect, some may be missed; none of theirs is ever counted.
 
-    `hears`: its owner says of each connection when it has `heard` it. Else one may be a member's once any handshake has
-    succeeded.
+    `says`: it logs; else that is its owner's to do. `hears`: its owner says of each connection when it has `heard` it. Else
+    one may be a member's once any handshake has succeeded.
     """
 
-    def __init__(self, endpoint: str = "", hears: bool = False) -> None:
+    def __init__(self, endpoint: str = "", hears: bool = False, says: bool = True) -> None:
         self.endpoint = endpoint
         self._hears = hears
+        self._says = says
         self.refused_count = 0
         self._unsaid_count = 0  # of them, since the last line in the log
         self._log_at = 0.0
@@ -101,7 +102,7 @@ class Strangers:
         self.refused_count += 1
         self._unsaid_count += 1
         now = monotonic()
-        if now < self._log_at or self.endpoint.startswith("ipc:"):
+        if not self._says or now < self._log_at or self.endpoint.startswith("ipc:"):
             return  # in a private folder there are no strangers, but processes that were killed
         self._log_at = now + LOG_EVERY_S
         log.warning(

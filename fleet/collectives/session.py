@@ -66,7 +66,9 @@ class Session:
         self._question = 0
         self._answers: dict[int, queue.SimpleQueue[m.Answer]] = {}  # by question: several threads may ask at once
         self._told_inside = False
-        self.strangers = Strangers()  # of this rank's inbox
+        # Of this rank's inbox. The agent logs them: what a rank prints is its script's, and a peer that is killed while it
+        # connects looks like one.
+        self.strangers = Strangers(says=False)
         self.unreached: Callable[[], Sequence[int]] = lambda: ()  # ranks that it sent to and has no connection to
         self._told_refused = 0
         self._world: World | None = None

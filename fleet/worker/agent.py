@@ -22,6 +22,7 @@ from fleet.bus.control import Arrived, Dealer, Link, Router, Sent
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.shared import sweep
+from fleet.bus.strangers import LOG_EVERY_S
 from fleet.bus.trees import remove_tree
 from fleet.dropped import Dropped
 from fleet.errors import FleetError, OtherProtocol, ProtocolError
@@ -117,6 +118,7 @@ class Agent:
         self._clock = LifeClock()
         self._core = Core(settings, self._clock.now())
         self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
+        self._say_refused_at = 0.0
         self._pulse = Pulse(monotonic, LATE_AFTER_S, settings.health_file)
         self._busyness = Busyness()
         self._dropped = Dropped(log, monotonic)
@@ -229,7 +231,17 @@ class Agent:
             with self._turning:
                 self._metrics.add(message.rows)
                 self._metrics.refused_count += message.refused_count
+            self._say_refused(message)
         self._step(FromRank(arrived.peer, message))
+
+    def _say_refused(self, tally: m.Tally) -> None:
+        if tally.refused_count and monotonic() >= self._say_refused_at:
+            self._say_refused_at = monotonic() + LOG_EVERY_S
+            log.warning(
+                "rank %d of job %s refused %d connections whose other side did not prove that it holds the secret "
+                "(%d at all ranks so far)",
+                tally.rank, tally.job_id, tally.refused_count, self._metrics.refused_count,
+            )  # fmt: skip
 
     def _step(self, first: Event) -> None:
         """Decides, does what was decided, and what comes of that. An error of this program in it ends no other job."""
