@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
-import pathspec
-
 from fleet import messages as m
 from fleet.bus.trees import remove_tree
 from fleet.text import shown
@@ -138,6 +136,8 @@ class Storage:
 
         `sent`: the paths that were unpacked there. Those have the time 0, so that one with another time was written to.
         """
+        import pathspec  # takes 10 ms, and few jobs keep anything: not with the module
+
         wanted = pathspec.GitIgnoreSpec.from_lines(keep)
         kept_count, left, error = 0, [], ""
         for path in _files(folder):
