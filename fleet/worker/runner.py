@@ -66,6 +66,7 @@ class Runner:
         self._progress = Progress(settings.control, settings.job_id)
         self._lock = threading.Lock()
         self._active = threading.Event()  # there has been work in the last moments
+        self._active.set()  # work may be here before this process has ever waited for any
         self._waiting: deque[tasks.Call] = deque()
         self._running: tasks.Call | None = None
         self._functions = pickling.Functions()
