@@ -141,7 +141,12 @@ def _locked(folder: Path) -> int:
 
 def _opened(path: Path) -> sqlite3.Connection:
     # Nobody else writes there (_locked). If somebody does all the same, the orchestrator's only loop waits no longer than this.
-    database = sqlite3.connect(path, timeout=0.5, isolation_level=None)
+    try:
+        database = sqlite3.connect(path, timeout=0.5, isolation_level=None)
+    except sqlite3.Error as error:
+        raise ConfigError(
+            f"the jobs in {path} cannot be read: {error}: is it a file? move it, or say another folder with --state"
+        ) from None
     try:
         path.chmod(0o600)
         database.execute("PRAGMA journal_mode = WAL")

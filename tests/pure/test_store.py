@@ -6,6 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,23 @@ def test_logs_are_read_from_any_offset_and_end_at_their_limit(tmp_path: Path) ->
     assert logs.read("../j", 0, 0)[1] == b""
     logs.close()
     assert [path.name for path in tmp_path.iterdir()] == [b"j".hex()]
+
+
+@pytest.mark.parametrize("what", ["folder", "link to nothing", "folder as its log", "file of another program"])
+def test_what_is_no_file_of_jobs_is_said_in_a_sentence(tmp_path: Path, what: str) -> None:
+    path = tmp_path / FILE
+    if what == "folder":
+        path.mkdir()
+    elif what == "link to nothing":
+        path.symlink_to(tmp_path / "nowhere" / "file")
+    elif what == "folder as its log":
+        Store(tmp_path).close()
+        path.with_name(f"{FILE}-wal").mkdir()
+    else:
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("CREATE TABLE jobs (note TEXT)")
+    with pytest.raises(ConfigError, match=r"the jobs in .*jobs\.sqlite cannot be read: .*--state"):
+        Store(tmp_path)
 
 
 def test_a_file_that_is_damaged_inside_is_said_in_a_sentence(tmp_path: Path) -> None:
