@@ -5,6 +5,7 @@ Only where FLEET_TEST_SOAK_S says for how many seconds: `make soak`. Prints what
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import io
 import os
@@ -107,6 +108,8 @@ def bundle(folder: Path, number: int) -> tuple[Path, m.Spec]:
 @pytest.mark.skipif(not SOAK_S, reason="a soak takes minutes: FLEET_TEST_SOAK_S says how many seconds")
 @pytest.mark.timeout(SOAK_S + 120)
 def test_nothing_grows_with_the_number_of_jobs_and_tasks(place: Place, tmp_path: Path) -> None:
+    # pytest's look at every thread after 90 s reads the stacks of threads that run, which may end or crash them.
+    faulthandler.cancel_dump_traceback_later()
     samples: list[Sample] = []
     jobs = tasks = 0
     began = time.monotonic()
