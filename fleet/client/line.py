@@ -55,6 +55,7 @@ class Line(Seats):
         self._forks = forks.count
         self._wake = Wake()
         self._asleep = False
+        self._full = False  # no runner has room, until the thread's next turn at least
         self._lock = threading.RLock()  # around the sockets and all that follows here
         self._router: Router | None = None
         self._acknowledge_at = 0.0
@@ -112,7 +113,7 @@ class Line(Seats):
             future: Promise[T] = Promise(task_id, self._cancelled)
             work = Work(future, packed.call(task_id), packed)
             self._inbox.append((pool.Task(task_id, priority, retries, timeout_s), work))
-        if self._asleep and not self._act_here():
+        if self._asleep and not self._full and not self._act_here():
             self._wake.set()
         return future
 
@@ -144,7 +145,8 @@ class Line(Seats):
         try:
             router = self._router
             if router is None or not self._pool.has_idle:
-                return not self._pool.has_room
+                self._full = not self._pool.has_room
+                return self._full
             self._take_inbox()
             # What came in meanwhile, and deadlines that are new, are that thread's.
             return not router.has_event() and self._pool.next_deadline() is None and not self._unsent
@@ -212,6 +214,7 @@ class Line(Seats):
 
     def _turn(self) -> float | None:
         """Takes in all that happened; returns how long to wait for more. None: not at all."""
+        self._full = False
         while self._unsent:
             self._dealer.put(m.encode(self._unsent.popleft()))
         for link in self._dealer.changes():
