@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -189,6 +190,8 @@ def _refuse(folder: Path) -> None:
         what = "is your home folder"
     elif home is not None and home.resolve().is_relative_to(folder):
         what = "has your home folder in it"
+    elif folder.stat().st_mode & (stat.S_ISVTX | stat.S_IWOTH) == stat.S_ISVTX | stat.S_IWOTH:  # /tmp
+        what = "is everybody's folder for temporary files"
     else:
         return
     raise ConfigError(

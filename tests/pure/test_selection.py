@@ -146,3 +146,10 @@ def test_what_travels_and_what_does_not_is_said(tmp_path: Path) -> None:
 def test_special_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tempfile.gettempdir())
     assert stays(select(tmp_path)) == {"out": "a link that leads out of the folder"}
+
+
+def test_everybodys_temporary_folder_stays_here(tmp_path: Path) -> None:
+    fill(tmp_path, "train.py")
+    tmp_path.chmod(0o1777)
+    with pytest.raises(ConfigError, match="is everybody's folder for temporary files"):
+        select(tmp_path)
