@@ -22,6 +22,8 @@ import pytest
 
 # Where the suite runs in a shell's background it inherits that Ctrl-C is ignored, and so would what tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for ignored in (signal.SIGHUP, signal.SIGQUIT):  # by nohup, and in a background
+    signal.signal(ignored, signal.SIG_DFL)
 
 GRACE_S = 2.0
 SHM = Path("/dev/shm")

@@ -77,6 +77,7 @@ from fleet.worker.state import (
 from fleet.worker.usage import Busyness
 from fleet.worker.zygote import Child, Zygote
 
+REFUSED_MANY = 10  # connections of strangers to a rank, in a second
 READ_BYTES = 64 << 10
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
 LINKS: dict[Link, Event] = {Link.UP: LinkUp(), Link.DOWN: LinkDown(), Link.DENIED: LinkDenied()}
@@ -237,7 +238,9 @@ class Agent:
     def _say_refused(self, tally: m.Tally) -> None:
         if tally.refused_count and monotonic() >= self._say_refused_at:
             self._say_refused_at = monotonic() + LOG_EVERY_S
-            log.warning(
+            # A few may be ranks that were killed while they connected, which is no news for who runs a job on this machine.
+            log.log(
+                logging.WARNING if tally.refused_count >= REFUSED_MANY else logging.INFO,
                 "rank %d of job %s refused %d connections whose other side did not prove that it holds the secret "
                 "(%d at all ranks so far)",
                 tally.rank, tally.job_id, tally.refused_count, self._metrics.refused_count,
