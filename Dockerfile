@@ -38,7 +38,8 @@ COPY fleet fleet
 RUN pip install --no-deps --no-build-isolation -c constraints.txt . && python -m compileall -q -o 0 "$(python -c 'import fleet; print(fleet.__path__[0])')"
 # A volume that is mounted here for the first time takes over the owner.
 RUN install -d -o fleet -g fleet -m 700 /var/lib/fleet-output
-ENV FLEET_STORAGE_DIR=/var/lib/fleet-output
+# Metrics are for Prometheus, in the containers' network.
+ENV FLEET_STORAGE_DIR=/var/lib/fleet-output FLEET_METRICS_HOST=0.0.0.0
 USER fleet
 WORKDIR /home/fleet
 EXPOSE 50052 9090

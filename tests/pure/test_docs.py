@@ -20,3 +20,11 @@ def state_diagram() -> str:
 def test_the_diagram_of_states_is_drawn_from_their_table() -> None:
     drawn = f"```mermaid\n{state_diagram()}\n```"
     assert drawn in (DOCS / "JOBS.md").read_text(), f"the table has changed; docs/JOBS.md needs this:\n{drawn}"
+
+
+def test_the_number_of_workers_stands_where_the_guide_says() -> None:
+    """People who know the predecessor's guide look for it there."""
+    lines = (DOCS.parent / "docker-compose.yml").read_text().splitlines()
+    (at,) = [number for number, line in enumerate(lines, 1) if "WORKER_REPLICAS:-" in line]
+    assert at == 86
+    assert f"`docker-compose.yml` (line ~{at})" in (DOCS / "SCALING.md").read_text()
