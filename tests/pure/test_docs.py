@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fleet.orchestrator.jobs import MOVES, JobState
@@ -28,3 +29,15 @@ def test_the_number_of_workers_stands_where_the_guide_says() -> None:
     (at,) = [number for number, line in enumerate(lines, 1) if "WORKER_REPLICAS:-" in line]
     assert at == 86
     assert f"`docker-compose.yml` (line ~{at})" in (DOCS / "SCALING.md").read_text()
+
+
+def test_the_table_of_files_names_each_one() -> None:
+    """A row's first name has a folder, and those behind it without one are in the same."""
+    named: list[str] = []
+    for row in re.findall(r"^\| (`fleet/[^|]+) \|", (DOCS / "ARCHITECTURE.md").read_text(), re.M):
+        folder = ""
+        for name in re.findall(r"`([^`]+)`", row):
+            folder = name.rpartition("/")[0] or folder
+            named.append(name if "/" in name else f"{folder}/{name}")
+    files = {str(path.relative_to(DOCS.parent)) for path in (DOCS.parent / "fleet").rglob("*.py")}
+    assert sorted(named) == sorted(path for path in files if not path.endswith("__init__.py"))
