@@ -43,11 +43,7 @@ def local_storage(folder: Path | None) -> Storage:
 def end_local(storage: Storage, job_id: str) -> None:
     """Says where a local job's output is, and removes the folder of a job that wrote none."""
     folder = storage.folder(job_id)
-    files, size = 0, 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            if path.is_file() and not path.is_symlink():
-                files, size = files + 1, size + path.stat().st_size
+    files, size = storage.amount(job_id)
     if files:
         say(f"output: {_amount(files, size)} in {_shown(folder)}")
         return

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path, PurePosixPath
 
 from fleet import messages as m
@@ -74,10 +75,12 @@ class JobOutput:
         taken: set[str] = set()
         for worker_id in self._job.held_by:
             try:
-                infos, storage_id = self._held_by(worker_id)
+                infos, storage_id, unseen = self._held_by(worker_id)
             except FleetError as error:
                 found.errors.append(f"{error}: its part of the output is missing")
                 continue
+            if unseen:
+                found.errors.append(f"on worker {worker_id} {unseen}: what is in there is missing")
             if storage_id in storages:
                 continue
             storages.add(storage_id)
@@ -105,24 +108,34 @@ class JobOutput:
                 done.errors.append(shown(f"{source.target}: {reason}"))
         return done
 
-    def _held_by(self, worker_id: str) -> tuple[list[m.FileInfo], str]:
-        """The files that a worker has of the job, and the id of its storage. Raises FleetError where it cannot say."""
+    def _held_by(self, worker_id: str) -> tuple[list[m.FileInfo], str, str]:
+        """The files that a worker has of the job, the id of its storage, and what of it could not be looked into.
+
+        Raises FleetError where it cannot say.
+        """
         infos: list[m.FileInfo] = []
+        unseen = ""
         while True:
             after = infos[-1].path if infos else b""
             ask = m.ListFiles(self._job.job_id, worker_id, next(self._numbers), after)
             (answer,) = self._conversation.ask_workers([ask])
-            if not isinstance(answer, m.Files) or answer.error:
+            if answer.error and not (isinstance(answer, m.Files) and answer.files):
                 raise FleetError(answer.error)
+            # In order, so that each page brings the end nearer.
+            if not isinstance(answer, m.Files) or not _ascending([after, *(info.path for info in answer.files)]):
+                raise FleetError(f"worker {worker_id} answers something else than was asked")
             infos.extend(answer.files)
-            if not answer.more:
-                return infos, answer.storage_id
+            unseen = unseen or answer.error
+            if not answer.more or not answer.files:
+                return infos, answer.storage_id, unseen
 
     def _bring(self, source: Source, folder: Path) -> bool:
         """Whether it was not there yet. Raises ValueError, OSError, FleetError that say why it cannot be brought."""
         target = _target(folder, source.target)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
+            if not target.is_file():
+                raise ValueError(f"{target} exists already, and is no ordinary file")
             if target.stat().st_size == source.info.size_bytes and self._digest(source) == _digest_of(target):
                 return False
             raise ValueError(f"{target} exists already and differs: it stays as it is; another folder takes all files")
@@ -141,8 +154,12 @@ class JobOutput:
 
     def _receive(self, source: Source, part: Path) -> None:
         """Appends to the part file what it lacks."""
-        descriptor = os.open(part, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        with open(descriptor, "ab") as file:
+        flags = (
+            os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        )  # waits for no pipe
+        with open(os.open(part, flags, 0o644), "ab") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ValueError(f"{part} exists already, and is no ordinary file")
             while (offset := file.seek(0, os.SEEK_END)) < source.info.size_bytes:
                 until = min(source.info.size_bytes, offset + PARTS_AHEAD * m.PART_BYTES)
                 for answer in self._parts(source, range(offset, until, m.PART_BYTES)):
@@ -160,6 +177,8 @@ class JobOutput:
         found = [answer for answer in self._conversation.ask_workers(asked) if isinstance(answer, m.FilePart)]
         if error := next((answer.error for answer in found if answer.error), ""):
             raise ValueError(error)
+        if [(part.path, part.offset) for part in found] != [(path, ask.offset) for ask in asked]:
+            raise ValueError("its worker answers something else than was asked")
         return found
 
 
@@ -171,6 +190,10 @@ def check_size(found: Listing, limit_bytes: int, job_id: str) -> None:
             f"{amount_of(limit_bytes)} are brought (--max-output): it stays on the workers, and `fleet fetch {job_id} "
             "PATTERN` brings a part of it"
         )
+
+
+def _ascending(paths: Iterable[bytes]) -> bool:
+    return all(one < other for one, other in pairwise(map(os.fsdecode, paths)))
 
 
 def _matches(path: str, pattern: str) -> bool:

@@ -187,6 +187,8 @@ class Conversation:
         missing = {question.question: question for question in asked}
 
         def take(message: m.Message) -> bool:
+            if isinstance(message, m.Unanswered) and message.question in missing:
+                raise FleetError(f"the orchestrator could not answer: {message.reason}")
             if isinstance(message, m.Files | m.FilePart) and missing.pop(message.question, None) is not None:
                 answers[message.question] = message
             return not missing

@@ -175,6 +175,10 @@ def select(folder: Path, needed: Path | None = None) -> Selection:
             size_of[needed] = needed.lstat().st_size
     except OSError as error:
         raise unreadable(error.filename, error) from None
+    except RecursionError:
+        raise ConfigError(
+            f"folders lie too deep in each other in {folder} to travel: remove them, or add the first of them to .gitignore"
+        ) from None
     return Selection(folder, size_of, left_out)
 
 

@@ -68,6 +68,8 @@ def unpack(
 
 def _link(member: tarfile.TarInfo, folder: Path) -> None:
     """Not by the library, which says nothing of a link that cannot be made."""
+    if not member.linkname:
+        raise ValueError(f"{member.name[:200]!r} is a symbolic link to nothing")
     path = folder / member.name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.symlink_to(member.linkname)

@@ -18,7 +18,7 @@ from fleet.values import native
 from fleet.worker.archive import BrokenOff
 from fleet.worker.bundles import Bundles
 from fleet.worker.file_thread import FileThread
-from fleet.worker.output import Storage
+from fleet.worker.output import Gathered, Storage
 from fleet.worker.state import Answered, Event, Prepared, PrepareFailed
 
 STORED_AT_ONCE = 4096  # jobs in one message
@@ -138,7 +138,11 @@ class JobFiles:
 
     def _gather(self, assign: m.Assign, directory: Path) -> list[Event]:
         job_id, attempt = assign.job_id, assign.attempt
-        found = self._storage.gather(job_id, directory, self._bundles.sent(job_id, attempt), assign.spec.keep)
+        try:
+            found = self._storage.gather(job_id, directory, self._bundles.sent(job_id, attempt), assign.spec.keep)
+        except Exception as error:  # the job's end comes all the same, and says that files may be lost
+            log.exception("what job %s wrote cannot be gathered", job_id)
+            found = Gathered(error=f"what it wrote could not be looked at: {str(error)[:500]}")
         if not found.left_count and not found.error:
             return []
         return [Answered(m.Left(job_id, attempt, found.left_count, found.left_bytes, found.left_names, found.error))]
@@ -149,7 +153,15 @@ class JobFiles:
         return []
 
     def _serve(self, ask: m.ListFiles | m.ReadFile) -> list[Event]:
-        return [Answered(self._storage.page(ask) if isinstance(ask, m.ListFiles) else self._storage.part(ask))]
+        try:
+            return [Answered(self._storage.page(ask) if isinstance(ask, m.ListFiles) else self._storage.part(ask))]
+        except Exception as error:  # whatever it is, its asker does not wait for it
+            log.exception("what job %s wrote cannot be told", ask.job_id)
+            reason = f"its worker failed at it: {type(error).__name__}"
+            if isinstance(ask, m.ListFiles):
+                return [Answered(m.Files(ask.job_id, ask.worker_id, ask.question, asker=ask.asker, error=reason))]
+            part = m.FilePart(ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset, b"", "", reason, ask.asker)
+            return [Answered(part)]
 
     def _stored(self) -> list[Event]:
         jobs = self._storage.jobs()

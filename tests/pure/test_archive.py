@@ -109,6 +109,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "up": (lambda path: packed(path, member("../outside")), "outside"),
     "link up": (lambda path: packed(path, member("a", "link", "../outside")), "outside"),
     "link to a root": (lambda path: packed(path, member("a", "link", "/etc/passwd")), "absolute|outside"),
+    "link to nothing at all": (lambda path: packed(path, member("a", "link", "")), "link to nothing"),
     "NUL": (lambda path: pax(path, {"path": "a\0b"}), "null|NUL|header"),
     "a name too long": (lambda path: packed(path, member("n" * 300)), "too long"),
     "a file and a folder": (lambda path: packed(path, member("a"), member("a/b")), "directory|exists"),

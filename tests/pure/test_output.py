@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
 from fleet import messages as m
-from fleet.client.fetch import _matches, _target
+from fleet.bus.trees import remove_tree
+from fleet.client.fetch import PART_SUFFIX, JobOutput, Listing, Source, _matches, _target
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core as Orchestrator
 from fleet.values import amount_of
@@ -171,6 +175,85 @@ def test_files_come_in_pages_in_the_order_of_their_paths(tmp_path: Path, monkeyp
     assert [info.size_bytes for info in found] == [len(os.fsencode(path)) for path in sorted(paths)]
 
 
+def deep(folder: Path) -> None:
+    """Folders deeper than Python's recursion goes, and than a path may be long."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    for _ in range(2100):
+        os.mkdir("d", dir_fd=descriptor)
+        inner = os.open("d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    os.close(descriptor)
+
+
+def test_one_odd_file_or_folder_costs_none_of_the_others(tmp_path: Path) -> None:
+    kept = storage(tmp_path)
+    folder = kept.make("j")
+    write(folder / "a")
+    os.utime(folder / "a", (1e11, 1e11))  # more nanoseconds than a message takes
+    deep(folder / "b")
+    write(folder / "z")
+    page = m.decode(m.encode(kept.page(m.ListFiles("j", "w", 1))))
+    assert isinstance(page, m.Files)
+    assert ([info.path for info in page.files], page.more) == ([b"a", b"z"], False)
+    assert page.error.startswith("b/d/d/")
+    assert "cannot be looked into: File name too long" in page.error
+    assert kept.amount("j") == (2, 2)
+    remove_tree(folder)
+
+
+def test_what_lies_too_deep_is_said_and_the_rest_is_kept(tmp_path: Path) -> None:
+    kept, folder = storage(tmp_path / "s"), tmp_path / "work"
+    deep(folder)
+    write(folder / "z")
+    found = kept.gather("j", folder, frozenset(), ("z",))
+    assert (found.kept_count, names(kept)) == (1, ["z"])
+    assert "cannot be looked into" in found.error
+    remove_tree(folder)
+
+
+def test_what_is_planted_in_a_storage_is_neither_waited_for_nor_believed(tmp_path: Path) -> None:
+    kept = storage(tmp_path)
+    for plant in (
+        lambda path: os.mkfifo(path),
+        lambda path: path.write_text("x/../y"),
+        lambda path: path.write_bytes(b"\xff"),
+        lambda path: path.write_bytes(b"x" * 100_000),
+        lambda path: path.symlink_to(__file__),
+        lambda path: path.mkdir(),
+    ):
+        plant(tmp_path / ".fleet-storage")
+        with pytest.raises(OSError, match=r"holds no id|Too many levels|Is a directory"):
+            _ = kept.storage_id
+        remove_tree(tmp_path)
+        tmp_path.mkdir(exist_ok=True)
+
+
+def test_what_jobs_write_is_for_nobody_else_to_read(tmp_path: Path) -> None:
+    kept = Storage(tmp_path / "new" / "root")
+    kept.enter("c")
+    folder = kept.make("j")
+    assert [path.stat().st_mode & 0o777 for path in (folder.parent.parent, folder.parent, folder)] == [0o700] * 3
+    assert kept.make("j") == folder
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can plant for another user")
+@pytest.mark.parametrize("planted", ["c", "c/j", "c/link"])
+def test_a_strangers_folder_in_a_shared_storage_is_not_written_to(tmp_path: Path, planted: str) -> None:
+    kept = Storage(tmp_path)
+    kept.enter("c")
+    (tmp_path / planted).parent.mkdir(exist_ok=True)
+    if planted.endswith("link"):
+        (tmp_path / planted).symlink_to(tmp_path)
+    else:
+        (tmp_path / planted).mkdir(mode=0o777)
+        os.chown(tmp_path / planted, 65534, 65534)
+    with pytest.raises(PermissionError, match=f"{planted} is no folder that this user has made"):
+        kept.make("link" if planted.endswith("link") else "j")
+    assert {path.name for path in tmp_path.iterdir()} == {"c"}
+
+
 def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
     kept = storage(tmp_path)
     assert kept.page(m.ListFiles("j", "w", 1)) == m.Files("j", "w", 1)
@@ -257,9 +340,79 @@ def test_what_cannot_be_kept_is_said(tmp_path: Path) -> None:
     write(kept.make("j") / "a", "a file where a folder is needed")
     found = kept.gather("j", folder, frozenset(), ("a/",))
     assert found.error.startswith("a/f could not be kept: ")
+    write(folder / "b")
+    (kept.make("j") / "b").mkdir()
+    assert (
+        kept.gather("j", folder, frozenset(), ("b",)).error
+        == "b could not be kept: a folder of the output has its name"
+    )
+    assert list((kept.folder("j") / "b").iterdir()) == []
 
 
 # The client
+
+
+class Worker:
+    """Answers for one worker, as a test makes it up."""
+
+    def __init__(self, answer: Callable[[Any], m.Message]) -> None:
+        self.answer = answer
+        self.asked_count = 0
+
+    def ask_workers(self, asked: Sequence[Any]) -> list[m.Message]:
+        self.asked_count += len(asked)
+        assert self.asked_count < 100, "it asks for ever"
+        return [self.answer(ask) for ask in asked]
+
+
+def output_of(worker: Worker) -> JobOutput:
+    job = SimpleNamespace(job_id="j", held_by=("w",))  # all that is looked at
+    return JobOutput(worker, job)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("paths", [(b"",), (b"a",), (b"b", b"a"), (b"a", b"a")])
+def test_a_listing_without_an_order_or_an_end_is_no_listing(paths: tuple[bytes, ...]) -> None:
+    infos = tuple(m.FileInfo(path, 1, 0) for path in paths)
+    found = output_of(Worker(lambda ask: m.Files("j", "w", ask.question, infos, more=True))).listing()
+    assert (found.sources, found.errors) == (
+        [],
+        ["worker w answers something else than was asked: its part of the output is missing"],
+    )
+
+
+def test_pages_that_are_empty_end_a_listing() -> None:
+    assert output_of(Worker(lambda ask: m.Files("j", "w", ask.question, (), more=True))).listing() == Listing()
+
+
+def test_what_a_worker_cannot_look_into_is_said_beside_what_it_has() -> None:
+    infos = (m.FileInfo(b"a", 1, 0),)
+    found = output_of(Worker(lambda ask: m.Files("j", "w", ask.question, infos, error="b/ cannot be seen"))).listing()
+    assert [source.path for source in found.sources] == ["a"]
+    assert found.errors == ["on worker w b/ cannot be seen: what is in there is missing"]
+
+
+@pytest.mark.parametrize("wrong", ["kind", "offset", "path"])
+def test_parts_that_were_not_asked_for_are_no_parts(tmp_path: Path, wrong: str) -> None:
+    def answer(ask: m.ReadFile) -> m.Message:
+        if wrong == "kind":
+            return m.Files("j", "w", ask.question)
+        path, offset = (b"other", ask.offset) if wrong == "path" else (ask.path, ask.offset + 1)
+        return m.FilePart("j", "w", ask.question, path, offset, b"x")
+
+    source = Source("w", m.FileInfo(b"a", 1, 0), "a", "a")
+    done = output_of(Worker(answer)).fetch([source], tmp_path)
+    assert done.errors == ["a: its worker answers something else than was asked"]
+
+
+@pytest.mark.parametrize("name", ["a", f"a{PART_SUFFIX}"])
+def test_a_pipe_where_a_file_is_to_be_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    descriptor = os.open(tmp_path / name, os.O_RDWR) if name != "a" else -1  # with a reader, opening it succeeds
+    worker = Worker(lambda ask: m.FilePart("j", "w", ask.question, ask.path, ask.offset, digest="0" * 64))
+    done = output_of(worker).fetch([Source("w", m.FileInfo(b"a", 0, 0), "a", "a")], tmp_path)
+    if descriptor >= 0:
+        os.close(descriptor)
+    assert done.errors == [f"a: {tmp_path / name} exists already, and is no ordinary file"]
 
 
 @pytest.mark.parametrize("path", ["", "/x", "..", "../x", "a/../../x", "link/x", "dangling", "a\0"])

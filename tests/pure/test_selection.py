@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from fleet import config
+from fleet.bus.trees import remove_tree
 from fleet.client.selection import KEYS, Selection, select
 from fleet.errors import ConfigError
 
@@ -153,3 +155,18 @@ def test_everybodys_temporary_folder_stays_here(tmp_path: Path) -> None:
     tmp_path.chmod(0o1777)
     with pytest.raises(ConfigError, match="is everybody's folder for temporary files"):
         select(tmp_path)
+
+
+def test_folders_that_lie_too_deep_get_a_sentence(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    for _ in range(1100):
+        os.mkdir("d", dir_fd=descriptor)
+        inner = os.open("d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = inner
+    os.close(descriptor)
+    with pytest.raises(ConfigError, match=r"too deep in each other in .* add the first of them to .gitignore"):
+        select(tmp_path)
+    (tmp_path / ".gitignore").write_text("d/\n")
+    assert sent(select(tmp_path)) == [".gitignore"]
+    remove_tree(tmp_path)
