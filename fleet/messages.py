@@ -46,6 +46,7 @@ from fleet.errors import OtherProtocol, ProtocolError
 from fleet.group import Member, World
 from fleet.questions import (
     FILES_AT_ONCE,
+    LEFT_OUT_NAMED,
     Because,
     Drain,
     Drained,
@@ -480,7 +481,8 @@ def decode(data: bytes) -> Message:
 
 __all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Message)]
 __all__ += [
-    "FILES_AT_ONCE", "PART_BYTES", "PROTOCOL", "TALLY_SECONDS", "Because", "Drain", "Drained", "FileInfo", "FilePart",
+    "FILES_AT_ONCE", "LEFT_OUT_NAMED", "PART_BYTES", "PROTOCOL", "TALLY_SECONDS", "Because", "Drain", "Drained", "FileInfo",
+    "FilePart",
     "Files", "JobInfo", "JobOptions", "Jobs", "ListFiles", "ListJobs", "ListWorkers", "LogPart", "Member", "Message",
     "Ping", "Pong", "Question", "RankStatus", "ReadFile", "ReadLog", "Spec", "TallyRow", "Unanswered", "Versions", "Watch",
     "Why", "WorkerState", "Workers", "World", "decode", "encode", "how", "relay_head", "relayed_job",

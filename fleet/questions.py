@@ -33,6 +33,7 @@ from fleet.values import JobInfo, Message, WorkerState
 
 LOG_PART_BYTES = 1 << 20  # at most, in one answer
 FILES_AT_ONCE = 1000
+LEFT_OUT_NAMED = 4  # in one answer
 
 
 class Ping(Message, frozen=True):
@@ -160,6 +161,9 @@ class Files(Message, frozen=True):
     storage_id: IdOrNone = ""  # workers with the same one share the folder
     asker: Peer = b""
     error: Text = ""
+    # What lies between these and is not brought, such as links, with the reason: some of it.
+    left_out: Annotated[tuple[Text, ...], msgspec.Meta(max_length=LEFT_OUT_NAMED)] = ()
+    left_out_count: Number = 0
 
 
 class ReadFile(Message, frozen=True):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import msgspec
@@ -62,6 +63,20 @@ def portable(word: str) -> str:
 def native(word: str) -> str:
     """What `portable` was given."""
     return word[1:].encode("latin-1", errors="replace").decode(errors="surrogateescape") if word[:1] == "\0" else word
+
+
+def free_name(path: str, mark: str, is_file: Callable[[str], bool], is_taken: Callable[[str], bool]) -> str:
+    """A path whose name nothing has, and whose folders are no files: `path`, or with `@mark` at the part that clashes.
+
+    `is_file`: whether a path is one where a folder is needed. `is_taken`: whether anything has that path.
+    """
+    parts = path.split("/")
+    found = ""
+    for depth, part in enumerate(parts, start=1):
+        clashes = is_taken if depth == len(parts) else is_file
+        names = itertools.chain((part, f"{part}@{mark}"), (f"{part}@{mark}-{number}" for number in itertools.count(2)))
+        found = next(name for name in (f"{found}{name}" for name in names) if not clashes(name)) + "/"
+    return found[:-1]
 
 
 class Spec(msgspec.Struct, frozen=True):

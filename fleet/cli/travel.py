@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fleet import messages as m
@@ -10,18 +11,26 @@ from fleet.cli.words import Words
 from fleet.client.bundle import pack_selected
 from fleet.client.run import say
 from fleet.client.selection import Selection, select
-from fleet.errors import ConfigError
+from fleet.errors import ConfigError, UsageError
+from fleet.text import shown
 from fleet.values import portable
 
 
 def spec_of_bundle(words: Words, runtime: Path, limit_bytes: int, keep: tuple[str, ...] = ()) -> tuple[m.Spec, Path]:
     """The archive in `runtime`, and what ranks run from it. Says in a line what travels. Raises ConfigError."""
+    patterns = tuple(map(portable, keep_patterns(keep)))
     selected = _selected(words)
     bundle = pack_selected(selected, runtime, limit_bytes)
     say(selected.summary())
     target = Path(words.target).resolve().name if words.kind == "script" else words.target
     spec = m.Spec(
-        words.kind, portable(target), tuple(map(portable, words.args)), "", bundle.digest, bundle.size_bytes, keep=keep
+        words.kind,
+        portable(target),
+        tuple(map(portable, words.args)),
+        "",
+        bundle.digest,
+        bundle.size_bytes,
+        keep=patterns,
     )
     return spec, bundle.path
 
@@ -38,6 +47,28 @@ def would_travel(words: Words, limit_bytes: int) -> str:
 def stays() -> str:
     """For --dry-run where there is no cluster."""
     return f"nothing would travel: the ranks run on this machine, in {Path.cwd()} (set ORCHESTRATOR_ADDR for a cluster)"
+
+
+def keep_patterns(given: tuple[str, ...]) -> list[str]:
+    """The --keep options, with `./runs` as what is meant by it. Raises UsageError where one, or all of them, keep nothing."""
+    import pathspec
+
+    found = []
+    for pattern in given:
+        meant = re.sub(r"^(!?)\./+", r"\1/", pattern)
+        meant = "*" if meant in ("/", ".") else meant
+        try:
+            rules = [rule.include for rule in pathspec.GitIgnoreSpec.from_lines([meant]).patterns]
+        except ValueError:
+            rules = []
+        if rules not in ([True], [False]) or ".." in meant.split("/"):
+            raise UsageError(
+                f"--keep {shown(pattern)!r} keeps nothing: it takes a file or folder in the working folder, as in .gitignore"
+            )
+        found.append((meant, rules[0]))
+    if found and not any(include for _, include in found):
+        raise UsageError("--keep has only exceptions (!): say first what is kept, such as --keep '*'")
+    return [meant for meant, _ in found]
 
 
 def bundle_limit(megabytes: int) -> int:

@@ -112,7 +112,7 @@ class Agent:
         self._early: list[Spawn] | None = []  # while the zygote still imports; then None
         self._wake = Wake()
         self._file_thread = FileThread(self._wake)
-        self._files = JobFiles(runtime, storage, self._file_thread)
+        self._files = JobFiles(settings.worker_id, runtime, storage, self._file_thread)
         self._stops: deque[Shutdown] = deque()
         self._forwarded: deque[int] = deque()
         self._reason: str | None = None  # set once ended

@@ -33,7 +33,8 @@ log = logging.getLogger("fleet.worker")
 class JobFiles:
     """The files of all jobs of one agent. An attempt's are there from `prepare` to `remove`."""
 
-    def __init__(self, directory: Path, storage: Storage, files: FileThread) -> None:
+    def __init__(self, worker_id: str, directory: Path, storage: Storage, files: FileThread) -> None:
+        self._worker_id = worker_id
         self._files = files
         self._storage = storage  # the file thread's alone, but for `enter` and `folder`
         self._dropped: dict[tuple[str, int], threading.Event] = {}  # by attempt: set once it is to be removed
@@ -138,9 +139,11 @@ class JobFiles:
 
     def _gather(self, assign: m.Assign, directory: Path) -> list[Event]:
         job_id, attempt = assign.job_id, assign.attempt
+        sent, keep = self._bundles.sent(job_id, attempt), assign.spec.keep
+        mark = f"{self._worker_id}-{attempt}" if attempt > 1 else self._worker_id
         try:
-            found = self._storage.gather(job_id, directory, self._bundles.sent(job_id, attempt), assign.spec.keep)
-        except Exception as error:  # the job's end comes all the same, and says that files may be lost
+            found = self._storage.gather(job_id, directory, sent, keep, mark)
+        except Exception as error:  # the folder goes in any case, and what is lost with it is said
             log.exception("what job %s wrote cannot be gathered", job_id)
             found = Gathered(error=f"what it wrote could not be looked at: {str(error)[:500]}")
         if not found.left_count and not found.error:

@@ -16,19 +16,20 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from fleet import messages as m
 from fleet.bounds import is_id
-from fleet.bus.trees import remove_tree
+from fleet.bus.trees import put, remove_tree
 from fleet.text import shown
+from fleet.values import free_name, native
 
 PAGE_FILES, PAGE_BYTES = m.FILES_AT_ONCE, 512 << 10  # of one answer to ListFiles
-NAME_CHARS = 200  # of a folder's path in a sentence
 NAMED_AT_MOST = 3  # folders and files, where the summary of what is left names some
+SHOWN_CHARS = 200  # of a path
 # Caches that a script leaves without its author's doing: nobody misses them.
 CACHES = frozenset({"__pycache__", ".ipynb_checkpoints", ".pytest_cache", ".mypy_cache", ".ruff_cache"})
+LINK, SPECIAL = "a link", "no ordinary file"  # why an entry of a folder is not brought
 _STORAGE_ID = ".fleet-storage"
 _STORAGE_ID_BYTES = 64
 _MTIME_NS_AT_MOST = (1 << 63) - 1  # in the year 2262; file systems know later ones
@@ -42,7 +43,7 @@ class Gathered:
     left_count: int = 0  # deleted with the working folder
     left_bytes: int = 0
     left_names: tuple[str, ...] = ()  # where most of it lay
-    error: str = ""  # why some of what was to be kept could not be
+    error: str = ""  # what was to be kept and could not be, or got another name; a sentence
 
 
 class Storage:
@@ -82,9 +83,11 @@ class Storage:
             return _read_id(path)
         draft = path.with_name(f"{_STORAGE_ID}-{secrets.token_hex(4)}")
         draft.write_text(secrets.token_hex(8), encoding="ascii")
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, path)  # of two workers at once, one makes it
-        draft.unlink()
+        try:
+            with contextlib.suppress(FileExistsError):  # of two workers at once, one makes it
+                put(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
         return _read_id(path)
 
     def jobs(self) -> tuple[str, ...]:
@@ -106,33 +109,55 @@ class Storage:
         try:
             folder = self.folder(ask.job_id)
             found: list[m.FileInfo] = []
+            left_out: list[str] = []
             unseen: list[str] = []
+            behind: list[str] = []  # the last file that was found
             size = 0
-            for path in islice(_files(folder, unseen, after=os.fsdecode(ask.after)), PAGE_FILES + 1):
+            for path, why in _entries(folder, after=os.fsdecode(ask.after)):
                 if len(found) == PAGE_FILES or size > PAGE_BYTES:
-                    return self._page(ask, found, unseen, more=True)
+                    return self._page(ask, found, unseen, left_out, more=True)
+                if path.endswith("/"):
+                    unseen.append(f"{_short(path)} cannot be looked into: {why}")
+                    continue
+                if why:
+                    behind.append(f"{_short(path)} ({why})")
+                    continue
                 with contextlib.suppress(FileNotFoundError):
                     status = (folder / path).lstat()
                     mtime_ns = min(max(status.st_mtime_ns, -_MTIME_NS_AT_MOST), _MTIME_NS_AT_MOST)
                     found.append(m.FileInfo(os.fsencode(path), status.st_size, mtime_ns))
                     size += len(path) + 32
-            return self._page(ask, found, unseen, more=False)
+                    left_out += behind
+                    behind.clear()
+            return self._page(ask, found, unseen, left_out + behind, more=False)
         except OSError as error:
             return m.Files(ask.job_id, ask.worker_id, ask.question, asker=ask.asker, error=_sentence(error))
 
-    def _page(self, ask: m.ListFiles, found: list[m.FileInfo], unseen: list[str], more: bool) -> m.Files:
-        storage_id = self.storage_id if found else ""
-        error = unseen[0] if unseen else ""
-        return m.Files(ask.job_id, ask.worker_id, ask.question, tuple(found), more, storage_id, ask.asker, error)
+    def _page(
+        self, ask: m.ListFiles, found: list[m.FileInfo], unseen: list[str], left_out: list[str], more: bool
+    ) -> m.Files:
+        return m.Files(
+            ask.job_id,
+            ask.worker_id,
+            ask.question,
+            tuple(found),
+            more,
+            self.storage_id if found or left_out else "",
+            ask.asker,
+            unseen[0] if unseen else "",
+            left_out=tuple(left_out[: m.LEFT_OUT_NAMED]),
+            left_out_count=len(left_out),
+        )
 
     def amount(self, job_id: str) -> tuple[int, int]:
         """How many files a job's folder has, and their bytes."""
         count = size_bytes = 0
         folder = self.folder(job_id)
-        for path in _files(folder, []):
-            with contextlib.suppress(OSError):
-                size_bytes += (folder / path).lstat().st_size
-                count += 1
+        for path, why in _entries(folder):
+            if not why:
+                with contextlib.suppress(OSError):
+                    size_bytes += (folder / path).lstat().st_size
+                    count += 1
         return count, size_bytes
 
     def part(self, ask: m.ReadFile) -> m.FilePart:
@@ -153,73 +178,128 @@ class Storage:
         except (OSError, ValueError) as error:
             return answer(error=_sentence(error))
 
-    def gather(self, job_id: str, folder: Path, sent: frozenset[str], keep: tuple[str, ...]) -> Gathered:
+    def gather(
+        self, job_id: str, folder: Path, sent: frozenset[str], keep: tuple[str, ...], mark: str = ""
+    ) -> Gathered:
         """Moves what an attempt wrote into its working folder and `keep` names to the output folder, and counts the rest.
 
         `sent`: the paths that were unpacked there. Those have the time 0, so that one with another time was written to.
+        `mark`: what is put to a name that another file of the output folder has, be it another rank's or attempt's.
         """
         import pathspec  # takes 10 ms, and few jobs keep anything: not with the module
 
-        wanted = pathspec.GitIgnoreSpec.from_lines(keep)
-        kept_count, left = 0, []
-        errors: list[str] = []
-        for path in _files(folder, errors):
+        wanted = pathspec.GitIgnoreSpec.from_lines(map(native, keep))
+        kept_count, left, failed, renamed = 0, [], [], []
+        for path, why in _entries(folder, but=CACHES):
+            if path.endswith("/"):
+                failed.append(f"{_short(path)} cannot be looked into: {why}")
+                continue
             try:
                 status = (folder / path).lstat()
-            except FileNotFoundError:
-                continue  # a process that the attempt left behind still changes the folder
-            if path in sent and status.st_mtime_ns == 0:
-                continue
-            if not wanted.match_file(path):
-                left.append((path, status.st_size))
-                continue
-            try:
-                target = self.make(job_id) / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if target.is_dir():
-                    raise IsADirectoryError(errno.EISDIR, "a folder of the output has its name")
-                shutil.move(folder / path, target)
-                kept_count += 1
-            except OSError as reason:
-                errors.append(f"{shown(path)} could not be kept: {_sentence(reason)}")
-        return Gathered(kept_count, len(left), sum(size for _, size in left), _named(left), errors[0] if errors else "")
-
-
-def _files(folder: Path, unseen: list[str], after: str = "") -> Iterator[str]:
-    """The regular files of a folder by their paths relative to it, sorted, those behind `after`; links are not followed.
-
-    `unseen` grows by a sentence for each folder inside that cannot be looked into. Raises OSError for the folder itself.
-    """
-    found = _entries(
-        folder, ""
-    )  # the next at the end; no recursion, since a script's folders may be deeper than that goes
-    while found:
-        path, is_file = found.pop()
-        if not path.endswith("/"):
-            if path > after and is_file and not path.endswith(".pyc"):
-                yield path
-        elif PurePosixPath(path).name not in CACHES and (path > after or after.startswith(path)):
-            try:
-                found += _entries(folder, path)
+                is_wanted = wanted.match_file(path)
+                if path in sent and (status.st_mtime_ns == 0 or why == LINK):
+                    continue
+                if why and is_wanted:
+                    failed.append(f"{_short(path)} could not be kept: it is {why}")
+                elif is_wanted:
+                    name = self._keep(folder / path, job_id, path, mark)
+                    kept_count += 1
+                    if name != path:
+                        renamed.append(f"{_short(path)} is kept as {_short(name)}, for its name was taken")
+                elif not why:
+                    left.append((path, status.st_size))
             except OSError as error:
-                unseen.append(f"{shown(path[:NAME_CHARS])} cannot be looked into: {_sentence(error)}")
+                # Else something of the job still removes files.
+                if not isinstance(error, FileNotFoundError) or os.path.lexists(folder / path):
+                    failed.append(f"{_short(path)} could not be kept: {_sentence(error)}")
+        said = "; ".join(one for one in (_some(failed), _some(renamed)) if one)
+        return Gathered(kept_count, len(left), sum(size for _, size in left), _named(left), said)
+
+    def _keep(self, source: Path, job_id: str, path: str, mark: str) -> str:
+        """Moves a file to the output folder; its path there. Nothing is overwritten. Raises OSError: it stays where it is."""
+        folder = self.make(job_id)
+
+        def is_taken(name: str) -> bool:
+            return os.path.lexists(folder / name)
+
+        def is_file(name: str) -> bool:
+            return is_taken(name) and ((folder / name).is_symlink() or not (folder / name).is_dir())
+
+        for again in (True, True, False):  # another worker may take the same name at the same time
+            name = free_name(path, mark, is_file, is_taken)
+            try:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                _move(source, folder / name)
+                break
+            except (FileExistsError, NotADirectoryError):
+                if not again:
+                    raise
+        return name
 
 
-def _entries(folder: Path, below: str) -> list[tuple[str, bool]]:
-    """What lies in a folder, from the last path to the first, and whether it is a regular file. None where it is gone."""
+def _move(source: Path, target: Path) -> None:
+    """Also to another file system. Raises FileExistsError, OSError: there is no target, or it is another's."""
     try:
-        with os.scandir(f"{folder}/{below}") as entries:
-            # As if a folder's name ended in its slash: then the order of the entries is that of the paths in them.
-            named = [
-                (
-                    f"{below}{e.name}/" if e.is_dir(follow_symlinks=False) else below + e.name,
-                    e.is_file(follow_symlinks=False),
-                )
-                for e in entries
-            ]
-    except FileNotFoundError:
-        return []
-    return sorted(named, reverse=True)
+        return put(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+    draft = target.with_name(f".fleet-draft-{secrets.token_hex(8)}")
+    try:
+        shutil.copy2(source, draft, follow_symlinks=False)
+        put(draft, target)
+    finally:
+        draft.unlink(missing_ok=True)
+    source.unlink()
+
+
+def _entries(folder: Path, after: str = "", but: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
+    """All that is in a folder and no folder, sorted by its path relative to it, from the first behind `after` on.
+
+    Each with the reason why it is no file to bring, empty for a regular file. Links are not followed. With `but`, folders of
+    these names are left out, and compiled files. A folder that cannot be read is an entry. Raises OSError for `folder` itself.
+    """
+    waiting = [("", "")]  # the next one last
+    while waiting:
+        path, why = waiting.pop()
+        if path and not path.endswith("/"):
+            yield path, why
+            continue
+        try:
+            with os.scandir(f"{folder}/{path}") as entries:
+                named = [(f"{path}{entry.name}{'/' * _is_folder(entry)}", _why(entry)) for entry in entries]
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            if not path:
+                raise
+            yield path, _sentence(error)
+            continue
+        if but:
+            named = [one for one in named if PurePosixPath(one[0]).name not in but and not one[0].endswith(".pyc")]
+        # As if a folder's name ended in its slash: then the order of the entries is that of the paths in them.
+        behind = (one for one in named if one[0] > after or (one[0].endswith("/") and after.startswith(one[0])))
+        waiting += sorted(behind, reverse=True)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False)
+
+
+def _why(entry: os.DirEntry[str]) -> str:
+    if entry.is_symlink():
+        return LINK
+    return "" if entry.is_file(follow_symlinks=False) or _is_folder(entry) else SPECIAL
+
+
+def _short(path: str) -> str:
+    """A path for a sentence."""
+    return shown(path if len(path) <= SHOWN_CHARS else f"{path[: SHOWN_CHARS // 2]}...{path[-SHOWN_CHARS // 2 :]}")
+
+
+def _some(sentences: list[str]) -> str:
+    more = len(sentences) - NAMED_AT_MOST
+    return "; ".join(sentences[:NAMED_AT_MOST]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _make_own(folder: Path) -> None:

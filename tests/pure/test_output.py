@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,16 @@ from msgspec.structs import replace
 
 from fleet import messages as m
 from fleet.bus.trees import remove_tree
+from fleet.cli.travel import keep_patterns
 from fleet.client.fetch import PART_SUFFIX, JobOutput, Listing, Source, _matches, _target
+from fleet.errors import UsageError
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core as Orchestrator
-from fleet.values import amount_of
+from fleet.values import amount_of, portable
 from fleet.worker import output
 from fleet.worker import state as w
 from fleet.worker.output import Gathered, Storage
+from tests.disks import small_disk
 from tests.pure.test_agent import KEY, agent, kinds, up
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
 
@@ -200,7 +204,7 @@ def test_one_odd_file_or_folder_costs_none_of_the_others(tmp_path: Path) -> None
     assert page.error.startswith("b/d/d/")
     assert "cannot be looked into: File name too long" in page.error
     assert kept.amount("j") == (2, 2)
-    remove_tree(folder)
+    subprocess.run(["rm", "-rf", folder], check=True)  # the library, which recurses, leaves iterators open
 
 
 def test_what_lies_too_deep_is_said_and_the_rest_is_kept(tmp_path: Path) -> None:
@@ -210,7 +214,7 @@ def test_what_lies_too_deep_is_said_and_the_rest_is_kept(tmp_path: Path) -> None
     found = kept.gather("j", folder, frozenset(), ("z",))
     assert (found.kept_count, names(kept)) == (1, ["z"])
     assert "cannot be looked into" in found.error
-    remove_tree(folder)
+    subprocess.run(["rm", "-rf", folder], check=True)  # the library, which recurses, leaves iterators open
 
 
 def test_what_is_planted_in_a_storage_is_neither_waited_for_nor_believed(tmp_path: Path) -> None:
@@ -334,19 +338,100 @@ def test_a_script_that_wrote_nothing_is_told_nothing(tmp_path: Path) -> None:
     assert storage(tmp_path / "s").gather("j", tmp_path / "w", unpacked(tmp_path / "w"), ("*",)) == Gathered()
 
 
-def test_what_cannot_be_kept_is_said(tmp_path: Path) -> None:
+def test_what_is_kept_overwrites_nothing(tmp_path: Path) -> None:
+    """Two ranks write the same names into their working folders, and their workers share a storage."""
+    kept = storage(tmp_path / "s")
+    for mark, text in (("w0", "first"), ("w1", "second"), ("w1", "third")):
+        folder = tmp_path / text
+        write(folder / "runs/log", text)
+        write(folder / "a" if mark == "w0" else folder / "a/f", text)
+        found = kept.gather("j", folder, frozenset(), ("*",), mark)
+        assert found.kept_count == 2
+        assert ("log is kept as runs/log@w1" in found.error) == (mark == "w1")
+    out = kept.folder("j")
+    assert {name: (out / name).read_text() for name in names(kept)} == {
+        "a": "first", "a@w1/f": "second", "a@w1/f@w1": "third", "runs/log": "first", "runs/log@w1": "second",
+        "runs/log@w1-2": "third",
+    }  # fmt: skip
+
+
+def test_a_folder_of_one_name_is_no_place_for_a_file_of_it(tmp_path: Path) -> None:
     kept, folder = storage(tmp_path / "s"), tmp_path / "work"
-    write(folder / "a/f")
-    write(kept.make("j") / "a", "a file where a folder is needed")
-    found = kept.gather("j", folder, frozenset(), ("a/",))
-    assert found.error.startswith("a/f could not be kept: ")
-    write(folder / "b")
-    (kept.make("j") / "b").mkdir()
-    assert (
-        kept.gather("j", folder, frozenset(), ("b",)).error
-        == "b could not be kept: a folder of the output has its name"
-    )
-    assert list((kept.folder("j") / "b").iterdir()) == []
+    write(folder / "a")
+    write(kept.make("j") / "a/f")
+    assert "a is kept as a@w1" in kept.gather("j", folder, frozenset(), ("*",), "w1").error
+    assert names(kept) == ["a/f", "a@w1"]
+
+
+def test_what_cannot_be_kept_is_said_and_the_rest_is_kept(tmp_path: Path) -> None:
+    kept, folder = storage(tmp_path / "s"), tmp_path / "work"
+    for name in ("a", "z"):
+        write(folder / name)
+    (folder / "latest").symlink_to("a")
+    os.mkfifo(folder / "pipe")
+    write(folder / "n" / ("n" * 255))
+    write(kept.make("j") / "n" / ("n" * 255))
+    found = kept.gather("j", folder, frozenset(), ("*",), "w1")
+    assert names(kept) == ["a", f"n/{'n' * 255}", "z"]
+    assert "latest could not be kept: it is a link" in found.error
+    assert "could not be kept: File name too long" in found.error
+    assert "pipe could not be kept: it is no ordinary file" in found.error
+
+
+def test_a_small_disk_keeps_no_half_file(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "s", 1 << 20) as disk:
+        kept, folder = storage(disk), tmp_path / "work"
+        write(folder / "big", "x" * (2 << 20))
+        write(folder / "small", "x")
+        found = kept.gather("j", folder, frozenset(), ("*",), "w1")
+        assert found.error == "big could not be kept: No space left on device"
+        assert names(kept) == ["small"]
+
+
+def test_what_vanishes_while_it_is_listed_hides_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = storage(tmp_path)
+    folder = kept.make("j")
+    for name in "abcdef":
+        write(folder / name)
+    monkeypatch.setattr(output, "PAGE_FILES", 3)
+    entries = output._entries
+
+    def meanwhile(*words: Any) -> Iterator[tuple[str, str]]:
+        for path, why in entries(*words):
+            if path == "b":
+                (folder / "b").unlink()
+            yield path, why
+
+    monkeypatch.setattr(output, "_entries", lambda folder, after: meanwhile(folder, after))
+    page = kept.page(m.ListFiles("j", "w", 1))
+    assert ([info.path for info in page.files], page.more) == ([b"a", b"c", b"d"], True)
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    kept = storage(tmp_path)
+    folder = kept.make("j")
+    write(folder / "a/__pycache__/a.pyc")
+    (folder / "latest").symlink_to("a")
+    os.mkfifo(folder / "pipe")
+    page = kept.page(m.ListFiles("j", "w", 1))
+    assert names(kept) == ["a/__pycache__/a.pyc"]
+    assert (page.left_out, page.left_out_count) == (("latest (a link)", "pipe (no ordinary file)"), 2)
+
+
+@pytest.mark.parametrize("pattern", ["", "!", "#x", "[", "../x", "a/../b"])
+def test_a_pattern_that_keeps_nothing_is_refused(pattern: str) -> None:
+    with pytest.raises(UsageError, match="keeps nothing"):
+        keep_patterns((pattern,))
+
+
+def test_patterns_mean_what_a_shell_shows(tmp_path: Path) -> None:
+    assert keep_patterns(("./runs/", "a b", "!runs/tmp", ".")) == ["/runs/", "a b", "!runs/tmp", "*"]
+    with pytest.raises(UsageError, match="only exceptions"):
+        keep_patterns(("!x",))
+    kept = storage(tmp_path / "s")
+    write(tmp_path / "w/runs/\udce9")
+    patterns = tuple(map(portable, keep_patterns(("./runs/\udce9",))))
+    assert kept.gather("j", tmp_path / "w", frozenset(), patterns, "w1") == Gathered(1)
 
 
 # The client
