@@ -78,6 +78,7 @@ from fleet.values import (
     TallyRow,
     Versions,
     WorkerState,
+    escaped,
     how,
 )
 
@@ -452,8 +453,14 @@ def relayed_job(head: bytes) -> str | None:
 
 
 def encode(message: Message) -> bytes:
-    """The bytes of one message. Raises ProtocolError where its receiver would refuse their number."""
-    data = _PROTOCOL_BYTE + _encoder.encode(message)
+    """The bytes of one message. Raises ProtocolError where its receiver would refuse their number.
+
+    Text with bytes of a path or word that are no UTF-8 shows them as Python escapes them; what is to have them is `portable`.
+    """
+    try:
+        data = _PROTOCOL_BYTE + _encoder.encode(message)
+    except UnicodeEncodeError:
+        data = _PROTOCOL_BYTE + _encoder.encode(escaped(message))
     if len(data) > FRAME_LIMIT_BYTES:
         raise ProtocolError(f"{type(message).__name__} of {len(data)} bytes is over the limit of {FRAME_LIMIT_BYTES}")
     return data

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 import signal
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -28,7 +29,9 @@ from fleet.bounds import (
     WorkerIds,
     WorldSize,
 )
+from fleet.text import shown_lines
 
+_UNDECODED = re.compile("[\ud800-\udfff]")  # what os.fsdecode makes of bytes that are no UTF-8
 TALLY_SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
 
 
@@ -77,6 +80,20 @@ def free_name(path: str, mark: str, is_file: Callable[[str], bool], is_taken: Ca
         names = itertools.chain((part, f"{part}@{mark}"), (f"{part}@{mark}-{number}" for number in itertools.count(2)))
         found = next(name for name in (f"{found}{name}" for name in names) if not clashes(name)) + "/"
     return found[:-1]
+
+
+def escaped(value: Any) -> Any:
+    """A message or a part of one, in whose texts bytes that are no UTF-8 stand as Python escapes them."""
+    if isinstance(value, str):
+        return shown_lines(value) if _UNDECODED.search(value) else value
+    if isinstance(value, tuple):
+        return tuple(map(escaped, value))
+    if isinstance(value, dict):
+        return {escaped(key): escaped(inner) for key, inner in value.items()}
+    if isinstance(value, msgspec.Struct):
+        fields = {name: escaped(getattr(value, name)) for name in value.__struct_fields__}
+        return msgspec.structs.replace(value, **fields)
+    return value
 
 
 class Spec(msgspec.Struct, frozen=True):

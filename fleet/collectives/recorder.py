@@ -13,6 +13,7 @@ from fleet.collectives.tally import Tally
 
 KEPT = 512
 SHOWN_ON_FAILURE = 8
+CHARS_AT_MOST = 1 << 20  # of all records of a rank in words; a message takes 8 MB
 
 
 class Recorder:
@@ -41,8 +42,17 @@ class Recorder:
         return [str(job) for job in list(self.jobs)[-count:]]
 
 
-def text(recorders: Iterable[tuple[str, Recorder]], count: int = KEPT) -> str:
-    """All communicators' records, for a person."""
+def text(recorders: Iterable[tuple[str, Recorder]], chars_at_most: int = CHARS_AT_MOST) -> str:
+    """All communicators' records, for a person: the last ones of each, where they are too many for one message."""
+    named = list(recorders)
+    for count in (KEPT, 64, SHOWN_ON_FAILURE, 1):
+        found = _text(named, count)
+        if len(found) <= chars_at_most:
+            break
+    return found[:chars_at_most]
+
+
+def _text(recorders: Iterable[tuple[str, Recorder]], count: int) -> str:
     parts = []
     for name, recorder in recorders:
         lines = recorder.lines(count)

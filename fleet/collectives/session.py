@@ -7,6 +7,7 @@ as long as that one lets go of the GIL. Knows messages, and what the flight reco
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import sys
 import sysconfig
@@ -17,6 +18,7 @@ from time import monotonic
 from types import FrameType
 
 from fleet import messages as m
+from fleet.bounds import TEXT_CHARS
 from fleet.bus.context import Bus
 from fleet.bus.control import Dealer
 from fleet.bus.descriptors import check_room
@@ -35,7 +37,10 @@ ANSWER_WITHIN_S = 1.0
 LOOK_UP_S = 0.1  # how often a wait for the others looks whether one has gone
 AGENT_WITHIN_S = 10.0  # the agent is on this machine
 TALLY_EVERY_S = 1.0
+ROWS_AT_MOST = 1000  # of one Tally
 MADE_AT_MOST = 1000  # communicators whose collectives a rank that ends tells the number of
+
+log = logging.getLogger("fleet.session")
 
 _NOT_THE_USERS = tuple(
     {
@@ -149,7 +154,7 @@ class Session:
             tally_at = 0.0
             while not self._closing.is_set():
                 while not self._out.empty():
-                    agent.put(m.encode(self._out.get()))
+                    self._say(agent, self._out.get())
                 for arrived in agent.receive():
                     self._take(arrived.data)
                 agent.changes()  # nothing to decide: an agent that is gone takes this process with it
@@ -159,6 +164,13 @@ class Session:
                 poller.wait(agent.patience(max(0.0, tally_at - monotonic())))
                 self._wake.clear()
             self._tell_tally(agent, last=True)
+
+    def _say(self, agent: Dealer, message: m.Message) -> None:
+        """One that cannot be sent ends neither this thread nor the answers to what follows."""
+        try:
+            agent.put(m.encode(message))
+        except Exception:
+            log.exception("%s could not be sent to this rank's agent", type(message).__name__)
 
     def _tell_tally(self, agent: Dealer, last: bool = False) -> None:
         """What its collectives came to since the last time; the last time of all, also how many it made."""
@@ -175,7 +187,10 @@ class Session:
         )
         if rows or inside_s or self._told_inside or refused_count or last:
             s = self._settings
-            agent.put(m.encode(m.Tally(s.job_id, s.attempt, s.rank, tuple(rows), inside_s, refused_count, made)))
+            while len(rows) > ROWS_AT_MOST:
+                self._say(agent, m.Tally(s.job_id, s.attempt, s.rank, tuple(rows[:ROWS_AT_MOST])))
+                del rows[:ROWS_AT_MOST]
+            self._say(agent, m.Tally(s.job_id, s.attempt, s.rank, tuple(rows), inside_s, refused_count, made))
         self._told_inside = bool(inside_s)
 
     def _take(self, data: bytes) -> None:
@@ -205,7 +220,7 @@ class Session:
         recorders = self._recorders()
         recorder = next((recorder for group, recorder in recorders if group == ask.group), None)
         record = recorder.last if recorder is not None else None
-        call, line, sequence = "", main_thread_line(), 0
+        call, line, sequence = "", main_thread_line()[:TEXT_CHARS], 0
         if recorder is not None and record is not None:
             sequence = record.sequence
             if not record.ended:
@@ -217,7 +232,7 @@ class Session:
             call, line = (str(asked.call), asked.where) if asked is not None else ("", line)
         else:
             doing = f"is at {line}, before its first collective"
-        records = ""
+        doing, records = doing[:TEXT_CHARS], ""
         if ask.records:
             records = text((f"communicator {number}", recorder) for number, (_, recorder) in enumerate(recorders))
         self._out.put(

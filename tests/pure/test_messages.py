@@ -336,3 +336,18 @@ def test_eight_megabytes_of_empty_maps_cost_little(place: bytes) -> None:
     finally:
         tracemalloc.stop()
     assert peak_bytes < 1 << 20
+
+
+def test_a_name_that_is_no_utf8_is_escaped_wherever_it_stands() -> None:
+    odd = "caf\udce9\n\x1b"
+    answer = m.Answer("j", 1, 0, 1, 0, "", 7, 1, True, f"is at {odd}.py", records="one\ntwo \udce9")
+    status = m.RankStatus(0, "w", "h", 7, 0)
+    for message, field, told in (
+        (answer, "doing", r"is at caf\xe9\n\x1b.py".replace(r"\n", "\n")),
+        (answer, "records", "one\ntwo \\xe9"),
+        (m.Ended("j", odd, 0, (status,)), "ranks", (status,)),
+        (m.Submit("j", 1, m.Spec("script", "a", environment={"A": odd}), options=m.JobOptions(odd)), "job_id", "j"),
+    ):
+        found = m.decode(m.encode(message))
+        assert type(found) is type(message)
+        assert getattr(found, field) == told

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,13 +13,16 @@ from fleet.bus.control import Arrived, Router
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller
 from fleet.collectives.conductor import Doing
-from fleet.collectives.session import Session
+from fleet.collectives.header import pack_call
+from fleet.collectives.job import Call, Job
+from fleet.collectives.recorder import KEPT, Recorder
+from fleet.collectives.session import ROWS_AT_MOST, Session
 from fleet.config import RankSettings
 
 
 @contextmanager
-def session(endpoint: str, world_size: int) -> Iterator[Session]:
-    made = Session(RankSettings(endpoint, "job", 1, 0, world_size, 0), 7, list)
+def session(endpoint: str, world_size: int, recorders: Sequence[tuple[int, Recorder]] = ()) -> Iterator[Session]:
+    made = Session(RankSettings(endpoint, "job", 1, 0, world_size, 0), 7, lambda: recorders)
     try:
         yield made
     finally:
@@ -60,3 +63,34 @@ def test_two_communicators_that_time_out_together_get_their_own_answers(tmp_path
                 (1, f"call {group}"),
                 (2, f"call {group}"),
             ]
+
+
+def test_whatever_a_script_is_called_and_however_much_it_did_its_rank_answers(tmp_path: Path) -> None:
+    """The thread that answers died of a name that is no UTF-8, and of more records than a message takes."""
+    code = compile("0", "caf\udce9.py", "eval")
+    recorders = [(group, Recorder()) for group in range(ROWS_AT_MOST + 100)]
+    for _, recorder in recorders:
+        job = Job(Call(pack_call("barrier")), code, 1)
+        job.sequence, job.ended = 1, 1.0
+        recorder.jobs.extend([job] * (KEPT if recorder is not recorders[0][1] else 1))
+        recorder.tally.add("barrier", 0, 0.1)
+    found: list[m.Message] = []
+    with Bus(Lock()) as bus:
+        agent = Router(bus, f"ipc://{tmp_path}/agent")
+        poller = Poller(agent.poll_sockets)
+        with session(agent.endpoint, 2, recorders) as rank:
+            rank._send(m.RankHello("job", 1, 0, 7))
+            while not any(isinstance(message, m.Answer) for message in found):
+                poller.wait(10.0)
+                for arrived in agent.receive():
+                    if isinstance(arrived, Arrived):
+                        found.append(m.decode(arrived.data))
+                        if isinstance(found[-1], m.RankHello):
+                            agent.send(arrived.peer, m.encode(m.Ask("job", 1, 1, 1, records=True)))
+    (told,) = (message for message in found if isinstance(message, m.Answer))
+    assert "after collective #1 barrier()" in told.doing
+    assert told.line == r"caf\xe9.py:1 in <module>"
+    assert "communicator 1099:" in told.records
+    rows = [len(message.rows) for message in found if isinstance(message, m.Tally)]
+    assert sum(rows) == len(recorders)
+    assert max(rows) <= ROWS_AT_MOST
