@@ -23,14 +23,6 @@ def test_the_diagram_of_states_is_drawn_from_their_table() -> None:
     assert drawn in (DOCS / "JOBS.md").read_text(), f"the table has changed; docs/JOBS.md needs this:\n{drawn}"
 
 
-def test_the_number_of_workers_stands_where_the_guide_says() -> None:
-    """People who know the predecessor's guide look for it there."""
-    lines = (DOCS.parent / "docker-compose.yml").read_text().splitlines()
-    (at,) = [number for number, line in enumerate(lines, 1) if "WORKER_REPLICAS:-" in line]
-    assert at == 86
-    assert f"`docker-compose.yml` (line ~{at})" in (DOCS / "SCALING.md").read_text()
-
-
 def test_the_table_of_files_names_each_one() -> None:
     """A row's first name has a folder, and those behind it without one are in the same."""
     named: list[str] = []
