@@ -8,6 +8,8 @@ import sys
 from fleet.config import check_system
 from fleet.errors import ConfigError
 
+INTERRUPTED = 130  # the shell's: 128 and the signal's number
+
 
 def main() -> None:
     """The entry point of the `fleet` command."""
@@ -22,9 +24,12 @@ def main() -> None:
 
         check_health()
         return
-    from fleet.cli.app import run
+    try:
+        from fleet.cli.app import run
 
-    run()
+        run()
+    except KeyboardInterrupt:  # while it imported, or had ended
+        sys.exit(INTERRUPTED)
 
 
 def _open_what_is_closed() -> None:

@@ -30,12 +30,15 @@ from fleet.cli.job_commands import (
     job_options,
     words_of,
 )
+from fleet.cli.mistakes import answer, check_command
+from fleet.cli.numbers import above_0, not_negative, port
 from fleet.cli.words import HELP, split
 from fleet.errors import ConfigError, FleetError, UsageError
 from fleet.text import shown_lines
 from fleet.values import GRACE_S
 
 USAGE = 2
+_MISTAKE: Any = typer.BadParameter.__mro__[2]  # what typer raises for all that it cannot parse
 RUN_SOMETHING = ("run", "submit", "sweep")  # commands that have a script's words behind their own
 
 app = typer.Typer(
@@ -56,7 +59,9 @@ def fleet_command(
 
 MetricsPort = Annotated[
     int | None,
-    typer.Option(help="Serve /metrics and /healthz over HTTP there.", show_default="FLEET_METRICS_PORT, none"),
+    typer.Option(
+        callback=port, help="Serve /metrics and /healthz over HTTP there.", show_default="FLEET_METRICS_PORT, none"
+    ),
 ]
 MetricsHost = Annotated[
     str | None,
@@ -134,7 +139,9 @@ def orchestrator_command(
         Path | None, typer.Option(help="Folder that keeps jobs.", show_default="FLEET_STATE_DIR, yours")
     ] = None,
     keep_jobs: Annotated[int, typer.Option(help="Jobs that have ended, to keep at most.")] = 10_000,
-    keep_hours: Annotated[float, typer.Option(help="Hours to keep jobs that have ended.")] = 168.0,
+    keep_hours: Annotated[
+        float, typer.Option(callback=not_negative("hours"), help="Hours to keep jobs that have ended.")
+    ] = 168.0,
     metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = None,
     secret_file: SecretFile = None,
@@ -146,8 +153,8 @@ def orchestrator_command(
 
     if policy not in POLICIES:
         raise UsageError(f"--policy is {policy!r}: it must be one of {', '.join(POLICIES)}")
-    if keep_jobs < 0 or keep_hours < 0:
-        raise UsageError("--keep-jobs and --keep-hours must not be negative")
+    if keep_jobs < 0:
+        raise UsageError(f"--keep-jobs is {keep_jobs}: it must not be negative")
     run_orchestrator(
         bind, policy, secret_file, insecure, _metrics_at(metrics_host, metrics_port), Kept(state, keep_jobs, keep_hours)
     )
@@ -163,6 +170,7 @@ def worker_command(
     within: Annotated[
         float | None,
         typer.Option(
+            callback=not_negative("seconds"),
             help="Seconds that what runs here has to end, after SIGTERM.",
             show_default=f"FLEET_DRAIN_S, {config.DRAIN_S}",
         ),
@@ -202,7 +210,7 @@ def workers_command(
 @app.command("doctor")
 def doctor_command(
     health: Annotated[bool, typer.Option("--health", help="Only whether what runs here answers.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for each answer.")] = 3.0,
+    timeout: Annotated[float, typer.Option(callback=above_0, help="Seconds to wait for each answer.")] = 3.0,
     secret_file: SecretFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -296,14 +304,23 @@ def run() -> None:
     if arguments == ["--version"]:
         arguments = ["version"]
     try:
-        commands = typer.main.get_command(app)
-        if arguments and arguments[0] in RUN_SOMETHING:
-            words_of[:] = [split(arguments[1:], _known(commands, arguments[0]), arguments[0])]
-            arguments = [arguments[0], *words_of[0].options]
-        commands(arguments, prog_name="fleet")
+        sys.exit(_carry_out(arguments))
     except (ConfigError, UsageError) as error:
         print(f"fleet: {shown_lines(str(error))}", file=sys.stderr)
         sys.exit(USAGE)
     except FleetError as error:
         print(f"fleet: {shown_lines(str(error))}", file=sys.stderr)
         sys.exit(1)
+
+
+def _carry_out(arguments: list[str]) -> int:
+    """The exit code of what the words say."""
+    commands: Any = typer.main.get_command(app)
+    check_command(arguments, commands.commands)
+    if arguments and arguments[0] in RUN_SOMETHING:
+        words_of[:] = [split(arguments[1:], _known(commands, arguments[0]), arguments[0])]
+        arguments = [arguments[0], *words_of[0].options]
+    try:
+        return commands(arguments or ["--help"], prog_name="fleet", standalone_mode=False) or 0
+    except _MISTAKE as error:
+        raise UsageError(answer(error.format_message(), arguments)) from None

@@ -9,6 +9,7 @@ import typer
 
 from fleet import config
 from fleet import messages as m
+from fleet.cli.numbers import above_0, not_negative
 from fleet.cli.words import Words
 from fleet.client.target import Target, cluster_target
 from fleet.errors import UsageError
@@ -18,7 +19,7 @@ from fleet.values import GRACE_AT_MOST_S, GRACE_S, PRIORITY_AT_MOST
 job_commands = typer.Typer()
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
-Timeout = Annotated[float, typer.Option(help="Seconds to keep trying to reach the orchestrator.")]
+Timeout = Annotated[float, typer.Option(callback=above_0, help="Seconds to keep trying to reach the orchestrator.")]
 Orchestrator = Annotated[str | None, typer.Option(help="HOST:PORT.", show_default="ORCHESTRATOR_ADDR")]
 SecretFile = Annotated[
     Path | None,
@@ -298,7 +299,9 @@ def wait_command(
 @job_commands.command("drain")
 def drain_command(
     worker: Annotated[str, typer.Argument(help="The worker's id, as `fleet workers` shows it.")],
-    within: Annotated[float, typer.Option(help="Seconds that what runs there has to end.")] = float(config.DRAIN_S),
+    within: Annotated[
+        float, typer.Option(callback=not_negative("seconds"), help="Seconds that what runs there has to end.")
+    ] = float(config.DRAIN_S),
     undo: Annotated[bool, typer.Option("--undo", help="Give it work again.")] = False,
     as_json: AsJson = False,
     timeout: Timeout = 10.0,

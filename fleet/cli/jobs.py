@@ -215,8 +215,6 @@ def logs(target: Target, versions: m.Versions, prefix: str, rank: int | None, fo
 
 
 def drain(target: Target, versions: m.Versions, worker: str, within_s: float, undo: bool, as_json: bool) -> str:
-    if within_s < 0:
-        raise UsageError(f"--within is {within_s:g}: it must be a number of seconds, 0 or more")
     with Conversation(target, versions) as conversation:
         jobs = conversation.drain(worker, within_s, undo)
     if as_json:

@@ -60,8 +60,6 @@ def run_job(words: Words, options: Options) -> int:
     """Runs the job, and returns the exit code of the command. Raises ConfigError, UsageError before anything starts."""
     if not 1 <= options.workers <= RANKS_AT_MOST:
         raise UsageError(f"--workers is {options.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
-    if options.timeout_s <= 0:
-        raise UsageError(f"--timeout is {options.timeout_s:g}: it must be a number of seconds above 0")
     here = _here()
     who = readers(options.stdin, local=options.orchestrator is None and config.slurm_task() is None)
     imports = check_target(words)

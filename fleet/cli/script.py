@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
+import re
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,8 +25,20 @@ NOTHING = Imports((), frozenset())
 def check_target(words: Words) -> Imports:
     """What it imports. Raises UsageError where it cannot run."""
     if words.kind == "script":
+        if not os.path.lexists(words.target) and "/" not in words.target:
+            _refuse_command(words)
         return check_script(Path(words.target))
     return check_module(words.target) if words.kind == "module" else NOTHING
+
+
+def _refuse_command(words: Words) -> None:
+    """Raises UsageError where a command stands in place of a script, as behind mpirun and srun."""
+    if re.fullmatch(r"python[\d.]*", words.target):
+        without = shlex.join([*words.options, *words.args])
+        raise UsageError(f"there is no script {words.target}: leave it out (fleet run {without})")
+    if shutil.which(words.target):
+        typed = shlex.join([*words.options, "--", words.target, *words.args])
+        raise UsageError(f"there is no script {words.target}; a command goes behind -- (fleet run {typed})")
 
 
 def check_script(path: Path) -> Imports:

@@ -20,6 +20,8 @@ HELP = "--help"
 # How other launchers call the number of ranks: mpirun, srun, torchrun, accelerate.
 _NUMBER = r"(-np?|--np|--ntasks|--nproc(?:[-_]per[-_]node)?|--num[-_]processes|--world[-_]size)(?:=?(\d+))?"
 _MEETING = r"--(standalone|nnodes|node[-_]rank|master[-_](addr|port)|rdzv[-_]\w+)(=.*)?"  # torchrun's
+_PLACES = r"-(H|-?hosts?|-?hostfile|-?machinefile)(=.*)?"  # mpirun's
+_BINDING = r"--?(oversubscribe|bind[-_]to|map[-_]by|allow-run-as-root|use-hwthread-cpus|report-bindings)(=.*)?"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,19 @@ def _unknown(words: Sequence[str], at: int, known: Mapping[str, bool], command: 
         return f"{found.group(1)} is called {WORKERS} here: fleet {command} {typed}"
     if re.fullmatch(_MEETING, word, re.S):
         return f"fleet {command} does not need {name}: ranks find each other by themselves; leave it out"
+    if re.fullmatch(_PLACES, word, re.S):
+        return (
+            f"fleet {command} takes no hosts ({name}): ranks run on this machine, or on the workers of the cluster "
+            "that ORCHESTRATOR_ADDR names"
+        )
+    if re.fullmatch(_BINDING, word, re.S):
+        return f"fleet {command} does not need {name}: a machine runs as many ranks as are asked for; leave it out"
+    if word == "-c":
+        return f"a command goes behind --: fleet {command} {shlex.join([*before, '--', 'python', *words[at:]])}"
+    if word == "-u":
+        return f"fleet {command} does not need -u: what ranks print is seen at once; leave it out"
+    if re.fullmatch(r"-m\w+(\.\w+)*", word):
+        return f"-m stands alone: fleet {command} {shlex.join([*before, '-m', word[2:], *after])}"
     if (right := name.replace("_", "-")) in known:
         return f"fleet {command} does not know {name}: it is {right}"
     import difflib  # for mistakes alone

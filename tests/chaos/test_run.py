@@ -125,6 +125,8 @@ def test_torch_gloo_runs_unchanged(tmp_path: Path) -> None:
         (["--workers", "2"], "say what to run"),
         ([__file__, "--workers", "0"], "--workers is 0"),
         (["-m", "no_such_module"], "there is no module no_such_module"),
+        (["--workers", "2", "python3", "t.py", "x"], "leave it out (fleet run --workers 2 t.py x)"),
+        (["--workers", "2", "ls", "-l"], "a command goes behind -- (fleet run --workers 2 -- ls -l)"),
         (["-n", "2", __file__], f"fleet run --workers 2 {__file__}"),
         (["--workers", "2", "--gpus", "2", __file__], "takes 4 of them, and this machine has none"),
         (["--orchestrator", "a:b:c/d", __file__], "must be HOST:PORT"),
@@ -135,6 +137,12 @@ def test_bad_words_get_a_sentence(words: list[str], sentence: str) -> None:
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_interruption_while_the_command_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    done = fleet("run", "--workers", "1", __file__, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_syntax_error_starts_nothing(tmp_path: Path) -> None:

@@ -55,6 +55,44 @@ def test_the_version_is_an_option_as_everywhere(
         assert capsys.readouterr().out == f"{config.VERSION}\n"
 
 
+@pytest.mark.parametrize(
+    ("typed", "sentence"),
+    [
+        ("-h", "write fleet --help"),
+        ("help", "write fleet --help"),
+        ("help run", "write fleet run --help"),
+        ("-V", "write fleet --version"),
+        ("train.py --lr 1", "a command comes first, to run a script: fleet run train.py --lr 1"),
+        ("--workers 2 train.py", "a command comes first, to run a script: fleet run --workers 2 train.py"),
+        ("rum t.py", "there is no command rum (is it run?); fleet --help lists them, and fleet run runs a script"),
+        ("run --workers x t.py", "--workers is 'x': it must be a whole number"),
+        ("run t.py --workers=", "--workers is '': it must be a whole number"),
+        ("run --grace x t.py", "--grace is 'x': it must be a number"),
+        ("status -h", "write fleet status --help"),
+        ("status", "missing argument 'job'; fleet status --help says what may be given"),
+        ("doctor --json", "no such option: --json; fleet doctor --help says what may be given"),
+        ("run --timeout nan t.py", "--timeout is nan: it must be a number of seconds above 0, up to 1e9"),
+        ("jobs --timeout inf", "--timeout is inf: it must be a number of seconds above 0, up to 1e9"),
+        ("why --timeout 0", "--timeout is 0: it must be a number of seconds above 0, up to 1e9"),
+        ("doctor --timeout -1", "--timeout is -1: it must be a number of seconds above 0, up to 1e9"),
+        ("drain w --within nan", "--within is nan: it must be a number of seconds from 0 to 1e9"),
+        ("worker --within -1", "--within is -1: it must be a number of seconds from 0 to 1e9"),
+        ("orchestrator --keep-hours inf", "--keep-hours is inf: it must be a number of hours from 0 to 1e9"),
+        ("worker --metrics-port 65536", "--metrics-port is 65536: it must be a port from 0 (any free one) to 65535"),
+    ],
+)
+def test_mistakes_get_one_sentence(
+    typed: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fleet.cli.app import run
+
+    monkeypatch.setattr("sys.argv", ["fleet", *typed.split()])
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"fleet: {sentence}\n"
+
+
 def test_why_as_values() -> None:
     answer = Answer("j", 1, 0, 0, 2, "h", 7, 5, True, "is in collective #5", "barrier()", "t.py:3", "one\ntwo\nthree")
     told, silent = as_values([answer], [3], 2)

@@ -67,6 +67,12 @@ def test_words(typed: str, words: Words) -> None:
         ),
         ("--lr 2 t.py", "does not know --lr; options of the script come after the script's name"),
         ("-h", "write fleet run --help"),
+        ("--workers 2 -c print(1) a", "fleet run --workers 2 -- python -c 'print(1)' a"),
+        ("-u t.py", "does not need -u: what ranks print is seen at once"),
+        ("--workers 2 -mpackage.module x", "fleet run --workers 2 -m package.module x"),
+        ("--hostfile=h t.py", "takes no hosts (--hostfile)"),
+        ("-H a,b t.py", "takes no hosts (-H)"),
+        ("--oversubscribe t.py", "does not need --oversubscribe"),
     ],
 )
 def test_mistakes_are_answered_with_what_to_type(typed: str, answer: str) -> None:

@@ -1,0 +1,54 @@
+"""Answers to command lines that were not understood: what is wrong in them, and what to type. Pure."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+
+from fleet.errors import UsageError
+
+_NUMBERS = (("integer", "a whole number"), ("number", "a number"), ("float", "a number"))  # as parsers call them
+_RUNS = (".py", ".pyz", ".zip")
+
+
+def check_command(words: Sequence[str], commands: Iterable[str]) -> None:
+    """Raises UsageError where the words after `fleet` begin with no command of fleet's."""
+    names = sorted(commands)
+    if not words or words[0] in names or words[0] in ("--help", "--version"):
+        return
+    first = words[0]
+    if first in ("-h", "help"):
+        of = f"{words[1]} " if words[1:2] and words[1] in names else ""
+        raise UsageError(f"write fleet {of}--help")
+    if first in ("-V", "-v"):
+        raise UsageError("write fleet --version")
+    if first.startswith("-") or first.endswith(_RUNS):
+        raise UsageError(f"a command comes first, to run a script: fleet run {shlex.join(words)}")
+    import difflib  # for mistakes alone
+
+    near = difflib.get_close_matches(first, names, 1, 0.6)
+    hint = f" (is it {near[0]}?)" if near else ""
+    raise UsageError(f"there is no command {first}{hint}; fleet --help lists them, and fleet run runs a script")
+
+
+def answer(message: str, words: Sequence[str]) -> str:
+    """The one sentence for what the parser of options has found wrong in the words after `fleet`; `message` is its own."""
+    if "-h" in words[1:]:
+        return f"write fleet {words[0]} --help"
+    bad = re.match(r"Invalid value for '(?:\S+ / )?(-\S+)'", message)
+    for word, kind in _NUMBERS:
+        if bad and word in message:
+            return f"{bad.group(1)} is {_given(bad.group(1), words)!r}: it must be {kind}"
+    text = " ".join(message.split()).rstrip(".")
+    return f"{text[:1].lower()}{text[1:]}; fleet {words[0]} --help says what may be given"
+
+
+def _given(option: str, words: Sequence[str]) -> str:
+    """The value of an option that was given, the last one as parsers take it."""
+    value = ""
+    for at, word in enumerate(words):
+        name, equals, after = word.partition("=")
+        if name == option:
+            value = after if equals else "".join(words[at + 1 : at + 2])
+    return value
