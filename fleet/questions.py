@@ -140,6 +140,7 @@ class FileInfo(msgspec.Struct, frozen=True):
     path: Path  # relative to the folder, with slashes
     size_bytes: Size
     mtime_ns: MtimeNs
+    executable: bool = False  # by its owner
 
 
 class ListFiles(Message, frozen=True):
@@ -189,6 +190,7 @@ class FilePart(Message, frozen=True):
     digest: DigestOrNone = ""
     error: Text = ""
     asker: Peer = b""
+    away: bool = False  # the error is that the worker is not connected
 
 
 class Unanswered(Message, frozen=True):

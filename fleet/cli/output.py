@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Sequence
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fleet import messages as m
-from fleet.client.fetch import Fetched, JobOutput, check_size
+from fleet.client.fetch import Fetched, JobOutput, Listing, check_size
 from fleet.client.jobs import Conversation
 from fleet.client.run import say
 from fleet.client.target import Target
@@ -19,6 +22,7 @@ from fleet.worker.output import Storage
 
 FOLDER = "fleet-output"  # in the current folder, where no other is named
 SAID_AT_MOST = 4  # sentences about files that are lost
+PROGRESS_EACH_S = 0.5
 MB = 1_000_000
 
 
@@ -40,6 +44,17 @@ def local_storage(folder: Path | None) -> Storage:
     return Storage(folder, folder.resolve())
 
 
+def check_folder(folder: Path | None) -> None:
+    """Before a job runs for hours: whether its output can be brought to that folder. Raises UsageError."""
+    if folder is None:
+        return
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir():
+        raise UsageError(f"--output {folder} cannot be used: {above} is no folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UsageError(f"--output {folder} cannot be used: {above} cannot be written to")
+
+
 def end_local(storage: Storage, job_id: str) -> None:
     """Says where a local job's output is, and removes the folder of a job that wrote none."""
     folder = storage.folder(job_id)
@@ -57,7 +72,8 @@ def bring(target: Target, versions: m.Versions, job_id: str, folder: Path | None
     """At the end of `fleet run` on a cluster: brings the output, says where it is, and what is lost. Whether all came."""
     try:
         with Conversation(target, versions) as conversation:
-            output = JobOutput(conversation, conversation.job(job_id))
+            told = _Progress()
+            output = JobOutput(conversation, conversation.job(job_id), told)
             found = output.listing()
             lost = conversation.job(job_id).left  # after the listing: workers have looked by then
             for sentence in lost[:SAID_AT_MOST]:
@@ -68,15 +84,20 @@ def bring(target: Target, versions: m.Versions, job_id: str, folder: Path | None
                 say(f"and so on {len(lost) - SAID_AT_MOST} more workers: `fleet status {job_id}` lists them")
             for error in found.errors:
                 say(f"output: {error}; `fleet fetch {job_id}` tries again")
+            _say_left_out(found)
             check_size(found, limit_bytes, job_id)
             if not found.sources:
                 return not found.errors
             into = folder or Path(FOLDER) / job_id
-            done = output.fetch(found.sources, into)
+            with told.of(found):
+                done = output.fetch(found.sources, into)
             return _said(done, into) and not found.errors
     except (FleetError, OSError) as error:
         say(f"the output was not brought: {error}")
         return False
+    except KeyboardInterrupt:
+        say(f"the output was not brought as a whole: `fleet fetch {job_id}` goes on from there")
+        raise
 
 
 def fetch(
@@ -90,9 +111,11 @@ def fetch(
     as_json: bool,
 ) -> int:
     """`fleet fetch`: 0 if all that was asked for is here. Raises UsageError, FleetError."""
+    check_folder(None if only_list else folder)
     with Conversation(target, versions) as conversation:
         job = conversation.job(prefix)
-        output = JobOutput(conversation, job)
+        told = _Progress()
+        output = JobOutput(conversation, job, told)
         found = output.listing(patterns)
         if only_list:
             rows = [
@@ -105,13 +128,19 @@ def fetch(
             print(json.dumps(rows, indent=1) if as_json else "\n".join(lines) or _nothing(job, patterns))
         for error in found.errors:
             say(error)
+        _say_left_out(found)
         if only_list or (found.errors and not found.sources):
             return 1 if found.errors else 0
         if not found.sources:
             raise UsageError(_nothing(job, patterns))
         check_size(found, limit_bytes, job.job_id)
         into = folder or Path(FOLDER) / job.job_id
-        done = output.fetch(found.sources, into)
+        try:
+            with told.of(found):
+                done = output.fetch(found.sources, into)
+        except KeyboardInterrupt:
+            say(f"interrupted: what has come is in {_shown(into)}, and the same command goes on from there")
+            raise
         if as_json:
             print(json.dumps({"folder": str(into), **vars(done)}))
         return 0 if _said(done, into) and not found.errors else 1
@@ -123,9 +152,45 @@ def _said(done: Fetched, folder: Path) -> bool:
         say(f"output: {_amount(done.file_count, done.size_bytes)} brought to {_shown(folder)}")
     if done.already_there:
         say(f"output: {done.already_there} of its files were in {_shown(folder)} already")
-    for error in done.errors:
+    for error in done.errors[:SAID_AT_MOST]:
         say(f"not brought: {error}")
+    if len(done.errors) > SAID_AT_MOST:
+        say(f"not brought: {len(done.errors) - SAID_AT_MOST} more files (--json of `fleet fetch` lists them)")
     return not done.errors
+
+
+def _say_left_out(found: Listing) -> None:
+    if names := found.left_out[:SAID_AT_MOST]:
+        more = found.left_out_count - len(names)
+        say(f"output: what is no file stays on the workers: {', '.join(names)}{f' and {more} more' if more else ''}")
+
+
+class _Progress:
+    """How much has come, in one line on a terminal, else nothing."""
+
+    def __init__(self) -> None:
+        self._on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._files = self._files_in_all = self._bytes_in_all = 0
+        self._said_at = 0.0
+
+    @contextlib.contextmanager
+    def of(self, found: Listing) -> Iterator[None]:
+        """While these are brought. The line is gone at the end."""
+        self._files_in_all, self._bytes_in_all = len(found.sources), found.size_bytes
+        self._said_at = time.monotonic()  # what is quick needs no line
+        try:
+            yield
+        finally:
+            if self._on_terminal:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __call__(self, files: int, size_bytes: int) -> None:
+        self._files = max(files, self._files)
+        if self._on_terminal and time.monotonic() - self._said_at > PROGRESS_EACH_S:
+            self._said_at = time.monotonic()
+            text = f"{self._files} of {self._files_in_all} files"
+            text += f", {amount_of(size_bytes)} of {amount_of(self._bytes_in_all)}"
+            print(f"\r\x1b[Kfleet: output: {text}", end="", file=sys.stderr, flush=True)
 
 
 def _nothing(job: m.JobInfo, patterns: Sequence[str]) -> str:

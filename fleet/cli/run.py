@@ -17,7 +17,7 @@ from fleet import config
 from fleet import messages as m
 from fleet.bounds import RANKS_AT_MOST
 from fleet.cli.local import Transport, local_cluster
-from fleet.cli.output import bring, end_local, local_storage
+from fleet.cli.output import bring, check_folder, end_local, local_storage
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import check_target, preload_for
 from fleet.cli.slurm import serve, step_cluster
@@ -105,6 +105,7 @@ def run_job(words: Words, options: Options) -> int:
             args = tuple(map(portable, words.args))
             spec, bundle = m.Spec(words.kind, portable(words.target), args, portable(here)), None
         else:
+            check_folder(options.output)
             target = cluster_target(options.orchestrator, options.secret_file, options.insecure, options.timeout_s)
             from fleet.cli.travel import spec_of_bundle  # here, for what it imports takes 10 ms
 
@@ -126,7 +127,13 @@ def run_job(words: Words, options: Options) -> int:
         text = report(ended, options.workers, printer.recent)
         if text:
             print(text, file=sys.stderr, flush=True)
-        came = storage is not None or bring(target, versions(), run.job_id, options.output, options.max_output_bytes)
+        try:
+            with interruption.raised():
+                came = storage is not None or bring(
+                    target, versions(), run.job_id, options.output, options.max_output_bytes
+                )
+        except KeyboardInterrupt:
+            return 128 + interruption.number
         return exit_code(ended) or (0 if came else 1)
 
 
@@ -162,9 +169,22 @@ class _Interruption:
     run: Run | None = None
     number: int = signal.SIGINT
     early_count: int = 0  # before there was a run
+    is_raised: bool = False  # the run has ended, and there is no job to stop
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """Each of them is a KeyboardInterrupt meanwhile."""
+        self.is_raised = True
+        try:
+            yield
+        finally:
+            self.is_raised = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         self.number = number
+        if self.is_raised:
+            self.is_raised = False
+            raise KeyboardInterrupt
         for _ in range(2 if number == signal.SIGQUIT else 1):  # Ctrl-\: at once
             if self.run is None:
                 self.early_count += 1

@@ -29,6 +29,7 @@ SUBMITS_UNDER_WAY = WATCHES_UNDER_WAY = 256
 QUESTIONS_UNDER_WAY = 16  # whose answers may have a megabyte each
 UNKNOWN = "the orchestrator does not know this job, or no longer"
 WORKER_ANSWERS_WITHIN_S = 30.0  # with a page of a listing, or with a few parts of a file
+WORKER_ASKED_TIMES = 3
 
 Numbered = m.ListJobs | m.ReadLog | m.Drain
 A = TypeVar("A", m.Jobs, m.LogPart, m.Drained)
@@ -181,8 +182,13 @@ class Conversation:
             raise UsageError(drained.error)
         return drained.jobs
 
-    def ask_workers(self, asked: Sequence[m.ListFiles | m.ReadFile]) -> list[m.Files | m.FilePart]:
-        """What workers say of a job's output, in the order of the questions, whose numbers differ. Raises FleetError."""
+    def ask_workers(
+        self, asked: Sequence[m.ListFiles | m.ReadFile], within_s: float = WORKER_ANSWERS_WITHIN_S
+    ) -> list[m.Files | m.FilePart]:
+        """What workers say of a job's output, in the order of the questions, whose numbers differ. Raises FleetError.
+
+        Asks again what is not answered: a worker's connection that breaks takes questions with it.
+        """
         answers: dict[int, m.Files | m.FilePart] = {}
         missing = {question.question: question for question in asked}
 
@@ -193,10 +199,12 @@ class Conversation:
                 answers[message.question] = message
             return not missing
 
-        self._until(lambda: list(missing.values()), take, self._clock.now() + WORKER_ANSWERS_WITHIN_S)
+        for _ in range(WORKER_ASKED_TIMES):
+            if missing:
+                self._until(lambda: list(missing.values()), take, self._clock.now() + within_s / WORKER_ASKED_TIMES)
         if missing:
             worker_id = next(iter(missing.values())).worker_id
-            raise FleetError(f"worker {worker_id} did not answer within {WORKER_ANSWERS_WITHIN_S:g} s")
+            raise FleetError(f"worker {worker_id} did not answer within {within_s:.0f} s")
         return [answers[question.question] for question in asked]
 
     def pause(self, seconds: float) -> None:

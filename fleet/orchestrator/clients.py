@@ -297,7 +297,8 @@ class Clients(Gangs):
         if isinstance(ask, m.ListFiles):
             self._send(peer, m.Files(ask.job_id, ask.worker_id, ask.question, error=error))
         else:
-            part = m.FilePart(ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset, error=error)
+            away = job is not None and ask.worker_id in job.held_by
+            part = m.FilePart(ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset, error=error, away=away)
             self._send(peer, part)
 
     def _tell_of_output(self, worker: Worker, message: m.Files | m.FilePart | m.Stored | m.Left) -> None:

@@ -125,7 +125,8 @@ class Storage:
                 with contextlib.suppress(FileNotFoundError):
                     status = (folder / path).lstat()
                     mtime_ns = min(max(status.st_mtime_ns, -_MTIME_NS_AT_MOST), _MTIME_NS_AT_MOST)
-                    found.append(m.FileInfo(os.fsencode(path), status.st_size, mtime_ns))
+                    executable = bool(status.st_mode & stat.S_IXUSR)
+                    found.append(m.FileInfo(os.fsencode(path), status.st_size, mtime_ns, executable))
                     size += len(path) + 32
                     left_out += behind
                     behind.clear()

@@ -7,12 +7,13 @@ import re
 import resource
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from commands import FLEET, environment, fleet, started, wait_for
+from commands import AT_ONCE_S, FLEET, environment, fleet, started, wait_for
 from place import Place
 
 from fleet.cli.runtime import runtime_folder
@@ -40,6 +41,11 @@ state.write_text(os.environ["FLEET_ATTEMPT"])
 print("saved", flush=True)
 while os.environ["FLEET_ATTEMPT"] == "1":
     time.sleep(60)  # until it is killed
+"""
+
+SPARSE = """
+import os
+os.truncate(os.open(os.environ["FLEET_OUTPUT_DIR"] + "/big", os.O_CREAT | os.O_WRONLY), 1_000_000_000)
 """
 
 
@@ -214,3 +220,21 @@ def test_a_local_jobs_output_is_simply_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused = run("-o", "file", train)
     assert (refused.returncode, refused.stderr) == (2, "fleet: --output file cannot be used: File exists\n")
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_what_brings_the_output(stack: ExitStack, tmp_path: Path, number: signal.Signals) -> None:
+    _, variables = place_with(stack, tmp_path, a="one")
+    train, target = script(tmp_path, SPARSE), tmp_path / "here"
+    refused = fleet("run", "-o", f"{train}/x", train, **variables)
+    assert (refused.returncode, f"{train} is no folder" in refused.stderr) == (2, True), refused.stderr
+    run = stack.enter_context(started("run", "--workers", "1", "-o", str(target), train, **variables))
+    while not list(target.glob("*.fleet-part")):  # the first part of a gigabyte
+        assert run.poll() is None
+        time.sleep(0.005)
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=AT_ONCE_S)
+    assert run.returncode == 128 + number, errors
+    assert re.search(r"the output was not brought as a whole: `fleet fetch \w+` goes on from there", errors)
+    assert "Traceback" not in errors

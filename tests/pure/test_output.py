@@ -17,7 +17,7 @@ from fleet import messages as m
 from fleet.bus.trees import remove_tree
 from fleet.cli.travel import keep_patterns
 from fleet.client.fetch import PART_SUFFIX, JobOutput, Listing, Source, _matches, _target
-from fleet.errors import UsageError
+from fleet.errors import FleetError, UsageError
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core as Orchestrator
 from fleet.values import amount_of, portable
@@ -442,16 +442,20 @@ class Worker:
 
     def __init__(self, answer: Callable[[Any], m.Message]) -> None:
         self.answer = answer
-        self.asked_count = 0
+        self.asked_count = self.turn_count = 0
 
-    def ask_workers(self, asked: Sequence[Any]) -> list[m.Message]:
+    def pause(self, seconds: float) -> None:
+        """A test's workers are back at once."""
+
+    def ask_workers(self, asked: Sequence[Any], within_s: float = 1.0) -> list[m.Message]:
         self.asked_count += len(asked)
-        assert self.asked_count < 100, "it asks for ever"
+        self.turn_count += 1
+        assert self.asked_count < 1000, "it asks for ever"
         return [self.answer(ask) for ask in asked]
 
 
-def output_of(worker: Worker) -> JobOutput:
-    job = SimpleNamespace(job_id="j", held_by=("w",))  # all that is looked at
+def output_of(worker: Worker, *names: str) -> JobOutput:
+    job = SimpleNamespace(job_id="j", held_by=names or ("w",))  # all that is looked at
     return JobOutput(worker, job)  # type: ignore[arg-type]
 
 
@@ -487,6 +491,95 @@ def test_parts_that_were_not_asked_for_are_no_parts(tmp_path: Path, wrong: str) 
     source = Source("w", m.FileInfo(b"a", 1, 0), "a", "a")
     done = output_of(Worker(answer)).fetch([source], tmp_path)
     assert done.errors == ["a: its worker answers something else than was asked"]
+
+
+def folders(**storages: Storage) -> Worker:
+    """Workers with their folders."""
+
+    def answer(ask: Any) -> m.Message:
+        kept = storages[ask.worker_id]
+        return kept.page(ask) if isinstance(ask, m.ListFiles) else kept.part(ask)
+
+    return Worker(answer)
+
+
+def test_a_name_that_is_a_file_here_and_a_folder_there_brings_both(tmp_path: Path) -> None:
+    a, b = storage(tmp_path / "a"), storage(tmp_path / "b")
+    for kept, paths in ((a, ("a", "d/x", "f", "f@b")), (b, ("a/b", "d", "f"))):
+        for path in paths:
+            write(kept.make("j") / path, f"{kept.folder('j').parts[-3]}: {path}")
+    done = output_of(folders(a=a, b=b), "a", "b")
+    found = done.listing()
+    targets = {source.target: f"{source.worker_id}: {source.path}" for source in found.sources}
+    assert targets == {
+        "a": "a: a", "d/x": "a: d/x", "f": "a: f", "f@b": "a: f@b", "a@b/b": "b: a/b", "d@b": "b: d", "f@b-2": "b: f",
+    }  # fmt: skip
+    assert done.fetch(found.sources, tmp_path / "here").errors == []
+    assert {name: (tmp_path / "here" / name).read_text() for name in targets} == targets
+    # A part of it has the same names.
+    assert [source.target for source in done.listing(["a/*", "f@b-2"]).sources] == ["a@b/b", "f@b-2"]
+
+
+def test_many_small_files_come_with_few_questions_and_their_modes(tmp_path: Path) -> None:
+    kept = storage(tmp_path / "s")
+    for number in range(40):
+        write(kept.make("j") / f"{number:02}", "x" * (number % 3))
+    (kept.folder("j") / "07").chmod(0o755)
+    write(kept.folder("j") / ("n" * 250))
+    worker = folders(w=kept)
+    done = output_of(worker)
+    found = done.listing()
+    assert done.fetch(found.sources, tmp_path / "here").file_count == 41
+    assert worker.turn_count <= 4
+    assert (tmp_path / "here/07").stat().st_mode & 0o111
+    assert not (tmp_path / "here/06").stat().st_mode & 0o111
+    again = done.fetch(found.sources, tmp_path / "here")
+    assert (again.already_there, again.errors) == (41, [])
+
+
+def test_a_worker_that_is_away_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    kept, turns = storage(tmp_path / "s"), iter([True, True, True])
+    write(kept.make("j") / "a")
+
+    def answer(ask: Any) -> m.Message:
+        if isinstance(ask, m.ReadFile) and next(turns, False):
+            return m.FilePart(
+                "j", "w", ask.question, ask.path, ask.offset, error="worker w is not connected", away=True
+            )
+        return folders(w=kept).answer(ask)
+
+    done = output_of(Worker(answer))
+    assert done.fetch(done.listing().sources, tmp_path / "here").errors == []
+
+
+def test_a_worker_that_is_lost_is_named_once_and_the_others_files_come(tmp_path: Path) -> None:
+    a, b = storage(tmp_path / "a"), storage(tmp_path / "b")
+    for number in range(3):
+        write(a.make("j") / f"a{number}")
+        write(b.make("j") / f"b{number}")
+    both = folders(a=a, b=b)
+
+    def answer(ask: Any) -> m.Message:
+        if isinstance(ask, m.ReadFile) and ask.worker_id == "a":
+            raise FleetError("worker a did not answer within 30 s")
+        return both.answer(ask)
+
+    done = output_of(Worker(answer), "a", "b")
+    fetched = done.fetch(done.listing().sources, tmp_path / "here")
+    assert fetched.errors == [
+        "worker a did not answer within 30 s: 3 of its files are not here; the same again goes on from there"
+    ]
+    assert fetched.file_count == 3
+
+
+def test_a_full_disk_here_ends_a_fetch_with_one_sentence(tmp_path: Path) -> None:
+    kept = storage(tmp_path / "s")
+    for name in "abc":
+        write(kept.make("j") / name, "x" * 400_000)
+    with small_disk(tmp_path / "here", 600_000) as disk:
+        done = output_of(folders(w=kept))
+        fetched = done.fetch(done.listing().sources, disk)
+        assert (fetched.file_count, fetched.errors) == (1, ["b: No space left on device, and so 1 others"])
 
 
 @pytest.mark.parametrize("name", ["a", f"a{PART_SUFFIX}"])
