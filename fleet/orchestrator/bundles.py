@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +42,10 @@ class Bundles:
             sync_folder(directory.parent)
         for unfinished in directory.glob("*.part"):  # of an orchestrator that was killed
             unfinished.unlink()
-        found = sorted((path.stat().st_mtime, path) for path in directory.iterdir() if is_digest(path.name))
-        for _, path in found:
-            self._sizes[path.name] = path.stat().st_size
+        found = [(path, path.lstat()) for path in directory.iterdir() if is_digest(path.name)]
+        for path, status in sorted(found, key=lambda one: one[1].st_mtime):
+            if stat.S_ISREG(status.st_mode):  # a pipe would keep its reader for ever
+                self._sizes[path.name] = status.st_size
         self._make_way(limits.keep_bytes)
 
     def has(self, digest: str) -> bool:

@@ -6,6 +6,7 @@ loop has heartbeats to answer.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import shutil
@@ -64,11 +65,14 @@ class JobLogs:
         self._remove_later(gone)
 
     def remove_others(self, known: Container[str]) -> None:
-        """Removes the logs of jobs that are not known any more: an orchestrator that was killed may leave some."""
-        if self._folder.is_dir():
-            for left in self._folder.iterdir():
+        """Removes the logs of jobs that are not known any more: an orchestrator that was killed may leave some.
+
+        Raises OSError for a folder that is none.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            for left in os.scandir(self._folder):
                 if _job_of(left.name) not in known:
-                    self._remove_later(left)
+                    self._remove_later(Path(left.path))
 
     def close(self) -> None:
         """What has not been removed within a second is left to the next orchestrator."""

@@ -118,8 +118,7 @@ class Service:
                     lambda: self._router.strangers.refused_count,
                 )
                 self._exposition = Exposition(*metrics_at, [metrics], self._pulse.wrong)
-            self._bundles = Bundles(runtime / "bundles", Limits(), keeping is not None, self._core.bundle_users)
-            self._logs.remove_others(self._core.jobs)
+            self._bundles = self._find_files(runtime, keeping is not None)
         except BaseException:
             self._close()
             raise
@@ -158,6 +157,18 @@ class Service:
             self._exposition.close()
         if self._store is not None:
             self._store.close()
+
+    def _find_files(self, folder: Path, durable: bool) -> Bundles:
+        """What is there of jobs, and what is left of others. Raises ConfigError."""
+        try:
+            found = Bundles(folder / "bundles", Limits(), durable, self._core.bundle_users)
+            self._logs.remove_others(self._core.jobs)
+        except OSError as error:
+            raise ConfigError(
+                f"the orchestrator cannot keep files of its jobs at {error.filename}: {error.strerror}; move that away, or say "
+                "another folder with --state"
+            ) from None
+        return found
 
     def _recall(self, keeping: Keeping) -> Store:
         core = self._core

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from time import sleep
 
@@ -10,7 +11,11 @@ import pytest
 import zmq
 
 from fleet import messages as m
+from fleet.bus.lock import Lock
+from fleet.errors import ConfigError
 from fleet.messages import PROTOCOL
+from fleet.orchestrator.bundles import Bundles, Limits
+from fleet.orchestrator.service import Service
 from fleet.orchestrator.state import Effect, Event, Received
 from tests.fuzz.live import VERSIONS, Member, orchestrator
 
@@ -147,3 +152,20 @@ def test_a_second_worker_with_a_known_id_is_refused_by_a_live_orchestrator(tmp_p
             answers = second.receive(0.3)  # as heartbeats come, faster
         assert [type(answer) for answer in answers] == [m.Refused]
         assert first.receive() == []
+
+
+@pytest.mark.parametrize("name", ["bundles", "logs"])
+def test_a_file_where_a_folder_of_jobs_should_be_is_said_at_the_start(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=f"cannot keep files of its jobs at .*/{name}: .*; move that away"):
+        Service("tcp://127.0.0.1:*", Lock(), VERSIONS, tmp_path, "least-loaded")
+
+
+def test_what_is_no_file_is_no_bundle(tmp_path: Path) -> None:
+    """A pipe of a digest's name would have kept the orchestrator's loop for ever."""
+    os.mkfifo(tmp_path / ("0" * 64))
+    (tmp_path / ("1" * 64)).mkdir()
+    (tmp_path / ("2" * 64)).write_bytes(b"x")
+    found = Bundles(tmp_path, Limits(), durable=False)
+    assert [found.has(digit * 64) for digit in "012"] == [False, False, True]
+    assert found.serve(m.Want("0" * 64, 0)).data == b""

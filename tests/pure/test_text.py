@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from hypothesis import strategies as st
 
 from fleet.cli.jobs import described
 from fleet.cli.log import Lines
-from fleet.cli.private import close_to_others
+from fleet.cli.private import KEPT, close_to_others
 from fleet.cli.table import table
 from fleet.client.run import say
 from fleet.client.why import described as answered
+from fleet.errors import ConfigError
 from fleet.messages import Answer, JobInfo, JobOptions
 from fleet.orchestrator.store import Store
 from fleet.text import shown, shown_lines
@@ -90,3 +92,41 @@ def test_a_state_folder_that_was_there_is_closed_to_others(tmp_path: Path) -> No
         0o700,
     ]
     close_to_others(tmp_path / "new")
+
+
+def plant(path: Path, owner: int = 65534) -> Path:
+    path.touch()
+    os.chown(path, owner, -1)
+    return path
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can plant for another user")
+def test_a_state_folder_that_another_user_may_have_made_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, theirs = tmp_path / "own", tmp_path / "theirs"
+    own.mkdir(mode=0o777)
+    for name in sorted(KEPT):
+        planted = plant(own / name)
+        with pytest.raises(ConfigError, match=f"own/{name} belongs to user 65534, who could have jobs run as this one"):
+            close_to_others(own)
+        planted.unlink()
+    (own / "lock").symlink_to(tmp_path / "made")
+    os.chown(own / "lock", 65534, -1, follow_symlinks=False)
+    with pytest.raises(ConfigError, match="own/lock belongs"):
+        close_to_others(own)
+
+    theirs.mkdir()
+    os.chown(theirs, 65534, -1)
+    plant(theirs / "jobs.sqlite")
+    close_to_others(theirs)  # what is mounted into root's container
+    tmp_path.chmod(0o1777)  # and in a place such as /tmp
+    with pytest.raises(ConfigError, match="theirs belongs"):
+        close_to_others(theirs)
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(ConfigError, match="theirs belongs"):
+        close_to_others(theirs)
+    (own / "lock").unlink()
+    plant(own / "jobs.sqlite", 1000)
+    close_to_others(own)  # a volume that root made
