@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fleet import messages as m
@@ -23,6 +26,7 @@ from fleet.worker.output import Storage
 FOLDER = "fleet-output"  # in the current folder, where no other is named
 SAID_AT_MOST = 4  # sentences about files that are lost
 PROGRESS_EACH_S = 0.5
+CLOCK_TICK_NS = 50_000_000  # that the times of files may lag
 MB = 1_000_000
 
 
@@ -33,15 +37,51 @@ def output_limit(megabytes: int) -> int:
     return megabytes * MB
 
 
-def local_storage(folder: Path | None) -> Storage:
+@dataclass
+class LocalOutput:
+    """Where a job on this machine writes, and since when: its folder may have files of others."""
+
+    storage: Storage
+    since_ns: int = 0
+    made: int = 2  # how many folders were made for it alone: its own, and the one around that
+    job_id: str = ""
+
+    def say(self) -> None:
+        """Where the job's output is, if it wrote any."""
+        files, size = self.storage.amount(self.job_id, self.since_ns)
+        if files:
+            say(f"output: {_amount(files, size)} in {_shown(self.storage.folder(self.job_id))}")
+
+    def drop_empty(self) -> None:
+        """Removes what was made and nobody has written to, once the job's ranks have ended."""
+        if not self.job_id and self.made > 1:
+            return  # it never came to a folder
+        folder = self.storage.folder(self.job_id)
+        with contextlib.suppress(OSError):  # it is in use, or has empty folders in it
+            for path in (folder, folder.parent)[: self.made]:
+                path.rmdir()
+
+
+def local_output(folder: Path | None) -> LocalOutput:
     """Of a job on this machine: the folder that was named, or one named after the job. Raises UsageError."""
     if folder is None:
-        return Storage(Path.cwd() / FOLDER)
+        return LocalOutput(Storage(_root_here()))
+    was_there = folder.is_dir()
+    storage = Storage(folder, folder.resolve())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.make("")
     except OSError as error:
         raise UsageError(f"--output {folder} cannot be used: {error.strerror}") from None
-    return Storage(folder, folder.resolve())
+    return LocalOutput(storage, time.time_ns() - CLOCK_TICK_NS, 0) if was_there else LocalOutput(storage, made=1)
+
+
+def _root_here() -> Path:
+    """In the current folder; where nothing can be written there, as python does not need to, among temporary files."""
+    root = Path.cwd() / FOLDER
+    is_there = os.path.lexists(root)
+    if (root.is_dir() or not is_there) and os.access(root if is_there else root.parent, os.W_OK | os.X_OK):
+        return root
+    return Path(tempfile.gettempdir()) / f"output-of-fleet-{secrets.token_hex(8)}"
 
 
 def check_folder(folder: Path | None) -> None:
@@ -53,19 +93,6 @@ def check_folder(folder: Path | None) -> None:
         raise UsageError(f"--output {folder} cannot be used: {above} is no folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UsageError(f"--output {folder} cannot be used: {above} cannot be written to")
-
-
-def end_local(storage: Storage, job_id: str) -> None:
-    """Says where a local job's output is, and removes the folder of a job that wrote none."""
-    folder = storage.folder(job_id)
-    files, size = storage.amount(job_id)
-    if files:
-        say(f"output: {_amount(files, size)} in {_shown(folder)}")
-        return
-    with contextlib.suppress(OSError):  # it is in use, or has empty folders in it
-        folder.rmdir()
-        if folder.parent.name == FOLDER:
-            folder.parent.rmdir()
 
 
 def bring(target: Target, versions: m.Versions, job_id: str, folder: Path | None, limit_bytes: int) -> bool:

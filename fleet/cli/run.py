@@ -17,7 +17,7 @@ from fleet import config
 from fleet import messages as m
 from fleet.bounds import RANKS_AT_MOST
 from fleet.cli.local import Transport, local_cluster
-from fleet.cli.output import bring, check_folder, end_local, local_storage
+from fleet.cli.output import LocalOutput, bring, check_folder, local_output
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import check_target, preload_for
 from fleet.cli.slurm import serve, step_cluster
@@ -78,7 +78,7 @@ def run_job(words: Words, options: Options) -> int:
             # Of a cluster that is there already, task 0 alone is the client.
             if options.orchestrator is not None:
                 return 0
-            return serve(task, _preload(imports), options.timeout_s, local_storage(options.output))
+            return serve(task, _preload(imports), options.timeout_s, local_output(options.output).storage)
     try:
         printer = Printer(options.workers, sys.stdout, sys.stderr, _coloured, options.log_dir)
     except OSError as error:
@@ -86,22 +86,24 @@ def run_job(words: Words, options: Options) -> int:
     with ExitStack() as stack:
         runtime = stack.enter_context(runtime_folder())
         interruption = stack.enter_context(_interruptions())
-        storage = None
+        local: LocalOutput | None = None
         job = options.job
         if options.orchestrator is None:
             job = _job_here(options, task is not None)
-            storage = local_storage(options.output)
+            local = local_output(options.output)
+            storage = local.storage
+            stack.callback(local.drop_empty)  # once all ranks have ended
             if task is None:
                 gpus = options.workers * job.gpus
                 stdin = stack.enter_context(standard_input(who, options.workers))
-                local = local_cluster(
+                cluster = local_cluster(
                     runtime, options.workers, options.transport, _preload(imports), storage, gpus, stdin
                 )
             else:
-                local = step_cluster(
+                cluster = step_cluster(
                     task, runtime, _preload(imports), options.timeout_s, lambda: interruption.early_count > 0, storage
                 )
-            target = stack.enter_context(local)
+            target = stack.enter_context(cluster)
             args = tuple(map(portable, words.args))
             spec, bundle = m.Spec(words.kind, portable(words.target), args, portable(here)), None
         else:
@@ -111,6 +113,8 @@ def run_job(words: Words, options: Options) -> int:
 
             spec, bundle = spec_of_bundle(words, runtime, options.max_bundle_bytes, options.keep)
         run = Run(target, spec, options.workers, job, bundle, printer)
+        if local is not None:
+            local.job_id = run.job_id
         interruption.run = run
         for _ in range(interruption.early_count):
             run.cancel(interruption.number)
@@ -118,10 +122,10 @@ def run_job(words: Words, options: Options) -> int:
             ended = run.run(versions())
         except BrokenPipeError:
             return BROKEN_PIPE  # whoever read our output has gone; leaving ends the job
-        if storage is not None:
-            end_local(storage, run.job_id)
+        if local is not None:
+            local.say()
         if run.cancelled:
-            if storage is None:
+            if local is None:
                 say(f"what it wrote to FLEET_OUTPUT_DIR stays on its workers: `fleet fetch {run.job_id}` brings it")
             return INTERRUPTED if interruption.number == signal.SIGINT else 128 + interruption.number
         text = report(ended, options.workers, printer.recent)
@@ -129,7 +133,7 @@ def run_job(words: Words, options: Options) -> int:
             print(text, file=sys.stderr, flush=True)
         try:
             with interruption.raised():
-                came = storage is not None or bring(
+                came = local is not None or bring(
                     target, versions(), run.job_id, options.output, options.max_output_bytes
                 )
         except KeyboardInterrupt:

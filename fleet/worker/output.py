@@ -150,15 +150,17 @@ class Storage:
             left_out_count=len(left_out),
         )
 
-    def amount(self, job_id: str) -> tuple[int, int]:
-        """How many files a job's folder has, and their bytes."""
+    def amount(self, job_id: str, since_ns: int = 0) -> tuple[int, int]:
+        """How many files a job's folder has that were written since, and their bytes."""
         count = size_bytes = 0
         folder = self.folder(job_id)
         for path, why in _entries(folder):
             if not why:
                 with contextlib.suppress(OSError):
-                    size_bytes += (folder / path).lstat().st_size
-                    count += 1
+                    status = (folder / path).lstat()
+                    if status.st_ctime_ns >= since_ns:
+                        size_bytes += status.st_size
+                        count += 1
         return count, size_bytes
 
     def part(self, ask: m.ReadFile) -> m.FilePart:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 # Fleet promises a second or two, which bench/failures.py measures. A test tells that only from a wait for some time limit:
 # it may share its cores with much else.
@@ -29,7 +30,7 @@ def fleet(*words: str, **changes: str) -> subprocess.CompletedProcess[str]:
 
 
 @contextmanager
-def started(*words: str, **changes: str) -> Iterator[subprocess.Popen[str]]:
+def started(*words: str, cwd: Path | None = None, **changes: str) -> Iterator[subprocess.Popen[str]]:
     """One command that runs on. Whatever still runs at the end is asked to end, and killed if it does not."""
     process = subprocess.Popen(
         [*FLEET, *words],
@@ -37,6 +38,7 @@ def started(*words: str, **changes: str) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         pipesize=1 << 20,  # a test may read the log late, and nothing may wait for that
         text=True,
+        cwd=cwd,
         env=environment(**changes),
     )
     try:

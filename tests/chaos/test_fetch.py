@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import signal
@@ -17,6 +18,7 @@ from commands import AT_ONCE_S, FLEET, environment, fleet, started, wait_for
 from place import Place
 
 from fleet.cli.runtime import runtime_folder
+from tests.disks import small_disk
 
 WRITES = """
 import os, sys
@@ -220,6 +222,42 @@ def test_a_local_jobs_output_is_simply_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused = run("-o", "file", train)
     assert (refused.returncode, refused.stderr) == (2, "fleet: --output file cannot be used: File exists\n")
+    # A folder of the user's own: what was there is not counted, and it is not removed.
+    (tmp_path / "own").mkdir()
+    assert run("-o", "own", str(tmp_path / "job/quiet.py")).stderr == ""
+    (tmp_path / "own/mine").write_text("")
+    os.utime(tmp_path / "own/mine")
+    time.sleep(0.1)  # a file's time may lag behind the clock by a tick
+    assert "output: 4 files (5.1 MB) in own\n" in run("-o", "own", train).stderr
+
+
+@pytest.mark.chaos
+def test_a_job_whose_reader_leaves_leaves_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "loud.py").write_text("while True: print('x' * 100)")
+    with started("run", "--workers", "1", "loud.py", cwd=tmp_path) as run:
+        assert run.stdout is not None
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.wait(AT_ONCE_S) == 128 + signal.SIGPIPE
+        run.stdout = None
+    assert [path.name for path in tmp_path.iterdir()] == ["loud.py"]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("here", ["read-only", "file"])
+def test_a_job_runs_where_nothing_can_be_written(tmp_path: Path, here: str) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as folder:
+        (folder / "train.py").write_text("import os; print(os.listdir(os.environ['FLEET_OUTPUT_DIR']))")
+        if here == "file":
+            (folder / "fleet-output").write_text("")
+        else:
+            subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        done = subprocess.run(
+            [*FLEET, "run", "--workers", "1", "train.py"], cwd=folder, env=environment(TMPDIR=str(tmp_path)),
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (0, "0| []\n", "")
+    assert not list(tmp_path.glob("output-of-fleet-*"))
 
 
 @pytest.mark.chaos

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 
 from fleet import messages as m
 from fleet.bus.trees import remove_tree
+from fleet.cli.output import LocalOutput
 from fleet.cli.travel import keep_patterns
 from fleet.client.fetch import PART_SUFFIX, JobOutput, Listing, Source, _matches, _target
 from fleet.errors import FleetError, UsageError
@@ -608,6 +609,14 @@ def test_patterns_are_a_shells_and_a_folder_means_all_in_it() -> None:
     assert _matches("runs/1/events", "runs/1/")
     assert _matches("runs/1/events", "*.txt") is False
     assert _matches("model.pt", "*.pt")
+
+
+def test_a_job_that_never_began_takes_no_folder_with_it(tmp_path: Path) -> None:
+    LocalOutput(storage(tmp_path / "here/fleet-output")).drop_empty()
+    assert tmp_path.exists()
+    (tmp_path / "here/fleet-output").mkdir(parents=True)
+    LocalOutput(Storage(tmp_path / "here/fleet-output")).drop_empty()
+    assert (tmp_path / "here").exists()
 
 
 def test_amounts_read_well() -> None:
