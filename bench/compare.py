@@ -5,7 +5,7 @@
 Each round runs the bench of each checkout once, the other one first every other time, with `CHECKOUT/.venv/bin/python` where
 there is one, else with this interpreter. Shown are the medians of each figure, and AFTER's over BEFORE's such that more than
 1.00 is better; figures that are more than 3 % worse are listed at the end, and make the exit code 1. The floats of the --json
-records are the figures, and all else names the case.
+records are the figures, its texts and whole numbers name the case.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run(checkout: Path, words: Sequence[str], into: Path) -> list[dict[str, obje
 def note(figures: Figures, records: Sequence[dict[str, object]]) -> None:
     for record in records:
         case = tuple(
-            (name, str(value)) for name, value in record.items() if not isinstance(value, float) and name != "rounds"
+            (name, str(value)) for name, value in record.items() if isinstance(value, str | int) and name != "rounds"
         )
         for name, value in record.items():
             if isinstance(value, float):

@@ -156,11 +156,15 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
         return True
     if kind is str or kind is bytes:
         return len(value) < _LONG
-    if kind is tuple or kind is list:
-        return depth > 0 and len(value) <= _NESTED_AT_MOST and all(_is_plain(item, depth - 1) for item in value)
-    if kind is dict:
-        items: Sequence[Any] = [*value, *value.values()] if len(value) <= _NESTED_AT_MOST else ()
-        return depth > 0 and len(items) == 2 * len(value) and all(_is_plain(item, depth - 1) for item in items)
+    if kind is tuple or kind is list or kind is dict:
+        if not value:
+            return True
+        if depth <= 0 or len(value) > _NESTED_AT_MOST:
+            return False
+        for item in value if kind is not dict else [*value, *value.values()]:
+            if type(item) not in _PLAIN and not _is_plain(item, depth - 1):
+                return False
+        return True
     numpy = sys.modules.get("numpy")
     return numpy is not None and kind is numpy.ndarray and value.dtype.kind in "biufcSU"
 

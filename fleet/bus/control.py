@@ -6,6 +6,7 @@ within seconds (ZMTP heartbeats, rfc.zeromq.org/spec/37) for a machine that is c
 
 from __future__ import annotations
 
+import select
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,17 +64,58 @@ class Link(Enum):
     DENIED = auto()  # somebody answers there, and the handshake fails: a wrong secret, or not fleet at all
 
 
+class _Glance:
+    """A look at a socket's descriptor instead of the socket, at a fifth of the cost; only once `descriptor` was asked for.
+
+    The descriptor tells of news until a use of the socket has taken notice of them (zmq_getsockopt, ZMQ_FD). It is believed
+    while the socket was found empty and has not been used since.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+        self._socket = socket
+        self._poll: select.poll | None = None
+        self._empty = False  # it was found so, and was not used since
+
+    def descriptor(self) -> int:
+        self._poll = select.poll()
+        self._poll.register(int(self._socket.fd), select.POLLIN)
+        return int(self._socket.fd)
+
+    def used(self) -> None:
+        self._empty = False
+
+    def found_empty(self) -> None:
+        self._empty = self._poll is not None
+
+    def nothing(self) -> bool:
+        """Whether there is nothing to receive for sure."""
+        return self._empty and not self._poll.poll(0)  # type: ignore[union-attr]
+
+    def has_event(self) -> bool:
+        """Whether there may be something to receive."""
+        if self._empty:
+            return not self.nothing()
+        if int(self._socket.events) & zmq.POLLIN:
+            return True
+        self.found_empty()
+        return False
+
+
 class _Monitor:
     """The events of one socket, in order, as (event, file descriptor)."""
 
     def __init__(self, bus: Bus, socket: zmq.Socket[bytes], events: int) -> None:
         self.socket = socket.get_monitor_socket(events)
+        self.glance = _Glance(self.socket)
         bus.own(self.socket)
 
     def events(self) -> list[tuple[int, int]]:
-        found = []
+        found: list[tuple[int, int]] = []
+        if self.glance.nothing():
+            return found
         while self.socket.poll(0):
             found.append(happened(self.socket))
+        self.glance.found_empty()
         return found
 
 
@@ -92,14 +134,21 @@ class Router:
         self._descriptor_of: dict[bytes, int] = {}
         self._open: set[int] = set()  # descriptors accepted and not disconnected
         self.poll_sockets = (self._socket, self._monitor.socket)
+        self._glance = _Glance(self._socket)
 
     def receive(self) -> list[Arrived | Lost]:
         """All that has happened since the last call, at most a batch; waits for nothing."""
         found: list[Arrived | Lost] = []
+        if self._glance.nothing():
+            found.extend(self._losses())
+            self.strangers.thin_out()
+            return found
+        self._glance.used()
         for _ in range(256):
             try:
                 frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
+                self._glance.found_empty()
                 found.extend(self._losses())
                 self.strangers.thin_out()
                 break
@@ -122,6 +171,7 @@ class Router:
 
     def send(self, peer: bytes, data: bytes, rest: Sequence[Frame] = ()) -> Sent:
         """FULL: the peer is there, and so far behind that it counts as lost."""
+        self._glance.used()
         try:
             self._socket.send_multipart([peer, data, *rest], zmq.DONTWAIT, copy=not rest)
         except zmq.ZMQError as error:
@@ -133,13 +183,13 @@ class Router:
         return Sent.YES
 
     def descriptors(self) -> list[int]:
-        """What to wait for where several threads use this socket, one at a time; see `has_event`."""
-        return [int(socket.fd) for socket in self.poll_sockets]
+        """What to wait for instead of `poll_sockets`, by one thread while another uses this socket; see `has_event`."""
+        return [self._glance.descriptor(), self._monitor.glance.descriptor()]
 
     def has_event(self) -> bool:
-        """Whether something is there to be received. To be asked after each use, since that may have eaten the signal on a
-        descriptor that another thread waits for."""
-        return any(int(socket.events) & zmq.POLLIN for socket in self.poll_sockets)
+        """Whether something may be there to be received. To be asked after each use and before each wait: a use may have eaten
+        the signal on a descriptor that is waited for."""
+        return self._glance.has_event() or self._monitor.glance.has_event()
 
     def _losses(self) -> list[Arrived | Lost]:
         found: list[Arrived | Lost] = []
@@ -175,6 +225,15 @@ class Dealer:
         self._backlog: deque[bytes] = deque()  # put, and not sent: the queue was full
         bus.connect(self._socket, endpoint)
         self.poll_sockets = (self._socket, self._monitor.socket)
+        self._glance = _Glance(self._socket)
+
+    def descriptors(self) -> list[int]:
+        """As those of a Router."""
+        return [self._glance.descriptor(), self._monitor.glance.descriptor()]
+
+    def has_event(self) -> bool:
+        """As that of a Router."""
+        return self._glance.has_event() or self._monitor.glance.has_event()
 
     def put(self, data: bytes) -> None:
         """Sends it, in its order, once the queue has room: now, or while this side receives. It is lost with neither."""
@@ -210,16 +269,21 @@ class Dealer:
         """All messages that are there, at most a batch; waits for nothing."""
         self._send_backlog()
         found: list[Arrived] = []
+        if self._glance.nothing():
+            return found
+        self._glance.used()
         for _ in range(256):
             try:
                 frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
             except zmq.Again:
+                self._glance.found_empty()
                 break
             found.append(Arrived(b"", frames[0].bytes, tuple(frames[1:])))
         return found
 
     def send(self, data: bytes, rest: Sequence[Frame] = ()) -> Sent:
         """YES: it goes over this connection or, while that is down, over the next one. FULL: it does not."""
+        self._glance.used()
         try:
             self._socket.send_multipart([data, *rest], zmq.DONTWAIT, copy=not rest)
         except zmq.Again:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -62,6 +63,22 @@ class Poller:
 
     def wait(self, timeout_s: float | None) -> set[Source]:
         """The sources that have something to read, of a Wake its descriptor; empty after `timeout_s` (None: waits for ever)."""
-        # Rounded up: waking a moment early would only spin until the deadline.
-        timeout_ms = None if timeout_s is None else max(0, int(timeout_s * 1000) + 1)
-        return {source for source, _ in self._poller.poll(timeout_ms)}
+        return {source for source, _ in self._poller.poll(_milliseconds(timeout_s))}
+
+
+class Watch:
+    """The set of file descriptors to wait for: a Poller that knows no sockets, at a fifth of the cost."""
+
+    def __init__(self, descriptors: Iterable[int]) -> None:
+        self._poll = select.poll()
+        for descriptor in descriptors:
+            self._poll.register(descriptor, select.POLLIN)
+
+    def wait(self, timeout_s: float | None) -> set[int]:
+        """As that of a Poller."""
+        return {descriptor for descriptor, _ in self._poll.poll(_milliseconds(timeout_s))}
+
+
+def _milliseconds(timeout_s: float | None) -> int | None:
+    """Rounded up: waking a moment early would only spin until the deadline."""
+    return None if timeout_s is None else max(0, int(timeout_s * 1000) + 1)

@@ -43,15 +43,15 @@ class Packed:
     name: str  # of the function, for a person
     function: pickling.Function | None  # None: it is large, and pickled with its arguments
     data: bytes
-    blobs: list[Blob]
-
-    @property
-    def size_bytes(self) -> int:
-        return len(self.data) + sum(blob.size_bytes for blob in self.blobs)
+    blobs: tuple[Blob, ...]
+    size_bytes: int  # of data and blobs
 
     def call(self, task_id: int) -> tasks.Call:
+        digest = self.function.digest if self.function else b""
+        if not self.blobs:
+            return tasks.Call(task_id, digest, self.data)
         apart = tuple(tasks.Apart(blob.size_bytes, blob.path) for blob in self.blobs)
-        return tasks.Call(task_id, self.function.digest if self.function else b"", self.data, apart)
+        return tasks.Call(task_id, digest, self.data, apart)
 
     def release(self) -> None:
         for blob in self.blobs:
@@ -100,7 +100,10 @@ class Packer:
             data, views = pickling.dumps((None if function else fn, args, kwargs), tasks.INLINE_BYTES)
         except Exception as error:
             raise UsageError(f"the arguments of {name} cannot be pickled: {type(error).__name__}: {error}") from error
-        return Packed(name, function, data, [self._shelf.blob(view) for view in views] if views else [])
+        if not views:
+            return Packed(name, function, data, (), len(data))
+        blobs = tuple([self._shelf.blob(view) for view in views])
+        return Packed(name, function, data, blobs, len(data) + sum(blob.size_bytes for blob in blobs))
 
     def _function(self, fn: Callable[..., Any]) -> pickling.Function | None:
         """None for a large one, which is sent with its arguments."""

@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import BrokenExecutor, Future
 from contextlib import ExitStack
-from time import sleep
 from typing import Any, TypeVar
 
 from fleet import config, tasks
@@ -21,7 +20,7 @@ from fleet import messages as m
 from fleet.bus import forks
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Router, Sent
-from fleet.bus.poller import Poller, Wake
+from fleet.bus.poller import Wake, Watch
 from fleet.bus.shared import host_key
 from fleet.client import pool
 from fleet.client.arrivals import Arrivals
@@ -62,7 +61,8 @@ class Line(Seats):
         self._clock = LifeClock()  # read by the thread, looked at by whoever acts for it
         self._inbox: deque[tuple[pool.Task, Work]] = deque()
         self._cancels: deque[int] = deque()
-        self._room = threading.Condition()
+        self._gate = threading.RLock()  # around what follows; its own `with` costs less than a condition's
+        self._room = threading.Condition(self._gate)
         self._pending, self._pending_bytes, self._next_id = 0, 0, 0
         self._finishing = False
         self._cancel_all = self._abandoned = False
@@ -98,8 +98,9 @@ class Line(Seats):
             raise RuntimeError("this Executor is that of the process of which this one is a fork: make one here")
         packed = self._packer.pack(fn, args, kwargs)
         size_bytes = packed.size_bytes
-        with self._room:
-            if threading.current_thread() is not self._thread:  # a callback that waited here would wait for itself
+        with self._gate:
+            # A callback that waited here would wait for itself.
+            if not self._may_submit(size_bytes) and threading.current_thread() is not self._thread:
                 self._room.wait_for(lambda: self._may_submit(size_bytes))
             if self._broken is not None:
                 packed.release()
@@ -149,15 +150,15 @@ class Line(Seats):
                 return self._full
             self._take_inbox()
             # What came in meanwhile, and deadlines that are new, are that thread's.
-            return not router.has_event() and self._pool.next_deadline() is None and not self._unsent
+            return not self._has_event() and self._pool.next_deadline() is None and not self._unsent
         finally:
             self._lock.release()
 
     def _may_submit(self, size_bytes: int) -> bool:
-        if self._finishing or self._broken is not None or not self._pending:
-            return True
         wishes = self._wishes
-        return self._pending < wishes.max_pending and self._pending_bytes + size_bytes <= wishes.max_bytes
+        if self._pending < wishes.max_pending and self._pending_bytes + size_bytes <= wishes.max_bytes:
+            return True
+        return self._finishing or self._broken is not None or not self._pending
 
     # This line's own thread
 
@@ -166,9 +167,8 @@ class Line(Seats):
             with Bus(self._target.lock) as bus:
                 self._dealer = Dealer(bus, self._target.endpoint, f"client/{uuid.uuid4().hex}".encode())
                 self._router = Router(bus, self._place.direct) if self._place.direct else None
-                self._poller = Poller([*self._dealer.poll_sockets, self._wake])
-                for descriptor in self._router.descriptors() if self._router else ():
-                    self._poller.add(descriptor)
+                direct = self._router.descriptors() if self._router else []
+                self._watch = Watch([*self._dealer.descriptors(), self._wake.fileno(), *direct])
                 self._arrivals = Arrivals(self._say, self._memory)
                 self._started_at = self._clock.now()
                 try:
@@ -223,17 +223,16 @@ class Line(Seats):
         # before a result came competes for the runner that it frees.
         told = self._dealer.receive()
         things = [*(self._router.receive() if self._router else ()), *told]
-        busy = self._take_inbox() or bool(things)
+        self._take_inbox()
         for thing in things:
             if isinstance(thing, Arrived):
                 self._take(thing)
+        self._take_inbox()  # of those who waited for a result and have gone on
         now = self._clock.now()
         deadline = self._pool.next_deadline()
         if deadline is not None and now >= deadline:
             self._step(pool.Tick())
             return 0.0
-        if busy:
-            return None if self._router is None or self._router.has_event() else 0.0
         waits = [math.inf if deadline is None else deadline - now]
         if any(seat.arrived for seat in self._seats.values()):
             if now >= self._acknowledge_at:
@@ -251,7 +250,10 @@ class Line(Seats):
                 raise ConfigError(
                     f"no orchestrator answered at {self._target.name} within {self._target.timeout_s:g} s"
                 )
-        return max(0.0, min(waits))
+        return None if self._unsent or self._has_event() else max(0.0, min(waits))
+
+    def _has_event(self) -> bool:
+        return self._dealer.has_event() or (self._router is not None and self._router.has_event())
 
     def _sleep(self, wait_s: float) -> None:
         """Outside of the lock: who finds this line asleep may act for it, or wakes it."""
@@ -259,12 +261,13 @@ class Line(Seats):
         nothing = not self._inbox and not self._cancels and (not self._finishing or self._works)
         if nothing:
             wait_s_or_none = self._dealer.patience(None if wait_s == math.inf else wait_s)
-            ready = self._poller.wait(self._clock.waits(wait_s_or_none))
+            ready = self._watch.wait(self._clock.waits(wait_s_or_none))
             if self._wake.fileno() in ready:
                 self._wake.clear()
         self._asleep = False
 
     def _take_inbox(self) -> bool:
+        """Whether there was anything."""
         submitted = []
         while self._inbox:
             task, work = self._inbox.popleft()
@@ -376,14 +379,11 @@ class Line(Seats):
         held = self._pool.runners.get(job_id)
         mine = [(r, buffers) for r, buffers in results if held is not None and r.task_id in held.tasks]
         self._step(pool.Finished(job_id, seconds))
-        for result, buffers in mine:
-            work = self._works.pop(result.task_id, None)
-            if work is None:
-                continue
-            self._drop(work)
-            settle(work, result, buffers)
-        if mine:
-            sleep(0)  # lets go of the GIL: who waits for a result has it now, not at this thread's next wait
+        works = [self._works.pop(result.task_id, None) for result, _ in mine]
+        self._drop(*filter(None, works))
+        for work, (result, buffers) in zip(works, mine, strict=True):
+            if work is not None:
+                settle(work, result, buffers)
 
     def _fail(self, fail: pool.Fail) -> None:
         work = self._works.pop(fail.task.task_id, None)
@@ -397,12 +397,13 @@ class Line(Seats):
         else:
             work.future.set_exception(TaskLost(work.packed.name, fail.task.retries, fail.task.history, fail.text))
 
-    def _drop(self, work: Work) -> None:
-        size_bytes = work.packed.size_bytes
-        work.packed.release()
-        with self._room:
-            self._pending, self._pending_bytes = self._pending - 1, self._pending_bytes - size_bytes
-            self._room.notify()
+    def _drop(self, *works: Work) -> None:
+        for work in works:
+            work.packed.release()
+        with self._gate:
+            self._pending -= len(works)
+            self._pending_bytes -= sum([work.packed.size_bytes for work in works])
+            self._room.notify_all()  # there may be room for several, and who comes first may need more
 
     # Runners
 
@@ -474,7 +475,8 @@ class Line(Seats):
                 self._dealer.put(m.encode(self._unsent.popleft()))
             if not self._seats or not deadline.left_s:
                 return
-            self._poller.wait(deadline.clock.waits(deadline.left_s))
+            if not self._has_event():
+                self._watch.wait(deadline.clock.waits(deadline.left_s))
             self._wake.clear()
             self._dealer.changes()
             told = self._dealer.receive()

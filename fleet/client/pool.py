@@ -21,7 +21,7 @@ STILLBORN_AT_MOST = 3  # runners in a row that end before they are ready
 Why = Literal["lost", "timeout", "no runner"]
 
 
-@dataclass
+@dataclass(slots=True)
 class Task:
     """Invariant: it is in the queue, delayed, or in flight on one runner, until it is settled."""
 

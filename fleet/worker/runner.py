@@ -23,7 +23,7 @@ from fleet.bus.blobs import Blob, Gathering, Reader, Shelf
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Sent
 from fleet.bus.lock import Lock
-from fleet.bus.poller import Poller
+from fleet.bus.poller import Watch
 from fleet.bus.shared import host_key
 from fleet.errors import ProtocolError
 from fleet.worker.progress import IDLE, Progress
@@ -56,7 +56,7 @@ class Runner:
         name = f"{settings.job_id}/runner/{self._pid}"
         self._bus = Bus(Lock())
         self._dealer = Dealer(self._bus, direct or settings.control, name.encode())
-        self._poller = Poller(self._dealer.poll_sockets)
+        self._watch = Watch(self._dealer.descriptors())
         if not direct:
             self._dealer.send(m.encode(m.RankHello(settings.job_id, settings.attempt, settings.rank, self._pid)))
         directory = config.shared_memory()
@@ -92,7 +92,8 @@ class Runner:
                 self._call(self._waiting.popleft())
             elif self._waiting:
                 self._send_results()
-                self._poller.wait(QUIET_AFTER_S)
+                if not self._dealer.has_event():
+                    self._watch.wait(QUIET_AFTER_S)
             else:
                 self._send_results()
         self._shelf.close()
@@ -128,9 +129,9 @@ class Runner:
             if arrived or not wait:
                 return
             self._dealer.changes()
-            if not self._poller.wait(QUIET_AFTER_S) and not self._behind:
+            if not self._watch.wait(QUIET_AFTER_S) and not self._behind:
                 self._active.clear()
-                self._poller.wait(None)
+                self._watch.wait(None)
             self._active.set()
 
     def _take(self, arrived: Arrived) -> None:
