@@ -49,7 +49,8 @@ def check_script(path: Path) -> Imports:
         return _check(path / "__main__.py", path)
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is not a file: every rank reads the script for itself, so a pipe cannot be one")
-    return NOTHING if path.is_file() and is_zipfile(path) else _check(path, path.resolve().parent)
+    compiled = path.suffix == ".pyc" or is_zipfile(path)
+    return NOTHING if path.is_file() and compiled else _check(path, path.resolve().parent)
 
 
 def check_module(name: str) -> Imports:
@@ -100,7 +101,8 @@ def _check(path: Path, folder: Path, packages: Sequence[Path] = ()) -> Imports:
     try:
         tree = ast.parse(source, str(path))
     except (SyntaxError, ValueError) as error:
-        where = f"{path}:{error.lineno}" if isinstance(error, SyntaxError) else str(path)
+        lineno = getattr(error, "lineno", None)  # none where the file is no text
+        where = f"{path}:{lineno}" if lineno else str(path)
         text = f"\n    {error.text.strip()}" if isinstance(error, SyntaxError) and error.text else ""
         raise UsageError(f"{where}: {getattr(error, 'msg', error)}; nothing was started{text}") from None
     return imports_of(tree, folder, packages)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from fleet.client import dump
 from fleet.client.blame import TRACEBACK, alike
 
 LINE_BYTES = 64 << 10  # a longer line is cut into pieces of this size
@@ -69,7 +70,7 @@ def _drawn(line: bytes) -> list[bytes]:
 
 @dataclass(frozen=True)
 class Folded:
-    """One line to print, or a traceback of several, and the ranks that printed it, in order."""
+    """One line to print, or a traceback or a dump of several, and the ranks that printed it, in order."""
 
     stream: str
     ranks: tuple[int, ...]
@@ -119,7 +120,7 @@ class Fold:
             traceback.last_at = now
             return self.due(now)
         shown = self._close(rank, now)
-        if stream == "stderr" and text.endswith(TRACEBACK):
+        if stream == "stderr" and (text.endswith(TRACEBACK) or text.startswith(dump.DUMP)):
             self._tracebacks[rank] = _Traceback([text], now)
             return shown + self.due(now)
         return shown + self._hold(rank, stream, text, text, now + self._hold_s) + self.due(now)
@@ -152,8 +153,13 @@ class Fold:
         traceback = self._tracebacks.pop(rank, None)
         if traceback is None:
             return []
-        like = "\n".join(map(alike, traceback.lines))
-        return self._hold(rank, "stderr", "\n".join(traceback.lines), like, now + self._traceback_hold_s)
+        lines = traceback.lines
+        if lines[0].startswith(dump.DUMP):
+            lines = dump.users_part(lines)
+            like = "\n".join(map(dump.alike, lines))
+        else:
+            like = "\n".join(map(alike, lines))
+        return self._hold(rank, "stderr", "\n".join(lines), like, now + self._traceback_hold_s)
 
     def _hold(self, rank: int, stream: str, text: str, like: str, until: float) -> list[Folded]:
         """Holds a line, or joins one that is held; what is complete with it is returned."""

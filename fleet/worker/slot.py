@@ -18,7 +18,7 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import CodeType, ModuleType, TracebackType
 from typing import Any, NoReturn
 
 from fleet import config, interpreter
@@ -173,9 +173,9 @@ def _run_python(plan: Plan, at_start: Collection[str]) -> None:
             _set_first_folder(os.path.dirname(os.path.realpath(plan.target)), at_start)
             # As Python does: the file's name is absolute, and not the real one behind a link.
             file = os.path.join(os.getcwd(), plan.target)
-            loader = importlib.machinery.SourceFileLoader("__main__", file)
-            vars(main).update(__loader__=loader, __file__=file, __cached__=None)
-            exec(compile(loader.get_data(file), file, "exec", dont_inherit=True), vars(main))
+            vars(main).update(__file__=file, __cached__=None)
+            code = _compiled(file, main) if file.endswith(".pyc") else _source(file, main)
+            exec(code, vars(main))
             _forget_file()
         else:
             sys.argv = ["-m", *plan.args]
@@ -189,6 +189,19 @@ def _run_python(plan: Plan, at_start: Collection[str]) -> None:
     except BaseException:
         _show_without_our_frames(plan.kind)
         raise
+
+
+def _source(file: str, main: ModuleType) -> CodeType:
+    loader = main.__loader__ = importlib.machinery.SourceFileLoader("__main__", file)
+    code: CodeType = compile(loader.get_data(file), file, "exec", dont_inherit=True)
+    return code
+
+
+def _compiled(file: str, main: ModuleType) -> CodeType:
+    loader = main.__loader__ = importlib.machinery.SourcelessFileLoader("__main__", file)
+    code = loader.get_code("__main__")
+    assert code is not None
+    return code
 
 
 def _holds_main(path: str) -> bool:

@@ -5,6 +5,7 @@ Each script looks at many things at once, since a process costs more than a look
 
 from __future__ import annotations
 
+import py_compile
 import re
 import shutil
 import subprocess
@@ -281,3 +282,16 @@ def test_ignored_signals_stay_ignored(tmp_path: Path) -> None:
         )
         assert (done.returncode, done.stdout.splitlines()[-1][-5:]) == (0, "alive"), done.stderr
         assert done.stdout.count("SIG_IGN") == 3
+
+
+def test_compiled_scripts(tmp_path: Path) -> None:
+    source = tmp_path / "source.py"
+    source.write_text("import sys; print(sys.argv, __file__, __spec__, type(__loader__).__name__)\n")
+    py_compile.compile(str(source), str(tmp_path / "made.pyc"))
+    assert compare(tmp_path, ["made.pyc", "x"]).code == 0
+    (tmp_path / "no_text.py").write_bytes(b"a\0b")
+    done = subprocess.run(
+        [*FLEET, "run", "no_text.py"], cwd=tmp_path, env=environment(), capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr.split(b":")[1:2]) == (2, [b" no_text.py"])
+    assert b"None" not in done.stderr

@@ -130,6 +130,8 @@ def test_torch_gloo_runs_unchanged(tmp_path: Path) -> None:
         (["-n", "2", __file__], f"fleet run --workers 2 {__file__}"),
         (["--workers", "2", "--gpus", "2", __file__], "takes 4 of them, and this machine has none"),
         (["--orchestrator", "a:b:c/d", __file__], "must be HOST:PORT"),
+        (["-o", __file__, __file__], f"--output {__file__} cannot be used: File exists"),
+        (["--orchestrator", "127.0.0.1:1", "--insecure", "-o", __file__, __file__], f"{__file__} is no folder"),
     ],
 )
 def test_bad_words_get_a_sentence(words: list[str], sentence: str) -> None:

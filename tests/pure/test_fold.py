@@ -305,3 +305,49 @@ def test_with_tracebacks_too_nothing_is_lost_and_each_rank_keeps_its_order(
     for rank in range(3):
         found = [text for line in shown if rank in line.ranks for text in line.text.split("\n")]
         assert found == [text for r, text, _, _ in printed if r == rank]
+
+
+DUMP = """\
+Fatal Python error: Segmentation fault
+
+Thread 0x00007f9d3dafa6c0 (most recent call first):
+  File "/x/zmq/sugar/poll.py", line 106 in poll
+  File "/x/fleet/bus/lock.py", line 125 in _run
+  File "/x/threading.py", line 982 in run
+  File "/x/threading.py", line 1002 in _bootstrap
+
+Thread 0x00007f9d3dafb6c0 (most recent call first):
+  File "/home/me/t.py", line 3 in load
+  File "/x/threading.py", line 982 in run
+
+Current thread 0x00007f9d46c71b80 (most recent call first):
+  File "/x/ctypes/__init__.py", line 519 in string_at
+  File "/x/fleet/collectives/reduce.py", line 12 in add
+  File "/home/me/t.py", line 48 in <module>
+  File "/x/fleet/worker/slot.py", line 178 in _run_python
+  File "/x/fleet/__main__.py", line 32 in <module>
+
+Extension modules: zmq.backend.cython._zmq (total: 1)"""
+
+
+def test_a_dump_of_the_fault_handler_has_the_scripts_threads_and_frames() -> None:
+    fold, shown = Fold(2, HOLD_S), []
+    for rank in (0, 1):
+        for line in DUMP.replace("7f9d", f"{rank}f9d").splitlines():
+            shown += fold.step(rank, "stderr", line, 0.0)
+    (only,) = shown + fold.flush()
+    assert only.ranks == (0, 1)
+    assert only.text.splitlines() == [
+        "Fatal Python error: Segmentation fault",
+        "",
+        "Thread 0x00000f9d3dafb6c0 (most recent call first):",
+        '  File "/home/me/t.py", line 3 in load',
+        '  File "/x/threading.py", line 982 in run',
+        "",
+        "Current thread 0x00000f9d46c71b80 (most recent call first):",
+        '  File "/x/ctypes/__init__.py", line 519 in string_at',
+        '  File "/x/fleet/collectives/reduce.py", line 12 in add',
+        '  File "/home/me/t.py", line 48 in <module>',
+        "",
+        "Extension modules: zmq.backend.cython._zmq (total: 1)",
+    ]
