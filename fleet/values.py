@@ -32,6 +32,7 @@ from fleet.bounds import (
 from fleet.text import shown_lines
 
 _UNDECODED = re.compile("[\ud800-\udfff]")  # what os.fsdecode makes of bytes that are no UTF-8
+ON_WORKER = "on worker "  # how a sentence begins that is about files, and not about deleted ones
 TALLY_SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
 
 
@@ -158,7 +159,8 @@ class JobInfo(msgspec.Struct, frozen=True):
     history: tuple[str, ...] = ()  # how earlier attempts ended
     exit_codes: tuple[int, ...] = ()  # by rank, of those that have ended; minus the number of a signal
     held_by: tuple[str, ...] = ()  # workers that any attempt had ranks on, and so may hold some of its output
-    left: tuple[str, ...] = ()  # what was deleted with its working folders, in words
+    # What was deleted with its working folders, in words; and what else is to be known of its files, which begins with ON_WORKER.
+    left: tuple[str, ...] = ()
 
 
 class RankStatus(msgspec.Struct, frozen=True):

@@ -27,7 +27,7 @@ from fleet.client.report import exit_code, report
 from fleet.client.target import Target
 from fleet.errors import UsageError
 from fleet.text import shown
-from fleet.values import native, portable
+from fleet.values import ON_WORKER, native, portable
 
 LOOK_AGAIN_S = 0.2  # of `logs -f`, which asks
 CANCEL_WITHIN_S = 5.0
@@ -118,7 +118,7 @@ def described(job: m.JobInfo) -> str:
         ("sweep", o.group),
         ("workers", ", ".join(f"{rank} on {worker}" for rank, worker in enumerate(job.workers))),
         ("exit codes", ", ".join(map(str, job.exit_codes))),
-        *(("deleted", sentence) for sentence in job.left),
+        *(("files" if sentence.startswith(ON_WORKER) else "deleted", sentence) for sentence in job.left),
         *(("before", line) for line in job.history),
     ]
     return "\n".join(f"{name + ':':<12} {shown(text)}" for name, text in lines if text)

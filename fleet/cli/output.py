@@ -20,11 +20,12 @@ from fleet.client.run import say
 from fleet.client.target import Target
 from fleet.errors import ConfigError, FleetError, UsageError
 from fleet.text import shown
-from fleet.values import amount_of
+from fleet.values import ON_WORKER, amount_of
 from fleet.worker.output import Storage
 
 FOLDER = "fleet-output"  # in the current folder, where no other is named
 SAID_AT_MOST = 4  # sentences about files that are lost
+INSTEAD = "write to FLEET_OUTPUT_DIR, or keep such files with --keep PATTERN"
 PROGRESS_EACH_S = 0.5
 CLOCK_TICK_NS = 50_000_000  # that the times of files may lag
 MB = 1_000_000
@@ -104,11 +105,12 @@ def bring(target: Target, versions: m.Versions, job_id: str, folder: Path | None
             found = output.listing()
             lost = conversation.job(job_id).left  # after the listing: workers have looked by then
             for sentence in lost[:SAID_AT_MOST]:
-                say(
-                    f"deleted with the job: {sentence}; write to FLEET_OUTPUT_DIR, or keep such files with --keep PATTERN"
-                )
+                if sentence.startswith(ON_WORKER):
+                    say(f"output: {sentence}")
+                else:
+                    say(f"deleted with the job: {sentence}; {INSTEAD}")
             if len(lost) > SAID_AT_MOST:
-                say(f"and so on {len(lost) - SAID_AT_MOST} more workers: `fleet status {job_id}` lists them")
+                say(f"and {len(lost) - SAID_AT_MOST} more such lines: `fleet status {job_id}` lists them")
             for error in found.errors:
                 say(f"output: {error}; `fleet fetch {job_id}` tries again")
             _say_left_out(found)

@@ -12,7 +12,7 @@ from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.placement import POLICIES
 from fleet.orchestrator.state import DropUpload, FetchBundle, SaveDrained, ServeLog, StorePart, Worker
 from fleet.orchestrator.uploads import Uploads
-from fleet.values import amount_of
+from fleet.values import ON_WORKER, amount_of
 
 CURIOUS_AT_MOST = 64  # questions about one job whose answers are on the way
 LEFT_AT_MOST = 64  # sentences about what one job's workers and attempts left behind
@@ -308,7 +308,7 @@ class Clients(Gangs):
         elif isinstance(message, m.Left):
             job = self.jobs.get(message.job_id)
             if job is not None and worker.worker_id in job.held_by and len(job.left) < LEFT_AT_MOST:
-                job.left += (left_behind(message, worker.worker_id),)
+                job.left += left_behind(message, worker.worker_id)
                 self._save(job)
         elif message.asker in self.clients:
             self._send(message.asker, msgspec.structs.replace(message, asker=b""))
@@ -370,9 +370,13 @@ class Clients(Gangs):
         return sorted((job for job in found if job.state in ON_WORKERS), key=lambda job: job.number)
 
 
-def left_behind(left: m.Left, worker_id: str) -> str:
-    """What is lost with a working folder, in words for a person."""
-    lost = f"{left.file_count} file{'s' if left.file_count != 1 else ''} ({amount_of(left.size_bytes)})"
-    where = f": {', '.join(left.names)}" if left.names else ""
-    text = f"{lost} in its working folder on worker {worker_id}{where}" if left.file_count else ""
-    return "; ".join(part for part in (text, left.error and f"on worker {worker_id}, {left.error}") if part)
+def left_behind(left: m.Left, worker_id: str) -> tuple[str, ...]:
+    """What is lost with a working folder, and what else became of files there, in words for a person."""
+    found = []
+    if left.file_count:
+        lost = f"{left.file_count} file{'s' if left.file_count != 1 else ''} ({amount_of(left.size_bytes)})"
+        where = f": {', '.join(left.names)}" if left.names else ""
+        found.append(f"{lost} in its working folder on worker {worker_id}{where}")
+    if left.error:
+        found.append(f"{ON_WORKER}{worker_id}, {left.error}")
+    return tuple(found)

@@ -45,6 +45,7 @@ while os.environ["FLEET_ATTEMPT"] == "1":
     time.sleep(60)  # until it is killed
 """
 
+SAME = "import os; os.mkdir('runs'); open('runs/log', 'w').write(os.environ['RANK'])"
 SPARSE = """
 import os
 os.truncate(os.open(os.environ["FLEET_OUTPUT_DIR"] + "/big", os.O_CREAT | os.O_WRONLY), 1_000_000_000)
@@ -80,7 +81,7 @@ def files(folder: Path) -> dict[str, int]:
 
 @pytest.mark.chaos
 def test_what_a_job_wrote_comes_back_from_every_worker(stack: ExitStack, tmp_path: Path) -> None:
-    _, variables = place_with(stack, tmp_path, a="one", b="two")
+    place, variables = place_with(stack, tmp_path, a="one", b="two")
     train, target = script(tmp_path, WRITES), tmp_path / "here"
     done = fleet("run", "--workers", "2", "-o", str(target), train, **variables)
     assert done.returncode == 0, done.stderr
@@ -95,9 +96,22 @@ def test_what_a_job_wrote_comes_back_from_every_worker(stack: ExitStack, tmp_pat
         assert lost in done.stderr
     assert f"output: 5 files (5.1 MB) brought to {target}" in done.stderr
 
+    # Two that keep the same name on one storage: nothing of it was deleted.
+    place.start_worker("c", slots=1, storage=tmp_path / "one")
+    place.wait_for_worker("c")
+    kept = fleet(
+        "run", "--workers", "3", "--keep", "runs", "-o", str(tmp_path / "kept"), script(tmp_path, SAME), **variables
+    )
+    assert kept.returncode == 0, kept.stderr
+    assert len([name for name in files(tmp_path / "kept") if name.startswith("runs/log")]) == 3
+    assert re.search(
+        r"^fleet: output: on worker (a|c), runs/log is kept as runs/log@\1, for its name was taken$", kept.stderr, re.M
+    )
+    assert "deleted" not in kept.stderr
+
     # Also of a job that failed, with what it was asked to keep; into a folder of its own in the current one.
     failed = subprocess.run(
-        [*FLEET, "run", "--workers", "1", "--keep", "runs/", train, "3"],
+        [*FLEET, "run", "--workers", "1", "--keep", "runs/", script(tmp_path, WRITES), "3"],
         cwd=tmp_path,
         env=environment(**variables),
         capture_output=True,
