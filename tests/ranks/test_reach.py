@@ -107,13 +107,19 @@ def test_a_late_call_names_who_does_not_reach_whom(refusing: str, call: str, mon
     """Ranks that have not greeted each other, as in a large world, or whose network was closed later."""
     monkeypatch.setattr("fleet.bus.mesh.CONNECTED_WITHIN_S", 0.1)
 
+    sent = threading.Event()
+
     def late(comm: Communicator) -> None:
         x = np.ones(3)
         if call == "all_reduce":
-            comm.all_reduce(x)
+            comm.all_reduce(x, timeout_s=2.0)  # time for the other rank to begin as well
         elif comm.rank == 1:
-            comm.send(np.ones(100_000), 0)
+            try:
+                comm.send(np.ones(100_000), 0)
+            finally:
+                sent.set()
         else:
+            sent.wait()
             comm.recv(x, 1)
 
     errors = [found for found in world_of_two(refusing, late, group=2, timeout_s=0.7) if found is not None]
