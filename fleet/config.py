@@ -69,6 +69,18 @@ def rank_settings() -> RankSettings | None:
         ) from None
 
 
+def note_joined(settings: RankSettings, pid: int) -> None:
+    """Tells what this process starts from now on that the rank is taken, see joined_in."""
+    os.environ["FLEET_JOINED"] = f"{settings.job_id}/{settings.attempt}/{settings.rank}/{pid}"
+
+
+def joined_in(settings: RankSettings) -> int | None:
+    """The process among those that led to this one that has called fleet.init() as the same rank, or None."""
+    rank, _, pid = os.environ.get("FLEET_JOINED", "").rpartition("/")
+    same = rank == f"{settings.job_id}/{settings.attempt}/{settings.rank}"
+    return int(pid) if same and pid.isdigit() else None
+
+
 @dataclass(frozen=True)
 class Seat:
     """One rank's place, as its agent knows it."""

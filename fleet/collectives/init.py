@@ -16,7 +16,7 @@ from fleet.collectives.channel import Inbox
 from fleet.collectives.communicator import Communicator, alone
 from fleet.collectives.paths import World
 from fleet.collectives.session import Session
-from fleet.config import RankSettings, rank_settings, shared_memory
+from fleet.config import RankSettings, joined_in, note_joined, rank_settings, shared_memory
 from fleet.errors import CollectiveTimeout, UsageError
 from fleet.group import World as Members
 
@@ -40,7 +40,23 @@ def init(timeout_s: float, join_timeout_s: float) -> Communicator:
         return comm
 
 
+def _check_not_taken(settings: RankSettings) -> None:
+    """Raises UsageError in a process that multiprocessing or the script has started after it was a rank itself."""
+    pid = joined_in(settings)
+    if pid in (None, os.getpid()):  # its own: the script has replaced itself by exec
+        return
+    try:
+        os.kill(pid or 0, 0)
+    except ProcessLookupError:
+        return
+    raise UsageError(
+        f"fleet.init() was called as rank {settings.rank} in pid {pid}, which started this process (pid {os.getpid()}), and each "
+        'rank is one process: call it behind `if __name__ == "__main__":`, which a process of multiprocessing does not run'
+    )
+
+
 def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Communicator:
+    _check_not_taken(settings)
     holder: list[Communicator] = []
     session = Session(settings, os.getpid(), lambda: holder[0].recorders if holder else [])
     directory = shared_memory()
@@ -75,6 +91,7 @@ def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Co
         raise
     holder.append(comm)
     pid = os.getpid()
+    note_joined(settings, pid)
 
     def end() -> None:
         if os.getpid() == pid:  # a forked child inherits this hook, and nothing that it would end

@@ -174,3 +174,26 @@ def test_a_terminal_has_prompts_breakpoints_and_progress_bars(tmp_path: Path) ->
         process.send_signal(signal.SIGKILL)
         process.wait()
         os.close(ours)
+
+
+def test_a_process_that_a_rank_starts_does_not_take_its_place(tmp_path: Path) -> None:
+    (tmp_path / "unguarded.py").write_text(
+        "import multiprocessing, os, sys, fleet\n"
+        "comm = fleet.init(timeout_s=20)\n"
+        "def work(): pass\n"
+        "if __name__ == '__main__':\n"
+        "    if len(sys.argv) == 1:\n"
+        "        child = multiprocessing.get_context('spawn').Process(target=work)\n"
+        "        child.start(); child.join()\n"
+        "        comm.barrier()\n"
+        "        print('child', child.exitcode, flush=True)\n"
+        "        os.execv(sys.executable, [sys.executable, __file__, 'again'])\n"
+        "    comm.barrier()\n"
+        "    print('as another program', comm.rank < 2)\n"
+    )
+    done = subprocess.run(
+        [*FLEET, "run", "--workers", "2", "unguarded.py"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "2 ranks| child 1\n2 ranks| as another program True\n"), done.stderr
+    assert re.search(r"UsageError: fleet\.init\(\) was called as rank 0 in pid \d+, which started this", done.stderr)
