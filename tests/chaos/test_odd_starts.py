@@ -195,5 +195,8 @@ def test_a_process_that_a_rank_starts_does_not_take_its_place(tmp_path: Path) ->
         [*FLEET, "run", "--workers", "2", "unguarded.py"],
         cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, "2 ranks| child 1\n2 ranks| as another program True\n"), done.stderr
-    assert re.search(r"UsageError: fleet\.init\(\) was called as rank 0 in pid \d+, which started this", done.stderr)
+    assert done.returncode == 0, done.stderr
+    # Whether equal lines of two ranks are shown as one depends on when they come.
+    said = [line.partition("| ")[2] for line in done.stdout.splitlines()]
+    assert list(dict.fromkeys(said)) == ["child 1", "as another program True"]
+    assert re.search(r"UsageError: fleet\.init\(\) was called as rank [01] in pid \d+, which started this", done.stderr)
