@@ -43,7 +43,12 @@ class Bus:
         number of frames: a holder of the secret can send a message that never ends.
         """
         self.check_process()
-        socket = self._context.socket(kind)
+        try:
+            socket = self._context.socket(kind)
+        except zmq.ZMQError as error:
+            raise ConfigError(
+                f"a connection cannot be made ({error.strerror}): close files, or raise the limit (ulimit -n)"
+            ) from None
         socket.linger = LINGER_MS
         socket.sndhwm = socket.rcvhwm = hwm
         socket.maxmsgsize = frame_bytes

@@ -37,7 +37,10 @@ def check_room() -> None:
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if soft == resource.RLIM_INFINITY or soft >= _PLENTY:
         return
-    taken = len(os.listdir("/proc/self/fd")) - 1
+    try:
+        taken = len(os.listdir("/proc/self/fd")) - 1
+    except OSError:  # not even one to look
+        taken = soft
     if soft - taken < FOR_A_BUS:
         raise ConfigError(
             f"this process (pid {os.getpid()}) has {taken} files open and may have {soft}, which leaves too few for its "

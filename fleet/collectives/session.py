@@ -57,6 +57,7 @@ class Session:
     def __init__(
         self, settings: RankSettings, pid: int, recorders: Callable[[], Sequence[tuple[int, Recorder]]]
     ) -> None:
+        check_room()  # here, since the thread has nobody to tell; before anything is opened
         self._settings = settings
         self._pid = pid
         self._recorders = recorders
@@ -77,7 +78,6 @@ class Session:
         self.unreached: Callable[[], Sequence[int]] = lambda: ()  # ranks that it sent to and has no connection to
         self._told_refused = 0
         self._world: World | None = None
-        check_room()  # here, since the thread has nobody to tell
         self._thread = threading.Thread(target=self._run, name="fleet-session", daemon=True)
         self._thread.start()
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+import zmq
 
 from fleet import messages as m
 from fleet.bus.context import Bus
@@ -18,6 +24,7 @@ from fleet.collectives.job import Call, Job
 from fleet.collectives.recorder import KEPT, Recorder
 from fleet.collectives.session import ROWS_AT_MOST, Session
 from fleet.config import RankSettings
+from fleet.errors import ConfigError
 
 
 @contextmanager
@@ -94,3 +101,31 @@ def test_whatever_a_script_is_called_and_however_much_it_did_its_rank_answers(tm
     rows = [len(message.rows) for message in found if isinstance(message, m.Tally)]
     assert sum(rows) == len(recorders)
     assert max(rows) <= ROWS_AT_MOST
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(taken, 400), before[1]))
+    held = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def test_a_rank_without_a_descriptor_is_told_so_in_words(tmp_path: Path) -> None:
+    """fleet.init() was an OSError, and the first message to a peer a ZMQError."""
+    with Bus(Lock()) as bus:
+        bus.socket(zmq.DEALER, 1, 1000)
+        with no_descriptor_left():
+            with pytest.raises(ConfigError, match="raise the limit"):
+                Session(RankSettings(f"ipc://{tmp_path}/agent", "job", 1, 0, 2, 0), 7, list)
+            with pytest.raises(ConfigError, match=r"a connection cannot be made .*raise the limit"):
+                bus.socket(zmq.DEALER, 1, 1000)
