@@ -284,7 +284,7 @@ def test_a_signal_ends_what_brings_the_output(stack: ExitStack, tmp_path: Path, 
     run = stack.enter_context(started("run", "--workers", "1", "-o", str(target), train, **variables))
     while not list(target.glob("*.fleet-part")):  # the first part of a gigabyte
         assert run.poll() is None
-        time.sleep(0.005)
+        time.sleep(0.005)  # a file that appears sends no event
     run.send_signal(number)
     _, errors = run.communicate(timeout=AT_ONCE_S)
     assert run.returncode == 128 + number, errors
