@@ -82,7 +82,7 @@ def joined_in(settings: RankSettings) -> int | None:
 
 
 @dataclass(frozen=True)
-class Seat:
+class RankPlacement:
     """One rank's place, as its agent knows it."""
 
     control: str
@@ -100,7 +100,7 @@ class Seat:
     output: str = ""  # the folder that its job's files outlive it in; empty: there is none
 
 
-def rank_environment(seat: Seat, threads: int, extra: Mapping[str, str]) -> dict[str, str]:
+def rank_environment(place: RankPlacement, threads: int, extra: Mapping[str, str]) -> dict[str, str]:
     """The whole environment of a rank: the agent's own without its secrets, fleet's variables and torchrun's.
 
     A script that reads torchrun's variables (Gloo's env:// rendezvous, Lightning, Accelerate) runs unchanged.
@@ -110,33 +110,33 @@ def rank_environment(seat: Seat, threads: int, extra: Mapping[str, str]) -> dict
     environment.update(extra)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment |= {
-        "FLEET_CONTROL": seat.control,
-        "FLEET_JOB": seat.job_id,
-        "FLEET_ATTEMPT": str(seat.attempt),
-        "FLEET_RANK": str(seat.rank),
-        "RANK": str(seat.rank),
-        "LOCAL_RANK": str(seat.local_rank),
-        "WORLD_SIZE": str(seat.world_size),
-        "LOCAL_WORLD_SIZE": str(seat.local_world_size),
-        "GROUP_RANK": str(seat.group_rank),
-        "GROUP_WORLD_SIZE": str(seat.group_world_size),
+        "FLEET_CONTROL": place.control,
+        "FLEET_JOB": place.job_id,
+        "FLEET_ATTEMPT": str(place.attempt),
+        "FLEET_RANK": str(place.rank),
+        "RANK": str(place.rank),
+        "LOCAL_RANK": str(place.local_rank),
+        "WORLD_SIZE": str(place.world_size),
+        "LOCAL_WORLD_SIZE": str(place.local_world_size),
+        "GROUP_RANK": str(place.group_rank),
+        "GROUP_WORLD_SIZE": str(place.group_world_size),
         "ROLE_NAME": "default",
-        "ROLE_RANK": str(seat.rank),
-        "ROLE_WORLD_SIZE": str(seat.world_size),
-        "MASTER_ADDR": seat.master_addr,
-        "MASTER_PORT": str(seat.master_port),
-        "TORCHELASTIC_RUN_ID": seat.job_id,
-        "TORCHELASTIC_RESTART_COUNT": str(seat.attempt - 1),
+        "ROLE_RANK": str(place.rank),
+        "ROLE_WORLD_SIZE": str(place.world_size),
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": str(place.master_port),
+        "TORCHELASTIC_RUN_ID": place.job_id,
+        "TORCHELASTIC_RESTART_COUNT": str(place.attempt - 1),
         "TORCHELASTIC_MAX_RESTARTS": "0",
         "TORCHELASTIC_USE_AGENT_STORE": "False",  # rank 0 listens on MASTER_PORT itself
     }
-    if seat.output:
-        environment["FLEET_OUTPUT_DIR"] = seat.output
+    if place.output:
+        environment["FLEET_OUTPUT_DIR"] = place.output
     environment.setdefault("PYTHONUNBUFFERED", "1")  # so that what a command prints is seen at once
-    if seat.gpus is not None:
+    if place.gpus is not None:
         mine = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         # Of an agent that may see some only, the numbers count those.
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine[gpu] if gpu < len(mine) else str(gpu) for gpu in seat.gpus)
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine[gpu] if gpu < len(mine) else str(gpu) for gpu in place.gpus)
     return environment
 
 

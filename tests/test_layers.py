@@ -48,9 +48,9 @@ DECIDERS = (
     "fleet/worker/core.py",
     "fleet/worker/ranks.py",
     "fleet/collectives/schedule.py",
-    "fleet/client/fold.py",
+    "fleet/client/line_folding.py",
     "fleet/client/grid.py",
-    "fleet/client/in_order.py",
+    "fleet/client/output_sequence.py",
     "fleet/client/pool.py",
 )
 IMPURE = frozenset({"time", "random", "os", "socket", "threading", "subprocess", "zmq", "multiprocessing"})
@@ -205,7 +205,7 @@ def test_every_decider_is_where_the_rules_look_for_it(path: str) -> None:
         ("fleet/worker/agent.py", "import fleet", "worker imports __init__"),
         ("fleet/worker/agent.py", "from fleet import init", "worker imports __init__"),
         # Siblings.
-        ("fleet/client/run.py", "from fleet.worker import agent", "client imports worker"),
+        ("fleet/client/attached_job.py", "from fleet.worker import agent", "client imports worker"),
         ("fleet/worker/agent.py", "from fleet.orchestrator.core import State", "worker imports orchestrator"),
         ("fleet/orchestrator/core.py", "from fleet.client import fold", "orchestrator imports client"),
         ("fleet/cli/main.py", "from fleet.torch import DataParallel", "cli imports torch"),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, cast
 import typer
 
 from fleet import config
+from fleet.cli.command_line import HELP, parse
 from fleet.cli.job_commands import (
     WITH_SCRIPT,
     AsJson,
@@ -26,13 +27,12 @@ from fleet.cli.job_commands import (
     SecretFile,
     Slots,
     Timeout,
+    command_lines,
     job_commands,
     job_options,
-    words_of,
 )
-from fleet.cli.mistakes import answer, check_command
 from fleet.cli.numbers import above_0, not_negative, port
-from fleet.cli.words import HELP, split
+from fleet.cli.usage_errors import answer, check_command
 from fleet.errors import ConfigError, FleetError, UsageError
 from fleet.text import shown_lines
 from fleet.values import GRACE_S
@@ -128,7 +128,7 @@ def run_command(
         dry_run=dry_run,
         stdin=stdin,
     )
-    raise typer.Exit(run_job(words_of[0], options))
+    raise typer.Exit(run_job(command_lines[0], options))
 
 
 @app.command("orchestrator")
@@ -245,7 +245,7 @@ def secret_command(
 
     With --to, a copy of it is handed to a container's user.
     """
-    from fleet.cli.secret import ensure
+    from fleet.cli.secret_setup import ensure
 
     typer.echo(ensure(kept, owner_of, to, reader))
 
@@ -318,8 +318,8 @@ def _carry_out(arguments: list[str]) -> int:
     commands: Any = typer.main.get_command(app)
     check_command(arguments, commands.commands)
     if arguments and arguments[0] in RUN_SOMETHING:
-        words_of[:] = [split(arguments[1:], _known(commands, arguments[0]), arguments[0])]
-        arguments = [arguments[0], *words_of[0].options]
+        command_lines[:] = [parse(arguments[1:], _known(commands, arguments[0]), arguments[0])]
+        arguments = [arguments[0], *command_lines[0].options]
     try:
         return commands(arguments or ["--help"], prog_name="fleet", standalone_mode=False) or 0
     except _MISTAKE as error:

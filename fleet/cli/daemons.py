@@ -27,10 +27,10 @@ from fleet.bus.address import (
 )
 from fleet.bus.claims import claimed_ports
 from fleet.bus.lock import derive_secret
-from fleet.cli.log import Lines
-from fleet.cli.private import close_to_others
+from fleet.cli.log_format import OneLineFormatter
 from fleet.cli.runtime import register, runtime_folder
 from fleet.cli.security import orchestrator_lock, worker_lock
+from fleet.cli.state_folder import close_to_others
 from fleet.errors import ConfigError, UsageError
 from fleet.orchestrator.service import Keeping, Service
 from fleet.versions import versions
@@ -217,5 +217,5 @@ def _log_metrics(metrics_at: str) -> None:
 
 def _log_to_stderr() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

@@ -12,7 +12,7 @@ from fleet.bus.address import local_address_towards, obstacle, parse, shown
 from fleet.bus.shared import host_key
 from fleet.cli.runtime import registered
 from fleet.cli.workers import health
-from fleet.client.ask import welcome
+from fleet.client.queries import welcome
 from fleet.client.target import cluster_target
 from fleet.errors import ConfigError, FleetError
 from fleet.versions import versions

@@ -9,8 +9,8 @@ import typer
 
 from fleet import config
 from fleet import messages as m
+from fleet.cli.command_line import CommandLine
 from fleet.cli.numbers import above_0, not_negative
-from fleet.cli.words import Words
 from fleet.client.target import Target, cluster_target
 from fleet.errors import UsageError
 from fleet.text import shown_lines
@@ -57,7 +57,7 @@ Keep = Annotated[
     ),
 ]
 
-words_of: list[Words] = []  # of this command line, split before typer sees it
+command_lines: list[CommandLine] = []  # of this command line, split before typer sees it
 
 
 def job_options(
@@ -118,12 +118,12 @@ def submit_command(
     from fleet.versions import versions
 
     if dry_run:
-        typer.echo(would_travel(words_of[0], bundle_limit(max_bundle)))
+        typer.echo(would_travel(command_lines[0], bundle_limit(max_bundle)))
         return
     options = job_options(name, "", priority, policy, max_restarts, slots, gpus)
     target = _cluster(orchestrator, secret_file, insecure, timeout)
     job_id = submit(
-        target, versions(), words_of[0], Submission(workers, options, bundle_limit(max_bundle), tuple(keep or ()))
+        target, versions(), command_lines[0], Submission(workers, options, bundle_limit(max_bundle), tuple(keep or ()))
     )
     typer.echo(f'{{"job_id": "{job_id}"}}' if as_json else job_id)
 
@@ -168,12 +168,12 @@ def sweep_command(
 
     found = points(grid or [])
     if dry_run:
-        typer.echo(would_travel(words_of[0], bundle_limit(max_bundle)))
+        typer.echo(would_travel(command_lines[0], bundle_limit(max_bundle)))
         return
     options = job_options("", name, priority, policy, max_restarts, slots, gpus)
     target = _cluster(orchestrator, secret_file, insecure, timeout)
     submission = Submission(workers, options, bundle_limit(max_bundle), tuple(keep or ()))
-    raise typer.Exit(sweep(target, versions(), words_of[0], submission, found, detach, as_json))
+    raise typer.Exit(sweep(target, versions(), command_lines[0], submission, found, detach, as_json))
 
 
 @job_commands.command("jobs")

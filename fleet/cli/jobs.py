@@ -16,12 +16,12 @@ import msgspec
 
 from fleet import messages as m
 from fleet.bounds import RANKS_AT_MOST
+from fleet.cli.command_line import CommandLine
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import check_target
 from fleet.cli.table import table, terminal_width
 from fleet.cli.travel import spec_of_bundle
-from fleet.cli.words import Words
-from fleet.client.jobs import Conversation, refused
+from fleet.client.job_client import JobClient, refused
 from fleet.client.printer import Printer
 from fleet.client.report import exit_code, report
 from fleet.client.target import Target
@@ -40,7 +40,7 @@ PointItems = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Submission:
-    """What `fleet submit` was told, beside the words."""
+    """What `fleet submit` was told, beside the command."""
 
     workers: int
     options: m.JobOptions
@@ -48,25 +48,25 @@ class Submission:
     keep: tuple[str, ...] = ()
 
 
-def submit(target: Target, versions: m.Versions, words: Words, submission: Submission) -> str:
+def submit(target: Target, versions: m.Versions, command: CommandLine, submission: Submission) -> str:
     """Submits one job; its id, once it is on the orchestrator's disk. Raises UsageError, ConfigError, FleetError."""
-    (job_id,) = submit_each(target, versions, words, submission, [(words.args, ())])
+    (job_id,) = submit_each(target, versions, command, submission, [(command.args, ())])
     return job_id
 
 
 def submit_each(
     target: Target,
     versions: m.Versions,
-    words: Words,
+    command: CommandLine,
     submission: Submission,
     each: Sequence[tuple[list[str], PointItems]],
 ) -> list[str]:
     """One job for each list of arguments, with its point of a sweep, and one bundle for all; their ids."""
     if not 1 <= submission.workers <= RANKS_AT_MOST:
         raise UsageError(f"--workers is {submission.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
-    check_target(words)
-    with runtime_folder() as runtime, Conversation(target, versions) as conversation:
-        spec, bundle = spec_of_bundle(words, runtime, submission.max_bundle_bytes, submission.keep)
+    check_target(command)
+    with runtime_folder() as runtime, JobClient(target, versions) as client:
+        spec, bundle = spec_of_bundle(command, runtime, submission.max_bundle_bytes, submission.keep)
         submits = [
             m.Submit(
                 uuid.uuid4().hex[:12],
@@ -77,13 +77,13 @@ def submit_each(
             )
             for args, point in each
         ]
-        refused(conversation.submit(submits, bundle))
+        refused(client.submit(submits, bundle))
     return [submit.job_id for submit in submits]
 
 
 def list_jobs(target: Target, versions: m.Versions, limit: int, as_json: bool) -> str:
-    with Conversation(target, versions) as conversation:
-        found = conversation.find(limit=limit)
+    with JobClient(target, versions) as client:
+        found = client.find(limit=limit)
     if as_json:
         return json.dumps([msgspec.to_builtins(job) for job in found.jobs], indent=1)
     if not found.jobs:
@@ -93,8 +93,8 @@ def list_jobs(target: Target, versions: m.Versions, limit: int, as_json: bool) -
 
 
 def status(target: Target, versions: m.Versions, prefix: str, as_json: bool) -> str:
-    with Conversation(target, versions) as conversation:
-        job = conversation.job(prefix)
+    with JobClient(target, versions) as client:
+        job = client.job(prefix)
         if as_json:
             return json.dumps(msgspec.to_builtins(job), indent=1)
         return described(job)
@@ -126,11 +126,11 @@ def described(job: m.JobInfo) -> str:
 
 def wait(target: Target, versions: m.Versions, prefixes: Sequence[str], as_json: bool) -> int:
     """Returns when all have ended: 0 if all succeeded, else the exit code of the first named that did not."""
-    with Conversation(target, versions) as conversation:
-        jobs = [conversation.job(prefix) for prefix in prefixes]
+    with JobClient(target, versions) as client:
+        jobs = [client.job(prefix) for prefix in prefixes]
         by_id = {job.job_id: job for job in jobs}
         ends: dict[str, m.Ended] = {}
-        for ended in conversation.ends(by_id):
+        for ended in client.ends(by_id):
             ends[ended.job_id] = ended
             if as_json:
                 continue
@@ -139,18 +139,18 @@ def wait(target: Target, versions: m.Versions, prefixes: Sequence[str], as_json:
             if text:
                 print(text, file=sys.stderr, flush=True)
         if as_json:
-            infos = [conversation.job(job_id) for job_id in by_id]
+            infos = [client.job(job_id) for job_id in by_id]
             print(json.dumps([msgspec.to_builtins(job) for job in infos], indent=1))
     return next((code for job in jobs if (code := exit_code(ends[job.job_id]))), 0)
 
 
 def cancel(target: Target, versions: m.Versions, prefixes: Sequence[str], kill: bool, as_json: bool) -> str:
     """Says of each job how it ended, cancelled or before."""
-    with Conversation(target, versions) as conversation:
-        jobs = [conversation.job(prefix) for prefix in prefixes]
-        ends = _cancelled(conversation, jobs, kill)
+    with JobClient(target, versions) as client:
+        jobs = [client.job(prefix) for prefix in prefixes]
+        ends = _cancelled(client, jobs, kill)
         if as_json:
-            infos = [conversation.job(job.job_id) for job in jobs]
+            infos = [client.job(job.job_id) for job in jobs]
             return json.dumps([msgspec.to_builtins(job) for job in infos], indent=1)
     lines = []
     for job in jobs:
@@ -165,11 +165,11 @@ def cancel_sweep(target: Target, versions: m.Versions, group: str, kill: bool, a
     """Says how many of a sweep's jobs ended how. Raises UsageError where there is none of that name."""
     from fleet.cli.sweep import points_of
 
-    with Conversation(target, versions) as conversation:
-        jobs = points_of(conversation, group)
-        ends = _cancelled(conversation, jobs, kill)
+    with JobClient(target, versions) as client:
+        jobs = points_of(client, group)
+        ends = _cancelled(client, jobs, kill)
         if as_json:
-            return json.dumps([msgspec.to_builtins(job) for job in points_of(conversation, group)], indent=1)
+            return json.dumps([msgspec.to_builtins(job) for job in points_of(client, group)], indent=1)
     counts = Counter(ends.get(job.job_id, BEING_STOPPED) for job in jobs if not job.outcome)
     before = sum(bool(job.outcome) for job in jobs)
     said = [f"{number} {'job' if number == 1 else 'jobs'} {outcome}" for outcome, number in counts.items()]
@@ -177,17 +177,17 @@ def cancel_sweep(target: Target, versions: m.Versions, group: str, kill: bool, a
     return f"sweep {group}: {', '.join(said)}"
 
 
-def _cancelled(conversation: Conversation, jobs: Sequence[m.JobInfo], kill: bool) -> dict[str, str]:
+def _cancelled(client: JobClient, jobs: Sequence[m.JobInfo], kill: bool) -> dict[str, str]:
     """How those ended that had not before; what takes longer than CANCEL_WITHIN_S is missing."""
     alive = [job.job_id for job in jobs if not job.outcome]
-    conversation.cancel(alive, kill)
-    return {job_id: ended.outcome for job_id, ended in conversation.wait(alive, CANCEL_WITHIN_S).items()}
+    client.cancel(alive, kill)
+    return {job_id: ended.outcome for job_id, ended in client.wait(alive, CANCEL_WITHIN_S).items()}
 
 
 def logs(target: Target, versions: m.Versions, prefix: str, rank: int | None, follow: bool) -> None:
     """Prints what ranks printed: one rank's bytes as they are, of several in whole lines behind their number."""
-    with Conversation(target, versions) as conversation:
-        job = conversation.job(prefix)
+    with JobClient(target, versions) as client:
+        job = client.job(prefix)
         ranks = [rank] if rank is not None else list(range(job.world_size))
         alone = len(ranks) == 1
         printer = None if alone else Printer(job.world_size, sys.stdout, sys.stderr, lambda stream: False, None)
@@ -196,7 +196,7 @@ def logs(target: Target, versions: m.Versions, prefix: str, rank: int | None, fo
         while open_ranks:
             found = False
             for number in sorted(open_ranks):
-                part = conversation.log(job.job_id, number, offsets[number])
+                part = client.log(job.job_id, number, offsets[number])
                 offsets[number] += len(part.data)
                 found = found or bool(part.data)
                 if part.ended or (not follow and not part.data):
@@ -209,14 +209,14 @@ def logs(target: Target, versions: m.Versions, prefix: str, rank: int | None, fo
             if printer is not None:
                 printer.tick(monotonic())
             if not found and open_ranks:
-                conversation.pause(LOOK_AGAIN_S)
+                client.pause(LOOK_AGAIN_S)
         if printer is not None:
             printer.finish(monotonic())
 
 
 def drain(target: Target, versions: m.Versions, worker: str, within_s: float, undo: bool, as_json: bool) -> str:
-    with Conversation(target, versions) as conversation:
-        jobs = conversation.drain(worker, within_s, undo)
+    with JobClient(target, versions) as client:
+        jobs = client.drain(worker, within_s, undo)
     if as_json:
         return json.dumps({"worker": worker, "drained": not undo, "jobs": list(jobs)})
     if undo:

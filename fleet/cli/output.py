@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fleet import messages as m
+from fleet.client.attached_job import say
 from fleet.client.fetch import Fetched, JobOutput, Listing, check_size
-from fleet.client.jobs import Conversation
-from fleet.client.run import say
+from fleet.client.job_client import JobClient
 from fleet.client.target import Target
 from fleet.errors import ConfigError, FleetError, UsageError
 from fleet.text import shown
@@ -99,11 +99,11 @@ def check_folder(folder: Path | None) -> None:
 def bring(target: Target, versions: m.Versions, job_id: str, folder: Path | None, limit_bytes: int) -> bool:
     """At the end of `fleet run` on a cluster: brings the output, says where it is, and what is lost. Whether all came."""
     try:
-        with Conversation(target, versions) as conversation:
+        with JobClient(target, versions) as client:
             told = _Progress()
-            output = JobOutput(conversation, conversation.job(job_id), told)
+            output = JobOutput(client, client.job(job_id), told)
             found = output.listing()
-            lost = conversation.job(job_id).left  # after the listing: workers have looked by then
+            lost = client.job(job_id).left  # after the listing: workers have looked by then
             for sentence in lost[:SAID_AT_MOST]:
                 if sentence.startswith(ON_WORKER):
                     say(f"output: {sentence}")
@@ -141,10 +141,10 @@ def fetch(
 ) -> int:
     """`fleet fetch`: 0 if all that was asked for is here. Raises UsageError, FleetError."""
     check_folder(None if only_list else folder)
-    with Conversation(target, versions) as conversation:
-        job = conversation.job(prefix)
+    with JobClient(target, versions) as client:
+        job = client.job(prefix)
         told = _Progress()
-        output = JobOutput(conversation, job, told)
+        output = JobOutput(client, job, told)
         found = output.listing(patterns)
         if only_list:
             rows = [

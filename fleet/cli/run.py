@@ -16,16 +16,16 @@ import msgspec
 from fleet import config
 from fleet import messages as m
 from fleet.bounds import RANKS_AT_MOST
+from fleet.cli.command_line import CommandLine
 from fleet.cli.local import Transport, local_cluster
 from fleet.cli.output import LocalOutput, bring, check_folder, local_output
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import check_target, preload_for
 from fleet.cli.slurm import serve, step_cluster
 from fleet.cli.stdin import readers, standard_input
-from fleet.cli.words import Words
+from fleet.client.attached_job import AttachedJob, say
 from fleet.client.printer import Printer
 from fleet.client.report import INTERRUPTED, exit_code, report
-from fleet.client.run import Run, say
 from fleet.client.target import cluster_target
 from fleet.errors import UsageError
 from fleet.values import portable
@@ -56,17 +56,17 @@ class Options:
     stdin: str | None = None  # see readers
 
 
-def run_job(words: Words, options: Options) -> int:
+def run_job(command: CommandLine, options: Options) -> int:
     """Runs the job, and returns the exit code of the command. Raises ConfigError, UsageError before anything starts."""
     if not 1 <= options.workers <= RANKS_AT_MOST:
         raise UsageError(f"--workers is {options.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
     here = _here()
     who = readers(options.stdin, local=options.orchestrator is None and config.slurm_task() is None)
-    imports = check_target(words)
+    imports = check_target(command)
     if options.dry_run:
         from fleet.cli.travel import stays, would_travel
 
-        print(would_travel(words, options.max_bundle_bytes) if options.orchestrator else stays())
+        print(would_travel(command, options.max_bundle_bytes) if options.orchestrator else stays())
         return 0
     task = config.slurm_task()
     if task is not None:
@@ -104,15 +104,15 @@ def run_job(words: Words, options: Options) -> int:
                     task, runtime, _preload(imports), options.timeout_s, lambda: interruption.early_count > 0, storage
                 )
             target = stack.enter_context(cluster)
-            args = tuple(map(portable, words.args))
-            spec, bundle = m.Spec(words.kind, portable(words.target), args, portable(here)), None
+            args = tuple(map(portable, command.args))
+            spec, bundle = m.Spec(command.kind, portable(command.target), args, portable(here)), None
         else:
             check_folder(options.output)
             target = cluster_target(options.orchestrator, options.secret_file, options.insecure, options.timeout_s)
             from fleet.cli.travel import spec_of_bundle  # here, for what it imports takes 10 ms
 
-            spec, bundle = spec_of_bundle(words, runtime, options.max_bundle_bytes, options.keep)
-        run = Run(target, spec, options.workers, job, bundle, printer)
+            spec, bundle = spec_of_bundle(command, runtime, options.max_bundle_bytes, options.keep)
+        run = AttachedJob(target, spec, options.workers, job, bundle, printer)
         if local is not None:
             local.job_id = run.job_id
         interruption.run = run
@@ -170,7 +170,7 @@ def _job_here(options: Options, is_slurm_task: bool) -> m.JobOptions:
 class _Interruption:
     """Which signal came, and the run that it ends."""
 
-    run: Run | None = None
+    run: AttachedJob | None = None
     number: int = signal.SIGINT
     early_count: int = 0  # before there was a run
     is_raised: bool = False  # the run has ended, and there is no job to stop

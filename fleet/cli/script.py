@@ -14,7 +14,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from zipfile import is_zipfile
 
-from fleet.cli.words import Words
+from fleet.cli.command_line import CommandLine
 from fleet.errors import UsageError
 from fleet.worker.imports import Imports, imports_of
 from fleet.worker.zygote import RANK
@@ -22,23 +22,23 @@ from fleet.worker.zygote import RANK
 NOTHING = Imports((), frozenset())
 
 
-def check_target(words: Words) -> Imports:
+def check_target(command: CommandLine) -> Imports:
     """What it imports. Raises UsageError where it cannot run."""
-    if words.kind == "script":
-        if not os.path.lexists(words.target) and "/" not in words.target:
-            _refuse_command(words)
-        return check_script(Path(words.target))
-    return check_module(words.target) if words.kind == "module" else NOTHING
+    if command.kind == "script":
+        if not os.path.lexists(command.target) and "/" not in command.target:
+            _refuse_command(command)
+        return check_script(Path(command.target))
+    return check_module(command.target) if command.kind == "module" else NOTHING
 
 
-def _refuse_command(words: Words) -> None:
+def _refuse_command(command: CommandLine) -> None:
     """Raises UsageError where a command stands in place of a script, as behind mpirun and srun."""
-    if re.fullmatch(r"python[\d.]*", words.target):
-        without = shlex.join([*words.options, *words.args])
-        raise UsageError(f"there is no script {words.target}: leave it out (fleet run {without})")
-    if shutil.which(words.target):
-        typed = shlex.join([*words.options, "--", words.target, *words.args])
-        raise UsageError(f"there is no script {words.target}; a command goes behind -- (fleet run {typed})")
+    if re.fullmatch(r"python[\d.]*", command.target):
+        without = shlex.join([*command.options, *command.args])
+        raise UsageError(f"there is no script {command.target}: leave it out (fleet run {without})")
+    if shutil.which(command.target):
+        typed = shlex.join([*command.options, "--", command.target, *command.args])
+        raise UsageError(f"there is no script {command.target}; a command goes behind -- (fleet run {typed})")
 
 
 def check_script(path: Path) -> Imports:

@@ -24,11 +24,11 @@ from fleet import config
 from fleet.bus.address import endpoint, is_loopback, listening_host, local_address_towards, parse, shown
 from fleet.bus.lock import Lock, derive_secret
 from fleet.bus.ownership import open_own
-from fleet.cli.log import Lines
+from fleet.cli.log_format import OneLineFormatter
 from fleet.cli.runtime import runtime_folder
-from fleet.client.ask import workers
+from fleet.client.attached_job import say
 from fleet.client.embedded import running
-from fleet.client.run import say
+from fleet.client.queries import workers
 from fleet.client.target import Target
 from fleet.errors import ConfigError, rank_set
 from fleet.orchestrator.service import Service
@@ -157,7 +157,7 @@ def _zygote(task: config.SlurmTask, runtime: Path, preload: tuple[str, ...]) -> 
     # A worker that loses task 0 has seen the job end, or ends with an error that says so: only errors are news.
     handler = logging.StreamHandler()
     handler.setLevel(logging.ERROR)
-    handler.setFormatter(Lines(f"fleet: task {task.rank}: %(message)s"))
+    handler.setFormatter(OneLineFormatter(f"fleet: task {task.rank}: %(message)s"))
     logging.getLogger("fleet.worker").addHandler(handler)
     config.limit_threads(task.cores)
     for number in _FORWARDED:

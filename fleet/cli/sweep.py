@@ -12,12 +12,12 @@ from typing import Any
 import msgspec
 
 from fleet import messages as m
+from fleet.cli.command_line import CommandLine
 from fleet.cli.jobs import Submission, span, submit_each
 from fleet.cli.table import table, terminal_width
-from fleet.cli.words import Words
+from fleet.client.attached_job import say
 from fleet.client.grid import POINTS_AT_MOST, Point, arguments
-from fleet.client.jobs import Conversation
-from fleet.client.run import say
+from fleet.client.job_client import JobClient
 from fleet.client.target import Target
 from fleet.errors import UsageError
 
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 def sweep(
     target: Target,
     versions: m.Versions,
-    words: Words,
+    command: CommandLine,
     submission: Submission,
     found: list[Point],
     detach: bool,
@@ -43,14 +43,14 @@ def sweep(
     options = msgspec.structs.replace(submission.options, group=group)
     submission = Submission(submission.workers, options, submission.max_bundle_bytes, submission.keep)
     try:
-        each = [([*words.args, *arguments(point)], tuple(point.items())) for point in found]
-        job_ids = submit_each(target, versions, words, submission, each)
+        each = [([*command.args, *arguments(point)], tuple(point.items())) for point in found]
+        job_ids = submit_each(target, versions, command, submission, each)
         by_job = dict(zip(job_ids, found, strict=True))
         if detach:
             print(_shown([row_of(point, {JOB: job_id}, {}) for job_id, point in by_job.items()], as_json))
             return 0
-        with Conversation(target, versions) as conversation:
-            rows = _results(conversation, group, by_job)
+        with JobClient(target, versions) as client:
+            rows = _results(client, group, by_job)
     except KeyboardInterrupt:
         say(f"the jobs go on: `fleet jobs --sweep {group}` shows them, `fleet cancel --sweep {group}` ends them")
         raise
@@ -60,10 +60,10 @@ def sweep(
 
 def again(target: Target, versions: m.Versions, group: str, as_json: bool) -> str:
     """The table of a sweep, with what has come of it so far. Raises UsageError where there is none of that name."""
-    with Conversation(target, versions) as conversation:
-        jobs = points_of(conversation, group)
+    with JobClient(target, versions) as client:
+        jobs = points_of(client, group)
         ended = [job.job_id for job in jobs if job.outcome]
-        tails = dict(zip(ended, conversation.logs(ended, 0, -TAIL_BYTES), strict=True))
+        tails = dict(zip(ended, client.logs(ended, 0, -TAIL_BYTES), strict=True))
     rows = []
     for job in jobs:
         tail = tails.get(job.job_id)
@@ -71,23 +71,23 @@ def again(target: Target, versions: m.Versions, group: str, as_json: bool) -> st
     return _shown(rows, as_json)
 
 
-def points_of(conversation: Conversation, group: str) -> list[m.JobInfo]:
+def points_of(client: JobClient, group: str) -> list[m.JobInfo]:
     """The jobs of a sweep, in the order of submission. Raises UsageError where there are none."""
-    found = conversation.find(group=group, limit=2 * POINTS_AT_MOST)
+    found = client.find(group=group, limit=2 * POINTS_AT_MOST)
     if not found.jobs:
         raise UsageError(f"there is no job of a sweep {group!r} in this cluster")
     return list(reversed(found.jobs))
 
 
-def _results(conversation: Conversation, group: str, by_job: Mapping[str, Point]) -> dict[str, Row]:
+def _results(client: JobClient, group: str, by_job: Mapping[str, Point]) -> dict[str, Row]:
     """Waits for all. Each result is read as its job ends: a large sweep's first jobs may be forgotten before its last."""
     rows: dict[str, Row] = {}
     count = Count(group, len(by_job))
-    for ended in conversation.ends(by_job):
+    for ended in client.ends(by_job):
         point = by_job[ended.job_id]
-        infos = conversation.find(ended.job_id, limit=1).jobs
+        infos = client.find(ended.job_id, limit=1).jobs
         if infos:
-            tail = conversation.logs([ended.job_id], 0, -TAIL_BYTES)[0].data
+            tail = client.logs([ended.job_id], 0, -TAIL_BYTES)[0].data
             rows[ended.job_id] = row_of(point, _facts(infos[0]), result_in(tail))
         else:
             rows[ended.job_id] = row_of(point, {JOB: ended.job_id, STATE: ended.outcome or "unknown", TOOK: "-"}, {})

@@ -6,27 +6,29 @@ import re
 from pathlib import Path
 
 from fleet import messages as m
+from fleet.cli.command_line import CommandLine
 from fleet.cli.script import check_target
-from fleet.cli.words import Words
+from fleet.client.attached_job import say
 from fleet.client.bundle import pack_selected
-from fleet.client.run import say
 from fleet.client.selection import Selection, select
 from fleet.errors import ConfigError, UsageError
 from fleet.text import shown
 from fleet.values import portable
 
 
-def spec_of_bundle(words: Words, runtime: Path, limit_bytes: int, keep: tuple[str, ...] = ()) -> tuple[m.Spec, Path]:
+def spec_of_bundle(
+    command: CommandLine, runtime: Path, limit_bytes: int, keep: tuple[str, ...] = ()
+) -> tuple[m.Spec, Path]:
     """The archive in `runtime`, and what ranks run from it. Says in a line what travels. Raises ConfigError."""
     patterns = tuple(map(portable, keep_patterns(keep)))
-    selected = _selected(words)
+    selected = _selected(command)
     bundle = pack_selected(selected, runtime, limit_bytes)
     say(selected.summary())
-    target = Path(words.target).resolve().name if words.kind == "script" else words.target
+    target = Path(command.target).resolve().name if command.kind == "script" else command.target
     spec = m.Spec(
-        words.kind,
+        command.kind,
         portable(target),
-        tuple(map(portable, words.args)),
+        tuple(map(portable, command.args)),
         "",
         bundle.digest,
         bundle.size_bytes,
@@ -35,10 +37,10 @@ def spec_of_bundle(words: Words, runtime: Path, limit_bytes: int, keep: tuple[st
     return spec, bundle.path
 
 
-def would_travel(words: Words, limit_bytes: int) -> str:
+def would_travel(command: CommandLine, limit_bytes: int) -> str:
     """For --dry-run: the files that would travel, and those that would not. Raises ConfigError as the real thing does."""
-    check_target(words)
-    selected = _selected(words)
+    check_target(command)
+    selected = _selected(command)
     text = selected.listed(limit_bytes)
     selected.check_size(limit_bytes)
     return text
@@ -78,9 +80,9 @@ def bundle_limit(megabytes: int) -> int:
     return megabytes << 20
 
 
-def _selected(words: Words) -> Selection:
+def _selected(command: CommandLine) -> Selection:
     """The folder of the script; of a module or command, which are found from there, the current one."""
-    if words.kind != "script":
+    if command.kind != "script":
         return select(Path.cwd())
-    script = Path(words.target).resolve()
+    script = Path(command.target).resolve()
     return select(script.parent, script)

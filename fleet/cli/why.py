@@ -8,8 +8,8 @@ from pathlib import Path
 from fleet import messages as m
 from fleet.bus.folders import own_folders
 from fleet.bus.lock import Lock
+from fleet.client.rank_activity import as_values, ask, described
 from fleet.client.target import Target, cluster_target
-from fleet.client.why import as_values, ask, described
 from fleet.errors import ConfigError, UsageError
 from fleet.versions import versions
 

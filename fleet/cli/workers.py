@@ -12,7 +12,7 @@ import msgspec
 from fleet import messages as m
 from fleet.cli.runtime import registered
 from fleet.cli.table import table, terminal_width
-from fleet.client.ask import ping, welcome, workers
+from fleet.client.queries import ping, welcome, workers
 from fleet.client.target import cluster_target
 from fleet.errors import FleetError, UsageError
 from fleet.text import shown, shown_lines

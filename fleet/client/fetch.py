@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from fleet import messages as m
 from fleet.bus.trees import put
-from fleet.client.jobs import WORKER_ANSWERS_WITHIN_S, Conversation
+from fleet.client.job_client import WORKER_ANSWERS_WITHIN_S, JobClient
 from fleet.errors import ConfigError, FleetError
 from fleet.text import shown
 from fleet.values import amount_of, free_name
@@ -86,10 +86,10 @@ class JobOutput:
     """What one job wrote, as its workers hold it."""
 
     def __init__(
-        self, conversation: Conversation, job: m.JobInfo, told: Callable[[int, int], None] = lambda files, size: None
+        self, client: JobClient, job: m.JobInfo, told: Callable[[int, int], None] = lambda files, size: None
     ) -> None:
         """`told` hears now and then how many files and bytes have come."""
-        self._conversation = conversation
+        self._client = client
         self._job = job
         self._told = told
         self._numbers = count(1)
@@ -171,7 +171,7 @@ class JobOutput:
         while True:
             after = held.infos[-1].path if held.infos else b""
             ask = m.ListFiles(self._job.job_id, worker_id, next(self._numbers), after)
-            (answer,) = self._conversation.ask_workers([ask])
+            (answer,) = self._client.ask_workers([ask])
             if answer.error and not (isinstance(answer, m.Files) and answer.files):
                 raise FleetError(answer.error if worker_id in answer.error else f"worker {worker_id}: {answer.error}")
             # In order, so that each page brings the end nearer.
@@ -273,9 +273,9 @@ class JobOutput:
         """Waits a while for a worker that is away, as after a restart of the orchestrator. Raises _Lost."""
         for tries in range(AWAY_TRIES):
             if tries:
-                self._conversation.pause(AWAY_PAUSE_S)
+                self._client.pause(AWAY_PAUSE_S)
             try:
-                found = self._conversation.ask_workers(asked, within_s)
+                found = self._client.ask_workers(asked, within_s)
             except ConfigError:
                 raise
             except FleetError as error:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from fleet.client.fold import Fold, Folded, Lines
+from fleet.client.line_folding import FoldedText, LineFolder, LineSplitter
 from fleet.errors import FleetError, rank_set
 
 RECENT_LINES = 100  # about what a person still sees
@@ -54,8 +54,8 @@ class Printer:
         self._terminal = {name: stream is not None and stream.isatty() for name, stream in self._streams.items()}
         self._colour = {name: stream is not None and colour(stream) for name, stream in self._streams.items()}
         self._is_one = _is_one(stdout, stderr)
-        self._fold = Fold(world_size)
-        self._lines: dict[Source, Lines] = {}
+        self._fold = LineFolder(world_size)
+        self._lines: dict[Source, LineSplitter] = {}
         self._unfinished: dict[Source, float] = {}  # since when nothing has come
         self._out: dict[Source, str] = {}  # of an unfinished line, what has been printed before another line came
         self._row: _Row | None = None
@@ -71,7 +71,7 @@ class Printer:
                 self._logs[rank] = (self._log_dir / f"rank-{rank}.log").open("wb")
             self._logs[rank].write(data)
         source = rank, stream
-        lines = self._lines.setdefault(source, Lines())
+        lines = self._lines.setdefault(source, LineSplitter())
         for text in lines.feed(data):
             self._complete(source, text, now)
         if lines.unfinished:
@@ -126,7 +126,7 @@ class Printer:
         if not shown or text != shown:
             self._show(self._fold.step(*source, text.removeprefix(shown), now))
 
-    def _show(self, folded: Iterable[Folded]) -> None:
+    def _show(self, folded: Iterable[FoldedText]) -> None:
         together: dict[str, list[str]] = {}
         for line in folded:
             who = self.name_of(line.ranks[0]) if len(line.ranks) == 1 else rank_set(line.ranks, self._world_size)

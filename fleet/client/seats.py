@@ -17,11 +17,11 @@ from fleet.bus.control import Dealer, Link
 from fleet.bus.transfer import read_part
 from fleet.client import pool
 from fleet.client.arrivals import Arrivals
+from fleet.client.attached_job import DENIALS_UNTIL_FINAL
 from fleet.client.calls import Packed
 from fleet.client.here import Place
-from fleet.client.in_order import InOrder
+from fleet.client.output_sequence import OutputSequence
 from fleet.client.prints import Prints
-from fleet.client.run import DENIALS_UNTIL_FINAL
 from fleet.client.target import hello
 from fleet.errors import ConfigError, FleetError, OtherProtocol, ProtocolError
 from fleet.versions import versions
@@ -92,7 +92,7 @@ class Seats(ABC):
         self._seats: dict[str, Seat] = {}
         self._unsent: deque[m.Message] = deque()  # to the orchestrator
         self._prints = Prints()
-        self._in_order = InOrder()
+        self._in_order = OutputSequence()
         self._said: set[str] = set()
         self._denied_count = 0
         self._welcomed = False

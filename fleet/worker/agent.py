@@ -310,7 +310,7 @@ class Agent:
         key = assign.job_id, assign.attempt, spawn.rank
         held: Attempt = self._core.attempts[key[:2]]
         local_rank, local_count = self._settings.local or (list(held.ranks).index(spawn.rank), len(assign.ranks))
-        seat = config.Seat(
+        seat = config.RankPlacement(
             control=self._settings.control,
             job_id=assign.job_id,
             attempt=assign.attempt,

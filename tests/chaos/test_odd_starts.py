@@ -15,9 +15,9 @@ import pytest
 from commands import FLEET, environment
 
 from fleet.bus.lock import Lock
+from fleet.client.attached_job import AttachedJob
 from fleet.client.embedded import running
 from fleet.client.printer import Printer
-from fleet.client.run import Run
 from fleet.client.target import Target
 from fleet.errors import FleetError
 from fleet.messages import JobOptions, Spec
@@ -69,7 +69,7 @@ def test_few_descriptors_get_a_sentence(tmp_path: Path) -> None:
 
 def test_a_thread_of_the_embedded_cluster_that_fails_ends_the_run(tmp_path: Path) -> None:
     target = Target("this machine", f"ipc://{tmp_path}/nobody", Lock(), 60.0, local=True)
-    run = Run(
+    run = AttachedJob(
         target, Spec("command", "true"), 1, JobOptions(), None, Printer(1, None, None, lambda stream: False, None)
     )
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fleet.bus.address import free_port
-from fleet.cli.words import split
+from fleet.cli.command_line import parse
 from tests.chaos.commands import environment, wait_for
 from tests.pages.pages import (
     EXAMPLES,
@@ -121,7 +121,7 @@ def test_every_mention_of_a_command_is_one_that_there_is() -> None:
             assert command in known, f"{page}: {mention}"
             if command in ("run", "submit", "sweep") and words:
                 target = ["train.py"] if words[-1].startswith("--") or words[-2:-1] == ["--output"] else []
-                split([*words, *target], known[command], command)
+                parse([*words, *target], known[command], command)
             for word in words if command not in ("run", "submit", "sweep") else []:
                 name = word.partition("=")[0]
                 assert not word.startswith("-") or name in known[command], f"{page}: {mention} has no {word}"

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fleet import config
 from fleet.cli.app import RUN_SOMETHING, app
-from fleet.client.why import as_values
+from fleet.client.rank_activity import as_values
 from fleet.messages import Answer
 
 COMMANDS: dict[str, Any] = {

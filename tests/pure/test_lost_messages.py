@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fleet import messages as m
-from fleet.client.in_order import InOrder
+from fleet.client.output_sequence import OutputSequence
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import TELL_AGAIN_S
 from fleet.orchestrator.jobs import JobState
@@ -201,7 +201,7 @@ def test_output_of_a_detached_job_is_kept_once_and_in_order() -> None:
 
 
 def test_a_client_prints_each_message_once_and_asks_for_what_is_missing() -> None:
-    order, printed, asked = InOrder(), [], []
+    order, printed, asked = OutputSequence(), [], []
     for number in (1, 1, 2, 5, 6, 3, 4, 5, 6):
         output = m.Output("j", 1, 0, "stdout", b"", number)
         printed += [number] if order.is_next(output) else []

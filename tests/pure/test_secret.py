@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fleet import config
-from fleet.cli.secret import ensure
+from fleet.cli.secret_setup import ensure
 from fleet.cli.security import orchestrator_lock
 from fleet.client.target import control_lock
 from fleet.errors import ConfigError

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.cli.jobs import described
-from fleet.cli.log import Lines
-from fleet.cli.private import KEPT, close_to_others
+from fleet.cli.log_format import OneLineFormatter
+from fleet.cli.state_folder import KEPT, close_to_others
 from fleet.cli.table import table
-from fleet.client.run import say
-from fleet.client.why import described as answered
+from fleet.client.attached_job import say
+from fleet.client.rank_activity import described as answered
 from fleet.errors import ConfigError
 from fleet.messages import Answer, JobInfo, JobOptions
 from fleet.orchestrator.store import Store
@@ -44,7 +44,7 @@ def test_what_is_shown_is_one_line_that_moves_nothing(text: str) -> None:
 def test_a_log_record_is_one_line() -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(Lines("%(levelname)s %(message)s"))
+    handler.setFormatter(OneLineFormatter("%(levelname)s %(message)s"))
     log = logging.Logger("of this test alone")
     log.addHandler(handler)
     log.warning("worker %s joined", EVIL)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleet import messages as m
-from fleet.client.in_order import InOrder
+from fleet.client.output_sequence import OutputSequence
 from fleet.worker import state as w
 from fleet.worker.core import Core as Agent
 
@@ -315,7 +315,7 @@ class Client(Node):
         super().__init__(world, f"client/{name}".encode())
         self.attached = attached
         self.jobs: dict[str, m.Submit] = {}
-        self.in_order = InOrder()
+        self.in_order = OutputSequence()
         self.received: Counter[w.Key] = Counter()
         self.unsent: deque[m.Message] = deque()
         self.connect()

@@ -24,7 +24,7 @@ import fleet
 from fleet import messages as m
 from fleet.bus.lock import Lock
 from fleet.cli.runtime import runtime_folder
-from fleet.client.jobs import Conversation
+from fleet.client.job_client import JobClient
 from fleet.client.target import Target
 from tests.chaos.commands import started, wait_for
 
@@ -113,7 +113,7 @@ def test_nothing_grows_with_the_number_of_jobs_and_tasks(place: Place, tmp_path:
     samples: list[Sample] = []
     jobs = tasks = 0
     began = time.monotonic()
-    with Conversation(place.target, VERSIONS) as client, fleet.Executor(max_workers=1) as pool:
+    with JobClient(place.target, VERSIONS) as client, fleet.Executor(max_workers=1) as pool:
         while (passed := time.monotonic() - began) < SOAK_S:
             path, spec = bundle(tmp_path, jobs)
             submits = [m.Submit(uuid.uuid4().hex[:12], 1, spec, detached=True) for _ in range(JOBS_A_ROUND)]

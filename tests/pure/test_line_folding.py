@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.client import fold as module
-from fleet.client.fold import HELD_AT_MOST, LINE_BYTES, Fold, Folded, Lines
+from fleet.client.line_folding import HELD_AT_MOST, LINE_BYTES, FoldedText, LineFolder, LineSplitter
 from fleet.errors import rank_set
 
 HOLD_S = 10.0  # whole numbers, so that "exactly hold_s later" is exact
@@ -23,7 +23,7 @@ def cut(data: bytes, cuts: Iterable[int]) -> list[bytes]:
 
 
 def lines_of(pieces: Iterable[bytes]) -> list[str]:
-    lines = Lines()
+    lines = LineSplitter()
     return [line for piece in pieces for line in lines.feed(piece)] + lines.rest()
 
 
@@ -77,7 +77,7 @@ def test_where_lines_end(data: bytes, lines: list[str]) -> None:
 
 
 def test_feed_returns_only_what_is_complete_and_rest_starts_anew() -> None:
-    lines = Lines()
+    lines = LineSplitter()
     assert lines.feed(b"one\ntw") == ["one"]
     assert lines.feed(b"o") == []
     assert lines.rest() == ["two"]
@@ -95,7 +95,7 @@ def test_long_lines_are_cut_and_nothing_of_them_is_lost(length: int, end: bytes)
 
 
 def test_a_long_line_does_not_wait_for_its_end() -> None:
-    assert [len(line) for line in Lines().feed(b"x" * (2 * LINE_BYTES + 1))] == [LINE_BYTES, LINE_BYTES]
+    assert [len(line) for line in LineSplitter().feed(b"x" * (2 * LINE_BYTES + 1))] == [LINE_BYTES, LINE_BYTES]
 
 
 def test_a_progress_bar_of_any_length_is_one_whole_state() -> None:
@@ -107,7 +107,7 @@ class Watched:
     """A fold driven as its shell does, woken at each deadline; everything shown is held against what was printed."""
 
     def __init__(self, world_size: int) -> None:
-        self.fold, self.now = Fold(world_size, HOLD_S), 0.0
+        self.fold, self.now = LineFolder(world_size, HOLD_S), 0.0
         # By rank, in order: what it printed and nobody has seen yet.
         self.unseen: dict[int, deque[tuple[str, str, float]]] = defaultdict(deque)
 
@@ -125,7 +125,7 @@ class Watched:
         self.unseen[rank].append((stream, text, self.now))
         self.check(self.fold.step(rank, stream, text, self.now))
 
-    def check(self, shown: list[Folded]) -> None:
+    def check(self, shown: list[FoldedText]) -> None:
         for line in shown:
             assert line.ranks == tuple(sorted(set(line.ranks))) != ()
             for rank in line.ranks:
@@ -164,26 +164,26 @@ def test_nothing_is_lost_each_rank_keeps_its_order_and_no_line_is_late(
 
 @given(st.lists(st.sampled_from("abc"), max_size=20), st.integers(2, 4), st.randoms(use_true_random=False))
 def test_ranks_that_print_the_same_are_folded_whole_however_they_interleave(text, world_size, random) -> None:  # type: ignore[no-untyped-def]
-    fold, turns = Fold(world_size, HOLD_S), [rank for rank in range(world_size) for _ in text]
+    fold, turns = LineFolder(world_size, HOLD_S), [rank for rank in range(world_size) for _ in text]
     random.shuffle(turns)
     todo = {rank: iter(text) for rank in range(world_size)}
     shown = [line for rank in turns for line in fold.step(rank, "stdout", next(todo[rank]), 0.0)]
-    assert shown == [Folded("stdout", tuple(range(world_size)), line) for line in text]
+    assert shown == [FoldedText("stdout", tuple(range(world_size)), line) for line in text]
 
 
-def said(lines: list[Folded]) -> list[tuple[str, tuple[int, ...]]]:
+def said(lines: list[FoldedText]) -> list[tuple[str, tuple[int, ...]]]:
     return [(line.text, line.ranks) for line in lines]
 
 
 def test_a_line_of_all_ranks_goes_out_at_once_and_takes_along_what_came_before() -> None:
-    fold = Fold(2, HOLD_S)
+    fold = LineFolder(2, HOLD_S)
     assert fold.step(0, "stdout", "only 0", 0.0) == fold.step(0, "stdout", "both", 0.0) == []
     assert said(fold.step(1, "stdout", "both", 1.0)) == [("only 0", (0,)), ("both", (0, 1))]
     assert fold.next_deadline() is None
 
 
 def test_a_line_waits_exactly_hold_s_then_goes_out_with_those_who_joined() -> None:
-    fold = Fold(3, HOLD_S)
+    fold = LineFolder(3, HOLD_S)
     assert fold.step(2, "stdout", "x", 5.0) == fold.step(0, "stdout", "x", 6.0) == []
     assert fold.next_deadline() == 5.0 + HOLD_S
     assert fold.due(5.0 + HOLD_S - 1) == []
@@ -193,7 +193,7 @@ def test_a_line_waits_exactly_hold_s_then_goes_out_with_those_who_joined() -> No
 
 
 def test_the_same_text_twice_or_on_the_other_stream_is_another_line() -> None:
-    fold = Fold(2, HOLD_S)
+    fold = LineFolder(2, HOLD_S)
     for stream in ("stdout", "stdout", "stderr"):
         assert fold.step(0, stream, "x", 0.0) == []
     assert [(line.stream, line.ranks) for line in fold.step(1, "stderr", "x", 0.0)] == [
@@ -204,7 +204,7 @@ def test_the_same_text_twice_or_on_the_other_stream_is_another_line() -> None:
 
 
 def test_a_rank_never_joins_a_line_before_its_own_last_one() -> None:
-    fold = Fold(3, HOLD_S)
+    fold = LineFolder(3, HOLD_S)
     for rank, text in ((0, "a"), (1, "b"), (1, "a")):
         assert fold.step(rank, "stdout", text, 0.0) == []
     assert fold.step(0, "stdout", "b", 0.0) == []
@@ -212,7 +212,7 @@ def test_a_rank_never_joins_a_line_before_its_own_last_one() -> None:
 
 
 def test_a_flood_of_different_lines_is_held_up_to_a_bound_oldest_first_out() -> None:
-    fold = Fold(2, HOLD_S)
+    fold = LineFolder(2, HOLD_S)
     shown = [line for i in range(HELD_AT_MOST + 500) for line in fold.step(0, "stdout", str(i), 0.0)]
     assert [line.text for line in shown] == [str(i) for i in range(500)]
     assert len(fold.flush()) == HELD_AT_MOST
@@ -238,12 +238,12 @@ def test_rank_set(ranks: list[int], world_size: int, text: str) -> None:
 BEGINS = "Traceback (most recent call last):"
 
 
-def told(fold: Fold, rank: int, lines: Iterable[str], now: float) -> list[Folded]:
+def told(fold: LineFolder, rank: int, lines: Iterable[str], now: float) -> list[FoldedText]:
     return [shown for line in lines for shown in fold.step(rank, "stderr", line, now)]
 
 
 def test_a_traceback_is_one_piece_and_waits_for_its_like() -> None:
-    fold = Fold(3, hold_s=0.125, traceback_hold_s=1.0)
+    fold = LineFolder(3, hold_s=0.125, traceback_hold_s=1.0)
     error = [BEGINS, "  File 'train.py', line 1", "ValueError: bad batch", "  and more of it"]
     assert told(fold, 0, error[:2], 0.0) == []
     assert told(fold, 1, error, 0.25) == []
@@ -252,13 +252,13 @@ def test_a_traceback_is_one_piece_and_waits_for_its_like() -> None:
     assert fold.next_deadline() == 0.75
     assert fold.due(0.875) == []  # both are whole now, and one; the third rank may yet print it
     assert told(fold, 2, error, 1.0) == []
-    assert fold.flush() == [Folded("stderr", (0, 1, 2), "\n".join(error))]
+    assert fold.flush() == [FoldedText("stderr", (0, 1, 2), "\n".join(error))]
     assert fold.next_deadline() is None
 
 
 def test_errors_that_blame_the_same_ranks_are_alike() -> None:
     """The third asked later, when rank 1 was gone, the fourth when all but the first were. The last waits for another rank."""
-    fold = Fold(6)
+    fold = LineFolder(6)
     said = "fleet.errors.CollectiveMismatch: different calls: ranks {} called a, rank 0 called b; every rank must"
     late = "fleet.errors.CollectiveTimeout: a() #1: not complete after 2 s; rank 0 came, waiting for rank {} (h, pid 7): it is"
     few = said.format("3").replace("ranks 3 called a, rank 0 called b", "rank 0 called b, ranks 3 called a")
@@ -273,7 +273,7 @@ def test_errors_that_blame_the_same_ranks_are_alike() -> None:
 
 
 def test_what_a_rank_prints_after_a_traceback_comes_after_it() -> None:
-    fold = Fold(3, hold_s=0.1, traceback_hold_s=1.0)
+    fold = LineFolder(3, hold_s=0.1, traceback_hold_s=1.0)
     told(fold, 0, [BEGINS, "ValueError: caught"], 0.0)
     assert fold.step(0, "stdout", "goes on", 0.0) == []
     assert fold.step(1, "stdout", "goes on", 0.0) == []
@@ -282,7 +282,7 @@ def test_what_a_rank_prints_after_a_traceback_comes_after_it() -> None:
 
 
 def test_an_endless_traceback_is_cut() -> None:
-    fold = Fold(1)
+    fold = LineFolder(1)
     shown = told(fold, 0, [BEGINS, *["  line"] * 5000], 0.0) + fold.flush()
     assert "\n".join(line.text for line in shown).split("\n") == [BEGINS, *["  line"] * 5000]
 
@@ -295,7 +295,7 @@ def test_an_endless_traceback_is_cut() -> None:
 def test_with_tracebacks_too_nothing_is_lost_and_each_rank_keeps_its_order(
     printed: list[tuple[int, str, bool, int]],
 ) -> None:
-    fold, now, shown = Fold(3), 0.0, list[Folded]()
+    fold, now, shown = LineFolder(3), 0.0, list[FoldedText]()
     for rank, text, is_error, wait in printed:
         now += wait * 0.1
         shown += fold.due(now)
@@ -331,7 +331,7 @@ Extension modules: zmq.backend.cython._zmq (total: 1)"""
 
 
 def test_a_dump_of_the_fault_handler_has_the_scripts_threads_and_frames() -> None:
-    fold, shown = Fold(2, HOLD_S), []
+    fold, shown = LineFolder(2, HOLD_S), []
     for rank in (0, 1):
         for line in DUMP.replace("7f9d", f"{rank}f9d").splitlines():
             shown += fold.step(rank, "stderr", line, 0.0)

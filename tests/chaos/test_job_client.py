@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fleet import messages as m
-from fleet.client.jobs import UNKNOWN, WATCHES_UNDER_WAY, Conversation
+from fleet.client.job_client import UNKNOWN, WATCHES_UNDER_WAY, JobClient
 from tests.orchestrators import VERSIONS, orchestrator
 
 COUNT = 2 * WATCHES_UNDER_WAY + 10  # more than are watched, or submitted, at a time
@@ -17,7 +17,7 @@ COUNT = 2 * WATCHES_UNDER_WAY + 10  # more than are watched, or submitted, at a 
 def test_every_end_of_many_jobs_is_heard_whatever_is_asked_in_between(tmp_path: Path) -> None:
     spec = m.Spec("command", "true", directory="/")
     submits = [m.Submit(f"j{n}", 1, spec, detached=True, options=m.JobOptions(group="s")) for n in range(COUNT)]
-    with orchestrator(tmp_path) as target, Conversation(target, VERSIONS) as client:
+    with orchestrator(tmp_path) as target, JobClient(target, VERSIONS) as client:
         assert set(client.submit(submits, None).values()) == {""}
         job_ids = [submit.job_id for submit in submits]
         client.cancel(job_ids)

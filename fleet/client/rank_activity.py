@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fleet import messages as m
 from fleet.bounds import is_id
-from fleet.client.ask import answers
+from fleet.client.queries import answers
 from fleet.client.target import Target
 from fleet.errors import ConfigError, UsageError
 from fleet.stillness import Deadline

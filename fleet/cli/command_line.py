@@ -25,7 +25,7 @@ _BINDING = r"--?(oversubscribe|bind[-_]to|map[-_]by|allow-run-as-root|use-hwthre
 
 
 @dataclass(frozen=True)
-class Words:
+class CommandLine:
     """A split command line: fleet's options as they were given, and the target with its arguments."""
 
     options: list[str]
@@ -34,7 +34,7 @@ class Words:
     args: list[str]
 
 
-def split(words: Sequence[str], known: Mapping[str, bool], command: str = "run") -> Words:
+def parse(words: Sequence[str], known: Mapping[str, bool], command: str = "run") -> CommandLine:
     """The words after `fleet run`, submit or sweep. `known` has fleet's options, and whether each takes a value.
 
     Raises UsageError where there is nothing to run, or an option is not fleet's.
@@ -57,14 +57,14 @@ def split(words: Sequence[str], known: Mapping[str, bool], command: str = "run")
         else:
             break
     if HELP in options:
-        return Words([HELP], kind, "", [])
+        return CommandLine([HELP], kind, "", [])
     if at == len(words):
         raise UsageError(f"say what to run: fleet {command} --workers 8 train.py, or -m package.module, or -- command")
     target, rest = words[at], list(words[at + 1 :])
     args = rest if kind == "command" else _take_workers(rest, options)
     if command == "sweep" and not _given(options, "--grid") and _given(args, "--grid"):
         raise UsageError(f"--grid stands before the script's name: fleet sweep --grid lr=0.1,0.01 {target}")
-    return Words(options, kind, target, args)
+    return CommandLine(options, kind, target, args)
 
 
 def _take_workers(rest: Sequence[str], options: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from fleet import messages as m
 
 
-class InOrder:
+class OutputSequence:
     """The number of the last message of each rank that was taken."""
 
     def __init__(self) -> None:

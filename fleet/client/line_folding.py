@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from fleet.client import dump
+from fleet.client import fault_dump
 from fleet.client.blame import TRACEBACK, alike
 
 LINE_BYTES = 64 << 10  # a longer line is cut into pieces of this size
@@ -18,7 +18,7 @@ TRACEBACK_LINES = 1000  # a longer one is cut into pieces of this size
 TRACEBACK_QUIET_S = 0.5  # without a line from its rank, a traceback is whole
 
 
-class Lines:
+class LineSplitter:
     """Cuts one stream of one rank into lines of text. How the bytes arrive in pieces makes no difference.
 
     Bytes that are no UTF-8 stay what they are, as os.fsdecode has them: whoever prints a line gets them back.
@@ -69,7 +69,7 @@ def _drawn(line: bytes) -> list[bytes]:
 
 
 @dataclass(frozen=True)
-class Folded:
+class FoldedText:
     """One line to print, or a traceback or a dump of several, and the ranks that printed it, in order."""
 
     stream: str
@@ -96,7 +96,7 @@ class _Traceback:
     last_at: float
 
 
-class Fold:
+class LineFolder:
     """Folds equal lines. They are held, and go out, in the order in which each first came.
 
     A rank joins only lines behind all that it printed so far: its own lines stay in their order, on both streams together.
@@ -112,7 +112,7 @@ class Fold:
         self._last_of: dict[int, int] = {}  # by rank, the number of the last line it printed
         self._tracebacks: dict[int, _Traceback] = {}  # by rank
 
-    def step(self, rank: int, stream: str, text: str, now: float) -> list[Folded]:
+    def step(self, rank: int, stream: str, text: str, now: float) -> list[FoldedText]:
         """A rank printed a line; returns what is to be shown now."""
         traceback = self._tracebacks.get(rank)
         if traceback is not None and stream == "stderr" and len(traceback.lines) < TRACEBACK_LINES:
@@ -120,14 +120,14 @@ class Fold:
             traceback.last_at = now
             return self.due(now)
         shown = self._close(rank, now)
-        if stream == "stderr" and (text.endswith(TRACEBACK) or text.startswith(dump.DUMP)):
+        if stream == "stderr" and (text.endswith(TRACEBACK) or text.startswith(fault_dump.DUMP)):
             self._tracebacks[rank] = _Traceback([text], now)
             return shown + self.due(now)
         return shown + self._hold(rank, stream, text, text, now + self._hold_s) + self.due(now)
 
-    def due(self, now: float) -> list[Folded]:
+    def due(self, now: float) -> list[FoldedText]:
         """What may not wait any more: too old, or too much held."""
-        shown: list[Folded] = []
+        shown: list[FoldedText] = []
         for rank, traceback in list(self._tracebacks.items()):
             if now >= traceback.last_at + TRACEBACK_QUIET_S:
                 shown += self._close(rank, now)
@@ -143,25 +143,25 @@ class Fold:
             deadlines.append(self._held[0].until)
         return min(deadlines, default=None)
 
-    def flush(self) -> list[Folded]:
+    def flush(self) -> list[FoldedText]:
         """Everything that is held."""
         shown = [line for rank in list(self._tracebacks) for line in self._close(rank, 0.0)]
         return shown + self._release(len(self._held))
 
-    def _close(self, rank: int, now: float) -> list[Folded]:
+    def _close(self, rank: int, now: float) -> list[FoldedText]:
         """The traceback of a rank, if it was printing one, is whole."""
         traceback = self._tracebacks.pop(rank, None)
         if traceback is None:
             return []
         lines = traceback.lines
-        if lines[0].startswith(dump.DUMP):
-            lines = dump.users_part(lines)
-            like = "\n".join(map(dump.alike, lines))
+        if lines[0].startswith(fault_dump.DUMP):
+            lines = fault_dump.users_part(lines)
+            like = "\n".join(map(fault_dump.alike, lines))
         else:
             like = "\n".join(map(alike, lines))
         return self._hold(rank, "stderr", "\n".join(lines), like, now + self._traceback_hold_s)
 
-    def _hold(self, rank: int, stream: str, text: str, like: str, until: float) -> list[Folded]:
+    def _hold(self, rank: int, stream: str, text: str, like: str, until: float) -> list[FoldedText]:
         """Holds a line, or joins one that is held; what is complete with it is returned."""
         found = self._joinable(rank, stream, like)
         if found is None:
@@ -182,7 +182,7 @@ class Fold:
                 return number
         return None
 
-    def _release(self, count: int) -> list[Folded]:
+    def _release(self, count: int) -> list[FoldedText]:
         released = [self._held.popleft() for _ in range(count)]
         self._first += count
-        return [Folded(held.stream, tuple(sorted(held.ranks)), held.text) for held in released]
+        return [FoldedText(held.stream, tuple(sorted(held.ranks)), held.text) for held in released]

@@ -17,7 +17,7 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Dealer, Link
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.transfer import read_part
-from fleet.client.in_order import InOrder
+from fleet.client.output_sequence import OutputSequence
 from fleet.client.printer import Printer
 from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, ProtocolError
@@ -29,7 +29,7 @@ LEAVE_AFTER_S = 1.8  # after a cancel that nobody answers
 SAY_WAITING_AFTER_S = 2.0
 
 
-class Run:
+class AttachedJob:
     """One job from submission to its end. `cancel` may be called from a signal handler; twice means at once."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Run:
         self._cancelled_at: float | None = None
         self._wake = Wake()
         self._clock = LifeClock()
-        self._in_order = InOrder()
+        self._in_order = OutputSequence()
         self._submitted = self._accepted = False
         self._denied_count = 0
         self._ended: m.Ended | None = None

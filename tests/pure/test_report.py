@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fleet.client.blame import blamed, headline
 from fleet.client.bundle import pack
-from fleet.client.fold import Fold, Lines
+from fleet.client.line_folding import LineFolder, LineSplitter
 from fleet.client.report import exit_code, report
 from fleet.errors import Called, CollectiveMismatch, CollectiveTimeout, ConfigError, Late, RankEnded, rank_set
 from fleet.messages import Ended, RankStatus
@@ -22,7 +22,7 @@ from fleet.messages import Ended, RankStatus
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300)))
 def test_any_split_of_the_bytes_gives_the_same_lines(data: bytes, cuts: list[int]) -> None:
-    whole, pieces = Lines(), Lines()
+    whole, pieces = LineSplitter(), LineSplitter()
     expected = whole.feed(data) + whole.rest()
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     found = [line for low, high in pairwise(edges) for line in pieces.feed(data[low:high])]
@@ -30,7 +30,7 @@ def test_any_split_of_the_bytes_gives_the_same_lines(data: bytes, cuts: list[int
 
 
 def test_progress_bars_keep_their_last_state() -> None:
-    lines = Lines()
+    lines = LineSplitter()
     assert lines.feed(b"10%\r50%\r100%\nplain\r\nhalf") == ["100%", "plain"]
     assert lines.rest() == ["half"]
     assert lines.rest() == []
@@ -41,7 +41,7 @@ PRINTED = st.lists(st.tuples(st.integers(0, 2), st.sampled_from("abc"), st.integ
 
 @given(PRINTED)
 def test_fold_loses_nothing_and_keeps_each_ranks_order(printed: list[tuple[int, str, int]]) -> None:
-    fold, now, shown = Fold(3, hold_s=0.1), 0.0, []
+    fold, now, shown = LineFolder(3, hold_s=0.1), 0.0, []
     for rank, text, wait in printed:
         now += wait * 0.03
         shown += fold.due(now)
@@ -54,11 +54,11 @@ def test_fold_loses_nothing_and_keeps_each_ranks_order(printed: list[tuple[int, 
 
 
 def test_fold_shows_at_once_what_all_ranks_printed() -> None:
-    fold = Fold(2)
+    fold = LineFolder(2)
     assert fold.step(0, "stdout", "x", 0.0) == []
     assert [line.ranks for line in fold.step(1, "stdout", "x", 0.01)] == [(0, 1)]
     assert fold.next_deadline() is None
-    alone = Fold(1)
+    alone = LineFolder(1)
     assert [line.text for line in alone.step(0, "stdout", "x", 0.0)] == ["x"]
 
 

@@ -20,7 +20,7 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Dealer, Link
 from fleet.bus.poller import Poller
 from fleet.bus.transfer import read_part
-from fleet.client.run import DENIALS_UNTIL_FINAL
+from fleet.client.attached_job import DENIALS_UNTIL_FINAL
 from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, FleetError, ProtocolError, UsageError
 from fleet.stillness import LifeClock
@@ -35,7 +35,7 @@ Numbered = m.ListJobs | m.ReadLog | m.Drain
 A = TypeVar("A", m.Jobs, m.LogPart, m.Drained)
 
 
-class Conversation:
+class JobClient:
     """One connection. Methods raise ConfigError where no orchestrator answers in time, or it refuses this client."""
 
     def __init__(self, target: Target, versions: m.Versions) -> None:

@@ -7,7 +7,7 @@ import logging
 from fleet.text import shown, shown_lines
 
 
-class Lines(logging.Formatter):
+class OneLineFormatter(logging.Formatter):
     """A formatter that shows control characters and line breaks of messages instead of obeying them."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:

@@ -4,42 +4,45 @@ from __future__ import annotations
 
 import pytest
 
-from fleet.cli.words import Words, split
+from fleet.cli.command_line import CommandLine, parse
 from fleet.errors import UsageError
 
 KNOWN = {"--workers": True, "--log-dir": True, "--grid": True, "--gpus": True, "--insecure": False, "--help": False}
 
 
 @pytest.mark.parametrize(
-    ("typed", "words"),
+    ("typed", "command"),
     [
-        ("t.py", Words([], "script", "t.py", [])),
-        ("--workers 2 --insecure t.py", Words(["--workers", "2", "--insecure"], "script", "t.py", [])),
+        ("t.py", CommandLine([], "script", "t.py", [])),
+        ("--workers 2 --insecure t.py", CommandLine(["--workers", "2", "--insecure"], "script", "t.py", [])),
         # What stands behind the script's name is the script's, also what looks like fleet's.
         (
             "t.py --log-dir x --gpus=1 --help -m",
-            Words([], "script", "t.py", ["--log-dir", "x", "--gpus=1", "--help", "-m"]),
+            CommandLine([], "script", "t.py", ["--log-dir", "x", "--gpus=1", "--help", "-m"]),
         ),
-        ("--log-dir x t.py --log-dir y", Words(["--log-dir", "x"], "script", "t.py", ["--log-dir", "y"])),
+        ("--log-dir x t.py --log-dir y", CommandLine(["--log-dir", "x"], "script", "t.py", ["--log-dir", "y"])),
         # But for --workers, once.
-        ("t.py --lr 0.1 --workers 8 a", Words(["--workers", "8"], "script", "t.py", ["--lr", "0.1", "a"])),
-        ("t.py --workers=8", Words(["--workers=8"], "script", "t.py", [])),
+        ("t.py --lr 0.1 --workers 8 a", CommandLine(["--workers", "8"], "script", "t.py", ["--lr", "0.1", "a"])),
+        ("t.py --workers=8", CommandLine(["--workers=8"], "script", "t.py", [])),
         # And not behind --.
-        ("--workers 2 t.py -- --workers 3 --", Words(["--workers", "2"], "script", "t.py", ["--workers", "3", "--"])),
-        ("t.py a -- --workers 3", Words([], "script", "t.py", ["a", "--workers", "3"])),
-        ("-m pkg.mod --workers 2 -x", Words(["--workers", "2"], "module", "pkg.mod", ["-x"])),
-        ("--workers 2 -m pkg -n 3", Words(["--workers", "2"], "module", "pkg", ["-n", "3"])),
+        (
+            "--workers 2 t.py -- --workers 3 --",
+            CommandLine(["--workers", "2"], "script", "t.py", ["--workers", "3", "--"]),
+        ),
+        ("t.py a -- --workers 3", CommandLine([], "script", "t.py", ["a", "--workers", "3"])),
+        ("-m pkg.mod --workers 2 -x", CommandLine(["--workers", "2"], "module", "pkg.mod", ["-x"])),
+        ("--workers 2 -m pkg -n 3", CommandLine(["--workers", "2"], "module", "pkg", ["-n", "3"])),
         # A command's words are the command's.
         (
             "--workers 2 -- sh -c x --workers 3 -- y",
-            Words(["--workers", "2"], "command", "sh", ["-c", "x", "--workers", "3", "--", "y"]),
+            CommandLine(["--workers", "2"], "command", "sh", ["-c", "x", "--workers", "3", "--", "y"]),
         ),
-        ("--help", Words(["--help"], "script", "", [])),
-        ("--workers 2 --help t.py", Words(["--help"], "script", "", [])),
+        ("--help", CommandLine(["--help"], "script", "", [])),
+        ("--workers 2 --help t.py", CommandLine(["--help"], "script", "", [])),
     ],
 )
-def test_words(typed: str, words: Words) -> None:
-    assert split(typed.split(), KNOWN) == words
+def test_command_lines(typed: str, command: CommandLine) -> None:
+    assert parse(typed.split(), KNOWN) == command
 
 
 @pytest.mark.parametrize(
@@ -77,7 +80,7 @@ def test_words(typed: str, words: Words) -> None:
 )
 def test_mistakes_are_answered_with_what_to_type(typed: str, answer: str) -> None:
     with pytest.raises(UsageError) as refused:
-        split(typed.split(), KNOWN)
+        parse(typed.split(), KNOWN)
     assert answer in str(refused.value)
 
 
@@ -85,5 +88,5 @@ def test_a_grid_that_would_be_the_scripts_is_refused() -> None:
     with pytest.raises(
         UsageError, match=r"--grid stands before the script's name: fleet sweep --grid lr=0.1,0.01 t\.py"
     ):
-        split(["t.py", "--grid", "lr=1"], KNOWN, "sweep")
-    assert split(["--grid", "a=1", "t.py", "--grid", "b"], KNOWN, "sweep").args == ["--grid", "b"]
+        parse(["t.py", "--grid", "lr=1"], KNOWN, "sweep")
+    assert parse(["--grid", "a=1", "t.py", "--grid", "b"], KNOWN, "sweep").args == ["--grid", "b"]

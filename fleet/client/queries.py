@@ -10,7 +10,7 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Dealer, Link
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller
-from fleet.client.run import DENIALS_UNTIL_FINAL
+from fleet.client.attached_job import DENIALS_UNTIL_FINAL
 from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, FleetError, ProtocolError
 from fleet.stillness import Deadline
