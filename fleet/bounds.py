@@ -16,6 +16,7 @@ ID_CHARS, WORKER_ID_CHARS = 64, 128
 TEXT_CHARS = 1 << 16
 REASON_CHARS = 2000  # of a reason that goes into others: its maker cuts it
 NUMBER_AT_MOST = (1 << 63) - 1  # of what the disk and file offsets take
+FRAME_LIMIT_BYTES = 8 << 20  # of one frame on a control socket
 ONE_A_RANK = Meta(max_length=RANKS_AT_MOST)  # of a tuple
 
 JobId = Annotated[str, Meta(pattern=rf"^[A-Za-z0-9_-]{{1,{ID_CHARS}}}\Z")]

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from fleet.bounds import (
+    FRAME_LIMIT_BYTES,
     ONE_A_RANK,
     REASON_CHARS,
     Attempt,
@@ -83,7 +84,6 @@ from fleet.values import (
 )
 
 PROTOCOL = 5
-FRAME_LIMIT_BYTES = 8 << 20
 PART_BYTES = 1 << 20  # a bundle travels in parts of this size
 _PROTOCOL_BYTE = bytes([PROTOCOL])
 _RELAY = b"\xff"  # where a control message has its protocol

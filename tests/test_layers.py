@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "__main__"}),
     frozenset({"cli", "torch"}),
     frozenset({"client", "worker", "orchestrator"}),
-    frozenset({"collectives"}),
+    frozenset({"collectives", "transfer"}),
     frozenset({"bus"}),
     frozenset({"messages", "tasks", "pickling"}),
     frozenset({"questions", "versions"}),
@@ -32,6 +32,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "interpreter"}),
     frozenset({"text"}),
 )
+# What carries bytes does not know what they mean.
+BLIND = {"bus": frozenset({"messages", "questions", "values", "group", "tasks", "pickling"})}
 HEIGHT = {part: -depth for depth, parts in enumerate(LAYERS) for part in parts}
 
 # fleet/__init__.py runs before any other module of fleet, so only plain values may load with it.
@@ -145,6 +147,8 @@ def layer_violations(tree: ast.AST, path: str) -> Iterator[tuple[int, str]]:
         part = part_imported(name)
         if part and part != importer and HEIGHT[part] >= HEIGHT[importer]:
             yield line, f"{importer} imports {part}, which is not below it"
+        if part in BLIND.get(importer, ()):
+            yield line, f"{importer} imports {part}, and is not to know what it carries"
     if path == "fleet/__init__.py":
         for line, name in imports(eager_nodes(tree), path):
             part = part_imported(name)
@@ -201,6 +205,9 @@ def test_every_decider_is_where_the_rules_look_for_it(path: str) -> None:
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fleet.collectives import Work",
             "bus imports collectives",
         ),
+        # What it carries.
+        ("fleet/bus/inbox.py", "from fleet.messages import Hello", "bus imports messages, and is not to know"),
+        ("fleet/bus/inbox.py", "from fleet.group import World", "bus imports group, and is not to know"),
         # From the top package itself.
         ("fleet/worker/agent.py", "import fleet", "worker imports __init__"),
         ("fleet/worker/agent.py", "from fleet import init", "worker imports __init__"),

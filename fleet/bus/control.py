@@ -14,12 +14,12 @@ from enum import Enum, auto
 
 import zmq
 
+from fleet.bounds import FRAME_LIMIT_BYTES
 from fleet.bus.context import Bus
 from fleet.bus.strangers import BROKEN_HANDSHAKE, WATCHED, Strangers, happened
-from fleet.messages import FRAME_LIMIT_BYTES, relayed_job
 
 Frame = zmq.Frame | bytes | bytearray | memoryview  # a view must stay as it is until it has left
-FRAMES_AT_MOST = 66  # of one relayed message
+FRAMES_AT_MOST = 66  # of one message, with its sender's name
 HWM = 10_000  # messages; a peer this far behind counts as lost, see Router.send
 BACKLOG_EVERY_S = 0.05
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 3000
@@ -31,7 +31,7 @@ class Arrived:
 
     peer: bytes
     data: bytes  # its first frame
-    rest: tuple[zmq.Frame, ...] = ()  # of a relayed message, in the memory that libzmq received into
+    rest: tuple[zmq.Frame, ...] = ()  # its further frames, in the memory that libzmq received into
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,6 @@ class Router:
         self._monitor = _Monitor(bus, self._socket, WATCHED)
         self.endpoint = bus.bind(self._socket, endpoint)
         self.strangers = Strangers(self.endpoint, hears=True)
-        self.refused_count = 0  # messages with a wrong number of frames
         self._peer_of: dict[int, bytes] = {}  # by file descriptor of its connection
         self._descriptor_of: dict[bytes, int] = {}
         self._open: set[int] = set()  # descriptors accepted and not disconnected
@@ -154,8 +153,7 @@ class Router:
                 break
             # After the message and before its sender is noted: a descriptor may have been used by another before.
             found.extend(self._losses())
-            if len(frames) != 2 and not (2 < len(frames) <= FRAMES_AT_MOST and relayed_job(frames[1].bytes)):
-                self.refused_count += 1
+            if not 2 <= len(frames) <= FRAMES_AT_MOST:
                 continue
             peer = frames[0].bytes
             descriptor = frames[1].get(zmq.SRCFD)

@@ -66,7 +66,7 @@ class Poller:
         return {source for source, _ in self._poller.poll(_milliseconds(timeout_s))}
 
 
-class Watch:
+class DescriptorPoller:
     """The set of file descriptors to wait for: a Poller that knows no sockets, at a fifth of the cost."""
 
     def __init__(self, descriptors: Iterable[int]) -> None:

@@ -16,13 +16,13 @@ from fleet import messages as m
 from fleet.bus.context import Bus
 from fleet.bus.control import Dealer, Link
 from fleet.bus.poller import Poller, Wake
-from fleet.bus.transfer import read_part
 from fleet.client.output_sequence import OutputSequence
 from fleet.client.printer import Printer
 from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, ProtocolError
 from fleet.stillness import LifeClock
 from fleet.text import shown
+from fleet.transfer import read_part
 
 DENIALS_UNTIL_FINAL = 3
 LEAVE_AFTER_S = 1.8  # after a cancel that nobody answers

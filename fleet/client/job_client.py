@@ -19,11 +19,11 @@ from fleet.bounds import is_id, is_worker_id
 from fleet.bus.context import Bus
 from fleet.bus.control import Dealer, Link
 from fleet.bus.poller import Poller
-from fleet.bus.transfer import read_part
 from fleet.client.attached_job import DENIALS_UNTIL_FINAL
 from fleet.client.target import Target, hello
 from fleet.errors import ConfigError, FleetError, ProtocolError, UsageError
 from fleet.stillness import LifeClock
+from fleet.transfer import read_part
 
 SUBMITS_UNDER_WAY = WATCHES_UNDER_WAY = 256
 QUESTIONS_UNDER_WAY = 16  # whose answers may have a megabyte each

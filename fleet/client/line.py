@@ -20,7 +20,7 @@ from fleet import messages as m
 from fleet.bus import forks
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Router, Sent
-from fleet.bus.poller import Wake, Watch
+from fleet.bus.poller import DescriptorPoller, Wake
 from fleet.bus.shared import host_key
 from fleet.client import pool
 from fleet.client.arrivals import Arrivals
@@ -168,7 +168,7 @@ class Line(Seats):
                 self._dealer = Dealer(bus, self._target.endpoint, f"client/{uuid.uuid4().hex}".encode())
                 self._router = Router(bus, self._place.direct) if self._place.direct else None
                 direct = self._router.descriptors() if self._router else []
-                self._watch = Watch([*self._dealer.descriptors(), self._wake.fileno(), *direct])
+                self._watch = DescriptorPoller([*self._dealer.descriptors(), self._wake.fileno(), *direct])
                 self._arrivals = Arrivals(self._say, self._memory)
                 self._started_at = self._clock.now()
                 try:

@@ -14,7 +14,6 @@ from typing import Any
 from fleet import messages as m
 from fleet import pickling, tasks
 from fleet.bus.control import Dealer, Link
-from fleet.bus.transfer import read_part
 from fleet.client import pool
 from fleet.client.arrivals import Arrivals
 from fleet.client.attached_job import DENIALS_UNTIL_FINAL
@@ -24,6 +23,7 @@ from fleet.client.output_sequence import OutputSequence
 from fleet.client.prints import Prints
 from fleet.client.target import hello
 from fleet.errors import ConfigError, FleetError, OtherProtocol, ProtocolError
+from fleet.transfer import read_part
 from fleet.versions import versions
 
 SEATS_NEWS = m.Accepted | m.Waiting | m.Started | m.Retire | m.Ended | m.Rejected

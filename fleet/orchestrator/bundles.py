@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fleet.bus.transfer import Incoming, is_digest, read_part, surplus, sync_folder
 from fleet.messages import Part, Want
+from fleet.transfer import Incoming, is_digest, read_part, surplus, sync_folder
 from fleet.values import BUNDLE_BYTES_AT_MOST
 
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fleet.bus.transfer import sync_folder
 from fleet.errors import ConfigError
+from fleet.transfer import sync_folder
 
 FILE, LOCK = "jobs.sqlite", "lock"
 

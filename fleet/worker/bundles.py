@@ -6,9 +6,9 @@ import errno
 from collections.abc import Callable
 from pathlib import Path
 
-from fleet.bus.transfer import Incoming, is_digest, surplus
 from fleet.bus.trees import remove_tree
 from fleet.messages import Part, Want
+from fleet.transfer import Incoming, is_digest, surplus
 from fleet.worker.archive import unpack
 
 KEEP_BYTES = 128 << 20  # of archives that no attempt holds

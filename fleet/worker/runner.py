@@ -23,7 +23,7 @@ from fleet.bus.blobs import Blob, Gathering, Reader, Shelf
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Sent
 from fleet.bus.lock import Lock
-from fleet.bus.poller import Watch
+from fleet.bus.poller import DescriptorPoller
 from fleet.bus.shared import host_key
 from fleet.errors import ProtocolError
 from fleet.worker.progress import IDLE, Progress
@@ -56,7 +56,7 @@ class Runner:
         name = f"{settings.job_id}/runner/{self._pid}"
         self._bus = Bus(Lock())
         self._dealer = Dealer(self._bus, direct or settings.control, name.encode())
-        self._watch = Watch(self._dealer.descriptors())
+        self._watch = DescriptorPoller(self._dealer.descriptors())
         if not direct:
             self._dealer.send(m.encode(m.RankHello(settings.job_id, settings.attempt, settings.rank, self._pid)))
         directory = config.shared_memory()

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fleet.bus.transfer import KEEP_COUNT, Incoming, is_digest, read_part, surplus
 from fleet.messages import PART_BYTES, Part, Want
+from fleet.transfer import KEEP_COUNT, Incoming, is_digest, read_part, surplus
 from fleet.worker.bundles import Bundles
 from tests.disks import small_disk
 

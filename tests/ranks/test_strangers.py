@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import zmq
 
+from fleet.bounds import FRAME_LIMIT_BYTES
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Link, Lost, Router
 from fleet.bus.lock import Lock
@@ -28,7 +29,6 @@ from fleet.collectives.channel import PROBE
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.header import MAGIC, pack_call, pack_head
 from fleet.errors import CollectiveTimeout, FleetError, ProtocolError, UsageError
-from fleet.messages import FRAME_LIMIT_BYTES
 
 Call = Callable[[Communicator], None]
 

@@ -12,7 +12,7 @@ from fleet import messages as m
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Link, Lost, Router
 from fleet.bus.lock import Lock
-from fleet.bus.poller import Watch
+from fleet.bus.poller import DescriptorPoller
 
 HEAD = m.relay_head("job")
 
@@ -22,9 +22,9 @@ class Pair:
 
     def __init__(self, bus: Bus, endpoint: str) -> None:
         self.router, self.bus, self.endpoint = Router(bus, endpoint), bus, endpoint
-        self.routers = Watch(self.router.descriptors())
+        self.routers = DescriptorPoller(self.router.descriptors())
         self.dealer = Dealer(bus, endpoint, b"dealer")
-        self.dealers = Watch(self.dealer.descriptors())
+        self.dealers = DescriptorPoller(self.dealer.descriptors())
         assert self.dealer.send(HEAD, [b"hello"])
         assert self.arrived() == [b"hello"]
         while Link.UP not in self.dealer.changes():
