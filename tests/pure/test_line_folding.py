@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet.client import fold as module
+from fleet.client import line_folding as module
 from fleet.client.line_folding import HELD_AT_MOST, LINE_BYTES, FoldedText, LineFolder, LineSplitter
 from fleet.errors import rank_set
 
