@@ -44,7 +44,6 @@ from fleet.bounds import (
     WorldSize,
 )
 from fleet.errors import OtherProtocol, ProtocolError
-from fleet.group import Member, World
 from fleet.questions import (
     FILES_AT_ONCE,
     LEFT_OUT_NAMED,
@@ -65,25 +64,26 @@ from fleet.questions import (
     ReadFile,
     ReadLog,
     Unanswered,
-    Watch,
+    WatchJob,
     Why,
     Workers,
 )
 from fleet.values import (
-    TALLY_SECONDS,
+    COLLECTIVE_SECONDS,
+    CountsRow,
     JobInfo,
     JobOptions,
     Message,
     RankStatus,
     Spec,
-    TallyRow,
     Versions,
     WorkerState,
     escaped,
     how,
 )
+from fleet.world import Member, World
 
-PROTOCOL = 5
+PROTOCOL = 6
 PART_BYTES = 1 << 20  # a bundle travels in parts of this size
 _PROTOCOL_BYTE = bytes([PROTOCOL])
 _RELAY = b"\xff"  # where a control message has its protocol
@@ -173,7 +173,7 @@ class Rejected(Message, frozen=True):
     reason: Text
 
 
-class Waiting(Message, frozen=True):
+class JobWaiting(Message, frozen=True):
     """Why a job has not started yet, in words."""
 
     job_id: JobId
@@ -194,7 +194,7 @@ class Cancel(Message, frozen=True):
     signal: StopSignal = 0  # that the client was told to end by
 
 
-class Ended(Message, frozen=True):
+class JobEnded(Message, frozen=True):
     job_id: JobId
     reason: Text  # empty: every rank exited with 0
     cause: RankOrNone  # the rank that failed first, -1: none
@@ -302,7 +302,7 @@ class RankExited(Message, frozen=True):
     job_id: JobId
     attempt: Attempt
     status: RankStatus
-    made: Made | None = None  # see Tally
+    made: Made | None = None  # see CollectiveCounts
 
 
 class Output(Message, frozen=True):
@@ -362,7 +362,7 @@ class Join(Message, frozen=True):
     rank: Rank
     pid: Pid
     address: Endpoint
-    memory: Word = ""  # see group.Member
+    memory: Word = ""  # see world.Member
 
 
 class Formed(Message, frozen=True):
@@ -371,7 +371,7 @@ class Formed(Message, frozen=True):
     world: World
 
 
-class Lost(Message, frozen=True):
+class MemberLost(Message, frozen=True):
     """A rank of the attempt has gone: whoever waits for it need not. `reason` says why, in words.
 
     Where its status is no failure, it has ended by itself, and ranks that do not need it go on.
@@ -381,7 +381,7 @@ class Lost(Message, frozen=True):
     attempt: Attempt
     status: RankStatus
     reason: Text
-    made: Made | None = None  # see Tally
+    made: Made | None = None  # see CollectiveCounts
 
 
 class Ask(Message, frozen=True):
@@ -391,7 +391,7 @@ class Ask(Message, frozen=True):
     attempt: Attempt
     rank: RankOrNone
     question: Number
-    group: int = 0  # the communicator
+    communicator_id: int = 0
     records: bool = False  # with all that their flight recorders hold
     sequence: Number = 0  # what was called as the collective of this number; 0: as the last one
 
@@ -413,24 +413,24 @@ class Answer(Message, frozen=True):
     unreached: Ranks = ()  # that it sent to, and that it has no connection to
 
 
-class Tally(Message, frozen=True):
-    """From a rank to its agent: what its collectives came to since the last Tally, one row for an operation and a path."""
+class CollectiveCounts(Message, frozen=True):
+    """From a rank to its agent: counts of its collectives since the last such message, one row for an operation and a path."""
 
     job_id: JobId
     attempt: Attempt
     rank: Rank
-    rows: Annotated[tuple[TallyRow, ...], msgspec.Meta(max_length=1000)]
+    rows: Annotated[tuple[CountsRow, ...], msgspec.Meta(max_length=1000)]
     inside_s: Seconds = 0.0  # how long it has been inside the collective that it is in; 0: in none
-    refused_count: Number = 0  # strangers at its inbox since the last Tally
-    made: Made | None = None  # collectives that it made, in its last Tally of all; None: not known
+    refused_count: Number = 0  # strangers at its inbox since then
+    made: Made | None = None  # collectives that it made, in its last such message; None: not known
 
 
 _ALL = (
     WorkerHello | ClientHello | Welcome | Refused | Heartbeat | Unknown | Leaving | HandBack | Goodbye | Ping | Pong
-    | Submit | Accepted | Rejected | Waiting | Started | Cancel | Ended | Retire | ListJobs | Jobs | Watch | ReadLog
+    | Submit | Accepted | Rejected | JobWaiting | Started | Cancel | JobEnded | Retire | ListJobs | Jobs | WatchJob | ReadLog
     | LogPart | Drain | Drained | Want | Part | Assign | Assigned | AssignFailed | Launch | Stop
     | Forget | RankExited | Output | OutputAck
-    | Repeat | Repeated | RankHello | RankWelcome | Join | Formed | Lost | Ask | Answer | Tally
+    | Repeat | Repeated | RankHello | RankWelcome | Join | Formed | MemberLost | Ask | Answer | CollectiveCounts
     | ListWorkers | Workers | Why | Because | Unanswered
     | Stored | Discard | Left | ListFiles | Files | ReadFile | FilePart
 )  # fmt: skip
@@ -488,9 +488,8 @@ def decode(data: bytes) -> Message:
 
 __all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Message)]
 __all__ += [
-    "FILES_AT_ONCE", "LEFT_OUT_NAMED", "PART_BYTES", "PROTOCOL", "TALLY_SECONDS", "Because", "Drain", "Drained", "FileInfo",
-    "FilePart",
-    "Files", "JobInfo", "JobOptions", "Jobs", "ListFiles", "ListJobs", "ListWorkers", "LogPart", "Member", "Message",
-    "Ping", "Pong", "Question", "RankStatus", "ReadFile", "ReadLog", "Spec", "TallyRow", "Unanswered", "Versions", "Watch",
-    "Why", "WorkerState", "Workers", "World", "decode", "encode", "how", "relay_head", "relayed_job",
+    "COLLECTIVE_SECONDS", "FILES_AT_ONCE", "LEFT_OUT_NAMED", "PART_BYTES", "PROTOCOL", "Because", "CountsRow", "Drain",
+    "Drained", "FileInfo", "FilePart", "Files", "JobInfo", "JobOptions", "Jobs", "ListFiles", "ListJobs", "ListWorkers",
+    "LogPart", "Member", "Message", "Ping", "Pong", "Question", "RankStatus", "ReadFile", "ReadLog", "Spec", "Unanswered",
+    "Versions", "WatchJob", "Why", "WorkerState", "Workers", "World", "decode", "encode", "how", "relay_head", "relayed_job",
 ]  # fmt: skip

@@ -50,7 +50,7 @@ class ListJobs(Message, frozen=True):
     """One job, those of a sweep, or all: the newest first. Answered by Jobs, a page at a time."""
 
     job_id: JobPrefix = ""
-    group: Word = ""
+    sweep: Word = ""
     limit: Number = 1000
     before: Number = 0  # of the page before, its `next`
     question: Number = 0
@@ -63,8 +63,8 @@ class Jobs(Message, frozen=True):
     question: Number = 0
 
 
-class Watch(Message, frozen=True):
-    """Tell me when this job has ended. Answered by Jobs at once (empty: there is no such job), and by Ended then."""
+class WatchJob(Message, frozen=True):
+    """Tell me when this job has ended. Answered by Jobs at once (empty: there is no such job), and by JobEnded then."""
 
     job_id: JobId
     question: Number = 0
@@ -200,4 +200,4 @@ class Unanswered(Message, frozen=True):
     reason: Word
 
 
-Question = ListJobs | Watch | ReadLog | Drain | ListWorkers | Why | ListFiles | ReadFile
+Question = ListJobs | WatchJob | ReadLog | Drain | ListWorkers | Why | ListFiles | ReadFile

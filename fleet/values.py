@@ -33,7 +33,7 @@ from fleet.text import shown_lines
 
 _UNDECODED = re.compile("[\ud800-\udfff]")  # what os.fsdecode makes of bytes that are no UTF-8
 ON_WORKER = "on worker "  # how a sentence begins that is about files, and not about deleted ones
-TALLY_SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
+COLLECTIVE_SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
 
 
 class Message(msgspec.Struct, frozen=True, tag=True):
@@ -125,7 +125,9 @@ class JobOptions(msgspec.Struct, frozen=True):
     """How a job is scheduled, and how long it outlives the connection of its client."""
 
     name: Word = ""
-    group: Word = ""  # the sweep that it is a point of
+    sweep: Word = msgspec.field(
+        default="", name="group"
+    )  # that it is a point of; the key in jobs.sqlite and --json is "group"
     priority: Annotated[int, msgspec.Meta(ge=-PRIORITY_AT_MOST, le=PRIORITY_AT_MOST)] = 0  # higher starts earlier
     policy: Word = ""  # how its ranks are spread; empty: as the cluster does
     max_restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 3  # after a lost worker, before it is given up
@@ -203,8 +205,8 @@ def amount_of(size_bytes: int) -> str:
 CollectivePath = Literal["alone", "shared", "sockets", "hierarchical"]
 
 
-class TallyRow(msgspec.Struct, frozen=True):
-    """Collectives of one operation over one path. `buckets` counts those up to each of `TALLY_SECONDS`, and the longer ones."""
+class CountsRow(msgspec.Struct, frozen=True):
+    """Collectives of one operation over one path. `buckets`: how many took up to each of `COLLECTIVE_SECONDS`, and longer."""
 
     operation: Annotated[str, msgspec.Meta(pattern="^[a-z_]{1,32}$")]
     path: CollectivePath

@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"messages", "tasks", "pickling"}),
     frozenset({"questions", "versions"}),
     frozenset({"values", "exposition", "dropped", "stillness"}),
-    frozenset({"group"}),
+    frozenset({"world"}),
     frozenset({"config"}),
     frozenset({"secret"}),
     frozenset({"bounds"}),
@@ -33,11 +33,11 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"text"}),
 )
 # What carries bytes does not know what they mean.
-BLIND = {"bus": frozenset({"messages", "questions", "values", "group", "tasks", "pickling"})}
+BLIND = {"bus": frozenset({"messages", "questions", "values", "world", "tasks", "pickling"})}
 HEIGHT = {part: -depth for depth, parts in enumerate(LAYERS) for part in parts}
 
 # fleet/__init__.py runs before any other module of fleet, so only plain values may load with it.
-EAGER_IN_INIT = frozenset({"messages", "questions", "values", "group", "bounds", "config", "secret", "errors", "text"})
+EAGER_IN_INIT = frozenset({"messages", "questions", "values", "world", "bounds", "config", "secret", "errors", "text"})
 
 DECIDERS = (
     "fleet/orchestrator/clients.py",
@@ -207,7 +207,7 @@ def test_every_decider_is_where_the_rules_look_for_it(path: str) -> None:
         ),
         # What it carries.
         ("fleet/bus/inbox.py", "from fleet.messages import Hello", "bus imports messages, and is not to know"),
-        ("fleet/bus/inbox.py", "from fleet.group import World", "bus imports group, and is not to know"),
+        ("fleet/bus/inbox.py", "from fleet.world import World", "bus imports world, and is not to know"),
         # From the top package itself.
         ("fleet/worker/agent.py", "import fleet", "worker imports __init__"),
         ("fleet/worker/agent.py", "from fleet import init", "worker imports __init__"),
@@ -218,8 +218,8 @@ def test_every_decider_is_where_the_rules_look_for_it(path: str) -> None:
         ("fleet/cli/main.py", "from fleet.torch import DataParallel", "cli imports torch"),
         ("fleet/worker/agent.py", "from fleet.cli import main", "worker imports cli"),
         # The plain values, in their order.
-        ("fleet/group.py", "from fleet.messages import Hello", "group imports messages"),
-        ("fleet/config.py", "from fleet.group import World", "config imports group"),
+        ("fleet/world.py", "from fleet.messages import Hello", "world imports messages"),
+        ("fleet/config.py", "from fleet.world import World", "config imports world"),
         ("fleet/errors.py", "from fleet.config import Config", "errors imports config"),
         ("fleet/messages.py", "from fleet.bus import Inbox", "messages imports bus"),
         # A part nobody placed, and an eager fleet/__init__.py.
@@ -263,7 +263,7 @@ def test_checker_catches(path: str, source: str, why: str) -> None:
         ("fleet/worker/agent.py", "import os\nimport time\nfrom fleet.bus import Inbox\nos.getpid()"),
         ("fleet/bus/inbox.py", "import zmq\nfrom .outbox import Outbox\nfrom ..errors import ProtocolError"),
         ("fleet/bus/__init__.py", "from . import inbox\nfrom .inbox import Inbox\nimport zmq"),
-        ("fleet/messages.py", "from fleet import group\nfrom .config import Config\nfrom .errors import FleetError"),
+        ("fleet/messages.py", "from fleet import world\nfrom .config import Config\nfrom .errors import FleetError"),
         ("fleet/config.py", "import os\nfrom fleet.errors import ConfigError\nos.environ.get('A')"),
         ("fleet/__init__.py", "from fleet.errors import FleetError\ndef init():\n    from fleet.collectives import c"),
         (

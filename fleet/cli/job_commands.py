@@ -62,7 +62,7 @@ command_lines: list[CommandLine] = []  # of this command line, split before type
 
 def job_options(
     name: str,
-    group: str,
+    sweep: str,
     priority: int,
     policy: str,
     max_restarts: int,
@@ -78,7 +78,7 @@ def job_options(
             raise UsageError(f"{option} is {value}: it must be from {least} to 1000")
     if not 0 <= grace_s <= GRACE_AT_MOST_S:
         raise UsageError(f"--grace is {grace_s:g}: it must be a number of seconds from 0 to {GRACE_AT_MOST_S:g}")
-    return m.JobOptions(name, group, priority, policy, max_restarts, slots, gpus, grace_s=grace_s)
+    return m.JobOptions(name, sweep, priority, policy, max_restarts, slots, gpus, grace_s=grace_s)
 
 
 def _cluster(orchestrator: str | None, secret_file: Path | None, insecure: bool, timeout: float) -> Target:

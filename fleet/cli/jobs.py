@@ -115,7 +115,7 @@ def described(job: m.JobInfo) -> str:
         ("attempt", f"{job.attempt} of at most {o.max_restarts + 1}"),
         ("priority", str(o.priority) if o.priority else ""),
         ("policy", o.policy),
-        ("sweep", o.group),
+        ("sweep", o.sweep),
         ("workers", ", ".join(f"{rank} on {worker}" for rank, worker in enumerate(job.workers))),
         ("exit codes", ", ".join(map(str, job.exit_codes))),
         *(("files" if sentence.startswith(ON_WORKER) else "deleted", sentence) for sentence in job.left),
@@ -129,7 +129,7 @@ def wait(target: Target, versions: m.Versions, prefixes: Sequence[str], as_json:
     with JobClient(target, versions) as client:
         jobs = [client.job(prefix) for prefix in prefixes]
         by_id = {job.job_id: job for job in jobs}
-        ends: dict[str, m.Ended] = {}
+        ends: dict[str, m.JobEnded] = {}
         for ended in client.ends(by_id):
             ends[ended.job_id] = ended
             if as_json:
@@ -161,20 +161,20 @@ def cancel(target: Target, versions: m.Versions, prefixes: Sequence[str], kill: 
     return "\n".join(lines)
 
 
-def cancel_sweep(target: Target, versions: m.Versions, group: str, kill: bool, as_json: bool) -> str:
+def cancel_sweep(target: Target, versions: m.Versions, name: str, kill: bool, as_json: bool) -> str:
     """Says how many of a sweep's jobs ended how. Raises UsageError where there is none of that name."""
     from fleet.cli.sweep import points_of
 
     with JobClient(target, versions) as client:
-        jobs = points_of(client, group)
+        jobs = points_of(client, name)
         ends = _cancelled(client, jobs, kill)
         if as_json:
-            return json.dumps([msgspec.to_builtins(job) for job in points_of(client, group)], indent=1)
+            return json.dumps([msgspec.to_builtins(job) for job in points_of(client, name)], indent=1)
     counts = Counter(ends.get(job.job_id, BEING_STOPPED) for job in jobs if not job.outcome)
     before = sum(bool(job.outcome) for job in jobs)
     said = [f"{number} {'job' if number == 1 else 'jobs'} {outcome}" for outcome, number in counts.items()]
     said += [f"{before} had ended before"] if before else []
-    return f"sweep {group}: {', '.join(said)}"
+    return f"sweep {name}: {', '.join(said)}"
 
 
 def _cancelled(client: JobClient, jobs: Sequence[m.JobInfo], kill: bool) -> dict[str, str]:

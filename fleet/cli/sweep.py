@@ -38,9 +38,9 @@ def sweep(
     as_json: bool,
 ) -> int:
     """Submits all points; unless `detach` waits for them and shows their results. 0 if every job succeeded."""
-    group = submission.options.group or f"sweep-{uuid.uuid4().hex[:8]}"
-    say(f"sweep {group}: {len(found)} jobs")
-    options = msgspec.structs.replace(submission.options, group=group)
+    name = submission.options.sweep or f"sweep-{uuid.uuid4().hex[:8]}"
+    say(f"sweep {name}: {len(found)} jobs")
+    options = msgspec.structs.replace(submission.options, sweep=name)
     submission = Submission(submission.workers, options, submission.max_bundle_bytes, submission.keep)
     try:
         each = [([*command.args, *arguments(point)], tuple(point.items())) for point in found]
@@ -50,18 +50,18 @@ def sweep(
             print(_shown([row_of(point, {JOB: job_id}, {}) for job_id, point in by_job.items()], as_json))
             return 0
         with JobClient(target, versions) as client:
-            rows = _results(client, group, by_job)
+            rows = _results(client, name, by_job)
     except KeyboardInterrupt:
-        say(f"the jobs go on: `fleet jobs --sweep {group}` shows them, `fleet cancel --sweep {group}` ends them")
+        say(f"the jobs go on: `fleet jobs --sweep {name}` shows them, `fleet cancel --sweep {name}` ends them")
         raise
     print(_shown(list(rows.values()), as_json))
     return 0 if all(row[STATE] == "succeeded" for row in rows.values()) else 1
 
 
-def again(target: Target, versions: m.Versions, group: str, as_json: bool) -> str:
+def again(target: Target, versions: m.Versions, name: str, as_json: bool) -> str:
     """The table of a sweep, with what has come of it so far. Raises UsageError where there is none of that name."""
     with JobClient(target, versions) as client:
-        jobs = points_of(client, group)
+        jobs = points_of(client, name)
         ended = [job.job_id for job in jobs if job.outcome]
         tails = dict(zip(ended, client.logs(ended, 0, -TAIL_BYTES), strict=True))
     rows = []
@@ -71,18 +71,18 @@ def again(target: Target, versions: m.Versions, group: str, as_json: bool) -> st
     return _shown(rows, as_json)
 
 
-def points_of(client: JobClient, group: str) -> list[m.JobInfo]:
+def points_of(client: JobClient, name: str) -> list[m.JobInfo]:
     """The jobs of a sweep, in the order of submission. Raises UsageError where there are none."""
-    found = client.find(group=group, limit=2 * POINTS_AT_MOST)
+    found = client.find(sweep=name, limit=2 * POINTS_AT_MOST)
     if not found.jobs:
-        raise UsageError(f"there is no job of a sweep {group!r} in this cluster")
+        raise UsageError(f"there is no job of a sweep {name!r} in this cluster")
     return list(reversed(found.jobs))
 
 
-def _results(client: JobClient, group: str, by_job: Mapping[str, Point]) -> dict[str, Row]:
+def _results(client: JobClient, name: str, by_job: Mapping[str, Point]) -> dict[str, Row]:
     """Waits for all. Each result is read as its job ends: a large sweep's first jobs may be forgotten before its last."""
     rows: dict[str, Row] = {}
-    count = Count(group, len(by_job))
+    count = Count(name, len(by_job))
     for ended in client.ends(by_job):
         point = by_job[ended.job_id]
         infos = client.find(ended.job_id, limit=1).jobs
@@ -101,15 +101,15 @@ def _results(client: JobClient, group: str, by_job: Mapping[str, Point]) -> dict
 class Count:
     """How many jobs have ended, on standard error: in one line on a terminal, else a line for each tenth."""
 
-    def __init__(self, group: str, total: int) -> None:
-        self._group, self._total = group, total
+    def __init__(self, name: str, total: int) -> None:
+        self._name, self._total = name, total
         self._ended = self._failed = self._step = 0
         self._on_terminal = sys.stderr.isatty()
 
     def add(self, failed: bool) -> None:
         self._ended, self._failed = self._ended + 1, self._failed + failed
         step = STEPS * self._ended // self._total
-        text = f"sweep {self._group}: {self._ended} of {self._total} have ended"
+        text = f"sweep {self._name}: {self._ended} of {self._total} have ended"
         text += f", {self._failed} did not succeed" if self._failed else ""
         if self._on_terminal:
             end = "\n" if self._ended == self._total else ""

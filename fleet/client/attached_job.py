@@ -53,7 +53,7 @@ class AttachedJob:
         self._in_order = OutputSequence()
         self._submitted = self._accepted = False
         self._denied_count = 0
-        self._ended: m.Ended | None = None
+        self._ended: m.JobEnded | None = None
 
     def cancel(self, signal: int = 0) -> None:
         """`signal` is what ranks are asked to stop by, as this process was; 0: SIGTERM."""
@@ -64,7 +64,7 @@ class AttachedJob:
     def cancelled(self) -> bool:
         return self._cancelled_at is not None or bool(self._cancels)
 
-    def run(self, versions: m.Versions) -> m.Ended:
+    def run(self, versions: m.Versions) -> m.JobEnded:
         """Returns when the job has ended, and all it printed has been printed. Raises ConfigError if it cannot start.
 
         Raises FleetError where a cluster in this process fails, and where nothing can be printed.
@@ -106,7 +106,7 @@ class AttachedJob:
         now = self._clock.now()
         self._printer.tick(now)
         if self._cancelled_at is not None and now > self._cancelled_at + LEAVE_AFTER_S and self._ended is None:
-            self._ended = m.Ended(
+            self._ended = m.JobEnded(
                 self.job_id, "cancelled; the orchestrator did not answer, it stops the ranks by itself", -1
             )
         if not self._submitted:
@@ -159,16 +159,16 @@ class AttachedJob:
         elif isinstance(message, m.Accepted):
             self._accepted = True
         elif isinstance(message, m.Rejected) and message.job_id == self.job_id:
-            self._ended = m.Ended(self.job_id, f"not taken: {message.reason}", -1)
+            self._ended = m.JobEnded(self.job_id, f"not taken: {message.reason}", -1)
         elif isinstance(message, m.Want) and self._bundle is not None:
             self._orchestrator.put(m.encode(read_part(self._bundle, message)))
-        elif isinstance(message, m.Waiting) and not self._target.local:
+        elif isinstance(message, m.JobWaiting) and not self._target.local:
             self._say(f"job {message.job_id} waits: {message.reason}")
         elif isinstance(message, m.Started):
             self._started(message)
         elif isinstance(message, m.Output):
             self._output(message)
-        elif isinstance(message, m.Ended) and message.job_id == self.job_id:
+        elif isinstance(message, m.JobEnded) and message.job_id == self.job_id:
             self._ended = message
 
     def _output(self, output: m.Output) -> None:
@@ -190,7 +190,7 @@ class AttachedJob:
             self._say("stopping all ranks (once more: at once)")
         self._orchestrator.put(m.encode(m.Cancel(self.job_id, again, signal)))
         if again or not self._submitted:
-            self._ended = m.Ended(self.job_id, "cancelled", -1)
+            self._ended = m.JobEnded(self.job_id, "cancelled", -1)
 
     def _say(self, text: str) -> None:
         self._printer.clear()

@@ -51,7 +51,7 @@ class JobClient:
         self._connection = 0  # how often it was let in
         self._numbers = count(1)  # of questions
         self._watching: dict[int, str] = {}  # jobs by the questions about their ends that are not answered
-        self._ended: dict[str, m.Ended] = {}  # jobs whose end nobody has asked for since
+        self._ended: dict[str, m.JobEnded] = {}  # jobs whose end nobody has asked for since
 
     def __enter__(self) -> Self:
         return self
@@ -87,12 +87,12 @@ class JobClient:
             self._until(lambda: list(under_way.values()), take)
         return answered
 
-    def find(self, job_id: str = "", group: str = "", limit: int = 1000) -> m.Jobs:
+    def find(self, job_id: str = "", sweep: str = "", limit: int = 1000) -> m.Jobs:
         """Jobs whose id begins so, of a sweep, or all: the newest first, as many pages as it takes."""
         found: list[m.JobInfo] = []
         before = 0
         while True:
-            page = self._asked([m.ListJobs(job_id, group, limit - len(found), before)], m.Jobs)[0]
+            page = self._asked([m.ListJobs(job_id, sweep, limit - len(found), before)], m.Jobs)[0]
             found += page.jobs
             before = page.next
             if not page.jobs or not before or len(found) >= limit:
@@ -108,7 +108,7 @@ class JobClient:
             raise UsageError(f"several jobs begin with {prefix!r}: {', '.join(job.job_id for job in found.jobs)}, ...")
         return (exact or list(found.jobs))[0]
 
-    def ends(self, job_ids: Iterable[str], within_s: float | None = None) -> Iterator[m.Ended]:
+    def ends(self, job_ids: Iterable[str], within_s: float | None = None) -> Iterator[m.JobEnded]:
         """How each job ended, as it does; until `within_s`, if given. Other questions may be asked between two of them.
 
         One that the orchestrator does not know, or no longer, has ended with UNKNOWN.
@@ -118,7 +118,7 @@ class JobClient:
         unwatched: list[str] = []
         connection = 0  # that they are watched on
 
-        def questions() -> list[m.Watch]:
+        def questions() -> list[m.WatchJob]:
             nonlocal connection
             if connection != self._connection:  # what was asked before is lost
                 connection = self._connection
@@ -128,7 +128,7 @@ class JobClient:
             while unwatched and len(self._watching) < WATCHES_UNDER_WAY:
                 job_id, number = unwatched.pop(), next(self._numbers)
                 self._watching[number] = job_id
-                found.append(m.Watch(job_id, number))
+                found.append(m.WatchJob(job_id, number))
             return found
 
         def take(message: m.Message) -> bool:
@@ -146,7 +146,7 @@ class JobClient:
                     del missing[ended.job_id]
                     yield ended
 
-    def wait(self, job_ids: Iterable[str], within_s: float | None = None) -> dict[str, m.Ended]:
+    def wait(self, job_ids: Iterable[str], within_s: float | None = None) -> dict[str, m.JobEnded]:
         """How each job ended; those that have not by `within_s` are missing."""
         return {ended.job_id: ended for ended in self.ends(job_ids, within_s)}
 
@@ -290,10 +290,10 @@ class JobClient:
 
     def _note_end(self, message: m.Message) -> None:
         """What comes of watched jobs, whatever else is being asked."""
-        if isinstance(message, m.Ended):
+        if isinstance(message, m.JobEnded):
             self._ended[message.job_id] = message
         elif isinstance(message, m.Jobs) and (job_id := self._watching.pop(message.question, "")) and not message.jobs:
-            self._ended[job_id] = m.Ended(job_id, UNKNOWN, -1)
+            self._ended[job_id] = m.JobEnded(job_id, UNKNOWN, -1)
 
     def _link(self, link: Link) -> None:
         if link is Link.UP:

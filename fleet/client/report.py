@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from fleet.client.blame import TRACEBACK, alike, blamed, fullest, headline
 from fleet.errors import rank_set
-from fleet.messages import Ended, RankStatus, how
+from fleet.messages import JobEnded, RankStatus, how
 from fleet.text import shown
 
 STDERR_LINES = 20
@@ -15,7 +15,7 @@ ERROR_CHARS = 500
 INTERRUPTED = 128 + signal.SIGINT
 
 
-def exit_code(ended: Ended) -> int:
+def exit_code(ended: JobEnded) -> int:
     """0 only if every rank's was: the first failed rank's own code, or 128 and the signal that killed it, as a shell has it."""
     failed = [status for status in ended.ranks if status.rank == ended.cause]
     if failed:
@@ -23,7 +23,7 @@ def exit_code(ended: Ended) -> int:
     return 1 if ended.reason or any(status.failed for status in ended.ranks) else 0
 
 
-def report(ended: Ended, world_size: int, printed: Iterable[str] | None = None) -> str:
+def report(ended: JobEnded, world_size: int, printed: Iterable[str] | None = None) -> str:
     """What went wrong and where, first things first; empty for a job that succeeded.
 
     `printed` has the lines of ranks that the reader has just seen: none of them is said again. None: the reader has seen nothing.

@@ -26,7 +26,7 @@ from fleet.errors import ConfigError, FleetError, OtherProtocol, ProtocolError
 from fleet.transfer import read_part
 from fleet.versions import versions
 
-SEATS_NEWS = m.Accepted | m.Waiting | m.Started | m.Retire | m.Ended | m.Rejected
+SEATS_NEWS = m.Accepted | m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected
 
 log = logging.getLogger("fleet.executor")
 
@@ -186,12 +186,12 @@ class Seats(ABC):
         self._unsent.append(submit)
 
     def _about_seat(
-        self, seat: Seat, message: m.Accepted | m.Waiting | m.Started | m.Retire | m.Ended | m.Rejected
+        self, seat: Seat, message: m.Accepted | m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected
     ) -> None:
         job_id = message.job_id
         if isinstance(message, m.Accepted):
             seat.accepted = True
-        elif isinstance(message, m.Waiting):
+        elif isinstance(message, m.JobWaiting):
             if not self._target.local and message.reason not in self._said:
                 self._said.add(message.reason)
                 log.warning("a process of the Executor waits: %s", message.reason)
@@ -204,12 +204,12 @@ class Seats(ABC):
             self._step(pool.RunnerRetires(job_id))
         else:
             reason = message.reason
-            if isinstance(message, m.Ended) and message.ranks:
+            if isinstance(message, m.JobEnded) and message.ranks:
                 status = message.ranks[0]
                 reason = f"its process {'was told to stop' if status.stopped else 'ended: ' + m.how(status)}"
                 tail = status.stderr_tail.strip().splitlines()[-1:] if status.failed else []
                 reason += f"; its last line on stderr: {tail[0]}" if tail else ""
-            task_id = message.ranks[0].task if isinstance(message, m.Ended) and message.ranks else 0
+            task_id = message.ranks[0].task if isinstance(message, m.JobEnded) and message.ranks else 0
             self._ended(job_id, reason, task_id)
 
     def _unfit(self, job_id: str, reason: str) -> None:

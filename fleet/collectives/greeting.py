@@ -11,7 +11,7 @@ from time import monotonic
 from fleet.collectives.channel import Channel, Key
 from fleet.collectives.header import pack_call
 from fleet.errors import SameAddress
-from fleet.group import Member
+from fleet.world import Member
 
 HEARD_WITHIN_S = 20.0  # since all had joined: time for a lost packet or two, and for a machine that has much to do
 ALL_AT_MOST = 16  # ranks of a world in which each greets all others

@@ -18,7 +18,7 @@ from fleet.collectives.paths import World
 from fleet.collectives.session import Session
 from fleet.config import RankSettings, joined_in, note_joined, rank_settings, shared_memory
 from fleet.errors import CollectiveTimeout, UsageError
-from fleet.group import World as Members
+from fleet.world import World as Members
 
 _lock = threading.Lock()
 _made: tuple[int, Communicator] | None = None  # (pid that made it, the communicator of this process)

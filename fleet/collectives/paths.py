@@ -27,7 +27,7 @@ from fleet.collectives.shared import SharedPath
 from fleet.collectives.sockets import SocketPath
 from fleet.collectives.windows import Windows
 from fleet.errors import FleetError
-from fleet.group import Member
+from fleet.world import Member
 
 NAME_CHARS = 40  # 160 bits
 GROUPS_PER_COMMUNICATOR = 2  # its own and its point-to-point messages'

@@ -30,14 +30,14 @@ from fleet.collectives.job import Ended
 from fleet.collectives.recorder import Recorder, text
 from fleet.config import RankSettings
 from fleet.errors import FleetError, Late, ProtocolError, RankEnded, WorldChanged
-from fleet.group import World
 from fleet.stillness import Deadline
+from fleet.world import World
 
 ANSWER_WITHIN_S = 1.0
 LOOK_UP_S = 0.1  # how often a wait for the others looks whether one has gone
 AGENT_WITHIN_S = 10.0  # the agent is on this machine
 TALLY_EVERY_S = 1.0
-ROWS_AT_MOST = 1000  # of one Tally
+ROWS_AT_MOST = 1000  # of one CollectiveCounts
 MADE_AT_MOST = 1000  # communicators whose collectives a rank that ends tells the number of
 
 log = logging.getLogger("fleet.session")
@@ -188,9 +188,11 @@ class Session:
         if rows or inside_s or self._told_inside or refused_count or last:
             s = self._settings
             while len(rows) > ROWS_AT_MOST:
-                self._say(agent, m.Tally(s.job_id, s.attempt, s.rank, tuple(rows[:ROWS_AT_MOST])))
+                self._say(agent, m.CollectiveCounts(s.job_id, s.attempt, s.rank, tuple(rows[:ROWS_AT_MOST])))
                 del rows[:ROWS_AT_MOST]
-            self._say(agent, m.Tally(s.job_id, s.attempt, s.rank, tuple(rows), inside_s, refused_count, made))
+            self._say(
+                agent, m.CollectiveCounts(s.job_id, s.attempt, s.rank, tuple(rows), inside_s, refused_count, made)
+            )
         self._told_inside = bool(inside_s)
 
     def _take(self, data: bytes) -> None:
@@ -207,10 +209,10 @@ class Session:
                 answers.put(message)
         elif isinstance(message, m.Ask):
             self._answer(message)
-        elif isinstance(message, m.Lost) and not message.status.failed:
+        elif isinstance(message, m.MemberLost) and not message.status.failed:
             gone, made = message.status, None if message.made is None else dict(message.made)
             self.ended.setdefault(gone.rank, Ended(gone.worker_id, gone.host, gone.pid, made, monotonic()))
-        elif isinstance(message, m.Lost) and self._lost is None:
+        elif isinstance(message, m.MemberLost) and self._lost is None:
             gone, generation = message.status, self._world.generation if self._world else self._settings.attempt
             reason = message.reason
             self._lost = WorldChanged(generation, gone.rank, gone.worker_id, gone.host, gone.pid, reason)
@@ -218,7 +220,7 @@ class Session:
     def _answer(self, ask: m.Ask) -> None:
         s = self._settings
         recorders = self._recorders()
-        recorder = next((recorder for group, recorder in recorders if group == ask.group), None)
+        recorder = next((recorder for group, recorder in recorders if group == ask.communicator_id), None)
         record = recorder.last if recorder is not None else None
         call, line, sequence = "", main_thread_line()[:TEXT_CHARS], 0
         if recorder is not None and record is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from fleet.values import TALLY_SECONDS, CollectivePath, TallyRow
+from fleet.values import COLLECTIVE_SECONDS, CollectivePath, CountsRow
 
 
 class _Count:
@@ -16,7 +16,7 @@ class _Count:
     def __init__(self) -> None:
         self.byte_count = 0
         self.seconds = 0.0
-        self.buckets = [0] * (len(TALLY_SECONDS) + 1)
+        self.buckets = [0] * (len(COLLECTIVE_SECONDS) + 1)
 
 
 class Tally:
@@ -25,7 +25,7 @@ class Tally:
     def __init__(self) -> None:
         self.path: CollectivePath = "alone"
         self._counts: dict[str, _Count] = {}
-        self._told: dict[str, TallyRow] = {}
+        self._told: dict[str, CountsRow] = {}
 
     def add(self, operation: str, byte_count: int, seconds: float) -> None:
         count = self._counts.get(operation)
@@ -33,13 +33,13 @@ class Tally:
             count = self._counts[operation] = _Count()
         count.byte_count += byte_count
         count.seconds += seconds
-        count.buckets[bisect_left(TALLY_SECONDS, seconds)] += 1
+        count.buckets[bisect_left(COLLECTIVE_SECONDS, seconds)] += 1
 
-    def take(self) -> list[TallyRow]:
+    def take(self) -> list[CountsRow]:
         """What was added since the last call. A collective that ends meanwhile counts in the next."""
         found = []
         for operation, count in list(self._counts.items()):
-            now = TallyRow(operation, self.path, count.byte_count, count.seconds, tuple(count.buckets))
+            now = CountsRow(operation, self.path, count.byte_count, count.seconds, tuple(count.buckets))
             before = self._told.get(operation)
             self._told[operation] = now
             if before is None:
@@ -47,5 +47,5 @@ class Tally:
             elif before.buckets != now.buckets:
                 buckets = tuple(a - b for a, b in zip(now.buckets, before.buckets, strict=True))
                 byte_count, seconds = now.byte_count - before.byte_count, now.seconds - before.seconds
-                found.append(TallyRow(operation, self.path, byte_count, seconds, buckets))
+                found.append(CountsRow(operation, self.path, byte_count, seconds, buckets))
         return found

@@ -56,7 +56,7 @@ class Clients(Gangs):
             self._send(peer, m.Workers(states, message.question))
         elif isinstance(message, m.ListJobs):
             self._list_jobs(peer, message)
-        elif isinstance(message, m.Watch):
+        elif isinstance(message, m.WatchJob):
             self._watch(peer, message)
         elif isinstance(message, m.ReadLog):
             self._read_log(peer, message)
@@ -75,7 +75,9 @@ class Clients(Gangs):
             self._submitted_again(peer, known)
             return
         if submit.again:
-            self._send(peer, m.Ended(submit.job_id, "the orchestrator was restarted and no longer knows this job", -1))
+            self._send(
+                peer, m.JobEnded(submit.job_id, "the orchestrator was restarted and no longer knows this job", -1)
+            )
             return
         if reason := self._unacceptable(submit):
             self._send(peer, m.Rejected(submit.job_id, reason))
@@ -122,7 +124,7 @@ class Clients(Gangs):
                 self._send(peer, m.Started(job.job_id, job.hosts, job.seats))
             self._tell_workers(job, m.Repeat(job.job_id, job.attempt))  # what was on its way may be lost
         elif job.state is JobState.QUEUED and job.waits_for:
-            self._send(peer, m.Waiting(job.job_id, job.waits_for))
+            self._send(peer, m.JobWaiting(job.job_id, job.waits_for))
 
     def _unacceptable(self, submit: m.Submit) -> str:
         """Why a job is not taken; empty: it is."""
@@ -211,8 +213,8 @@ class Clients(Gangs):
             found = [self.jobs[ask.job_id]]
         else:
             found = [job for job in reversed(self.jobs.values()) if job.job_id.startswith(ask.job_id)]
-        if ask.group:
-            found = [job for job in found if job.options.group == ask.group]
+        if ask.sweep:
+            found = [job for job in found if job.options.sweep == ask.sweep]
         if ask.before:
             found = [job for job in found if job.number < ask.before]
         page: list[m.JobInfo] = []
@@ -232,7 +234,7 @@ class Clients(Gangs):
         told = job.state is JobState.QUEUED and not alone
         return job.info(self.epoch, job.waits_for if told else self._waits_for(job))
 
-    def _watch(self, peer: bytes, watch: m.Watch) -> None:
+    def _watch(self, peer: bytes, watch: m.WatchJob) -> None:
         job = self.jobs.get(watch.job_id)
         infos = () if job is None else (self._info(job, alone=False),)
         self._send(peer, m.Jobs(infos, question=watch.question))

@@ -15,12 +15,12 @@ from msgspec.structs import replace
 
 from fleet import messages as m
 from fleet.bounds import Made
-from fleet.group import Member
 from fleet.messages import how
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState, record
 from fleet.orchestrator.placement import DEFAULT, Rooms, Shape
 from fleet.orchestrator.state import Counts, Effect, Erase, Log, ReleaseBundle, Save, Send, Worker
 from fleet.orchestrator.waiting import HOLD_AFTER_S, Waiting, turn_of
+from fleet.world import Member
 
 KEEP_JOBS, KEEP_S = 10_000, 7 * 24 * 3600.0  # of jobs that have ended: the largest sweep, a week
 KEEP_POINT_S = 60.0  # of a sweep, however many there are: its client asks for each result once it hears of the end
@@ -117,7 +117,7 @@ class Gangs:
     def _say_waiting(self, job: Job, reason: str) -> None:
         if reason != job.waits_for:
             job.waits_for = reason
-            self._send(job.client, m.Waiting(job.job_id, reason))
+            self._send(job.client, m.JobWaiting(job.job_id, reason))
 
     def _waits_for(self, job: Job) -> str:
         """What a job waits for now, for a person."""
@@ -204,7 +204,7 @@ class Gangs:
             return
         if status.failed and not status.stopped and job.cause < 0 and not job.reason:
             job.cause = status.rank
-            self._tell_workers(job, m.Lost(job.job_id, job.attempt, status, how(status)))
+            self._tell_workers(job, m.MemberLost(job.job_id, job.attempt, status, how(status)))
             self._stop(job, f"rank {status.rank} failed")
         self._end_if_done(job)
         if job.state in ON_WORKERS:
@@ -218,9 +218,9 @@ class Gangs:
             if job is not None and job.attempt == attempt and job.state is JobState.RUNNING:
                 self._tell_workers(job, self._ended_by_itself(job, rank))
 
-    def _ended_by_itself(self, job: Job, rank: int) -> m.Lost:
+    def _ended_by_itself(self, job: Job, rank: int) -> m.MemberLost:
         status = replace(job.exits[rank], stderr_tail="")
-        return m.Lost(job.job_id, job.attempt, status, how(status), job.made.get(rank))
+        return m.MemberLost(job.job_id, job.attempt, status, how(status), job.made.get(rank))
 
     # How a job begins again
 
@@ -239,7 +239,7 @@ class Gangs:
             pid = job.joined[rank].pid if rank in job.joined else 0
             status = m.RankStatus(rank, worker_id, host, pid, 1, reason=reason)
             if by_itself:
-                self._tell_workers(job, m.Lost(job.job_id, job.attempt, status, reason))
+                self._tell_workers(job, m.MemberLost(job.job_id, job.attempt, status, reason))
             job.exits[rank] = status
         if job.state is JobState.STOPPING:
             self._end_if_done(job)
@@ -275,7 +275,7 @@ class Gangs:
 
     def _start_over(self, job: Job, reason: str) -> None:
         """Stops what runs of the attempt; the next one begins when it has."""
-        self._send(job.client, m.Waiting(job.job_id, f"{reason}: stopping its ranks, then it starts again"))
+        self._send(job.client, m.JobWaiting(job.job_id, f"{reason}: stopping its ranks, then it starts again"))
         self._log("info", f"job {job.job_id} starts again: {reason}")
         if job.state is JobState.ASSIGNED:  # nothing of it runs
             job.reason = reason
@@ -371,7 +371,7 @@ class Gangs:
             job = self.jobs[self.ended[0]]
             assert job.ended_at is not None
             age_s = self._now - job.ended_at
-            if job.options.group and age_s < min(KEEP_POINT_S, self.keep_s):
+            if job.options.sweep and age_s < min(KEEP_POINT_S, self.keep_s):
                 return
             if age_s < self.keep_s and len(self.ended) <= self.keep_jobs:
                 return

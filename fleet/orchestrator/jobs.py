@@ -136,11 +136,11 @@ class Job:
         members = tuple(self.joined[rank] for rank in range(self.world_size))
         return m.Formed(self.job_id, self.attempt, m.World(self.attempt, members))
 
-    def result(self) -> m.Ended:
+    def result(self) -> m.JobEnded:
         """In one frame, whatever its ranks said last."""
         kept = TAILS_TOLD_CHARS // max(1, len(self.exits))
         ranks = tuple(_with_tail(self.exits[rank], kept) for rank in sorted(self.exits))
-        return m.Ended(self.job_id, self.reason, self.cause, ranks, self.outcome)
+        return m.JobEnded(self.job_id, self.reason, self.cause, ranks, self.outcome)
 
     def begin_again(self, now: float) -> None:
         """Back to where it waits for slots, as the next attempt. What comes of the one before is dropped."""

@@ -228,14 +228,14 @@ class Agent:
         except ProtocolError as error:
             self._dropped.malformed(f"rank {arrived.peer[:40]!r}", error)
             return
-        if isinstance(message, m.Tally):
+        if isinstance(message, m.CollectiveCounts):
             with self._turning:
                 self._metrics.add(message.rows)
                 self._metrics.refused_count += message.refused_count
             self._say_refused(message)
         self._step(FromRank(arrived.peer, message))
 
-    def _say_refused(self, tally: m.Tally) -> None:
+    def _say_refused(self, tally: m.CollectiveCounts) -> None:
         if tally.refused_count and monotonic() >= self._say_refused_at:
             self._say_refused_at = monotonic() + LOG_EVERY_S
             # A few may be ranks that were killed while they connected, which is no news for who runs a job on this machine.

@@ -188,7 +188,7 @@ class Core(Ranks):
             printed = self.attempts.get((message.job_id, message.attempt))
             if printed is not None and message.rank in printed.ranks:
                 self._acknowledged(printed, printed.ranks[message.rank], message.number)
-        elif isinstance(message, m.Launch | m.Stop | m.Forget | m.Formed | m.Lost | m.Ask | m.Answer | m.Repeat):
+        elif isinstance(message, m.Launch | m.Stop | m.Forget | m.Formed | m.MemberLost | m.Ask | m.Answer | m.Repeat):
             attempt_or_none = self.attempts.get((message.job_id, message.attempt))
             if attempt_or_none is not None:
                 self._about_attempt(attempt_or_none, message)
@@ -253,9 +253,9 @@ class Core(Ranks):
                 self._stop(attempt, rank, message.kill, message.signal)
         elif isinstance(message, m.Forget):
             self._forget(attempt)
-        elif isinstance(message, m.Formed | m.Lost | m.Answer):
+        elif isinstance(message, m.Formed | m.MemberLost | m.Answer):
             for rank in attempt.ranks.values():
-                lost = isinstance(message, m.Lost) and message.status.failed
+                lost = isinstance(message, m.MemberLost) and message.status.failed
                 rank.warned = rank.warned or (lost and rank.join is not None)
                 if rank.peer and (not isinstance(message, m.Answer) or message.asker == rank.rank):
                     self._effects.append(ToRank(rank.peer, message))
@@ -272,13 +272,13 @@ class Core(Ranks):
     def _from_rank(self, peer: bytes, message: m.Message) -> None:
         if isinstance(message, m.Ping):
             self._effects.append(ToRank(peer, m.Pong(self.settings.worker_id, self.ever_welcomed, self._state())))
-        if not isinstance(message, m.RankHello | m.Join | m.Ask | m.Answer | m.Tally):
+        if not isinstance(message, m.RankHello | m.Join | m.Ask | m.Answer | m.CollectiveCounts):
             return
         attempt = self.attempts.get((message.job_id, message.attempt))
         rank = attempt.ranks.get(message.rank) if attempt else None
         if attempt is None or rank is None:
             return
-        if isinstance(message, m.Tally):
+        if isinstance(message, m.CollectiveCounts):
             rank.inside_since = self._now - message.inside_s if message.inside_s else None
             if message.made is not None:
                 rank.made = message.made
@@ -305,7 +305,7 @@ class Core(Ranks):
     def _unheard(self, event: Unheard) -> None:
         """What a rank must know it is told again, in order. Who asks it something asks again, or not."""
         for rank in self._ranks():
-            if rank.peer == event.peer and isinstance(event.message, m.RankWelcome | m.Formed | m.Lost):
+            if rank.peer == event.peer and isinstance(event.message, m.RankWelcome | m.Formed | m.MemberLost):
                 rank.owed.append(event.message)
                 rank.owed_at = self._now + RETRY_S
 

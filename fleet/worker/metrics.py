@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fleet.values import TALLY_SECONDS, TallyRow, cumulative
+from fleet.values import COLLECTIVE_SECONDS, CountsRow, cumulative
 from fleet.worker.core import Core
 from fleet.worker.usage import Meter
 
@@ -23,7 +23,7 @@ SERIES_AT_MOST = 64  # operations times paths; what a script makes up beyond tha
 class _Sum:
     byte_count: int = 0
     seconds: float = 0.0
-    buckets: list[int] = field(default_factory=lambda: [0] * (len(TALLY_SECONDS) + 1))
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(COLLECTIVE_SECONDS) + 1))
 
 
 class WorkerMetrics(Collector):
@@ -44,10 +44,10 @@ class WorkerMetrics(Collector):
         self._sums: dict[tuple[str, str], _Sum] = {}
         self.refused_count = 0  # strangers at the inboxes of ranks
 
-    def add(self, rows: tuple[TallyRow, ...]) -> None:
+    def add(self, rows: tuple[CountsRow, ...]) -> None:
         for row in rows:
             key = row.operation, row.path
-            if len(row.buckets) != len(TALLY_SECONDS) + 1 or (
+            if len(row.buckets) != len(COLLECTIVE_SECONDS) + 1 or (
                 key not in self._sums and len(self._sums) >= SERIES_AT_MOST
             ):
                 continue
@@ -134,7 +134,7 @@ class WorkerMetrics(Collector):
             labels=("worker", "operation", "path"),
         )
         for (operation, path), total in sorted(self._sums.items()):
-            seconds.add_metric((*one, operation, path), cumulative(TALLY_SECONDS, total.buckets), total.seconds)
+            seconds.add_metric((*one, operation, path), cumulative(COLLECTIVE_SECONDS, total.buckets), total.seconds)
             moved.add_metric((*one, operation, path), total.byte_count)
         yield seconds
         yield moved

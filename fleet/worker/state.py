@@ -69,8 +69,8 @@ class Rank:
     drained_at: float | None = None  # when output that a grandchild may still hold open is given up
     hurried: bool = False  # its job is to end: what nobody reads is given up too
     stderr_tail: bytes = b""
-    made: tuple[tuple[int, int], ...] | None = None  # by its last Tally: see there
-    inside_since: float | None = None  # by its last Tally: when the collective began that it is in
+    made: tuple[tuple[int, int], ...] | None = None  # by its last CollectiveCounts: see there
+    inside_since: float | None = None  # by its last CollectiveCounts: when the collective began that it is in
     status: m.RankStatus | None = None
 
     @property

@@ -27,7 +27,7 @@ class Submitter:
         self._sent: dict[str, m.Submit] = {}  # and not acknowledged
         self.accepted: set[str] = set()
         self.rejected: dict[str, str] = {}
-        self.ended: dict[str, list[m.Ended]] = {}
+        self.ended: dict[str, list[m.JobEnded]] = {}
         self.reconnections = -1
 
     def submit(self, spec: m.Spec, world_size: int = 1, **options: object) -> str:
@@ -61,20 +61,20 @@ class Submitter:
             for submit in self._sent.values():
                 self._dealer.send(m.encode(submit))
             for job_id in self.accepted - self.ended.keys():
-                self._dealer.send(m.encode(m.Watch(job_id)))
+                self._dealer.send(m.encode(m.WatchJob(job_id)))
         elif isinstance(message, m.Unknown):
             self._dealer.send(m.encode(m.ClientHello(VERSIONS)))
         elif isinstance(message, m.Accepted):
             self._sent.pop(message.job_id, None)
             if message.job_id not in self.accepted:
                 self.accepted.add(message.job_id)
-                self._dealer.send(m.encode(m.Watch(message.job_id)))
+                self._dealer.send(m.encode(m.WatchJob(message.job_id)))
         elif isinstance(message, m.Rejected):
             self._sent.pop(message.job_id, None)
             self.rejected[message.job_id] = message.reason
         elif isinstance(message, m.Jobs):
             assert message.jobs, "an acknowledged job is unknown"
-        elif isinstance(message, m.Ended):
+        elif isinstance(message, m.JobEnded):
             self.ended.setdefault(message.job_id, []).append(message)
 
     def close(self) -> None:

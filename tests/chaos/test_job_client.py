@@ -16,7 +16,7 @@ COUNT = 2 * WATCHES_UNDER_WAY + 10  # more than are watched, or submitted, at a 
 @pytest.mark.chaos
 def test_every_end_of_many_jobs_is_heard_whatever_is_asked_in_between(tmp_path: Path) -> None:
     spec = m.Spec("command", "true", directory="/")
-    submits = [m.Submit(f"j{n}", 1, spec, detached=True, options=m.JobOptions(group="s")) for n in range(COUNT)]
+    submits = [m.Submit(f"j{n}", 1, spec, detached=True, options=m.JobOptions(sweep="s")) for n in range(COUNT)]
     with orchestrator(tmp_path) as target, JobClient(target, VERSIONS) as client:
         assert set(client.submit(submits, None).values()) == {""}
         job_ids = [submit.job_id for submit in submits]
@@ -27,4 +27,4 @@ def test_every_end_of_many_jobs_is_heard_whatever_is_asked_in_between(tmp_path: 
             assert len(client.find(ended.job_id, limit=1).jobs) == (ended.job_id != "never")
             assert client.logs([ended.job_id], 0, -10)[0].data == b""
         assert found == {**dict.fromkeys(job_ids, "cancelled"), "never": UNKNOWN}
-        assert [job.job_id for job in client.find(group="s", limit=COUNT).jobs] == job_ids[::-1]
+        assert [job.job_id for job in client.find(sweep="s", limit=COUNT).jobs] == job_ids[::-1]

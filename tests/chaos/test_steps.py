@@ -29,7 +29,7 @@ def test_a_rank_killed_before_any_step_is_named_by_all_others(tmp_path: Path, pa
         for host in range(2):
             (tmp_path / str(host)).mkdir()
 
-    def run(deaths: Iterable[Death]) -> dict[Death, m.Ended]:
+    def run(deaths: Iterable[Death]) -> dict[Death, m.JobEnded]:
         """How the jobs ended; they run two at a time."""
         script, jobs = Path(steps.__file__), {}
         for name, at in deaths:

@@ -81,7 +81,7 @@ def test_stop_is_polite_and_then_is_not() -> None:
     assert kinds(core.step(w.Tick(), 1.0 + STOP_GRACE_S), w.Kill) == [w.Kill(KEY, 42, 9)]
 
 
-LOST = m.Lost("j", 1, m.RankStatus(1, "w1", "h", 7, 0, signal=9), "killed by signal 9 (SIGKILL)")
+LOST = m.MemberLost("j", 1, m.RankStatus(1, "w1", "h", 7, 0, signal=9), "killed by signal 9 (SIGKILL)")
 RANK = b"j/1/0/42"
 
 
@@ -108,10 +108,10 @@ def test_a_rank_that_was_told_whom_it_lost_has_the_time_to_say_so() -> None:
 
 def test_a_rank_that_ended_by_itself_is_passed_on_and_its_number_of_collectives_with_it() -> None:
     core = joined()
-    ended = m.Lost("j", 1, m.RankStatus(1, "w1", "h", 7, 0), "exit code 0", ((0, 3),))
+    ended = m.MemberLost("j", 1, m.RankStatus(1, "w1", "h", 7, 0), "exit code 0", ((0, 3),))
     assert w.ToRank(RANK, ended) in core.step(w.FromOrchestrator(ended), 1.0)
     assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.Kill), "nobody is to act on that loss"
-    core.step(w.FromRank(RANK, m.Tally("j", 1, 0, (), made=((0, 5), (8, 0)))), 1.1)
+    core.step(w.FromRank(RANK, m.CollectiveCounts("j", 1, 0, (), made=((0, 5), (8, 0)))), 1.1)
     for stream in ("stdout", "stderr"):
         core.step(w.Printed(KEY, stream, b""), 1.2)
     (exited,) = up(core.step(w.Died(KEY, 0, 0, False), 1.2), m.RankExited)
@@ -124,7 +124,7 @@ def test_the_last_word_of_a_rank_may_come_after_its_end() -> None:
     for stream in ("stdout", "stderr"):
         core.step(w.Printed(KEY, stream, b""), 1.2)
     core.step(w.Died(KEY, 0, 0, False), 1.2)
-    (exited,) = up(core.step(w.FromRank(RANK, m.Tally("j", 1, 0, (), made=((0, 5),))), 1.3), m.RankExited)
+    (exited,) = up(core.step(w.FromRank(RANK, m.CollectiveCounts("j", 1, 0, (), made=((0, 5),))), 1.3), m.RankExited)
     assert isinstance(exited, m.RankExited)
     assert exited.made == ((0, 5),)
 

@@ -79,7 +79,7 @@ def test_a_worker_that_drains_says_so_to_an_orchestrator_that_was_away() -> None
     core = cluster()
     core.step(o.Received(b"w0/1", hello), 3.0)
     effects = core.step(o.Received(CLIENT, m.Submit("k", 1, SPEC)), 3.0)
-    assert any(isinstance(x, m.Waiting) for x in sent(effects, CLIENT))
+    assert any(isinstance(x, m.JobWaiting) for x in sent(effects, CLIENT))
 
 
 def test_a_worker_that_leaves_gets_no_new_work() -> None:
@@ -102,14 +102,14 @@ def test_a_job_that_is_handed_back_starts_again_on_others() -> None:
     effects = core.step(o.Received(b"w0/1", m.HandBack("j", 1)), 2.0)
     for peer in (b"w0/1", b"w1/1"):
         assert [type(x) for x in sent(effects, peer)] == [m.Stop]
-    (waiting,) = (x for x in sent(effects, CLIENT) if isinstance(x, m.Waiting))
+    (waiting,) = (x for x in sent(effects, CLIENT) if isinstance(x, m.JobWaiting))
     assert "worker w0 (10.0.0.0) leaves" in waiting.reason
     for rank, worker in enumerate(("w0", "w1")):
         status = m.RankStatus(rank, worker, "h", 7, 0, signal=15, stopped=True)
         effects = core.step(o.Received(f"{worker}/1".encode(), m.RankExited("j", 1, status)), 2.1)
     job = core.jobs["j"]
     assert (job.state, job.attempt, job.seats) == (JobState.ASSIGNED, 2, ("w1", "w2"))
-    assert not any(isinstance(x, m.Ended) for x in sent(effects, CLIENT))
+    assert not any(isinstance(x, m.JobEnded) for x in sent(effects, CLIENT))
     assert m.Forget("j", 1) in sent(effects, b"w1/1")
     assert core.counts.failovers == 1
     # What comes of the attempt before is dropped.
@@ -133,7 +133,7 @@ def test_a_cancel_wins_over_starting_again() -> None:
     core.step(o.Received(CLIENT, m.Cancel("j")), 1.1)
     status = m.RankStatus(0, "w0", "h", 7, 0, signal=15, stopped=True)
     effects = core.step(o.Received(b"w0/1", m.RankExited("j", 1, status)), 1.2)
-    (ended,) = (x for x in sent(effects, CLIENT) if isinstance(x, m.Ended))
+    (ended,) = (x for x in sent(effects, CLIENT) if isinstance(x, m.JobEnded))
     assert ended.reason == "cancelled"
 
 
@@ -143,7 +143,7 @@ def test_a_worker_whose_part_is_done_may_leave_before_the_others() -> None:
     core.step(o.Received(b"w0/1", m.RankExited("j", 1, m.RankStatus(0, "w0", "h", 7, 0))), 1.0)
     core.step(o.Received(b"w0/1", m.Goodbye()), 1.1)
     effects = core.step(o.Received(b"w1/1", m.RankExited("j", 1, m.RankStatus(1, "w1", "h", 8, 0))), 1.2)
-    (ended,) = (x for x in sent(effects, CLIENT) if isinstance(x, m.Ended))
+    (ended,) = (x for x in sent(effects, CLIENT) if isinstance(x, m.JobEnded))
     assert ended.reason == ""
 
 

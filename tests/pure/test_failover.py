@@ -40,7 +40,7 @@ def test_a_gang_that_loses_a_rank_begins_again_once_the_others_have_stopped() ->
     core = cluster(1, 1, 1)
     running(core, 2)
     effects = lose(core, "w0", 1.0)
-    assert [type(x) for x in sent(effects, b"w1/1")] == [m.Lost, m.Stop]
+    assert [type(x) for x in sent(effects, b"w1/1")] == [m.MemberLost, m.Stop]
     assert core.jobs["j"].state is JobState.STOPPING
     status = m.RankStatus(1, "w1", "h", 8, 1, stopped=True)
     effects = core.step(o.Received(b"w1/1", m.RankExited("j", 1, status)), 3.2)
@@ -107,7 +107,7 @@ def test_a_task_runner_does_not_start_again_and_its_client_is_told() -> None:
     assert core.relay_to(b"client/2", "t") is None
     assert m.Retire("t") in sent(core.step(o.Received(b"w0/1", m.Leaving()), 0.5), CLIENT)
     effects = lose(core, "w0", 1.0)
-    (ended,) = (x for x in sent(effects, CLIENT) if isinstance(x, m.Ended))
+    (ended,) = (x for x in sent(effects, CLIENT) if isinstance(x, m.JobEnded))
     assert "was lost" in ended.reason
     assert core.relay_to(CLIENT, "t") is None
 
@@ -279,7 +279,7 @@ def test_files_that_no_worker_could_unpack_fail_their_job_and_no_other_worker_is
     for worker in (b"w0/1", b"w1/1"):
         assert [type(x) for x in sent(effects, worker)] == [m.Stop, m.Forget]
     (ended,) = sent(effects, CLIENT)
-    assert isinstance(ended, m.Ended)
+    assert isinstance(ended, m.JobEnded)
     assert ended.reason == "it cannot be started: its bundle cannot be unpacked: it was cut"
     assert (core.jobs["j"].outcome, core.jobs["j"].losses, core.jobs["j"].attempt) == ("failed", 0, 1)
 

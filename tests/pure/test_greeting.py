@@ -6,7 +6,7 @@ import pytest
 
 from fleet.collectives.greeting import ALL_AT_MOST, check_addresses, partners
 from fleet.errors import Blocked, SameAddress, Unreachable
-from fleet.group import Member
+from fleet.world import Member
 
 
 def addresses(count: int, per_host: int) -> list[str]:

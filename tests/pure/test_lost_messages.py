@@ -105,7 +105,7 @@ def test_what_is_asked_for_again_is_sent_again_and_then_said_to_be_all() -> None
 
 def test_a_rank_that_does_not_read_is_told_later_what_it_must_know() -> None:
     core = joined()
-    lost = m.Lost("j", 1, m.RankStatus(1, "w1", "h", 7, 0, signal=9), "killed by signal 9 (SIGKILL)")
+    lost = m.MemberLost("j", 1, m.RankStatus(1, "w1", "h", 7, 0, signal=9), "killed by signal 9 (SIGKILL)")
     core.step(w.Unheard(b"j/1/0/42", lost), 1.0)
     core.step(w.Unheard(b"j/1/0/42", m.Ask("j", 1, 1, 5)), 1.0)
     effects = core.step(w.Tick(), 1.0 + RETRY_S)
@@ -152,7 +152,7 @@ def test_a_worker_keeps_what_a_job_printed_until_its_client_has_it() -> None:
     core = cluster(1)
     running(core, 1)
     effects = [effect for event in end() for effect in core.step(event, 1.0)]
-    assert [type(x) for x in sent(effects, CLIENT)] == [m.Output, m.Ended]
+    assert [type(x) for x in sent(effects, CLIENT)] == [m.Output, m.JobEnded]
     assert sent(effects, b"w0/1") == []
     assert core.rooms["w0"].taken == 0  # its slot is free meanwhile
     assert sent(core.step(o.Received(CLIENT, m.OutputAck("j", 1, 0, 1)), 1.1), b"w0/1") == [m.Forget("j", 1)]
@@ -170,7 +170,7 @@ def test_a_client_that_was_away_when_its_job_ended_gets_what_was_printed_and_the
     assert [type(x) for x in sent(effects, CLIENT)] == [m.Accepted]
     assert sent(effects, b"w0/1") == [m.Repeat("j", 1)]
     effects = [*core.step(end()[0], 1.3), *core.step(o.Received(b"w0/1", m.Repeated("j", 1)), 1.3)]
-    assert [type(x) for x in sent(effects, CLIENT)] == [m.Output, m.Ended]
+    assert [type(x) for x in sent(effects, CLIENT)] == [m.Output, m.JobEnded]
 
 
 def test_a_result_does_not_wait_for_a_worker_that_is_gone() -> None:
@@ -182,7 +182,7 @@ def test_a_result_does_not_wait_for_a_worker_that_is_gone() -> None:
     core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 1.1)
     core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC, again=True)), 1.2)
     effects = core.step(o.Received(b"w0/1", m.Goodbye()), 1.3)
-    assert [type(x) for x in sent(effects, CLIENT)] == [m.Ended]
+    assert [type(x) for x in sent(effects, CLIENT)] == [m.JobEnded]
 
 
 def test_output_of_a_detached_job_is_kept_once_and_in_order() -> None:

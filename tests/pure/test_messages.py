@@ -59,21 +59,21 @@ EXAMPLES: list[Message] = [
     m.Goodbye(),
     m.Ping(),
     m.Pong("worker-0", True, "draining"),
-    m.Tally("job", 2, 1, (m.TallyRow("all_reduce", "shared", 4096, 0.25, (0,) * 16 + (1,)),), 1.5),
+    m.CollectiveCounts("job", 2, 1, (m.CountsRow("all_reduce", "shared", 4096, 0.25, (0,) * 16 + (1,)),), 1.5),
     m.ListWorkers(),
     m.Workers((m.WorkerState("worker-0", "10.0.0.5", "draining", 4, 1, VERSIONS, ("job",)),)),
     m.Submit("job", 4, SPEC, True),
-    m.Waiting("job", "2 of 4 slots are free"),
+    m.JobWaiting("job", "2 of 4 slots are free"),
     m.Started("job", ("h0", "h1"), ("worker-0", "worker-1")),
     m.Cancel("job", True),
-    m.Ended("job", "rank 3 exited with 1", 3, (STATUS, m.RankStatus(0, "worker-0", "h0", 5, 0))),
+    m.JobEnded("job", "rank 3 exited with 1", 3, (STATUS, m.RankStatus(0, "worker-0", "h0", 5, 0))),
     m.Accepted("job"),
     m.Rejected("job", "the disk is full"),
     m.Retire("job"),
     m.Submit("job", 4, SPEC, False, True, OPTIONS),
     m.ListJobs("job", "sweep", 10),
     m.Jobs((JOB,), 3),
-    m.Watch("job"),
+    m.WatchJob("job"),
     m.ReadLog("job", 1, 1 << 33),
     m.LogPart("job", 1, 1 << 33, b"\xff text", True, "there is no such job"),
     m.Drain("worker-1", 2.5, True),
@@ -111,13 +111,13 @@ EXAMPLES: list[Message] = [
     m.Ask("job", 2, -1, 5, 8, True),
     m.Join("job", 2, 1, 812, "tcp://10.0.0.5:50052", "boot/1f/2"),
     m.Because("job", "no such job"),
-    m.Lost("job", 2, STATUS, "killed by signal 9 (SIGKILL)"),
+    m.MemberLost("job", 2, STATUS, "killed by signal 9 (SIGKILL)"),
     m.Why("job"),
     m.Because("job", "", 4),
     # Defaults and emptiness are values too.
     m.WorkerHello("w", "1", "", 1, m.Versions("", "")),
     m.Submit("j", 1, m.Spec("module", "")),
-    m.Ended("j", "", -1),
+    m.JobEnded("j", "", -1),
     m.Part("ab" * 32, 0, b""),
     m.Formed("j", 0, m.World(0, ())),
     m.Unanswered(7, "an error of its own"),
@@ -290,7 +290,7 @@ HUGE = [2**31 + 1, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
         ("Output", "data", [bytes(m.PART_BYTES + 1)]),
         ("Output", "rank", [-1, 2**14, *HUGE]),
         ("Join", "address", ["tcp://h:1\n", "tcp://h h:1", "x" * 301]),
-        ("Ended", "cause", [-2, 2**14, *HUGE]),
+        ("JobEnded", "cause", [-2, 2**14, *HUGE]),
         ("Heartbeat", "load", [-1.0, float("nan"), float("inf")]),
         ("Welcome", "heartbeat_s", [0.0, -1.0, float("nan"), float("inf")]),
         ("Drain", "within_s", [-1.0, float("nan"), float("inf")]),
@@ -308,9 +308,9 @@ def test_a_value_out_of_its_bounds_is_refused(name: str, field: str, values: lis
 
 def test_every_number_and_every_id_is_bounded() -> None:
     """A field of a plain `int` or `float`, or an id of a plain `str`, would be the next one to end somebody."""
-    free = {"Ask.group"}  # any number that a communicator has; a key in a dict, and nothing else
+    free = {"Ask.communicator_id"}  # any number that a communicator has; a key in a dict, and nothing else
     unbounded = set()
-    for cls in {type(message) for message in EXAMPLES} | {m.RankStatus, m.Member, m.World, m.JobOptions, m.TallyRow}:
+    for cls in {type(message) for message in EXAMPLES} | {m.RankStatus, m.Member, m.World, m.JobOptions, m.CountsRow}:
         for field in msgspec.inspect.type_info(cls).fields:  # type: ignore[attr-defined]
             kind = field.type
             if isinstance(kind, msgspec.inspect.IntType | msgspec.inspect.FloatType) and (
@@ -345,7 +345,7 @@ def test_a_name_that_is_no_utf8_is_escaped_wherever_it_stands() -> None:
     for message, field, told in (
         (answer, "doing", r"is at caf\xe9\n\x1b.py".replace(r"\n", "\n")),
         (answer, "records", "one\ntwo \\xe9"),
-        (m.Ended("j", odd, 0, (status,)), "ranks", (status,)),
+        (m.JobEnded("j", odd, 0, (status,)), "ranks", (status,)),
         (m.Submit("j", 1, m.Spec("script", "a", environment={"A": odd}), options=m.JobOptions(odd)), "job_id", "j"),
     ):
         found = m.decode(m.encode(message))

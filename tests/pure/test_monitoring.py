@@ -33,14 +33,14 @@ NOW = 100.0
 DROPPED = {"malformed": 2, "failed": 1}
 
 
-def row(operation: str = "all_reduce", *buckets: int) -> m.TallyRow:
-    counts = buckets or (2, 1, *[0] * (len(m.TALLY_SECONDS) - 2), 1)
-    return m.TallyRow(operation, "shared", 4096, 0.5, counts)
+def row(operation: str = "all_reduce", *buckets: int) -> m.CountsRow:
+    counts = buckets or (2, 1, *[0] * (len(m.COLLECTIVE_SECONDS) - 2), 1)
+    return m.CountsRow(operation, "shared", 4096, 0.5, counts)
 
 
 def worker_metrics() -> WorkerMetrics:
     agent = agent_with_a_rank()
-    agent.step(w.FromRank(b"r", m.Tally("j", 1, 0, (), inside_s=3.0)), NOW - 1)
+    agent.step(w.FromRank(b"r", m.CollectiveCounts("j", 1, 0, (), inside_s=3.0)), NOW - 1)
     found = WorkerMetrics(agent, threading.Lock(), lambda: NOW, DROPPED)
     found.add((row(),))
     found.add((row(),))
@@ -88,7 +88,7 @@ def test_a_worker_tells_its_state_and_the_sum_of_its_ranks() -> None:
     assert value(found, "fleet_collective_bytes_total", **kind) == 8192
     assert value(found, "fleet_collective_seconds_sum", **kind) == 1.0
     buckets = [s.value for s in found["fleet_collective_seconds"].samples if s.name.endswith("_bucket")]
-    assert buckets == [4, *[6] * (len(m.TALLY_SECONDS) - 1), 8]
+    assert buckets == [4, *[6] * (len(m.COLLECTIVE_SECONDS) - 1), 8]
     assert value(found, "fleet_collective_seconds_bucket", **kind, le="+Inf") == 8
     assert value(found, "worker_cpu_usage", **one) >= 0
     assert 1e6 < value(found, "worker_memory_usage", **one) <= value(found, "fleet_worker_memory_limit_bytes", **one)

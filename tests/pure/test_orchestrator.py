@@ -42,7 +42,7 @@ def running(core: Orchestrator, world_size: int) -> None:
 def test_a_gang_waits_and_says_for_what_then_starts_by_itself() -> None:
     core = cluster(2)
     effects = core.step(o.Received(CLIENT, m.Submit("j", 3, SPEC)), 0.0)
-    assert "2 of 3 slots" in next(x for x in sent(effects, CLIENT) if isinstance(x, m.Waiting)).reason
+    assert "2 of 3 slots" in next(x for x in sent(effects, CLIENT) if isinstance(x, m.JobWaiting)).reason
     effects = core.step(o.Received(b"w9/1", m.WorkerHello("w9", "1", "h", 1, VERSIONS)), 1.0)
     assert [type(x) for x in sent(effects, b"w9/1")] == [m.Welcome, m.Assign]
 
@@ -56,7 +56,7 @@ def test_the_first_failed_rank_stops_the_others_and_is_the_cause() -> None:
     for rank in (0, 1):
         status = m.RankStatus(rank, "w0", "h", 8, 0, signal=15, stopped=True)
         effects = core.step(o.Received(b"w0/1", m.RankExited("j", 1, status)), 1.1)
-    ended = next(x for x in sent(effects, CLIENT) if isinstance(x, m.Ended))
+    ended = next(x for x in sent(effects, CLIENT) if isinstance(x, m.JobEnded))
     assert (ended.cause, [s.rank for s in ended.ranks]) == (2, [0, 1, 2])
     assert any(isinstance(x, m.Forget) for x in sent(effects, b"w0/1"))
 
@@ -80,12 +80,12 @@ def test_the_first_loss_is_announced_to_all_workers_before_the_stop_and_no_other
     running(core, 3)
     first = m.RankStatus(2, "w2", "h", 7, 0, signal=9)
     effects = core.step(o.Received(b"w2/1", m.RankExited("j", 1, first)), 1.0)
-    lost = m.Lost("j", 1, first, "killed by signal 9 (SIGKILL)")
+    lost = m.MemberLost("j", 1, first, "killed by signal 9 (SIGKILL)")
     for peer in (b"w0/1", b"w1/1", b"w2/1"):
         assert sent(effects, peer) == [lost, m.Stop("j", 1, "rank 2 failed")]
     second = m.RankStatus(1, "w1", "h", 8, 3)
     effects = core.step(o.Received(b"w1/1", m.RankExited("j", 1, second)), 1.1)
-    assert not any(isinstance(x, o.Send) and isinstance(x.message, m.Lost | m.Stop) for x in effects)
+    assert not any(isinstance(x, o.Send) and isinstance(x.message, m.MemberLost | m.Stop) for x in effects)
     assert core.jobs["j"].cause == 2
 
 
@@ -96,7 +96,7 @@ def test_a_rank_that_ends_well_or_was_stopped_is_no_loss() -> None:
     core.step(o.Received(CLIENT, m.Cancel("j")), 1.1)
     stopped = m.RankStatus(1, "w1", "h", 8, 0, signal=15, stopped=True)
     effects = core.step(o.Received(b"w1/1", m.RankExited("j", 1, stopped)), 1.2)
-    assert not any(isinstance(x, o.Send) and isinstance(x.message, m.Lost) for x in effects)
+    assert not any(isinstance(x, o.Send) and isinstance(x.message, m.MemberLost) for x in effects)
 
 
 def test_a_rank_that_ended_with_0_is_told_to_the_others_once_they_have_had_the_time_to_end_too() -> None:
@@ -106,7 +106,7 @@ def test_a_rank_that_ended_with_0_is_told_to_the_others_once_they_have_had_the_t
     core.step(o.Received(b"w1/1", m.RankExited("j", 1, status)), 1.0)
     core.step(o.Received(b"w1/1", m.RankExited("j", 1, status, ((0, 12), (4, 1)))), 1.1)  # its last word came after it
     assert core.next_deadline() == 1.0 + TELL_ENDED_AFTER_S
-    told = m.Lost("j", 1, replace(status, stderr_tail=""), "exit code 0", ((0, 12), (4, 1)))
+    told = m.MemberLost("j", 1, replace(status, stderr_tail=""), "exit code 0", ((0, 12), (4, 1)))
     effects = core.step(o.Tick(), 1.0 + TELL_ENDED_AFTER_S)
     assert sent(effects, b"w0/1") == [told]
     assert core.jobs["j"].state is JobState.RUNNING
@@ -124,7 +124,7 @@ def test_ranks_that_end_together_are_told_nothing() -> None:
         worker = f"w{rank}"
         core.step(o.Received(f"{worker}/1".encode(), m.RankExited("j", 1, m.RankStatus(rank, worker, "h", 7, 0))), 1.0)
     effects = core.step(o.Tick(), 2.0)
-    assert not any(isinstance(x, o.Send) and isinstance(x.message, m.Lost) for x in effects)
+    assert not any(isinstance(x, o.Send) and isinstance(x.message, m.MemberLost) for x in effects)
     assert not core.leavers
 
 
@@ -136,8 +136,8 @@ def test_a_lost_worker_is_announced_as_its_first_rank_to_the_workers_that_are_le
         core.step(o.Received(b"w1/1", m.Join("j", 1, rank, 70 + rank, "tcp://h:1")), 0.5)
     core.step(o.PeerLost(b"w1/1"), 1.0)
     effects = core.step(o.Tick(), 1.0 + RECONNECT_GRACE_S)
-    first, *rest = [x for x in sent(effects, b"w0/1") if isinstance(x, m.Lost | m.Stop)]
-    assert isinstance(first, m.Lost)
+    first, *rest = [x for x in sent(effects, b"w0/1") if isinstance(x, m.MemberLost | m.Stop)]
+    assert isinstance(first, m.MemberLost)
     assert (first.status.rank, first.status.pid, first.status.worker_id) == (lost_ranks[0], 70 + lost_ranks[0], "w1")
     assert "worker w1 (10.0.0.1) was lost" in first.reason
     # Its second rank is named too or not, but always before the stop.
@@ -230,7 +230,7 @@ def test_a_job_that_is_sent_twice_runs_once_and_one_that_is_forgotten_is_not_sta
     assert [type(x) for x in sent(again, CLIENT)] == [m.Accepted, m.Started]
     assert sent(again, b"w0/1") == [m.Repeat("j", 1)]  # what was on its way to the client may be lost
     effects = core.step(o.Received(CLIENT, m.Submit("other", 1, SPEC, again=True)), 1.0)
-    assert "restarted" in next(x for x in sent(effects, CLIENT) if isinstance(x, m.Ended)).reason
+    assert "restarted" in next(x for x in sent(effects, CLIENT) if isinstance(x, m.JobEnded)).reason
 
 
 def test_policies_place_all_or_nothing() -> None:
@@ -325,7 +325,7 @@ def test_an_answer_repeats_the_number_of_its_question() -> None:
     core = cluster(1)
     questions = [
         m.ListJobs(question=11),
-        m.Watch("none", 12),
+        m.WatchJob("none", 12),
         m.ReadLog("none", 0, 0, 13),
         m.Drain("none", question=14),
         m.ListWorkers(15),

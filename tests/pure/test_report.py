@@ -17,7 +17,7 @@ from fleet.client.bundle import pack
 from fleet.client.line_folding import LineFolder, LineSplitter
 from fleet.client.report import exit_code, report
 from fleet.errors import Called, CollectiveMismatch, CollectiveTimeout, ConfigError, Late, RankEnded, rank_set
-from fleet.messages import Ended, RankStatus
+from fleet.messages import JobEnded, RankStatus
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300)))
@@ -94,7 +94,7 @@ def status(rank: int, **changes: object) -> RankStatus:
 
 def test_report_names_the_first_failed_rank_first() -> None:
     ranks = (status(0, signal=15, stopped=True), status(1, code=3, stderr_tail="Traceback\nBoom\n"), status(2))
-    ended = Ended("j", "rank 1 failed", 1, ranks)
+    ended = JobEnded("j", "rank 1 failed", 1, ranks)
     said = [
         "fleet: rank 1 failed (host h, pid 11): exit code 3",
         "fleet: stopped because of it: rank 0",
@@ -116,7 +116,7 @@ def test_ranks_that_fail_alike_are_one_line() -> None:
     alike = [status(rank, code=1, stderr_tail=tail, stopped=rank == 3) for rank in (0, 1, 3)]
     others = (status(2, code=3), status(4, code=3), status(5, signal=9), status(6, signal=15, stopped=True))
     lost_it = status(7, code=1, stderr_tail="a warning\n")  # it heard of the loss before it was told to stop
-    ended = Ended("j", "rank 1 failed", 1, (*alike, *others, lost_it))
+    ended = JobEnded("j", "rank 1 failed", 1, (*alike, *others, lost_it))
     assert report(ended, 8, []).splitlines() == [
         "fleet: ranks 0-1,3 failed alike: exit code 1",
         r"fleet: it said: ValueError: bad\x1b[2J batch",
@@ -160,7 +160,7 @@ def test_a_rank_that_asked_late_does_not_change_whom_the_report_blames() -> None
     whole = CollectiveMismatch(2, 0, "a()", 1, "b()", calls=[Called((0,), "a()"), Called((1, 2, 3), "b()")])
     few = CollectiveMismatch(2, 0, "a()", 1, "b()", calls=[Called((0,), "a()"), Called((3,), "b()")])
     tails = {rank: f"{TRACEBACK}fleet.errors.CollectiveMismatch: {few if rank == 3 else whole}\n" for rank in range(4)}
-    ended = Ended("j", "rank 3 failed", 3, tuple(status(r, code=1, stderr_tail=tail) for r, tail in tails.items()))
+    ended = JobEnded("j", "rank 3 failed", 3, tuple(status(r, code=1, stderr_tail=tail) for r, tail in tails.items()))
     assert report(ended, 4, tails[0].splitlines()).splitlines() == [
         "fleet: rank 0 (host h, pid 10) called something else than the others",
         "fleet: failed because of it: ranks 0-3 (exit code 1)",
@@ -170,7 +170,7 @@ def test_a_rank_that_asked_late_does_not_change_whom_the_report_blames() -> None
 def test_report_names_whom_the_others_waited_for() -> None:
     tail = f"{TRACEBACK}fleet.errors.CollectiveTimeout: {LATE}\n"
     failed = [status(rank, code=1, stderr_tail=tail) for rank in (0, 2, 3)]
-    ended = Ended("j", "rank 2 failed", 2, (*failed, status(1, signal=15, stopped=True)))
+    ended = JobEnded("j", "rank 2 failed", 2, (*failed, status(1, signal=15, stopped=True)))
     assert report(ended, 4, tail.splitlines()).splitlines() == [
         "fleet: rank 1 (host h, pid 11) kept the others waiting",
         "fleet: failed because of it: ranks 0,2-3 (exit code 1)",
@@ -181,13 +181,13 @@ def test_report_names_whom_the_others_waited_for() -> None:
 @pytest.mark.parametrize(
     ("ended", "code", "words"),
     [
-        (Ended("j", "", -1, (status(0),)), 0, ""),
-        (Ended("j", "r", 0, (status(0, signal=9, out_of_memory=True),)), 137, "out of memory"),
-        (Ended("j", "r", 0, (status(0, code=1, reason="worker w was lost"),)), 1, "worker w was lost"),
-        (Ended("j", "quarantined: why", 0, (status(0, code=1, reason="worker w was lost"),)), 1, "quarantined: why"),
-        (Ended("j", "its bundle was refused", -1), 1, "its bundle was refused"),
+        (JobEnded("j", "", -1, (status(0),)), 0, ""),
+        (JobEnded("j", "r", 0, (status(0, signal=9, out_of_memory=True),)), 137, "out of memory"),
+        (JobEnded("j", "r", 0, (status(0, code=1, reason="worker w was lost"),)), 1, "worker w was lost"),
+        (JobEnded("j", "quarantined: why", 0, (status(0, code=1, reason="worker w was lost"),)), 1, "quarantined: why"),
+        (JobEnded("j", "its bundle was refused", -1), 1, "its bundle was refused"),
     ],
 )
-def test_exit_codes(ended: Ended, code: int, words: str) -> None:
+def test_exit_codes(ended: JobEnded, code: int, words: str) -> None:
     assert exit_code(ended) == code
     assert words in report(ended, 1)

@@ -134,14 +134,14 @@ def test_a_job_with_more_arguments_than_a_frame_holds_is_listed_all_the_same() -
 
 def test_a_watch_of_a_job_that_is_not_known_is_answered_with_its_number() -> None:
     core = cluster(1)
-    assert sent(core.step(o.Received(CLIENT, m.Watch("gone", 5)), 0.0), CLIENT) == [m.Jobs((), question=5)]
+    assert sent(core.step(o.Received(CLIENT, m.WatchJob("gone", 5)), 0.0), CLIENT) == [m.Jobs((), question=5)]
 
 
 def test_points_of_a_sweep_are_kept_until_their_client_has_asked() -> None:
     core = cluster(1)
     core.keep_jobs = 2
     for number in range(6):
-        submit = m.Submit(f"j{number}", 1, SPEC, detached=True, options=m.JobOptions(group="s"))
+        submit = m.Submit(f"j{number}", 1, SPEC, detached=True, options=m.JobOptions(sweep="s"))
         core.step(o.Received(CLIENT, submit), 0.0)
         core.step(o.Received(CLIENT, m.Cancel(f"j{number}")), 0.0)
     assert len(core.jobs) == 6

@@ -95,7 +95,7 @@ def test_a_job_that_is_cancelled_while_its_files_come_is_refused_and_its_files_a
     submit(core, "a")
     effects = core.step(o.Received(OTHER, m.Cancel("a")), 1.0)
     # Whoever submits waits for one of Accepted and Rejected.
-    assert [type(x) for x in sent(effects, CLIENT)] == [m.Rejected, m.Ended]
+    assert [type(x) for x in sent(effects, CLIENT)] == [m.Rejected, m.JobEnded]
     assert of_files(core.step(o.Received(CLIENT, part(FILES, 0)), 1.1)) == [o.DropUpload]
 
 

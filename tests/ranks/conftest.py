@@ -20,7 +20,7 @@ from fleet.collectives.communicator import Communicator
 from fleet.collectives.conductor import Inquiry
 from fleet.collectives.job import Ended
 from fleet.collectives.paths import World
-from fleet.group import Member
+from fleet.world import Member
 
 WORLD_ID = 7
 OPEN = Lock()

@@ -24,7 +24,7 @@ from fleet.collectives.communicator import Communicator
 from fleet.collectives.conductor import UNANSWERED, Doing
 from fleet.collectives.paths import World
 from fleet.errors import Blocked, CollectiveTimeout, Late, Unreachable
-from fleet.group import Member
+from fleet.world import Member
 
 LOCK = Lock("plain", "a secret for this test alone")
 

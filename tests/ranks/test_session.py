@@ -37,8 +37,21 @@ def session(endpoint: str, world_size: int, recorders: Sequence[tuple[int, Recor
 
 
 def answer(ask: m.Ask, rank: int) -> m.Answer:
-    doing = f"is in {ask.group}"
-    return m.Answer("job", 1, 0, ask.question, rank, "h", rank, ask.group, True, doing, f"call {ask.group}", "a.py:1")
+    doing = f"is in {ask.communicator_id}"
+    return m.Answer(
+        "job",
+        1,
+        0,
+        ask.question,
+        rank,
+        "h",
+        rank,
+        ask.communicator_id,
+        True,
+        doing,
+        f"call {ask.communicator_id}",
+        "a.py:1",
+    )
 
 
 def test_two_communicators_that_time_out_together_get_their_own_answers(tmp_path: Path) -> None:
@@ -98,7 +111,7 @@ def test_whatever_a_script_is_called_and_however_much_it_did_its_rank_answers(tm
     assert "after collective #1 barrier()" in told.doing
     assert told.line == r"caf\xe9.py:1 in <module>"
     assert "communicator 1099:" in told.records
-    rows = [len(message.rows) for message in found if isinstance(message, m.Tally)]
+    rows = [len(message.rows) for message in found if isinstance(message, m.CollectiveCounts)]
     assert sum(rows) == len(recorders)
     assert max(rows) <= ROWS_AT_MOST
 

@@ -18,7 +18,7 @@ from fleet.bus.mesh import Mesh
 from fleet.bus.shared import PAGE_BYTES, PREFIX, host_key, share, sweep
 from fleet.collectives.channel import Inbox
 from fleet.collectives.paths import LOCAL_AT_MOST, Forming, World, reach
-from fleet.group import Member
+from fleet.world import Member
 
 SHM = Path("/dev/shm")
 

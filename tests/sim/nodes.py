@@ -13,7 +13,7 @@ from fleet.worker import state as w
 from fleet.worker.core import Core as Agent
 
 if TYPE_CHECKING:
-    from tests.sim.world import World
+    from tests.sim.simulation import Simulation
 
 SILENCE_S = 3.0  # after which ZeroMQ takes a connection for broken
 
@@ -33,7 +33,7 @@ class Process:
 
 
 @dataclass
-class Line:
+class Connection:
     """A node's connection, the one that is up (its number) or none (0)."""
 
     number: int = 0
@@ -49,8 +49,8 @@ class Line:
 class Node:
     """A worker or a client: something with a connection to the orchestrator."""
 
-    def __init__(self, world: World, peer: bytes) -> None:
-        self.world, self.peer, self.line, self.alive = world, peer, Line(), True
+    def __init__(self, world: Simulation, peer: bytes) -> None:
+        self.world, self.peer, self.connection, self.alive = world, peer, Connection(), True
         world.nodes[peer] = self
 
     def link_up(self) -> None: ...
@@ -61,39 +61,39 @@ class Node:
 
     def send(self, message: m.Message) -> bool:
         """False: the queue is full, and the message lost."""
-        if self.line.number and self.line.full_until.get("up", 0.0) > self.world.now:
+        if self.connection.number and self.connection.full_until.get("up", 0.0) > self.world.now:
             self.world.faults["queue was full"] += 1
             return False
-        if self.line.number:
+        if self.connection.number:
             self.world.carry(self, message, up=True)
         else:
-            self.line.queued.append(message)
+            self.connection.queued.append(message)
         return True
 
     def connect(self) -> None:
         """Tries until the orchestrator is there."""
-        if not self.alive or self.line.number:
+        if not self.alive or self.connection.number:
             return
         if self.world.core is None or self.world.still_until > self.world.now:
             self.world.after(self.world.source.uniform(0.05, 2.0), self.connect)
             return
-        self.world.line_count += 1
-        self.line.number = self.world.line_count
-        queued, self.line.queued = self.line.queued, []
+        self.world.connection_count += 1
+        self.connection.number = self.world.connection_count
+        queued, self.connection.queued = self.connection.queued, []
         for message in queued:
             self.world.carry(self, message, up=True)
         self.link_up()
 
     def silenced(self, until: float, here_at: float, there_at: float) -> None:
         """The other side, or this one, stands still until then: the connection breaks, as each side finds out at its time."""
-        number, world = self.line.number, self.world
+        number, world = self.connection.number, self.world
         if not number:
             return
 
         def ends() -> None:
-            if self.alive and self.line.number == number:
-                self.line.number = 0
-                self.line.last_arrival.clear()
+            if self.alive and self.connection.number == number:
+                self.connection.number = 0
+                self.connection.last_arrival.clear()
                 self.link_down()
                 world.at(until + world.source.uniform(0.0, 1.5), self.connect)
 
@@ -101,10 +101,10 @@ class Node:
         world.at(there_at, lambda: world.lost(self.peer, number))
 
     def cut(self, again: bool = True) -> None:
-        number, self.line.number = self.line.number, 0
+        number, self.connection.number = self.connection.number, 0
         if not number:
             return
-        self.line.last_arrival.clear()
+        self.connection.last_arrival.clear()
         world = self.world
         world.after(world.source.uniform(0.0, 3.0), lambda: world.lost(self.peer, number))
         if again:
@@ -118,7 +118,7 @@ def lived(now: float, deadline: float | None) -> float:
 
 
 class Worker(Node):
-    def __init__(self, world: World, worker_id: str, incarnation: int, slots: int, gpus: int) -> None:
+    def __init__(self, world: Simulation, worker_id: str, incarnation: int, slots: int, gpus: int) -> None:
         super().__init__(world, f"{worker_id}/{incarnation}".encode())
         settings = w.Settings(
             worker_id,
@@ -311,7 +311,7 @@ class Worker(Node):
 class Client(Node):
     """Submits until it is acknowledged, watches what it has submitted, and notes all results and what was printed."""
 
-    def __init__(self, world: World, name: str, attached: bool) -> None:
+    def __init__(self, world: Simulation, name: str, attached: bool) -> None:
         super().__init__(world, f"client/{name}".encode())
         self.attached = attached
         self.jobs: dict[str, m.Submit] = {}
@@ -338,13 +338,13 @@ class Client(Node):
                 elif self.attached and job_id in world.accepted and job_id not in world.results:
                     self.send(m.Submit(job_id, submit.world_size, submit.spec, True, options=submit.options))
                 elif job_id in world.accepted and job_id not in world.results:
-                    self.send(m.Watch(job_id))
+                    self.send(m.WatchJob(job_id))
         elif isinstance(message, m.Accepted) and message.job_id not in world.accepted:
             world.accepted.add(message.job_id)
-            self.send(m.Watch(message.job_id))
+            self.send(m.WatchJob(message.job_id))
         elif isinstance(message, m.Rejected):
             world.rejected.add(message.job_id)
-        elif isinstance(message, m.Ended):
+        elif isinstance(message, m.JobEnded):
             world.results.setdefault(message.job_id, []).append(message)
         elif isinstance(message, m.Output):
             if self.in_order.is_next(message):

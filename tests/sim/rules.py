@@ -6,12 +6,12 @@ from collections import Counter
 
 from fleet.orchestrator.jobs import ON_WORKERS, JobState
 from fleet.worker.ranks import UNDER_WAY
-from tests.sim.world import World
+from tests.sim.simulation import Simulation
 
 REACHED_WITHIN_S = 16.0  # a worker in trouble may run what was given up: until it is back, and has been told
 
 
-def check(world: World) -> None:
+def check(world: Simulation) -> None:
     """After every event."""
     if world.core is not None:
         _rooms(world)
@@ -25,7 +25,7 @@ def check(world: World) -> None:
                 assert len(rank.sent) <= UNDER_WAY, "too much is under way"
 
 
-def _rooms(world: World) -> None:
+def _rooms(world: Simulation) -> None:
     core = world.core
     assert core is not None
     free = total = 0
@@ -51,7 +51,7 @@ def _rooms(world: World) -> None:
     assert len(core.rooms) == len(core.workers) == len(core.heard)
 
 
-def _indexes(world: World) -> None:
+def _indexes(world: Simulation) -> None:
     core = world.core
     assert core is not None
     for job in core.jobs.values():
@@ -78,7 +78,7 @@ def _indexes(world: World) -> None:
     assert sum(1 for job in core.jobs.values() if job.state is JobState.ENDED) == len(core.ended)
 
 
-def _one_live_attempt(world: World) -> None:
+def _one_live_attempt(world: Simulation) -> None:
     for job_id, attempts in world.live.items():
         if len(attempts) < 2:
             continue
@@ -91,7 +91,7 @@ def _one_live_attempt(world: World) -> None:
                 )
 
 
-def check_output(world: World) -> None:
+def check_output(world: Simulation) -> None:
     """What a job printed that succeeded, its client has, whatever happened to queues and connections."""
     assert world.core is not None
     for client in world.clients if not world.output_at_risk else ():
@@ -105,7 +105,7 @@ def check_output(world: World) -> None:
                     )
 
 
-def check_end(world: World) -> None:
+def check_end(world: Simulation) -> None:
     """Once everything is well again, and time has passed."""
     core = world.core
     assert core is not None

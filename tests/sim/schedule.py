@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fleet import messages as m
 from tests.sim.nodes import Client
 from tests.sim.rules import check, check_end
-from tests.sim.world import World
+from tests.sim.simulation import Simulation
 
 FAULTS_S, WELL_S = 25.0, 240.0
 FAULTS = (
@@ -35,9 +35,9 @@ def run(seed: int) -> tuple[Counter[str], int]:
     return world.faults, events
 
 
-def run_with(seed: int, faults: Sequence[str]) -> tuple[World, int]:
+def run_with(seed: int, faults: Sequence[str]) -> tuple[Simulation, int]:
     """With faults of these kinds only: (the world at the end, events)."""
-    world = World(seed)
+    world = Simulation(seed)
     events = 0
     try:
         _furnish(world, faults)
@@ -58,14 +58,14 @@ def run_with(seed: int, faults: Sequence[str]) -> tuple[World, int]:
     return world, events
 
 
-def _check(world: World) -> None:
+def _check(world: Simulation) -> None:
     """After each event that changed something that the rules look at."""
     if world.changed:
         world.changed = False
         check(world)
 
 
-def _furnish(world: World, faults: Sequence[str]) -> None:
+def _furnish(world: Simulation, faults: Sequence[str]) -> None:
     source = world.source
     for number in range(source.randint(2, 4)):
         slots, gpus = source.randint(1, 3), source.choice([0, 0, 1])
@@ -81,7 +81,7 @@ def _furnish(world: World, faults: Sequence[str]) -> None:
         world.after(source.uniform(0.5, FAULTS_S), lambda f=fault: _strike(world, f))
 
 
-def _job(world: World, job_id: str, attached: bool) -> m.Submit:
+def _job(world: Simulation, job_id: str, attached: bool) -> m.Submit:
     source = world.source
     options = m.JobOptions(
         priority=source.choice([0, 0, 0, 5, -5]),
@@ -94,7 +94,7 @@ def _job(world: World, job_id: str, attached: bool) -> m.Submit:
     return m.Submit(job_id, source.choice([1, 1, 1, 2, 3]), spec, detached=not attached, options=options)
 
 
-def _strike(world: World, fault: str) -> None:
+def _strike(world: Simulation, fault: str) -> None:
     source = world.source
     workers = [worker for worker in world.workers.values() if worker.alive]
     worker = source.choice(workers) if workers else None
@@ -107,8 +107,8 @@ def _strike(world: World, fault: str) -> None:
         node.cut()
     elif fault == "silence" and worker:
         world.count("silence")
-        worker.line.silent_until = world.now + source.uniform(1.0, 9.0)
-        world.trouble_at[worker.worker_id] = worker.line.silent_until
+        worker.connection.silent_until = world.now + source.uniform(1.0, 9.0)
+        world.trouble_at[worker.worker_id] = worker.connection.silent_until
     elif fault == "worker crash" and worker:
         world.count("worker crash")
         worker.crash()
@@ -141,7 +141,7 @@ def _strike(world: World, fault: str) -> None:
         node = source.choice([*workers, client])
         way = source.choice(["up", "down"])
         world.count(f"queue full, {way}")
-        node.line.full_until[way] = world.now + source.choice([0.05, 0.5, 3.0]) * source.random()
+        node.connection.full_until[way] = world.now + source.choice([0.05, 0.5, 3.0]) * source.random()
         if node in workers:
             world.trouble_at[node.worker_id] = world.now  # type: ignore[union-attr]
     elif fault == "orchestrator stands still" and world.core and world.still_until <= world.now:
@@ -160,7 +160,7 @@ def _strike(world: World, fault: str) -> None:
             source.choice([worker, client]).send(message)
 
 
-def _nonsense(world: World) -> list[m.Message]:
+def _nonsense(world: Simulation) -> list[m.Message]:
     """Of the right kind, and about nothing that there is, or from the wrong side."""
     job_id = world.source.choice(["j0", "j1", "none", ""])
     attempt, rank = world.source.choice([0, 1, 99]), world.source.choice([-1, 0, 7])
@@ -172,14 +172,14 @@ def _nonsense(world: World) -> list[m.Message]:
         m.Assigned("none", attempt, 1),
         m.RankExited("none", attempt, status),
         m.Why(job_id),
-        m.Watch("none"),
+        m.WatchJob("none"),
         m.ReadLog(job_id, rank, -5),
         m.ListJobs("", "none", -3),
         m.Want("zz", -1),
     ]
 
 
-def _heal(world: World) -> None:
+def _heal(world: Simulation) -> None:
     """From here on nothing more goes wrong, and there is room for every job."""
     world.disk_refuses = False
     world.dies_after = None
@@ -190,7 +190,7 @@ def _heal(world: World) -> None:
             client.send(m.Drain(worker_id, undo=True))
 
 
-def _settled(world: World) -> bool:
+def _settled(world: Simulation) -> bool:
     if world.core is None or any(world.live.values()):
         return False
     if any(worker.core.attempts for worker in world.workers.values()):

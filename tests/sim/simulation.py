@@ -22,7 +22,7 @@ from tests.sim.nodes import SILENCE_S, VERSIONS, Client, Node, Process, Worker, 
 TRACE = 60
 
 
-class World:
+class Simulation:
     """Everything, and the clock. `step` takes one event; who calls it checks what must hold: rules.py."""
 
     def __init__(self, seed: int) -> None:
@@ -31,7 +31,7 @@ class World:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._event_count = 0
         self.nodes: dict[bytes, Node] = {}
-        self.line_count = self.pid_count = 0
+        self.connection_count = self.pid_count = 0
         self.incarnations: Counter[str] = Counter()
         self.workers: dict[str, Worker] = {}
         self.clients: list[Client] = []
@@ -44,7 +44,7 @@ class World:
         self.trace: deque[str] = deque(maxlen=TRACE)
         self.accepted: set[str] = set()
         self.rejected: set[str] = set()
-        self.results: dict[str, list[m.Ended]] = {}
+        self.results: dict[str, list[m.JobEnded]] = {}
         self.cancelled: set[str] = set()
         self.printed: Counter[tuple[str, int, int]] = Counter()  # bytes, by job, attempt and rank
         self.output_at_risk = (
@@ -92,7 +92,7 @@ class World:
     # The network
 
     def carry(self, node: Node, message: m.Message, up: bool) -> None:
-        line, number = node.line, node.line.number
+        connection, number = node.connection, node.connection.number
         way = "up" if up else "down"
         copies = 2 if self.source.random() < 0.03 else 1
         if copies == 2:
@@ -100,17 +100,19 @@ class World:
         for _ in range(copies):
             slow = 2.0 if self.source.random() < 0.02 else 0.02
             arrives = max(
-                self.now + self.source.uniform(0.0005, slow), line.last_arrival.get(way, 0.0), line.silent_until
+                self.now + self.source.uniform(0.0005, slow),
+                connection.last_arrival.get(way, 0.0),
+                connection.silent_until,
             )
-            line.last_arrival[way] = arrives + 1e-6
+            connection.last_arrival[way] = arrives + 1e-6
             self.at(arrives, lambda: self._arrive(node, number, message, up))
 
     def _arrive(self, node: Node, number: int, message: m.Message, up: bool) -> None:
-        if node.line.number != number:
+        if node.connection.number != number:
             return  # of a connection that is no more
-        if node.line.silent_until - self.now > 1e-6:  # it arrives then, before what was sent later
-            node.line.late_count += 1
-            when = node.line.silent_until - 9e-7 + 1e-11 * node.line.late_count
+        if node.connection.silent_until - self.now > 1e-6:  # it arrives then, before what was sent later
+            node.connection.late_count += 1
+            when = node.connection.silent_until - 9e-7 + 1e-11 * node.connection.late_count
             self.at(when, lambda: self._arrive(node, number, message, up))
             return
         if not isinstance(message, m.Heartbeat | m.Output | m.OutputAck):
@@ -124,7 +126,7 @@ class World:
     def lost(self, peer: bytes, number: int) -> None:
         """The orchestrator hears that a connection has ended; not, if the same peer has another one by now."""
         node = self.nodes[peer]
-        if self.core is not None and (not node.line.number or node.line.number == number):
+        if self.core is not None and (not node.connection.number or node.connection.number == number):
             self.note(f"{peer.decode()} is lost")
             self.orchestrate(o.PeerLost(peer))
 
@@ -148,9 +150,9 @@ class World:
         for worker in self.workers.values():
             self.trouble_at[worker.worker_id] = self.now
         for node in list(self.nodes.values()):
-            if node.line.number:
-                node.line.number = 0
-                node.line.last_arrival.clear()
+            if node.connection.number:
+                node.connection.number = 0
+                node.connection.last_arrival.clear()
                 if node.alive:
                     node.link_down()
                     self.after(self.source.uniform(0.05, 2.0), node.connect)
@@ -205,9 +207,9 @@ class World:
                         return
                 if isinstance(effect, o.Send):
                     node = self.nodes.get(effect.peer)
-                    if node is None or not node.line.number:
+                    if node is None or not node.connection.number:
                         continue
-                    if node.line.full_until.get("down", 0.0) > self.now:
+                    if node.connection.full_until.get("down", 0.0) > self.now:
                         self.faults["queue was full"] += 1
                         events.append(o.PeerBehind(effect.peer))
                     else:
