@@ -31,7 +31,7 @@ if __name__ == "__main__" and _ASIDE:
 
         main(sys.argv[2:], _AT_START)
     elif sys.argv[1] == "rank":
-        from fleet.worker.slot import main_afresh
+        from fleet.worker.rank_process import main_afresh
 
         main_afresh(int(sys.argv[2]), _AT_START)
     else:

@@ -141,7 +141,7 @@ def rank_environment(place: RankPlacement, threads: int, extra: Mapping[str, str
 
 
 def replace_environment(environment: Mapping[str, str]) -> None:
-    """Makes `environment` that of this process. Only a slot does this, in its own new process."""
+    """Makes `environment` that of this process. Only a rank does this, in its own new process."""
     os.environ.clear()
     os.environ.update(environment)
 

@@ -23,11 +23,11 @@ TaskId = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=1 << 62)]
 Small = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 
 
-class Said(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class TaskMessage(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Base of all that is said. The class name is the tag on the wire."""
 
 
-class Apart(msgspec.Struct, frozen=True, array_like=True):
+class LargeBuffer(msgspec.Struct, frozen=True, array_like=True):
     """A large buffer: in a file of the memory that both share, or to be fetched in pieces."""
 
     size_bytes: Size
@@ -38,7 +38,7 @@ class Call(msgspec.Struct, frozen=True, array_like=True):
     task_id: TaskId
     function: bytes  # digest of its pickle; empty: it is large, and pickled with its arguments
     data: bytes  # pickle of (function, args, kwargs), without the function where it has a digest
-    buffers: tuple[Apart, ...] = ()  # of the pickle; where `data` is empty, the first is the pickle itself
+    buffers: tuple[LargeBuffer, ...] = ()  # of the pickle; where `data` is empty, the first is the pickle itself
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True):
@@ -46,14 +46,14 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
     ok: bool
     data: bytes  # pickle of what it returned, or of its exception
     seconds: Seconds
-    buffers: tuple[Apart, ...] = ()  # as those of a call
+    buffers: tuple[LargeBuffer, ...] = ()  # as those of a call
     text: str = ""  # the traceback; where there is no pickle, all that is known
 
 
 # Client to runner
 
 
-class Run(Said, frozen=True):
+class MakeCalls(TaskMessage, frozen=True):
     """Calls to make in this order, after what is there already. `arrived`: results that need not be kept."""
 
     calls: tuple[Call, ...] = ()
@@ -61,25 +61,25 @@ class Run(Said, frozen=True):
     arrived: tuple[TaskId, ...] = ()
 
 
-class Recall(Said, frozen=True):
-    """Give these back, if they have not begun. Answered by Returned."""
+class ReturnCalls(TaskMessage, frozen=True):
+    """Give these back, if they have not begun. Answered by CallsReturned."""
 
     task_ids: tuple[TaskId, ...]
 
 
-class Sync(Said, frozen=True):
+class Sync(TaskMessage, frozen=True):
     """After a lost connection. Answered by Ready, and by all results that are kept."""
 
 
-class Leave(Said, frozen=True):
+class Leave(TaskMessage, frozen=True):
     """No more calls come: end, as a script does at its end, once those that are there were made."""
 
 
 # Runner to client
 
 
-class Ready(Said, frozen=True):
-    """Said at the start, when asked by Sync, and of calls that came without their function: what is not held is given again."""
+class Ready(TaskMessage, frozen=True):
+    """Sent at the start, in answer to Sync, and when a function is missing. The client sends what `holds` lacks again."""
 
     memory: Word  # see bus.shared.host_key
     python: Word
@@ -87,18 +87,18 @@ class Ready(Said, frozen=True):
     holds: tuple[TaskId, ...] = ()  # tasks that have not ended, the one that runs first
 
 
-class Results(Said, frozen=True):
+class Results(TaskMessage, frozen=True):
     results: tuple[Result, ...]
 
 
-class Returned(Said, frozen=True):
+class CallsReturned(TaskMessage, frozen=True):
     task_ids: tuple[TaskId, ...]
 
 
 # Either way
 
 
-class Fetch(Said, frozen=True):
+class ReadBuffer(TaskMessage, frozen=True):
     """Send a piece of a buffer: of a task's arguments (asked by a runner) or of its result (asked by a client)."""
 
     task_id: TaskId
@@ -106,7 +106,7 @@ class Fetch(Said, frozen=True):
     offset: Size
 
 
-class Piece(Said, frozen=True):
+class BufferPiece(TaskMessage, frozen=True):
     """The piece is the frame behind this one; empty where there is no such buffer."""
 
     task_id: TaskId
@@ -115,18 +115,18 @@ class Piece(Said, frozen=True):
 
 
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):
-    said: Run | Recall | Sync | Leave | Ready | Results | Returned | Fetch | Piece
+    said: MakeCalls | ReturnCalls | Sync | Leave | Ready | Results | CallsReturned | ReadBuffer | BufferPiece
 
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Envelope)
 
 
-def encode(said: Said) -> bytes:
+def encode(said: TaskMessage) -> bytes:
     return _encoder.encode((said,))
 
 
-def decode(data: bytes | memoryview) -> Said:
+def decode(data: bytes | memoryview) -> TaskMessage:
     """Raises ProtocolError for bytes that are nothing of it."""
     try:
         return _decoder.decode(data).said

@@ -35,8 +35,8 @@ from fleet.errors import ConfigError, UsageError
 from fleet.orchestrator.service import Keeping, Service
 from fleet.versions import versions
 from fleet.worker.agent import Agent
-from fleet.worker.output import Storage
 from fleet.worker.state import Settings
+from fleet.worker.storage import Storage
 from fleet.worker.zygote import RUNNER, Zygote
 
 RESOLVE_EVERY_S = 1.0

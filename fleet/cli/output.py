@@ -21,7 +21,7 @@ from fleet.client.target import Target
 from fleet.errors import ConfigError, FleetError, UsageError
 from fleet.text import shown
 from fleet.values import ON_WORKER, amount_of
-from fleet.worker.output import Storage
+from fleet.worker.storage import Storage
 
 FOLDER = "fleet-output"  # in the current folder, where no other is named
 SAID_AT_MOST = 4  # sentences about files that are lost

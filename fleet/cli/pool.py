@@ -7,11 +7,11 @@ import signal
 import sys
 from functools import partial
 
-from fleet.cli.local import local_cluster
+from fleet.cli.embedded_cluster import embedded_cluster
 from fleet.cli.runtime import runtime_folder
 from fleet.client.embedded import Failure
 from fleet.errors import FleetError
-from fleet.worker.output import Storage
+from fleet.worker.storage import Storage
 from fleet.worker.zygote import RUNNER
 
 
@@ -23,7 +23,7 @@ def serve(answer: int, slots: int, gpus: int, preload: str) -> None:
     names = (*RUNNER, *(name for name in preload.split(",") if name))
     with (
         runtime_folder() as runtime,
-        local_cluster(runtime, slots, "tcp", names, Storage(runtime / "output"), gpus) as target,
+        embedded_cluster(runtime, slots, "tcp", names, Storage(runtime / "output"), gpus) as target,
     ):
         with open(answer, "w", encoding="utf-8") as file:
             file.write(f"{target.endpoint}\n")

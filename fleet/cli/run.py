@@ -17,7 +17,7 @@ from fleet import config
 from fleet import messages as m
 from fleet.bounds import RANKS_AT_MOST
 from fleet.cli.command_line import CommandLine
-from fleet.cli.local import Transport, local_cluster
+from fleet.cli.embedded_cluster import Transport, embedded_cluster
 from fleet.cli.output import LocalOutput, bring, check_folder, local_output
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import check_target, preload_for
@@ -96,7 +96,7 @@ def run_job(command: CommandLine, options: Options) -> int:
             if task is None:
                 gpus = options.workers * job.gpus
                 stdin = stack.enter_context(standard_input(who, options.workers))
-                cluster = local_cluster(
+                cluster = embedded_cluster(
                     runtime, options.workers, options.transport, _preload(imports), storage, gpus, stdin
                 )
             else:

@@ -34,8 +34,8 @@ from fleet.errors import ConfigError, rank_set
 from fleet.orchestrator.service import Service
 from fleet.versions import versions
 from fleet.worker.agent import Agent
-from fleet.worker.output import Storage
 from fleet.worker.state import Settings
+from fleet.worker.storage import Storage
 from fleet.worker.zygote import Zygote
 
 SAY_WAITING_AFTER_S = 5.0

@@ -27,7 +27,7 @@ class _Coming:
 class Arrivals:
     """Of all runners of one client. Asks for pieces by itself."""
 
-    def __init__(self, say: Callable[[str, tasks.Said], None], memory: str) -> None:
+    def __init__(self, say: Callable[[str, tasks.TaskMessage], None], memory: str) -> None:
         self._say = say
         self._memory = memory
         self._reader = Reader()
@@ -59,7 +59,7 @@ class Arrivals:
         self._fetch(job_id)
         return whole
 
-    def piece(self, job_id: str, said: tasks.Piece, data: memoryview) -> list[Whole]:
+    def piece(self, job_id: str, said: tasks.BufferPiece, data: memoryview) -> list[Whole]:
         self._under_way[job_id] = max(0, self._under_way.get(job_id, 0) - 1)
         coming = self._coming.get(job_id, {})
         found = coming.get(said.task_id)
@@ -88,7 +88,7 @@ class Arrivals:
         for of_jobs in (self._shares, self._coming, self._under_way):
             of_jobs.pop(job_id, None)
 
-    def _buffer(self, job_id: str, apart: tasks.Apart) -> Any:
+    def _buffer(self, job_id: str, apart: tasks.LargeBuffer) -> Any:
         memory = self._reader.take(apart.path, apart.size_bytes) if apart.path and self._shares.get(job_id) else None
         return Gathering(apart.size_bytes, tasks.PIECE_BYTES) if memory is None else memory
 
@@ -100,7 +100,7 @@ class Arrivals:
                     if offset is None:
                         break
                     self._under_way[job_id] = self._under_way.get(job_id, 0) + 1
-                    self._say(job_id, tasks.Fetch(task_id, index, offset))
+                    self._say(job_id, tasks.ReadBuffer(task_id, index, offset))
 
 
 def _finished(coming: _Coming) -> Whole:

@@ -50,7 +50,7 @@ class Packed:
         digest = self.function.digest if self.function else b""
         if not self.blobs:
             return tasks.Call(task_id, digest, self.data)
-        apart = tuple(tasks.Apart(blob.size_bytes, blob.path) for blob in self.blobs)
+        apart = tuple(tasks.LargeBuffer(blob.size_bytes, blob.path) for blob in self.blobs)
         return tasks.Call(task_id, digest, self.data, apart)
 
     def release(self) -> None:

@@ -303,7 +303,7 @@ class Line(Seats):
             if self._works or self._inbox or not self._finishing:
                 self._ask_runner()
         elif isinstance(effect, pool.Recall):
-            self._say(effect.job_id, tasks.Recall(effect.task_ids))
+            self._say(effect.job_id, tasks.ReturnCalls(effect.task_ids))
         elif isinstance(effect, pool.EndRunner):
             self._end_runner(effect.job_id, effect.kill)
         else:
@@ -345,7 +345,7 @@ class Line(Seats):
 
     def _run_calls(self, job_id: str, seat: Seat, calls: list[tasks.Call], functions: dict[bytes, bytes]) -> None:
         arrived, seat.arrived = tuple(seat.arrived), []
-        self._say(job_id, tasks.Run(tuple(calls), functions, arrived))
+        self._say(job_id, tasks.MakeCalls(tuple(calls), functions, arrived))
 
     def _acknowledge(self) -> None:
         self._acknowledge_at = self._clock.look() + ACKNOWLEDGE_AFTER_S
@@ -353,7 +353,7 @@ class Line(Seats):
             if seat.arrived:
                 self._run_calls(job_id, seat, [], {})
 
-    def _say(self, job_id: str, said: tasks.Said, piece: bytes | None = None) -> None:
+    def _say(self, job_id: str, said: tasks.TaskMessage, piece: bytes | None = None) -> None:
         body = [tasks.encode(said)] if piece is None else [tasks.encode(said), piece]
         seat = self._seats[job_id]
         sent = Sent.GONE  # a runner that is not there yet is told everything when it comes
@@ -423,23 +423,23 @@ class Line(Seats):
                 return
             self._from_runner(job_id, said, arrived)
 
-    def _from_runner(self, job_id: str, said: tasks.Said, arrived: Arrived) -> None:
+    def _from_runner(self, job_id: str, said: tasks.TaskMessage, arrived: Arrived) -> None:
         seat = self._seats[job_id]
         if isinstance(said, tasks.Results):
             self._results(job_id, said)
-        elif isinstance(said, tasks.Piece):
+        elif isinstance(said, tasks.BufferPiece):
             piece = arrived.rest[1].buffer if len(arrived.rest) > 1 else memoryview(b"")
             whole = self._arrivals.piece(job_id, said, piece)
             if whole:
                 self._settle(job_id, whole)
-        elif isinstance(said, tasks.Fetch):
+        elif isinstance(said, tasks.ReadBuffer):
             work = self._works.get(said.task_id)
             packed = self._first if said.task_id == tasks.INITIALIZER else work.packed if work is not None else None
             blob = packed.blobs[said.index] if packed is not None and said.index < len(packed.blobs) else None
             data = blob.piece(said.offset, tasks.PIECE_BYTES) if blob is not None else b""
-            piece_said = tasks.Piece(said.task_id, said.index, said.offset)
+            piece_said = tasks.BufferPiece(said.task_id, said.index, said.offset)
             self._say(job_id, piece_said, data)
-        elif isinstance(said, tasks.Returned):
+        elif isinstance(said, tasks.CallsReturned):
             self._step(pool.GivenBack(job_id, said.task_ids))
         elif isinstance(said, tasks.Ready):
             seat.peer = arrived.peer

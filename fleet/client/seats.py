@@ -106,7 +106,7 @@ class Seats(ABC):
         """The orchestrator has let this client in: runners may be asked for."""
 
     @abstractmethod
-    def _say(self, job_id: str, said: tasks.Said, piece: bytes | None = None) -> None:
+    def _say(self, job_id: str, said: tasks.TaskMessage, piece: bytes | None = None) -> None:
         """Tells a runner something."""
 
     @abstractmethod

@@ -33,14 +33,12 @@ from fleet.worker.core import Core
 from fleet.worker.file_thread import FileThread
 from fleet.worker.guard import Guard
 from fleet.worker.job_files import JobFiles
-from fleet.worker.memory import oom_kill_count
 from fleet.worker.metrics import WorkerMetrics
-from fleet.worker.output import Storage
+from fleet.worker.oom_kills import oom_kill_count
 from fleet.worker.progress import last_task
-from fleet.worker.slot import Plan
+from fleet.worker.rank_process import Plan
 from fleet.worker.state import (
     Attempt,
-    Died,
     DiscardOutput,
     Effect,
     Event,
@@ -49,31 +47,33 @@ from fleet.worker.state import (
     FromRank,
     Gather,
     Key,
-    Kill,
     LinkDenied,
     LinkDown,
     LinkFull,
     LinkUp,
-    Listen,
     Log,
     Measured,
+    NotDelivered,
     Prepare,
     PrepareFailed,
     Printed,
+    ProcessExited,
+    ReadOutput,
     Remove,
     ReportStored,
-    Resume,
+    ResumeDownloads,
     ServeOutput,
     Settings,
     Shutdown,
+    SignalGroup,
     Spawn,
     Spawned,
     TakePart,
     Tick,
     ToOrchestrator,
     ToRank,
-    Unheard,
 )
+from fleet.worker.storage import Storage
 from fleet.worker.usage import Busyness
 from fleet.worker.zygote import Child, Zygote
 
@@ -271,10 +271,10 @@ class Agent:
                 return [LinkFull()]
         elif isinstance(effect, ToRank):
             if self._ranks.send(effect.peer, m.encode(effect.message)) is Sent.FULL:
-                return [Unheard(effect.peer, effect.message)]
-        elif isinstance(effect, Listen):
+                return [NotDelivered(effect.peer, effect.message)]
+        elif isinstance(effect, ReadOutput):
             self._listen(effect)
-        elif isinstance(effect, Kill):
+        elif isinstance(effect, SignalGroup):
             # A process that has been reaped leaves its number to others: only what is left of its group is signalled.
             _signal_group(effect.pid, effect.signal, alone_too=effect.key in self._children)
         elif isinstance(effect, Spawn) and self._early is not None:
@@ -293,7 +293,7 @@ class Agent:
             self._files.serve(effect.ask)
         elif isinstance(effect, ReportStored):
             self._files.report_stored(effect.cluster_id)
-        elif isinstance(effect, Resume):
+        elif isinstance(effect, ResumeDownloads):
             self._files.resume()
         elif isinstance(effect, DiscardOutput):
             self._files.discard_output(effect.job_ids)
@@ -334,7 +334,7 @@ class Agent:
             child = self._zygote.spawn(plan, self._settings.stdin(spawn.rank))
         except (OSError, EOFError) as error:
             log.error("rank %d of job %s cannot be started: %s", spawn.rank, assign.job_id, error)
-            return Died(key, 1, 0, False, reason=f"its worker cannot start it: {error}")
+            return ProcessExited(key, 1, 0, False, reason=f"its worker cannot start it: {error}")
         self._guard.watch(child.pid)
         self._children[key] = child
         self._sentinels[child.sentinel] = key
@@ -361,10 +361,10 @@ class Agent:
         code, signal = child.status()
         out_of_memory = signal == SIGKILL and oom_kill_count() > self._oom_kills_before.pop(key)
         task = last_task(self._settings.control, key[0])
-        self._step(Died(key, code, signal, out_of_memory, task))  # which kills what it left in its group
+        self._step(ProcessExited(key, code, signal, out_of_memory, task))  # which kills what it left in its group
         self._guard.release(child.pid)
 
-    def _listen(self, listen: Listen) -> None:
+    def _listen(self, listen: ReadOutput) -> None:
         for descriptor, (key, _) in self._readers.items():
             if key == listen.key:
                 if listen.on:
@@ -402,7 +402,7 @@ def _given_up(effect: Effect, error: Exception) -> list[Event]:
     if isinstance(effect, Prepare):
         return [PrepareFailed(effect.assign.job_id, effect.assign.attempt, reason)]
     if isinstance(effect, Spawn):
-        return [Died((effect.assign.job_id, effect.assign.attempt, effect.rank), 1, 0, False, reason=reason)]
+        return [ProcessExited((effect.assign.job_id, effect.assign.attempt, effect.rank), 1, 0, False, reason=reason)]
     return []
 
 

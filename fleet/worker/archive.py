@@ -21,7 +21,7 @@ READ_AT_MOST_BYTES = 1 << 20  # at once: no header of an honest archive is as lo
 HEADERS_BYTES = 4096  # of a file, on average at most
 
 
-class BrokenOff(Exception):
+class UnpackCancelled(Exception):
     """Nobody needs the folder any more."""
 
 
@@ -34,19 +34,19 @@ def unpack(
 ) -> frozenset[str]:
     """Unpacks a gzipped tar archive into a folder that is there, and returns the names in it.
 
-    Asks `dropped` before each file, and raises BrokenOff if it is.
+    Asks `dropped` before each file, and raises UnpackCancelled if it is.
 
     An archive that is refused or cannot be read raises ValueError, OSError, or whatever the libraries raise for such bytes.
     """
     links, names = [], set()
     count = size_bytes = 0
     with gzip.open(path) as raw:
-        stream = _Forward(raw, bytes_at_most + files_at_most * HEADERS_BYTES)
+        stream = _ForwardReader(raw, bytes_at_most + files_at_most * HEADERS_BYTES)
         archive: Any = tarfile.open(fileobj=stream, mode="r:")  # type: ignore[call-overload]
         while (member := archive.next()) is not None:
             archive.members.clear()  # else all headers stay in memory
             if dropped():
-                raise BrokenOff
+                raise UnpackCancelled
             count += 1
             names.add(member.name)
             size_bytes += member.size
@@ -75,7 +75,7 @@ def _link(member: tarfile.TarInfo, folder: Path) -> None:
     path.symlink_to(member.linkname)
 
 
-class _Forward:
+class _ForwardReader:
     """The bytes of an archive, in one direction and a bounded number of them: headers may name any size and offset."""
 
     def __init__(self, raw: gzip.GzipFile, bytes_at_most: int) -> None:

@@ -15,37 +15,37 @@ from fleet import messages as m
 from fleet.bounds import REASON_CHARS
 from fleet.worker.ranks import RETRY_S, Ranks
 from fleet.worker.state import (
-    Answered,
     Attempt,
-    Died,
     DiscardOutput,
     Effect,
     Event,
     Exit,
+    FromFiles,
     FromOrchestrator,
     FromRank,
-    Kill,
     LinkDenied,
     LinkDown,
     LinkFull,
     LinkUp,
     Measured,
+    NotDelivered,
     Prepare,
     Prepared,
     PrepareFailed,
     Printed,
+    ProcessExited,
     Rank,
     ReportStored,
-    Resume,
+    ResumeDownloads,
     ServeOutput,
     Shutdown,
+    SignalGroup,
     Spawn,
     Spawned,
     TakePart,
     Tick,
     ToOrchestrator,
     ToRank,
-    Unheard,
 )
 
 SAY_UNREACHABLE_AFTER_S = 2.0
@@ -81,7 +81,7 @@ class Core(Ranks):
             self._printed(event)
         elif isinstance(event, Spawned):
             self._spawned(event)
-        elif isinstance(event, Died):
+        elif isinstance(event, ProcessExited):
             self._died(event)
         elif isinstance(event, Prepared):
             if attempt := self.attempts.get((event.job_id, event.attempt)):
@@ -91,11 +91,11 @@ class Core(Ranks):
             self._cannot_prepare(event)
         elif isinstance(event, LinkUp | LinkDown | LinkDenied):
             self._link(event)
-        elif isinstance(event, Answered):
+        elif isinstance(event, FromFiles):
             self._send(event.message)
         elif isinstance(event, LinkFull):
             self.welcomed = False  # says hello until it is, and then what may be lost
-        elif isinstance(event, Unheard):
+        elif isinstance(event, NotDelivered):
             self._unheard(event)
         elif isinstance(event, Measured):
             self.load = event.load
@@ -202,7 +202,7 @@ class Core(Ranks):
             for attempt in self.attempts.values():  # no part of its files came while nobody was there
                 attempt.stuck_at = attempt.stuck_at and self._now + STUCK_AFTER_S
         self.welcomed = self.ever_welcomed = self.said_unreachable = True
-        self._effects += [ReportStored(welcome.cluster_id), Resume()]
+        self._effects += [ReportStored(welcome.cluster_id), ResumeDownloads()]
         for attempt in self.attempts.values():  # it may have missed these
             for rank in attempt.ranks.values():
                 self._tell_output(attempt, rank, again=True)
@@ -302,7 +302,7 @@ class Core(Ranks):
         else:
             self._send(message)
 
-    def _unheard(self, event: Unheard) -> None:
+    def _unheard(self, event: NotDelivered) -> None:
         """What a rank must know it is told again, in order. Who asks it something asks again, or not."""
         for rank in self._ranks():
             if rank.peer == event.peer and isinstance(event.message, m.RankWelcome | m.Formed | m.MemberLost):
@@ -337,7 +337,7 @@ class Core(Ranks):
                     self._terminate(attempt, rank)
                 if rank.kill_at is not None and self._now >= rank.kill_at:
                     rank.kill_at = None
-                    self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGKILL))
+                    self._effects.append(SignalGroup(self._key(attempt, rank), rank.pid, SIGKILL))
                 given_up_at = self._given_up_at(rank)
                 if given_up_at is not None and self._now >= given_up_at:
                     self._end_if_drained(attempt, rank, give_up=True)

@@ -34,17 +34,17 @@ _SYSTEM = re.compile(
 _FILE = io.IOBase.__mro__[1]  # the base of them all; isinstance would run code of things that are no files
 
 
-class _Kept:
+class _StandIn:
     """Stands for a module that was imported before the fork while Python takes the modules apart: it knows only modules."""
 
     def __init__(self, module: ModuleType) -> None:
         self.__dict__ = module.__dict__
 
 
-_kept: dict[str, tuple[ModuleType, _Kept]] = {}
+_kept: dict[str, tuple[ModuleType, _StandIn]] = {}
 
 
-class _Last:
+class _FileCloser:
     """Lies in `sys`, which is cleared last: closes files that only what is kept still refers to."""
 
     def __del__(self) -> None:
@@ -60,7 +60,7 @@ def keep_modules() -> None:
     """Once all is imported that ranks are to be forked with."""
     for name, module in sys.modules.items():
         if type(module) is ModuleType and name not in ("__main__", "builtins", "sys"):
-            _kept[name] = module, _Kept(module)
+            _kept[name] = module, _StandIn(module)
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
         # torch gives its operators back one by one, 25 ms in each rank.
         if (alive := finalizer.peek()) is not None and alive[1].__module__.startswith("torch."):
@@ -77,7 +77,7 @@ def _end() -> None:
     for name, (module, stand_in) in _kept.items():
         if modules.get(name) is module:
             modules[name] = stand_in
-    sys._fleet_last = _Last()  # type: ignore[attr-defined]
+    sys._fleet_last = _FileCloser()  # type: ignore[attr-defined]
     libc = ctypes.CDLL(None)
     if _nothing_to_tell() and hasattr(libc, "on_exit"):
         # After Python's own end, and before what C libraries have registered: write out C's streams, and be gone.

@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Collection, Iterable
 
 from fleet.bus.descriptors import raise_limit
-from fleet.worker import ending, slot
+from fleet.worker import ending, rank_process
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 READY = b"!"
@@ -53,7 +53,7 @@ def main(words: list[str], at_start: Collection[str]) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     for number, handler in inherited.items():
         signal.signal(number, handler)
-    slot.main(descriptors, at_start)
+    rank_process.main(descriptors, at_start)
 
 
 def _import(names: Iterable[str]) -> int | None:
@@ -111,7 +111,7 @@ def _serve(link: socket.socket) -> list[int]:
             link.close()
             return descriptors
         if pid > 0:
-            children[pid] = os.dup(descriptors[slot.STATUS])
+            children[pid] = os.dup(descriptors[rank_process.STATUS])
         for descriptor in descriptors:
             os.close(descriptor)
         link.sendall(ANSWER.pack(pid))

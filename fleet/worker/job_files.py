@@ -15,11 +15,11 @@ from fleet import messages as m
 from fleet.bus.address import free_port
 from fleet.bus.trees import remove_tree
 from fleet.values import native
-from fleet.worker.archive import BrokenOff
+from fleet.worker.archive import UnpackCancelled
 from fleet.worker.bundles import Bundles
 from fleet.worker.file_thread import FileThread
-from fleet.worker.output import Gathered, Storage
-from fleet.worker.state import Answered, Event, Prepared, PrepareFailed
+from fleet.worker.state import Event, FromFiles, Prepared, PrepareFailed
+from fleet.worker.storage import GatherResult, Storage
 
 STORED_AT_ONCE = 4096  # jobs in one message
 # What names in an archive bring about. All other errors of the system are this machine's: it is short of something, or broken.
@@ -99,7 +99,7 @@ class JobFiles:
                 if not self._bundles.has(spec.digest):
                     want = self._bundles.fetch(spec.digest, spec.bundle_bytes)
                     self._waiting.append((assign, dropped))
-                    return [] if want is None else [Answered(want)]
+                    return [] if want is None else [FromFiles(want)]
                 return self._unpack(assign, dropped)
             return [Prepared(assign.job_id, assign.attempt, folder, free_port())]
         except Exception as error:  # whatever it is, the job is not left waiting for it
@@ -109,7 +109,7 @@ class JobFiles:
         try:
             folder = self._bundles.unpack(assign.spec.digest, assign.job_id, assign.attempt, dropped.is_set)
             return [Prepared(assign.job_id, assign.attempt, folder, free_port())]
-        except BrokenOff:
+        except UnpackCancelled:
             return []
         except Exception as error:  # tarfile and gzip raise many things for bytes that are no archive
             reason = f"its bundle cannot be unpacked: {str(error)[:500] or type(error).__name__}"
@@ -122,7 +122,7 @@ class JobFiles:
             reason = f"its bundle cannot be stored: {error}"
             return [PrepareFailed(a.job_id, a.attempt, reason) for a, _ in self._arrived(part.digest)]
         if want is not None:
-            return [Answered(want)]
+            return [FromFiles(want)]
         if self._bundles.has(part.digest):
             for assign, dropped in self._arrived(part.digest):
                 self._files.put(partial(self._prepare, assign, dropped), dropped)
@@ -135,7 +135,7 @@ class JobFiles:
         return found
 
     def _resume(self) -> list[Event]:
-        return [Answered(want) for want in self._bundles.resume()]
+        return [FromFiles(want) for want in self._bundles.resume()]
 
     def _gather(self, assign: m.Assign, directory: Path) -> list[Event]:
         job_id, attempt = assign.job_id, assign.attempt
@@ -145,10 +145,10 @@ class JobFiles:
             found = self._storage.gather(job_id, directory, sent, keep, mark)
         except Exception as error:  # the folder goes in any case, and what is lost with it is said
             log.exception("what job %s wrote cannot be gathered", job_id)
-            found = Gathered(error=f"what it wrote could not be looked at: {str(error)[:500]}")
+            found = GatherResult(error=f"what it wrote could not be looked at: {str(error)[:500]}")
         if not found.left_count and not found.error:
             return []
-        return [Answered(m.Left(job_id, attempt, found.left_count, found.left_bytes, found.left_names, found.error))]
+        return [FromFiles(m.Left(job_id, attempt, found.left_count, found.left_bytes, found.left_names, found.error))]
 
     def _remove(self, job_id: str, attempt: int) -> list[Event]:
         self._waiting = [one for one in self._waiting if not one[1].is_set()]
@@ -157,18 +157,18 @@ class JobFiles:
 
     def _serve(self, ask: m.ListFiles | m.ReadFile) -> list[Event]:
         try:
-            return [Answered(self._storage.page(ask) if isinstance(ask, m.ListFiles) else self._storage.part(ask))]
+            return [FromFiles(self._storage.page(ask) if isinstance(ask, m.ListFiles) else self._storage.part(ask))]
         except Exception as error:  # whatever it is, its asker does not wait for it
             log.exception("what job %s wrote cannot be told", ask.job_id)
             reason = f"its worker failed at it: {type(error).__name__}"
             if isinstance(ask, m.ListFiles):
-                return [Answered(m.Files(ask.job_id, ask.worker_id, ask.question, asker=ask.asker, error=reason))]
+                return [FromFiles(m.Files(ask.job_id, ask.worker_id, ask.question, asker=ask.asker, error=reason))]
             part = m.FilePart(ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset, b"", "", reason, ask.asker)
-            return [Answered(part)]
+            return [FromFiles(part)]
 
     def _stored(self) -> list[Event]:
         jobs = self._storage.jobs()
-        return [Answered(m.Stored(jobs[at : at + STORED_AT_ONCE])) for at in range(0, len(jobs), STORED_AT_ONCE)]
+        return [FromFiles(m.Stored(jobs[at : at + STORED_AT_ONCE])) for at in range(0, len(jobs), STORED_AT_ONCE)]
 
     def _discard(self, job_ids: tuple[str, ...]) -> list[Event]:
         self._storage.discard(job_ids)

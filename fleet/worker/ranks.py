@@ -9,17 +9,17 @@ from typing import Literal
 from fleet import messages as m
 from fleet.worker.state import (
     Attempt,
-    Died,
     Effect,
     Gather,
     Key,
-    Kill,
-    Listen,
     Log,
     Printed,
+    ProcessExited,
     Rank,
+    ReadOutput,
     Remove,
     Settings,
+    SignalGroup,
     Spawned,
     ToOrchestrator,
     ToRank,
@@ -88,7 +88,7 @@ class Ranks:
         key = self._key(attempt, rank)
         if kill:
             rank.kill_at = rank.term_at = None
-            self._effects.append(Kill(key, rank.pid, SIGKILL))
+            self._effects.append(SignalGroup(key, rank.pid, SIGKILL))
         elif first and rank.warned:
             rank.term_at = self._now + WORLD_CHANGED_GRACE_S
         elif first:
@@ -97,12 +97,12 @@ class Ranks:
     def _terminate(self, attempt: Attempt, rank: Rank) -> None:
         rank.term_at = None
         rank.kill_at = self._now + STOP_GRACE_S
-        self._effects.append(Kill(self._key(attempt, rank), rank.pid, rank.stop_signal))
+        self._effects.append(SignalGroup(self._key(attempt, rank), rank.pid, rank.stop_signal))
 
     def _forget(self, attempt: Attempt) -> None:
         for rank in attempt.ranks.values():
             if rank.running:
-                self._effects.append(Kill(self._key(attempt, rank), rank.pid, SIGKILL))
+                self._effects.append(SignalGroup(self._key(attempt, rank), rank.pid, SIGKILL))
         self._gather(attempt)
         del self.attempts[attempt.assign.job_id, attempt.assign.attempt]
         self._effects.append(Remove(attempt.assign.job_id, attempt.assign.attempt))
@@ -110,13 +110,13 @@ class Ranks:
     def _spawned(self, event: Spawned) -> None:
         found = self._find(event.key)
         if found is None:
-            self._effects.append(Kill(event.key, event.pid, SIGKILL))
+            self._effects.append(SignalGroup(event.key, event.pid, SIGKILL))
             return
         _, rank = found
         rank.pid = event.pid
         rank.open_streams = {"stdout", "stderr"}
         if rank.stopped:
-            self._effects.append(Kill(event.key, event.pid, SIGKILL))
+            self._effects.append(SignalGroup(event.key, event.pid, SIGKILL))
 
     def _printed(self, event: Printed) -> None:
         found = self._find(event.key)
@@ -139,7 +139,7 @@ class Ranks:
             rank.drained_at = self._now + DRAIN_S
         if rank.unread_bytes >= WINDOW_BYTES and not rank.paused:
             rank.paused = True
-            self._effects.append(Listen(event.key, False))
+            self._effects.append(ReadOutput(event.key, False))
 
     def _tell_output(self, attempt: Attempt, rank: Rank, again: bool = False) -> None:
         """Sends what may be under way. `again`: all of it, since it may be lost."""
@@ -169,9 +169,9 @@ class Ranks:
             rank.paused = False
             if rank.drained_at is not None:
                 rank.drained_at = self._now + DRAIN_S
-            self._effects.append(Listen(self._key(attempt, rank), True))
+            self._effects.append(ReadOutput(self._key(attempt, rank), True))
 
-    def _died(self, event: Died) -> None:
+    def _died(self, event: ProcessExited) -> None:
         found = self._find(event.key)
         if found is None:
             return
@@ -179,7 +179,7 @@ class Ranks:
         rank.died, rank.kill_at, rank.term_at = event, None, None
         rank.drained_at = self._now + DRAIN_S
         if rank.pid:  # whatever it started goes with it
-            self._effects.append(Kill(event.key, rank.pid, SIGKILL))
+            self._effects.append(SignalGroup(event.key, rank.pid, SIGKILL))
         self._end_if_drained(attempt, rank)
 
     def _end_if_drained(self, attempt: Attempt, rank: Rank, give_up: bool = False) -> None:

@@ -65,7 +65,7 @@ class Rank:
     term_at: float | None = None  # when it has had the time to act on that
     kill_at: float | None = None  # when SIGTERM has had its time
     open_streams: set[str] = field(default_factory=set)
-    died: Died | None = None
+    died: ProcessExited | None = None
     drained_at: float | None = None  # when output that a grandchild may still hold open is given up
     hurried: bool = False  # its job is to end: what nobody reads is given up too
     stderr_tail: bytes = b""
@@ -131,7 +131,7 @@ class LinkFull:
 
 
 @dataclass(frozen=True)
-class Unheard:
+class NotDelivered:
     """A rank is there and does not read: this did not reach it."""
 
     peer: bytes
@@ -168,7 +168,7 @@ class Printed:
 
 
 @dataclass(frozen=True)
-class Died:
+class ProcessExited:
     key: Key
     code: int
     signal: int
@@ -192,7 +192,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Answered:
+class FromFiles:
     """What the file thread has for the orchestrator."""
 
     message: m.Message
@@ -204,8 +204,8 @@ class Tick:
 
 
 Event = (
-    FromOrchestrator | FromRank | LinkUp | LinkDown | LinkDenied | LinkFull | Unheard | Prepared | PrepareFailed
-    | Spawned | Printed | Died | Shutdown | Measured | Answered | Tick
+    FromOrchestrator | FromRank | LinkUp | LinkDown | LinkDenied | LinkFull | NotDelivered | Prepared | PrepareFailed
+    | Spawned | Printed | ProcessExited | Shutdown | Measured | FromFiles | Tick
 )  # fmt: skip
 
 
@@ -237,7 +237,7 @@ class TakePart:
 
 @dataclass(frozen=True)
 class Spawn:
-    """Start one rank; answered by Spawned, or by Died if it cannot be started."""
+    """Start one rank; answered by Spawned, or by ProcessExited if it cannot be started."""
 
     assign: m.Assign
     launch: m.Launch
@@ -246,7 +246,7 @@ class Spawn:
 
 
 @dataclass(frozen=True)
-class Kill:
+class SignalGroup:
     """Send a signal to the rank's whole process group."""
 
     key: Key
@@ -255,7 +255,7 @@ class Kill:
 
 
 @dataclass(frozen=True)
-class Listen:
+class ReadOutput:
     """Go on reading a rank's output, or leave it in the pipe so that the rank feels it."""
 
     key: Key
@@ -287,7 +287,7 @@ class ServeOutput:
 
 @dataclass(frozen=True)
 class ReportStored:
-    """Use the output folders of this cluster from now on, and say which jobs have one; answered by Answered."""
+    """Use the output folders of this cluster from now on, and say which jobs have one; answered by FromFiles."""
 
     cluster_id: str
 
@@ -298,7 +298,7 @@ class DiscardOutput:
 
 
 @dataclass(frozen=True)
-class Resume:
+class ResumeDownloads:
     """Ask again for the bundles that are on the way: what was asked for may be lost."""
 
 
@@ -316,6 +316,6 @@ class Exit:
 
 
 Effect = (
-    ToOrchestrator | ToRank | Prepare | TakePart | Spawn | Kill | Listen | Remove | Gather | ServeOutput | ReportStored
-    | DiscardOutput | Resume | Log | Exit
+    ToOrchestrator | ToRank | Prepare | TakePart | Spawn | SignalGroup | ReadOutput | Remove | Gather | ServeOutput | ReportStored
+    | DiscardOutput | ResumeDownloads | Log | Exit
 )  # fmt: skip

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from fleet import interpreter
 from fleet.worker.fork_server import ANSWER, READY, SIGNALS
-from fleet.worker.slot import Plan
+from fleet.worker.rank_process import Plan
 
 RANK = "fleet.collectives.init"  # what fleet.init() needs, with numpy
-RUNNER = (RANK, "fleet.worker.runner")
+RUNNER = (RANK, "fleet.worker.task_runner")
 
 
 @dataclass

@@ -22,16 +22,18 @@ from tests.pure.test_messages import EXAMPLES
 FUZZ_S = float(os.environ.get("FLEET_TEST_FUZZ_S", "0.7"))
 SEED = int(os.environ.get("FLEET_TEST_FUZZ_SEED", "1"))
 
-RESULT = tasks.Result(1, True, b"data", 0.5, (tasks.Apart(5, "/dev/shm/x"),), "text")
-SAID: list[tasks.Said] = [
-    tasks.Run((tasks.Call(1, b"digest", b"data", (tasks.Apart(1 << 20),)),), {b"digest": b"pickle"}, (1, 2)),
-    tasks.Recall((1, 2)),
+RESULT = tasks.Result(1, True, b"data", 0.5, (tasks.LargeBuffer(5, "/dev/shm/x"),), "text")
+SAID: list[tasks.TaskMessage] = [
+    tasks.MakeCalls(
+        (tasks.Call(1, b"digest", b"data", (tasks.LargeBuffer(1 << 20),)),), {b"digest": b"pickle"}, (1, 2)
+    ),
+    tasks.ReturnCalls((1, 2)),
     tasks.Sync(),
     tasks.Ready("memory", "3.11.7", 812, (1, 2)),
     tasks.Results((RESULT,)),
-    tasks.Returned((1,)),
-    tasks.Fetch(1, 0, 5),
-    tasks.Piece(1, 0, 5),
+    tasks.CallsReturned((1,)),
+    tasks.ReadBuffer(1, 0, 5),
+    tasks.BufferPiece(1, 0, 5),
 ]
 MUTATOR = Mutator(SEED, EXAMPLES[:-1])
 HEADS = [m.relay_head("job"), m.relay_head("x" * 64), m.encode(m.Heartbeat())]

@@ -18,8 +18,8 @@ from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller
 from fleet.messages import PROTOCOL
 from fleet.worker.agent import Agent
-from fleet.worker.output import Storage
 from fleet.worker.state import Settings
+from fleet.worker.storage import Storage
 from fleet.worker.zygote import Zygote
 from tests.fuzz.live import VERSIONS, WITHIN_S, Member
 from tests.fuzz.mutate import Mutator

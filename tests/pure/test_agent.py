@@ -57,7 +57,7 @@ def test_launch_and_assign_may_arrive_twice() -> None:
 def test_a_rank_has_ended_when_it_is_dead_and_read() -> None:
     core = started()
     core.step(w.Printed(KEY, "stderr", b"Boom\n"), 0.1)
-    assert up(core.step(w.Died(KEY, 3, 0, False), 0.2), m.RankExited) == []
+    assert up(core.step(w.ProcessExited(KEY, 3, 0, False), 0.2), m.RankExited) == []
     core.step(w.Printed(KEY, "stdout", b""), 0.2)
     (exited,) = up(core.step(w.Printed(KEY, "stderr", b""), 0.2), m.RankExited)
     assert isinstance(exited, m.RankExited)
@@ -67,7 +67,7 @@ def test_a_rank_has_ended_when_it_is_dead_and_read() -> None:
 
 def test_output_that_a_grandchild_holds_open_is_given_up() -> None:
     core = started()
-    core.step(w.Died(KEY, 0, 0, False), 1.0)
+    core.step(w.ProcessExited(KEY, 0, 0, False), 1.0)
     deadline = core.next_deadline()
     assert deadline is not None
     assert deadline <= 1.5
@@ -76,9 +76,9 @@ def test_output_that_a_grandchild_holds_open_is_given_up() -> None:
 
 def test_stop_is_polite_and_then_is_not() -> None:
     core = started()
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.Kill) == [w.Kill(KEY, 42, 15)]
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.1), w.Kill) == []
-    assert kinds(core.step(w.Tick(), 1.0 + STOP_GRACE_S), w.Kill) == [w.Kill(KEY, 42, 9)]
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.SignalGroup) == [w.SignalGroup(KEY, 42, 15)]
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.1), w.SignalGroup) == []
+    assert kinds(core.step(w.Tick(), 1.0 + STOP_GRACE_S), w.SignalGroup) == [w.SignalGroup(KEY, 42, 9)]
 
 
 LOST = m.MemberLost("j", 1, m.RankStatus(1, "w1", "h", 7, 0, signal=9), "killed by signal 9 (SIGKILL)")
@@ -96,25 +96,29 @@ def test_a_rank_that_was_told_whom_it_lost_has_the_time_to_say_so() -> None:
     core = joined()
     core.step(w.Tick(), 1.0)
     assert core.step(w.FromOrchestrator(LOST), 1.0) == [w.ToRank(RANK, LOST)]
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.Kill) == []
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.SignalGroup) == []
     assert core.next_deadline() == 1.0 + WORLD_CHANGED_GRACE_S
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.2), w.Kill) == []  # once more changes nothing
-    assert kinds(core.step(w.Tick(), 1.0 + WORLD_CHANGED_GRACE_S), w.Kill) == [w.Kill(KEY, 42, 15)]
-    assert kinds(core.step(w.Tick(), 1.1 + WORLD_CHANGED_GRACE_S), w.Kill) == []
+    assert (
+        kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.2), w.SignalGroup) == []
+    )  # once more changes nothing
+    assert kinds(core.step(w.Tick(), 1.0 + WORLD_CHANGED_GRACE_S), w.SignalGroup) == [w.SignalGroup(KEY, 42, 15)]
+    assert kinds(core.step(w.Tick(), 1.1 + WORLD_CHANGED_GRACE_S), w.SignalGroup) == []
     end = 1.0 + WORLD_CHANGED_GRACE_S + STOP_GRACE_S
-    assert kinds(core.step(w.Tick(), end), w.Kill) == [w.Kill(KEY, 42, 9)]
-    assert kinds(core.step(w.Tick(), end + 9.0), w.Kill) == []
+    assert kinds(core.step(w.Tick(), end), w.SignalGroup) == [w.SignalGroup(KEY, 42, 9)]
+    assert kinds(core.step(w.Tick(), end + 9.0), w.SignalGroup) == []
 
 
 def test_a_rank_that_ended_by_itself_is_passed_on_and_its_number_of_collectives_with_it() -> None:
     core = joined()
     ended = m.MemberLost("j", 1, m.RankStatus(1, "w1", "h", 7, 0), "exit code 0", ((0, 3),))
     assert w.ToRank(RANK, ended) in core.step(w.FromOrchestrator(ended), 1.0)
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.Kill), "nobody is to act on that loss"
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.SignalGroup), (
+        "nobody is to act on that loss"
+    )
     core.step(w.FromRank(RANK, m.CollectiveCounts("j", 1, 0, (), made=((0, 5), (8, 0)))), 1.1)
     for stream in ("stdout", "stderr"):
         core.step(w.Printed(KEY, stream, b""), 1.2)
-    (exited,) = up(core.step(w.Died(KEY, 0, 0, False), 1.2), m.RankExited)
+    (exited,) = up(core.step(w.ProcessExited(KEY, 0, 0, False), 1.2), m.RankExited)
     assert isinstance(exited, m.RankExited)
     assert exited.made == ((0, 5), (8, 0))
 
@@ -123,7 +127,7 @@ def test_the_last_word_of_a_rank_may_come_after_its_end() -> None:
     core = joined()
     for stream in ("stdout", "stderr"):
         core.step(w.Printed(KEY, stream, b""), 1.2)
-    core.step(w.Died(KEY, 0, 0, False), 1.2)
+    core.step(w.ProcessExited(KEY, 0, 0, False), 1.2)
     (exited,) = up(core.step(w.FromRank(RANK, m.CollectiveCounts("j", 1, 0, (), made=((0, 5),))), 1.3), m.RankExited)
     assert isinstance(exited, m.RankExited)
     assert exited.made == ((0, 5),)
@@ -135,25 +139,27 @@ def test_a_rank_that_ends_by_itself_in_that_time_is_not_signalled_again() -> Non
     core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0)
     core.step(w.Printed(KEY, "stdout", b""), 1.2)
     core.step(w.Printed(KEY, "stderr", b""), 1.2)
-    effects = core.step(w.Died(KEY, 1, 0, False), 1.2)
+    effects = core.step(w.ProcessExited(KEY, 1, 0, False), 1.2)
     (exited,) = up(effects, m.RankExited)
     assert isinstance(exited, m.RankExited)
     assert (exited.status.code, exited.status.stopped) == (1, True)
-    assert kinds(core.step(w.Tick(), 9.0), w.Kill) == []
+    assert kinds(core.step(w.Tick(), 9.0), w.SignalGroup) == []
 
 
 def test_a_kill_waits_for_nobody() -> None:
     core = joined()
     core.step(w.FromOrchestrator(LOST), 1.0)
     core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0)
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r", kill=True)), 1.1), w.Kill) == [w.Kill(KEY, 42, 9)]
-    assert kinds(core.step(w.Tick(), 9.0), w.Kill) == []
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r", kill=True)), 1.1), w.SignalGroup) == [
+        w.SignalGroup(KEY, 42, 9)
+    ]
+    assert kinds(core.step(w.Tick(), 9.0), w.SignalGroup) == []
 
 
 def test_a_rank_that_has_not_joined_is_told_nothing_and_stopped_at_once() -> None:
     core = started()
     assert kinds(core.step(w.FromOrchestrator(LOST), 0.5), w.ToRank) == []
-    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 0.6), w.Kill) == [w.Kill(KEY, 42, 15)]
+    assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 0.6), w.SignalGroup) == [w.SignalGroup(KEY, 42, 15)]
 
 
 def test_a_stop_before_the_start_ends_the_rank() -> None:
@@ -164,9 +170,11 @@ def test_a_stop_before_the_start_ends_the_rank() -> None:
 
 def test_a_rank_that_prints_too_fast_is_left_waiting() -> None:
     core = started()
-    assert kinds(core.step(w.Printed(KEY, "stdout", b"x" * WINDOW_BYTES), 0.1), w.Listen) == [w.Listen(KEY, False)]
+    assert kinds(core.step(w.Printed(KEY, "stdout", b"x" * WINDOW_BYTES), 0.1), w.ReadOutput) == [
+        w.ReadOutput(KEY, False)
+    ]
     acked = core.step(w.FromOrchestrator(m.OutputAck("j", 1, 0, 1)), 0.2)
-    assert kinds(acked, w.Listen) == [w.Listen(KEY, True)]
+    assert kinds(acked, w.ReadOutput) == [w.ReadOutput(KEY, True)]
 
 
 def test_an_unreachable_orchestrator_is_said_once_and_a_locked_door_is_final() -> None:
@@ -181,7 +189,7 @@ def test_an_unreachable_orchestrator_is_said_once_and_a_locked_door_is_final() -
 def test_shutdown_waits_for_the_ranks_and_says_goodbye() -> None:
     core = started()
     assert kinds(core.step(w.Shutdown(), 1.0), w.Exit) == []
-    assert kinds(core.step(w.Died(KEY, 0, 15, False), 1.1), w.Exit) == []
+    assert kinds(core.step(w.ProcessExited(KEY, 0, 15, False), 1.1), w.Exit) == []
     effects = core.step(w.Tick(), 1.1 + DRAIN_S)  # its output is still open: a grandchild holds it
     assert len(up(effects, m.RankExited)) == 1
     assert up(effects, m.Goodbye) == [m.Goodbye()]
@@ -197,7 +205,7 @@ def test_a_lost_connection_takes_acknowledgements_along_and_no_rank_waits_for_th
     effects = core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.4)
     assert [x.number for x in up(effects, m.Output) if isinstance(x, m.Output)] == [1]  # acknowledged again, if it came
     effects = core.step(w.FromOrchestrator(m.OutputAck("j", 1, 0, 1)), 0.5)
-    assert kinds(effects, w.Listen) == [w.Listen(KEY, True)]
+    assert kinds(effects, w.ReadOutput) == [w.ReadOutput(KEY, True)]
 
 
 def test_a_failure_to_prepare_is_told_again_to_an_orchestrator_that_did_not_hear_it() -> None:
@@ -245,7 +253,7 @@ def test_what_is_printed_while_there_is_no_orchestrator_is_kept_for_the_next() -
     effects = core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.5)
     assert [x.data for x in up(effects, m.Output) if isinstance(x, m.Output)] == [b"onetwo"]
     full = core.step(w.Printed(KEY, "stdout", b"x" * (WINDOW_BYTES - 6)), 0.6)
-    assert kinds(full, w.Listen) == [w.Listen(KEY, False)]
+    assert kinds(full, w.ReadOutput) == [w.ReadOutput(KEY, False)]
 
 
 def test_a_rank_that_was_stopped_before_its_launch_is_not_started() -> None:

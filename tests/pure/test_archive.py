@@ -18,7 +18,7 @@ import pytest
 
 from fleet.bus.trees import remove_tree
 from fleet.worker import archive
-from fleet.worker.archive import BrokenOff, unpack
+from fleet.worker.archive import UnpackCancelled, unpack
 from fleet.worker.job_files import lies_with_archive
 
 KINDS = {"file": tarfile.REGTYPE, "folder": tarfile.DIRTYPE, "link": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE}
@@ -186,7 +186,7 @@ def test_headers_do_not_stay_in_memory(inside: Path, tmp_path: Path) -> None:
 def test_it_is_broken_off_between_two_files(inside: Path, tmp_path: Path) -> None:
     path = packed(tmp_path / "a.tar.gz", *(member(str(n)) for n in range(10)))
     asked = iter([False, False, False, True])
-    with pytest.raises(BrokenOff):
+    with pytest.raises(UnpackCancelled):
         unpack(path, inside, lambda: next(asked))
     assert sorted(os.listdir(inside)) == ["0", "1", "2"]
 

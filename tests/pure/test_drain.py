@@ -33,7 +33,7 @@ def told(effects: list[w.Effect]) -> list[m.Message]:
 
 def end_rank(agent: Agent, now: float) -> list[w.Effect]:
     key = ("j", 1, 0)
-    agent.step(w.Died(key, 0, 0, False), now)
+    agent.step(w.ProcessExited(key, 0, 0, False), now)
     agent.step(w.Printed(key, "stdout", b""), now)
     return agent.step(w.Printed(key, "stderr", b""), now)
 
@@ -42,7 +42,7 @@ def test_a_worker_that_drains_lets_its_ranks_end_and_leaves() -> None:
     agent = agent_with_a_rank()
     assert told(agent.step(w.Shutdown(drain=True), 1.0)) == [m.Leaving()]
     assert agent.next_deadline() is not None
-    assert not any(isinstance(e, w.Kill) for e in agent.step(w.Tick(), 15.0))
+    assert not any(isinstance(e, w.SignalGroup) for e in agent.step(w.Tick(), 15.0))
     effects = end_rank(agent, 16.0)
     assert [type(message) for message in told(effects)] == [m.RankExited, m.Goodbye]
     assert effects[-1] == w.Exit("")
@@ -53,7 +53,7 @@ def test_what_does_not_end_in_time_is_handed_back_and_stopped() -> None:
     agent.step(w.Shutdown(drain=True), 1.0)
     effects = agent.step(w.Tick(), 21.0)
     assert m.HandBack("j", 1) in told(effects)
-    assert [e.signal for e in effects if isinstance(e, w.Kill)] == [15]
+    assert [e.signal for e in effects if isinstance(e, w.SignalGroup)] == [15]
     assert m.Goodbye() in told(end_rank(agent, 21.5))
 
 
@@ -62,7 +62,7 @@ def test_a_second_signal_does_not_wait_and_a_third_kills() -> None:
     agent.step(w.Shutdown(drain=True), 1.0)
     effects = agent.step(w.Shutdown(drain=True), 2.0)
     assert m.HandBack("j", 1) in told(effects)
-    assert [e.signal for e in agent.step(w.Shutdown(), 2.1) if isinstance(e, w.Kill)] == [9]
+    assert [e.signal for e in agent.step(w.Shutdown(), 2.1) if isinstance(e, w.SignalGroup)] == [9]
 
 
 def test_without_work_it_leaves_at_once() -> None:

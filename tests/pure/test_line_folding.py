@@ -324,7 +324,7 @@ Current thread 0x00007f9d46c71b80 (most recent call first):
   File "/x/ctypes/__init__.py", line 519 in string_at
   File "/x/fleet/collectives/reduce.py", line 12 in add
   File "/home/me/t.py", line 48 in <module>
-  File "/x/fleet/worker/slot.py", line 178 in _run_python
+  File "/x/fleet/worker/rank_process.py", line 178 in _run_python
   File "/x/fleet/__main__.py", line 32 in <module>
 
 Extension modules: zmq.backend.cython._zmq (total: 1)"""

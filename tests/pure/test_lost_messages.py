@@ -49,9 +49,11 @@ def test_no_message_is_larger_than_a_part() -> None:
 def test_an_acknowledgement_that_was_lost_is_made_up_for_by_the_next_one() -> None:
     core = started()
     core.step(w.Printed(KEY, "stdout", bytes(WINDOW_BYTES // 2)), 0.1)
-    assert kinds(core.step(w.Printed(KEY, "stdout", bytes(WINDOW_BYTES // 2)), 0.1), w.Listen) == [w.Listen(KEY, False)]
+    assert kinds(core.step(w.Printed(KEY, "stdout", bytes(WINDOW_BYTES // 2)), 0.1), w.ReadOutput) == [
+        w.ReadOutput(KEY, False)
+    ]
     acked = core.step(w.FromOrchestrator(m.OutputAck("j", 1, 0, 2)), 0.2)
-    assert kinds(acked, w.Listen) == [w.Listen(KEY, True)]
+    assert kinds(acked, w.ReadOutput) == [w.ReadOutput(KEY, True)]
 
 
 def test_a_full_queue_to_the_orchestrator_is_a_lost_connection() -> None:
@@ -61,7 +63,7 @@ def test_a_full_queue_to_the_orchestrator_is_a_lost_connection() -> None:
     core.step(w.LinkFull(), 0.1)
     effects = [
         *core.step(w.Printed(KEY, "stdout", b"second\n"), 0.2),
-        *core.step(w.Died(KEY, 0, 0, False), 0.3),
+        *core.step(w.ProcessExited(KEY, 0, 0, False), 0.3),
         *core.step(w.Printed(KEY, "stdout", b""), 0.3),
         *core.step(w.Printed(KEY, "stderr", b""), 0.3),
     ]
@@ -76,7 +78,7 @@ def test_a_rank_that_has_ended_is_told_of_after_all_that_it_printed() -> None:
     core = started()
     for _ in range(UNDER_WAY + 1):
         core.step(w.Printed(KEY, "stdout", b"x"), 0.1)
-    for event in (w.Died(KEY, 0, 0, False), w.Printed(KEY, "stdout", b""), w.Printed(KEY, "stderr", b"")):
+    for event in (w.ProcessExited(KEY, 0, 0, False), w.Printed(KEY, "stdout", b""), w.Printed(KEY, "stderr", b"")):
         assert up(core.step(event, 0.2), m.RankExited) == []
     assert up(core.step(w.Tick(), 60.0), m.RankExited) == []  # its client reads slowly
     said = up(core.step(w.FromOrchestrator(m.OutputAck("j", 1, 0, 1)), 60.1), m.Message)
@@ -88,7 +90,7 @@ def test_a_job_that_is_to_end_waits_a_bounded_time_for_a_client_that_does_not_re
     for _ in range(UNDER_WAY + 1):
         core.step(w.Printed(KEY, "stdout", b"x"), 0.1)
     core.step(w.FromOrchestrator(m.Stop("j", 1, "cancelled")), 1.0)
-    core.step(w.Died(KEY, 0, 15, False), 1.1)
+    core.step(w.ProcessExited(KEY, 0, 15, False), 1.1)
     assert up(core.step(w.Tick(), 1.7), m.RankExited) == []
     assert len(up(core.step(w.Tick(), 1.7 + UNREAD_S), m.RankExited)) == 1
 
@@ -106,8 +108,8 @@ def test_what_is_asked_for_again_is_sent_again_and_then_said_to_be_all() -> None
 def test_a_rank_that_does_not_read_is_told_later_what_it_must_know() -> None:
     core = joined()
     lost = m.MemberLost("j", 1, m.RankStatus(1, "w1", "h", 7, 0, signal=9), "killed by signal 9 (SIGKILL)")
-    core.step(w.Unheard(b"j/1/0/42", lost), 1.0)
-    core.step(w.Unheard(b"j/1/0/42", m.Ask("j", 1, 1, 5)), 1.0)
+    core.step(w.NotDelivered(b"j/1/0/42", lost), 1.0)
+    core.step(w.NotDelivered(b"j/1/0/42", m.Ask("j", 1, 1, 5)), 1.0)
     effects = core.step(w.Tick(), 1.0 + RETRY_S)
     assert kinds(effects, w.ToRank) == [w.ToRank(b"j/1/0/42", lost)]
 

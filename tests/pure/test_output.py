@@ -16,9 +16,8 @@ from fleet.bus.trees import remove_tree
 from fleet.cli.travel import keep_patterns
 from fleet.errors import UsageError
 from fleet.values import portable
-from fleet.worker import output
 from fleet.worker import state as w
-from fleet.worker.output import Gathered, Storage
+from fleet.worker.storage import GatherResult, Storage, _entries
 from tests.disks import small_disk
 from tests.pure.test_agent import KEY, agent, kinds, up
 
@@ -35,7 +34,7 @@ def test_what_an_attempt_wrote_is_gathered_before_its_end_is_told_and_once() -> 
     core.step(w.Spawned(key, 42), 0.0)
     for stream in ("stdout", "stderr"):
         core.step(w.Printed(key, stream, b""), 0.1)
-    effects = core.step(w.Died(key, 0, 0, False), 0.2)
+    effects = core.step(w.ProcessExited(key, 0, 0, False), 0.2)
     told = [effect for effect in effects if isinstance(effect, w.Gather) or up([effect], m.RankExited)]
     assert [type(effect) for effect in told] == [w.Gather, w.ToOrchestrator]
     assert kinds(core.step(w.FromOrchestrator(m.Forget("k", 1)), 0.3), w.Gather) == []
@@ -48,7 +47,7 @@ def test_what_a_killed_attempt_wrote_is_gathered_before_its_folder_goes() -> Non
     core.step(w.FromOrchestrator(m.Launch("k", 1, "h", 5)), 0.0)
     core.step(w.Spawned(("k", 1, 0), 42), 0.0)
     effects = core.step(w.FromOrchestrator(m.Forget("k", 1)), 0.3)
-    assert [type(effect) for effect in effects] == [w.Kill, w.Gather, w.Remove]
+    assert [type(effect) for effect in effects] == [w.SignalGroup, w.Gather, w.Remove]
 
 
 def test_a_job_that_runs_in_the_users_own_folder_loses_nothing() -> None:
@@ -81,7 +80,7 @@ def test_files_come_in_pages_in_the_order_of_their_paths(tmp_path: Path, monkeyp
     for path in paths:
         (folder / path).parent.mkdir(exist_ok=True, parents=True)
         (folder / path).write_bytes(os.fsencode(path))
-    monkeypatch.setattr(output, "PAGE_FILES", 2)
+    monkeypatch.setattr("fleet.worker.storage.PAGE_FILES", 2)
     found: list[m.FileInfo] = []
     while True:
         page = kept.page(m.ListFiles("j", "w", 1, found[-1].path if found else b""))
@@ -243,13 +242,13 @@ def test_what_a_script_wrote_is_kept_as_asked_and_the_rest_is_counted(tmp_path: 
     write(folder / "lib/__pycache__/a.pyc", "c")
     (folder / "link").symlink_to("train.py")
     found = kept.gather("j", folder, sent_along, ("runs/2/", "*.pt"))
-    assert found == Gathered(2, 2, 17, ("runs/", "data.txt"))
+    assert found == GatherResult(2, 2, 17, ("runs/", "data.txt"))
     assert names(kept) == ["model.pt", "runs/2/events"]
-    assert kept.gather("j", folder, sent_along, ()) == Gathered(0, 2, 17, ("runs/", "data.txt"))
+    assert kept.gather("j", folder, sent_along, ()) == GatherResult(0, 2, 17, ("runs/", "data.txt"))
 
 
 def test_a_script_that_wrote_nothing_is_told_nothing(tmp_path: Path) -> None:
-    assert storage(tmp_path / "s").gather("j", tmp_path / "w", unpacked(tmp_path / "w"), ("*",)) == Gathered()
+    assert storage(tmp_path / "s").gather("j", tmp_path / "w", unpacked(tmp_path / "w"), ("*",)) == GatherResult()
 
 
 def test_what_is_kept_overwrites_nothing(tmp_path: Path) -> None:
@@ -307,8 +306,8 @@ def test_what_vanishes_while_it_is_listed_hides_no_other_file(tmp_path: Path, mo
     folder = kept.make("j")
     for name in "abcdef":
         write(folder / name)
-    monkeypatch.setattr(output, "PAGE_FILES", 3)
-    entries = output._entries
+    monkeypatch.setattr("fleet.worker.storage.PAGE_FILES", 3)
+    entries = _entries
 
     def meanwhile(*words: Any) -> Iterator[tuple[str, str]]:
         for path, why in entries(*words):
@@ -316,7 +315,7 @@ def test_what_vanishes_while_it_is_listed_hides_no_other_file(tmp_path: Path, mo
                 (folder / "b").unlink()
             yield path, why
 
-    monkeypatch.setattr(output, "_entries", lambda folder, after: meanwhile(folder, after))
+    monkeypatch.setattr("fleet.worker.storage._entries", lambda folder, after: meanwhile(folder, after))
     page = kept.page(m.ListFiles("j", "w", 1))
     assert ([info.path for info in page.files], page.more) == ([b"a", b"c", b"d"], True)
 
@@ -345,4 +344,4 @@ def test_patterns_mean_what_a_shell_shows(tmp_path: Path) -> None:
     kept = storage(tmp_path / "s")
     write(tmp_path / "w/runs/\udce9")
     patterns = tuple(map(portable, keep_patterns(("./runs/\udce9",))))
-    assert kept.gather("j", tmp_path / "w", frozenset(), patterns, "w1") == Gathered(1)
+    assert kept.gather("j", tmp_path / "w", frozenset(), patterns, "w1") == GatherResult(1)

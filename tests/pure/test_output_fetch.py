@@ -15,7 +15,7 @@ from fleet.cli.output import LocalOutput
 from fleet.client.fetch import PART_SUFFIX, JobOutput, Listing, Source, _matches, _target
 from fleet.errors import FleetError
 from fleet.values import amount_of
-from fleet.worker.output import Storage
+from fleet.worker.storage import Storage
 from tests.disks import small_disk
 from tests.pure.test_output import storage, write
 

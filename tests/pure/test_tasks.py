@@ -12,25 +12,27 @@ from hypothesis import strategies as st
 from fleet import tasks
 from fleet.errors import ProtocolError
 
-SAID: list[tasks.Said] = [
-    tasks.Run(
-        (tasks.Call(1, b"d", b"data", (tasks.Apart(1 << 20, "/dev/shm/fleet-mem-x"),)), tasks.Call(2, b"", b"")),
+SAID: list[tasks.TaskMessage] = [
+    tasks.MakeCalls(
+        (tasks.Call(1, b"d", b"data", (tasks.LargeBuffer(1 << 20, "/dev/shm/fleet-mem-x"),)), tasks.Call(2, b"", b"")),
         {b"d": b"pickle"},
         (3, 4),
     ),
-    tasks.Recall((1, 2)),
+    tasks.ReturnCalls((1, 2)),
     tasks.Sync(),
     tasks.Leave(),
     tasks.Ready("boot/1/2", "3.12.1", 812, (1, 2)),
-    tasks.Results((tasks.Result(1, True, b"x", 0.5), tasks.Result(2, False, b"", 0.0, (tasks.Apart(5),), "why ü"))),
-    tasks.Returned((9,)),
-    tasks.Fetch(1, 0, 1 << 20),
-    tasks.Piece(1, 0, 1 << 20),
+    tasks.Results(
+        (tasks.Result(1, True, b"x", 0.5), tasks.Result(2, False, b"", 0.0, (tasks.LargeBuffer(5),), "why ü"))
+    ),
+    tasks.CallsReturned((9,)),
+    tasks.ReadBuffer(1, 0, 1 << 20),
+    tasks.BufferPiece(1, 0, 1 << 20),
 ]
 
 
 @pytest.mark.parametrize("said", SAID, ids=lambda said: type(said).__name__)
-def test_each_survives_its_bytes(said: tasks.Said) -> None:
+def test_each_survives_its_bytes(said: tasks.TaskMessage) -> None:
     assert tasks.decode(tasks.encode(said)) == said
 
 
@@ -46,7 +48,7 @@ def test_any_bytes_are_a_protocol_error_or_something_said(data: bytes) -> None:
 
 @settings(max_examples=1000)
 @given(st.sampled_from(SAID), st.data())
-def test_mutated_bytes_too(said: tasks.Said, data: st.DataObject) -> None:
+def test_mutated_bytes_too(said: tasks.TaskMessage, data: st.DataObject) -> None:
     raw = bytearray(tasks.encode(said))
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(raw) - 1))
@@ -64,15 +66,15 @@ def test_mutated_bytes_too(said: tasks.Said, data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        ["Fetch", 1, -1, 0],
-        ["Fetch", 1, 0, -1],
-        ["Fetch", 1, 0, 1 << 62],
+        ["ReadBuffer", 1, -1, 0],
+        ["ReadBuffer", 1, 0, -1],
+        ["ReadBuffer", 1, 0, 1 << 62],
         ["Results", [[1, True, b"", float("nan")]]],
         ["Results", [[1, True, b"", -1.0]]],
         ["Results", [[1, True, b"", 0.0, [[-1, ""]]]]],
         ["Ready", "m" * 1000, "3", 1],
         ["Ready", "m", "3", -1],
-        ["Recall", [1 << 63]],
+        ["ReturnCalls", [1 << 63]],
     ],
 )
 def test_numbers_out_of_their_bounds_are_refused(value: list[object]) -> None:

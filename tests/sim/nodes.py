@@ -204,7 +204,7 @@ class Worker(Node):
         if isinstance(effect, w.ToOrchestrator):
             if not self.send(effect.message):
                 return [w.LinkFull()]
-        elif isinstance(effect, w.Listen):
+        elif isinstance(effect, w.ReadOutput):
             process = self.processes.get(effect.key)
             if process is not None and process.heard is not effect.on:
                 process.heard = effect.on
@@ -220,7 +220,7 @@ class Worker(Node):
                 world.after(source.uniform(0, 0.5), lambda: self.step(done))
         elif isinstance(effect, w.Spawn):
             return [self._spawn(effect)]
-        elif isinstance(effect, w.Kill):
+        elif isinstance(effect, w.SignalGroup):
             self._kill(effect)
         elif isinstance(effect, w.Exit):
             self.alive = False
@@ -277,7 +277,7 @@ class Worker(Node):
         elif process.wants_to_end:
             self.end(process, process.wants, 0)
 
-    def _kill(self, kill: w.Kill) -> None:
+    def _kill(self, kill: w.SignalGroup) -> None:
         process = self.processes.get(kill.key)
         if process is None or process.pid != kill.pid:
             return
@@ -292,7 +292,7 @@ class Worker(Node):
             return
         del self.processes[process.key]
         self.world.ended(process, code, signal)
-        self.step(w.Died(process.key, code, signal, False))
+        self.step(w.ProcessExited(process.key, code, signal, False))
         if self.world.source.random() < 0.9:  # else a grandchild holds its output open
             for stream in ("stdout", "stderr"):
                 self.step(w.Printed(process.key, stream, b""))

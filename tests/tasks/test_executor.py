@@ -74,7 +74,7 @@ def test_exceptions_come_back_as_what_they_were_with_the_remote_traceback(pool: 
     assert isinstance(error, KeyError)
     assert error.args == ("boom",)
     assert "raise KeyError(text)" in str(error.__cause__)
-    assert "runner.py" not in str(error.__cause__)
+    assert "task_runner.py" not in str(error.__cause__)
     assert isinstance(pool.submit(calls.say_exit).exception(), SystemExit)
     odd = pool.submit(calls.raise_odd).exception()
     assert isinstance(odd, calls.Odd)

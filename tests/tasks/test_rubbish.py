@@ -19,7 +19,7 @@ from fleet.bus.poller import Poller
 from fleet.client.line import Line
 
 
-def rubbish(count: int, said: list[tasks.Said]) -> list[bytes]:
+def rubbish(count: int, said: list[tasks.TaskMessage]) -> list[bytes]:
     """Bytes of every kind, the same in each run: some are whole and mean nothing here."""
     dice = random.Random(12)
     found = [dice.randbytes(dice.randrange(40)) for _ in range(count)]
@@ -33,12 +33,12 @@ def rubbish(count: int, said: list[tasks.Said]) -> list[bytes]:
 
 
 def test_a_client_survives_rubbish_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    said: list[tasks.Said] = [
-        tasks.Results((tasks.Result(99_999, True, b"x", 0.5, (tasks.Apart(1 << 49, "/x"),), "why"),)),
-        tasks.Returned((99_998,)),
-        tasks.Fetch(99_997, 5, 0),
-        tasks.Piece(99_996, 7, 1 << 40),
-        tasks.Run(),
+    said: list[tasks.TaskMessage] = [
+        tasks.Results((tasks.Result(99_999, True, b"x", 0.5, (tasks.LargeBuffer(1 << 49, "/x"),), "why"),)),
+        tasks.CallsReturned((99_998,)),
+        tasks.ReadBuffer(99_997, 5, 0),
+        tasks.BufferPiece(99_996, 7, 1 << 40),
+        tasks.MakeCalls(),
     ]
     with fleet.Executor(1) as pool, caplog.at_level(logging.WARNING, "fleet.executor"), Bus(Lock()) as bus:
         assert pool.submit(calls.square, 2).result(timeout=30) == 4
@@ -61,13 +61,13 @@ def test_a_client_survives_rubbish_and_says_so(caplog: pytest.LogCaptureFixture)
 def test_a_runner_survives_rubbish_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    said: list[tasks.Said] = [
-        tasks.Run((tasks.Call(99_999, b"digest", b"no pickle"), tasks.Call(99_998, b"", b"no pickle either"))),
-        tasks.Run((tasks.Call(99_997, b"", b"", (tasks.Apart(1 << 49),)),)),
-        tasks.Recall((99_996,)),
+    said: list[tasks.TaskMessage] = [
+        tasks.MakeCalls((tasks.Call(99_999, b"digest", b"no pickle"), tasks.Call(99_998, b"", b"no pickle either"))),
+        tasks.MakeCalls((tasks.Call(99_997, b"", b"", (tasks.LargeBuffer(1 << 49),)),)),
+        tasks.ReturnCalls((99_996,)),
         tasks.Sync(),
-        tasks.Fetch(99_995, 5, 0),
-        tasks.Piece(99_994, 7, 1 << 40),
+        tasks.ReadBuffer(99_995, 5, 0),
+        tasks.BufferPiece(99_994, 7, 1 << 40),
         tasks.Ready("memory", "3.1", 7),
     ]
     say = Line._run_calls

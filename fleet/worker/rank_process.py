@@ -255,7 +255,7 @@ def _show_without_our_frames(kind: str) -> None:
 
 def _run_tasks(plan: Plan) -> None:
     """Calls what its client sends. What the client can import, this process can: by its search path, or from its bundle."""
-    from fleet.worker.runner import serve
+    from fleet.worker.task_runner import serve
 
     sys.argv = [plan.target]
     sys.path[0:0] = plan.args or (os.getcwd(),)

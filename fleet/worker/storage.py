@@ -36,7 +36,7 @@ _MTIME_NS_AT_MOST = (1 << 63) - 1  # in the year 2262; file systems know later o
 
 
 @dataclass(frozen=True)
-class Gathered:
+class GatherResult:
     """What became of the files that an attempt wrote into its working folder."""
 
     kept_count: int = 0
@@ -183,7 +183,7 @@ class Storage:
 
     def gather(
         self, job_id: str, folder: Path, sent: frozenset[str], keep: tuple[str, ...], mark: str = ""
-    ) -> Gathered:
+    ) -> GatherResult:
         """Moves what an attempt wrote into its working folder and `keep` names to the output folder, and counts the rest.
 
         `sent`: the paths that were unpacked there. Those have the time 0, so that one with another time was written to.
@@ -216,7 +216,7 @@ class Storage:
                 if not isinstance(error, FileNotFoundError) or os.path.lexists(folder / path):
                     failed.append(f"{_short(path)} could not be kept: {_sentence(error)}")
         said = "; ".join(one for one in (_some(failed), _some(renamed)) if one)
-        return Gathered(kept_count, len(left), sum(size for _, size in left), _named(left), said)
+        return GatherResult(kept_count, len(left), sum(size for _, size in left), _named(left), said)
 
     def _keep(self, source: Path, job_id: str, path: str, mark: str) -> str:
         """Moves a file to the output folder; its path there. Nothing is overwritten. Raises OSError: it stays where it is."""

@@ -17,8 +17,8 @@ from fleet.client.target import Target
 from fleet.orchestrator.service import Service
 from fleet.versions import versions
 from fleet.worker.agent import Agent
-from fleet.worker.output import Storage
 from fleet.worker.state import Settings
+from fleet.worker.storage import Storage
 from fleet.worker.zygote import Zygote
 
 Transport = Literal["tcp", "ipc"]
@@ -27,7 +27,7 @@ FILES, FILES_OF_A_RANK = 80, 5  # that orchestrator, agent and client have open 
 
 
 @contextmanager
-def local_cluster(
+def embedded_cluster(
     runtime: Path,
     slots: int,
     transport: Transport,

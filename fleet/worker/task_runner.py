@@ -1,4 +1,4 @@
-"""A task runner: a slot process that calls what its client sends, one call after the other, and sends back what came of it.
+"""A task runner: a process that calls what its client sends, one call after the other, and sends back what came of it.
 
 The main thread makes the calls, and owns the socket between them, so that a short task waits for no other thread. While one
 call takes long, an attendant thread looks after the socket: what has not begun can then be recalled, and results be fetched.
@@ -41,13 +41,13 @@ def serve(direct: str) -> None:
     assert settings is not None, "a runner is started by an agent"
     config.leave_job()
     try:
-        Runner(settings, direct).run()
+        TaskRunner(settings, direct).run()
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # not even the threads of its tasks keep it
 
 
-class Runner:
+class TaskRunner:
     """The lock is held by whoever uses the socket and the queues: by the main thread, except while it is inside a call."""
 
     def __init__(self, settings: config.RankSettings, direct: str) -> None:
@@ -147,33 +147,33 @@ class Runner:
                     file=sys.stderr,
                 )
             return
-        if isinstance(said, tasks.Run):
+        if isinstance(said, tasks.MakeCalls):
             self._forget(said.arrived)
             self._take_calls(said)
-        elif isinstance(said, tasks.Recall):
+        elif isinstance(said, tasks.ReturnCalls):
             back = set(said.task_ids)
             given = tuple(call.task_id for call in self._waiting if call.task_id in back)
             self._waiting = deque(call for call in self._waiting if call.task_id not in back)
             self._drop_gathering(given)
             for task_id in given:
                 self._function_of.pop(task_id, None)
-            self._say(tasks.Returned(given))
+            self._say(tasks.CallsReturned(given))
         elif isinstance(said, tasks.Leave):
             self._leaving = True
         elif isinstance(said, tasks.Sync):
             self._say_all()
-        elif isinstance(said, tasks.Fetch):
+        elif isinstance(said, tasks.ReadBuffer):
             blob = self._blobs.get((said.task_id, said.index))
             data = blob.piece(said.offset, tasks.PIECE_BYTES) if blob is not None else b""
-            self._say(tasks.Piece(said.task_id, said.index, said.offset), data)
-        elif isinstance(said, tasks.Piece) and len(arrived.rest) == 2:
+            self._say(tasks.BufferPiece(said.task_id, said.index, said.offset), data)
+        elif isinstance(said, tasks.BufferPiece) and len(arrived.rest) == 2:
             gathered = self._gathering.get((said.task_id, said.index))
             self._under_way = max(0, self._under_way - 1)
             if gathered is not None:
                 gathered.take(said.offset, arrived.rest[1].buffer)
             self._fetch()
 
-    def _take_calls(self, said: tasks.Run) -> None:
+    def _take_calls(self, said: tasks.MakeCalls) -> None:
         known = {call.task_id for call in self._waiting} | self._kept.keys()
         known |= {self._running.task_id} if self._running else set()
         missing = False
@@ -194,7 +194,7 @@ class Runner:
         if missing:
             self._ready()
 
-    def _say(self, said: tasks.Said, piece: bytes | None = None) -> None:
+    def _say(self, said: tasks.TaskMessage, piece: bytes | None = None) -> None:
         body = [tasks.encode(said)] if piece is None else [tasks.encode(said), piece]
         if self._dealer.send(self._head, body) is Sent.FULL:
             self._behind = True
@@ -238,7 +238,7 @@ class Runner:
         for (task_id, index), gathering in self._gathering.items():
             while self._under_way < PIECES_UNDER_WAY and (offset := gathering.next_offset()) is not None:
                 self._under_way += 1
-                self._say(tasks.Fetch(task_id, index, offset))
+                self._say(tasks.ReadBuffer(task_id, index, offset))
 
     def _has_arguments(self, call: tasks.Call) -> bool:
         return not self._gathering or all(
@@ -290,7 +290,7 @@ class Runner:
         held = self._function_of.pop(call.task_id, None)
         return held.value() if held is not None else function, args, kwargs
 
-    def _buffer(self, task_id: int, index: int, apart: tasks.Apart) -> Any:
+    def _buffer(self, task_id: int, index: int, apart: tasks.LargeBuffer) -> Any:
         gathering = self._gathering.pop((task_id, index), None)
         if gathering is not None:
             return gathering.buffer
@@ -308,12 +308,12 @@ class Runner:
             return tasks.Result(task_id, False, b"", seconds, text=text)
         return tasks.Result(task_id, True, data, seconds, self._apart(task_id, views) if views else ())
 
-    def _apart(self, task_id: int, views: list[pickling.Parts]) -> tuple[tasks.Apart, ...]:
+    def _apart(self, task_id: int, views: list[pickling.Parts]) -> tuple[tasks.LargeBuffer, ...]:
         """What is not in the message, and is fetched from here."""
         buffers = []
         for index, view in enumerate(views):
             blob = self._blobs[task_id, index] = self._shelf.blob(view)
-            buffers.append(tasks.Apart(blob.size_bytes, blob.path))
+            buffers.append(tasks.LargeBuffer(blob.size_bytes, blob.path))
         return tuple(buffers)
 
     def _failed(self, task_id: int, error: BaseException, seconds: float) -> tasks.Result:
@@ -325,7 +325,7 @@ class Runner:
             text = f"{type(error).__qualname__}, whose traceback cannot be written: {type(broken).__qualname__}"
         BaseException.with_traceback(error, None)
         data = pickling.exception_bytes(error)
-        buffers: tuple[tasks.Apart, ...] = ()
+        buffers: tuple[tasks.LargeBuffer, ...] = ()
         if len(data) >= tasks.INLINE_BYTES:
             data, buffers = b"", self._apart(task_id, [(data,)])
         return tasks.Result(task_id, False, data, seconds, buffers, text)
