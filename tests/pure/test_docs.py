@@ -8,6 +8,7 @@ from pathlib import Path
 from fleet.orchestrator.jobs import MOVES, JobState
 
 DOCS = Path(__file__).parents[2] / "docs"
+ARCHITECTURE = (DOCS / "ARCHITECTURE.md").read_text()
 
 
 def state_diagram() -> str:
@@ -23,13 +24,18 @@ def test_the_diagram_of_states_is_drawn_from_their_table() -> None:
     assert drawn in (DOCS / "JOBS.md").read_text(), f"the table has changed; docs/JOBS.md needs this:\n{drawn}"
 
 
-def test_the_table_of_files_names_each_one() -> None:
-    """A row's first name has a folder, and those behind it without one are in the same."""
+def files_in_tables() -> list[str]:
+    """Each row of the tables of files, behind the folder that stands above its table."""
     named: list[str] = []
-    for row in re.findall(r"^\| (`fleet/[^|]+) \|", (DOCS / "ARCHITECTURE.md").read_text(), re.M):
-        folder = ""
-        for name in re.findall(r"`([^`]+)`", row):
-            folder = name.rpartition("/")[0] or folder
-            named.append(name if "/" in name else f"{folder}/{name}")
+    folder = ""
+    for line in ARCHITECTURE.splitlines():
+        if heading := re.match(r"#+ (?:`(fleet/[^`]*)`)?", line):
+            folder = heading[1] or ""
+        elif folder and (row := re.match(r"\| `([^`]+)` \| \S", line)):
+            named.append(folder + row[1])
+    return named
+
+
+def test_the_tables_of_files_name_each_one_once() -> None:
     files = {str(path.relative_to(DOCS.parent)) for path in (DOCS.parent / "fleet").rglob("*.py")}
-    assert sorted(named) == sorted(path for path in files if not path.endswith("__init__.py"))
+    assert sorted(files_in_tables()) == sorted(path for path in files if not path.endswith("__init__.py"))
