@@ -114,21 +114,19 @@ class BufferPiece(TaskMessage, frozen=True):
     offset: Size
 
 
-class _Envelope(msgspec.Struct, frozen=True, array_like=True):
-    said: MakeCalls | ReturnCalls | Sync | Leave | Ready | Results | CallsReturned | ReadBuffer | BufferPiece
-
-
+_ALL = MakeCalls | ReturnCalls | Sync | Leave | Ready | Results | CallsReturned | ReadBuffer | BufferPiece
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(_Envelope)
+_decoder = msgspec.msgpack.Decoder(_ALL)
 
 
 def encode(said: TaskMessage) -> bytes:
-    return _encoder.encode((said,))
+    return _encoder.encode(said)
 
 
 def decode(data: bytes | memoryview) -> TaskMessage:
     """Raises ProtocolError for bytes that are nothing of it."""
     try:
-        return _decoder.decode(data).said
+        said: TaskMessage = _decoder.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError
         raise ProtocolError(f"nothing that a task's client or runner says: {error}") from error
+    return said
