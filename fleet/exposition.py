@@ -1,8 +1,8 @@
-"""Metrics and health over HTTP: `/metrics` for Prometheus, `/healthz` for whoever restarts what hangs. Knows no metric.
+"""HTTP server of a process, with a table of routes: `/metrics` for Prometheus, `/healthz` for a supervisor. Knows no metric.
 
-One thread of its own answers all connections, so that it can say that the process it speaks for has stopped turning.
-A stranger cannot take more from that process than CONNECTIONS_AT_MOST descriptors: a newcomer beyond that gets the place of
-the connection that waits longest, and each request, from its connection to its answer's last byte, has WITHIN_S.
+A thread answers all connections, so that it can say that the main loop of its process has stopped turning.
+A stranger takes at most CONNECTIONS_AT_MOST descriptors from the process: a further connection takes the place of the one that
+has waited longest. Each request has WITHIN_S, from its connection to the last byte of its answer.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import os
 import selectors
 import socket
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from time import monotonic
+from typing import TypeVar
 from urllib.parse import unquote
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from fleet.errors import ConfigError
@@ -30,13 +32,36 @@ HEAD_AT_MOST_BYTES = 16 << 10
 READ_BYTES = 16 << 10
 TOUCH_EVERY_S = 1.0
 ACCEPT_AGAIN_S = 0.2  # after the process had no descriptor left, and no connection here that could give one
+TEXT = "text/plain; charset=utf-8"
 
-Answer = tuple[str, list[tuple[str, str]], bytes]  # status, headers, body
+Label = TypeVar("Label", bound=str)
+Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One GET or HEAD, as a route is given it."""
+
+    query: str
+    headers: Mapping[str, str]  # by name in lower case
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Content of one route, and of which type it is."""
+
+    content_type: str
+    body: bytes
+    status: HTTPStatus = HTTPStatus.OK
+    headers: tuple[tuple[str, str], ...] = ()  # beside Content-Type and Content-Length
+
+
+Route = Callable[[Request], Answer]  # called by the server's thread
 
 
 @dataclass(eq=False)
 class _Connection:
-    """Invariant: the request is read while `answer` is empty, then the answer is written, then it is closed."""
+    """Invariant: the request is read while `answer` is empty, then the answer is written, then the connection is closed."""
 
     socket: socket.socket
     deadline: float
@@ -45,21 +70,10 @@ class _Connection:
 
 
 class Exposition:
-    """One HTTP port. `healthy` is called from its thread, and returns an empty text or what is wrong."""
+    """One HTTP port, and its routes by path."""
 
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        collectors: Iterable[Collector],
-        healthy: Callable[[], str],
-        within_s: float = WITHIN_S,
-    ) -> None:
-        registry = CollectorRegistry()
-        for collector in collectors:
-            registry.register(collector)
-        self._metrics = make_wsgi_app(registry)
-        self._healthy = healthy
+    def __init__(self, host: str, port: int, routes: Mapping[str, Route], within_s: float = WITHIN_S) -> None:
+        self._routes = routes
         self._within_s = within_s
         self._listener = _listen(host, port)
         self.port = int(self._listener.getsockname()[1])
@@ -90,16 +104,16 @@ class Exposition:
                 if key.fileobj is self._listener:
                     self._accept()
                 elif isinstance(key.data, _Connection) and key.data in self._connections:
-                    self._turn(key.data)
+                    self._serve_one(key.data)
             now = monotonic()
-            for connection in [late for late in self._connections if now >= late.deadline]:
+            for connection in [each for each in self._connections if now >= each.deadline]:
                 self._drop(connection)
 
     def _accept(self) -> None:
         try:
             accepted, _ = self._listener.accept()
         except BlockingIOError:
-            return  # it left before it was taken
+            return  # the connection ended before it was accepted
         except OSError:  # no descriptor is left in this process, or on this machine
             if self._connections:
                 self._drop(next(iter(self._connections)))
@@ -112,10 +126,10 @@ class Exposition:
         connection = _Connection(accepted, monotonic() + self._within_s)
         self._connections[connection] = None
         self._selector.register(accepted, selectors.EVENT_READ, connection)
-        self._turn(connection)  # what it asks has often come with it
+        self._serve_one(connection)  # its request has often come already
 
-    def _turn(self, connection: _Connection) -> None:
-        """Goes on with one connection, as far as it can without waiting."""
+    def _serve_one(self, connection: _Connection) -> None:
+        """Reads or writes as much of one connection as can be without waiting."""
         try:
             if not connection.answer and not self._read(connection):
                 return
@@ -123,14 +137,14 @@ class Exposition:
         except BlockingIOError:
             return
         except OSError:
-            self._drop(connection)  # it went away
+            self._drop(connection)  # its other side has ended it
             return
         connection.answer = connection.answer[sent:]
         if not connection.answer:
             self._drop(connection)
 
     def _read(self, connection: _Connection) -> bool:
-        """Whether the whole request is there, and with it an answer."""
+        """Whether the whole request has come, and its answer is ready."""
         found = connection.socket.recv(READ_BYTES)
         connection.request += found
         whole = b"\r\n\r\n" in connection.request or b"\n\n" in connection.request
@@ -146,36 +160,21 @@ class Exposition:
         first, *rest = request.decode("latin-1").splitlines()
         words = first.split()
         if len(words) != 3 or not words[2].startswith("HTTP/"):
-            return _bytes(_plain(HTTPStatus.BAD_REQUEST, "this is no HTTP request"), True)
+            return _bytes(_plain("this is no HTTP request", HTTPStatus.BAD_REQUEST), True)
         method, target, _ = words
         if method not in ("GET", "HEAD"):
-            return _bytes(_plain(HTTPStatus.METHOD_NOT_ALLOWED, "there are only GET and HEAD here"), True)
+            return _bytes(_plain("there are only GET and HEAD here", HTTPStatus.METHOD_NOT_ALLOWED), True)
         path, _, query = target.partition("?")
-        path = unquote(path)
-        if path == "/metrics":
+        route = self._routes.get(unquote(path))
+        if route is None:
+            answer = _plain(f"there are {' and '.join(self._routes)} here", HTTPStatus.NOT_FOUND)
+        else:
             headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
             try:
-                answer = self._collect(path, query, headers)
-            except Exception as error:  # whatever a collector raises: this thread outlives it, and says it
-                answer = _plain(HTTPStatus.INTERNAL_SERVER_ERROR, f"the metrics cannot be collected: {error}")
-        elif path == "/healthz":
-            wrong = self._healthy()
-            answer = _plain(HTTPStatus.SERVICE_UNAVAILABLE, wrong) if wrong else _plain(HTTPStatus.OK, "ok")
-        else:
-            answer = _plain(HTTPStatus.NOT_FOUND, "there are /metrics and /healthz here")
+                answer = route(Request(query, headers))
+            except Exception as error:  # of whatever kind: the thread outlives it, and says it
+                answer = _plain(f"{unquote(path)} cannot be answered: {error}", HTTPStatus.INTERNAL_SERVER_ERROR)
         return _bytes(answer, method == "GET")
-
-    def _collect(self, path: str, query: str, headers: dict[str, str]) -> Answer:
-        told: list[tuple[str, list[tuple[str, str]]]] = []
-        environ = {
-            "REQUEST_METHOD": "GET",
-            "PATH_INFO": path,
-            "QUERY_STRING": query,
-            "HTTP_ACCEPT": headers.get("accept", ""),
-            "HTTP_ACCEPT_ENCODING": headers.get("accept-encoding", ""),
-        }
-        body = b"".join(self._metrics(environ, lambda status, found: told.append((status, found))))
-        return *told[0], body
 
     def _drop(self, connection: _Connection) -> None:
         del self._connections[connection]
@@ -198,26 +197,68 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _plain(status: HTTPStatus, text: str) -> Answer:
-    return f"{status.value} {status.phrase}", [("Content-Type", "text/plain; charset=utf-8")], f"{text}\n".encode()
+def metrics_route(*collectors: Collector) -> Route:
+    """All metrics of the collectors, in the format and compression that a scrape asks for."""
+    registry = CollectorRegistry()
+    for collector in collectors:
+        registry.register(collector)
+    application = make_wsgi_app(registry)
+
+    def answer(request: Request) -> Answer:
+        environ = {
+            "REQUEST_METHOD": "GET",
+            "PATH_INFO": "/metrics",
+            "QUERY_STRING": request.query,
+            "HTTP_ACCEPT": request.headers.get("accept", ""),
+            "HTTP_ACCEPT_ENCODING": request.headers.get("accept-encoding", ""),
+        }
+        headers: dict[str, str] = {}
+        try:
+            body = b"".join(application(environ, lambda _, found: headers.update(found)))
+        except Exception as error:  # of whatever kind a collector raises
+            return _plain(f"the metrics cannot be collected: {error}", HTTPStatus.INTERNAL_SERVER_ERROR)
+        return Answer(headers.pop("Content-Type"), body, headers=tuple(headers.items()))
+
+    return answer
+
+
+def health_route(wrong: Callable[[], str]) -> Route:
+    """`wrong` says what is wrong with the process; an empty text: nothing."""
+
+    def answer(_: Request) -> Answer:
+        said = wrong()
+        return _plain(said, HTTPStatus.SERVICE_UNAVAILABLE) if said else _plain("ok")
+
+    return answer
+
+
+def filled(family: Family, values: Mapping[Label, float], *labels: str) -> Family:
+    """The metric, with a sample for each value of its last label. `labels` are those before."""
+    for value, number in values.items():
+        family.add_metric((*labels, value), number)
+    return family
+
+
+def _plain(text: str, status: HTTPStatus = HTTPStatus.OK) -> Answer:
+    return Answer(TEXT, f"{text}\n".encode(), status)
 
 
 _TOO_LONG = _plain(
-    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"a request has at most {HEAD_AT_MOST_BYTES >> 10} KB here"
+    f"a request has at most {HEAD_AT_MOST_BYTES >> 10} KB here", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
 )
 
 
 def _bytes(answer: Answer, with_body: bool) -> bytes:
-    status, headers, body = answer
-    lines = [f"HTTP/1.0 {status}", *(f"{name}: {value}" for name, value in headers)]
-    lines += [f"Content-Length: {len(body)}", "Connection: close", "", ""]
-    return "\r\n".join(lines).encode("latin-1") + (body if with_body else b"")
+    headers = [("Content-Type", answer.content_type), *answer.headers, ("Content-Length", str(len(answer.body)))]
+    lines = [f"HTTP/1.0 {answer.status.value} {answer.status.phrase}", *(f"{name}: {text}" for name, text in headers)]
+    head = "\r\n".join([*lines, "Connection: close", "", ""])
+    return head.encode("latin-1") + (answer.body if with_body else b"")
 
 
 class Pulse:
-    """Whether a loop still turns: the loop calls `beat`, another thread asks `wrong`, another process looks at `file`.
+    """Sign of life of a loop: the loop calls `beat`, another thread asks `wrong`, another process looks at `file`.
 
-    The file is touched once a second at most, while all is well. It has no other meaning, and is gone after `close`.
+    The file is touched once a second at most, while all is well. The file means nothing else, and is gone after `close`.
     """
 
     def __init__(self, clock: Callable[[], float], late_after_s: float, file: Path | None = None) -> None:

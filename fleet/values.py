@@ -164,6 +164,11 @@ class JobInfo(msgspec.Struct, frozen=True):
     # What was deleted with its working folders, in words; and what else is to be known of its files, which begins with ON_WORKER.
     left: tuple[str, ...] = ()
 
+    @property
+    def status(self) -> str:
+        """One word: how the job ended, or the state that the job is in."""
+        return self.outcome or self.state
+
 
 class RankStatus(msgspec.Struct, frozen=True):
     """How a rank ended. Exactly one of code and signal is meaningful: signal is 0 unless one killed it."""
@@ -215,12 +220,16 @@ class CountsRow(msgspec.Struct, frozen=True):
     buckets: Annotated[tuple[Number, ...], msgspec.Meta(max_length=64)]
 
 
+# lost: its connection is down, for less than the grace period
+WorkerStateName = Literal["ready", "draining", "lost"]
+
+
 class WorkerState(msgspec.Struct, frozen=True):
     """One worker as the orchestrator sees it."""
 
     worker_id: WorkerId
     host: Host
-    state: Literal["ready", "draining", "lost"]  # lost: its connection is down, for less than the grace period
+    state: WorkerStateName
     slots: SlotCount
     busy: Annotated[int, msgspec.Meta(ge=0)]
     versions: Versions

@@ -47,6 +47,7 @@ DECIDERS = (
     "fleet/orchestrator/waiting.py",
     "fleet/orchestrator/placement.py",
     "fleet/orchestrator/uploads.py",
+    "fleet/orchestrator/view.py",
     "fleet/worker/core.py",
     "fleet/worker/ranks.py",
     "fleet/collectives/schedule.py",

@@ -83,13 +83,17 @@ def submit_each(
 
 def list_jobs(target: Target, versions: m.Versions, limit: int, as_json: bool) -> str:
     with JobClient(target, versions) as client:
-        found = client.find(limit=limit)
+        return listed(client.find(limit=limit), as_json)
+
+
+def listed(found: m.Jobs, as_json: bool) -> str:
+    """A page of jobs as a table, or as JSON."""
     if as_json:
         return json.dumps([msgspec.to_builtins(job) for job in found.jobs], indent=1)
     if not found.jobs:
         return "there is no job in this cluster"
-    listed = table([COLUMNS, *(_row(job) for job in found.jobs)], terminal_width(), whole=COLUMNS[:1])
-    return listed + (f"\n{found.left_out} older ones are left out: --limit" if found.left_out else "")
+    rows = table([COLUMNS, *map(_row, found.jobs)], terminal_width(), whole=COLUMNS[:1])
+    return rows + (f"\n{found.left_out} older ones are left out: --limit" if found.left_out else "")
 
 
 def status(target: Target, versions: m.Versions, prefix: str, as_json: bool) -> str:
@@ -105,7 +109,7 @@ def described(job: m.JobInfo) -> str:
     o = job.options
     lines = [
         ("job", f"{job.job_id}{f' ({o.name})' if o.name else ''}"),
-        ("state", job.outcome or job.state),
+        ("state", job.status),
         ("runs", " ".join(map(native, (job.target, *job.args)))),
         ("ranks", f"{job.world_size}{_each(o)}"),
         ("submitted", strftime("%Y-%m-%d %H:%M:%S", local(job.submitted_at))),
@@ -251,7 +255,7 @@ def _ran_s(job: m.JobInfo) -> float:
 def _row(job: m.JobInfo) -> tuple[str, ...]:
     what = job.options.name or " ".join((Path(job.target).name, *job.args))
     where = ", ".join(dict.fromkeys(job.workers)) if job.workers else job.reason or job.waits_for
-    state = job.outcome or job.state
+    state = job.status
     ran = span(_ran_s(job)) if job.started_at else "-"
     age = span(time() - job.submitted_at)
     return job.job_id, state, str(job.world_size), what, age, ran, str(job.attempt), where

@@ -152,7 +152,7 @@ def result_in(tail: bytes) -> dict[str, Any]:
 
 def _facts(job: m.JobInfo) -> Row:
     took = span(job.ended_at - job.started_at) if job.started_at and job.ended_at else "-"
-    return {JOB: job.job_id, STATE: job.outcome or job.state, TOOK: took}
+    return {JOB: job.job_id, STATE: job.status, TOOK: took}
 
 
 def _shown(rows: Sequence[Row], as_json: bool) -> str:

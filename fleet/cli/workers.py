@@ -29,14 +29,18 @@ def list_workers(
     """All workers, as a table or as JSON. Raises ConfigError, UsageError."""
     if orchestrator is None:
         raise UsageError("which cluster? set ORCHESTRATOR_ADDR or --orchestrator to HOST:PORT")
-    found = workers(cluster_target(orchestrator, secret_file, insecure, timeout_s), versions())
+    return listed(workers(cluster_target(orchestrator, secret_file, insecure, timeout_s), versions()), as_json)
+
+
+def listed(found: Sequence[m.WorkerState], as_json: bool) -> str:
+    """Workers as a table with what differs between them, or as JSON."""
     if as_json:
         return json.dumps([msgspec.to_builtins(worker) for worker in found], indent=1)
     if not found:
         return "no worker is in this cluster"
-    found = tuple(sorted(found, key=lambda worker: _natural(worker.worker_id)))
-    listed = table([COLUMNS, *map(_row, found)], terminal_width(), whole=COLUMNS[:1])
-    return "\n".join([listed, *_software(found)])
+    found = sorted(found, key=lambda worker: _natural(worker.worker_id))
+    rows = table([COLUMNS, *map(_row, found)], terminal_width(), whole=COLUMNS[:1])
+    return "\n".join([rows, *_software(found)])
 
 
 def _software(found: Sequence[m.WorkerState]) -> list[str]:

@@ -12,11 +12,11 @@ from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.placement import POLICIES
 from fleet.orchestrator.state import DropUpload, FetchBundle, SaveDrained, ServeLog, StorePart, Worker
 from fleet.orchestrator.uploads import Uploads
+from fleet.orchestrator.view import View
 from fleet.values import ON_WORKER, amount_of
 
 CURIOUS_AT_MOST = 64  # questions about one job whose answers are on the way
 LEFT_AT_MOST = 64  # sentences about what one job's workers and attempts left behind
-PAGE_BYTES = 1 << 20  # of jobs in one answer: a frame has 8 MB, and the largest job less than 7
 
 
 @dataclass
@@ -52,10 +52,9 @@ class Clients(Gangs):
         elif isinstance(message, m.Cancel):
             self._cancel(peer, message)
         elif isinstance(message, m.ListWorkers):
-            states = tuple(self._state_of(worker) for worker in self.workers.values())
-            self._send(peer, m.Workers(states, message.question))
+            self._send(peer, m.Workers(View(self, self._now).workers(), message.question))
         elif isinstance(message, m.ListJobs):
-            self._list_jobs(peer, message)
+            self._send(peer, View(self, self._now).jobs(message))
         elif isinstance(message, m.WatchJob):
             self._watch(peer, message)
         elif isinstance(message, m.ReadLog):
@@ -208,35 +207,9 @@ class Clients(Gangs):
 
     # Looking at jobs
 
-    def _list_jobs(self, peer: bytes, ask: m.ListJobs) -> None:
-        if ask.job_id in self.jobs:
-            found = [self.jobs[ask.job_id]]
-        else:
-            found = [job for job in reversed(self.jobs.values()) if job.job_id.startswith(ask.job_id)]
-        if ask.sweep:
-            found = [job for job in found if job.options.sweep == ask.sweep]
-        if ask.before:
-            found = [job for job in found if job.number < ask.before]
-        page: list[m.JobInfo] = []
-        size_bytes = 0
-        for job in found[: ask.limit]:
-            info = self._info(job, alone=len(found) == 1 or ask.limit == 1)
-            size_bytes += len(msgspec.msgpack.encode(info))
-            if page and size_bytes > PAGE_BYTES:
-                break
-            page.append(info)
-        left_out = len(found) - len(page)
-        following = found[len(page) - 1].number if left_out and page else 0
-        self._send(peer, m.Jobs(tuple(page), left_out, following, ask.question))
-
-    def _info(self, job: Job, alone: bool) -> m.JobInfo:
-        # Its turn is counted for a job that is asked for by itself: for all of a long queue it would take too long.
-        told = job.state is JobState.QUEUED and not alone
-        return job.info(self.epoch, job.waits_for if told else self._waits_for(job))
-
     def _watch(self, peer: bytes, watch: m.WatchJob) -> None:
         job = self.jobs.get(watch.job_id)
-        infos = () if job is None else (self._info(job, alone=False),)
+        infos = () if job is None else (View(self, self._now).job(job, alone=False),)
         self._send(peer, m.Jobs(infos, question=watch.question))
         if job is None:
             return
@@ -316,21 +289,6 @@ class Clients(Gangs):
             self._send(message.asker, msgspec.structs.replace(message, asker=b""))
 
     # Workers
-
-    def _state_of(self, worker: Worker) -> m.WorkerState:
-        hello, room = worker.hello, self.rooms[worker.worker_id]
-        jobs = tuple(sorted(self.seated.get(worker.worker_id, ()), key=lambda job_id: self.jobs[job_id].number))
-        return m.WorkerState(
-            worker.worker_id,
-            hello.host,
-            worker.state,
-            hello.slots,
-            room.taken,
-            hello.versions,
-            jobs,
-            hello.gpus,
-            room.load,
-        )
 
     def _drain(self, peer: bytes, drain: m.Drain) -> None:
         worker = self.workers.get(drain.worker_id)

@@ -119,21 +119,6 @@ class Gangs:
             job.waits_for = reason
             self._send(job.client, m.JobWaiting(job.job_id, reason))
 
-    def _waits_for(self, job: Job) -> str:
-        """What a job waits for now, for a person."""
-        if job.state is JobState.FETCHING:
-            return "its files"
-        if job.state is JobState.ASSIGNED:
-            return f"{some([w for w in job.workers if w not in job.ports])} to prepare it"
-        if job.state is not JobState.QUEUED:
-            return ""
-        if job.job_id not in self.waiting:
-            due = next((when for when, job_id, _ in self.delayed if job_id == job.job_id), self._now)
-            return f"{max(0.0, due - self._now):.1f} s until attempt {job.attempt}, after {job.losses} lost workers"
-        before = self.waiting.before(job.job_id)
-        turn = f"; {before} job{'s have their' if before > 1 else ' has its'} turn before it" if before else ""
-        return self.rooms.missing(job.shape) + turn
-
     def _assign(self, job: Job, worker_id: str, group_rank: int) -> m.Assign:
         ranks, gpus = job.ranks_on(worker_id), job.options.gpus
         return m.Assign(job.job_id, job.attempt, job.world_size, ranks, group_rank, len(job.workers), job.spec, gpus)

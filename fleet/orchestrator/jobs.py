@@ -16,7 +16,6 @@ from fleet.bounds import Made
 from fleet.orchestrator.placement import Shape
 
 TAILS_TOLD_CHARS = 1 << 20  # of all ranks together
-ARGS_TOLD_CHARS = 1 << 16
 TAIL_KEPT_CHARS = 2000  # of the stderr of a rank whose job has ended
 
 
@@ -165,41 +164,6 @@ class Job:
     def move(self, state: JobState) -> None:
         assert state in MOVES[self.state], f"job {self.job_id}: {self.state.name} -> {state.name}"
         self.state = state
-
-    def info(self, epoch: float, waits_for: str) -> m.JobInfo:
-        """For a person. `epoch` is the wall clock's time of the monotonic clock's 0."""
-        return m.JobInfo(
-            job_id=self.job_id,
-            state=self.state.name.lower(),
-            outcome=self.outcome,
-            kind=self.spec.kind,
-            target=self.spec.target,
-            args=_cut(self.spec.args),
-            world_size=self.world_size,
-            options=self.options,
-            detached=self.detached,
-            attempt=self.attempt,
-            submitted_at=epoch + self.submitted_at,
-            started_at=0.0 if self.started_at is None else epoch + self.started_at,
-            ended_at=0.0 if self.ended_at is None else epoch + self.ended_at,
-            workers=self.seats,
-            waits_for=waits_for,
-            reason=self.reason,
-            history=self.history,
-            exit_codes=tuple(-s.signal or s.code for _, s in sorted(self.exits.items())),
-            held_by=tuple(self.held_by),
-            left=self.left,
-        )
-
-
-def _cut(args: tuple[str, ...]) -> tuple[str, ...]:
-    """Arguments as a person is shown them."""
-    left = ARGS_TOLD_CHARS
-    for number, arg in enumerate(args):
-        left -= len(arg) + 1
-        if left < 0:
-            return (*args[:number], f"... and {len(args) - number} more")
-    return args
 
 
 def _with_tail(status: m.RankStatus, chars: int) -> m.RankStatus:

@@ -22,7 +22,7 @@ from fleet.bus.poller import Poller, Wake
 from fleet.bus.process import numbering, watch_end
 from fleet.dropped import Dropped
 from fleet.errors import ConfigError, ProtocolError
-from fleet.exposition import Exposition, Pulse
+from fleet.exposition import Exposition, Pulse, health_route, metrics_route
 from fleet.orchestrator.bundles import Bundles, Limits
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.jobs import recalled
@@ -117,7 +117,8 @@ class Service:
                     self._dropped.counts,
                     lambda: self._router.strangers.refused_count,
                 )
-                self._exposition = Exposition(*metrics_at, [metrics], self._pulse.wrong)
+                routes = {"/metrics": metrics_route(metrics), "/healthz": health_route(self._pulse.wrong)}
+                self._exposition = Exposition(*metrics_at, routes)
             self._bundles = self._find_files(runtime, keeping is not None)
         except BaseException:
             self._close()

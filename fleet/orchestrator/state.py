@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from typing import Literal
 
 from fleet import messages as m
+from fleet.values import WorkerStateName
 
 OUTCOMES = ("succeeded", "failed", "cancelled", "quarantined")
 DISPATCH_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
@@ -28,7 +28,7 @@ class Worker:
         return self.hello.worker_id
 
     @property
-    def state(self) -> Literal["ready", "draining", "lost"]:
+    def state(self) -> WorkerStateName:
         return "lost" if self.lost_since is not None else "draining" if self.leaving or self.drained else "ready"
 
 

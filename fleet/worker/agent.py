@@ -26,7 +26,7 @@ from fleet.bus.strangers import LOG_EVERY_S
 from fleet.bus.trees import remove_tree
 from fleet.dropped import Dropped
 from fleet.errors import FleetError, OtherProtocol, ProtocolError
-from fleet.exposition import Exposition, Pulse
+from fleet.exposition import Exposition, Pulse, health_route, metrics_route
 from fleet.stillness import LifeClock
 from fleet.values import native
 from fleet.worker.core import Core
@@ -124,7 +124,10 @@ class Agent:
         self._busyness = Busyness()
         self._dropped = Dropped(log, monotonic)
         self._metrics = WorkerMetrics(self._core, self._turning, self._clock.look, self._dropped.counts)
-        self._exposition = None if metrics_at is None else Exposition(*metrics_at, [self._metrics], self._pulse.wrong)
+        self._exposition: Exposition | None = None
+        if metrics_at is not None:
+            routes = {"/metrics": metrics_route(self._metrics), "/healthz": health_route(self._pulse.wrong)}
+            self._exposition = Exposition(*metrics_at, routes)
 
     @property
     def metrics_at(self) -> str:

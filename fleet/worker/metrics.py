@@ -1,6 +1,6 @@
-"""What Prometheus is told of one worker: its jobs, what it uses, and the collectives of all ranks that ever ran here.
+"""Metrics of one worker for Prometheus: its jobs, what they use, and the collectives of all ranks that ever ran here.
 
-Read from the agent's plain state at each scrape; ranks' tallies are added as they come. Decides nothing.
+Read from the agent's plain state at each scrape; the tallies of ranks are added as they come. Decides nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from fleet.exposition import filled
 from fleet.values import COLLECTIVE_SECONDS, CountsRow, cumulative
 from fleet.worker.core import Core
 from fleet.worker.usage import Meter
@@ -27,7 +28,7 @@ class _Sum:
 
 
 class WorkerMetrics(Collector):
-    """`lock` keeps the core still while it is read; `add` is called by the one who holds it; `dropped` counts by why."""
+    """`lock` keeps the core still while it is read, and its holder calls `add`. `dropped` counts messages by why."""
 
     def __init__(
         self,
@@ -41,8 +42,8 @@ class WorkerMetrics(Collector):
         self._clock = clock
         self._dropped = dropped
         self._meter = Meter()
-        self._sums: dict[tuple[str, str], _Sum] = {}
-        self.refused_count = 0  # strangers at the inboxes of ranks
+        self._sums: dict[tuple[str, str], _Sum] = {}  # by operation and path
+        self.refused_count = 0  # connections without the secret, at the inboxes of ranks
 
     def add(self, rows: tuple[CountsRow, ...]) -> None:
         for row in rows:
@@ -64,8 +65,7 @@ class WorkerMetrics(Collector):
         with self._lock:
             found = list(self._families())
         yield from found
-        one = (self._core.settings.worker_id,)
-        for name, text, value in (
+        yield from self._gauges(
             (
                 "worker_cpu_usage",
                 "Share of the cores it may use that this worker and its ranks use, 0 to 1.",
@@ -74,38 +74,30 @@ class WorkerMetrics(Collector):
             ("worker_memory_usage", "Bytes of memory that this worker and its ranks use.", usage.memory_bytes),
             ("fleet_worker_cores", "Cores that this worker may use.", usage.cores),
             ("fleet_worker_memory_limit_bytes", "Bytes of memory that this worker may use.", usage.memory_limit_bytes),
-        ):
+        )
+
+    def _gauges(self, *gauges: tuple[str, str, float]) -> Iterator[Metric]:
+        for name, text, value in gauges:
             family = GaugeMetricFamily(name, text, labels=("worker",))
-            family.add_metric(one, value)
-            yield family
+            yield filled(family, {self._core.settings.worker_id: value})
 
     def _families(self) -> Iterator[Metric]:
         core, settings = self._core, self._core.settings
-        one = (settings.worker_id,)
+        worker_id, versions = settings.worker_id, settings.versions
         info = GaugeMetricFamily(
             "fleet_worker_info", "Versions of this worker; always 1.", labels=("worker", "version", "python", "torch")
         )
-        info.add_metric((*one, settings.versions.fleet, settings.versions.python, settings.versions.torch), 1)
+        info.add_metric((worker_id, versions.fleet, versions.python, versions.torch), 1)
         yield info
         dropped = CounterMetricFamily(
             "fleet_worker_messages_dropped", "Messages that were dropped, by why.", labels=("worker", "why")
         )
-        for why, count in self._dropped.items():
-            dropped.add_metric((*one, why), count)
-        yield dropped
-        jobs = CounterMetricFamily(
-            "worker_jobs", "Jobs that this worker had a part in, and that have ended.", labels=("worker",)
-        )
-        jobs.add_metric(one, core.jobs_done)
-        yield jobs
+        yield filled(dropped, self._dropped, worker_id)
         ranks = [rank for attempt in core.attempts.values() for rank in attempt.ranks.values() if rank.status is None]
-        inside = [self._clock() - rank.inside_since for rank in ranks if rank.inside_since is not None]
-        for name, text, value in (
-            (
-                "worker_jobs_active",
-                "Jobs that this worker runs a part of now.",
-                sum(a.active for a in core.attempts.values()),
-            ),
+        inside = (self._clock() - rank.inside_since for rank in ranks if rank.inside_since is not None)
+        active = sum(attempt.active for attempt in core.attempts.values())
+        yield from self._gauges(
+            ("worker_jobs_active", "Jobs that this worker runs a part of now.", active),
             ("fleet_worker_slots", "Ranks that may run here at once.", settings.slots),
             ("fleet_worker_ranks", "Ranks that run here now.", len(ranks)),
             ("fleet_worker_connected", "1 while the orchestrator answers this worker.", core.welcomed),
@@ -114,27 +106,25 @@ class WorkerMetrics(Collector):
                 "How long a rank here has been inside one collective, the longest.",
                 max(inside, default=0.0),
             ),
-        ):
-            family = GaugeMetricFamily(name, text, labels=("worker",))
-            family.add_metric(one, float(value))
-            yield family
-        refused = CounterMetricFamily(
-            "fleet_worker_strangers_refused",
-            "Connections to this worker's ranks that did not prove that they hold the secret.",
-            labels=("worker",),
         )
-        refused.add_metric(one, self.refused_count)
-        yield refused
+        for name, text, count in (
+            ("worker_jobs", "Jobs that this worker had a part in, and that have ended.", core.jobs_done),
+            (
+                "fleet_worker_strangers_refused",
+                "Connections to this worker's ranks that did not prove that they hold the secret.",
+                self.refused_count,
+            ),
+        ):
+            yield filled(CounterMetricFamily(name, text, labels=("worker",)), {worker_id: count})
+        labels = ("worker", "operation", "path")
         seconds = HistogramMetricFamily(
-            "fleet_collective_seconds", "Collectives of this worker's ranks.", labels=("worker", "operation", "path")
+            "fleet_collective_seconds", "Collectives of this worker's ranks.", labels=labels
         )
         moved = CounterMetricFamily(
-            "fleet_collective_bytes",
-            "Bytes that ranks gave to or got from collectives.",
-            labels=("worker", "operation", "path"),
+            "fleet_collective_bytes", "Bytes that ranks gave to or got from collectives.", labels=labels
         )
-        for (operation, path), total in sorted(self._sums.items()):
-            seconds.add_metric((*one, operation, path), cumulative(COLLECTIVE_SECONDS, total.buckets), total.seconds)
-            moved.add_metric((*one, operation, path), total.byte_count)
+        for key, total in sorted(self._sums.items()):
+            seconds.add_metric((worker_id, *key), cumulative(COLLECTIVE_SECONDS, total.buckets), total.seconds)
+            moved.add_metric((worker_id, *key), total.byte_count)
         yield seconds
         yield moved

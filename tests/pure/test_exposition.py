@@ -16,7 +16,15 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fleet.errors import ConfigError
-from fleet.exposition import CONNECTIONS_AT_MOST, HEAD_AT_MOST_BYTES, Exposition
+from fleet.exposition import (
+    CONNECTIONS_AT_MOST,
+    HEAD_AT_MOST_BYTES,
+    Answer,
+    Exposition,
+    Request,
+    health_route,
+    metrics_route,
+)
 from fleet.worker import usage
 
 
@@ -37,7 +45,9 @@ class Gauge(Collector):
 
 @contextmanager
 def served(within_s: float = 5.0, gauge: Gauge | None = None, host: str = "127.0.0.1") -> Iterator[Exposition]:
-    exposition = Exposition(host, 0, [gauge or Gauge()], lambda: "", within_s)
+    exposition = Exposition(
+        host, 0, {"/metrics": metrics_route(gauge or Gauge()), "/healthz": health_route(lambda: "")}, within_s
+    )
     try:
         yield exposition
     finally:
@@ -137,6 +147,24 @@ def test_a_collector_that_fails_is_said_and_survived() -> None:
         assert get(exposition.port)[0] == 200
 
 
+def test_each_route_is_a_row_and_one_that_fails_takes_no_other_with_it() -> None:
+    def page(request: Request) -> Answer:
+        return Answer("text/html", f"{request.query} {request.headers['host'][:9]}".encode(), headers=(("X-A", "b"),))
+
+    def broken(_: Request) -> Answer:
+        raise ValueError("no")
+
+    exposition = Exposition("127.0.0.1", 0, {"/": page, "/broken": broken})
+    try:
+        answer = raw(exposition.port, b"GET /?q HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\nX-A: b\r\nContent-Length: 11\r\n")
+        assert answer.endswith(b"q 127.0.0.1")
+        assert get(exposition.port, "/broken") == (500, b"/broken cannot be answered: no\n")
+        assert get(exposition.port, "/none") == (404, b"there are / and /broken here\n")
+    finally:
+        exposition.close()
+
+
 def test_prometheus_gets_what_it_asks_for() -> None:
     accept = "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
     with served() as exposition:
@@ -154,7 +182,7 @@ def test_it_listens_where_it_is_told() -> None:
     with served(host="*") as exposition:
         assert get(exposition.port, host="127.0.0.4")[0] == 200
     with pytest.raises(ConfigError, match="FLEET_METRICS_HOST"):
-        Exposition("no.such.host.invalid", 0, [], lambda: "")
+        Exposition("no.such.host.invalid", 0, {})
 
 
 def test_figures_that_cannot_be_read_end_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

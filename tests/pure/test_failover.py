@@ -9,6 +9,7 @@ from fleet.orchestrator import state as o
 from fleet.orchestrator.core import RECONNECT_GRACE_S, RETURN_WITHIN_S, Core
 from fleet.orchestrator.gangs import PREPARE_WITHIN_S
 from fleet.orchestrator.jobs import MOVES, Job, JobState, recalled, record
+from fleet.orchestrator.view import View
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
 from tests.pure.test_scheduling import alive, finish, submit
 
@@ -354,12 +355,12 @@ def test_times_stay_where_they_were_on_the_wall_when_that_runs_on() -> None:
     core = cluster(1)
     core.epoch = 1_000_000.0
     running(core, 1)
-    before = core.jobs["j"].info(core.epoch, "")
+    before = View(core, 1.0).job(core.jobs["j"])
     core.move_epoch(core.epoch + 8 * 3600)
-    after = core.jobs["j"].info(core.epoch, "")
+    after = View(core, 1.0).job(core.jobs["j"])
     assert (after.submitted_at, after.started_at) == (before.submitted_at, before.started_at)
     core.step(o.Received(CLIENT, m.Submit("later", 1, SPEC)), 1.0)
-    assert core.jobs["later"].info(core.epoch, "").submitted_at == 1_000_000.0 + 8 * 3600 + 1.0
+    assert View(core, 1.0).job(core.jobs["later"]).submitted_at == 1_000_000.0 + 8 * 3600 + 1.0
 
 
 def test_a_job_that_a_living_worker_does_not_prepare_goes_to_another_in_time() -> None:

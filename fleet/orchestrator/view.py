@@ -1,0 +1,157 @@
+"""State of a cluster as people see it: workers, jobs, why a job waits, totals; pure.
+
+`fleet workers`, `fleet jobs`, `fleet status`, their --json and the metrics are drawn from here, so that they cannot disagree.
+A view reads the state of the orchestrator and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import get_args
+
+import msgspec
+
+from fleet import messages as m
+from fleet.orchestrator.gangs import Gangs, some
+from fleet.orchestrator.jobs import Job, JobState
+from fleet.orchestrator.state import Worker
+from fleet.values import WorkerStateName
+
+PAGE_BYTES = 1 << 20  # of jobs in one answer: a frame has 8 MB, and the largest job less than 7
+ARGS_TOLD_CHARS = 1 << 16
+WAITING = frozenset({JobState.FETCHING, JobState.QUEUED})
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Workers, slots and jobs of a cluster, counted."""
+
+    workers: dict[WorkerStateName, int]  # by state; every state is a key
+    slots_free: int
+    slots_busy: int
+    jobs_waiting: int  # for slots, or for their files
+    longest_wait_s: float  # of the jobs that wait now
+    jobs_running: int
+
+
+@dataclass(frozen=True)
+class View:
+    """The orchestrator's state at one moment. `now` is of the orchestrator's monotonic clock."""
+
+    state: Gangs
+    now: float
+
+    def workers(self) -> tuple[m.WorkerState, ...]:
+        """All workers, in the order in which they joined."""
+        return tuple(map(self.worker, self.state.workers.values()))
+
+    def worker(self, worker: Worker) -> m.WorkerState:
+        hello, room, jobs = worker.hello, self.state.rooms[worker.worker_id], self.state.jobs
+        return m.WorkerState(
+            worker_id=worker.worker_id,
+            host=hello.host,
+            state=worker.state,
+            slots=hello.slots,
+            busy=room.taken,
+            versions=hello.versions,
+            jobs=tuple(sorted(self.state.seated.get(worker.worker_id, ()), key=lambda job_id: jobs[job_id].number)),
+            gpus=hello.gpus,
+            load=room.load,
+        )
+
+    def job(self, job: Job, alone: bool = True) -> m.JobInfo:
+        """One job. Its turn is counted if it is shown `alone`: for each job of a long queue, that would take too long."""
+        epoch = self.state.epoch
+        return m.JobInfo(
+            job_id=job.job_id,
+            state=job.state.name.lower(),
+            outcome=job.outcome,
+            kind=job.spec.kind,
+            target=job.spec.target,
+            args=_cut(job.spec.args),
+            world_size=job.world_size,
+            options=job.options,
+            detached=job.detached,
+            attempt=job.attempt,
+            submitted_at=epoch + job.submitted_at,
+            started_at=0.0 if job.started_at is None else epoch + job.started_at,
+            ended_at=0.0 if job.ended_at is None else epoch + job.ended_at,
+            workers=job.seats,
+            waits_for=job.waits_for if job.state is JobState.QUEUED and not alone else self.waits_for(job),
+            reason=job.reason,
+            history=job.history,
+            exit_codes=tuple(-s.signal or s.code for _, s in sorted(job.exits.items())),
+            held_by=tuple(job.held_by),
+            left=job.left,
+        )
+
+    def jobs(self, ask: m.ListJobs) -> m.Jobs:
+        """The page of jobs that was asked for, the newest first."""
+        found = list(self._matching(ask))
+        alone = len(found) == 1 or ask.limit == 1
+        page: list[m.JobInfo] = []
+        size_bytes = 0
+        for job in found[: ask.limit]:
+            info = self.job(job, alone)
+            size_bytes += len(msgspec.msgpack.encode(info))
+            if page and size_bytes > PAGE_BYTES:
+                break
+            page.append(info)
+        left_out = len(found) - len(page)
+        following = found[len(page) - 1].number if left_out and page else 0
+        return m.Jobs(tuple(page), left_out, following, ask.question)
+
+    def waits_for(self, job: Job) -> str:
+        """The reason, in words, why a job has not started; empty for a job that has."""
+        state = self.state
+        if job.state is JobState.FETCHING:
+            return "its files"
+        if job.state is JobState.ASSIGNED:
+            return f"{some([worker_id for worker_id in job.workers if worker_id not in job.ports])} to prepare it"
+        if job.state is not JobState.QUEUED:
+            return ""
+        if job.job_id not in state.waiting:
+            due = next((when for when, job_id, _ in state.delayed if job_id == job.job_id), self.now)
+            return f"{max(0.0, due - self.now):.1f} s until attempt {job.attempt}, after {job.losses} lost workers"
+        before = state.waiting.before(job.job_id)
+        turn = f"; {before} job{'s have their' if before > 1 else ' has its'} turn before it" if before else ""
+        return state.rooms.missing(job.shape) + turn
+
+    def totals(self) -> Totals:
+        state = self.state
+        workers: dict[WorkerStateName, int] = dict.fromkeys(get_args(WorkerStateName), 0)
+        slots = busy = 0
+        for worker in state.workers.values():
+            workers[worker.state] += 1
+            room = state.rooms[worker.worker_id]
+            slots, busy = slots + room.slots, busy + room.taken
+        waiting = running = 0
+        longest_wait_s = 0.0
+        for job in state.jobs.values():
+            if job.state in WAITING:
+                waiting += 1
+                longest_wait_s = max(longest_wait_s, self.now - job.queued_at)
+            running += job.state is JobState.RUNNING
+        return Totals(workers, slots - busy, busy, waiting, longest_wait_s, running)
+
+    def _matching(self, ask: m.ListJobs) -> Iterator[Job]:
+        jobs = self.state.jobs
+        newest_first: Iterable[Job] = (jobs[ask.job_id],) if ask.job_id in jobs else reversed(jobs.values())
+        for job in newest_first:
+            if (
+                job.job_id.startswith(ask.job_id)
+                and (not ask.sweep or job.options.sweep == ask.sweep)
+                and (not ask.before or job.number < ask.before)
+            ):
+                yield job
+
+
+def _cut(args: tuple[str, ...]) -> tuple[str, ...]:
+    """The first of many arguments, and how many more there are."""
+    left = ARGS_TOLD_CHARS
+    for number, arg in enumerate(args):
+        left -= len(arg) + 1
+        if left < 0:
+            return (*args[:number], f"... and {len(args) - number} more")
+    return args

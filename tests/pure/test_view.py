@@ -1,0 +1,121 @@
+"""State of a cluster as people see it: the table, --json and the metrics say the same of the same state."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from fleet import messages as m
+from fleet.cli import jobs, workers
+from fleet.orchestrator import state as o
+from fleet.orchestrator.core import Core
+from fleet.orchestrator.metrics import OrchestratorMetrics
+from fleet.orchestrator.view import ARGS_TOLD_CHARS, View
+from tests.pure.test_orchestrator import CLIENT, SPEC, cluster, running, sent
+
+NOW = 9.0
+
+
+def busy() -> Core:
+    """A ready, a draining and a lost worker; jobs that run, wait, wait for their files and have ended, each in its way."""
+    core = cluster(2, 2, 3)
+    running(core, 3)
+    core.step(o.Received(CLIENT, m.Submit("done", 1, SPEC)), 1.0)
+    (worker_id,) = core.jobs["done"].workers
+    peer = f"{worker_id}/1".encode()
+    core.step(o.Received(peer, m.Assigned("done", 1, 5)), 1.0)
+    core.step(o.Received(peer, m.RankExited("done", 1, m.RankStatus(0, worker_id, "h", 7, 3))), 2.0)
+    core.step(o.Received(CLIENT, m.Submit("waits", 9, SPEC)), 3.0)
+    core.step(o.Received(CLIENT, m.Submit("waits too", 8, SPEC)), 4.0)
+    with_files = m.Spec("script", "train.py", digest="ab" * 32)
+    core.step(o.Received(CLIENT, m.Submit("files", 1, with_files)), 5.0)
+    core.step(o.Received(CLIENT, m.Submit("cancelled", 9, SPEC)), 5.0)
+    core.step(o.Received(CLIENT, m.Cancel("cancelled")), 6.0)
+    core.step(o.Received(b"w1/1", m.Leaving()), 7.0)
+    core.step(o.PeerLost(b"w2/1"), 8.0)
+    return core
+
+
+def asked(core: Core, question: m.ListJobs | m.ListWorkers) -> m.Message:
+    (answer,) = sent(core.step(o.Received(CLIENT, question), NOW), CLIENT)
+    return answer
+
+
+def columns(text: str, *names: str) -> list[tuple[str, ...]]:
+    head, *rows = text.splitlines()
+    ends = [head.find(name) for name in names]
+    return [tuple(row[at:].split("  ")[0].strip() for at in ends) for row in rows if not row.startswith("all:")]
+
+
+def metrics(core: Core) -> Callable[..., float]:
+    registry = CollectorRegistry()
+    registry.register(OrchestratorMetrics(core, threading.Lock(), lambda: NOW, {}))
+    families = text_string_to_metric_families(generate_latest(registry).decode())
+    samples = {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+    return lambda *key: samples[key]
+
+
+def test_workers_are_the_same_in_the_table_in_json_and_in_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    core = busy()
+    found = asked(core, m.ListWorkers())
+    assert isinstance(found, m.Workers)
+    rows = columns(workers.listed(found.workers, False), "WORKER", "STATE", "SLOTS", "BUSY", "JOBS")
+    plain = json.loads(workers.listed(found.workers, True))
+    assert rows == [
+        (w["worker_id"], w["state"], str(w["slots"]), str(w["busy"]), " ".join(w["jobs"]))
+        for w in sorted(plain, key=lambda w: w["worker_id"])
+    ]
+    assert [row[1] for row in rows] == ["ready", "draining", "lost"]
+    metric = metrics(core)
+    assert {s: metric("fleet_workers", s) for s in ("ready", "draining", "lost")} == Counter(row[1] for row in rows)
+    assert metric("fleet_slots", "busy") == sum(int(row[3]) for row in rows) == 3
+    assert metric("fleet_slots", "free") == sum(int(row[2]) - int(row[3]) for row in rows) == 4
+
+
+def test_jobs_are_the_same_in_the_table_in_json_and_in_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    core = busy()
+    found = asked(core, m.ListJobs())
+    assert isinstance(found, m.Jobs)
+    rows = columns(jobs.listed(found, False), "JOB", "STATE", "RANKS", "WHERE")
+    plain = json.loads(jobs.listed(found, True))
+    assert [row[:3] for row in rows] == [
+        (job["job_id"], job["outcome"] or job["state"], str(job["world_size"])) for job in plain
+    ]
+    assert rows[0] == ("cancelled", "cancelled", "9", "cancelled")
+    states, metric = Counter(row[1] for row in rows), metrics(core)
+    assert states == {"running": 1, "failed": 1, "cancelled": 1, "queued": 2, "fetching": 1}
+    assert metric("fleet_jobs_running") == states["running"]
+    assert metric("fleet_queue_length") == states["queued"] + states["fetching"]
+    assert [metric("fleet_jobs_total", end) for end in ("failed", "cancelled", "succeeded")] == [1, 1, 0]
+    oldest = min(job["submitted_at"] for job in plain if job["state"] in ("queued", "fetching"))
+    assert metric("fleet_queue_oldest_seconds") == NOW - oldest
+
+
+def test_a_job_says_what_it_waits_for_and_its_turn_if_it_is_shown_alone() -> None:
+    core = busy()
+    view = View(core, NOW)
+    assert view.waits_for(core.jobs["files"]) == "its files"
+    assert view.waits_for(core.jobs["j"]) == ""
+    assert view.job(core.jobs["waits too"]).waits_for.endswith("; 1 job has its turn before it")
+    told = view.job(core.jobs["waits too"], alone=False).waits_for
+    assert told.startswith("4 of 8 slots")
+    assert "turn" not in told
+    before = dict(core.jobs)
+    asked(core, m.ListJobs())
+    assert core.jobs == before, "to look changes something"
+
+
+def test_of_many_arguments_the_first_are_shown() -> None:
+    core = cluster(1)
+    core.step(o.Received(CLIENT, m.Submit("j", 1, m.Spec("script", "t", ("a" * 1000,) * 100, "/"))), 0.0)
+    args = View(core, NOW).job(core.jobs["j"]).args
+    assert sum(map(len, args)) <= ARGS_TOLD_CHARS
+    assert args[-1] == "... and 35 more"
