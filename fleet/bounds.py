@@ -33,16 +33,19 @@ Text = Annotated[str, Meta(max_length=TEXT_CHARS)]
 
 WorldSize = Annotated[int, Meta(ge=1, le=RANKS_AT_MOST)]
 Rank = Annotated[int, Meta(ge=0, lt=RANKS_AT_MOST)]
-RankOrNone = Annotated[int, Meta(ge=-1, lt=RANKS_AT_MOST)]  # -1: none, or a client
+MemberId = Annotated[int, Meta(ge=0, lt=RANKS_AT_MOST)]  # of a process of a job, for its whole life
+MemberIdOrNone = Annotated[int, Meta(ge=-1, lt=RANKS_AT_MOST)]  # -1: none, or a client
 SlotCount = Annotated[int, Meta(ge=1, le=RANKS_AT_MOST)]
 Count = Annotated[int, Meta(ge=0, le=RANKS_AT_MOST)]
 Number = Annotated[int, Meta(ge=0, le=NUMBER_AT_MOST)]
 NumberOrNone = Annotated[int, Meta(ge=-1, le=NUMBER_AT_MOST)]
 Attempt = Annotated[int, Meta(ge=0, le=1 << 31)]
-Ranks = Annotated[tuple[Rank, ...], ONE_A_RANK]
+MemberIds = Annotated[tuple[MemberId, ...], ONE_A_RANK]
 Hosts = Annotated[tuple[Host, ...], ONE_A_RANK]
 WorkerIds = Annotated[tuple[WorkerId, ...], ONE_A_RANK]
 JobIds = Annotated[tuple[JobId, ...], ONE_A_RANK]
+Generation = Attempt  # of a job's world: only grows
+WorldId = Number
 Pid = Annotated[int, Meta(ge=0, le=1 << 31)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 # (communicator, how many collectives a rank has made of it)

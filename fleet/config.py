@@ -36,7 +36,7 @@ class RankSettings:
     control: str
     job_id: str
     attempt: int
-    rank: int
+    member_id: int
     world_size: int
     local_rank: int
 
@@ -59,7 +59,7 @@ def rank_settings() -> RankSettings | None:
             control=control,
             job_id=os.environ["FLEET_JOB"],
             attempt=int(os.environ["FLEET_ATTEMPT"]),
-            rank=int(os.environ["FLEET_RANK"]),
+            member_id=int(os.environ["FLEET_RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             local_rank=int(os.environ["LOCAL_RANK"]),
         )
@@ -71,13 +71,13 @@ def rank_settings() -> RankSettings | None:
 
 def note_joined(settings: RankSettings, pid: int) -> None:
     """Tells what this process starts from now on that the rank is taken, see joined_in."""
-    os.environ["FLEET_JOINED"] = f"{settings.job_id}/{settings.attempt}/{settings.rank}/{pid}"
+    os.environ["FLEET_JOINED"] = f"{settings.job_id}/{settings.attempt}/{settings.member_id}/{pid}"
 
 
 def joined_in(settings: RankSettings) -> int | None:
     """The process among those that led to this one that has called fleet.init() as the same rank, or None."""
     rank, _, pid = os.environ.get("FLEET_JOINED", "").rpartition("/")
-    same = rank == f"{settings.job_id}/{settings.attempt}/{settings.rank}"
+    same = rank == f"{settings.job_id}/{settings.attempt}/{settings.member_id}"
     return int(pid) if same and pid.isdigit() else None
 
 

@@ -26,13 +26,14 @@ from fleet.bounds import (
     JobId,
     JobIds,
     Made,
+    MemberId,
+    MemberIdOrNone,
+    MemberIds,
     Number,
     NumberOrNone,
     Pid,
     Port,
     Rank,
-    RankOrNone,
-    Ranks,
     Seconds,
     Size,
     SlotCount,
@@ -184,8 +185,8 @@ class Started(Message, frozen=True):
     """Its ranks start; said again when the client or a worker comes back, since what they said meanwhile may be lost."""
 
     job_id: JobId
-    hosts: Hosts  # by rank
-    workers: WorkerIds  # by rank
+    hosts: Hosts  # by member_id
+    workers: WorkerIds  # by member_id
 
 
 class Cancel(Message, frozen=True):
@@ -197,7 +198,7 @@ class Cancel(Message, frozen=True):
 class JobEnded(Message, frozen=True):
     job_id: JobId
     reason: Text  # empty: every rank exited with 0
-    cause: RankOrNone  # the rank that failed first, -1: none
+    cause: MemberIdOrNone  # the member that failed first, -1: none
     ranks: Annotated[tuple[RankStatus, ...], ONE_A_RANK] = ()
     outcome: Word = ""  # see JobInfo; empty: its orchestrator does not know the job
 
@@ -229,11 +230,11 @@ class Assign(Message, frozen=True):
     job_id: JobId
     attempt: Attempt
     world_size: WorldSize
-    ranks: Ranks
+    member_ids: MemberIds
     group_rank: Rank
     group_count: WorldSize
     spec: Spec
-    gpus: Count = 0  # for each of these ranks
+    gpus: Count = 0  # for each of these members
 
 
 class Assigned(Message, frozen=True):
@@ -308,7 +309,7 @@ class RankExited(Message, frozen=True):
 class Output(Message, frozen=True):
     job_id: JobId
     attempt: Attempt
-    rank: Rank
+    member_id: MemberId
     stream: Literal["stdout", "stderr"]
     data: Annotated[bytes, msgspec.Meta(max_length=PART_BYTES)]
     number: Number = (
@@ -321,7 +322,7 @@ class OutputAck(Message, frozen=True):
 
     job_id: JobId
     attempt: Attempt
-    rank: Rank
+    member_id: MemberId
     number: Number
 
 
@@ -343,7 +344,7 @@ class Repeated(Message, frozen=True):
 class RankHello(Message, frozen=True):
     job_id: JobId
     attempt: Attempt
-    rank: Rank
+    member_id: MemberId
     pid: Pid
 
 
@@ -359,7 +360,7 @@ class RankWelcome(Message, frozen=True):
 class Join(Message, frozen=True):
     job_id: JobId
     attempt: Attempt
-    rank: Rank
+    member_id: MemberId
     pid: Pid
     address: Endpoint
     memory: Word = ""  # see world.Member
@@ -385,11 +386,11 @@ class MemberLost(Message, frozen=True):
 
 
 class Ask(Message, frozen=True):
-    """What is every rank of the job doing now? Asked by a rank whose collective is late; by a client: rank -1."""
+    """What is every rank of the job doing now? Asked by a rank whose collective is late; by a client: member_id -1."""
 
     job_id: JobId
     attempt: Attempt
-    rank: RankOrNone
+    member_id: MemberIdOrNone
     question: Number
     communicator_id: int = 0
     records: bool = False  # with all that their flight recorders hold
@@ -399,9 +400,9 @@ class Ask(Message, frozen=True):
 class Answer(Message, frozen=True):
     job_id: JobId
     attempt: Attempt
-    asker: RankOrNone
+    asker: MemberIdOrNone
     question: Number
-    rank: Rank
+    member_id: MemberId
     host: Host
     pid: Pid
     sequence: NumberOrNone  # of its running or last collective; -1: it has not joined, or is gone
@@ -410,7 +411,7 @@ class Answer(Message, frozen=True):
     call: Text = ""  # the collective that was asked for; empty: it made none of that number
     line: Text = ""  # of the script, where that was called or the rank is now
     records: str = ""
-    unreached: Ranks = ()  # that it sent to, and that it has no connection to
+    unreached: MemberIds = ()  # that it sent to, and that it has no connection to
 
 
 class CollectiveCounts(Message, frozen=True):
@@ -418,7 +419,7 @@ class CollectiveCounts(Message, frozen=True):
 
     job_id: JobId
     attempt: Attempt
-    rank: Rank
+    member_id: MemberId
     rows: Annotated[tuple[CountsRow, ...], msgspec.Meta(max_length=1000)]
     inside_s: Seconds = 0.0  # how long it has been inside the collective that it is in; 0: in none
     refused_count: Number = 0  # strangers at its inbox since then

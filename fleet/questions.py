@@ -17,12 +17,12 @@ from fleet.bounds import (
     JobId,
     JobIds,
     JobPrefix,
+    MemberId,
     MtimeNs,
     Number,
     Offset,
     Path,
     Peer,
-    Rank,
     Seconds,
     Size,
     Text,
@@ -74,14 +74,14 @@ class ReadLog(Message, frozen=True):
     """What a rank of a detached job printed, from an offset on; negative: from the end. Answered by LogPart."""
 
     job_id: JobId
-    rank: Rank
+    member_id: MemberId
     offset: Offset
     question: Number = 0
 
 
 class LogPart(Message, frozen=True):
     job_id: JobId
-    rank: Rank
+    member_id: MemberId
     offset: Offset
     data: Annotated[bytes, msgspec.Meta(max_length=LOG_PART_BYTES)]
     ended: bool  # nothing will follow after this part

@@ -16,10 +16,10 @@ from fleet.bounds import (
     DigestOrNone,
     Host,
     JobId,
+    MemberId,
     Number,
     NumberOrNone,
     Pid,
-    Rank,
     Seconds,
     Size,
     SlotCount,
@@ -155,11 +155,11 @@ class JobInfo(msgspec.Struct, frozen=True):
     submitted_at: float
     started_at: float
     ended_at: float
-    workers: WorkerIds  # by rank
+    workers: WorkerIds  # by member_id
     waits_for: str  # what it waits for, in words
     reason: str  # why it ended, if not by itself
     history: tuple[str, ...] = ()  # how earlier attempts ended
-    exit_codes: tuple[int, ...] = ()  # by rank, of those that have ended; minus the number of a signal
+    exit_codes: tuple[int, ...] = ()  # by member_id, of those that have ended; minus the number of a signal
     held_by: tuple[str, ...] = ()  # workers that any attempt had ranks on, and so may hold some of its output
     # What was deleted with its working folders, in words; and what else is to be known of its files, which begins with ON_WORKER.
     left: tuple[str, ...] = ()
@@ -173,7 +173,7 @@ class JobInfo(msgspec.Struct, frozen=True):
 class RankStatus(msgspec.Struct, frozen=True):
     """How a rank ended. Exactly one of code and signal is meaningful: signal is 0 unless one killed it."""
 
-    rank: Rank
+    member_id: MemberId = msgspec.field(name="rank")  # the key in jobs.sqlite is "rank"
     worker_id: WorkerId
     host: Host
     pid: Pid

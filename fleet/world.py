@@ -1,6 +1,6 @@
-"""Plain values for "who is in the world": members and their addresses, valid with one generation only.
+"""The world of a job: its members, and their addresses in one generation. Plain values.
 
-Knows nothing of how a world forms or how bytes reach its members.
+This module does not know how a world forms, or how bytes reach its members.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from typing import Annotated
 
 import msgspec
 
-from fleet.bounds import ONE_A_RANK, Attempt, Endpoint, Host, Pid, Rank, Word, WorkerId
+from fleet.bounds import ONE_A_RANK, Endpoint, Generation, Host, MemberId, Pid, Word, WorkerId, WorldId
 
 
 class Member(msgspec.Struct, frozen=True):
-    """One rank of a generation, and where its inbox listens."""
+    """A process of a job, from its start to its end, and where its inbox listens."""
 
-    rank: Rank
+    member_id: MemberId
     worker_id: WorkerId
     host: Host
     pid: Pid
@@ -24,11 +24,28 @@ class Member(msgspec.Struct, frozen=True):
 
 
 class World(msgspec.Struct, frozen=True):
-    """One agreed list of ranks. Invariant: members[r].rank == r."""
+    """One generation of a job's world. The rank of a member is its place in `members`, valid in this generation only."""
 
-    generation: Attempt
+    generation: Generation
+    world_id: WorldId  # see world_id(): every data frame carries it
     members: Annotated[tuple[Member, ...], ONE_A_RANK]
 
     @property
     def size(self) -> int:
         return len(self.members)
+
+    def rank_of(self, member_id: int) -> int:
+        """The place of a member in this generation. Raises ValueError for one that is not in it."""
+        return [member.member_id for member in self.members].index(member_id)
+
+
+def world_id(job_id: str, attempt: int, generation: int) -> int:
+    """Tells the frames of one world from those of any other, also where a later job uses the same port.
+
+    The low 32 bits are the generation, so that frames of an older and of the next one are told apart; the 31 above them are
+    the same for all generations of one attempt of one job.
+    """
+    from hashlib import blake2b  # not at the start of every process
+
+    digest = blake2b(f"{job_id}/{attempt}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") >> 1 << 32 | generation

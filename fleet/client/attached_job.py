@@ -173,7 +173,7 @@ class AttachedJob:
 
     def _output(self, output: m.Output) -> None:
         if self._in_order.is_next(output):
-            self._printer.write(output.rank, output.stream, output.data, self._clock.now())
+            self._printer.write(output.member_id, output.stream, output.data, self._clock.now())
         self._orchestrator.put(m.encode(self._in_order.ack(output)))
         if (repeat := self._in_order.gap(output)) is not None:
             self._orchestrator.put(m.encode(repeat))

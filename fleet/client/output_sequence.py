@@ -17,7 +17,7 @@ class OutputSequence:
 
     def is_next(self, output: m.Output) -> bool:
         """Whether this is the next one to print. It counts as taken then."""
-        key = output.job_id, output.attempt, output.rank
+        key = output.job_id, output.attempt, output.member_id
         if output.number != self._last.get(key, 0) + 1:
             return False
         self._last[key] = output.number
@@ -25,12 +25,12 @@ class OutputSequence:
 
     def ack(self, output: m.Output) -> m.OutputAck:
         """What is known of the rank that said this: its worker need not keep what was taken."""
-        last = self._last.get((output.job_id, output.attempt, output.rank), 0)
-        return m.OutputAck(output.job_id, output.attempt, output.rank, last)
+        last = self._last.get((output.job_id, output.attempt, output.member_id), 0)
+        return m.OutputAck(output.job_id, output.attempt, output.member_id, last)
 
     def gap(self, output: m.Output) -> m.Repeat | None:
         """What to ask for where one before this is missing; once, since all of them come again."""
-        key = output.job_id, output.attempt, output.rank
+        key = output.job_id, output.attempt, output.member_id
         last = self._last.get(key, 0)
         if output.number <= last + 1 or self._asked.get(key) == last:
             return None

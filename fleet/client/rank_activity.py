@@ -30,7 +30,7 @@ def ask(target: Target, job_id: str, versions: m.Versions) -> tuple[list[m.Answe
             expected = message.rank_count
             deadline.within(ANSWER_WITHIN_S)
         elif isinstance(message, m.Answer) and message.question == 1:
-            found[message.rank] = message
+            found[message.member_id] = message
         if expected is not None and len(found) >= expected:
             break
     if expected is None:
@@ -42,7 +42,7 @@ def described(answered: list[m.Answer], silent_count: int, count: int) -> str:
     """What the ranks answered, in words, with the last `count` collectives of each."""
     lines = []
     for answer in answered:
-        lines.append(shown(f"rank {answer.rank} ({answer.host}, pid {answer.pid}) {answer.doing}"))
+        lines.append(shown(f"rank {answer.member_id} ({answer.host}, pid {answer.pid}) {answer.doing}"))
         if answer.unreached:
             lines.append(f"    has no connection to {', '.join(f'rank {rank}' for rank in answer.unreached)}")
         groups = answer.records.split("\n") if answer.records else []
@@ -58,7 +58,7 @@ def as_values(answered: list[m.Answer], silent: list[int], count: int) -> list[d
         {
             "job_id": answer.job_id,
             "attempt": answer.attempt,
-            "rank": answer.rank,
+            "rank": answer.member_id,
             "host": answer.host,
             "pid": answer.pid,
             "doing": answer.doing,

@@ -17,7 +17,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 def exit_code(ended: JobEnded) -> int:
     """0 only if every rank's was: the first failed rank's own code, or 128 and the signal that killed it, as a shell has it."""
-    failed = [status for status in ended.ranks if status.rank == ended.cause]
+    failed = [status for status in ended.ranks if status.member_id == ended.cause]
     if failed:
         return 128 + failed[0].signal if failed[0].signal else failed[0].code or 1
     return 1 if ended.reason or any(status.failed for status in ended.ranks) else 0
@@ -28,21 +28,25 @@ def report(ended: JobEnded, world_size: int, printed: Iterable[str] | None = Non
 
     `printed` has the lines of ranks that the reader has just seen: none of them is said again. None: the reader has seen nothing.
     """
-    by_rank = {status.rank: status for status in ended.ranks}
+    by_rank = {status.member_id: status for status in ended.ranks}
     cause = by_rank.get(ended.cause)
     if cause is None:
         return f"fleet: the job did not succeed: {shown(ended.reason)}" if ended.reason else ""
     error = headline(cause.stderr_tail)
     likewise = [
-        rank for rank, status in sorted(by_rank.items()) if rank != cause.rank and _failed_alike(status, cause, error)
+        rank
+        for rank, status in sorted(by_rank.items())
+        if rank != cause.member_id and _failed_alike(status, cause, error)
     ]
     error = fullest([error, *(headline(by_rank[rank].stderr_tail) for rank in likewise)])
-    others = [status for status in ended.ranks if status.rank != cause.rank and status.rank not in likewise]
+    others = [
+        status for status in ended.ranks if status.member_id != cause.member_id and status.member_id not in likewise
+    ]
     lines = _tail(cause) if printed is None else []
     lines += _whose_fault(cause, likewise, error, by_rank, world_size)
     if printed is not None and error and not cause.signal and alike(error) not in map(alike, printed):
         lines.append(f"fleet: it said: {_short(shown(error))}")
-    if ended.reason not in ("", cause.reason, f"rank {cause.rank} failed"):
+    if ended.reason not in ("", cause.reason, f"rank {cause.member_id} failed"):
         lines.append(f"fleet: {shown(ended.reason)}")
     return "\n".join(lines + _others(others, world_size))
 
@@ -51,14 +55,14 @@ def _tail(cause: RankStatus) -> list[str]:
     tail = cause.stderr_tail.rstrip().splitlines()[-STDERR_LINES:]
     if not tail:
         return []
-    return [f"fleet: the end of stderr of rank {cause.rank}:", *(f"    {line}" for line in tail)]
+    return [f"fleet: the end of stderr of rank {cause.member_id}:", *(f"    {line}" for line in tail)]
 
 
 def _whose_fault(
     cause: RankStatus, likewise: list[int], error: str, by_rank: dict[int, RankStatus], world_size: int
 ) -> list[str]:
     """The rank that failed first; or those that its error blames, before those that failed because of them."""
-    failed = _ranks([cause.rank, *likewise], world_size)
+    failed = _ranks([cause.member_id, *likewise], world_size)
     how_it_failed = shown(how(cause))
     culprits, did = blamed(error)
     if culprits:
@@ -82,7 +86,7 @@ def _others(others: list[RankStatus], world_size: int) -> list[str]:
             said = f"failed too: {{}} ({shown(how(status)).replace('{', '{{').replace('}', '}}')})"
         else:
             said = "had finished before: {}"
-        groups.setdefault(said, []).append(status.rank)
+        groups.setdefault(said, []).append(status.member_id)
     first = sorted(groups, key=lambda said: ("stopped", "failed", "had").index(said.split(" ")[0]))
     return [f"fleet: {said.format(_ranks(groups[said], world_size))}" for said in first]
 

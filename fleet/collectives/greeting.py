@@ -29,11 +29,11 @@ class Unheard(Exception):
 
 def check_addresses(members: Sequence[Member]) -> None:
     """Raises SameAddress where two ranks are said to be at one address, as of two machines that both say 127.0.0.1."""
-    seen: dict[str, Member] = {}
-    for member in members:
-        before = seen.setdefault(member.address, member)
-        if before is not member:
-            first, second = (f"rank {m.rank} (worker {m.worker_id}, pid {m.pid})" for m in (before, member))
+    seen: dict[str, int] = {}
+    for rank, member in enumerate(members):
+        before = seen.setdefault(member.address, rank)
+        if before != rank:
+            first, second = (f"rank {r} (worker {members[r].worker_id}, pid {members[r].pid})" for r in (before, rank))
             raise SameAddress(first, second, member.address)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import os
 import threading
 from pathlib import Path
@@ -18,7 +17,6 @@ from fleet.collectives.paths import World
 from fleet.collectives.session import Session
 from fleet.config import RankSettings, joined_in, note_joined, rank_settings, shared_memory
 from fleet.errors import CollectiveTimeout, UsageError
-from fleet.world import World as Members
 
 _lock = threading.Lock()
 _made: tuple[int, Communicator] | None = None  # (pid that made it, the communicator of this process)
@@ -50,8 +48,8 @@ def _check_not_taken(settings: RankSettings) -> None:
     except ProcessLookupError:
         return
     raise UsageError(
-        f"fleet.init() was called as rank {settings.rank} in pid {pid}, which started this process (pid {os.getpid()}), and each "
-        'rank is one process: call it behind `if __name__ == "__main__":`, which a process of multiprocessing does not run'
+        f"fleet.init() was called as rank {settings.member_id} in pid {pid}, which started this process (pid {os.getpid()}), and "
+        'each rank is one process: call it behind `if __name__ == "__main__":`, which a process of multiprocessing does not run'
     )
 
 
@@ -70,12 +68,15 @@ def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Co
             world = session.join(reached_at, host_key(directory) if directory is not None else "", join_timeout_s)
             if world is None:
                 late = [doing.late for doing in session.inquire() if doing.sequence < 0]
-                raise CollectiveTimeout(0, "fleet.init()", settings.rank, join_timeout_s, late, settings.world_size)
+                raise CollectiveTimeout(
+                    0, "fleet.init()", settings.member_id, join_timeout_s, late, settings.world_size
+                )
+            rank = world.rank_of(settings.member_id)
             addresses = [member.address for member in world.members]
-            inbox = Inbox(mesh, settings.rank, addresses, _world_id(settings, world), session.check)
+            inbox = Inbox(mesh, rank, addresses, world.world_id, session.check)
             name = f"{settings.job_id}-{settings.attempt}-{world.generation}"
             comm = Communicator(
-                settings.rank,
+                rank,
                 range(world.size),
                 World(inbox, world.members, directory or Path(), name, session.check, welcome.secret, session.ended),
                 timeout_s=timeout_s,
@@ -105,9 +106,3 @@ def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Co
 def _reachable(bound: str, advertise: str) -> str:
     """The bound endpoint as others must connect to it."""
     return address.endpoint(advertise, bound.rpartition(":")[2]) if advertise else bound
-
-
-def _world_id(settings: RankSettings, world: Members) -> int:
-    """Tells this world's messages from any other's, also where a later job uses the same port."""
-    name = f"{settings.job_id}/{settings.attempt}/{world.generation}".encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")

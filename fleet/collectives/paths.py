@@ -86,7 +86,7 @@ class World:
         except TimeoutError:
             maker = self.members[members[0]]
             raise FleetError(
-                f"rank {maker.rank} ({maker.worker_id}, pid {maker.pid}) made memory for the ranks of this host and stood "
+                f"rank {members[0]} ({maker.worker_id}, pid {maker.pid}) made memory for the ranks of this host and stood "
                 f"still before all had it, for {DECIDED_WITHIN_S:g} s: was it stopped?"
             ) from None
 

@@ -84,11 +84,11 @@ class Session:
     def welcome(self) -> m.RankWelcome:
         """Where the inbox goes. Raises FleetError where no agent answers."""
         s = self._settings
-        self._send(m.RankHello(s.job_id, s.attempt, s.rank, self._pid))
+        self._send(m.RankHello(s.job_id, s.attempt, s.member_id, self._pid))
         for wait_s in Deadline(AGENT_WITHIN_S).waits():
             with contextlib.suppress(queue.Empty):
                 return self._welcome.get(timeout=wait_s)
-        raise FleetError(f"the worker agent at {s.control} did not answer rank {s.rank}: has it died?")
+        raise FleetError(f"the worker agent at {s.control} did not answer rank {s.member_id}: has it died?")
 
     def check(self) -> None:
         """Raises WorldChanged once a rank of this world has gone. Called wherever this rank waits for others."""
@@ -98,7 +98,7 @@ class Session:
     def join(self, address: str, memory: str, timeout_s: float) -> World | None:
         """The world, once every rank has joined it; None after `timeout_s`. Raises WorldChanged, RankEnded."""
         s = self._settings
-        self._send(m.Join(s.job_id, s.attempt, s.rank, self._pid, address, memory))
+        self._send(m.Join(s.job_id, s.attempt, s.member_id, self._pid, address, memory))
         for wait_s in Deadline(timeout_s).waits(LOOK_UP_S):
             self.check()
             for rank, ended in list(self.ended.items()):
@@ -116,8 +116,8 @@ class Session:
         with self._asking:
             self._question = question = self._question + 1
             self._answers[question] = answers
-        self._send(m.Ask(s.job_id, s.attempt, s.rank, question, group, sequence=sequence))
-        missing = set(range(s.world_size)) - {s.rank}
+        self._send(m.Ask(s.job_id, s.attempt, s.member_id, question, group, sequence=sequence))
+        missing = set(range(s.world_size)) - {s.member_id}
         found = []
         for wait_s in Deadline(ANSWER_WITHIN_S).waits():
             if not missing:
@@ -126,8 +126,8 @@ class Session:
                 answer = answers.get(timeout=wait_s)
             except queue.Empty:
                 continue
-            if answer.rank in missing:
-                missing.remove(answer.rank)
+            if answer.member_id in missing:
+                missing.remove(answer.member_id)
                 found.append(_doing(answer))
         del self._answers[question]
         for rank in missing:
@@ -149,7 +149,7 @@ class Session:
     def _run(self) -> None:
         s = self._settings
         with Bus(Lock()) as bus:
-            agent = Dealer(bus, s.control, f"{s.job_id}/{s.attempt}/{s.rank}/{self._pid}".encode())
+            agent = Dealer(bus, s.control, f"{s.job_id}/{s.attempt}/{s.member_id}/{self._pid}".encode())
             poller = Poller([*agent.poll_sockets, self._wake])
             tally_at = 0.0
             while not self._closing.is_set():
@@ -188,10 +188,10 @@ class Session:
         if rows or inside_s or self._told_inside or refused_count or last:
             s = self._settings
             while len(rows) > ROWS_AT_MOST:
-                self._say(agent, m.CollectiveCounts(s.job_id, s.attempt, s.rank, tuple(rows[:ROWS_AT_MOST])))
+                self._say(agent, m.CollectiveCounts(s.job_id, s.attempt, s.member_id, tuple(rows[:ROWS_AT_MOST])))
                 del rows[:ROWS_AT_MOST]
             self._say(
-                agent, m.CollectiveCounts(s.job_id, s.attempt, s.rank, tuple(rows), inside_s, refused_count, made)
+                agent, m.CollectiveCounts(s.job_id, s.attempt, s.member_id, tuple(rows), inside_s, refused_count, made)
             )
         self._told_inside = bool(inside_s)
 
@@ -211,11 +211,11 @@ class Session:
             self._answer(message)
         elif isinstance(message, m.MemberLost) and not message.status.failed:
             gone, made = message.status, None if message.made is None else dict(message.made)
-            self.ended.setdefault(gone.rank, Ended(gone.worker_id, gone.host, gone.pid, made, monotonic()))
+            self.ended.setdefault(gone.member_id, Ended(gone.worker_id, gone.host, gone.pid, made, monotonic()))
         elif isinstance(message, m.MemberLost) and self._lost is None:
             gone, generation = message.status, self._world.generation if self._world else self._settings.attempt
             reason = message.reason
-            self._lost = WorldChanged(generation, gone.rank, gone.worker_id, gone.host, gone.pid, reason)
+            self._lost = WorldChanged(generation, gone.member_id, gone.worker_id, gone.host, gone.pid, reason)
 
     def _answer(self, ask: m.Ask) -> None:
         s = self._settings
@@ -239,7 +239,7 @@ class Session:
             records = text((f"communicator {number}", recorder) for number, (_, recorder) in enumerate(recorders))
         self._out.put(
             m.Answer(
-                s.job_id, s.attempt, ask.rank, ask.question, s.rank, "", self._pid, sequence,
+                s.job_id, s.attempt, ask.member_id, ask.question, s.member_id, "", self._pid, sequence,
                 record is not None and not record.ended, doing, call, line, records, tuple(self.unreached()),
             )
         )  # fmt: skip
@@ -247,7 +247,7 @@ class Session:
 
 
 def _doing(answer: m.Answer) -> Doing:
-    late = Late(answer.rank, answer.host, answer.pid, answer.doing)
+    late = Late(answer.member_id, answer.host, answer.pid, answer.doing)
     return Doing(late, answer.sequence, answer.inside, answer.call, answer.line, answer.unreached)
 
 

@@ -40,7 +40,7 @@ class Clients(Gangs):
             if (
                 job is not None
                 and job.client == peer
-                and message.rank < len(job.seats)
+                and message.member_id < len(job.seats)
                 and message.attempt == job.attempt
             ):
                 self._acknowledged(job, message)
@@ -190,9 +190,9 @@ class Clients(Gangs):
             self._stop(job, reason, cancel.kill, cancel.signal)
 
     def _acknowledged(self, job: Job, ack: m.OutputAck) -> None:
-        job.acked[ack.rank] = max(ack.number, job.acked.get(ack.rank, 0))
+        job.acked[ack.member_id] = max(ack.number, job.acked.get(ack.member_id, 0))
         if job.state in ON_WORKERS:
-            self._send_worker(job.seats[ack.rank], ack)
+            self._send_worker(job.seats[ack.member_id], ack)
         elif not job.owes_output:
             self._settle(job)
 
@@ -224,12 +224,12 @@ class Clients(Gangs):
             error = f"job {ask.job_id} is unknown here"
         elif not job.detached:
             error = f"job {ask.job_id} prints to the client that runs it: only what `fleet submit` started is kept"
-        elif not 0 <= ask.rank < job.world_size:
-            error = f"job {ask.job_id} has ranks 0 to {job.world_size - 1}, and no rank {ask.rank}"
+        elif not 0 <= ask.member_id < job.world_size:
+            error = f"job {ask.job_id} has ranks 0 to {job.world_size - 1}, and no rank {ask.member_id}"
         else:
             self._effects.append(ServeLog(peer, ask, job.state is JobState.ENDED))
             return
-        self._send(peer, m.LogPart(ask.job_id, ask.rank, ask.offset, b"", True, error, ask.question))
+        self._send(peer, m.LogPart(ask.job_id, ask.member_id, ask.offset, b"", True, error, ask.question))
 
     def _why(self, peer: bytes, why: m.Why) -> None:
         job_id = why.job_id

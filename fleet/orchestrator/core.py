@@ -110,7 +110,7 @@ class Core(Clients):
             if job.state is JobState.ASSIGNED:
                 self.preparing[job.job_id] = now + PREPARE_WITHIN_S
             for worker_id in job.workers:
-                if job.exits.keys() >= set(job.ranks_on(worker_id)):
+                if job.exits.keys() >= set(job.members_on(worker_id)):
                     continue  # its part is done
                 self.seated.setdefault(worker_id, set()).add(job.job_id)
                 self.missed[worker_id] = now + RETURN_WITHIN_S
@@ -196,7 +196,7 @@ class Core(Clients):
             self.workers[worker_id] = worker = Worker(peer, hello, now)
             self.rooms.add(worker_id, hello.slots, hello.gpus, hello.versions.python_minor)
             for job in self._jobs_on(worker_id):  # from before this orchestrator was restarted
-                self.rooms.hold(worker_id, job.job_id, job.shape, len(job.ranks_on(worker_id)))
+                self.rooms.hold(worker_id, job.job_id, job.shape, len(job.members_on(worker_id)))
             self._log("info", f"worker {worker_id} joined ({hello.host}, {hello.slots} slots)")
             if hello.versions.fleet != self.versions.fleet:
                 theirs = hello.versions.fleet
@@ -261,9 +261,9 @@ class Core(Clients):
                 self._send(worker.peer, job.launch())
                 if len(job.joined) == job.world_size:
                     self._send(worker.peer, job.formed())
-                for rank, status in job.exits.items():
+                for member_id, status in job.exits.items():
                     if not status.failed:
-                        self._send(worker.peer, self._ended_by_itself(job, rank))
+                        self._send(worker.peer, self._ended_by_itself(job, member_id))
                 if job.spec.kind == "tasks":
                     self._send(job.client, m.Started(job.job_id, job.hosts, job.seats))
 
@@ -446,26 +446,26 @@ class Core(Clients):
     def _output(self, job: Job, worker: Worker, output: m.Output) -> None:
         """Goes on to the client. One that is away has it later: until it acknowledges, the worker keeps it."""
         if job.client:
-            job.printed[output.rank] = max(output.number, job.printed.get(output.rank, 0))
+            job.printed[output.member_id] = max(output.number, job.printed.get(output.member_id, 0))
         if self._reaches(job.client):
             self._send(job.client, output)
         elif job.detached:
-            last = job.kept.get(output.rank, output.number - 1 if job.kept_unknown else 0)
+            last = job.kept.get(output.member_id, output.number - 1 if job.kept_unknown else 0)
             if output.number > last + 1:  # one before it was lost
-                if job.asked.get(output.rank) != last:  # once, since all of them come again
-                    job.asked[output.rank] = last
+                if job.asked.get(output.member_id) != last:  # once, since all of them come again
+                    job.asked[output.member_id] = last
                     self._send(worker.peer, m.Repeat(job.job_id, job.attempt))
                 return
             if output.number == last + 1:
-                job.kept[output.rank] = output.number
-                self._effects.append(KeepOutput(job.job_id, output.rank, output.data))
-            self._send(worker.peer, m.OutputAck(job.job_id, job.attempt, output.rank, output.number))
+                job.kept[output.member_id] = output.number
+                self._effects.append(KeepOutput(job.job_id, output.member_id, output.data))
+            self._send(worker.peer, m.OutputAck(job.job_id, job.attempt, output.member_id, output.number))
 
     def _about_job(self, job: Job, worker: Worker, message: m.Message) -> None:
         if isinstance(message, m.RankExited | m.Output | m.Join):
-            rank = message.status.rank if isinstance(message, m.RankExited) else message.rank
-            if job.seats[rank : rank + 1] != (worker.worker_id,):
-                return  # there is no such rank, or not there
+            member_id = message.status.member_id if isinstance(message, m.RankExited) else message.member_id
+            if job.seats[member_id : member_id + 1] != (worker.worker_id,):
+                return  # there is no such member, or not there
         if isinstance(message, m.HandBack):
             self._hand_back(job, worker)
         elif isinstance(message, m.Assigned):

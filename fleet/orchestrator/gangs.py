@@ -52,7 +52,9 @@ class Gangs:
     # Invariant: a job is in seated[w] if and only if it is on workers, has a seat on w, and w has not been given up.
     seated: dict[str, set[str]] = field(default_factory=dict)
     delayed: list[tuple[float, str, int]] = field(default_factory=list)  # heap of (when, job_id, attempt): backoff
-    leavers: list[tuple[float, str, int, int]] = field(default_factory=list)  # heap of (when, job_id, attempt, rank)
+    leavers: list[tuple[float, str, int, int]] = field(
+        default_factory=list
+    )  # heap of (when, job_id, attempt, member_id)
     # When assigned jobs are given up; the one whose workers have shown nothing for longest is first. Invariant: the keys are the
     # jobs in that state.
     preparing: OrderedDict[str, float] = field(default_factory=OrderedDict)
@@ -120,8 +122,10 @@ class Gangs:
             self._send(job.client, m.JobWaiting(job.job_id, reason))
 
     def _assign(self, job: Job, worker_id: str, group_rank: int) -> m.Assign:
-        ranks, gpus = job.ranks_on(worker_id), job.options.gpus
-        return m.Assign(job.job_id, job.attempt, job.world_size, ranks, group_rank, len(job.workers), job.spec, gpus)
+        member_ids, gpus = job.members_on(worker_id), job.options.gpus
+        return m.Assign(
+            job.job_id, job.attempt, job.world_size, member_ids, group_rank, len(job.workers), job.spec, gpus
+        )
 
     def _prepared(self, job: Job, worker_id: str, port: int) -> None:
         if job.state is not JobState.ASSIGNED:
@@ -159,21 +163,21 @@ class Gangs:
         self._lose(job, worker_id, job.hosts[job.seats.index(worker_id)], why)
 
     def _joined(self, job: Job, worker: Worker, join: m.Join) -> None:
-        self.counts.generations += len(job.joined) == job.world_size - 1 and join.rank not in job.joined
-        job.joined[join.rank] = Member(
-            join.rank, worker.worker_id, worker.hello.host, join.pid, join.address, join.memory
+        self.counts.generations += len(job.joined) == job.world_size - 1 and join.member_id not in job.joined
+        job.joined[join.member_id] = Member(
+            join.member_id, worker.worker_id, worker.hello.host, join.pid, join.address, join.memory
         )
         if len(job.joined) == job.world_size:
             self._tell_workers(job, job.formed())
 
     def _exited(self, job: Job, status: m.RankStatus, made: Made | None = None) -> None:
         if made is not None and job.state is not JobState.ENDED:
-            job.made[status.rank] = made
-        if status.rank in job.exits or job.state is JobState.ENDED:
+            job.made[status.member_id] = made
+        if status.member_id in job.exits or job.state is JobState.ENDED:
             return
-        job.exits[status.rank] = status
+        job.exits[status.member_id] = status
         if job.state is JobState.RUNNING and not status.failed and not status.stopped:
-            heappush(self.leavers, (self._now + TELL_ENDED_AFTER_S, job.job_id, job.attempt, status.rank))
+            heappush(self.leavers, (self._now + TELL_ENDED_AFTER_S, job.job_id, job.attempt, status.member_id))
         if job.state is JobState.ASSIGNED:
             # An orchestrator before this one had launched it, and its disk did not take that: nobody knows its world.
             self._stop_to_begin_again(job, "it ran before its start was written down")
@@ -188,9 +192,9 @@ class Gangs:
                 self._stop_to_begin_again(job, reason)
             return
         if status.failed and not status.stopped and job.cause < 0 and not job.reason:
-            job.cause = status.rank
+            job.cause = status.member_id
             self._tell_workers(job, m.MemberLost(job.job_id, job.attempt, status, how(status)))
-            self._stop(job, f"rank {status.rank} failed")
+            self._stop(job, f"rank {status.member_id} failed")
         self._end_if_done(job)
         if job.state in ON_WORKERS:
             self._save(job)  # after a restart, what has ended must not count as lost
@@ -198,14 +202,14 @@ class Gangs:
     def _tell_who_ended(self) -> None:
         """Ranks that ended with 0, to those that still run and may wait for them. Most jobs' ranks end together."""
         while self.leavers and self.leavers[0][0] <= self._now:
-            _, job_id, attempt, rank = heappop(self.leavers)
+            _, job_id, attempt, member_id = heappop(self.leavers)
             job = self.jobs.get(job_id)
             if job is not None and job.attempt == attempt and job.state is JobState.RUNNING:
-                self._tell_workers(job, self._ended_by_itself(job, rank))
+                self._tell_workers(job, self._ended_by_itself(job, member_id))
 
-    def _ended_by_itself(self, job: Job, rank: int) -> m.MemberLost:
-        status = replace(job.exits[rank], stderr_tail="")
-        return m.MemberLost(job.job_id, job.attempt, status, how(status), job.made.get(rank))
+    def _ended_by_itself(self, job: Job, member_id: int) -> m.MemberLost:
+        status = replace(job.exits[member_id], stderr_tail="")
+        return m.MemberLost(job.job_id, job.attempt, status, how(status), job.made.get(member_id))
 
     # How a job begins again
 
@@ -214,18 +218,18 @@ class Gangs:
         if job.state not in ON_WORKERS:
             return
         reason = f"worker {worker_id} ({host}) {why}"
-        missing = [rank for rank in job.ranks_on(worker_id) if rank not in job.exits]
+        missing = [member_id for member_id in job.members_on(worker_id) if member_id not in job.exits]
         if not missing:
             return  # its part was done
         by_itself = not job.reason
-        for rank in missing:
+        for member_id in missing:
             if job.cause < 0 and by_itself:
-                job.cause = rank
-            pid = job.joined[rank].pid if rank in job.joined else 0
-            status = m.RankStatus(rank, worker_id, host, pid, 1, reason=reason)
+                job.cause = member_id
+            pid = job.joined[member_id].pid if member_id in job.joined else 0
+            status = m.RankStatus(member_id, worker_id, host, pid, 1, reason=reason)
             if by_itself:
                 self._tell_workers(job, m.MemberLost(job.job_id, job.attempt, status, reason))
-            job.exits[rank] = status
+            job.exits[member_id] = status
         if job.state is JobState.STOPPING:
             self._end_if_done(job)
         elif self._may_begin_again(job, reason):

@@ -14,6 +14,7 @@ import msgspec
 from fleet import messages as m
 from fleet.bounds import Made
 from fleet.orchestrator.placement import Shape
+from fleet.world import world_id
 
 TAILS_TOLD_CHARS = 1 << 20  # of all ranks together
 TAIL_KEPT_CHARS = 2000  # of the stderr of a rank whose job has ended
@@ -58,7 +59,7 @@ ON_WORKERS = frozenset({JobState.ASSIGNED, JobState.RUNNING, JobState.STOPPING})
 
 @dataclass
 class Job:
-    """One submitted job. `seats` is the worker_id of each rank, empty until it is placed. Times are monotonic."""
+    """One submitted job. `seats` is the worker_id of each member, empty until it is placed. Times are monotonic."""
 
     job_id: str
     client: bytes  # who gets its output, and takes it along when leaving; empty: nobody, it is detached
@@ -74,10 +75,10 @@ class Job:
     state: JobState = JobState.QUEUED
     attempt: int = 1
     seats: tuple[str, ...] = ()
-    hosts: tuple[str, ...] = ()  # the advertised host of each rank, as long as `seats`
+    hosts: tuple[str, ...] = ()  # the advertised host of each member, as long as `seats`
     ports: dict[str, int] = field(default_factory=dict)  # by worker that is prepared
     exits: dict[int, m.RankStatus] = field(default_factory=dict)
-    cause: int = -1  # the rank that failed first
+    cause: int = -1  # the member that failed first
     reason: str = ""  # why it ends, if not by itself
     outcome: str = ""  # see JobInfo
     starts_again: bool = False  # once its ranks have stopped: a worker was lost, or handed it back
@@ -90,11 +91,13 @@ class Job:
     waits_for: str = ""  # as last told to the client
     unfit: frozenset[str] = frozenset()  # workers that could not prepare it
     joined: dict[int, m.Member] = field(default_factory=dict)
-    made: dict[int, Made] = field(default_factory=dict)  # by rank that has ended: the collectives that it made
-    kept: dict[int, int] = field(default_factory=dict)  # by rank: the number of its last output in the log
-    printed: dict[int, int] = field(default_factory=dict)  # by rank: the number of its last output for the client
+    made: dict[int, Made] = field(default_factory=dict)  # by member_id that has ended: the collectives that it made
+    kept: dict[int, int] = field(default_factory=dict)  # by member_id: the number of its last output in the log
+    printed: dict[int, int] = field(default_factory=dict)  # by member_id: the number of its last output for the client
     acked: dict[int, int] = field(default_factory=dict)  # and of the last one that the client has
-    asked: dict[int, int] = field(default_factory=dict)  # by rank: what that number was when what follows was asked for
+    asked: dict[int, int] = field(
+        default_factory=dict
+    )  # by member_id: what that number was when what follows was asked for
     kept_unknown: bool = False  # an orchestrator before this one kept some of it
     # Who asked why, and as which of its questions, by the number that ranks were asked with. The newest of them.
     curious: dict[int, tuple[bytes, int]] = field(default_factory=dict)
@@ -107,38 +110,40 @@ class Job:
 
     @property
     def workers(self) -> tuple[str, ...]:
-        """Its workers, in the order of their first rank."""
-        return tuple(self._ranks_by_worker())
+        """Its workers, in the order of their first member."""
+        return tuple(self._members_by_worker())
 
-    def ranks_on(self, worker_id: str) -> tuple[int, ...]:
-        return self._ranks_by_worker().get(worker_id, ())
+    def members_on(self, worker_id: str) -> tuple[int, ...]:
+        return self._members_by_worker().get(worker_id, ())
 
-    def _ranks_by_worker(self) -> dict[str, tuple[int, ...]]:
+    def _members_by_worker(self) -> dict[str, tuple[int, ...]]:
         """Found out once for a placement: a large gang is looked at for each of its workers."""
         if self._shares[0] is not self.seats:
             found: dict[str, list[int]] = {}
-            for rank, seat in enumerate(self.seats):
-                found.setdefault(seat, []).append(rank)
-            self._shares = self.seats, {seat: tuple(ranks) for seat, ranks in found.items()}
+            for member_id, seat in enumerate(self.seats):
+                found.setdefault(seat, []).append(member_id)
+            self._shares = self.seats, {seat: tuple(member_ids) for seat, member_ids in found.items()}
         return self._shares[1]
 
     @property
     def owes_output(self) -> bool:
         """Whether its client may lack some of what was printed."""
-        return any(self.acked.get(rank, 0) < number for rank, number in self.printed.items())
+        return any(self.acked.get(member_id, 0) < number for member_id, number in self.printed.items())
 
     def launch(self) -> m.Launch:
         return m.Launch(self.job_id, self.attempt, self.hosts[0], self.ports[self.workers[0]])
 
     def formed(self) -> m.Formed:
         """The world, once every rank has joined."""
-        members = tuple(self.joined[rank] for rank in range(self.world_size))
-        return m.Formed(self.job_id, self.attempt, m.World(self.attempt, members))
+        members = tuple(self.joined[member_id] for member_id in range(self.world_size))
+        return m.Formed(
+            self.job_id, self.attempt, m.World(self.attempt, world_id(self.job_id, self.attempt, self.attempt), members)
+        )
 
     def result(self) -> m.JobEnded:
         """In one frame, whatever its ranks said last."""
         kept = TAILS_TOLD_CHARS // max(1, len(self.exits))
-        ranks = tuple(_with_tail(self.exits[rank], kept) for rank in sorted(self.exits))
+        ranks = tuple(_with_tail(self.exits[member_id], kept) for member_id in sorted(self.exits))
         return m.JobEnded(self.job_id, self.reason, self.cause, ranks, self.outcome)
 
     def begin_again(self, now: float) -> None:
@@ -158,8 +163,8 @@ class Job:
         self.reason, self.outcome, self.ended_at = reason, outcome, now
         for kept in (self.ports, self.joined, self.made, self.curious, self.kept, self.asked):
             kept.clear()
-        for rank, status in self.exits.items():
-            self.exits[rank] = _with_tail(status, TAIL_KEPT_CHARS)
+        for member_id, status in self.exits.items():
+            self.exits[member_id] = _with_tail(status, TAIL_KEPT_CHARS)
 
     def move(self, state: JobState) -> None:
         assert state in MOVES[self.state], f"job {self.job_id}: {self.state.name} -> {state.name}"
@@ -224,7 +229,7 @@ def recalled(data: bytes, epoch: float) -> Job:
     same |= {name: None if (at := getattr(found, name)) is None else at - epoch for name in _TIMES}
     if found.state not in JobState.__members__:
         raise ValueError(f"job {found.job_id} is in the state {found.state!r}, which this fleet does not know")
-    exits = {status.rank: status for status in found.exits}
+    exits = {status.member_id: status for status in found.exits}
     if found.detached:  # from its acceptance on it is nobody's, and that was its first record
         same["client"] = b""
     return Job(state=JobState[found.state], ports=dict(found.ports), exits=exits, **same)

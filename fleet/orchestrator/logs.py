@@ -28,9 +28,9 @@ class JobLogs:
         self._gone: queue.SimpleQueue[Path | None] = queue.SimpleQueue()
         self._remover: threading.Thread | None = None
 
-    def append(self, job_id: str, rank: int, data: bytes) -> None:
+    def append(self, job_id: str, member_id: int, data: bytes) -> None:
         """Raises OSError where the disk does not take it."""
-        path = self._path(job_id, rank)
+        path = self._path(job_id, member_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
             left = self._limit_bytes - file.tell()
@@ -42,10 +42,10 @@ class JobLogs:
                     f"\n[fleet: this rank printed more than {self._limit_bytes >> 20} MB; the rest is not kept]\n".encode()
                 )
 
-    def read(self, job_id: str, rank: int, offset: int) -> tuple[int, bytes, bool]:
+    def read(self, job_id: str, member_id: int, offset: int) -> tuple[int, bytes, bool]:
         """Where it begins, what is there from an offset on (from the end: negative), and whether that was all for now."""
         try:
-            with self._path(job_id, rank).open("rb") as file:
+            with self._path(job_id, member_id).open("rb") as file:
                 if offset < 0:
                     offset = max(0, file.seek(0, os.SEEK_END) + offset)
                 file.seek(offset)
@@ -90,8 +90,8 @@ class JobLogs:
         while (folder := self._gone.get()) is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _path(self, job_id: str, rank: int) -> Path:
-        return self._folder / job_id.encode().hex() / f"rank-{rank}.log"
+    def _path(self, job_id: str, member_id: int) -> Path:
+        return self._folder / job_id.encode().hex() / f"rank-{member_id}.log"
 
 
 def _job_of(name: str) -> str:

@@ -389,7 +389,7 @@ class Service:
 
     def _keep_output(self, kept: KeepOutput) -> None:
         try:
-            self._logs.append(kept.job_id, kept.rank, kept.data)
+            self._logs.append(kept.job_id, kept.member_id, kept.data)
         except OSError as error:
             if kept.job_id not in self._unlogged:
                 self._unlogged.add(kept.job_id)
@@ -398,9 +398,9 @@ class Service:
     def _serve_log(self, serve: ServeLog) -> None:
         ask = serve.ask
         try:
-            offset, data, at_end = self._logs.read(ask.job_id, ask.rank, ask.offset)
-            part = m.LogPart(ask.job_id, ask.rank, offset, data, serve.ended and at_end, "", ask.question)
+            offset, data, at_end = self._logs.read(ask.job_id, ask.member_id, ask.offset)
+            part = m.LogPart(ask.job_id, ask.member_id, offset, data, serve.ended and at_end, "", ask.question)
         except OSError as error:
             why = f"its log cannot be read: {error.strerror}"
-            part = m.LogPart(ask.job_id, ask.rank, ask.offset, b"", True, why, ask.question)
+            part = m.LogPart(ask.job_id, ask.member_id, ask.offset, b"", True, why, ask.question)
         self._sent(serve.peer, self._router.send(serve.peer, m.encode(part)))

@@ -214,7 +214,7 @@ class KeepOutput:
     """Append to what a rank of a detached job has printed."""
 
     job_id: str
-    rank: int
+    member_id: int
     data: bytes
 
 

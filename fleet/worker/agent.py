@@ -246,7 +246,7 @@ class Agent:
                 logging.WARNING if tally.refused_count >= REFUSED_MANY else logging.INFO,
                 "rank %d of job %s refused %d connections whose other side did not prove that it holds the secret "
                 "(%d at all ranks so far)",
-                tally.rank, tally.job_id, tally.refused_count, self._metrics.refused_count,
+                tally.member_id, tally.job_id, tally.refused_count, self._metrics.refused_count,
             )  # fmt: skip
 
     def _step(self, first: Event) -> None:
@@ -310,14 +310,17 @@ class Agent:
 
     def _spawn(self, spawn: Spawn) -> Event:
         assign, launch, spec = spawn.assign, spawn.launch, spawn.assign.spec
-        key = assign.job_id, assign.attempt, spawn.rank
+        key = assign.job_id, assign.attempt, spawn.member_id
         held: Attempt = self._core.attempts[key[:2]]
-        local_rank, local_count = self._settings.local or (list(held.ranks).index(spawn.rank), len(assign.ranks))
+        local_rank, local_count = self._settings.local or (
+            list(held.ranks).index(spawn.member_id),
+            len(assign.member_ids),
+        )
         seat = config.RankPlacement(
             control=self._settings.control,
             job_id=assign.job_id,
             attempt=assign.attempt,
-            rank=spawn.rank,
+            rank=spawn.member_id,
             world_size=assign.world_size,
             local_rank=local_rank,
             local_world_size=local_count,
@@ -325,7 +328,7 @@ class Agent:
             group_world_size=assign.group_count,
             master_addr=launch.master_addr,
             master_port=launch.master_port,
-            gpus=held.ranks[spawn.rank].gpus if self._settings.gpus else None,
+            gpus=held.ranks[spawn.member_id].gpus if self._settings.gpus else None,
             output="" if spec.kind == "tasks" else str(self._files.output_folder(assign.job_id)),
         )
         environment = config.rank_environment(seat, self._threads, spec.environment)
@@ -334,9 +337,9 @@ class Agent:
             args = tuple(map(native, spec.args))
             directory = str(spawn.directory)
             plan = Plan(spec.kind, native(spec.target), args, directory, environment, anywhere=bool(spec.digest))
-            child = self._zygote.spawn(plan, self._settings.stdin(spawn.rank))
+            child = self._zygote.spawn(plan, self._settings.stdin(spawn.member_id))
         except (OSError, EOFError) as error:
-            log.error("rank %d of job %s cannot be started: %s", spawn.rank, assign.job_id, error)
+            log.error("rank %d of job %s cannot be started: %s", spawn.member_id, assign.job_id, error)
             return ProcessExited(key, 1, 0, False, reason=f"its worker cannot start it: {error}")
         self._guard.watch(child.pid)
         self._children[key] = child
@@ -405,7 +408,9 @@ def _given_up(effect: Effect, error: Exception) -> list[Event]:
     if isinstance(effect, Prepare):
         return [PrepareFailed(effect.assign.job_id, effect.assign.attempt, reason)]
     if isinstance(effect, Spawn):
-        return [ProcessExited((effect.assign.job_id, effect.assign.attempt, effect.rank), 1, 0, False, reason=reason)]
+        return [
+            ProcessExited((effect.assign.job_id, effect.assign.attempt, effect.member_id), 1, 0, False, reason=reason)
+        ]
     return []
 
 

@@ -186,8 +186,8 @@ class Core(Ranks):
             self._effects.append(DiscardOutput(message.job_ids))
         elif isinstance(message, m.OutputAck):
             printed = self.attempts.get((message.job_id, message.attempt))
-            if printed is not None and message.rank in printed.ranks:
-                self._acknowledged(printed, printed.ranks[message.rank], message.number)
+            if printed is not None and message.member_id in printed.ranks:
+                self._acknowledged(printed, printed.ranks[message.member_id], message.number)
         elif isinstance(message, m.Launch | m.Stop | m.Forget | m.Formed | m.MemberLost | m.Ask | m.Answer | m.Repeat):
             attempt_or_none = self.attempts.get((message.job_id, message.attempt))
             if attempt_or_none is not None:
@@ -228,8 +228,8 @@ class Core(Ranks):
         used = {gpu for rank in self._ranks() if rank.status is None for gpu in rank.gpus}
         gpus = iter([gpu for gpu in range(self.settings.gpus) if gpu not in used])
         ranks = {
-            rank: Rank(rank, slot, tuple(islice(gpus, assign.gpus)))
-            for rank, slot in zip(assign.ranks, slots, strict=False)
+            member_id: Rank(member_id, slot, tuple(islice(gpus, assign.gpus)))
+            for member_id, slot in zip(assign.member_ids, slots, strict=False)
         }
         self.attempts[key] = Attempt(assign, ranks=ranks, stuck_at=self._now + STUCK_AFTER_S)
         self._effects.append(Prepare(assign))
@@ -245,9 +245,9 @@ class Core(Ranks):
             if attempt.launched or attempt.directory is None:
                 return
             attempt.launched = True
-            for number, rank in attempt.ranks.items():
+            for member_id, rank in attempt.ranks.items():
                 if not rank.stopped:  # a Stop may have come first
-                    self._effects.append(Spawn(attempt.assign, message, number, attempt.directory))
+                    self._effects.append(Spawn(attempt.assign, message, member_id, attempt.directory))
         elif isinstance(message, m.Stop):
             for rank in attempt.ranks.values():
                 self._stop(attempt, rank, message.kill, message.signal)
@@ -257,7 +257,7 @@ class Core(Ranks):
             for rank in attempt.ranks.values():
                 lost = isinstance(message, m.MemberLost) and message.status.failed
                 rank.warned = rank.warned or (lost and rank.join is not None)
-                if rank.peer and (not isinstance(message, m.Answer) or message.asker == rank.rank):
+                if rank.peer and (not isinstance(message, m.Answer) or message.asker == rank.member_id):
                     self._effects.append(ToRank(rank.peer, message))
         elif isinstance(message, m.Ask):
             for rank in attempt.ranks.values():
@@ -275,7 +275,7 @@ class Core(Ranks):
         if not isinstance(message, m.RankHello | m.Join | m.Ask | m.Answer | m.CollectiveCounts):
             return
         attempt = self.attempts.get((message.job_id, message.attempt))
-        rank = attempt.ranks.get(message.rank) if attempt else None
+        rank = attempt.ranks.get(message.member_id) if attempt else None
         if attempt is None or rank is None:
             return
         if isinstance(message, m.CollectiveCounts):
@@ -289,7 +289,7 @@ class Core(Ranks):
         elif isinstance(message, m.RankHello):
             rank.peer = peer
             s = self.settings
-            bind = s.inbox(message.job_id, rank.rank, rank.slot)
+            bind = s.inbox(message.job_id, rank.member_id, rank.slot)
             welcome = m.RankWelcome(
                 bind, s.advertise if bind.startswith("tcp:") else "", s.security, s.secret_of(message.job_id)
             )

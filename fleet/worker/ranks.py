@@ -50,7 +50,7 @@ class Ranks:
 
     def _ask(self, attempt: Attempt, rank: Rank, ask: m.Ask) -> None:
         """A rank that can answers for itself; for one that is gone, or has not come yet, the agent does."""
-        if rank.rank == ask.rank:
+        if rank.member_id == ask.member_id:
             return
         if rank.peer and rank.died is None:
             self._effects.append(ToRank(rank.peer, ask))
@@ -63,7 +63,9 @@ class Ranks:
             doing = "has not called fleet.init() yet" if rank.pid else "is still starting"
         job_id, number = attempt.assign.job_id, attempt.assign.attempt
         host = self.settings.advertise
-        self._send(m.Answer(job_id, number, ask.rank, ask.question, rank.rank, host, rank.pid, -1, False, doing))
+        self._send(
+            m.Answer(job_id, number, ask.member_id, ask.question, rank.member_id, host, rank.pid, -1, False, doing)
+        )
 
     def _given_up_at(self, rank: Rank) -> float | None:
         """When a rank that has died counts as ended, whatever it printed."""
@@ -82,7 +84,7 @@ class Ranks:
             # Spawned will see `stopped`; what is never spawned has ended here.
             if first and not attempt.launched:
                 s = self.settings
-                rank.status = m.RankStatus(rank.rank, s.worker_id, s.advertise, 0, 0, stopped=True)
+                rank.status = m.RankStatus(rank.member_id, s.worker_id, s.advertise, 0, 0, stopped=True)
                 self._tell_exit(attempt, rank)
             return
         key = self._key(attempt, rank)
@@ -154,7 +156,7 @@ class Ranks:
             rank.sent_count += 1
             job_id, number = attempt.assign.job_id, attempt.assign.attempt
             where: Literal["stdout", "stderr"] = "stderr" if stream == "stderr" else "stdout"
-            output = m.Output(job_id, number, rank.rank, where, bytes(data), rank.sent_count)
+            output = m.Output(job_id, number, rank.member_id, where, bytes(data), rank.sent_count)
             rank.sent.append(output)
             self._send(output)
 
@@ -189,7 +191,7 @@ class Ranks:
         rank.unsent.clear()
         rank.drained_at = None
         rank.status = m.RankStatus(
-            rank=rank.rank,
+            member_id=rank.member_id,
             worker_id=self.settings.worker_id,
             host=self.settings.advertise,
             pid=rank.pid,
@@ -231,7 +233,7 @@ class Ranks:
         return (attempt, attempt.ranks[key[2]]) if attempt is not None and key[2] in attempt.ranks else None
 
     def _key(self, attempt: Attempt, rank: Rank) -> Key:
-        return attempt.assign.job_id, attempt.assign.attempt, rank.rank
+        return attempt.assign.job_id, attempt.assign.attempt, rank.member_id
 
     def _send(self, message: m.Message) -> None:
         """Nothing before its welcome, after which all that matters is said again: what is said before may overtake that."""

@@ -11,7 +11,7 @@ from signal import SIGTERM
 from fleet import messages as m
 from fleet.config import Security
 
-Key = tuple[str, int, int]  # (job_id, attempt, rank)
+Key = tuple[str, int, int]  # (job_id, attempt, member_id)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Settings:
 class Rank:
     """One rank of an attempt. Invariant: `status` is set if and only if the process and its output have ended."""
 
-    rank: int
+    member_id: int
     slot: int
     gpus: tuple[int, ...] = ()  # that are its own
     pid: int = 0  # 0: not started yet
@@ -241,7 +241,7 @@ class Spawn:
 
     assign: m.Assign
     launch: m.Launch
-    rank: int
+    member_id: int
     directory: Path
 
 

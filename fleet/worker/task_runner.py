@@ -58,7 +58,7 @@ class TaskRunner:
         self._dealer = Dealer(self._bus, direct or settings.control, name.encode())
         self._watch = DescriptorPoller(self._dealer.descriptors())
         if not direct:
-            self._dealer.send(m.encode(m.RankHello(settings.job_id, settings.attempt, settings.rank, self._pid)))
+            self._dealer.send(m.encode(m.RankHello(settings.job_id, settings.attempt, settings.member_id, self._pid)))
         directory = config.shared_memory()
         self._shelf = Shelf(directory if directory is not None and host_key(directory) else None)
         self._reader = Reader()

@@ -29,7 +29,7 @@ def mutated(message: m.Message, **changes: object) -> bytes:
 
 def test_members_that_are_wrong_end_nobody(tmp_path: Path) -> None:
     wrong = [
-        mutated(m.OutputAck("j", 1, 0, 1), rank=-1),
+        mutated(m.OutputAck("j", 1, 0, 1), member_id=-1),
         mutated(m.ReadLog("j", 0, 0), offset=2**63),
         mutated(m.Want("ab" * 32, 0), offset=2**63),
         mutated(m.Submit("j", 1, SPEC), job_id="../../up"),

@@ -94,7 +94,7 @@ def test_a_gang_over_many_workers_is_placed_in_time_that_grows_with_it() -> None
     job = core.jobs["j"]
     calls = 0
     for worker_id in job.workers:
-        assert len(job.ranks_on(worker_id)) == 1
+        assert len(job.members_on(worker_id)) == 1
         calls += 1
     assert (job.state, calls) == (JobState.ASSIGNED, 4000)
 

@@ -23,7 +23,9 @@ settings.load_profile("repeatable")
 SPEC = m.Spec("script", "train.py", ("--épochs", "3"), "/somewhere", "ab" * 32, 4096, {"A": "1", "Ü": ""})
 STATUS = m.RankStatus(3, "worker-1", "10.0.0.5", 812, 1, 9, True, True, "Traceback …\n", "it was lost")
 VERSIONS = m.Versions("0.1.0", "3.12.1", "2.4.0")
-WORLD = m.World(7, (m.Member(0, "worker-0", "h0", 11, "tcp://h0:1"), m.Member(1, "worker-1", "h1", 12, "ipc:///r1")))
+WORLD = m.World(
+    7, 7 << 32, (m.Member(0, "worker-0", "h0", 11, "tcp://h0:1"), m.Member(1, "worker-1", "h1", 12, "ipc:///r1"))
+)
 
 OPTIONS = m.JobOptions("name", "sweep", -3, "round-robin", 5, 2, 1)
 JOB = m.JobInfo(
@@ -119,7 +121,7 @@ EXAMPLES: list[Message] = [
     m.Submit("j", 1, m.Spec("module", "")),
     m.JobEnded("j", "", -1),
     m.Part("ab" * 32, 0, b""),
-    m.Formed("j", 0, m.World(0, ())),
+    m.Formed("j", 0, m.World(0, 0, ())),
     m.Unanswered(7, "an error of its own"),
     m.Output("job", 0, 0, "stdout", bytes(m.PART_BYTES)),
 ]
@@ -280,15 +282,15 @@ HUGE = [2**31 + 1, 2**60, 2**63 - 1, 2**63, 2**64 - 1]
         ("WorkerHello", "gpus", [-1, 2**14 + 1, *HUGE]),
         ("WorkerHello", "running", [[["job", 1]] * (2**14 + 1), [["a/b", 1]], [["job", -1]]]),
         ("Submit", "world_size", [0, -1, 2**14 + 1, 3_000_000, *HUGE]),
-        ("OutputAck", "rank", [-1, 2**14, *HUGE]),
+        ("OutputAck", "member_id", [-1, 2**14, *HUGE]),
         ("OutputAck", "number", [-1, 2**63]),
         ("ReadLog", "offset", [2**63, -(2**63), 2**60]),
-        ("ReadLog", "rank", [-1, 2**14, *HUGE]),
+        ("ReadLog", "member_id", [-1, 2**14, *HUGE]),
         ("Want", "offset", [-1, 2**60, 2**63]),
         ("Want", "digest", ["", "zz", "../../etc/passwd", "AB" * 32, "ab" * 32 + "\n"]),
         ("Part", "data", [bytes(m.PART_BYTES + 1)]),
         ("Output", "data", [bytes(m.PART_BYTES + 1)]),
-        ("Output", "rank", [-1, 2**14, *HUGE]),
+        ("Output", "member_id", [-1, 2**14, *HUGE]),
         ("Join", "address", ["tcp://h:1\n", "tcp://h h:1", "x" * 301]),
         ("JobEnded", "cause", [-2, 2**14, *HUGE]),
         ("Heartbeat", "load", [-1.0, float("nan"), float("inf")]),

@@ -57,7 +57,7 @@ def test_the_first_failed_rank_stops_the_others_and_is_the_cause() -> None:
         status = m.RankStatus(rank, "w0", "h", 8, 0, signal=15, stopped=True)
         effects = core.step(o.Received(b"w0/1", m.RankExited("j", 1, status)), 1.1)
     ended = next(x for x in sent(effects, CLIENT) if isinstance(x, m.JobEnded))
-    assert (ended.cause, [s.rank for s in ended.ranks]) == (2, [0, 1, 2])
+    assert (ended.cause, [s.member_id for s in ended.ranks]) == (2, [0, 1, 2])
     assert any(isinstance(x, m.Forget) for x in sent(effects, b"w0/1"))
 
 
@@ -131,14 +131,18 @@ def test_ranks_that_end_together_are_told_nothing() -> None:
 def test_a_lost_worker_is_announced_as_its_first_rank_to_the_workers_that_are_left() -> None:
     core = cluster(1, 2)
     running(core, 3)
-    lost_ranks = core.jobs["j"].ranks_on("w1")
+    lost_ranks = core.jobs["j"].members_on("w1")
     for rank in lost_ranks:
         core.step(o.Received(b"w1/1", m.Join("j", 1, rank, 70 + rank, "tcp://h:1")), 0.5)
     core.step(o.PeerLost(b"w1/1"), 1.0)
     effects = core.step(o.Tick(), 1.0 + RECONNECT_GRACE_S)
     first, *rest = [x for x in sent(effects, b"w0/1") if isinstance(x, m.MemberLost | m.Stop)]
     assert isinstance(first, m.MemberLost)
-    assert (first.status.rank, first.status.pid, first.status.worker_id) == (lost_ranks[0], 70 + lost_ranks[0], "w1")
+    assert (first.status.member_id, first.status.pid, first.status.worker_id) == (
+        lost_ranks[0],
+        70 + lost_ranks[0],
+        "w1",
+    )
     assert "worker w1 (10.0.0.1) was lost" in first.reason
     # Its second rank is named too or not, but always before the stop.
     assert [type(x) for x in rest][-1:] == [m.Stop]

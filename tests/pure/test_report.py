@@ -89,7 +89,7 @@ def test_bundle_is_deterministic_and_leaves_out_what_git_ignores(tmp_path: Path)
 
 
 def status(rank: int, **changes: object) -> RankStatus:
-    return RankStatus(**{"rank": rank, "worker_id": "w", "host": "h", "pid": 10 + rank, "code": 0} | changes)  # type: ignore[arg-type]
+    return RankStatus(**{"member_id": rank, "worker_id": "w", "host": "h", "pid": 10 + rank, "code": 0} | changes)  # type: ignore[arg-type]
 
 
 def test_report_names_the_first_failed_rank_first() -> None:

@@ -9,9 +9,12 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import pytest
 
+from fleet import messages as m
 from fleet.errors import ConfigError
+from fleet.orchestrator.jobs import Job, recalled, record
 from fleet.orchestrator.logs import JobLogs
 from fleet.orchestrator.store import FILE, MIGRATIONS, Store
 
@@ -197,3 +200,12 @@ def test_logs_of_jobs_that_nobody_knows_are_removed(tmp_path: Path) -> None:
     logs.close()
     assert (logs.read("old", 0, 0)[1], logs.read("new", 0, 0)[1]) == (b"", b"new")
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_record_of_an_orchestrator_before_members_had_ids_is_read() -> None:
+    """Its keys were `rank` of a status and `group` of the options, and still are."""
+    status = m.RankStatus(3, "w0", "h", 7, 1)
+    job = Job("j", b"", 4, m.Spec("script", "train.py"), m.JobOptions(sweep="s"), exits={3: status})
+    found = msgspec.msgpack.decode(record(job, 0.0))
+    assert (found["options"]["group"], [exit["rank"] for exit in found["exits"]]) == ("s", [3])
+    assert recalled(record(job, 0.0), 0.0).exits == {3: status}

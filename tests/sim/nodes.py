@@ -234,7 +234,7 @@ class Worker(Node):
 
     def _spawn(self, spawn: w.Spawn) -> w.Event:
         world, source = self.world, self.world.source
-        key = spawn.assign.job_id, spawn.assign.attempt, spawn.rank
+        key = spawn.assign.job_id, spawn.assign.attempt, spawn.member_id
         world.pid_count += 1
         process = Process(key, world.pid_count, 0 if source.random() < 0.93 else 3)
         self.processes[key] = process
@@ -348,7 +348,7 @@ class Client(Node):
             world.results.setdefault(message.job_id, []).append(message)
         elif isinstance(message, m.Output):
             if self.in_order.is_next(message):
-                self.received[message.job_id, message.attempt, message.rank] += len(message.data)
+                self.received[message.job_id, message.attempt, message.member_id] += len(message.data)
             self.send(self.in_order.ack(message))
             if (repeat := self.in_order.gap(message)) is not None:
                 self.send(repeat)

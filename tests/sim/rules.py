@@ -35,7 +35,7 @@ def _rooms(world: Simulation) -> None:
         taken = gpus = 0
         for job_id in core.seated.get(worker_id, ()):
             job = core.jobs[job_id]
-            ranks = len(job.ranks_on(worker_id))
+            ranks = len(job.members_on(worker_id))
             held[job_id] = ranks
             taken, gpus = taken + ranks * job.options.slots, gpus + ranks * job.options.gpus
         assert {job_id: ranks for job_id, (ranks, _) in room.held.items()} == held, (
@@ -65,7 +65,7 @@ def _indexes(world: Simulation) -> None:
             for worker_id in job.workers:
                 known = worker_id in core.workers or worker_id in core.missed
                 there = job.job_id in core.seated.get(worker_id, ())
-                done = job.exits.keys() >= set(job.ranks_on(worker_id))  # and that worker may have left since
+                done = job.exits.keys() >= set(job.members_on(worker_id))  # and that worker may have left since
                 assert there or not known or done, f"job {job.job_id} is not seated on {worker_id}"
         else:
             assert not any(job.job_id in jobs for jobs in core.seated.values()), (
