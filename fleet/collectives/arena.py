@@ -2,7 +2,7 @@
 
     page 0                     bus.shared's own
     a kilobyte for each rank   posted word · folded word · window, offset · the rank's call
-    halves                     2 per rank, used in turn by blocks with one synchronisation
+    halves                     2 per rank, used alternately by blocks with one synchronisation
     slots                      1 per rank, and one for results: blocks with two synchronisations
 
 Collectives run as blocks, numbered alike on all ranks. A rank's posted word holds the number of the block it has posted
@@ -58,7 +58,7 @@ class _Timespec(ctypes.Structure):
     _fields_ = [("tv_sec", ctypes.c_long), ("tv_nsec", ctypes.c_long)]
 
 
-class Late(TimeoutError):
+class RankTimeout(TimeoutError):
     """The deadline passed while waiting for one local rank."""
 
     def __init__(self, rank: int) -> None:
@@ -66,7 +66,7 @@ class Late(TimeoutError):
         self.rank = rank
 
 
-class Differs(Exception):
+class RankMismatch(Exception):
     """A local rank is in the same block with another call, or came there by another one."""
 
     def __init__(self, rank: int, call: bytes, before: bytes) -> None:
@@ -133,19 +133,19 @@ class Arena:
         self._begun_count += 1
         # Of all calls so far: roots that wait for nobody are told apart by the next collective.
         self._tag = (self._tag * 31 + tag) & _TAG_MASK
-        turn = self._begun_count & 1
-        if self._shown[turn] is not call:
-            self._shown[turn] = call
-            at, size = self._call_at(self.index, turn), min(len(call), CALL_BYTES_AT_MOST - 2)
+        parity = self._begun_count & 1
+        if self._shown[parity] is not call:
+            self._shown[parity] = call
+            at, size = self._call_at(self.index, parity), min(len(call), CALL_BYTES_AT_MOST - 2)
             self._memory[at : at + size + 2] = size.to_bytes(2, "little") + call[:size]
 
-    def _call_of(self, index: int, turn: int) -> bytes:
-        at = self._call_at(index, turn)
+    def _call_of(self, index: int, parity: int) -> bytes:
+        at = self._call_at(index, parity)
         size = int.from_bytes(self._memory[at : at + 2], "little")
         return self._memory[at + 2 : at + 2 + size]
 
-    def _call_at(self, index: int, turn: int) -> int:
-        return PAGE_BYTES + index * RANK_BYTES + CALLS * 8 + turn * CALL_BYTES_AT_MOST
+    def _call_at(self, index: int, parity: int) -> int:
+        return PAGE_BYTES + index * RANK_BYTES + CALLS * 8 + parity * CALL_BYTES_AT_MOST
 
     def halves(self, dtype: Any, length: int) -> list[Array]:
         """Every rank's half for the next block, as `length` elements."""
@@ -206,8 +206,8 @@ class Arena:
             if found >> BLOCK_SHIFT != block:
                 return found >> BLOCK_SHIFT > block
             if (found ^ word) & ~DIRECT:
-                turn = self._begun_count & 1
-                raise Differs(self.ranks[other], self._call_of(other, turn), self._call_of(other, 1 - turn))
+                parity = self._begun_count & 1
+                raise RankMismatch(self.ranks[other], self._call_of(other, parity), self._call_of(other, 1 - parity))
             return bool(direct)  # its tensor is elsewhere than mine; if mine is direct, it is for me to give way
 
         self._wait(there, other, deadline)
@@ -281,7 +281,7 @@ class Arena:
                     return
                 now = monotonic()
                 if now > deadline:
-                    raise Late(self.ranks[other])
+                    raise RankTimeout(self.ranks[other])
                 self._check(self.ranks[other])
                 sleep_s = min(_SLEEP_AT_MOST_S, max(_FIRST_SLEEP_S, (now - started) / 10), max(deadline - now, 0.0001))
                 time.tv_nsec = int(sleep_s * 1e9)

@@ -15,9 +15,9 @@ from fleet.collectives.buffer import Buffer
 from fleet.collectives.conductor import CLOSE_WITHIN_S, Conductor, Inquiry
 from fleet.collectives.greeting import Unheard
 from fleet.collectives.header import pack_call
-from fleet.collectives.job import Call, Job
-from fleet.collectives.paths import BY_INIT, Forming, Overdue, World, reach
-from fleet.collectives.points import Points
+from fleet.collectives.operation import Operation, Signature
+from fleet.collectives.paths import INIT_CALL, Fabric, FormingCall, FormingTimeout, reach
+from fleet.collectives.point_to_point import PointToPoint
 from fleet.collectives.recorder import Recorder
 from fleet.collectives.reduce import PremulSum
 from fleet.collectives.windows import Windows
@@ -34,14 +34,14 @@ class Base:
         self,
         rank: int,
         members: Sequence[int],
-        world: World | None,
+        world: Fabric | None,
         *,
-        group: int = 0,
+        communicator_id: int = 0,
         timeout_s: float = 30.0,
         local_rank: int = 0,
         generation: int = 0,
         inquire: Inquiry | None = None,
-        forming: Forming = BY_INIT,
+        forming: FormingCall = INIT_CALL,
     ) -> None:
         self.rank = rank
         self.world_size = len(members)
@@ -49,32 +49,32 @@ class Base:
         self.generation = generation
         self._members = tuple(members)
         self._world = world  # None in a world of one
-        self._group = group
+        self._communicator_id = communicator_id
         self._inquire = inquire
-        self._calls: dict[Any, Call] = {}
-        self._barrier = Call(pack_call("barrier"), reduce.kernel("max", "uint8", self.world_size, 1.0))
+        self._signatures: dict[Any, Signature] = {}
+        self._barrier = Signature(pack_call("barrier"), reduce.kernel("max", "uint8", self.world_size, 1.0))
         self._split_count = 0
         self._children: list[Base] = []
         check, ended = (world.check, world.ended) if world is not None else ((lambda: None), {})
         inbox = world.inbox if world is not None else None
-        self._conductor = Conductor(rank, self._members, group, timeout_s, inquire, check, inbox, ended)
+        self._conductor = Conductor(rank, self._members, communicator_id, timeout_s, inquire, check, inbox, ended)
         self._windows = Windows()
         self._path: Any = None
-        self._points: Points | None = None
+        self._points: PointToPoint | None = None
         self._arena: Arena | None = None
         if world is not None and self.world_size > 1:
             try:
-                found = reach(world, group, members, self._conductor.check, forming)
-            except Overdue:
+                found = reach(world, communicator_id, members, self._conductor.check, forming)
+            except FormingTimeout:
                 raise self._conductor.not_formed(forming.call, forming.within_s) from None
             except Unheard as missing:
                 raise self._conductor.not_reached(forming.call, missing.ranks, missing.within_s) from None
             self._path, self._windows = found.path, found.windows
             self._conductor.arena = found.arena
-            self._conductor.recorder.tally.path = found.path.name
+            self._conductor.recorder.counts.path = found.path.name
             self._conductor.channel = found.channel if found.uses_sockets else None
             self._arena = found.arena
-            self._points = Points(found.channel, self._conductor)
+            self._points = PointToPoint(found.channel, self._conductor)
             self._channel = found.channel
 
     # Its life
@@ -90,9 +90,9 @@ class Base:
 
     @property
     def recorders(self) -> list[tuple[int, Recorder]]:
-        """(group, flight recorder) of this communicator and of those split off it."""
+        """(communicator id, flight recorder) of this communicator and of those split off it."""
         return [
-            (self._group, self._conductor.recorder),
+            (self._communicator_id, self._conductor.recorder),
             *(found for child in self._children for found in child.recorders),
         ]
 
@@ -108,7 +108,7 @@ class Base:
             child._close_by(deadline)
         broken = self._conductor.broken
         self._conductor.close(deadline)
-        if self._group == 0 and self._world is not None:
+        if self._communicator_id == 0 and self._world is not None:
             self._world.inbox.close(linger=not broken)
             self._world = None
         elif self._points is not None:
@@ -121,21 +121,21 @@ class Base:
         if arena is None or world is None:
             return np.zeros(size, np.uint8)
         per = self._windows.part_bytes(size)
-        name = f"{self._group:x}-{arena.ranks[0]}-w{number}"
+        name = f"{self._communicator_id:x}-{arena.ranks[0]}-w{number}"
         members = [self._members[rank] for rank in arena.ranks]
         try:
             memory = world.share(name, (arena.count * per) + PAGE_BYTES, arena.index, members, deadline)
-        except Overdue:
+        except FormingTimeout:
             raise self._conductor.not_formed("empty", self.timeout_s) from None
         if memory is None:
             return np.zeros(size, np.uint8)
         return self._windows.add(number, memory, arena.index, arena.count, size)
 
-    def _agree_on_splits(self, job: Job, into: list[Any], parts: list[Any]) -> int:
+    def _agree_on_splits(self, operation: Operation, into: list[Any], parts: list[Any]) -> int:
         """The longest part that any rank sends. Raises UsageError where two ranks' splits do not fit."""
         n = self.world_size
         table = np.empty((n, 2 * n), np.int64)
-        self._path.all_gather(job, list(table), np.array([*map(len, parts), *map(len, into)]))
+        self._path.all_gather(operation, list(table), np.array([*map(len, parts), *map(len, into)]))
         sent, room = table[:, :n], table[:, n:].T
         if (sent != room).any():  # all ranks find the same, and none goes on
             source, dst = np.argwhere(sent != room)[0]
@@ -143,31 +143,31 @@ class Base:
                 f"rank {source} sends {sent[source, dst]} elements to rank {dst}, whose out has room for "
                 f"{room[source, dst]}: x_splits of one must be out_splits of the other"
             )
-        job.first_turn = n  # the table's messages used the turns before
+        operation.first_ordinal = n  # the table's messages used the ordinals before
         return int(sent.max())
 
     def _limit(self, timeout_s: float | None) -> float:
         return self._conductor.timeout_s if timeout_s is None else timeout_s
 
-    def _reduction(self, name: str, op: Op, buffer: Buffer, root: int = 0, wire: str = "") -> Call:
+    def _reduction(self, name: str, op: Op, buffer: Buffer, root: int = 0, wire: str = "") -> Signature:
         key = name, op, buffer.dtype, buffer.shape, root, wire
-        found = self._calls.get(key)
+        found = self._signatures.get(key)
         if found is None:
             reduction, factor = reduce.parse(op, buffer.dtype)
             if wire not in ("", "bf16") or (wire and buffer.dtype != "float32"):
                 raise UsageError(f"wire is {wire!r} for {buffer.dtype}: it must be 'bf16' and goes with float32 only")
             data = pack_call(name, reduction, buffer.dtype, buffer.shape, root, factor, wire)
-            found = self._keep(key, Call(data, reduce.kernel(reduction, buffer.dtype, self.world_size, factor)))
+            found = self._keep(key, Signature(data, reduce.kernel(reduction, buffer.dtype, self.world_size, factor)))
         return found
 
-    def _move(self, name: str, buffer: Buffer, root: int = 0) -> Call:
+    def _move(self, name: str, buffer: Buffer, root: int = 0) -> Signature:
         return self._call(name, (name, buffer.dtype, buffer.shape, root), buffer.dtype, buffer.shape, root)
 
-    def _call(self, name: str, key: Any, dtype: str = "", shape: tuple[int, ...] = (), root: int = 0) -> Call:
-        return self._calls.get(key) or self._keep(key, Call(pack_call(name, "", dtype, shape, root)))
+    def _call(self, name: str, key: Any, dtype: str = "", shape: tuple[int, ...] = (), root: int = 0) -> Signature:
+        return self._signatures.get(key) or self._keep(key, Signature(pack_call(name, "", dtype, shape, root)))
 
-    def _keep(self, key: Any, call: Call) -> Call:
-        if len(self._calls) >= CALLS_KEPT:
-            self._calls.clear()
-        self._calls[key] = call
-        return call
+    def _keep(self, key: Any, signature: Signature) -> Signature:
+        if len(self._signatures) >= CALLS_KEPT:
+            self._signatures.clear()
+        self._signatures[key] = signature
+        return signature

@@ -1,4 +1,4 @@
-"""Tensor messages by their place: what was sent for (group, sequence, source, turn, segment) is found there, or refused.
+"""Tensor messages by place (communicator id, sequence, source, ordinal, segment): each is found at its place, or refused.
 
 An Inbox stands between the mesh, which yields whatever arrives, and the Channels of this rank's communicators, each of
 which wants one particular message next. Any thread may wait: one of them receives, for all. Early messages are kept,
@@ -21,12 +21,12 @@ from fleet.collectives.header import Head, describe_call, pack_head, unpack_head
 from fleet.errors import CollectiveMismatch, ProtocolError
 
 REMEMBERED_CALLS = 256
-PROBE = 0xFFFFFFFF  # as a turn: no data, only "this is what I call, what do you?"
+PROBE = 0xFFFFFFFF  # as an ordinal: no data, only "this is what I call, what do you?"
 PROBE_AFTER_S = 0.4
 
 log = logging.getLogger("fleet.collectives")
 
-Key = tuple[int, int, int, int, int]  # group, sequence, source, turn, segment
+Key = tuple[int, int, int, int, int]  # communicator id, sequence, source, ordinal, segment
 
 
 class Payload(NamedTuple):
@@ -56,13 +56,13 @@ class Inbox:
         mesh.connect(addresses)
 
     def add(self, channel: Channel) -> None:
-        self._channels[channel.group] = channel
+        self._channels[channel.communicator_id] = channel
 
     def remove(self, channel: Channel) -> None:
         """Its messages, early and late, are of no use any more."""
         with self._changed:
-            self._channels.pop(channel.group, None)
-            for key in [key for key in self._early if key[0] in (channel.group, channel.group + 1)]:
+            self._channels.pop(channel.communicator_id, None)
+            for key in [key for key in self._early if key[0] in (channel.communicator_id, channel.communicator_id + 1)]:
                 del self._early[key]
 
     def send(
@@ -75,9 +75,9 @@ class Inbox:
         track: bool,
         check: Check,
     ) -> Tracker | None:
-        """Queues one message for (group, sequence, turn, segment); see Mesh.send. Raises TimeoutError."""
-        group, sequence, turn, segment = key
-        head = pack_head(self._world, group, sequence, self.rank, turn, segment, call)
+        """Queues one message for (communicator id, sequence, ordinal, segment); see Mesh.send. Raises TimeoutError."""
+        communicator_id, sequence, ordinal, segment = key
+        head = pack_head(self._world, communicator_id, sequence, self.rank, ordinal, segment, call)
         return self._mesh.send(peer, head, payload, deadline, track, check)
 
     def wait_until_sent(self, tracker: Tracker, deadline: float, check: Check) -> None:
@@ -163,10 +163,13 @@ class Inbox:
         check(awaited)
 
     def _keep(self, head: Head, payload: Payload) -> None:
-        channel = self._channels.get(head.group)
+        channel = self._channels.get(head.communicator_id)
         # That of a communicator that this rank is about to split off is kept too.
         if channel is None or channel.wants(head):
-            self._early[head.group, head.sequence, head.source, head.turn, head.segment] = head.call, payload
+            self._early[head.communicator_id, head.sequence, head.source, head.ordinal, head.segment] = (
+                head.call,
+                payload,
+            )
 
     def _receive(self) -> tuple[Head, Payload] | None:
         """The next message of this world; None after a tick without one."""
@@ -193,11 +196,11 @@ class Inbox:
 class Channel:
     """One communicator's messages: `members` are the world's numbers of its ranks, in the order of their ranks here.
 
-    Its collectives use `group`, its point-to-point messages the group after it.
+    Its collectives use `communicator_id`, its point-to-point messages the number after it.
     """
 
-    def __init__(self, inbox: Inbox, group: int, members: Sequence[int], check: Check | None = None) -> None:
-        self.group = group
+    def __init__(self, inbox: Inbox, communicator_id: int, members: Sequence[int], check: Check | None = None) -> None:
+        self.communicator_id = communicator_id
         self.check = check or inbox.check
         self.members = tuple(members)
         self.rank = self.members.index(inbox.rank)
@@ -225,7 +228,7 @@ class Channel:
         self,
         peer: int,
         sequence: int,
-        turn: int,
+        ordinal: int,
         segment: int,
         call: bytes,
         payload: Any,
@@ -233,17 +236,17 @@ class Channel:
         track: bool = False,
     ) -> Tracker | None:
         """Queues one message of a collective. Raises TimeoutError after `deadline`."""
-        key = self.group, sequence, turn, segment
+        key = self.communicator_id, sequence, ordinal, segment
         return self.inbox.send(self.members[peer], key, call, payload, deadline, track, self.check)
 
     def wait_until_sent(self, tracker: Tracker, deadline: float) -> None:
         """Returns once lent memory may be changed. Raises TimeoutError."""
         self.inbox.wait_until_sent(tracker, deadline, self.check)
 
-    def expect(self, sequence: int, source: int, turn: int, segment: int, call: bytes, deadline: float) -> Payload:
+    def expect(self, sequence: int, source: int, ordinal: int, segment: int, call: bytes, deadline: float) -> Payload:
         """The message for one place of a collective. Raises TimeoutError, CollectiveMismatch."""
         inbox = self.inbox
-        key = self.group, sequence, self.members[source], turn, segment
+        key = self.communicator_id, sequence, self.members[source], ordinal, segment
         first = min(deadline, monotonic() + PROBE_AFTER_S)
 
         def find() -> Key | None:
@@ -271,7 +274,7 @@ class Channel:
             self._compare(head.sequence, head.source, head.call)
         elif head.sequence not in self._ahead:
             self._ahead[head.sequence] = head.source, head.call
-        return head.sequence >= self._sequence and head.turn != PROBE
+        return head.sequence >= self._sequence and head.ordinal != PROBE
 
     def look(self) -> None:
         """For one that waits elsewhere than here: raises CollectiveMismatch if what has arrived tells of one."""
@@ -289,7 +292,7 @@ class Channel:
             self.failed = CollectiveMismatch(sequence, self.rank, describe_call(mine), peer, describe_call(call))
 
 
-class Among:
+class SubChannel:
     """Some of a channel's ranks, numbered anew: their part of a collective of all. Offers what algorithms need."""
 
     def __init__(self, channel: Channel, ranks: Sequence[int]) -> None:
@@ -302,17 +305,17 @@ class Among:
         self,
         peer: int,
         sequence: int,
-        turn: int,
+        ordinal: int,
         segment: int,
         call: bytes,
         payload: Any,
         deadline: float,
         track: bool = False,
     ) -> Tracker | None:
-        return self._channel.send(self._ranks[peer], sequence, turn, segment, call, payload, deadline, track)
+        return self._channel.send(self._ranks[peer], sequence, ordinal, segment, call, payload, deadline, track)
 
     def wait_until_sent(self, tracker: Tracker, deadline: float) -> None:
         self._channel.wait_until_sent(tracker, deadline)
 
-    def expect(self, sequence: int, source: int, turn: int, segment: int, call: bytes, deadline: float) -> Payload:
-        return self._channel.expect(sequence, self._ranks[source], turn, segment, call, deadline)
+    def expect(self, sequence: int, source: int, ordinal: int, segment: int, call: bytes, deadline: float) -> Payload:
+        return self._channel.expect(sequence, self._ranks[source], ordinal, segment, call, deadline)

@@ -26,9 +26,9 @@ from fleet.collectives.arguments import (
 )
 from fleet.collectives.base import Base, Op
 from fleet.collectives.buffer import Buffer, as_buffer
-from fleet.collectives.job import Job
-from fleet.collectives.paths import GROUPS_PER_COMMUNICATOR, Forming
-from fleet.collectives.points import in_background
+from fleet.collectives.operation import Operation
+from fleet.collectives.paths import IDS_PER_COMMUNICATOR, FormingCall
+from fleet.collectives.point_to_point import in_background
 from fleet.collectives.work import Work
 from fleet.errors import UsageError
 
@@ -67,11 +67,11 @@ class Communicator(Base):
         buffer = as_buffer(x, "x", written=True)
         call = self._reduction("all_reduce", op, buffer, wire=wire)
 
-        def act(job: Job) -> None:
+        def act(operation: Operation) -> None:
             if self._path is not None:
-                self._path.all_reduce(job, buffer.flat)
-            elif job.kernel.finishes:
-                job.kernel.finish_alone(buffer.flat)
+                self._path.all_reduce(operation, buffer.flat)
+            elif operation.kernel.finishes:
+                operation.kernel.finish_alone(buffer.flat)
             buffer.write_back()
 
         return self._conductor.run(call, act, timeout_s, async_op, wire)
@@ -84,13 +84,13 @@ class Communicator(Base):
         buffer = as_buffer(x, "x", written=self.rank == root)
         call = self._reduction("reduce", op, buffer, root)
 
-        def act(job: Job) -> None:
+        def act(operation: Operation) -> None:
             if self._path is not None:
                 # Paths may use a rank's memory for partial results, which only root's is there for.
                 flat = buffer.flat if self.rank == root else buffer.flat.copy()
-                self._path.reduce(job, flat, root)
-            elif job.kernel.finishes:
-                job.kernel.finish_alone(buffer.flat)
+                self._path.reduce(operation, flat, root)
+            elif operation.kernel.finishes:
+                operation.kernel.finish_alone(buffer.flat)
             if self.rank == root:
                 buffer.write_back()
 
@@ -107,13 +107,13 @@ class Communicator(Base):
         check_parts("x", whole, "out", target, self.world_size)
         call, whole = self._reduction("reduce_scatter", op, whole), whole.apart_from(target)
 
-        def act(job: Job) -> None:
+        def act(operation: Operation) -> None:
             parts = parts_of(whole.flat, self.world_size)
             if self._path is not None:
-                self._path.reduce_scatter(job, target.flat, parts)
+                self._path.reduce_scatter(operation, target.flat, parts)
             else:
                 target.flat[:] = parts[0]
-                job.kernel.finish_alone(target.flat)
+                operation.kernel.finish_alone(target.flat)
             target.write_back()
 
         return self._conductor.run(call, act, timeout_s, async_op)
@@ -135,9 +135,9 @@ class Communicator(Base):
         check_rank(root, "root", self.world_size)
         buffer = as_buffer(x, "x", written=self.rank != root)
 
-        def act(job: Job) -> None:
+        def act(operation: Operation) -> None:
             if self._path is not None:
-                self._path.broadcast(job, buffer.flat, root)
+                self._path.broadcast(operation, buffer.flat, root)
             buffer.write_back()
 
         return self._conductor.run(self._move("broadcast", buffer, root), act, timeout_s, async_op)
@@ -151,10 +151,10 @@ class Communicator(Base):
         check_parts("out", target, "x", mine, self.world_size)
         mine = mine.apart_from(target)
 
-        def act(job: Job) -> None:
+        def act(operation: Operation) -> None:
             parts = parts_of(target.flat, self.world_size)
             if self._path is not None:
-                self._path.all_gather(job, parts, mine.flat)
+                self._path.all_gather(operation, parts, mine.flat)
             else:
                 parts[0][:] = mine.flat
             target.write_back()
@@ -172,10 +172,10 @@ class Communicator(Base):
             check_parts("out", target, "x", mine, self.world_size)
         mine = mine.apart_from(target)
 
-        def act(job: Job) -> None:
+        def act(operation: Operation) -> None:
             parts = parts_of(target.flat, self.world_size) if target is not None else None
             if self._path is not None:
-                self._path.gather(job, parts, mine.flat, root)
+                self._path.gather(operation, parts, mine.flat, root)
             elif parts is not None:
                 parts[0][:] = mine.flat
             if target is not None:
@@ -197,10 +197,10 @@ class Communicator(Base):
             check_parts("x", whole, "out", target, self.world_size)
             whole = whole.apart_from(target)
 
-        def act(job: Job) -> None:
+        def act(operation: Operation) -> None:
             parts = parts_of(whole.flat, self.world_size) if whole is not None else None
             if self._path is not None:
-                self._path.scatter(job, target.flat, parts, root)
+                self._path.scatter(operation, target.flat, parts, root)
             elif parts is not None:
                 target.flat[:] = parts[0]
             target.write_back()
@@ -234,12 +234,12 @@ class Communicator(Base):
         even = out_splits is None and x_splits is None
         call = self._move("all_to_all", Buffer(whole.flat, whole.dtype, whole.shape if even else whole.shape[1:]))
 
-        def act(job: Job) -> None:
+        def act(operation: Operation) -> None:
             if self._path is None:
                 into[0][:] = parts[0]
             else:
-                longest = len(parts[0]) if even else self._agree_on_splits(job, into, parts)
-                self._path.all_to_all(job, into, parts, longest)
+                longest = len(parts[0]) if even else self._agree_on_splits(operation, into, parts)
+                self._path.all_to_all(operation, into, parts, longest)
             target.write_back()
 
         return self._conductor.run(call, act, timeout_s, async_op)
@@ -247,9 +247,9 @@ class Communicator(Base):
     def barrier(self, *, timeout_s: float | None = None, async_op: bool = False) -> Work | None:
         """Returns once every rank has called it."""
 
-        def act(job: Job) -> None:
+        def act(operation: Operation) -> None:
             if self._path is not None:
-                self._path.barrier(job)
+                self._path.barrier(operation)
 
         return self._conductor.run(self._barrier, act, timeout_s, async_op)
 
@@ -290,7 +290,7 @@ class Communicator(Base):
         in_background(lambda: points.recv(buffer, src, tag, limit_s), work)
         return work
 
-    # Objects, groups, memory
+    # Objects, communicators, memory
 
     def broadcast_object(self, obj: Any = None, root: int = 0, *, timeout_s: float | None = None) -> Any:
         """root's obj, on every rank. It travels pickled, among ranks that hold the job's secret."""
@@ -332,18 +332,18 @@ class Communicator(Base):
             return None
         ranks = sorted((int(key), rank) for rank, (other, key) in enumerate(table) if other == color)
         members = [self._members[rank] for _, rank in ranks]
-        name = f"{self._group}/{self._split_count}/{color}".encode()
-        group = int.from_bytes(blake2b(name, digest_size=4).digest(), "little") // GROUPS_PER_COMMUNICATOR
+        name = f"{self._communicator_id}/{self._split_count}/{color}".encode()
+        communicator_id = int.from_bytes(blake2b(name, digest_size=4).digest(), "little") // IDS_PER_COMMUNICATOR
         child = Communicator(
             members.index(self._members[self.rank]),
             members,
             self._world,
-            group=group * GROUPS_PER_COMMUNICATOR or GROUPS_PER_COMMUNICATOR,
+            communicator_id=communicator_id * IDS_PER_COMMUNICATOR or IDS_PER_COMMUNICATOR,
             timeout_s=self._conductor.timeout_s,
             local_rank=self.local_rank,
             generation=self.generation,
             inquire=self._inquire,
-            forming=Forming(f"split(color={color})", max(0.0, deadline - monotonic())),
+            forming=FormingCall(f"split(color={color})", max(0.0, deadline - monotonic())),
         )
         self._children.append(child)
         return child
@@ -375,11 +375,11 @@ class Communicator(Base):
             raise UsageError(f"{name} knows no mean: divide the sum by rank + 1")
         buffer = as_buffer(x, "x", written=True)
 
-        def act(job: Job) -> None:
+        def act(operation: Operation) -> None:
             if self._path is not None:
-                self._path.scan(job, buffer.flat, name == "exscan")
+                self._path.scan(operation, buffer.flat, name == "exscan")
             elif name == "scan":
-                job.kernel.finish_alone(buffer.flat)
+                operation.kernel.finish_alone(buffer.flat)
             buffer.write_back()
 
         return self._conductor.run(self._reduction(name, op, buffer), act, timeout_s, async_op)

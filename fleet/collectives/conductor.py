@@ -15,11 +15,10 @@ from pathlib import Path
 from time import monotonic, sleep
 
 from fleet.bus import forks
-from fleet.collectives.arena import Arena, Differs
-from fleet.collectives.arena import Late as LateHere
+from fleet.collectives.arena import Arena, RankMismatch, RankTimeout
 from fleet.collectives.channel import Channel, Inbox
 from fleet.collectives.header import describe_call
-from fleet.collectives.job import SETTLE_S, Call, Check, Ended, Job
+from fleet.collectives.operation import SETTLE_S, Check, EndedRank, Operation, Signature
 from fleet.collectives.recorder import SHOWN_ON_FAILURE, Recorder
 from fleet.collectives.work import Work
 from fleet.errors import (
@@ -39,11 +38,11 @@ COMPLETE_WITHIN_S = 0.4  # for ranks on their way to a collective that has faile
 CLOSED = "this communicator is closed"
 UNANSWERED = "is not answering: stopped, frozen or cut off"  # what a rank does that nobody hears of
 _API = str(Path(__file__).with_name("communicator.py"))  # whose methods are called by scripts, and by each other
-_Item = tuple[Work, Job, Callable[[Job], None]]
+_Item = tuple[Work, Operation, Callable[[Operation], None]]
 
 
 @dataclass(frozen=True, slots=True)
-class Doing:
+class RankActivity:
     """What one rank is known to be doing, in one communicator."""
 
     late: Late
@@ -54,9 +53,9 @@ class Doing:
     unreached: tuple[int, ...] = ()  # ranks of the world that it sent to and has no connection to
 
 
-# Asks every other rank of the world what it does in the communicator of this group, and what it called as the collective of
-# this number (0: its last one).
-Inquiry = Callable[[int, int], Sequence[Doing]]
+# Asks every other rank of the world what it does in the communicator of this id, and what it called as the collective
+# of this number (0: its last one).
+Inquiry = Callable[[int, int], Sequence[RankActivity]]
 
 
 class Conductor:
@@ -66,17 +65,17 @@ class Conductor:
         self,
         rank: int,
         members: Sequence[int],
-        group: int,
+        communicator_id: int,
         timeout_s: float,
         inquire: Inquiry | None,
         check: Check,
         inbox: Inbox | None,
-        ended: Mapping[int, Ended],
+        ended: Mapping[int, EndedRank],
     ) -> None:
         self.rank = rank
         self.timeout_s = timeout_s
         self.recorder = Recorder()
-        self.group = group
+        self.communicator_id = communicator_id
         self.channel: Channel | None = None  # set where the path uses sockets
         self.arena: Arena | None = None  # set where it uses shared memory
         self.inbox = inbox
@@ -96,8 +95,8 @@ class Conductor:
 
     def run(
         self,
-        call: Call,
-        act: Callable[[Job], None],
+        signature: Signature,
+        act: Callable[[Operation], None],
         timeout_s: float | None = None,
         async_op: bool = False,
         wire: str = "",
@@ -108,19 +107,20 @@ class Conductor:
         frame = sys._getframe(2)
         while frame.f_code.co_filename == _API and frame.f_back is not None:
             frame = frame.f_back
-        job = Job(call, frame.f_code, frame.f_lineno, wire)
-        job.limit_s = self.timeout_s if timeout_s is None else timeout_s
-        job.started = monotonic()
-        job.deadline = job.started + job.limit_s  # from here on, also while other calls have their turn
+        operation = Operation(signature, frame.f_code, frame.f_lineno, wire)
+        operation.limit_s = self.timeout_s if timeout_s is None else timeout_s
+        operation.started = monotonic()
+        # From here on, also while other calls are carried out before this one.
+        operation.deadline = operation.started + operation.limit_s
         if not async_op and not self._queued_count:
             if not self._running.acquire(False):
-                self._await_turn(job)
+                self._await_others(operation)
             try:
-                self._carry_out(job, act)
+                self._carry_out(operation, act)
             finally:
                 self._running.release()
             return None
-        work = Work(job.deadline, lambda: self._not_begun(job))
+        work = Work(operation.deadline, lambda: self._not_begun(operation))
         with self._queueing:
             self.check_usable()
             if self._queue is None:
@@ -128,7 +128,7 @@ class Conductor:
                 self._thread = threading.Thread(target=self._progress, name="fleet-progress", daemon=True)
                 self._thread.start()
             self._queued_count += 1
-            self._queue.put((work, job, act))
+            self._queue.put((work, operation, act))
         if async_op:
             return work
         work.wait()
@@ -159,9 +159,9 @@ class Conductor:
         """Called while a collective waits, for one rank where that is known. Raises what ends the wait, other than its
         deadline."""
         self.check_world()
-        job = self.recorder.last
-        if self.ended and job is not None and not job.ended:
-            self._check_ended(job, awaited)
+        operation = self.recorder.last
+        if self.ended and operation is not None and not operation.ended:
+            self._check_ended(operation, awaited)
 
     def check_world(self) -> None:
         """Raises what ends any wait: a rank was lost, or this communicator is closed."""
@@ -169,55 +169,59 @@ class Conductor:
         if self._closed:
             raise UsageError(CLOSED)
 
-    def _check_ended(self, job: Job, awaited: int) -> None:
+    def _check_ended(self, operation: Operation, awaited: int) -> None:
         """Raises RankEnded if a rank has ended that has not made this collective. Ranks that do not wait in it go on."""
         for rank, member in enumerate(self._members):
             if (ended := self.ended.get(member)) is None:
                 continue
             if ended.made is not None:
-                missing = ended.made.get(self.group, 0) < job.sequence
+                missing = ended.made.get(self.communicator_id, 0) < operation.sequence
             else:  # only what does not come from itself can tell
-                missing = rank == awaited and monotonic() > max(ended.since, job.started) + SETTLE_S
+                missing = rank == awaited and monotonic() > max(ended.since, operation.started) + SETTLE_S
             if missing:
-                call = str(job.call)
-                raise RankEnded(member, ended.worker_id, ended.host, ended.pid, call, job.sequence, line=job.where)
+                call = str(operation.signature)
+                raise RankEnded(
+                    member, ended.worker_id, ended.host, ended.pid, call, operation.sequence, line=operation.where
+                )
 
     def not_formed(self, call: str, waited_s: float) -> CollectiveTimeout:
         """The error where not all ranks came to make this communicator, or memory of it."""
-        doings = self._doings()
+        activities = self._activities()
         # All that are on their way look alike; one that does not answer is the one that is missing.
-        late = [doing.late for doing in doings if doing.sequence < 0] or [doing.late for doing in doings]
+        late = [activity.late for activity in activities if activity.sequence < 0] or [
+            activity.late for activity in activities
+        ]
         error = CollectiveTimeout(0, call, self.rank, waited_s, late, len(self._members), members=self.numbers())
-        error.blocked = self._blocked(doings)
+        error.blocked = self._blocked(activities)
         return error
 
     def not_reached(self, call: str, missing: Sequence[int], within_s: float) -> FleetError:
         """The error where nothing came from these ranks of the world, all of which should have greeted this one."""
-        doings = self._doings()
-        frozen = [d.late for d in doings if d.late.doing == UNANSWERED and self._members[d.late.rank] in missing]
+        activities = self._activities()
+        frozen = [d.late for d in activities if d.late.doing == UNANSWERED and self._members[d.late.rank] in missing]
         if len(frozen) == len(missing):
             return CollectiveTimeout(0, call, self.rank, within_s, frozen, len(self._members), members=self.numbers())
         silent = {self._members[late.rank] for late in frozen}
         me = self._members[self.rank]
         ways = self._ways([(rank, me) for rank in missing if rank not in silent])
-        return Unreachable(call, within_s, [*ways, *(way for way in self._blocked(doings) if way not in ways)])
+        return Unreachable(call, within_s, [*ways, *(way for way in self._blocked(activities) if way not in ways)])
 
     def known(self, ranks: Sequence[int]) -> tuple[list[Late], list[Blocked]]:
         """What `ranks` do, as others wait for them, and which ways between ranks are closed."""
-        doings = self._doings()
-        return [doing.late for doing in doings if doing.late.rank in ranks], self._blocked(doings)
+        activities = self._activities()
+        return [activity.late for activity in activities if activity.late.rank in ranks], self._blocked(activities)
 
     def _progress(self) -> None:
         assert self._queue is not None
         while (item := self._queue.get()) is not None:
-            work, job, act = item
+            work, operation, act = item
             error: BaseException | None = None
             with self._running:
                 begins = work.begin()
                 try:
                     if begins:
-                        job.started = monotonic()
-                        self._carry_out(job, act)
+                        operation.started = monotonic()
+                        self._carry_out(operation, act)
                 except BaseException as raised:
                     error = raised
             with self._queueing:
@@ -225,52 +229,59 @@ class Conductor:
             if begins:
                 work.end(error)
 
-    def _await_turn(self, job: Job) -> None:
+    def _await_others(self, operation: Operation) -> None:
         """Until the collective of another thread has ended. Raises CollectiveTimeout."""
-        if not self._running.acquire(timeout=min(max(0.0, job.deadline - monotonic()), threading.TIMEOUT_MAX)):
-            raise self._not_begun(job)
-        job.started = monotonic()
+        if not self._running.acquire(timeout=min(max(0.0, operation.deadline - monotonic()), threading.TIMEOUT_MAX)):
+            raise self._not_begun(operation)
+        operation.started = monotonic()
 
-    def _not_begun(self, job: Job) -> BaseException:
-        """The error of a call whose deadline passed before its turn came. The other ranks may be in it: this one is out of
+    def _not_begun(self, operation: Operation) -> BaseException:
+        """The error of a call whose deadline passed before it began. The other ranks may be in it: this one is out of
         step with them, and its communicator has ended with that."""
         if self._broken is None:
             before = str(self.recorder.last)
             self._broken = CollectiveTimeout(
-                0, str(job.call), self.rank, job.limit_s, (), len(self._members), line=job.where, behind=before
+                0,
+                str(operation.signature),
+                self.rank,
+                operation.limit_s,
+                (),
+                len(self._members),
+                line=operation.where,
+                behind=before,
             )
         return self._broken
 
-    def _carry_out(self, job: Job, act: Callable[[Job], None]) -> None:
+    def _carry_out(self, operation: Operation, act: Callable[[Operation], None]) -> None:
         if self._broken is not None:
             self.check_usable()
         self._check()
-        self._sequence = job.sequence = self._sequence + 1
-        self.recorder.jobs.append(job)
+        self._sequence = operation.sequence = self._sequence + 1
+        self.recorder.operations.append(operation)
         try:
             if self.arena is not None:
-                self.arena.begin(job.call.data, job.call.tag)
+                self.arena.begin(operation.signature.data, operation.signature.tag)
             if self.channel is not None:
-                self.channel.begin(job.sequence, job.call.data)
-            act(job)
+                self.channel.begin(operation.sequence, operation.signature.data)
+            act(operation)
         except BaseException as error:
-            self._broken = self._explained(job, error)
+            self._broken = self._explained(operation, error)
             raise self._broken from None
         finally:
-            job.ended = ended = monotonic()
-            call = job.call
-            self.recorder.tally.add(call.operation, call.byte_count, ended - job.started)
+            operation.ended = ended = monotonic()
+            signature = operation.signature
+            self.recorder.counts.add(signature.name, signature.byte_count, ended - operation.started)
 
-    def _explained(self, job: Job, error: BaseException) -> BaseException:
+    def _explained(self, operation: Operation, error: BaseException) -> BaseException:
         """The error to raise, with everything that is known about it."""
-        if isinstance(error, Differs):
-            differing, theirs = job, error.call
-            if theirs == job.call.data and len(self.recorder.jobs) > 1:
-                differing, theirs = self.recorder.jobs[-2], error.before
-            mine = str(differing.call)
+        if isinstance(error, RankMismatch):
+            differing, theirs = operation, error.call
+            if theirs == operation.signature.data and len(self.recorder.operations) > 1:
+                differing, theirs = self.recorder.operations[-2], error.before
+            mine = str(differing.signature)
             error = CollectiveMismatch(differing.sequence, self.rank, mine, error.rank, describe_call(theirs))
         elif isinstance(error, TimeoutError):
-            error = self._timed_out(job, error.rank if isinstance(error, LateHere) else None)
+            error = self._timed_out(operation, error.rank if isinstance(error, RankTimeout) else None)
         if isinstance(error, CollectiveMismatch):
             self._complete(error)
         if isinstance(error, CollectiveMismatch | CollectiveTimeout):
@@ -278,30 +289,34 @@ class Conductor:
             error.recent = self.recorder.lines(SHOWN_ON_FAILURE)
         return error
 
-    def _timed_out(self, job: Job, waited_for: int | None) -> FleetError:
+    def _timed_out(self, operation: Operation, waited_for: int | None) -> FleetError:
         """A mismatch if somebody is in another call, else who has not come."""
-        call, late = str(job.call), []
-        doings = self._doings(job.sequence)
-        for doing in doings:
+        call, late = str(operation.signature), []
+        activities = self._activities(operation.sequence)
+        for activity in activities:
             # Also of one that has left it: it left with an error.
-            if doing.sequence >= job.sequence and doing.call and doing.call != call:
-                return CollectiveMismatch(job.sequence, self.rank, call, doing.late.rank, doing.call)
-            if doing.sequence < job.sequence:
-                late.append(doing.late)
+            if activity.sequence >= operation.sequence and activity.call and activity.call != call:
+                return CollectiveMismatch(operation.sequence, self.rank, call, activity.late.rank, activity.call)
+            if activity.sequence < operation.sequence:
+                late.append(activity.late)
         if not late and waited_for is not None and self._inquire is None:
             late.append(Late(waited_for, "this host", 0, "has not come"))
-        error = CollectiveTimeout(job.sequence, call, self.rank, job.limit_s, late, len(self._members), line=job.where)
-        error.blocked = self._blocked(doings)
+        error = CollectiveTimeout(
+            operation.sequence, call, self.rank, operation.limit_s, late, len(self._members), line=operation.where
+        )
+        error.blocked = self._blocked(activities)
         return error
 
-    def _blocked(self, doings: Sequence[Doing]) -> list[Blocked]:
+    def _blocked(self, activities: Sequence[RankActivity]) -> list[Blocked]:
         """The ways that are closed between ranks of this communicator that run."""
         if self.inbox is None:
             return []
         me = self._members[self.rank]
-        running = {me, *(self._members[doing.late.rank] for doing in doings if doing.sequence >= 0)}
+        running = {me, *(self._members[activity.late.rank] for activity in activities if activity.sequence >= 0)}
         found = [(me, target) for target in self.inbox.unreached()]
-        found += [(self._members[doing.late.rank], target) for doing in doings for target in doing.unreached]
+        found += [
+            (self._members[activity.late.rank], target) for activity in activities for target in activity.unreached
+        ]
         return self._ways([(source, target) for source, target in found if target in running])
 
     def _ways(self, pairs: Sequence[tuple[int, int]]) -> list[Blocked]:
@@ -311,17 +326,19 @@ class Conductor:
     def _complete(self, error: CollectiveMismatch) -> None:
         """Who else called what, and where. Ranks that are about to come are waited for, so that all ranks say the same."""
         if not error.line:
-            error.line = next((job.where for job in self.recorder.jobs if job.sequence == error.sequence), "")
+            error.line = next(
+                (operation.where for operation in self.recorder.operations if operation.sequence == error.sequence), ""
+            )
         until = monotonic() + COMPLETE_WITHIN_S
         while True:
             calls = {(error.call, error.line): [self.rank]}
-            doings = self._doings(error.sequence)
-            for doing in doings:
-                if doing.call:
-                    calls.setdefault((doing.call, doing.line), []).append(doing.late.rank)
-                if doing.late.rank == error.peer and doing.call == error.peer_call:
-                    error.peer_line = doing.line
-            if all(doing.call for doing in doings) or monotonic() > until:
+            activities = self._activities(error.sequence)
+            for activity in activities:
+                if activity.call:
+                    calls.setdefault((activity.call, activity.line), []).append(activity.late.rank)
+                if activity.late.rank == error.peer and activity.call == error.peer_call:
+                    error.peer_line = activity.line
+            if all(activity.call for activity in activities) or monotonic() > until:
                 break
             sleep(COMPLETE_WITHIN_S / 4)  # nobody tells when a rank comes to a collective that has failed
         if not any(error.peer in ranks for ranks in calls.values()):
@@ -332,13 +349,13 @@ class Conductor:
         """The job's number of each rank, empty where they are the same ones."""
         return () if tuple(self._members) == tuple(range(len(self._members))) else self._members
 
-    def _doings(self, sequence: int = 0) -> list[Doing]:
+    def _activities(self, sequence: int = 0) -> list[RankActivity]:
         """What the other ranks of this communicator do, by their numbers here."""
         if self._inquire is None:
             return []
         number = {member: rank for rank, member in enumerate(self._members)}
         found = []
-        for doing in self._inquire(self.group, sequence):
-            if doing.late.rank in number and number[doing.late.rank] != self.rank:
-                found.append(replace(doing, late=replace(doing.late, rank=number[doing.late.rank])))
+        for activity in self._inquire(self.communicator_id, sequence):
+            if activity.late.rank in number and number[activity.late.rank] != self.rank:
+                found.append(replace(activity, late=replace(activity.late, rank=number[activity.late.rank])))
         return found

@@ -14,8 +14,8 @@ import numpy as np
 
 from fleet.bus.mesh import Tracker
 from fleet.collectives.buffer import Array
-from fleet.collectives.channel import Among, Channel, Payload
-from fleet.collectives.job import Job
+from fleet.collectives.channel import Channel, Payload, SubChannel
+from fleet.collectives.operation import Operation
 from fleet.collectives.schedule import Action, Plan, Step
 from fleet.errors import ProtocolError
 
@@ -38,26 +38,26 @@ def segments(chunk: Array) -> list[slice]:
     return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
 
 
-class Move(NamedTuple):
+class PlannedStep(NamedTuple):
     """A step with what follows from the whole plan: names of its messages, and who gets each received piece at once.
 
-    A turn is the number of steps before with the same peer. Sender and receiver count alike, so it names a message
+    An ordinal is the number of steps before with the same peer. Sender and receiver count alike, so it names a message
     within a collective even where their plans differ in length, as in a tree.
     """
 
     step: Step
     sent: bool  # piece by piece, as an earlier step received it
-    send_turn: int
-    recv_turn: int
-    onward: tuple[tuple[int, int], ...]  # (turn, peer)
+    send_ordinal: int
+    recv_ordinal: int
+    onward: tuple[tuple[int, int], ...]  # (ordinal, peer)
 
 
-def compile(plan: Plan) -> tuple[Move, ...]:
-    """The plan's moves, worked out once for many calls."""
-    send_turn = _turns([step.send_to for step in plan])
-    recv_turn = _turns([step.recv_from for step in plan])
+def compile(plan: Plan) -> tuple[PlannedStep, ...]:
+    """The plan's steps, worked out once for many calls."""
+    send_ordinal = _ordinals([step.send_to for step in plan])
+    recv_ordinal = _ordinals([step.recv_from for step in plan])
     sent: set[int] = set()
-    moves = []
+    steps = []
     for index, step in enumerate(plan):
         onward = []
         if step.recv_from is not None:
@@ -65,51 +65,61 @@ def compile(plan: Plan) -> tuple[Move, ...]:
                 sent.add(later)
                 peer = plan[later].send_to
                 assert peer is not None
-                onward.append((send_turn[later], peer))
-        moves.append(Move(step, index in sent, send_turn[index], recv_turn[index], tuple(onward)))
-    return tuple(moves)
+                onward.append((send_ordinal[later], peer))
+        steps.append(PlannedStep(step, index in sent, send_ordinal[index], recv_ordinal[index], tuple(onward)))
+    return tuple(steps)
 
 
 def run(
-    moves: Sequence[Move], channel: Channel | Among, job: Job, mine: Chunks, out: Chunks, first_turn: int = 0
+    steps: Sequence[PlannedStep],
+    channel: Channel | SubChannel,
+    operation: Operation,
+    mine: Chunks,
+    out: Chunks,
+    first_ordinal: int = 0,
 ) -> None:
-    """Carries out the moves: `mine` are this rank's chunks, results go to `out` where that is not None.
+    """Carries out the steps: `mine` are this rank's chunks, results go to `out` where that is not None.
 
     `first_turn` tells this plan's messages from those of another part of the same collective.
     Raises TimeoutError after the deadline, CollectiveMismatch; then `out` is undefined.
     """
     # Combined pieces that a later step still needs, by chunk. What is sent on at once is never kept.
     kept: dict[int, list[Payload]] = {}
-    for move in moves:
-        if first_turn:
-            move = _later(move, first_turn)
-        if move.step.send_to is not None and not move.sent:
-            _send_chunk(channel, job, move, _memory(mine, out, move.step.send_chunk), kept)
-        if move.step.recv_from is not None:
-            _receive_chunk(channel, job, move, mine, out, kept)
-    finish(channel, job)
+    for planned in steps:
+        if first_ordinal:
+            planned = _later(planned, first_ordinal)
+        if planned.step.send_to is not None and not planned.sent:
+            _send_chunk(channel, operation, planned, _memory(mine, out, planned.step.send_chunk), kept)
+        if planned.step.recv_from is not None:
+            _receive_chunk(channel, operation, planned, mine, out, kept)
+    finish(channel, operation)
 
 
-def send(channel: Channel | Among, job: Job, peer: int, chunk: Array, turn: int = 0) -> None:
+def send(channel: Channel | SubChannel, operation: Operation, peer: int, chunk: Array, ordinal: int = 0) -> None:
     """Sends this rank's own memory in segments; it is lent until `finish`."""
-    call = job.call.data
+    call = operation.signature.data
     for number, piece in enumerate(segments(chunk)):
         memory = chunk[piece].view(np.uint8)
-        _lend(job, channel.send(peer, job.sequence, turn, number, call, memory, job.deadline, track=True))
+        _lend(
+            operation,
+            channel.send(peer, operation.sequence, ordinal, number, call, memory, operation.deadline, track=True),
+        )
 
 
-def receive(channel: Channel | Among, job: Job, peer: int, into: Array, turn: int = 0) -> None:
+def receive(channel: Channel | SubChannel, operation: Operation, peer: int, into: Array, ordinal: int = 0) -> None:
     """Receives a chunk into `into`."""
     for number, piece in enumerate(segments(into)):
-        payload = channel.expect(job.sequence, peer, turn, number, job.call.data, job.deadline)
+        payload = channel.expect(
+            operation.sequence, peer, ordinal, number, operation.signature.data, operation.deadline
+        )
         into[piece] = as_array(payload, into[piece])
 
 
-def finish(channel: Channel | Among, job: Job) -> None:
+def finish(channel: Channel | SubChannel, operation: Operation) -> None:
     """Returns once all memory that was lent may be changed again."""
-    for tracker in job.lent or ():
-        channel.wait_until_sent(tracker, job.deadline)
-    job.lent = None
+    for tracker in operation.lent or ():
+        channel.wait_until_sent(tracker, operation.deadline)
+    operation.lent = None
 
 
 def as_array(payload: Payload, like: Array) -> Array:
@@ -119,36 +129,54 @@ def as_array(payload: Payload, like: Array) -> Array:
     return np.frombuffer(payload.view, dtype=like.dtype)
 
 
-def _send_chunk(channel: Channel | Among, job: Job, move: Move, chunk: Array, kept: dict[int, list[Payload]]) -> None:
-    peer, number = move.step.send_to, move.step.send_chunk
+def _send_chunk(
+    channel: Channel | SubChannel,
+    operation: Operation,
+    planned: PlannedStep,
+    chunk: Array,
+    kept: dict[int, list[Payload]],
+) -> None:
+    peer, number = planned.step.send_to, planned.step.send_chunk
     assert peer is not None
     assert number is not None
     payloads = kept.pop(number, None)
     if payloads is None:
-        send(channel, job, peer, chunk, move.send_turn)
+        send(channel, operation, peer, chunk, planned.send_ordinal)
         return
     for segment, payload in enumerate(payloads):
-        _send_on(channel, job, peer, move.send_turn, segment, payload)
+        _send_on(channel, operation, peer, planned.send_ordinal, segment, payload)
 
 
-def _send_on(channel: Channel | Among, job: Job, peer: int, turn: int, segment: int, payload: Payload) -> None:
+def _send_on(
+    channel: Channel | SubChannel, operation: Operation, peer: int, ordinal: int, segment: int, payload: Payload
+) -> None:
     """Sends what arrived. A frame belongs to libzmq; memory that several were put together in is lent until `finish`."""
     carrier: Any = payload.carrier
     own = isinstance(carrier, bytearray)
-    _lend(job, channel.send(peer, job.sequence, turn, segment, job.call.data, carrier, job.deadline, track=own))
+    _lend(
+        operation,
+        channel.send(
+            peer, operation.sequence, ordinal, segment, operation.signature.data, carrier, operation.deadline, track=own
+        ),
+    )
 
 
-def _lend(job: Job, tracker: Tracker | None) -> None:
+def _lend(operation: Operation, tracker: Tracker | None) -> None:
     if tracker is not None:
-        if job.lent is None:
-            job.lent = []
-        job.lent.append(tracker)
+        if operation.lent is None:
+            operation.lent = []
+        operation.lent.append(tracker)
 
 
 def _receive_chunk(
-    channel: Channel | Among, job: Job, move: Move, mine: Chunks, out: Chunks, kept: dict[int, list[Payload]]
+    channel: Channel | SubChannel,
+    operation: Operation,
+    planned: PlannedStep,
+    mine: Chunks,
+    out: Chunks,
+    kept: dict[int, list[Payload]],
 ) -> None:
-    step, call = move.step, job.call.data
+    step, call = planned.step, operation.signature.data
     assert step.recv_from is not None
     assert step.recv_chunk is not None
     chunk = _memory(mine, out, step.recv_chunk)
@@ -156,26 +184,32 @@ def _receive_chunk(
     target = out[step.recv_chunk] if step.action is not Action.REDUCE else None
     after: list[Payload] = []
     for number, piece in enumerate(segments(chunk)):
-        payload = channel.expect(job.sequence, step.recv_from, move.recv_turn, number, call, job.deadline)
+        payload = channel.expect(
+            operation.sequence, step.recv_from, planned.recv_ordinal, number, call, operation.deadline
+        )
         arrived = as_array(payload, chunk[piece])
         if step.action is not Action.COPY:
-            job.kernel.combine(chunk[piece] if before is None else as_array(before[number], chunk[piece]), arrived)
+            operation.kernel.combine(
+                chunk[piece] if before is None else as_array(before[number], chunk[piece]), arrived
+            )
             if step.action is Action.REDUCE_LAST:
-                job.kernel.finish(arrived)
-        for turn, peer in move.onward:
-            _send_on(channel, job, peer, turn, number, payload)
+                operation.kernel.finish(arrived)
+        for ordinal, peer in planned.onward:
+            _send_on(channel, operation, peer, ordinal, number, payload)
         # The result is written after it was sent on: the neighbour's work starts earlier by that much.
         if target is not None:
             target[piece] = arrived
-        if not move.onward:
+        if not planned.onward:
             after.append(payload)
-    if not move.onward:
+    if not planned.onward:
         kept[step.recv_chunk] = after
 
 
-def _later(move: Move, turns: int) -> Move:
-    onward = tuple((turn + turns, peer) for turn, peer in move.onward)
-    return Move(move.step, move.sent, move.send_turn + turns, move.recv_turn + turns, onward)
+def _later(planned: PlannedStep, ordinals: int) -> PlannedStep:
+    onward = tuple((ordinal + ordinals, peer) for ordinal, peer in planned.onward)
+    return PlannedStep(
+        planned.step, planned.sent, planned.send_ordinal + ordinals, planned.recv_ordinal + ordinals, onward
+    )
 
 
 def _memory(mine: Chunks, out: Chunks, chunk: int | None) -> Array:
@@ -201,7 +235,7 @@ def _followers(plan: Plan, index: int) -> list[int]:
     return found
 
 
-def _turns(peers: list[int | None]) -> list[int]:
+def _ordinals(peers: list[int | None]) -> list[int]:
     seen: dict[int | None, int] = {}
     found = []
     for peer in peers:

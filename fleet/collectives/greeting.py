@@ -59,7 +59,7 @@ def greet(channel: Channel, ranks: Sequence[int], deadline: float) -> None:
     call = pack_call("barrier")
     for rank in ranks:
         channel.send(rank, _SEQUENCE, 0, 0, call, b"", deadline)
-    awaited = {(channel.group, _SEQUENCE, channel.members[rank], 0, 0): rank for rank in ranks}
+    awaited = {(channel.communicator_id, _SEQUENCE, channel.members[rank], 0, 0): rank for rank in ranks}
 
     def find() -> Key | None:
         return next((key for key in awaited if channel.inbox.has(key)), None)

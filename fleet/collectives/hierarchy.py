@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from fleet.collectives.buffer import Array
-from fleet.collectives.channel import Among, Channel
-from fleet.collectives.job import Job
+from fleet.collectives.channel import Channel, SubChannel
+from fleet.collectives.operation import Operation
 from fleet.collectives.shared import SharedPath, share
 from fleet.collectives.sockets import SocketPath
 from fleet.values import CollectivePath
@@ -37,25 +37,25 @@ class HierarchicalPath:
         position = hosts[self._host_of[self.index]].index(self.index)
         self._across: SocketPath | None = None  # those with this one's local number, if it has a share
         if position < self._shares:
-            self._across = SocketPath(Among(channel, [host[position] for host in hosts]))
+            self._across = SocketPath(SubChannel(channel, [host[position] for host in hosts]))
 
-    def all_reduce(self, job: Job, flat: Array) -> None:
+    def all_reduce(self, operation: Operation, flat: Array) -> None:
         local, shares = self._local, self._shares
         if not flat.nbytes:
-            self._everyone.all_reduce(job, flat)
+            self._everyone.all_reduce(operation, flat)
             return
         if local is None:  # the only rank of its host: there is one share, the whole
             assert self._across is not None
-            self._across.all_reduce(job, flat)
+            self._across.all_reduce(operation, flat)
             return
         mine = np.empty_like(flat[share(len(flat), local.index, shares)]) if local.index < shares else None
-        local.reduce_to_shares(job, flat, mine, shares)
+        local.reduce_to_shares(operation, flat, mine, shares)
         if mine is not None:
             assert self._across is not None
-            self._across.all_reduce(job, mine)
-        local.spread_shares(job, flat, mine, shares)
+            self._across.all_reduce(operation, mine)
+        local.spread_shares(operation, flat, mine, shares)
 
-    def broadcast(self, job: Job, flat: Array, root: int) -> None:
+    def broadcast(self, operation: Operation, flat: Array, root: int) -> None:
         """Between the hosts by the first rank of each, then inside."""
         host = self._hosts[self._host_of[self.index]]
         first = [ranks[0] for ranks in self._hosts]
@@ -63,35 +63,35 @@ class HierarchicalPath:
         if self.index == leads:
             # The root stands for its host among the leaders.
             ranks = [root if self._host_of[root] == n else rank for n, rank in enumerate(first)]
-            SocketPath(Among(self._channel, ranks)).broadcast(job, flat, ranks.index(root))
+            SocketPath(SubChannel(self._channel, ranks)).broadcast(operation, flat, ranks.index(root))
         if self._local is not None:
-            self._local.broadcast(job, flat, host.index(leads))
+            self._local.broadcast(operation, flat, host.index(leads))
 
-    def barrier(self, job: Job) -> None:
+    def barrier(self, operation: Operation) -> None:
         if self._local is not None:
-            self._local.barrier(job)
+            self._local.barrier(operation)
         if self._across is not None and (self._local is None or self._local.index == 0):
-            self._across.barrier(job)
+            self._across.barrier(operation)
         if self._local is not None:
-            self._local.barrier(job)
+            self._local.barrier(operation)
 
-    def reduce(self, job: Job, flat: Array, root: int) -> None:
-        self._everyone.reduce(job, flat, root)
+    def reduce(self, operation: Operation, flat: Array, root: int) -> None:
+        self._everyone.reduce(operation, flat, root)
 
-    def reduce_scatter(self, job: Job, out: Array, parts: Sequence[Array]) -> None:
-        self._everyone.reduce_scatter(job, out, parts)
+    def reduce_scatter(self, operation: Operation, out: Array, parts: Sequence[Array]) -> None:
+        self._everyone.reduce_scatter(operation, out, parts)
 
-    def scan(self, job: Job, flat: Array, exclusive: bool) -> None:
-        self._everyone.scan(job, flat, exclusive)
+    def scan(self, operation: Operation, flat: Array, exclusive: bool) -> None:
+        self._everyone.scan(operation, flat, exclusive)
 
-    def all_gather(self, job: Job, parts: Sequence[Array], mine: Array) -> None:
-        self._everyone.all_gather(job, parts, mine)
+    def all_gather(self, operation: Operation, parts: Sequence[Array], mine: Array) -> None:
+        self._everyone.all_gather(operation, parts, mine)
 
-    def gather(self, job: Job, parts: Sequence[Array] | None, mine: Array, root: int) -> None:
-        self._everyone.gather(job, parts, mine, root)
+    def gather(self, operation: Operation, parts: Sequence[Array] | None, mine: Array, root: int) -> None:
+        self._everyone.gather(operation, parts, mine, root)
 
-    def scatter(self, job: Job, out: Array, parts: Sequence[Array] | None, root: int) -> None:
-        self._everyone.scatter(job, out, parts, root)
+    def scatter(self, operation: Operation, out: Array, parts: Sequence[Array] | None, root: int) -> None:
+        self._everyone.scatter(operation, out, parts, root)
 
-    def all_to_all(self, job: Job, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
-        self._everyone.all_to_all(job, out, parts, longest)
+    def all_to_all(self, operation: Operation, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
+        self._everyone.all_to_all(operation, out, parts, longest)

@@ -13,7 +13,7 @@ from fleet.bus.mesh import Mesh
 from fleet.bus.shared import host_key
 from fleet.collectives.channel import Inbox
 from fleet.collectives.communicator import Communicator, alone
-from fleet.collectives.paths import World
+from fleet.collectives.paths import Fabric
 from fleet.collectives.session import Session
 from fleet.config import RankSettings, joined_in, note_joined, rank_settings, shared_memory
 from fleet.errors import CollectiveTimeout, UsageError
@@ -67,7 +67,7 @@ def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Co
             reached_at = _reachable(mesh.endpoint, welcome.advertise)
             world = session.join(reached_at, host_key(directory) if directory is not None else "", join_timeout_s)
             if world is None:
-                late = [doing.late for doing in session.inquire() if doing.sequence < 0]
+                late = [activity.late for activity in session.inquire() if activity.sequence < 0]
                 raise CollectiveTimeout(
                     0, "fleet.init()", settings.member_id, join_timeout_s, late, settings.world_size
                 )
@@ -78,7 +78,7 @@ def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Co
             comm = Communicator(
                 rank,
                 range(world.size),
-                World(inbox, world.members, directory or Path(), name, session.check, welcome.secret, session.ended),
+                Fabric(inbox, world.members, directory or Path(), name, session.check, welcome.secret, session.ended),
                 timeout_s=timeout_s,
                 local_rank=settings.local_rank,
                 generation=world.generation,

@@ -22,7 +22,7 @@ from fleet.collectives.channel import Channel, Inbox
 from fleet.collectives.greeting import check_addresses, greet, partners
 from fleet.collectives.header import pack_call
 from fleet.collectives.hierarchy import HierarchicalPath
-from fleet.collectives.job import Call, Check, Ended, Job
+from fleet.collectives.operation import Check, EndedRank, Operation, Signature
 from fleet.collectives.shared import SharedPath
 from fleet.collectives.sockets import SocketPath
 from fleet.collectives.windows import Windows
@@ -30,7 +30,7 @@ from fleet.errors import FleetError
 from fleet.world import Member
 
 NAME_CHARS = 40  # 160 bits
-GROUPS_PER_COMMUNICATOR = 2  # its own and its point-to-point messages'
+IDS_PER_COMMUNICATOR = 2  # its own and its point-to-point messages'
 FORM_WITHIN_S = 30.0  # for a world, once all its ranks have joined
 LOCAL_AT_MOST = (
     PAGE_BYTES // 8
@@ -39,23 +39,23 @@ LOCAL_AT_MOST = (
 log = logging.getLogger("fleet.collectives")
 
 
-class Overdue(Exception):
+class FormingTimeout(Exception):
     """The ranks of a communicator did not all come by the deadline of the call that makes it."""
 
 
 @dataclass(frozen=True)
-class Forming:
+class FormingCall:
     """The call that makes a communicator, and the seconds that it has left."""
 
     call: str = "fleet.init()"
     within_s: float = FORM_WITHIN_S
 
 
-BY_INIT = Forming()
+INIT_CALL = FormingCall()
 
 
 @dataclass
-class World:
+class Fabric:
     """What all communicators of a rank have in common."""
 
     inbox: Inbox
@@ -64,7 +64,7 @@ class World:
     name: str  # of this world, for files
     check: Check
     secret: str = ""  # of the job
-    ended: Mapping[int, Ended] = field(
+    ended: Mapping[int, EndedRank] = field(
         default_factory=dict
     )  # ranks that have left the others, by their number in the job
 
@@ -79,7 +79,7 @@ class World:
         def check() -> None:
             self.check()
             if monotonic() > deadline:
-                raise Overdue
+                raise FormingTimeout
 
         try:
             return share(self.directory, self.file_name(name), size_bytes, index, len(members), check)
@@ -106,18 +106,18 @@ class Reach:
     uses_sockets: bool
 
 
-def reach(world: World, group: int, members: Sequence[int], check: Check, forming: Forming) -> Reach:
+def reach(world: Fabric, communicator_id: int, members: Sequence[int], check: Check, forming: FormingCall) -> Reach:
     """The path among `members` (ranks of the world). All of them call this at the same time.
 
     `check` is called while its collectives wait, and raises to end the wait. Raises Overdue, and Unheard where ranks of a
     new world do not reach this one.
     """
     deadline = monotonic() + forming.within_s
-    channel = Channel(world.inbox, group, members, check)
+    channel = Channel(world.inbox, communicator_id, members, check)
     windows = Windows()
     hosts = _hosts(world, members)
     mine = next(host for host in hosts if channel.rank in host)
-    if group == 0 and len(hosts) > 1:
+    if communicator_id == 0 and len(hosts) > 1:
         check_addresses(world.members)
         addresses = [world.members[member].address for member in members]
         greet(channel, partners(channel.rank, addresses, mine), deadline)
@@ -127,7 +127,7 @@ def reach(world: World, group: int, members: Sequence[int], check: Check, formin
     elif len(mine) > 1:
         index = mine.index(channel.rank)
         # The first member tells groups of several hosts apart where a test has them on one machine.
-        name = f"{group:x}-{mine[0]}"
+        name = f"{communicator_id:x}-{mine[0]}"
         memory = world.share(name, arena_bytes(len(mine)), index, [members[rank] for rank in mine], deadline)
         if memory is not None:
             arena = Arena(memory, index, mine, check if len(hosts) == 1 else looking(check, channel))
@@ -153,7 +153,7 @@ def looking(check: Check, channel: Channel) -> Check:
     return both
 
 
-def _hosts(world: World, members: Sequence[int]) -> list[list[int]]:
+def _hosts(world: Fabric, members: Sequence[int]) -> list[list[int]]:
     """The communicator's ranks by host, each in order, hosts in the order of their first rank."""
     found: dict[str, list[int]] = {}
     for rank, member in enumerate(members):
@@ -165,10 +165,10 @@ def _hosts(world: World, members: Sequence[int]) -> list[list[int]]:
 def _agreed(everyone: SocketPath, channel: Channel, able: bool, deadline: float) -> bool:
     """Whether the ranks of every host share memory: one that does not would leave the others waiting. Raises Overdue."""
     answers = [np.zeros(1, np.uint8) for _ in channel.members]
-    job = Job(Call(pack_call("barrier")))
-    job.deadline = deadline
+    operation = Operation(Signature(pack_call("barrier")))
+    operation.deadline = deadline
     try:
-        everyone.all_gather(job, answers, np.array([able], np.uint8))
+        everyone.all_gather(operation, answers, np.array([able], np.uint8))
     except TimeoutError:
-        raise Overdue from None
+        raise FormingTimeout from None
     return all(bool(answer[0]) for answer in answers)

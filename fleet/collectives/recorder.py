@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from fleet.collectives.job import Job
-from fleet.collectives.tally import Tally
+from fleet.collectives.counts import OperationCounts
+from fleet.collectives.operation import Operation
 
 KEPT = 512
 SHOWN_ON_FAILURE = 8
@@ -20,13 +20,13 @@ class Recorder:
     """The collectives of one communicator, and what they came to. Appended to by one thread at a time, read by any."""
 
     def __init__(self) -> None:
-        self.jobs: deque[Job] = deque(maxlen=KEPT)
-        self.tally = Tally()
+        self.operations: deque[Operation] = deque(maxlen=KEPT)
+        self.counts = OperationCounts()
 
     @property
-    def last(self) -> Job | None:
+    def last(self) -> Operation | None:
         """The running collective, or the last one."""
-        return self.jobs[-1] if self.jobs else None
+        return self.operations[-1] if self.operations else None
 
     @property
     def made_count(self) -> int:
@@ -34,12 +34,14 @@ class Recorder:
         last = self.last
         return 0 if last is None else last.sequence - (not last.ended)
 
-    def find(self, sequence: int) -> Job | None:
+    def find(self, sequence: int) -> Operation | None:
         """The collective of this number, if it is among those that are kept."""
-        return next((job for job in reversed(list(self.jobs)) if job.sequence == sequence), None)
+        return next(
+            (operation for operation in reversed(list(self.operations)) if operation.sequence == sequence), None
+        )
 
     def lines(self, count: int = KEPT) -> list[str]:
-        return [str(job) for job in list(self.jobs)[-count:]]
+        return [str(operation) for operation in list(self.operations)[-count:]]
 
 
 def text(recorders: Iterable[tuple[str, Recorder]], chars_at_most: int = CHARS_AT_MOST) -> str:

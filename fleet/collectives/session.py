@@ -25,8 +25,8 @@ from fleet.bus.descriptors import check_room
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.strangers import Strangers
-from fleet.collectives.conductor import UNANSWERED, Doing
-from fleet.collectives.job import Ended
+from fleet.collectives.conductor import UNANSWERED, RankActivity
+from fleet.collectives.operation import EndedRank
 from fleet.collectives.recorder import Recorder, text
 from fleet.config import RankSettings
 from fleet.errors import FleetError, Late, ProtocolError, RankEnded, WorldChanged
@@ -62,7 +62,7 @@ class Session:
         self._pid = pid
         self._recorders = recorders
         self._lost: WorldChanged | None = None
-        self.ended: dict[int, Ended] = {}  # ranks that have ended with 0 before this one
+        self.ended: dict[int, EndedRank] = {}  # ranks that have ended with 0 before this one
         self._wake = Wake()
         self._closing = threading.Event()
         self._out: queue.SimpleQueue[m.Message] = queue.SimpleQueue()
@@ -108,7 +108,7 @@ class Session:
                 break
         return self._world
 
-    def inquire(self, group: int = 0, sequence: int = 0) -> list[Doing]:
+    def inquire(self, communicator_id: int = 0, sequence: int = 0) -> list[RankActivity]:
         """What every other rank is doing now, in one communicator, and what it called as its collective of this number
         (0: its last one). One that does not answer within a second is said not to. May be called by several threads."""
         s = self._settings
@@ -116,7 +116,7 @@ class Session:
         with self._asking:
             self._question = question = self._question + 1
             self._answers[question] = answers
-        self._send(m.Ask(s.job_id, s.attempt, s.member_id, question, group, sequence=sequence))
+        self._send(m.Ask(s.job_id, s.attempt, s.member_id, question, communicator_id, sequence=sequence))
         missing = set(range(s.world_size)) - {s.member_id}
         found = []
         for wait_s in Deadline(ANSWER_WITHIN_S).waits():
@@ -128,13 +128,13 @@ class Session:
                 continue
             if answer.member_id in missing:
                 missing.remove(answer.member_id)
-                found.append(_doing(answer))
+                found.append(_activity(answer))
         del self._answers[question]
         for rank in missing:
             member = self._world.members[rank] if self._world else None
             host, pid = (member.host, member.pid) if member else ("?", 0)
-            found.append(Doing(Late(rank, host, pid, UNANSWERED), -1, False, ""))
-        return sorted(found, key=lambda doing: doing.late.rank)
+            found.append(RankActivity(Late(rank, host, pid, UNANSWERED), -1, False, ""))
+        return sorted(found, key=lambda activity: activity.late.rank)
 
     def close(self) -> None:
         self._closing.set()
@@ -174,10 +174,14 @@ class Session:
 
     def _tell_tally(self, agent: Dealer, last: bool = False) -> None:
         """What its collectives came to since the last time; the last time of all, also how many it made."""
-        groups = self._recorders()
-        recorders = [recorder for _, recorder in groups]
-        made = tuple((group, recorder.made_count) for group, recorder in groups[-MADE_AT_MOST:]) if last else None
-        rows = [row for recorder in recorders for row in recorder.tally.take()]
+        communicators = self._recorders()
+        recorders = [recorder for _, recorder in communicators]
+        made = (
+            tuple((communicator_id, recorder.made_count) for communicator_id, recorder in communicators[-MADE_AT_MOST:])
+            if last
+            else None
+        )
+        rows = [row for recorder in recorders for row in recorder.counts.take()]
         running = [recorder.last.started for recorder in recorders if recorder.last and not recorder.last.ended]
         inside_s = max(0.0, monotonic() - min(running, default=monotonic()))
         inside_s = inside_s if inside_s >= TALLY_EVERY_S else 0.0
@@ -211,7 +215,7 @@ class Session:
             self._answer(message)
         elif isinstance(message, m.MemberLost) and not message.status.failed:
             gone, made = message.status, None if message.made is None else dict(message.made)
-            self.ended.setdefault(gone.member_id, Ended(gone.worker_id, gone.host, gone.pid, made, monotonic()))
+            self.ended.setdefault(gone.member_id, EndedRank(gone.worker_id, gone.host, gone.pid, made, monotonic()))
         elif isinstance(message, m.MemberLost) and self._lost is None:
             gone, generation = message.status, self._world.generation if self._world else self._settings.attempt
             reason = message.reason
@@ -220,18 +224,20 @@ class Session:
     def _answer(self, ask: m.Ask) -> None:
         s = self._settings
         recorders = self._recorders()
-        recorder = next((recorder for group, recorder in recorders if group == ask.communicator_id), None)
+        recorder = next(
+            (recorder for communicator_id, recorder in recorders if communicator_id == ask.communicator_id), None
+        )
         record = recorder.last if recorder is not None else None
         call, line, sequence = "", main_thread_line()[:TEXT_CHARS], 0
         if recorder is not None and record is not None:
             sequence = record.sequence
             if not record.ended:
-                doing = f"is in collective #{sequence} {record.call} at {record.where}"
+                doing = f"is in collective #{sequence} {record.signature} at {record.where}"
             else:
-                doing = f"is at {line}, after collective #{sequence} {record.call}"
+                doing = f"is at {line}, after collective #{sequence} {record.signature}"
             # For a mismatch: where the call was made, also by a rank that has left it.
             asked = recorder.find(ask.sequence) if ask.sequence else record
-            call, line = (str(asked.call), asked.where) if asked is not None else ("", line)
+            call, line = (str(asked.signature), asked.where) if asked is not None else ("", line)
         else:
             doing = f"is at {line}, before its first collective"
         doing, records = doing[:TEXT_CHARS], ""
@@ -246,9 +252,9 @@ class Session:
         self._wake.set()
 
 
-def _doing(answer: m.Answer) -> Doing:
+def _activity(answer: m.Answer) -> RankActivity:
     late = Late(answer.member_id, answer.host, answer.pid, answer.doing)
-    return Doing(late, answer.sequence, answer.inside, answer.call, answer.line, answer.unreached)
+    return RankActivity(late, answer.sequence, answer.inside, answer.call, answer.line, answer.unreached)
 
 
 def main_thread_line() -> str:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from fleet.collectives.arena import DIRECT, Arena
 from fleet.collectives.buffer import Array
-from fleet.collectives.job import Job
+from fleet.collectives.operation import Operation
 from fleet.collectives.windows import Windows
 from fleet.values import CollectivePath
 
@@ -40,25 +40,25 @@ class SharedPath:
 
     # Reductions
 
-    def all_reduce(self, job: Job, flat: Array) -> None:
+    def all_reduce(self, operation: Operation, flat: Array) -> None:
         size = flat.nbytes
         if size <= ONE_STEP_BYTES:
             arena = self._arena
             halves = arena.halves(flat.dtype, len(flat))
-            arena.await_idle(job.deadline)
+            arena.await_idle(operation.deadline)
             halves[self.index][:] = flat
-            arena.await_all(arena.post(), job.deadline)
-            job.kernel.many(halves, flat)
-        elif size < DIRECT_BYTES_AT_LEAST or not self._direct(job, flat):
-            self._staged(job, flat, flat)
+            arena.await_all(arena.post(), operation.deadline)
+            operation.kernel.many(halves, flat)
+        elif size < DIRECT_BYTES_AT_LEAST or not self._direct(operation, flat):
+            self._staged(operation, flat, flat)
 
-    def reduce(self, job: Job, flat: Array, root: int) -> None:
+    def reduce(self, operation: Operation, flat: Array, root: int) -> None:
         """As all_reduce, but only root's `flat` is written."""
-        self._staged(job, flat, flat if root == self.index else None)
+        self._staged(operation, flat, flat if root == self.index else None)
 
-    def reduce_to_shares(self, job: Job, flat: Array, out: Array | None, shares: int) -> None:
+    def reduce_to_shares(self, operation: Operation, flat: Array, out: Array | None, shares: int) -> None:
         """Combines `flat` over all; the first `shares` ranks get one part of the result each, in `out`, unfinished."""
-        arena, kernel = self._arena, job.kernel
+        arena, kernel = self._arena, operation.kernel
         per = self._arena.slot_bytes // flat.itemsize // shares  # elements of each share in one block
         wholes = [flat[share(len(flat), rank, shares)] for rank in range(shares)]
         for piece in _pieces(max(map(len, wholes)), per):
@@ -67,66 +67,66 @@ class SharedPath:
             for rank, whole in enumerate(wholes):
                 some = whole[piece]
                 slots[self.index][rank * per :][: len(some)] = some
-            arena.await_all(arena.post(), job.deadline)
+            arena.await_all(arena.post(), operation.deadline)
             if out is not None:
                 mine = out[piece]
                 lies = slice(self.index * per, self.index * per + len(mine))
                 kernel.many([slot[lies] for slot in slots[: self.count]], mine, last=False)
             arena.fold(block)
-            arena.await_folded(block, job.deadline)
+            arena.await_folded(block, operation.deadline)
 
-    def spread_shares(self, job: Job, flat: Array, mine: Array | None, shares: int) -> None:
+    def spread_shares(self, operation: Operation, flat: Array, mine: Array | None, shares: int) -> None:
         """Puts the shares of the first `shares` ranks, `mine` among them, into `flat` on all."""
         arena = self._arena
         parts = [flat[share(len(flat), rank, shares)] for rank in range(shares)]
         per = arena.half_bytes // flat.itemsize
         for piece in _pieces(max(map(len, parts)), per):
             halves = arena.halves(flat.dtype, per)
-            arena.await_idle(job.deadline)
+            arena.await_idle(operation.deadline)
             if mine is not None:
                 some = mine[piece]
                 halves[self.index][: len(some)] = some
-            arena.await_all(arena.post(), job.deadline)
+            arena.await_all(arena.post(), operation.deadline)
             for rank, part in enumerate(parts):
                 some = part[piece]
                 some[:] = halves[rank][: len(some)]
 
-    def scan(self, job: Job, flat: Array, exclusive: bool) -> None:
+    def scan(self, operation: Operation, flat: Array, exclusive: bool) -> None:
         """flat = the combination of the ranks up to this one (exclusive: before it; rank 0's stays as it is)."""
-        arena, kernel = self._arena, job.kernel
+        arena, kernel = self._arena, operation.kernel
         for piece in _pieces(len(flat), arena.slot_bytes // flat.itemsize):
             block = arena.block + 1
             part = flat[piece]
             slots = arena.slots(flat.dtype, len(part))
             slots[self.index][:] = part
-            arena.await_all(arena.post(), job.deadline)
+            arena.await_all(arena.post(), operation.deadline)
             mine = share(len(part), self.index, self.count)
             kernel.prefixes([slot[mine] for slot in slots[: self.count]])
             arena.fold(block)
-            arena.await_folded(block, job.deadline)
+            arena.await_folded(block, operation.deadline)
             source = self.index - 1 if exclusive else self.index
             if source >= 0:
                 part[:] = slots[source]
             if exclusive:  # a neighbour reads this rank's slot, so it may not be written before all have read
-                arena.await_all(arena.post(), job.deadline)
+                arena.await_all(arena.post(), operation.deadline)
 
-    def reduce_scatter(self, job: Job, out: Array, parts: Sequence[Array]) -> None:
+    def reduce_scatter(self, operation: Operation, out: Array, parts: Sequence[Array]) -> None:
         """out = the combination of every rank's parts[index]."""
         arena = self._arena
         per = arena.half_bytes // out.itemsize // self.count
         for piece in _pieces(len(out), per):
             length = _length(piece)
             halves = arena.halves(out.dtype, length * self.count)
-            arena.await_idle(job.deadline)
+            arena.await_idle(operation.deadline)
             for rank, part in enumerate(parts):
                 halves[self.index][share(length * self.count, rank, self.count)] = part[piece]
-            arena.await_all(arena.post(), job.deadline)
+            arena.await_all(arena.post(), operation.deadline)
             mine = share(length * self.count, self.index, self.count)
-            job.kernel.many([half[mine] for half in halves], out[piece])
+            operation.kernel.many([half[mine] for half in halves], out[piece])
 
-    def _staged(self, job: Job, flat: Array, out: Array | None) -> None:
-        arena, kernel, count = self._arena, job.kernel, self.count
-        deadline, folding = job.deadline, None
+    def _staged(self, operation: Operation, flat: Array, out: Array | None) -> None:
+        arena, kernel, count = self._arena, operation.kernel, self.count
+        deadline, folding = operation.deadline, None
         for piece in _pieces(len(flat), arena.slot_bytes // flat.itemsize):
             part = flat[piece]
             block = arena.block + 1
@@ -142,22 +142,22 @@ class SharedPath:
             if out is not None:
                 out[piece] = slots[count]
 
-    def _direct(self, job: Job, flat: Array) -> bool:
+    def _direct(self, operation: Operation, flat: Array) -> bool:
         """Reduces tensors of one window where they lie; False if this rank's is an ordinary one.
 
         Where another rank's is ordinary, or in another window, all go the staged way.
         """
-        arena, kernel = self._arena, job.kernel
+        arena, kernel = self._arena, operation.kernel
         lies = self._windows.find(flat)
         if lies is None:
             return False
         arena.tell_window(*lies)
         # The slot must hold the first block before this rank can give way to one with an ordinary tensor.
         word = arena.post(DIRECT)
-        arena.await_all(word, job.deadline)
+        arena.await_all(word, operation.deadline)
         # Of a window that is not this rank's own, this rank may have let go already.
         if not arena.all_direct(word) or any(arena.window_of(rank)[0] != lies[0] for rank in arena.others):
-            self._give_way(job, word, flat)
+            self._give_way(operation, word, flat)
             return True
         views = [
             self._windows.view(rank, *arena.window_of(rank), like=flat) if rank != self.index else flat
@@ -170,12 +170,12 @@ class SharedPath:
             for part in parts[1:]:
                 part[:] = parts[0]
         arena.fold(arena.block)
-        arena.await_folded(arena.block, job.deadline)
+        arena.await_folded(arena.block, operation.deadline)
         return True
 
-    def _give_way(self, job: Job, word: int, flat: Array) -> None:
+    def _give_way(self, operation: Operation, word: int, flat: Array) -> None:
         """The staged way, whose first block is posted already, with a tensor that is not in its slot yet."""
-        arena, kernel, count = self._arena, job.kernel, self.count
+        arena, kernel, count = self._arena, operation.kernel, self.count
         first = True
         for piece in _pieces(len(flat), arena.slot_bytes // flat.itemsize):
             part = flat[piece]
@@ -183,77 +183,77 @@ class SharedPath:
             slots[self.index][:] = part
             word = arena.give_way(word) if first else arena.post()
             first = False
-            arena.await_all(word, job.deadline)
+            arena.await_all(word, operation.deadline)
             mine = share(len(part), self.index, count)
             kernel.many([slot[mine] for slot in slots[:count]], slots[count][mine])
             arena.fold(arena.block)
-            arena.await_folded(arena.block, job.deadline)
+            arena.await_folded(arena.block, operation.deadline)
             flat[piece] = slots[count]
 
     # Moves
 
-    def barrier(self, job: Job) -> None:
+    def barrier(self, operation: Operation) -> None:
         arena = self._arena
-        arena.await_all(arena.post(), job.deadline)
+        arena.await_all(arena.post(), operation.deadline)
 
-    def broadcast(self, job: Job, flat: Array, root: int) -> None:
+    def broadcast(self, operation: Operation, flat: Array, root: int) -> None:
         arena = self._arena
         for piece in _pieces(len(flat), arena.half_bytes // flat.itemsize):
             part = flat[piece]
             halves = arena.halves(flat.dtype, len(part))
             if self.index == root:
-                arena.await_idle(job.deadline)
+                arena.await_idle(operation.deadline)
                 halves[root][:] = part
                 arena.post_for_one()
             else:
                 word = arena.post()
-                arena.await_one(root, word, job.deadline)
+                arena.await_one(root, word, operation.deadline)
                 part[:] = halves[root]
 
-    def all_gather(self, job: Job, parts: Sequence[Array], mine: Array) -> None:
+    def all_gather(self, operation: Operation, parts: Sequence[Array], mine: Array) -> None:
         """parts[r] = rank r's `mine`. All have one length."""
-        self.gather(job, parts, mine, None)
+        self.gather(operation, parts, mine, None)
 
-    def gather(self, job: Job, parts: Sequence[Array] | None, mine: Array, root: int | None) -> None:
+    def gather(self, operation: Operation, parts: Sequence[Array] | None, mine: Array, root: int | None) -> None:
         """At root (None: everywhere), parts[r] = rank r's `mine`."""
         arena = self._arena
         for piece in _pieces(len(mine), arena.half_bytes // mine.itemsize):
             halves = arena.halves(mine.dtype, _length(piece))
-            arena.await_idle(job.deadline)
+            arena.await_idle(operation.deadline)
             halves[self.index][:] = mine[piece]
             word = arena.post_for_one() if root is not None else arena.post()
             if parts is not None and root in (None, self.index):
-                arena.await_all(word, job.deadline)
+                arena.await_all(word, operation.deadline)
                 for rank, part in enumerate(parts):
                     part[piece] = halves[rank]
 
-    def scatter(self, job: Job, out: Array, parts: Sequence[Array] | None, root: int) -> None:
+    def scatter(self, operation: Operation, out: Array, parts: Sequence[Array] | None, root: int) -> None:
         """out = root's parts[index]."""
         arena = self._arena
         for piece in _pieces(len(out), arena.half_bytes // out.itemsize // self.count):
             length = _length(piece)
             halves = arena.halves(out.dtype, length * self.count)
             if parts is not None and self.index == root:
-                arena.await_idle(job.deadline)
+                arena.await_idle(operation.deadline)
                 for rank, part in enumerate(parts):
                     halves[root][rank * length : (rank + 1) * length] = part[piece]
                 arena.post_for_one()
             else:
-                arena.await_one(root, arena.post(), job.deadline)
+                arena.await_one(root, arena.post(), operation.deadline)
             out[piece] = halves[root][self.index * length : (self.index + 1) * length]
 
-    def all_to_all(self, job: Job, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
+    def all_to_all(self, operation: Operation, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
         """out[r] = rank r's parts[index]; no part of any rank has more than `longest` elements."""
         arena = self._arena
         dtype = parts[0].dtype
         per = arena.half_bytes // dtype.itemsize // self.count
         for piece in _pieces(longest, per):
             halves = arena.halves(dtype, per * self.count)
-            arena.await_idle(job.deadline)
+            arena.await_idle(operation.deadline)
             for rank, part in enumerate(parts):
                 some = part[piece]
                 halves[self.index][rank * per :][: len(some)] = some
-            arena.await_all(arena.post(), job.deadline)
+            arena.await_all(arena.post(), operation.deadline)
             for rank, part in enumerate(out):
                 some = part[piece]
                 some[:] = halves[rank][self.index * per :][: len(some)]

@@ -14,9 +14,9 @@ import numpy as np
 
 from fleet.collectives import engine, schedule
 from fleet.collectives.buffer import Array
-from fleet.collectives.channel import Among, Channel
-from fleet.collectives.engine import Move
-from fleet.collectives.job import Job
+from fleet.collectives.channel import Channel, SubChannel
+from fleet.collectives.engine import PlannedStep
+from fleet.collectives.operation import Operation
 from fleet.collectives.reduce import narrow, widen
 from fleet.collectives.shared import share
 from fleet.values import CollectivePath
@@ -32,7 +32,9 @@ def small_limits(world_size: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def _moves(make: Callable[..., schedule.Plan], rank: int, world_size: int, root: int | None = None) -> tuple[Move, ...]:
+def _steps(
+    make: Callable[..., schedule.Plan], rank: int, world_size: int, root: int | None = None
+) -> tuple[PlannedStep, ...]:
     return engine.compile(make(rank, world_size) if root is None else make(rank, world_size, root))
 
 
@@ -41,7 +43,7 @@ class SocketPath:
 
     name: CollectivePath = "sockets"
 
-    def __init__(self, channel: Channel | Among) -> None:
+    def __init__(self, channel: Channel | SubChannel) -> None:
         self._channel = channel
         self.index = channel.rank
         self.count = len(channel.members)
@@ -49,63 +51,69 @@ class SocketPath:
 
     # Reductions
 
-    def all_reduce(self, job: Job, flat: Array) -> None:
-        size, half = flat.nbytes, job.kernel.half
+    def all_reduce(self, operation: Operation, flat: Array) -> None:
+        size, half = flat.nbytes, operation.kernel.half
         if size <= self._exchange_at_most or (half and size <= self._tree_at_most):
-            job.kernel.many(self._exchange(job, flat), flat)
+            operation.kernel.many(self._exchange(operation, flat), flat)
         elif size <= self._tree_at_most:
-            engine.run(_moves(schedule.tree_all_reduce, self.index, self.count), self._channel, job, [flat], [flat])
-        elif half or job.wire:
-            self._pairwise(job, flat)
+            engine.run(
+                _steps(schedule.tree_all_reduce, self.index, self.count), self._channel, operation, [flat], [flat]
+            )
+        elif half or operation.wire:
+            self._pairwise(operation, flat)
         else:
             chunks = self._chunks(flat)
-            engine.run(_moves(schedule.ring_all_reduce, self.index, self.count), self._channel, job, chunks, chunks)
+            engine.run(
+                _steps(schedule.ring_all_reduce, self.index, self.count), self._channel, operation, chunks, chunks
+            )
 
-    def reduce(self, job: Job, flat: Array, root: int) -> None:
+    def reduce(self, operation: Operation, flat: Array, root: int) -> None:
         """Small: everybody sends to root. Large: reduce-scatter, then root gathers the shares."""
         if flat.nbytes <= self._tree_at_most:
             if self.index != root:
-                engine.send(self._channel, job, root, flat)
+                engine.send(self._channel, operation, root, flat)
             else:
                 parts = [flat if rank == root else np.empty_like(flat) for rank in range(self.count)]
                 for rank in self._others():
-                    engine.receive(self._channel, job, rank, parts[rank])
-                self._many(job, parts, flat)
-            engine.finish(self._channel, job)
+                    engine.receive(self._channel, operation, rank, parts[rank])
+                self._many(operation, parts, flat)
+            engine.finish(self._channel, operation)
             return
         chunks = self._chunks(flat)
         mine = np.empty_like(chunks[self.index])
-        self.reduce_scatter(job, mine, chunks)
+        self.reduce_scatter(operation, mine, chunks)
         if self.index != root:
-            engine.send(self._channel, job, root, mine, turn=self.count)
+            engine.send(self._channel, operation, root, mine, ordinal=self.count)
         else:
             chunks[root][:] = mine
             for rank in self._others():
-                engine.receive(self._channel, job, rank, chunks[rank], turn=self.count)
-        engine.finish(self._channel, job)
+                engine.receive(self._channel, operation, rank, chunks[rank], ordinal=self.count)
+        engine.finish(self._channel, operation)
 
-    def reduce_scatter(self, job: Job, out: Array, parts: Sequence[Array]) -> None:
+    def reduce_scatter(self, operation: Operation, out: Array, parts: Sequence[Array]) -> None:
         """out = the combination of every rank's parts[index]."""
-        if job.kernel.half:
-            self._many(job, self._collect(job, parts), out)
-            engine.finish(self._channel, job)
+        if operation.kernel.half:
+            self._many(operation, self._collect(operation, parts), out)
+            engine.finish(self._channel, operation)
             return
         into: list[Array | None] = [None] * self.count
         into[self.index] = out
-        engine.run(_moves(schedule.ring_reduce_scatter, self.index, self.count), self._channel, job, list(parts), into)
+        engine.run(
+            _steps(schedule.ring_reduce_scatter, self.index, self.count), self._channel, operation, list(parts), into
+        )
 
-    def scan(self, job: Job, flat: Array, exclusive: bool) -> None:
+    def scan(self, operation: Operation, flat: Array, exclusive: bool) -> None:
         """A chain for large tensors; halves and small ones: each rank gets the values of all before it."""
-        channel, kernel = self._channel, job.kernel
+        channel, kernel = self._channel, operation.kernel
         before, after = range(self.index), range(self.index + 1, self.count)
         if kernel.half or flat.nbytes <= self._tree_at_most:
             for rank in after:
-                engine.send(channel, job, rank, flat)
+                engine.send(channel, operation, rank, flat)
             parts = []
             for rank in before:
                 parts.append(np.empty_like(flat))
-                engine.receive(channel, job, rank, parts[-1])
-            engine.finish(self._channel, job)
+                engine.receive(channel, operation, rank, parts[-1])
+            engine.finish(self._channel, operation)
             if not exclusive:
                 parts.append(flat.copy())
             if parts:
@@ -113,115 +121,119 @@ class SocketPath:
             return
         arrived, inclusive = np.empty_like(flat), flat.copy()
         if before:
-            engine.receive(channel, job, self.index - 1, arrived)
+            engine.receive(channel, operation, self.index - 1, arrived)
             inclusive[:] = arrived
             kernel.combine(flat, inclusive)
         if after:
-            engine.send(channel, job, self.index + 1, inclusive)
-        engine.finish(self._channel, job)
+            engine.send(channel, operation, self.index + 1, inclusive)
+        engine.finish(self._channel, operation)
         if before or not exclusive:
             flat[:] = arrived if exclusive else inclusive
             kernel.finish(flat)
 
-    def _exchange(self, job: Job, flat: Array) -> list[Array]:
+    def _exchange(self, operation: Operation, flat: Array) -> list[Array]:
         """Every rank's values, in the order of the ranks: one step, N-1 messages out and in."""
         assert flat.nbytes < engine.TWO_SEGMENTS_FROM
         others = self._others()
         mine = flat.copy()  # on its way to all while the result is written
         for rank in others:
-            engine.send(self._channel, job, rank, mine)
+            engine.send(self._channel, operation, rank, mine)
         parts = [mine] * self.count
         for rank in others:
-            payload = self._channel.expect(job.sequence, rank, 0, 0, job.call.data, job.deadline)
+            payload = self._channel.expect(operation.sequence, rank, 0, 0, operation.signature.data, operation.deadline)
             parts[rank] = engine.as_array(payload, flat)
-        job.lent = None  # nobody writes to the copy
+        operation.lent = None  # nobody writes to the copy
         return parts
 
-    def _pairwise(self, job: Job, flat: Array) -> None:
-        """Reduce-scatter by pairwise exchange, then a ring all-gather; on the wire as halves where `job.wire` says so."""
+    def _pairwise(self, operation: Operation, flat: Array) -> None:
+        """Reduce-scatter by pairwise exchange, then a ring all-gather; on the wire as halves where `operation.wire` says so."""
         chunks = self._chunks(flat)
-        if not job.wire:
-            self._many(job, self._collect(job, chunks), chunks[self.index])
-            self._gather_ring(job, chunks)
+        if not operation.wire:
+            self._many(operation, self._collect(operation, chunks), chunks[self.index])
+            self._gather_ring(operation, chunks)
             return
         halves = [to_bfloat16(chunk) for chunk in chunks]
-        parts = [from_bfloat16(part) for part in self._collect(job, halves)]
+        parts = [from_bfloat16(part) for part in self._collect(operation, halves)]
         parts[self.index] = chunks[self.index].copy()
-        job.kernel.many(parts, chunks[self.index])
+        operation.kernel.many(parts, chunks[self.index])
         halves[self.index] = to_bfloat16(chunks[self.index])
-        self._gather_ring(job, halves)
+        self._gather_ring(operation, halves)
         for chunk, part in zip(chunks, halves, strict=True):
             chunk[:] = from_bfloat16(part)
 
-    def _collect(self, job: Job, parts: Sequence[Array]) -> list[Array]:
+    def _collect(self, operation: Operation, parts: Sequence[Array]) -> list[Array]:
         """Every rank's parts[index]. In step k, rank r sends to r+k and receives from r-k: no rank is overrun."""
         found = [parts[self.index]] * self.count
         for step in range(1, self.count):
             to, source = (self.index + step) % self.count, (self.index - step) % self.count
-            engine.send(self._channel, job, to, parts[to])
+            engine.send(self._channel, operation, to, parts[to])
             found[source] = np.empty_like(parts[self.index])
-            engine.receive(self._channel, job, source, found[source])
+            engine.receive(self._channel, operation, source, found[source])
         return found
 
-    def _gather_ring(self, job: Job, chunks: list[Array]) -> None:
-        moves = _moves(schedule.ring_all_gather, self.index, self.count)
-        engine.run(moves, self._channel, job, chunks, chunks, first_turn=1)  # the exchange before used turn 0
+    def _gather_ring(self, operation: Operation, chunks: list[Array]) -> None:
+        steps = _steps(schedule.ring_all_gather, self.index, self.count)
+        engine.run(
+            steps, self._channel, operation, chunks, chunks, first_ordinal=1
+        )  # the exchange before used ordinal 0
 
-    def _many(self, job: Job, parts: list[Array], out: Array) -> None:
+    def _many(self, operation: Operation, parts: list[Array], out: Array) -> None:
         """As kernel.many where `out` may be any of the parts."""
         result = np.empty_like(out)
-        job.kernel.many(parts, result)
+        operation.kernel.many(parts, result)
         out[:] = result
 
     # Moves
 
-    def barrier(self, job: Job) -> None:
+    def barrier(self, operation: Operation) -> None:
         """A byte to everybody and from everybody, or a tree of empty messages where that would be many."""
         token = np.zeros(1, np.uint8)
         if self._exchange_at_most >= 4096:
-            self._exchange(job, token)
+            self._exchange(operation, token)
         else:
-            moves = _moves(schedule.tree_all_reduce, self.index, self.count)
-            engine.run(moves, self._channel, job, [token], [None])
+            steps = _steps(schedule.tree_all_reduce, self.index, self.count)
+            engine.run(steps, self._channel, operation, [token], [None])
 
-    def broadcast(self, job: Job, flat: Array, root: int) -> None:
-        engine.run(_moves(schedule.tree_broadcast, self.index, self.count, root), self._channel, job, [flat], [flat])
+    def broadcast(self, operation: Operation, flat: Array, root: int) -> None:
+        engine.run(
+            _steps(schedule.tree_broadcast, self.index, self.count, root), self._channel, operation, [flat], [flat]
+        )
 
-    def all_gather(self, job: Job, parts: Sequence[Array], mine: Array) -> None:
+    def all_gather(self, operation: Operation, parts: Sequence[Array], mine: Array) -> None:
         """parts[r] = rank r's `mine`. All have one length."""
         parts[self.index][:] = mine
-        engine.run(_moves(schedule.ring_all_gather, self.index, self.count), self._channel, job, parts, parts)
+        engine.run(_steps(schedule.ring_all_gather, self.index, self.count), self._channel, operation, parts, parts)
 
-    def gather(self, job: Job, parts: Sequence[Array] | None, mine: Array, root: int) -> None:
+    def gather(self, operation: Operation, parts: Sequence[Array] | None, mine: Array, root: int) -> None:
         """At root, parts[r] = rank r's `mine`."""
         if self.index != root:
-            engine.send(self._channel, job, root, mine)
+            engine.send(self._channel, operation, root, mine)
         else:
             assert parts is not None
             parts[root][:] = mine
             for rank in self._others():
-                engine.receive(self._channel, job, rank, parts[rank])
-        engine.finish(self._channel, job)
+                engine.receive(self._channel, operation, rank, parts[rank])
+        engine.finish(self._channel, operation)
 
-    def scatter(self, job: Job, out: Array, parts: Sequence[Array] | None, root: int) -> None:
+    def scatter(self, operation: Operation, out: Array, parts: Sequence[Array] | None, root: int) -> None:
         """out = root's parts[index]."""
         if self.index != root:
-            engine.receive(self._channel, job, root, out)
+            engine.receive(self._channel, operation, root, out)
         else:
             assert parts is not None
             for rank in self._others():
-                engine.send(self._channel, job, rank, parts[rank])
+                engine.send(self._channel, operation, rank, parts[rank])
             out[:] = parts[root]
-        engine.finish(self._channel, job)
+        engine.finish(self._channel, operation)
 
-    def all_to_all(self, job: Job, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
+    def all_to_all(self, operation: Operation, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
         """out[r] = rank r's parts[index]. Pairwise exchange."""
         out[self.index][:] = parts[self.index]
         for step in range(1, self.count):
             to, source = (self.index + step) % self.count, (self.index - step) % self.count
-            engine.send(self._channel, job, to, parts[to], job.first_turn)
-            engine.receive(self._channel, job, source, out[source], job.first_turn)
-        engine.finish(self._channel, job)
+            engine.send(self._channel, operation, to, parts[to], operation.first_ordinal)
+            engine.receive(self._channel, operation, source, out[source], operation.first_ordinal)
+        engine.finish(self._channel, operation)
 
     def _others(self) -> list[int]:
         """All other ranks, each rank beginning with its right neighbour so that they do not all turn to the same one."""

@@ -33,12 +33,21 @@ CLOSE_ARGUMENTS = st.tuples(
     st.integers(0, 1),
 )
 HEADS = st.builds(
-    Head, world=U64, group=U32, sequence=U64, source=U32, turn=U32, segment=U32, call=st.binary(max_size=300)
+    Head,
+    world=U64,
+    communicator_id=U32,
+    sequence=U64,
+    source=U32,
+    ordinal=U32,
+    segment=U32,
+    call=st.binary(max_size=300),
 )
 
 
 def packed(head: Head) -> bytes:
-    return pack_head(head.world, head.group, head.sequence, head.source, head.turn, head.segment, head.call)
+    return pack_head(
+        head.world, head.communicator_id, head.sequence, head.source, head.ordinal, head.segment, head.call
+    )
 
 
 @given(HEADS, st.binary(max_size=100))

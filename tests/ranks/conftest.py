@@ -18,8 +18,8 @@ from fleet.bus.shared import host_key
 from fleet.collectives.channel import Inbox
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.conductor import Inquiry
-from fleet.collectives.job import Ended
-from fleet.collectives.paths import World
+from fleet.collectives.operation import EndedRank
+from fleet.collectives.paths import Fabric
 from fleet.world import Member
 
 WORLD_ID = 7
@@ -58,7 +58,7 @@ class Worlds:
         timeout_s: float = 20.0,
         inquire: Sequence[Inquiry | None] | None = None,
         check: Callable[[], None] = lambda: None,
-        ended: Mapping[int, Ended] | None = None,
+        ended: Mapping[int, EndedRank] | None = None,
     ) -> tuple[list[Any], list[BaseException]]:
         results: list[Any] = [None] * n
         failures: list[BaseException] = []
@@ -75,7 +75,7 @@ class Worlds:
                 comm = None
                 try:
                     inbox = Inbox(meshes[rank], rank, addresses, WORLD_ID, check)
-                    world = World(
+                    world = Fabric(
                         inbox, members, SHM, name, check, "the secret of a job", {} if ended is None else ended
                     )
                     asks = inquire[rank] if inquire else None

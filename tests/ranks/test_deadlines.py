@@ -206,7 +206,7 @@ def test_the_clock_runs_while_another_call_has_its_turn(run_world: Any, transpor
             comm.all_reduce(x)
             return
         first = comm.all_reduce(x, async_op=True, timeout_s=LONG_S)
-        while not comm.recorders[0][1].jobs:  # it has begun; nobody tells, hence the poll
+        while not comm.recorders[0][1].operations:  # it has begun; nobody tells, hence the poll
             gave_up.wait(0.001)
         started = monotonic()
         behind: Any = None
@@ -241,7 +241,7 @@ def test_the_clock_runs_while_another_thread_is_in_a_call(run_world: Any) -> Non
             return
         thread = threading.Thread(target=lambda: comm.all_reduce(x, timeout_s=LONG_S))
         thread.start()
-        while not comm.recorders[0][1].jobs:  # it has begun; nobody tells, hence the poll
+        while not comm.recorders[0][1].operations:  # it has begun; nobody tells, hence the poll
             gave_up.wait(0.001)
         with pytest.raises(CollectiveTimeout, match="not begun"):
             comm.barrier(timeout_s=0.2)

@@ -11,21 +11,21 @@ import pytest
 from test_mismatch import WAITING
 
 from fleet.collectives.communicator import Communicator
-from fleet.collectives.job import Ended
+from fleet.collectives.operation import EndedRank
 from fleet.errors import RankEnded
 
 AT_ONCE_S = 8.0  # some tenths of a second, on a machine that does much else
 PATHS = [(3, "ipc"), (3, "shared"), (4, 2), (3, 2)]
 
 
-def ended_after(made: dict[int, int] | None) -> Ended:
-    return Ended("worker-2", "h2", 812, made, monotonic())
+def ended_after(made: dict[int, int] | None) -> EndedRank:
+    return EndedRank("worker-2", "h2", 812, made, monotonic())
 
 
 @pytest.mark.parametrize(("n", "transport"), PATHS)
 @pytest.mark.parametrize("case", [case for case in WAITING if case != "recv from any"])
 def test_who_waits_for_a_rank_that_has_ended_is_told(run_world: Any, n: int, transport: str | int, case: str) -> None:
-    ended: dict[int, Ended] = {}
+    ended: dict[int, EndedRank] = {}
     waiting = threading.Barrier(n)
 
     def wait(comm: Communicator) -> None:
@@ -56,7 +56,7 @@ def test_who_waits_for_a_rank_that_has_ended_is_told(run_world: Any, n: int, tra
 @pytest.mark.parametrize(("n", "transport"), PATHS)
 def test_who_does_not_need_it_goes_on(run_world: Any, n: int, transport: str | int) -> None:
     """It took part in the last collective of all; another communicator and messages between others are none of its."""
-    ended: dict[int, Ended] = {}
+    ended: dict[int, EndedRank] = {}
     slow, gone = threading.Event(), threading.Event()
 
     def go_on(comm: Communicator) -> None:
@@ -90,7 +90,7 @@ def test_who_does_not_need_it_goes_on(run_world: Any, n: int, transport: str | i
 
 @pytest.mark.parametrize("transport", ["ipc", "shared"])
 def test_one_that_ended_without_a_word_is_named_by_who_waits_for_itself(run_world: Any, transport: str) -> None:
-    ended: dict[int, Ended] = {}
+    ended: dict[int, EndedRank] = {}
 
     def wait(comm: Communicator) -> None:
         if comm.rank == 1:
@@ -103,7 +103,7 @@ def test_one_that_ended_without_a_word_is_named_by_who_waits_for_itself(run_worl
 
 
 def test_what_it_sent_before_is_received(run_world: Any) -> None:
-    ended: dict[int, Ended] = {}
+    ended: dict[int, EndedRank] = {}
 
     def receive(comm: Communicator) -> None:
         x = np.full(100_000, 7.0)

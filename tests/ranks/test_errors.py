@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from fleet.collectives.communicator import Communicator
-from fleet.collectives.conductor import Doing
+from fleet.collectives.conductor import RankActivity
 from fleet.errors import CollectiveMismatch, CollectiveTimeout, Late, UsageError
 from tests.wanted import torch
 
-Call = Callable[[Communicator], None]
+Signature = Callable[[Communicator], None]
 
 
 def read_only(*shape: int) -> Any:
@@ -25,7 +25,7 @@ def read_only(*shape: int) -> Any:
 
 
 # In a world of three, on any rank but the ones that a call names: what is wrong, and words of the answer.
-ILLEGAL: list[tuple[Call, str]] = [
+ILLEGAL: list[tuple[Signature, str]] = [
     (lambda comm: comm.all_reduce([1.0, 2.0]), "x is a list: it must be a NumPy array or a torch CPU tensor"),
     (lambda comm: comm.all_reduce(3.0), "x is a float"),
     (lambda comm: comm.all_reduce(None), "x is a NoneType"),
@@ -97,7 +97,7 @@ def test_after_close_every_call_is_illegal(run_world: Any) -> None:
         comm.close()
         comm.close()
         peer = 1 - comm.rank
-        calls: list[Call] = [
+        calls: list[Signature] = [
             lambda comm: comm.all_reduce(np.zeros(2)),
             lambda comm: comm.barrier(),
             lambda comm: comm.send(np.zeros(2), peer),
@@ -124,7 +124,7 @@ def test_a_world_of_one_has_no_peers(run_world: Any) -> None:
 
 
 # What rank 0 calls, what all others call, and how both calls are written.
-DIFFERENT: list[tuple[Call, Call, str, str]] = [
+DIFFERENT: list[tuple[Signature, Signature, str, str]] = [
     (
         lambda comm: comm.all_reduce(np.ones(4)),
         lambda comm: comm.all_reduce(np.ones(5)),
@@ -204,12 +204,12 @@ def test_ranks_that_wait_for_each_other_learn_why(run_world: Any) -> None:
     """Each takes the other for the root, so nobody sends: only asking tells, also the one that asks second."""
     comms: dict[int, Communicator] = {}
 
-    def ask(rank: int) -> list[Doing]:
+    def ask(rank: int) -> list[RankActivity]:
         peer = comms[rank]
-        job = peer.recorders[0][1].last
-        assert job is not None
-        late = Late(rank, "h", 1, f"is in or after collective #{job.sequence}")
-        return [Doing(late, job.sequence, not job.ended, str(job.call), job.where)]
+        operation = peer.recorders[0][1].last
+        assert operation is not None
+        late = Late(rank, "h", 1, f"is in or after collective #{operation.sequence}")
+        return [RankActivity(late, operation.sequence, not operation.ended, str(operation.signature), operation.where)]
 
     def differ(comm: Communicator) -> None:
         comms[comm.rank] = comm
@@ -253,7 +253,7 @@ def test_point_to_point_mismatch(run_world: Any) -> None:
     run_world(2, differ)
 
 
-LATE_CALLS: list[Call] = [
+LATE_CALLS: list[Signature] = [
     lambda comm: comm.all_reduce(np.ones(3)),
     lambda comm: comm.all_reduce(np.ones(70_000)),
     lambda comm: comm.all_gather(np.ones(9), np.ones(3)),
@@ -298,15 +298,15 @@ def test_the_timeout_of_one_call_wins(run_world: Any) -> None:
 
 def test_the_late_are_named(run_world: Any) -> None:
     """What the agents know, here told by a stand-in, decides what a timeout says."""
-    absent = Doing(Late(1, "h1", 812, "is at train.py:41 in load_batch"), 0, False, "")
-    elsewhere = Doing(Late(1, "h1", 812, "is in collective #1"), 1, True, "barrier()")
-    slow = Doing(Late(1, "h1", 812, "is in collective #1"), 1, True, "all_reduce(float64[3], op=sum)")
+    absent = RankActivity(Late(1, "h1", 812, "is at train.py:41 in load_batch"), 0, False, "")
+    elsewhere = RankActivity(Late(1, "h1", 812, "is in collective #1"), 1, True, "barrier()")
+    slow = RankActivity(Late(1, "h1", 812, "is in collective #1"), 1, True, "all_reduce(float64[3], op=sum)")
 
     def wait(comm: Communicator) -> None:
         if comm.rank == 0:
             comm.all_reduce(np.ones(3), timeout_s=0.1)
 
-    def error_with(known: Doing) -> Exception:
+    def error_with(known: RankActivity) -> Exception:
         return run_world.caught(2, wait, inquire=[lambda *_: [known], None])[0]
 
     error = error_with(absent)

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from fleet.collectives.communicator import Communicator
-from fleet.collectives.conductor import Doing
+from fleet.collectives.conductor import RankActivity
 from fleet.errors import CollectiveMismatch, CollectiveTimeout, Late, UsageError, WorldChanged, rank_set
 
-Call = Callable[[Communicator], Any]
+Signature = Callable[[Communicator], Any]
 
 AT_ONCE_S = 5.0  # a tenth of a second, on a machine that does much else
 
 # The last rank's call, all others' call, and how both are written.
-DIFFERENT: dict[str, tuple[Call, Call, str, str]] = {
+DIFFERENT: dict[str, tuple[Signature, Signature, str, str]] = {
     "op": (
         lambda comm: comm.all_reduce(np.ones(9), "max"),
         lambda comm: comm.all_reduce(np.ones(9)),
@@ -125,11 +125,11 @@ def test_both_lines_are_named(run_world: Any, transport: str) -> None:
     """This rank's own line is known here; its peer's comes from the agents, for whom the test stands in."""
     comms: dict[int, Communicator] = {}
 
-    def ask(rank: int) -> list[Doing]:
+    def ask(rank: int) -> list[RankActivity]:
         record = comms[rank].recorders[0][1].last
         assert record is not None
         late = Late(rank, "h", 1, "is somewhere")
-        return [Doing(late, record.sequence, not record.ended, str(record.call), record.where)]
+        return [RankActivity(late, record.sequence, not record.ended, str(record.signature), record.where)]
 
     def differ(comm: Communicator) -> None:
         comms[comm.rank] = comm
@@ -155,7 +155,7 @@ def test_both_lines_are_named(run_world: Any, transport: str) -> None:
 
 
 # Everything that waits for all or for the last rank.
-WAITING: dict[str, Call] = {
+WAITING: dict[str, Signature] = {
     "small all_reduce": lambda comm: comm.all_reduce(np.ones(3)),
     "all_reduce": lambda comm: comm.all_reduce(np.ones(300_000)),
     "half all_reduce": lambda comm: comm.all_reduce(np.ones(300_000, np.float16)),
@@ -214,10 +214,10 @@ def test_a_timeout_names_who_is_late(run_world: Any, n: int, transport: str | in
     last = Late(n - 1, "h2", 812, "is at train.py:41 in load_batch")
     known = [
         *(
-            Doing(Late(r, "h", 1, "is inside"), 2, True, "all_reduce(float64[3], op=sum)", "a.py:1")
+            RankActivity(Late(r, "h", 1, "is inside"), 2, True, "all_reduce(float64[3], op=sum)", "a.py:1")
             for r in range(n - 1)
         ),
-        Doing(last, 1, False, "barrier()", "train.py:41 in load_batch"),
+        RankActivity(last, 1, False, "barrier()", "train.py:41 in load_batch"),
     ]
 
     def late(comm: Communicator) -> None:

@@ -22,7 +22,7 @@ from fleet.bus import folders
 from fleet.bus.blobs import Reader
 from fleet.bus.shared import PAGE_BYTES, PREFIX, host_key, share, sweep
 from fleet.cli import runtime, slurm, why
-from fleet.collectives.paths import World
+from fleet.collectives.paths import Fabric
 from fleet.errors import ConfigError, UsageError
 
 SHM = Path("/dev/shm")
@@ -208,7 +208,7 @@ def test_names_follow_from_the_secret_and_tell_nothing(run_world: Any, monkeypat
     shared = {seen[0][i : i + 8] for i in range(len(PREFIX), len(seen[0]) - 8)}
     assert not any(part in name for name in seen[1:] for part in shared), seen
 
-    named = {World(None, [], SHM, "job-1-1", lambda: None, secret).file_name("0") for secret in ("a" * 16, "b" * 16)}  # type: ignore[arg-type]
+    named = {Fabric(None, [], SHM, "job-1-1", lambda: None, secret).file_name("0") for secret in ("a" * 16, "b" * 16)}  # type: ignore[arg-type]
     assert len(named) == 2
 
 

@@ -21,8 +21,8 @@ from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
 from fleet.collectives.channel import Inbox
 from fleet.collectives.communicator import Communicator
-from fleet.collectives.conductor import UNANSWERED, Doing
-from fleet.collectives.paths import World
+from fleet.collectives.conductor import UNANSWERED, RankActivity
+from fleet.collectives.paths import Fabric
 from fleet.errors import Blocked, CollectiveTimeout, Late, Unreachable
 from fleet.world import Member
 
@@ -50,7 +50,7 @@ def refusing() -> Iterator[str]:
 
 
 def world_of_two(
-    address: str, function: Callable[[Communicator], Any], group: int = 0, timeout_s: float = 20.0
+    address: str, function: Callable[[Communicator], Any], communicator_id: int = 0, timeout_s: float = 20.0
 ) -> list[Any]:
     """What two ranks return or raise. Each is on a machine of its own; rank 0's is said to be `address`."""
     meshes = [Mesh(LOCK, f"tcp://127.0.0.{rank + 1}:*") for rank in range(2)]
@@ -58,20 +58,22 @@ def world_of_two(
     members = [Member(rank, "w", f"h{rank}", 0, addresses[rank]) for rank in range(2)]
     results: list[Any] = [None, None]
 
-    def inquire(rank: int) -> Callable[[int, int], list[Doing]]:
+    def inquire(rank: int) -> Callable[[int, int], list[RankActivity]]:
         other = 1 - rank
 
-        def ask(_: int, sequence: int) -> list[Doing]:
+        def ask(_: int, sequence: int) -> list[RankActivity]:
             late = Late(other, f"h{other}", 1, "is inside")
-            return [Doing(late, sequence, True, "", unreached=tuple(meshes[other].unreached()))]
+            return [RankActivity(late, sequence, True, "", unreached=tuple(meshes[other].unreached()))]
 
         return ask
 
     def run(rank: int) -> None:
         try:
             inbox = Inbox(meshes[rank], rank, addresses, 7)
-            world = World(inbox, members, Path("/dev/shm"), "test", lambda: None)
-            comm = Communicator(rank, range(2), world, group=group, timeout_s=timeout_s, inquire=inquire(rank))
+            world = Fabric(inbox, members, Path("/dev/shm"), "test", lambda: None)
+            comm = Communicator(
+                rank, range(2), world, communicator_id=communicator_id, timeout_s=timeout_s, inquire=inquire(rank)
+            )
             results[rank] = function(comm)
         except BaseException as error:
             results[rank] = error
@@ -122,7 +124,7 @@ def test_a_late_call_names_who_does_not_reach_whom(refusing: str, call: str, mon
             sent.wait()
             comm.recv(x, 1)
 
-    errors = [found for found in world_of_two(refusing, late, group=2, timeout_s=0.7) if found is not None]
+    errors = [found for found in world_of_two(refusing, late, communicator_id=2, timeout_s=0.7) if found is not None]
     assert errors, "rank 0 waits for what cannot come"
     for error in errors:
         assert isinstance(error, CollectiveTimeout)
@@ -137,8 +139,8 @@ def test_a_rank_that_stands_still_is_not_taken_for_a_firewall(monkeypatch: pytes
     try:
         addresses = [mesh.endpoint, "tcp://127.0.0.2:50052"]
         members = [Member(rank, "w", f"h{rank}", 0, addresses[rank]) for rank in range(2)]
-        world = World(Inbox(mesh, 0, addresses, 7), members, Path("/dev/shm"), "test", lambda: None)
-        frozen = Doing(Late(1, "h1", 812, UNANSWERED), -1, False, "")
+        world = Fabric(Inbox(mesh, 0, addresses, 7), members, Path("/dev/shm"), "test", lambda: None)
+        frozen = RankActivity(Late(1, "h1", 812, UNANSWERED), -1, False, "")
         with pytest.raises(
             CollectiveTimeout, match=r"waiting for rank 1 \(h1, pid 812\): it is not answering: stopped"
         ):

@@ -18,9 +18,9 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Router
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller
-from fleet.collectives.conductor import Doing
+from fleet.collectives.conductor import RankActivity
 from fleet.collectives.header import pack_call
-from fleet.collectives.job import Call, Job
+from fleet.collectives.operation import Operation, Signature
 from fleet.collectives.recorder import KEPT, Recorder
 from fleet.collectives.session import ROWS_AT_MOST, Session
 from fleet.config import RankSettings
@@ -58,11 +58,15 @@ def test_two_communicators_that_time_out_together_get_their_own_answers(tmp_path
     """Each was given the other's, or dropped its own, and took that for a rank in another call."""
     with Bus(Lock()) as bus:
         agent = Router(bus, f"ipc://{tmp_path}/agent")
-        found: dict[int, list[Doing]] = {}
+        found: dict[int, list[RankActivity]] = {}
         with session(agent.endpoint, 3) as rank:
             threads = [
-                threading.Thread(target=lambda group=group: found.update({group: rank.inquire(group, group)}))
-                for group in (2, 4)
+                threading.Thread(
+                    target=lambda communicator_id=communicator_id: found.update(
+                        {communicator_id: rank.inquire(communicator_id, communicator_id)}
+                    )
+                )
+                for communicator_id in (2, 4)
             ]
             for thread in threads:
                 thread.start()
@@ -78,22 +82,22 @@ def test_two_communicators_that_time_out_together_get_their_own_answers(tmp_path
                     agent.send(peer, m.encode(answer(ask, number)))
             for thread in threads:
                 thread.join()
-        for group in (2, 4):
-            assert [(doing.late.rank, doing.call) for doing in found[group]] == [
-                (1, f"call {group}"),
-                (2, f"call {group}"),
+        for communicator_id in (2, 4):
+            assert [(activity.late.rank, activity.call) for activity in found[communicator_id]] == [
+                (1, f"call {communicator_id}"),
+                (2, f"call {communicator_id}"),
             ]
 
 
 def test_whatever_a_script_is_called_and_however_much_it_did_its_rank_answers(tmp_path: Path) -> None:
     """The thread that answers died of a name that is no UTF-8, and of more records than a message takes."""
     code = compile("0", "caf\udce9.py", "eval")
-    recorders = [(group, Recorder()) for group in range(ROWS_AT_MOST + 100)]
+    recorders = [(communicator_id, Recorder()) for communicator_id in range(ROWS_AT_MOST + 100)]
     for _, recorder in recorders:
-        job = Job(Call(pack_call("barrier")), code, 1)
-        job.sequence, job.ended = 1, 1.0
-        recorder.jobs.extend([job] * (KEPT if recorder is not recorders[0][1] else 1))
-        recorder.tally.add("barrier", 0, 0.1)
+        operation = Operation(Signature(pack_call("barrier")), code, 1)
+        operation.sequence, operation.ended = 1, 1.0
+        recorder.operations.extend([operation] * (KEPT if recorder is not recorders[0][1] else 1))
+        recorder.counts.add("barrier", 0, 0.1)
     found: list[m.Message] = []
     with Bus(Lock()) as bus:
         agent = Router(bus, f"ipc://{tmp_path}/agent")

@@ -17,7 +17,7 @@ from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
 from fleet.bus.shared import PAGE_BYTES, PREFIX, host_key, share, sweep
 from fleet.collectives.channel import Inbox
-from fleet.collectives.paths import LOCAL_AT_MOST, Forming, World, reach
+from fleet.collectives.paths import LOCAL_AT_MOST, Fabric, FormingCall, reach
 from fleet.world import Member
 
 SHM = Path("/dev/shm")
@@ -177,7 +177,7 @@ def test_more_ranks_on_one_host_than_can_find_each_other_use_sockets(tmp_path: P
     try:
         inbox = Inbox(mesh, count - 1, [mesh.endpoint] * count, 1)
         members = [Member(rank, "w", "h", 0, mesh.endpoint, "same host") for rank in range(count)]
-        found = reach(World(inbox, members, SHM, "test", nothing), 0, range(count), nothing, Forming())
+        found = reach(Fabric(inbox, members, SHM, "test", nothing), 0, range(count), nothing, FormingCall())
         assert found.path.name == "sockets"
         assert found.arena is None
     finally:

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from fleet.values import COLLECTIVE_SECONDS, CollectivePath, CountsRow
 
 
-class _Count:
+class _OperationCounts:
     __slots__ = ("buckets", "byte_count", "seconds")
 
     def __init__(self) -> None:
@@ -19,18 +19,18 @@ class _Count:
         self.buckets = [0] * (len(COLLECTIVE_SECONDS) + 1)
 
 
-class Tally:
+class OperationCounts:
     """One communicator's counts over one path. Added to by one thread at a time, taken from by any."""
 
     def __init__(self) -> None:
         self.path: CollectivePath = "alone"
-        self._counts: dict[str, _Count] = {}
+        self._counts: dict[str, _OperationCounts] = {}
         self._told: dict[str, CountsRow] = {}
 
     def add(self, operation: str, byte_count: int, seconds: float) -> None:
         count = self._counts.get(operation)
         if count is None:
-            count = self._counts[operation] = _Count()
+            count = self._counts[operation] = _OperationCounts()
         count.byte_count += byte_count
         count.seconds += seconds
         count.buckets[bisect_left(COLLECTIVE_SECONDS, seconds)] += 1

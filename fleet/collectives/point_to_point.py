@@ -18,7 +18,7 @@ from fleet.collectives.buffer import Buffer
 from fleet.collectives.channel import Channel, Key, Payload
 from fleet.collectives.conductor import Conductor
 from fleet.collectives.header import describe_call, pack_call
-from fleet.collectives.job import SETTLE_S
+from fleet.collectives.operation import SETTLE_S
 from fleet.collectives.work import Work
 from fleet.errors import CollectiveMismatch, CollectiveTimeout, ProtocolError, RankEnded
 
@@ -64,12 +64,12 @@ class _Lane:
             return None
 
 
-class Points:
+class PointToPoint:
     """This rank's sends and receives. `conductor` knows the world: what ends a wait, and what the other ranks do."""
 
     def __init__(self, channel: Channel, conductor: Conductor) -> None:
         self._channel = channel
-        self._group = channel.group + 1
+        self._communicator_id = channel.communicator_id + 1
         self._conductor = conductor
         self._lanes: dict[tuple[int, int], _Lane] = {}  # by (rank, tag)
         self._received: dict[tuple[int, int], int] = {}
@@ -89,7 +89,7 @@ class Points:
             return self._timeout(call, "to", [dst], limit_s)
 
         def queue(until: float) -> Tracker | None:
-            key = self._group, lane.sent_count + 1, tag, 0
+            key = self._communicator_id, lane.sent_count + 1, tag, 0
             memory, member = buffer.flat.view(np.uint8), self._channel.members[dst]
             tracker = inbox.send(member, key, call, memory, until, True, check)
             lane.sent_count += 1
@@ -170,7 +170,7 @@ class Points:
         inbox = self._channel.inbox
         for source in sources:
             count = self._received.get((source, tag), 0) + 1
-            key = self._group, count, self._channel.members[source], tag, 0
+            key = self._communicator_id, count, self._channel.members[source], tag, 0
             if inbox.has(key):
                 self._received[source, tag] = count
                 claimed.append(source)
