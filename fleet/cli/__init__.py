@@ -18,7 +18,7 @@ def main() -> None:
     except ConfigError as error:
         print(f"fleet: {error}", file=sys.stderr)
         sys.exit(2)
-    _open_what_is_closed()
+    open_what_is_closed()
     if sys.argv[1:] == ["doctor", "--health"]:  # half its time were imports
         from fleet.cli.workers import check_health
 
@@ -32,7 +32,7 @@ def main() -> None:
         sys.exit(INTERRUPTED)
 
 
-def _open_what_is_closed() -> None:
+def open_what_is_closed() -> None:
     """Standard streams that the starter has closed (`>&-`): else the next file or socket takes their place."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         try:

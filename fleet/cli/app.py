@@ -267,14 +267,6 @@ def why_command(
     typer.echo(explain(job, last, address, secret_file, insecure, timeout, as_json))
 
 
-@app.command("pool", hidden=True)
-def pool_command(answer: int = 1, slots: int = 1, gpus: int = 0, preload: str = "") -> None:
-    """Run the local slots of an Executor, until standard input ends."""
-    from fleet.cli.pool import serve
-
-    serve(answer, slots, gpus, preload)
-
-
 @app.command("version", hidden=True)
 def version_command() -> None:
     """Print fleet's version, as --version does."""

@@ -7,15 +7,30 @@ import signal
 import sys
 from functools import partial
 
+from fleet.cli import open_what_is_closed
 from fleet.cli.embedded_cluster import embedded_cluster
 from fleet.cli.runtime import runtime_folder
 from fleet.client.embedded import Failure
+from fleet.config import check_system
 from fleet.errors import FleetError
+from fleet.text import shown_lines
 from fleet.worker.storage import Storage
 from fleet.worker.zygote import RUNNER
 
 
-def serve(answer: int, slots: int, gpus: int, preload: str) -> None:
+def main(words: list[str]) -> None:
+    """The process: the words are those of `client/here.py`, slots, GPUs, modules to preload, and a descriptor."""
+    slots, gpus, preload, answer = words
+    try:
+        check_system()
+        open_what_is_closed()
+        _serve(int(answer), int(slots), int(gpus), preload)
+    except FleetError as error:
+        print(f"fleet: {shown_lines(str(error))}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _serve(answer: int, slots: int, gpus: int, preload: str) -> None:
     """Says on the descriptor `answer` where its orchestrator listens, and serves until its input ends."""
     for number in (signal.SIGINT, signal.SIGHUP):
         # Of a terminal: its parent decides. Not by SIG_IGN, which runners would inherit.

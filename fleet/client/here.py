@@ -48,12 +48,12 @@ def local_place(slots: int, gpus: int) -> Iterator[Place]:
     beside the orchestrator, which would be two hops more each way. Runners search for modules where the caller does.
     """
     preload = ",".join(name for name in PRELOADED if name in sys.modules)
-    words = ["pool", "--slots", str(slots), "--gpus", str(gpus), "--preload", preload]
+    words = ["pool", str(slots), str(gpus), preload]
     read, write = os.pipe()
     with open(read, "rb") as answer:
         try:
             process = subprocess.Popen(
-                interpreter.command(*words, "--answer", str(write)),
+                interpreter.command(*words, str(write)),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,  # what a hook of this Python prints at each start was printed here
                 pass_fds=[write],
