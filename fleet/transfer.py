@@ -1,10 +1,12 @@
-"""Files that travel in parts, asked for one by one by their receiver. Knows files and digests, not why they travel."""
+"""Files that travel in parts, which their receiver asks for one by one. Knows files and digests, not why files travel."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Container, Mapping
+import stat
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 from fleet.messages import PART_BYTES, Part, Want
@@ -84,6 +86,124 @@ class Incoming:
                 raise
         self.have_bytes += len(data)
         self._found.update(data)
+
+
+class FileStore:
+    """Files of one folder, named by their digests: those that are whole, and those on their way, each from one source.
+
+    A file stays when nobody needs it any more, for the next one with the same content. All that nobody needs has at most
+    `keep_bytes` together, and makes way at once where the disk is full.
+    Invariant: a digest names a file of the folder if and only if it is a key of `_sizes`; no digest there is on its way too.
+    """
+
+    def __init__(self, folder: Path, keep_bytes: int, durable: bool = False, needed: Iterable[str] = ()) -> None:
+        """Takes what lies in the folder already. `durable`: a file that is said to be whole survives a power cut."""
+        self._folder = folder
+        self._keep_bytes = keep_bytes
+        self._durable = durable
+        self._needed = set(needed)
+        self._incoming: dict[tuple[bytes, str], Incoming] = {}  # by source and digest
+        self._sizes: dict[str, int] = {}  # by digest; the file that was used last at the end
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if durable:
+            sync_folder(folder.parent)
+        for unfinished in folder.glob("*.part"):  # of a process that was killed
+            unfinished.unlink()
+        found = [(path, path.lstat()) for path in folder.iterdir() if is_digest(path.name)]
+        for path, status in sorted(found, key=lambda one: one[1].st_mtime):
+            if stat.S_ISREG(status.st_mode):  # a pipe would keep its reader for ever
+                self._sizes[path.name] = status.st_size
+        self._make_way(keep_bytes)
+
+    def path(self, digest: str) -> Path:
+        return self._folder / digest
+
+    def has(self, digest: str) -> bool:
+        if digest in self._sizes and not self.path(digest).exists():
+            del self._sizes[digest]  # a program that clears /tmp has removed it
+        return digest in self._sizes
+
+    def need(self, digest: str) -> None:
+        """Keeps the file, if it is whole or once it is, until `release`."""
+        self._needed.add(digest)
+        if digest in self._sizes:
+            self._sizes[digest] = self._sizes.pop(digest)
+
+    def fetch(self, digest: str, size_bytes: int, source: bytes = b"") -> Want | None:
+        """What to ask the source for next; None: the file is whole. The file is needed from here on.
+
+        Raises ValueError for a text that is no digest, OSError where the disk takes nothing.
+        """
+        if not is_digest(digest):
+            raise ValueError(f"{digest[:80]!r} is no sha256 digest")
+        self.need(digest)
+        if self.has(digest):
+            return None
+        if (source, digest) not in self._incoming:
+            self._incoming[source, digest] = Incoming(self.path(digest), digest, size_bytes, self._durable)
+        return self._incoming[source, digest].want()
+
+    def is_coming(self, digest: str) -> bool:
+        return any(key[1] == digest for key in self._incoming)
+
+    def wants(self) -> list[Want]:
+        """What to ask for again after the connection to the sources was lost."""
+        return [incoming.want() for incoming in self._incoming.values()]
+
+    def store(self, part: Part, source: bytes = b"") -> Want | None:
+        """What to ask for next; None: the file is whole, or nobody waits for it.
+
+        Raises ValueError if the file arrived damaged, OSError where the disk does not take it. What had come is gone then.
+        """
+        incoming = self._incoming.get((source, part.digest))
+        if incoming is None:
+            return None
+        try:
+            whole = self._store(incoming, part)
+        except (OSError, ValueError):
+            self.drop(part.digest, source)
+            raise
+        if not whole:
+            return incoming.want()
+        del self._incoming[source, part.digest]
+        self._drop_all(part.digest)
+        self._sizes[part.digest] = incoming.have_bytes
+        return None
+
+    def drop(self, digest: str, source: bytes = b"") -> None:
+        """Removes what has come of a file from this source."""
+        if (incoming := self._incoming.pop((source, digest), None)) is not None:
+            incoming.drop()
+
+    def release(self, digest: str) -> None:
+        """Nobody needs the file any more: what has come of it is removed, and a whole one may make way."""
+        self._needed.discard(digest)
+        self._drop_all(digest)
+        self._make_way(self._keep_bytes)
+
+    def read(self, want: Want) -> Part:
+        """One part of a file; an empty one where there is no such file."""
+        return read_part(self.path(want.digest), want) if self.has(want.digest) else Part(want.digest, want.offset, b"")
+
+    def _store(self, incoming: Incoming, part: Part) -> bool:
+        try:
+            return incoming.store(part)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self._make_way(0):
+                raise
+        return incoming.store(part)
+
+    def _drop_all(self, digest: str) -> None:
+        for source in [key[0] for key in self._incoming if key[1] == digest]:
+            self.drop(digest, source)
+
+    def _make_way(self, keep_bytes: int) -> bool:
+        """Whether there was anything to remove."""
+        removed = surplus(self._sizes, self._needed, keep_bytes)
+        for digest in removed:
+            self.path(digest).unlink(missing_ok=True)
+            del self._sizes[digest]
+        return bool(removed)
 
 
 def read_part(path: Path, want: Want) -> Part:

@@ -13,7 +13,7 @@ from fleet.orchestrator.placement import POLICIES
 from fleet.orchestrator.state import DropUpload, FetchBundle, SaveDrained, ServeLog, StorePart, Worker
 from fleet.orchestrator.uploads import Uploads
 from fleet.orchestrator.view import View
-from fleet.values import ON_WORKER, amount_of
+from fleet.values import BUNDLE_BYTES_AT_MOST, ON_WORKER, amount_of
 
 CURIOUS_AT_MOST = 64  # questions about one job whose answers are on the way
 LEFT_AT_MOST = 64  # sentences about what one job's workers and attempts left behind
@@ -133,6 +133,9 @@ class Clients(Gangs):
             return f"there is no policy {submit.options.policy!r}; there are {', '.join(POLICIES)}"
         if submit.spec.kind == "tasks" and submit.world_size > 1:
             return "a task runner is one rank"
+        if submit.spec.bundle_bytes > BUNDLE_BYTES_AT_MOST:
+            size, most = submit.spec.bundle_bytes >> 20, BUNDLE_BYTES_AT_MOST >> 20
+            return f"its bundle was refused: it has {size} MB, and this orchestrator takes up to {most}"
         return ""
 
     def _write_down(self, job: Job) -> None:

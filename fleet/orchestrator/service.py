@@ -23,7 +23,6 @@ from fleet.bus.process import numbering, watch_end
 from fleet.dropped import Dropped
 from fleet.errors import ConfigError, ProtocolError
 from fleet.exposition import Exposition, Pulse, health_route, metrics_route
-from fleet.orchestrator.bundles import Bundles, Limits
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.jobs import recalled
 from fleet.orchestrator.logs import JobLogs
@@ -57,11 +56,13 @@ from fleet.orchestrator.state import (
 )
 from fleet.orchestrator.store import Store
 from fleet.stillness import LifeClock
+from fleet.transfer import FileStore
 
 FAILED_TICK_S = 0.25
 JUDGE_EVERY_S = 1.0  # at least, who is lost and what is due
 EPOCH_TOLERATED_S = 1.0  # between the core's clock and the wall's
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
+KEEP_BUNDLES_BYTES = 256 << 20  # of all bundles that no job needs
 ENDS_AT_MOST = 256  # processes whose end is waited for, of lost clients
 
 log = logging.getLogger("fleet.orchestrator")
@@ -159,10 +160,10 @@ class Service:
         if self._store is not None:
             self._store.close()
 
-    def _find_files(self, folder: Path, durable: bool) -> Bundles:
+    def _find_files(self, folder: Path, durable: bool) -> FileStore:
         """What is there of jobs, and what is left of others. Raises ConfigError."""
         try:
-            found = Bundles(folder / "bundles", Limits(), durable, self._core.bundle_users)
+            found = FileStore(folder / "bundles", KEEP_BUNDLES_BYTES, durable, self._core.bundle_users)
             self._logs.remove_others(self._core.jobs)
         except OSError as error:
             raise ConfigError(
@@ -351,15 +352,15 @@ class Service:
         elif isinstance(effect, Log):
             log.log(logging.getLevelNamesMapping()[effect.level.upper()], effect.text)
         elif isinstance(effect, ServeBundle):
-            self._sent(effect.peer, self._router.send(effect.peer, m.encode(self._bundles.serve(effect.want))))
+            self._sent(effect.peer, self._router.send(effect.peer, m.encode(self._bundles.read(effect.want))))
         elif isinstance(effect, FetchBundle):
             return self._fetched(
                 effect.digest, effect.peer, lambda: self._bundles.fetch(effect.digest, effect.size_bytes, effect.peer)
             )
         elif isinstance(effect, StorePart):
-            return self._fetched(effect.part.digest, effect.peer, lambda: self._bundles.store(effect.peer, effect.part))
+            return self._fetched(effect.part.digest, effect.peer, lambda: self._bundles.store(effect.part, effect.peer))
         elif isinstance(effect, DropUpload):
-            self._bundles.drop(effect.peer, effect.digest)
+            self._bundles.drop(effect.digest, effect.peer)
         elif isinstance(effect, ReleaseBundle):
             self._bundles.release(effect.digest)
         elif isinstance(effect, Erase):

@@ -14,9 +14,9 @@ from fleet import messages as m
 from fleet.bus.lock import Lock
 from fleet.errors import ConfigError
 from fleet.messages import PROTOCOL
-from fleet.orchestrator.bundles import Bundles, Limits
 from fleet.orchestrator.service import Service
 from fleet.orchestrator.state import Effect, Event, Received
+from fleet.transfer import FileStore
 from tests.fuzz.live import VERSIONS, Member, orchestrator
 
 SPEC = m.Spec("script", "train.py", directory="/")
@@ -166,6 +166,6 @@ def test_what_is_no_file_is_no_bundle(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ("0" * 64))
     (tmp_path / ("1" * 64)).mkdir()
     (tmp_path / ("2" * 64)).write_bytes(b"x")
-    found = Bundles(tmp_path, Limits(), durable=False)
+    found = FileStore(tmp_path, 0, needed=["2" * 64])
     assert [found.has(digit * 64) for digit in "012"] == [False, False, True]
-    assert found.serve(m.Want("0" * 64, 0)).data == b""
+    assert found.read(m.Want("0" * 64, 0)).data == b""

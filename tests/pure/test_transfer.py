@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from fleet.messages import PART_BYTES, Part, Want
-from fleet.transfer import KEEP_COUNT, Incoming, is_digest, read_part, surplus
-from fleet.worker.bundles import Bundles
+from fleet.transfer import KEEP_COUNT, FileStore, Incoming, is_digest, read_part, surplus
 from tests.disks import small_disk
 
 DISK_BYTES = 4 << 20
+A, B = b"a", b"b"  # sources
 
 
 def digest_of(data: bytes) -> str:
@@ -83,52 +83,6 @@ def test_a_digest_is_no_path_and_an_offset_no_error(tmp_path: Path) -> None:
     assert read_part(tmp_path / "one", Want("a" * 64, 1 << 80)).data == b""
 
 
-def fetched(bundles: Bundles, data: bytes, job_id: str) -> None:
-    digest = digest_of(data)
-    bundles.hold(digest, job_id, 1)
-    want = bundles.fetch(digest, len(data))
-    while want is not None:
-        want = bundles.store(part(data, want.offset))
-
-
-def test_a_worker_whose_disk_was_full_takes_the_same_bundle_later(disk: Path) -> None:
-    bundles = Bundles(disk / "worker")
-    data = os.urandom(2 << 20)
-    filler = disk / "filler"
-    filler.write_bytes(bytes(DISK_BYTES - (3 << 19)))
-    for _ in range(2):
-        with pytest.raises(OSError, match="No space left"):
-            fetched(bundles, data, "job")
-        assert names(disk / "worker") == []
-    assert bundles.resume() == []
-    filler.unlink()
-    fetched(bundles, data, "job")
-    assert bundles.has(digest_of(data))
-
-
-def test_archives_that_no_attempt_holds_make_way(disk: Path) -> None:
-    bundles = Bundles(disk / "worker")
-    held, old, new = (os.urandom(3 << 19) for _ in range(3))
-    fetched(bundles, held, "held")
-    fetched(bundles, old, "old")
-    with pytest.raises(OSError, match="No space left"):
-        fetched(bundles, new, "new")  # both others are held
-    bundles.release("old", 1)
-    assert bundles.has(digest_of(old))  # for the next job with these files
-    fetched(bundles, new, "new")
-    assert [bundles.has(digest_of(data)) for data in (held, old, new)] == [True, False, True]
-
-
-def test_archives_on_a_worker_stay_bounded(tmp_path: Path) -> None:
-    bundles = Bundles(tmp_path / "worker", keep_bytes=2500)
-    several = [os.urandom(1000) for _ in range(6)]
-    for number, data in enumerate(several):
-        fetched(bundles, data, str(number))
-        bundles.release(str(number), 1)
-    assert [bundles.has(digest_of(data)) for data in several] == [False] * 4 + [True] * 2
-    assert len(names(tmp_path / "worker")) == 2
-
-
 def test_files_that_nobody_needs_are_bounded_in_number_too() -> None:
     sizes = {str(number): 1 for number in range(2 * KEEP_COUNT)}
     removed = surplus(sizes, {"0", "1"}, 1 << 20)
@@ -137,17 +91,69 @@ def test_files_that_nobody_needs_are_bounded_in_number_too() -> None:
     assert surplus({"a": 1}, (), 0) == ["a"]
 
 
-def test_what_is_on_its_way_for_nobody_is_dropped(tmp_path: Path) -> None:
-    bundles = Bundles(tmp_path / "worker")
-    data = os.urandom(2 * PART_BYTES)
-    for job_id in ("a", "b"):
-        bundles.hold(digest_of(data), job_id, 1)
-    assert bundles.fetch(digest_of(data), len(data)) is not None
-    assert bundles.fetch(digest_of(data), len(data)) is None
-    bundles.store(part(data, 0))
-    bundles.release("a", 1)
-    assert [want.offset for want in bundles.resume()] == [PART_BYTES]
-    bundles.release("b", 1)
-    assert bundles.resume() == []
-    assert names(tmp_path / "worker") == []
-    assert bundles.store(part(data, PART_BYTES)) is None  # it comes too late
+# Folders of files
+
+
+def store_at(folder: Path, keep_bytes: int = 256 << 20) -> FileStore:
+    return FileStore(folder / "files", keep_bytes, durable=True)
+
+
+def fetched(files: FileStore, data: bytes, peer: bytes = A) -> None:
+    want = files.fetch(digest_of(data), len(data), peer)
+    while want is not None:
+        want = files.store(part(data, want.offset), peer)
+
+
+def test_an_upload_that_a_full_disk_refused_leaves_nothing_and_is_taken_later(disk: Path) -> None:
+    files = store_at(disk)
+    data = os.urandom(2 << 20)
+    filler = disk / "filler"
+    filler.write_bytes(bytes(DISK_BYTES - (3 << 19)))
+    with pytest.raises(OSError, match="No space left"):
+        fetched(files, data)
+    assert names(disk / "files") == []
+    filler.unlink()
+    fetched(files, data)
+    assert files.read(Want(digest_of(data), 0)).data == data[:PART_BYTES]
+
+
+def test_a_full_disk_makes_room_by_what_no_job_needs(disk: Path) -> None:
+    files = store_at(disk)
+    needed, free, new = (os.urandom(3 << 19) for _ in range(3))
+    for data in (needed, free):
+        fetched(files, data)
+    with pytest.raises(OSError, match="No space left"):
+        fetched(files, new)
+    files.release(digest_of(new))
+    files.release(digest_of(free))
+    assert files.has(digest_of(free))
+    fetched(files, new)
+    assert [files.has(digest_of(data)) for data in (needed, free, new)] == [True, False, True]
+
+
+def test_uploads_of_several_peers_are_apart_and_the_first_that_is_whole_counts(tmp_path: Path) -> None:
+    files = store_at(tmp_path)
+    data, another = os.urandom(2 * PART_BYTES), b"another"
+    for peer in (A, B):
+        assert files.fetch(digest_of(data), len(data), peer) == Want(digest_of(data), 0)
+    assert files.fetch(digest_of(another), len(another), A) is not None  # and the first one goes on
+    files.store(part(data, 0), A)
+    assert files.fetch(digest_of(data), len(data), A) == Want(digest_of(data), PART_BYTES)
+    files.drop(digest_of(another), A)
+    fetched(files, data, B)
+    assert files.store(part(data, PART_BYTES), A) is None
+    assert names(tmp_path / "files") == [digest_of(data)]
+
+
+def test_files_that_no_job_needs_stay_bounded_also_after_a_restart(tmp_path: Path) -> None:
+    files = store_at(tmp_path, keep_bytes=2500)
+    several = [os.urandom(1000) for _ in range(5)]
+    for number, data in enumerate(several):
+        fetched(files, data)
+        os.utime(tmp_path / "files" / digest_of(data), (number, number))
+    assert len(names(tmp_path / "files")) == 5
+    files.release(digest_of(several[4]))
+    (tmp_path / "files" / f"{digest_of(b'x')}.1.part").write_bytes(b"half")
+    again = FileStore(tmp_path / "files", 2500, durable=True, needed=[digest_of(several[0])])
+    assert [again.has(digest_of(data)) for data in several] == [True, False, False, True, True]
+    assert len(names(tmp_path / "files")) == 3

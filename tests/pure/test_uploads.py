@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-
 from fleet import messages as m
 from fleet.orchestrator import state as o
-from fleet.orchestrator.bundles import Bundles, Limits
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.jobs import JobState
 from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S, Uploads
-from tests.disks import small_disk
 from tests.pure.test_orchestrator import CLIENT, VERSIONS, cluster, sent
-from tests.pure.test_transfer import digest_of, names, part
+from tests.pure.test_transfer import digest_of, part
 
 OTHER = b"client/2"
 FILES = b"f" * 1000
 SPEC = m.Spec("script", "train.py", digest=digest_of(FILES), bundle_bytes=len(FILES))
-DISK_BYTES = 4 << 20
 
 
 def submit(core: Core, job_id: str, peer: bytes = CLIENT, now: float = 0.0) -> list[o.Effect]:
@@ -122,83 +113,11 @@ def test_the_most_silent_upload_is_overdue_first() -> None:
     assert uploads.next_deadline() is None
 
 
-# The files themselves
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    with small_disk(tmp_path / "disk", DISK_BYTES) as folder:
-        yield folder
-
-
-def bundles_at(folder: Path, **limits: int) -> Bundles:
-    return Bundles(folder / "bundles", Limits(**limits), durable=True)
-
-
-def sent_whole(bundles: Bundles, data: bytes, peer: bytes = CLIENT) -> None:
-    want = bundles.fetch(digest_of(data), len(data), peer)
-    while want is not None:
-        want = bundles.store(peer, part(data, want.offset))
-
-
-def test_an_upload_that_a_full_disk_refused_leaves_nothing_and_is_taken_later(disk: Path) -> None:
-    bundles = bundles_at(disk)
-    data = os.urandom(2 << 20)
-    filler = disk / "filler"
-    filler.write_bytes(bytes(DISK_BYTES - (3 << 19)))
-    with pytest.raises(OSError, match="No space left"):
-        sent_whole(bundles, data)
-    assert names(disk / "bundles") == []
-    filler.unlink()
-    sent_whole(bundles, data)
-    assert bundles.serve(m.Want(digest_of(data), 0)).data == data[: m.PART_BYTES]
-
-
-def test_a_full_disk_makes_room_by_what_no_job_needs(disk: Path) -> None:
-    bundles = bundles_at(disk)
-    needed, free, new = (os.urandom(3 << 19) for _ in range(3))
-    for data in (needed, free):
-        sent_whole(bundles, data)
-    with pytest.raises(OSError, match="No space left"):
-        sent_whole(bundles, new)
-    bundles.release(digest_of(new))
-    bundles.release(digest_of(free))
-    assert bundles.has(digest_of(free))
-    sent_whole(bundles, new)
-    assert [bundles.has(digest_of(data)) for data in (needed, free, new)] == [True, False, True]
-
-
-def test_uploads_of_several_peers_are_apart_and_the_first_that_is_whole_counts(tmp_path: Path) -> None:
-    bundles = bundles_at(tmp_path)
-    data, another = os.urandom(2 * m.PART_BYTES), b"another"
-    for peer in (CLIENT, OTHER):
-        assert bundles.fetch(digest_of(data), len(data), peer) == m.Want(digest_of(data), 0)
-    assert bundles.fetch(digest_of(another), len(another), CLIENT) is not None  # and the first one goes on
-    bundles.store(CLIENT, part(data, 0))
-    assert bundles.fetch(digest_of(data), len(data), CLIENT) == m.Want(digest_of(data), m.PART_BYTES)
-    bundles.drop(CLIENT, digest_of(another))
-    sent_whole(bundles, data, OTHER)
-    assert bundles.store(CLIENT, part(data, m.PART_BYTES)) is None
-    assert names(tmp_path / "bundles") == [digest_of(data)]
-
-
-def test_bundles_that_no_job_needs_stay_bounded_also_after_a_restart(tmp_path: Path) -> None:
-    bundles = bundles_at(tmp_path, keep_bytes=2500)
-    several = [os.urandom(1000) for _ in range(5)]
-    for number, data in enumerate(several):
-        sent_whole(bundles, data)
-        os.utime(tmp_path / "bundles" / digest_of(data), (number, number))
-    assert len(names(tmp_path / "bundles")) == 5
-    bundles.release(digest_of(several[4]))
-    (tmp_path / "bundles" / f"{digest_of(b'x')}.1.part").write_bytes(b"half")
-    again = Bundles(tmp_path / "bundles", Limits(keep_bytes=2500), durable=True, needed=[digest_of(several[0])])
-    assert [again.has(digest_of(data)) for data in several] == [True, False, False, True, True]
-    assert len(names(tmp_path / "bundles")) == 3
-
-
-def test_too_large_a_bundle_is_refused_in_words(tmp_path: Path) -> None:
-    bundles = bundles_at(tmp_path, bundle_bytes=10 << 20)
-    with pytest.raises(ValueError, match="it has 11 MB, and this orchestrator takes up to 10"):
-        bundles.fetch("a" * 64, 11 << 20, CLIENT)
-    with pytest.raises(ValueError, match="no sha256 digest"):
-        bundles.fetch("../jobs.sqlite", 1, CLIENT)
+def test_too_large_a_bundle_is_refused_before_it_is_asked_for() -> None:
+    core = two_clients()
+    large = m.Spec("script", "train.py", digest="a" * 64, bundle_bytes=1025 << 20)
+    effects = core.step(o.Received(CLIENT, m.Submit("j", 1, large)), 0.0)
+    assert sent(effects, CLIENT) == [
+        m.Rejected("j", "its bundle was refused: it has 1025 MB, and this orchestrator takes up to 1024")
+    ]
+    assert of_files(effects) == []
