@@ -37,6 +37,7 @@ from fleet.worker.metrics import WorkerMetrics
 from fleet.worker.oom_kills import oom_kill_count
 from fleet.worker.progress import last_task
 from fleet.worker.rank_process import Plan
+from fleet.worker.signals import signal_group, signal_process
 from fleet.worker.state import (
     Attempt,
     DiscardOutput,
@@ -158,7 +159,7 @@ class Agent:
                     self._turn()
         finally:
             for child in self._children.values():
-                _signal_group(child.pid, SIGKILL, alone_too=True)
+                signal_group(child.pid, SIGKILL, with_leader=True)
             self._guard.close()
             self._files.close()
             for descriptor in self._readers:
@@ -185,7 +186,7 @@ class Agent:
         while self._forwarded:
             number = self._forwarded.popleft()
             for child in self._children.values():
-                _signal(child.pid, number)
+                signal_process(child.pid, number)
         for event in self._file_thread.take():
             self._step(event)
         for link in self._orchestrator.changes():
@@ -278,8 +279,7 @@ class Agent:
         elif isinstance(effect, ReadOutput):
             self._listen(effect)
         elif isinstance(effect, SignalGroup):
-            # A process that has been reaped leaves its number to others: only what is left of its group is signalled.
-            _signal_group(effect.pid, effect.signal, alone_too=effect.key in self._children)
+            return self._signal(effect)
         elif isinstance(effect, Spawn) and self._early is not None:
             self._early.append(effect)  # waiting for it here would keep this agent from its heartbeats
         elif isinstance(effect, Spawn):
@@ -361,14 +361,32 @@ class Agent:
         self._step(Printed(key, stream, data))
 
     def _reap(self, sentinel: int) -> None:
-        key = self._sentinels.pop(sentinel)
-        self._poller.remove(sentinel)
-        child = self._children.pop(key)
-        code, signal = child.status()
-        out_of_memory = signal == SIGKILL and oom_kill_count() > self._oom_kills_before.pop(key)
+        key = self._sentinels[sentinel]
+        code, signal = self._children[key].status()
+        out_of_memory = signal == SIGKILL and oom_kill_count() > self._oom_kills_before[key]
+        self._drop_child(key)
         task = last_task(self._settings.control, key[0])
-        self._step(ProcessExited(key, code, signal, out_of_memory, task))  # which kills what it left in its group
-        self._guard.release(child.pid)
+        self._step(ProcessExited(key, code, signal, out_of_memory, task))
+
+    def _drop_child(self, key: Key) -> None:
+        sentinel = self._children.pop(key).sentinel
+        self._poller.remove(sentinel)
+        os.close(sentinel)
+        del self._sentinels[sentinel], self._oom_kills_before[key]
+
+    def _signal(self, effect: SignalGroup) -> list[Event]:
+        reaped = effect.key not in self._children
+        done = signal_group(effect.pid, effect.signal, with_leader=not reaped)
+        if effect.signal != SIGKILL:
+            return []
+        if reaped:
+            self._guard.release(effect.pid)
+        elif not done:
+            self._drop_child(effect.key)
+            reason = f"it runs as another user now (pid {effect.pid}): its worker cannot end it, and it may run on"
+            log.warning("rank %d of job %s: %s", effect.key[2], effect.key[0], reason)
+            return [ProcessExited(effect.key, 1, 0, False, reason=reason)]
+        return []
 
     def _listen(self, listen: ReadOutput) -> None:
         for descriptor, (key, _) in self._readers.items():
@@ -412,18 +430,3 @@ def _given_up(effect: Effect, error: Exception) -> list[Event]:
             ProcessExited((effect.assign.job_id, effect.assign.attempt, effect.member_id), 1, 0, False, reason=reason)
         ]
     return []
-
-
-def _signal_group(pid: int, signal: int, alone_too: bool) -> None:
-    """Signals a rank and all it started; `alone_too`: before it leads a group of its own, it alone."""
-    try:
-        os.killpg(pid, signal)
-    except ProcessLookupError:
-        if alone_too:
-            _signal(pid, signal)
-
-
-def _signal(pid: int, signal: int) -> None:
-    """Signals a rank. One that has ended is reaped by the zygote, perhaps before this process is told."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal)

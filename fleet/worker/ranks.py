@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from signal import SIGHUP, SIGINT, SIGKILL
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM
 from typing import Literal
 
 from fleet import messages as m
@@ -103,7 +103,7 @@ class Ranks:
 
     def _forget(self, attempt: Attempt) -> None:
         for rank in attempt.ranks.values():
-            if rank.running:
+            if rank.running or rank.kill_at is not None:
                 self._effects.append(SignalGroup(self._key(attempt, rank), rank.pid, SIGKILL))
         self._gather(attempt)
         del self.attempts[attempt.assign.job_id, attempt.assign.attempt]
@@ -180,14 +180,20 @@ class Ranks:
         attempt, rank = found
         rank.died, rank.kill_at, rank.term_at = event, None, None
         rank.drained_at = self._now + DRAIN_S
-        if rank.pid:  # whatever it started goes with it
-            self._effects.append(SignalGroup(event.key, rank.pid, SIGKILL))
+        if rank.pid:
+            # Whatever it started goes with it. Politely first: multiprocessing's resource tracker does not heed SIGTERM, and
+            # removes the shared memory that the script has left once the script's processes have gone.
+            self._effects.append(SignalGroup(event.key, rank.pid, SIGTERM))
+            rank.kill_at = self._now + DRAIN_S
         self._end_if_drained(attempt, rank)
 
     def _end_if_drained(self, attempt: Attempt, rank: Rank, give_up: bool = False) -> None:
         """A rank has ended when it is dead and all it printed has been read."""
         if rank.died is None or rank.status is not None or ((rank.open_streams or rank.unsent) and not give_up):
             return
+        if rank.kill_at is not None:
+            rank.kill_at = None
+            self._effects.append(SignalGroup(self._key(attempt, rank), rank.pid, SIGKILL))
         rank.unsent.clear()
         rank.drained_at = None
         rank.status = m.RankStatus(

@@ -36,7 +36,6 @@ class Child:
     def status(self) -> tuple[int, int]:
         """(exit code, signal) once the sentinel is ready; one of them is 0."""
         data = os.read(self.sentinel, 4)
-        os.close(self.sentinel)
         if not data:
             return 0, signal.SIGKILL  # with the server
         code = os.waitstatus_to_exitcode(struct.unpack("!i", data)[0])

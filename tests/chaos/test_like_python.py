@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from commands import FLEET, environment
+from commands import FLEET, environment, fleet
 
 
 class Seen(NamedTuple):
@@ -295,3 +295,18 @@ def test_compiled_scripts(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr.split(b":")[1:2]) == (2, [b" no_text.py"])
     assert b"None" not in done.stderr
+
+
+def test_shared_memory_that_a_script_leaves_is_removed_and_said(tmp_path: Path) -> None:
+    """The resource tracker of multiprocessing does both once the script has ended, and is given the time."""
+    script = tmp_path / "leave.py"
+    script.write_text(
+        "from multiprocessing import shared_memory\n"
+        "memory = shared_memory.SharedMemory(create=True, size=1000)\n"
+        "print(memory.name)\n"
+    )
+    done = fleet("run", "--workers", "1", str(script))
+    assert done.returncode == 0, done.stderr
+    assert "1 leaked shared_memory object" in done.stderr
+    name = done.stdout.split("| ")[1].strip()
+    assert not Path("/dev/shm", name).exists()

@@ -74,6 +74,25 @@ def test_output_that_a_grandchild_holds_open_is_given_up() -> None:
     assert len(up(core.step(w.Tick(), 1.5), m.RankExited)) == 1
 
 
+def test_what_a_rank_has_started_may_end_by_itself_before_it_is_killed() -> None:
+    core = started()
+    assert kinds(core.step(w.ProcessExited(KEY, 0, 0, False), 1.0), w.SignalGroup) == [w.SignalGroup(KEY, 42, 15)]
+    core.step(w.Printed(KEY, "stderr", b""), 1.1)
+    effects = core.step(w.Printed(KEY, "stdout", b""), 1.1)
+    assert kinds(effects, w.SignalGroup) == [w.SignalGroup(KEY, 42, 9)], "nobody prints any more"
+    assert kinds(core.step(w.Tick(), 9.0), w.SignalGroup) == []
+
+
+def test_what_a_rank_has_started_is_killed_though_nobody_reads_what_it_prints() -> None:
+    core = started()
+    core.step(w.Printed(KEY, "stdout", b"x" * WINDOW_BYTES), 0.5)
+    core.step(w.ProcessExited(KEY, 0, 0, False), 1.0)
+    for at in (1.2, 1.4):
+        assert kinds(core.step(w.Printed(KEY, "stdout", b"x"), at), w.SignalGroup) == []
+    assert kinds(core.step(w.Tick(), 1.0 + DRAIN_S), w.SignalGroup) == [w.SignalGroup(KEY, 42, 9)]
+    assert kinds(core.step(w.Tick(), 9.0), w.SignalGroup) == []
+
+
 def test_stop_is_polite_and_then_is_not() -> None:
     core = started()
     assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.SignalGroup) == [w.SignalGroup(KEY, 42, 15)]
