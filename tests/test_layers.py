@@ -53,6 +53,8 @@ DECIDERS = (
     "fleet/collectives/schedule.py",
     "fleet/client/line_folding.py",
     "fleet/client/grid.py",
+    "fleet/client/attachment.py",
+    "fleet/client/handshake.py",
     "fleet/client/output_sequence.py",
     "fleet/client/pool.py",
 )

@@ -1,57 +1,45 @@
-"""A conversation with an orchestrator about jobs: submit, look, wait, read, cancel, drain. Prints nothing.
+"""Requests about jobs to an orchestrator: submit, look, wait, read, cancel, drain. Prints nothing.
 
-Whatever is asked is asked again after a lost connection, so that a restarted orchestrator is only a pause.
+Each is made again after a lost connection, so that a restarted orchestrator is only a pause.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import count
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from msgspec.structs import replace
-
 from fleet import messages as m
 from fleet.bounds import is_id, is_worker_id
 from fleet.bus.context import Bus
-from fleet.bus.control import Dealer, Link
-from fleet.bus.poller import Poller
-from fleet.client.attached_job import DENIALS_UNTIL_FINAL
-from fleet.client.target import Target, hello
-from fleet.errors import ConfigError, FleetError, ProtocolError, UsageError
+from fleet.bus.control import Arrived, Lost
+from fleet.client.connection import Connection
+from fleet.client.handshake import AT_ONCE
+from fleet.client.target import Target
+from fleet.errors import FleetError, UsageError
 from fleet.stillness import LifeClock
 from fleet.transfer import read_part
 
-SUBMITS_UNDER_WAY = WATCHES_UNDER_WAY = 256
-QUESTIONS_UNDER_WAY = 16  # whose answers may have a megabyte each
+MEGABYTE_WEIGHT = AT_ONCE // 16  # of questions whose answers may have a megabyte each
 UNKNOWN = "the orchestrator does not know this job, or no longer"
 WORKER_ANSWERS_WITHIN_S = 30.0  # with a page of a listing, or with a few parts of a file
 WORKER_ASKED_TIMES = 3
 
-Numbered = m.ListJobs | m.ReadLog | m.Drain
 A = TypeVar("A", m.Jobs, m.LogPart, m.Drained)
 
 
 class JobClient:
-    """One connection. Methods raise ConfigError where no orchestrator answers in time, or it refuses this client."""
+    """Client of one orchestrator. Methods raise ConfigError where none answers in time, or it refuses this client."""
 
     def __init__(self, target: Target, versions: m.Versions) -> None:
-        self._target = target
-        self._versions = versions
         self._bus = Bus(target.lock)
-        self._dealer = Dealer(self._bus, target.endpoint, f"client/{uuid.uuid4().hex}".encode())
-        self._poller = Poller(self._dealer.poll_sockets)
         self._clock = LifeClock()
-        self._deadline: float | None = self._clock.now() + target.timeout_s  # to be let in; None: it is
-        self._welcome = False  # on this connection
-        self._denied_count = 0
-        self._connection = 0  # how often it was let in
-        self._numbers = count(1)  # of questions
-        self._watching: dict[int, str] = {}  # jobs by the questions about their ends that are not answered
-        self._ended: dict[str, m.JobEnded] = {}  # jobs whose end nobody has asked for since
+        advice = ": is it running, and is the address right?"
+        self._connection = Connection(self._bus, target, versions, self._clock, advice)
+        self._watched: dict[int, str] = {}  # jobs by the numbers of the questions about their ends
+        self._ended: dict[str, m.JobEnded] = {}  # ends of jobs that have come, and that no `ends` has taken yet
 
     def __enter__(self) -> Self:
         return self
@@ -61,38 +49,29 @@ class JobClient:
 
     def submit(self, submits: Iterable[m.Submit], bundle: Path | None) -> dict[str, str]:
         """Returns once each job is on the orchestrator's disk with its files, or refused: why, by job; empty: taken."""
-        waiting = {submit.job_id: submit for submit in submits}
-        under_way: dict[str, m.Submit] = {}
-        answered: dict[str, str] = {}
+        answers: dict[str, str] = {}
+        missing = set()
 
-        def following() -> list[m.Submit]:
-            found = []
-            while waiting and len(under_way) < SUBMITS_UNDER_WAY:
-                job_id = next(iter(waiting))
-                under_way[job_id] = waiting.pop(job_id)
-                found.append(under_way[job_id])
-            return found
-
-        def take(message: m.Message) -> bool:
+        def take(message: m.Message) -> None:
             if isinstance(message, m.Want) and bundle is not None:
-                self._send(read_part(bundle, message))
-            elif isinstance(message, m.Accepted | m.Rejected) and under_way.pop(message.job_id, None) is not None:
-                answered[message.job_id] = message.reason if isinstance(message, m.Rejected) else ""
-                for submit in following():
-                    self._send(submit)
-            return not under_way
+                self._connection.put(read_part(bundle, message))
+            elif isinstance(message, m.Accepted | m.Rejected) and message.job_id in missing:
+                missing.discard(message.job_id)
+                answers[message.job_id] = message.reason if isinstance(message, m.Rejected) else ""
+                self._connection.drop(message.job_id)
 
-        following()
-        if under_way:
-            self._until(lambda: list(under_way.values()), take)
-        return answered
+        for submit in submits:
+            missing.add(submit.job_id)
+            self._connection.submit(submit)
+        self._until(lambda: not missing, take)
+        return answers
 
     def find(self, job_id: str = "", sweep: str = "", limit: int = 1000) -> m.Jobs:
         """Jobs whose id begins so, of a sweep, or all: the newest first, as many pages as it takes."""
         found: list[m.JobInfo] = []
         before = 0
         while True:
-            page = self._asked([m.ListJobs(job_id, sweep, limit - len(found), before)], m.Jobs)[0]
+            page = self._answer(m.ListJobs(job_id, sweep, limit - len(found), before), m.Jobs)
             found += page.jobs
             before = page.next
             if not page.jobs or not before or len(found) >= limit:
@@ -115,36 +94,21 @@ class JobClient:
         """
         missing = dict.fromkeys(job_ids)
         until = None if within_s is None else self._clock.now() + within_s
-        unwatched: list[str] = []
-        connection = 0  # that they are watched on
-
-        def questions() -> list[m.WatchJob]:
-            nonlocal connection
-            if connection != self._connection:  # what was asked before is lost
-                connection = self._connection
-                unwatched[:] = reversed(missing)
-                self._watching.clear()
-            found = []
-            while unwatched and len(self._watching) < WATCHES_UNDER_WAY:
-                job_id, number = unwatched.pop(), next(self._numbers)
-                self._watching[number] = job_id
-                found.append(m.WatchJob(job_id, number))
-            return found
-
-        def take(message: m.Message) -> bool:
-            if isinstance(message, m.Jobs):
-                for watch in questions():
-                    self._send(watch)
-            return any(job_id in missing for job_id in self._ended)
-
-        while missing and (until is None or self._clock.now() < until):
-            if not any(job_id in missing for job_id in self._ended):
-                self._until(questions, take, until)
-            for ended in list(self._ended.values()):
-                del self._ended[ended.job_id]
-                if ended.job_id in missing:
-                    del missing[ended.job_id]
-                    yield ended
+        numbers = {job_id: self._connection.ask(m.WatchJob(job_id), standing=True) for job_id in missing}
+        self._watched |= {number: job_id for job_id, number in numbers.items()}
+        try:
+            while missing and (until is None or self._clock.now() < until):
+                self._until(lambda: any(job_id in missing for job_id in self._ended), until=until)
+                for ended in list(self._ended.values()):
+                    del self._ended[ended.job_id]
+                    if ended.job_id in missing:
+                        del missing[ended.job_id]
+                        self._connection.drop(numbers[ended.job_id])
+                        yield ended
+        finally:
+            for number in numbers.values():
+                del self._watched[number]
+                self._connection.drop(number)
 
     def wait(self, job_ids: Iterable[str], within_s: float | None = None) -> dict[str, m.JobEnded]:
         """How each job ended; those that have not by `within_s` are missing."""
@@ -152,32 +116,28 @@ class JobClient:
 
     def cancel(self, job_ids: Iterable[str], kill: bool = False) -> None:
         """Asks the orchestrator to end them; returns once it has read that."""
-        left = list(job_ids)
-        while left:
-            now, left = left[:SUBMITS_UNDER_WAY], left[SUBMITS_UNDER_WAY:]
-            fence = m.ListJobs(limit=0, question=next(self._numbers))
-            questions = [*(m.Cancel(job_id, kill) for job_id in now), fence]
-            self._until(
-                lambda: questions,  # noqa: B023 - called before the next turn
-                lambda message: isinstance(message, m.Jobs) and message.question == fence.question,  # noqa: B023
-            )
+        left = iter(job_ids)
+        while some := [m.Cancel(job_id, kill) for job_id in islice(left, AT_ONCE)]:
+            # Answered once what was sent before it has been read.
+            self._answers([self._connection.ask(m.ListJobs(limit=0), AT_ONCE, before=some)], m.Jobs)
 
     def log(self, job_id: str, rank: int, offset: int) -> m.LogPart:
         """A part of what a rank printed; from the end where the offset is negative. Raises UsageError."""
-        part = self._asked([m.ReadLog(job_id, rank, offset)], m.LogPart)[0]
+        part = self._answer(m.ReadLog(job_id, rank, offset), m.LogPart)
         if part.error:
             raise UsageError(part.error)
         return part
 
     def logs(self, job_ids: Iterable[str], rank: int, offset: int) -> list[m.LogPart]:
         """The same of many jobs, at once. A part that cannot be had has an error."""
-        return self._asked([m.ReadLog(job_id, rank, offset) for job_id in job_ids], m.LogPart)
+        asked = [self._connection.ask(m.ReadLog(job_id, rank, offset), MEGABYTE_WEIGHT) for job_id in job_ids]
+        return self._answers(asked, m.LogPart)
 
     def drain(self, worker_id: str, within_s: float, undo: bool) -> tuple[str, ...]:
         """The jobs that run there. Raises UsageError where there is no such worker."""
         if not is_worker_id(worker_id):
             raise UsageError(f"there is no worker {worker_id!r} in this cluster; `fleet workers` lists them")
-        drained = self._asked([m.Drain(worker_id, within_s, undo)], m.Drained)[0]
+        drained = self._answer(m.Drain(worker_id, within_s, undo), m.Drained)
         if drained.error:
             raise UsageError(drained.error)
         return drained.jobs
@@ -185,129 +145,75 @@ class JobClient:
     def ask_workers(
         self, asked: Sequence[m.ListFiles | m.ReadFile], within_s: float = WORKER_ANSWERS_WITHIN_S
     ) -> list[m.Files | m.FilePart]:
-        """What workers say of a job's output, in the order of the questions, whose numbers differ. Raises FleetError.
+        """What workers say of a job's output, in the order of the questions. Raises FleetError.
 
         Asks again what is not answered: a worker's connection that breaks takes questions with it.
         """
+        numbers = {self._connection.ask(question): question.worker_id for question in asked}
         answers: dict[int, m.Files | m.FilePart] = {}
-        missing = {question.question: question for question in asked}
 
-        def take(message: m.Message) -> bool:
-            if isinstance(message, m.Unanswered) and message.question in missing:
-                raise FleetError(f"the orchestrator could not answer: {message.reason}")
-            if isinstance(message, m.Files | m.FilePart) and missing.pop(message.question, None) is not None:
+        def take(message: m.Message) -> None:
+            if isinstance(message, m.Files | m.FilePart) and message.question in numbers:
                 answers[message.question] = message
-            return not missing
 
-        for _ in range(WORKER_ASKED_TIMES):
-            if missing:
-                self._until(lambda: list(missing.values()), take, self._clock.now() + within_s / WORKER_ASKED_TIMES)
-        if missing:
-            worker_id = next(iter(missing.values())).worker_id
-            raise FleetError(f"worker {worker_id} did not answer within {within_s:.0f} s")
-        return [answers[question.question] for question in asked]
+        try:
+            for tries in range(WORKER_ASKED_TIMES):
+                missing = [number for number in numbers if number not in answers]
+                for number in missing if tries else ():
+                    self._connection.repeat(number)
+                until = self._clock.now() + within_s / WORKER_ASKED_TIMES
+                self._until(lambda: len(answers) == len(numbers), take, until)
+        finally:
+            for number in numbers:
+                self._connection.drop(number)
+        if missing := [number for number in numbers if number not in answers]:
+            raise FleetError(f"worker {numbers[missing[0]]} did not answer within {within_s:.0f} s")
+        return [answers[number] for number in numbers]
 
     def pause(self, seconds: float) -> None:
         """Lets time pass, and takes what comes."""
-        self._until(list, lambda message: False, self._clock.now() + seconds)
+        self._until(lambda: False, until=self._clock.now() + seconds)
 
-    def _asked(self, asked: Sequence[Numbered], answer: type[A]) -> list[A]:
-        """The answers, in the order of the questions, of which a bounded number is under way."""
-        waiting = {(number := next(self._numbers)): replace(question, question=number) for question in asked}
-        order = list(waiting)
-        under_way: dict[int, m.Message] = {}
-        answers: dict[int, A] = {}
+    def _answer(self, question: m.Question, answer: type[A]) -> A:
+        return self._answers([self._connection.ask(question, MEGABYTE_WEIGHT)], answer)[0]
 
-        def following() -> list[m.Message]:
-            found: list[m.Message] = []
-            while waiting and len(under_way) < QUESTIONS_UNDER_WAY:
-                number = next(iter(waiting))
-                under_way[number] = waiting.pop(number)
-                found.append(under_way[number])
-            return found
+    def _answers(self, numbers: Sequence[int], answer: type[A]) -> list[A]:
+        """The answers to the questions of these numbers, in their order."""
+        answers: dict[int, A | None] = dict.fromkeys(numbers)
+        missing = set(numbers)
 
-        def take(message: m.Message) -> bool:
-            if isinstance(message, m.Unanswered) and message.question in under_way:
-                raise FleetError(f"the orchestrator could not answer: {message.reason}")
-            if isinstance(message, answer) and under_way.pop(message.question, None) is not None:
+        def take(message: m.Message) -> None:
+            if isinstance(message, answer) and message.question in missing:
+                missing.discard(message.question)
                 answers[message.question] = message
-                for question in following():
-                    self._send(question)
-            return not under_way
 
-        following()
-        if under_way:
-            self._until(lambda: list(under_way.values()), take)
-        return [answers[number] for number in order]
-
-    def _send(self, message: m.Message) -> None:
-        self._dealer.put(m.encode(message))
+        try:
+            self._until(lambda: not missing, take)
+        finally:
+            for number in missing:
+                self._connection.drop(number)
+        return [found for found in answers.values() if found is not None]
 
     def _until(
         self,
-        questions: Callable[[], Sequence[m.Message]],
-        take: Callable[[m.Message], bool],
+        done: Callable[[], bool],
+        take: Callable[[m.Message], None] = lambda message: None,
         until: float | None = None,
     ) -> None:
-        """Asks, now and after each lost connection, and takes what comes, until `take` says that it was all."""
-        if self._welcome:
-            for question in questions():
-                self._send(question)
-        while True:
-            limits = [limit for limit in (until, self._deadline) if limit is not None]
-            left_s = min(limits) - self._clock.now() if limits else None
-            if left_s is not None and left_s <= 0:
-                if self._deadline is None:
-                    return
-                name, timeout_s = self._target.name, self._target.timeout_s
-                raise ConfigError(
-                    f"no orchestrator answered at {name} within {timeout_s:g} s: is it running, and is the address right?"
-                )
-            self._poller.wait(self._clock.waits(self._dealer.patience(left_s)))
-            self._clock.now()
-            for link in self._dealer.changes():
-                self._link(link)
-            done = False
-            for arrived in self._dealer.receive():
-                try:
-                    message = m.decode(arrived.data)
-                except ProtocolError as error:
-                    raise ConfigError(f"the orchestrator at {self._target.name}: {error}") from None
-                if isinstance(message, m.Welcome):
-                    self._welcome, self._deadline = True, None
-                    self._connection += 1
-                    for question in questions():
-                        self._send(question)
-                elif isinstance(message, m.Unknown):
-                    self._send(hello(self._versions))
-                elif isinstance(message, m.Refused):
-                    raise ConfigError(f"the orchestrator at {self._target.name} refused this client: {message.reason}")
-                else:
-                    self._note_end(message)
-                    done = take(message) or done
-            if done:
-                return
+        """Lets `take` have all that comes, until it is `done` or the time is over."""
+        while not done() and (until is None or self._clock.now() < until):
+            self._connection.wait(None if until is None else max(0.0, until - self._clock.now()))
+            for event in self._connection.receive():
+                if not isinstance(event, Lost | Arrived):
+                    self._note_end(event)
+                    take(event)
 
     def _note_end(self, message: m.Message) -> None:
-        """What comes of watched jobs, whatever else is being asked."""
+        """Keeps the ends of watched jobs, whatever else is being asked."""
         if isinstance(message, m.JobEnded):
             self._ended[message.job_id] = message
-        elif isinstance(message, m.Jobs) and (job_id := self._watching.pop(message.question, "")) and not message.jobs:
+        elif isinstance(message, m.Jobs) and (job_id := self._watched.get(message.question)) and not message.jobs:
             self._ended[job_id] = m.JobEnded(job_id, UNKNOWN, -1)
-
-    def _link(self, link: Link) -> None:
-        if link is Link.UP:
-            self._denied_count = 0
-            self._send(hello(self._versions))
-        elif link is Link.DOWN:
-            self._welcome = False
-        else:
-            self._denied_count += 1
-            if self._denied_count >= DENIALS_UNTIL_FINAL:
-                raise ConfigError(
-                    f"the orchestrator at {self._target.name} does not let this client in: the secret is wrong or missing "
-                    "on one side (FLEET_SECRET, FLEET_SECRET_FILE), or no orchestrator of fleet listens there"
-                )
 
 
 def refused(answers: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""What ranks printed, each message once and in its order, though it may come twice or with a gap. Pure; prints nothing.
+"""Output messages of ranks, each taken once and in its order, though it may come twice or after a gap; pure.
 
 A worker keeps what is not acknowledged, and sends it again after a lost connection or a full queue: a gap is filled then.
 """
@@ -9,11 +9,11 @@ from fleet import messages as m
 
 
 class OutputSequence:
-    """The number of the last message of each rank that was taken."""
+    """Numbers of the last messages that were taken, of each rank in each attempt."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, int, int], int] = {}
-        self._asked: dict[tuple[str, int, int], int] = {}  # what was the last one then
+        self._asked: dict[tuple[str, int, int], int] = {}  # for a Repeat, when this was the last one
 
     def is_next(self, output: m.Output) -> bool:
         """Whether this is the next one to print. It counts as taken then."""
@@ -23,19 +23,18 @@ class OutputSequence:
         self._last[key] = output.number
         return True
 
-    def ack(self, output: m.Output) -> m.OutputAck:
-        """What is known of the rank that said this: its worker need not keep what was taken."""
-        last = self._last.get((output.job_id, output.attempt, output.member_id), 0)
-        return m.OutputAck(output.job_id, output.attempt, output.member_id, last)
+    def replies(self, output: m.Output) -> list[m.Message]:
+        """The acknowledgement, of which its worker need not keep what was taken; where a message before is missing, Repeat too.
 
-    def gap(self, output: m.Output) -> m.Repeat | None:
-        """What to ask for where one before this is missing; once, since all of them come again."""
+        That is asked for once, since all of them come again.
+        """
         key = output.job_id, output.attempt, output.member_id
         last = self._last.get(key, 0)
-        if output.number <= last + 1 or self._asked.get(key) == last:
-            return None
-        self._asked[key] = last
-        return m.Repeat(output.job_id, output.attempt)
+        found: list[m.Message] = [m.OutputAck(*key, last)]
+        if output.number > last + 1 and self._asked.get(key) != last:
+            self._asked[key] = last
+            found.append(m.Repeat(output.job_id, output.attempt))
+        return found
 
     def drop(self, job_id: str) -> None:
         """A job has ended."""

@@ -23,7 +23,7 @@ def ask(target: Target, job_id: str, versions: m.Versions) -> tuple[list[m.Answe
     found: dict[int, m.Answer] = {}
     expected: int | None = None
     deadline = Deadline(target.timeout_s)
-    for message in answers(target, m.Why(job_id, 1), versions, deadline):
+    for message in answers(target, m.Why(job_id), versions, deadline):
         if isinstance(message, m.Because) and message.question == 1:
             if message.error:
                 raise UsageError(message.error)

@@ -16,8 +16,8 @@ from fleet import pickling, tasks
 from fleet.bus.control import Dealer, Link
 from fleet.client import pool
 from fleet.client.arrivals import Arrivals
-from fleet.client.attached_job import DENIALS_UNTIL_FINAL
 from fleet.client.calls import Packed
+from fleet.client.handshake import DENIALS_UNTIL_FINAL
 from fleet.client.here import Place
 from fleet.client.output_sequence import OutputSequence
 from fleet.client.prints import Prints
@@ -150,9 +150,8 @@ class Seats(ABC):
         elif isinstance(message, m.Output):
             if self._in_order.is_next(message):
                 self._prints.write(message.job_id, message.stream, message.data)
-            self._dealer.put(m.encode(self._in_order.ack(message)))
-            if (repeat := self._in_order.gap(message)) is not None:
-                self._dealer.put(m.encode(repeat))
+            for reply in self._in_order.replies(message):
+                self._dealer.put(m.encode(reply))
         elif isinstance(message, SEATS_NEWS) and message.job_id in self._seats:
             self._about_seat(self._seats[message.job_id], message)
 

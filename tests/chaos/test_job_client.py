@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from fleet import messages as m
-from fleet.client.job_client import UNKNOWN, WATCHES_UNDER_WAY, JobClient
+from fleet.client.handshake import AT_ONCE
+from fleet.client.job_client import UNKNOWN, JobClient
 from tests.orchestrators import VERSIONS, orchestrator
 
-COUNT = 2 * WATCHES_UNDER_WAY + 10  # more than are watched, or submitted, at a time
+COUNT = 2 * AT_ONCE + 10  # more than are watched, or submitted, at a time
 
 
 @pytest.mark.chaos

@@ -349,9 +349,8 @@ class Client(Node):
         elif isinstance(message, m.Output):
             if self.in_order.is_next(message):
                 self.received[message.job_id, message.attempt, message.member_id] += len(message.data)
-            self.send(self.in_order.ack(message))
-            if (repeat := self.in_order.gap(message)) is not None:
-                self.send(repeat)
+            for reply in self.in_order.replies(message):
+                self.send(reply)
 
     def send(self, message: m.Message) -> bool:
         """As Dealer.put: what the queue does not take goes first the next time."""

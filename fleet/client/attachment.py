@@ -1,0 +1,95 @@
+"""A client's attachment to its one job, from submission to end; pure.
+
+Decides what is sent, said and printed, and when the job counts as ended. attached_job.py acts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fleet import messages as m
+from fleet.client.output_sequence import OutputSequence
+
+LEAVE_AFTER_S = 1.8  # after a cancel that nobody answers
+SAY_WAITING_AFTER_S = 2.0
+
+
+@dataclass(frozen=True)
+class Say:
+    """A line to the person at the terminal."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Print:
+    """Output of a rank, once and in its order."""
+
+    output: m.Output
+
+
+Effect = m.Message | Say | Print  # a message is sent
+
+
+class Attachment:
+    """State of one job as its client knows it."""
+
+    def __init__(self, job_id: str, orchestrator: str, local: bool, timeout_s: float, now: float) -> None:
+        """`orchestrator`: its name for the person. `local`: it is embedded here, and nothing is said of it."""
+        self.ended: m.JobEnded | None = None
+        self.cancelled = False
+        self._job_id = job_id
+        self._orchestrator = orchestrator
+        self._local = local
+        self._timeout_s = timeout_s
+        self._welcomed = False
+        self._outputs = OutputSequence()
+        # Invariant: a deadline is None once it is over, or cannot come any more.
+        self._say_waiting_at = None if local else now + SAY_WAITING_AFTER_S
+        self._leave_at: float | None = None
+
+    def cancel(self, signal: int, now: float) -> list[Effect]:
+        """The person wants the job to end; a second time, at once."""
+        again, self.cancelled = self.cancelled, True
+        if again or not self._welcomed:
+            self._end("cancelled")
+        cancel = m.Cancel(self._job_id, again, signal)
+        if again:
+            return [cancel]
+        self._leave_at = now + LEAVE_AFTER_S
+        return [Say("stopping all ranks (once more: at once)"), cancel]
+
+    def lost(self) -> list[Effect]:
+        """The connection to the orchestrator is lost."""
+        if self.cancelled:
+            return []
+        return [Say(f"lost the orchestrator at {self._orchestrator}; trying again until it is back (Ctrl-C: leave)")]
+
+    def step(self, message: m.Message) -> list[Effect]:
+        if isinstance(message, m.Welcome):
+            self._welcomed, self._say_waiting_at = True, None
+        elif isinstance(message, m.Rejected) and message.job_id == self._job_id:
+            self._end(f"not taken: {message.reason}")
+        elif isinstance(message, m.JobWaiting) and not self._local:
+            return [Say(f"job {message.job_id} waits: {message.reason}")]
+        elif isinstance(message, m.Output):
+            printed = [Print(message)] if self._outputs.is_next(message) else []
+            return [*printed, *self._outputs.replies(message)]
+        elif isinstance(message, m.JobEnded) and message.job_id == self._job_id:
+            self.ended = message
+        return []
+
+    def next_deadline(self) -> float | None:
+        return min((at for at in (self._say_waiting_at, self._leave_at) if at is not None), default=None)
+
+    def tick(self, now: float) -> list[Effect]:
+        """Acts on deadlines that are over, all that arrived before having been taken."""
+        if self._leave_at is not None and now >= self._leave_at and self.ended is None:
+            self._end("cancelled; the orchestrator did not answer, it stops the ranks by itself")
+        if self._say_waiting_at is None or now < self._say_waiting_at:
+            return []
+        self._say_waiting_at = None
+        return [Say(f"no orchestrator answers at {self._orchestrator} yet; trying for {self._timeout_s:g} s")]
+
+    def _end(self, reason: str) -> None:
+        self.ended = m.JobEnded(self._job_id, reason, -1)

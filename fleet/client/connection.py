@@ -1,0 +1,152 @@
+"""A client's connection to its orchestrator: one ROUTER's DEALER, the handshake, and numbered questions.
+
+A lost connection is made again by itself, and requests without an answer are made again over the new one, so that a restarted
+orchestrator is only a pause. Decisions are those of handshake.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+from itertools import count
+
+from msgspec.structs import replace
+
+from fleet import messages as m
+from fleet.bus.context import Bus
+from fleet.bus.control import Arrived, Dealer, Frame, Link, Lost, Sent
+from fleet.bus.poller import Poller, Wake
+from fleet.bus.process import numbering
+from fleet.client.handshake import Handshake, Key
+from fleet.client.target import Target
+from fleet.dropped import Dropped
+from fleet.errors import ConfigError, OtherProtocol, ProtocolError
+from fleet.stillness import LifeClock
+
+
+class Connection:
+    """One client at one orchestrator. Belongs to one thread at a time.
+
+    Blocking owners `wait`, then `receive`. An owner with a loop of its own waits for `descriptors`, as long as `patience` says,
+    and receives after each wait and before each, as long as `has_event`.
+    """
+
+    def __init__(self, bus: Bus, target: Target, versions: m.Versions, clock: LifeClock, advice: str = "") -> None:
+        """`clock` is read by the owner, or by `wait`. `advice` is said where no orchestrator answers in time."""
+        self._target = target
+        self._clock = clock
+        self._dealer = Dealer(bus, target.endpoint, f"client/{uuid.uuid4().hex}".encode())
+        # An orchestrator on the same machine sees when the process of this number has ended.
+        hello = m.ClientHello(versions, numbering(), os.getpid())
+        self._handshake = Handshake(target.name, hello, target.timeout_s, clock.now() + target.timeout_s, advice)
+        self._dropped = Dropped(logging.getLogger("fleet.client"), clock.look)
+        self._numbers = count(1)
+        self._poller: Poller | None = None
+
+    @property
+    def ever_welcomed(self) -> bool:
+        """Whether the orchestrator has let this client in, over this connection or an earlier one."""
+        return self._handshake.deadline is None
+
+    def put(self, message: m.Message) -> None:
+        """Sends a message, in its order. It may be lost with the connection."""
+        self._dealer.put(m.encode(message))
+
+    def send(self, head: bytes, body: Sequence[Frame]) -> Sent:
+        """Sends a message to a task runner, see messages.relay_head."""
+        return self._dealer.send(head, body)
+
+    # Requests: made now or once this client is let in, and again after a lost connection, until they are answered
+
+    def ask(
+        self, question: m.Question, weight: int = 1, before: Sequence[m.Message] = (), standing: bool = False
+    ) -> int:
+        """Asks, and returns the number that the answer repeats.
+
+        Messages in `before` are sent just before the question. A standing one is asked over each further connection, also
+        after it was answered, until it is dropped.
+        """
+        number = next(self._numbers)
+        numbered = replace(question, question=number)
+        self._handshake.requests.add(number, (*before, numbered), weight, numbered if standing else None)
+        self._put(self._handshake.due())
+        return number
+
+    def submit(self, submit: m.Submit) -> None:
+        """Submits a job until it has ended or is dropped. Once it is accepted, it does not start a second time.
+
+        Before that, the message may have been lost together with its orchestrator.
+        """
+        self._handshake.requests.add(submit.job_id, (submit,), again=replace(submit, again=True))
+        self._put(self._handshake.due())
+
+    def drop(self, key: Key) -> None:
+        """Nobody waits for the answer to a question of this number, or for this job. Sends nothing."""
+        self._handshake.requests.drop(key)
+
+    def repeat(self, number: int) -> None:
+        """Asks again what a worker may not have heard, under the same number."""
+        self._handshake.requests.repeat(number)
+        self._put(self._handshake.due())
+
+    # Waiting and receiving
+
+    def wait(self, timeout_s: float | None, wake: Wake | None = None) -> None:
+        """Until something may have come, at most so long. Of several calls, each has the same `wake`."""
+        if self._poller is None:
+            self._poller = Poller(self._dealer.poll_sockets if wake is None else (*self._dealer.poll_sockets, wake))
+        self._poller.wait(self._clock.waits(self.patience(timeout_s)))
+        self._clock.now()
+
+    def patience(self, wait_s: float | None) -> float | None:
+        """How long to wait for messages at most, where nothing else is due within `wait_s`."""
+        if (deadline := self._handshake.deadline) is not None:
+            left_s = max(0.0, deadline - self._clock.look())
+            wait_s = left_s if wait_s is None else min(wait_s, left_s)
+        return self._dealer.patience(wait_s)
+
+    def descriptors(self) -> list[int]:
+        return self._dealer.descriptors()
+
+    def has_event(self) -> bool:
+        return self._dealer.has_event()
+
+    def receive(self) -> list[m.Message | Arrived | Lost]:
+        """All that has come, at most a batch: messages, Arrived for those of task runners, Lost for a lost connection.
+
+        Raises ConfigError where this client is not let in, or not in time; FleetError where a question cannot be answered.
+        """
+        found: list[m.Message | Arrived | Lost] = []
+        for link in self._dealer.changes():
+            if link is Link.UP:
+                self._put(self._handshake.connected())
+            elif link is Link.DENIED:
+                self._handshake.denied()
+            else:
+                self._handshake.lost()
+                found.append(Lost(b""))
+        for arrived in self._dealer.receive():
+            if arrived.rest:
+                found.append(arrived)
+            elif (message := self._decoded(arrived.data)) is not None:
+                self._put(self._handshake.take(message))
+                found.append(message)
+        self._put(self._handshake.due())
+        self._handshake.check(self._clock.look())
+        return found
+
+    def _put(self, messages: Sequence[m.Message]) -> None:
+        for message in messages:
+            self.put(message)
+
+    def _decoded(self, data: bytes) -> m.Message | None:
+        """None: the message is dropped. Raises ConfigError where no orchestrator of this version speaks."""
+        try:
+            return m.decode(data)
+        except ProtocolError as error:
+            if isinstance(error, OtherProtocol) or not self.ever_welcomed:
+                raise ConfigError(f"the orchestrator at {self._target.name}: {error}") from None
+            self._dropped.malformed(f"the orchestrator at {self._target.name}", error)
+            return None
