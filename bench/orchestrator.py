@@ -1,10 +1,12 @@
 """What a heartbeat and a job cost the orchestrator, and how both grow with the number of workers.
 
-    python bench/orchestrator.py [--workers 10,100,1000,10000] [--sockets 10,100,1000] [--json FILE]
+    python bench/orchestrator.py [--workers 10,100,1000,10000] [--sockets 10,100,1000] [--security 1000] [--forming 64,512]
+        [--json FILE]
 
 First the pure core: a step with its message at hand ("core"), then from bytes to bytes, with the next deadline looked up, as
 the service's loop does ("bytes"). Jobs are written down, but for the disk itself. Then what might not scale, at the same sizes.
-Last a real `fleet orchestrator` behind real sockets, see orchestrator_sockets.py.
+Last a real `fleet orchestrator` behind real sockets: see orchestrator_sockets.py, orchestrator_security.py (what encryption
+takes) and orchestrator_forming.py (a large world). Each option may be `none`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import orchestrator_forming
+import orchestrator_security
 import orchestrator_sockets
 
 from fleet import messages as m
@@ -246,22 +250,29 @@ def numbers(text: str) -> list[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=numbers, default=[10, 100, 1000, 10_000])
-    parser.add_argument("--sockets", type=numbers, default=[10, 100, 1000], help="or none")
+    parser.add_argument("--sockets", type=numbers, default=[10, 100, 1000])
+    parser.add_argument("--security", type=numbers, default=[1000])
+    parser.add_argument("--forming", type=numbers, default=[64, 128, 256, 512])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    if any(number < 1 for number in (*options.workers, *options.sockets)):
-        parser.error("--workers and --sockets need at least 1 worker each time")
+    sockets, security, forming = orchestrator_sockets, orchestrator_security, orchestrator_forming
+    tables: tuple[tuple[list[int], Any, str, Any, Any], ...] = (
+        (options.workers, [()], CORE_HEAD, pure, core_row),
+        (options.workers, [()], HARD_HEAD, hard, hard_row),
+        (options.sockets, [()], sockets.HEAD, sockets.measure, sockets.row),
+        (options.security, security.CASES, security.HEAD, security.measure, security.row),
+        (options.forming, [()], forming.HEAD, forming.measure, forming.row),
+    )
+    if any(number < 1 for counts, *_ in tables for number in counts):
+        parser.error("each number of workers is at least 1")
     records: list[dict[str, Any]] = []
-    for count_of, head, measure, row in (
-        (options.workers, CORE_HEAD, pure, core_row),
-        (options.workers, HARD_HEAD, hard, hard_row),
-        (options.sockets, orchestrator_sockets.HEAD, orchestrator_sockets.measure, orchestrator_sockets.row),
-    ):
-        if count_of:
+    for counts, cases, head, measure, row in tables:
+        if counts:
             print(head, flush=True)
-        for workers in count_of:
-            records.append(measure(workers))
-            print(row(records[-1]), flush=True)
+        for workers in counts:
+            for case in cases:
+                records.append(measure(workers, *case))
+                print(row(records[-1]), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
     over = [

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,14 +49,22 @@ def row(r: dict[str, Any]) -> str:
 class Cpu:
     """CPU seconds of a process's threads, to the nanosecond, from the kernel's scheduler."""
 
+    IO = "ZMQbg/IO/"  # what libzmq calls the threads that do its input, output and encryption
+
     def __init__(self, pid: int) -> None:
         self._pid = pid
 
+    def threads(self) -> dict[tuple[int, str], float]:
+        """Of each thread, by its number and name."""
+        return {
+            (int(task.name), (task / "comm").read_text().strip()): int((task / "schedstat").read_text().split()[0])
+            / 1e9
+            for task in Path(f"/proc/{self._pid}/task").iterdir()
+        }
+
     def seconds(self) -> tuple[float, float]:
         """(of its main thread, which decides; of all)."""
-        found = {}
-        for task in Path(f"/proc/{self._pid}/task").iterdir():
-            found[int(task.name)] = int((task / "schedstat").read_text().split()[0]) / 1e9
+        found = {number: seconds for (number, _), seconds in self.threads().items()}
         return found[self._pid], sum(found.values())
 
     def quiet(self) -> tuple[float, float]:
@@ -72,10 +80,12 @@ class Cpu:
             before = after
 
 
+COMMAND = (sys.executable, "-m", "fleet", "orchestrator", "--bind", "127.0.0.1:0", "--insecure")
+
+
 @contextmanager
-def orchestrator() -> Iterator[tuple[str, int]]:
+def orchestrator(command: Sequence[str] = COMMAND) -> Iterator[tuple[str, int]]:
     """(its address, its process)."""
-    command = [sys.executable, "-m", "fleet", "orchestrator", "--bind", "127.0.0.1:0", "--insecure"]
     with tempfile.TemporaryDirectory(prefix="fleet-bench-") as folder, (Path(folder) / "log").open("w+") as log:
         environment = os.environ | {"FLEET_STATE_DIR": str(Path(folder) / "state")}
         with subprocess.Popen(command, stderr=log, env=environment) as process:
@@ -123,11 +133,13 @@ def beat(dealers: list[Dealer], rounds: int) -> None:
             until(lambda dealer=dealer, data=data: dealer.send(data) or None)  # type: ignore[misc]
 
 
-def beat_paced(dealers: list[Dealer]) -> None:
+def beat_paced(dealers: list[Dealer], seconds: int = PACED_S, every_s: int = 1) -> None:
+    """A heartbeat of each worker every so often, evenly spread."""
+    slices = SLICES_A_SECOND * every_s
     started = time.monotonic()
-    for number in range(PACED_S * SLICES_A_SECOND):
-        data = m.encode(m.Heartbeat((number // SLICES_A_SECOND + 1) / 10))
-        for dealer in dealers[number % SLICES_A_SECOND :: SLICES_A_SECOND]:
+    for number in range(seconds * SLICES_A_SECOND):
+        data = m.encode(m.Heartbeat((number // slices + 1) / 10))
+        for dealer in dealers[number % slices :: slices]:
             dealer.send(data)
         time.sleep(max(0.0, started + (number + 1) / SLICES_A_SECOND - time.monotonic()))
 
@@ -168,17 +180,25 @@ def jobs_per_s(dealers: list[Dealer], client: Dealer) -> float:
     return JOBS / (time.monotonic() - started)
 
 
+def connected(stack: ExitStack, address: str, lock: Lock, workers: int) -> list[Dealer]:
+    """Workers that have yet to say hello."""
+    buses = [stack.enter_context(Bus(lock)) for _ in range(-(-workers // DEALERS_EACH))]
+    return [Dealer(buses[number // DEALERS_EACH], address, f"worker-{number}/1".encode()) for number in range(workers)]
+
+
+def client_of(stack: ExitStack, address: str, lock: Lock) -> Dealer:
+    client = Dealer(stack.enter_context(Bus(lock)), address, b"client/1")
+    assert isinstance(ask(client, m.ClientHello(VERSIONS)), m.Welcome)
+    return client
+
+
 def measure(workers: int) -> dict[str, Any]:
     with ExitStack() as stack:
         address, pid = stack.enter_context(orchestrator())
         cpu, process = Cpu(pid), psutil.Process(pid)
-        buses = [stack.enter_context(Bus(Lock())) for _ in range(-(-workers // DEALERS_EACH) + 1)]
-        client = Dealer(buses[-1], address, b"client/1")
-        assert isinstance(ask(client, m.ClientHello(VERSIONS)), m.Welcome)
+        client = client_of(stack, address, Lock())
         empty_bytes = process.memory_info().rss
-        dealers = [
-            Dealer(buses[number // DEALERS_EACH], address, f"worker-{number}/1".encode()) for number in range(workers)
-        ]
+        dealers = connected(stack, address, Lock(), workers)
         join(dealers)
         full_bytes = process.memory_info().rss
 

@@ -12,7 +12,7 @@ import msgspec
 from fleet.bounds import ONE_A_RANK, Endpoint, Generation, Host, MemberId, Pid, Word, WorkerId, WorldId
 
 
-class Member(msgspec.Struct, frozen=True):
+class Member(msgspec.Struct, frozen=True, array_like=True):
     """A process of a job, from its start to its end, and where its inbox listens."""
 
     member_id: MemberId

@@ -22,6 +22,7 @@ Frame = zmq.Frame | bytes | bytearray | memoryview  # a view must stay as it is 
 FRAMES_AT_MOST = 66  # of one message, with its sender's name
 HWM = 10_000  # messages; a peer this far behind counts as lost, see Router.send
 BACKLOG_EVERY_S = 0.05
+COPY_BELOW = 64 << 10  # bytes
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 3000
 
 
@@ -171,7 +172,8 @@ class Router:
         """FULL: the peer is there, and so far behind that it counts as lost."""
         self._glance.used()
         try:
-            self._socket.send_multipart([peer, data, *rest], zmq.DONTWAIT, copy=not rest)
+            # A large message goes to many peers from one place in memory: libzmq holds the bytes until they have left.
+            self._socket.send_multipart([peer, data, *rest], zmq.DONTWAIT, copy=not rest and len(data) < COPY_BELOW)
         except zmq.ZMQError as error:
             if error.errno == zmq.EAGAIN:
                 return Sent.FULL

@@ -128,6 +128,7 @@ class Service:
         self._failing = False  # the disk took nothing the last time
         self._unlogged: set[str] = set()  # jobs whose output the disk did not take
         self._todo: list[Effect] = []  # decided, and to be done once it is written down
+        self._last_encoded: tuple[m.Message | None, bytes] = None, b""
         self._wake = Wake()
         self._ends: dict[int, bytes] = {}  # descriptors that tell of the ends of lost clients' processes
         self._stopping = threading.Event()
@@ -348,7 +349,7 @@ class Service:
     def _perform(self, effect: Effect) -> list[Event]:
         """Carries out one effect; returns what came of it at once."""
         if isinstance(effect, Send):
-            self._sent(effect.peer, self._router.send(effect.peer, m.encode(effect.message)))
+            self._sent(effect.peer, self._router.send(effect.peer, self._encoded(effect.message)))
         elif isinstance(effect, Log):
             log.log(logging.getLevelNamesMapping()[effect.level.upper()], effect.text)
         elif isinstance(effect, ServeBundle):
@@ -370,6 +371,12 @@ class Service:
         elif isinstance(effect, ServeLog):
             self._serve_log(effect)
         return []
+
+    def _encoded(self, message: m.Message) -> bytes:
+        """The bytes of a message, made once where many get it one after the other: of a large world that takes a millisecond."""
+        if message is not self._last_encoded[0]:
+            self._last_encoded = message, m.encode(message)
+        return self._last_encoded[1]
 
     def _sent(self, peer: bytes, sent: Sent) -> None:
         """One that is gone is told of by PeerLost. One that is here and does not read is as good as gone."""
