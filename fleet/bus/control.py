@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 import zmq
+from zmq.utils.garbage import gc
 
 from fleet.bounds import FRAME_LIMIT_BYTES
 from fleet.bus.context import Bus
+from fleet.bus.descriptors import has_room
 from fleet.bus.strangers import BROKEN_HANDSHAKE, WATCHED, Strangers, happened
 
 Frame = zmq.Frame | bytes | bytearray | memoryview  # a view must stay as it is until it has left
+_FURTHER = zmq.DONTWAIT | zmq.SNDMORE
 FRAMES_AT_MOST = 66  # of one message, with its sender's name
 HWM = 10_000  # messages; a peer this far behind counts as lost, see Router.send
 BACKLOG_EVERY_S = 0.05
@@ -121,20 +124,34 @@ class _Monitor:
 
 
 class Router:
-    """One bound socket. `receive` yields what arrived and who was lost; `poll_sockets` are what to wait for."""
+    """One socket for many peers. It is bound to `endpoint`; without one it connects to each peer, see fleet/bus/knock.py.
 
-    def __init__(self, bus: Bus, endpoint: str) -> None:
+    `receive` returns messages and losses of peers; `poll_sockets` are the sockets to wait for.
+    """
+
+    def __init__(self, bus: Bus, endpoint: str = "") -> None:
+        self._bus = bus
         self._socket = bus.socket(zmq.ROUTER, HWM, FRAME_LIMIT_BYTES)
         self._socket.router_mandatory = True  # an unknown peer is an error, never a silent drop
         self._socket.router_handover = True  # the same peer on a new connection wins over its ghost
-        self._monitor = _Monitor(bus, self._socket, WATCHED)
-        self.endpoint = bus.bind(self._socket, endpoint)
+        self._monitor = _Monitor(bus, self._socket, WATCHED | zmq.EVENT_CONNECTED)
+        self.endpoint = bus.bind(self._socket, endpoint) if endpoint else ""
         self.strangers = Strangers(self.endpoint, hears=True)
         self._peer_of: dict[int, bytes] = {}  # by file descriptor of its connection
         self._descriptor_of: dict[bytes, int] = {}
-        self._open: set[int] = set()  # descriptors accepted and not disconnected
+        self._open: set[int] = set()  # descriptors of connections
         self.poll_sockets = (self._socket, self._monitor.socket)
         self._glance = _Glance(self._socket)
+
+    def connect(self, endpoint: str) -> None:
+        """Connects to a peer that listens. Connects again, for ever, when the connection is lost."""
+        self._glance.used()
+        self._bus.connect(self._socket, endpoint)
+
+    def disconnect(self, endpoint: str) -> None:
+        """Ends a connection made by `connect`, or its attempts."""
+        self._glance.used()
+        self._socket.disconnect(endpoint)
 
     def receive(self) -> list[Arrived | Lost]:
         """All that has happened since the last call, at most a batch; waits for nothing."""
@@ -173,7 +190,7 @@ class Router:
         self._glance.used()
         try:
             # A large message goes to many peers from one place in memory: libzmq holds the bytes until they have left.
-            self._socket.send_multipart([peer, data, *rest], zmq.DONTWAIT, copy=not rest and len(data) < COPY_BELOW)
+            _queue(self._socket, (peer, data, *rest), not rest and len(data) < COPY_BELOW)
         except zmq.ZMQError as error:
             if error.errno == zmq.EAGAIN:
                 return Sent.FULL
@@ -195,7 +212,7 @@ class Router:
         found: list[Arrived | Lost] = []
         for event, descriptor in self._monitor.events():
             self.strangers.saw(event, descriptor)
-            if event == zmq.EVENT_ACCEPTED:
+            if event in (zmq.EVENT_ACCEPTED, zmq.EVENT_CONNECTED):
                 self._open.add(descriptor)
             elif event == zmq.EVENT_DISCONNECTED:
                 self._open.discard(descriptor)
@@ -207,9 +224,9 @@ class Router:
 
 
 class Dealer:
-    """One connection to one Router, made and made again for ever."""
+    """One connection to one Router, made and made again for ever. With `listens` the Router is the side that connects."""
 
-    def __init__(self, bus: Bus, endpoint: str, identity: bytes) -> None:
+    def __init__(self, bus: Bus, endpoint: str, identity: bytes, listens: bool = False) -> None:
         self._socket = bus.socket(zmq.DEALER, HWM, FRAME_LIMIT_BYTES)
         self._socket.routing_id = identity
         # Of both sides this one alone pings, and says after what silence the other one is to hang up. libzmq 4.3 aborts where
@@ -223,7 +240,10 @@ class Dealer:
         self._monitor = _Monitor(bus, self._socket, watched)
         self._shaking_hands = False
         self._backlog: deque[bytes] = deque()  # put, and not sent: the queue was full
-        bus.connect(self._socket, endpoint)
+        if listens:
+            bus.bind(self._socket, endpoint)
+        else:
+            bus.connect(self._socket, endpoint)
         self.poll_sockets = (self._socket, self._monitor.socket)
         self._glance = _Glance(self._socket)
 
@@ -285,7 +305,21 @@ class Dealer:
         """YES: it goes over this connection or, while that is down, over the next one. FULL: it does not."""
         self._glance.used()
         try:
-            self._socket.send_multipart([data, *rest], zmq.DONTWAIT, copy=not rest)
+            _queue(self._socket, (data, *rest), not rest)
         except zmq.Again:
             return Sent.FULL
         return Sent.YES
+
+
+def _queue(socket: zmq.Socket[bytes], frames: tuple[Frame, ...], copy: bool) -> None:
+    """Queues a message, whole. Raises zmq.ZMQError where there is no room for it."""
+    last = len(frames) - 1
+    for index, frame in enumerate(frames):
+        if not copy and len(frame) >= zmq.COPY_THRESHOLD and not isinstance(frame, zmq.Frame):
+            copy = not _may_share()
+        socket.send(frame, zmq.DONTWAIT if index == last else _FURTHER, copy)
+
+
+def _may_share() -> bool:
+    """Whether libzmq may send from memory of Python's: pyzmq then has a thread, with a context of its own."""
+    return gc.is_alive() or has_room()

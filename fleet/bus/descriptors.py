@@ -1,6 +1,6 @@
-"""Open files that this process may have.
+"""How many files this process may open.
 
-libzmq aborts a process in which none is left for its sockets, so that is found out before.
+libzmq aborts a process that has no descriptor left for its sockets, so fleet looks before it makes them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import resource
 from fleet.errors import ConfigError
 
 FOR_A_BUS = 20  # a context of ZeroMQ with its first few sockets
-_PLENTY = 512  # from here on nobody counts
 
 
 def require(count: int, what: str) -> None:
@@ -32,17 +31,25 @@ def raise_limit(count: int) -> None:
         )
 
 
+def has_room(count: int = FOR_A_BUS) -> bool:
+    """Whether this process may open `count` further files now. Finds out by opening them."""
+    opened: list[int] = []
+    try:
+        for _ in range(count):
+            opened.append(os.eventfd(0, os.EFD_CLOEXEC))
+    except OSError:
+        return False
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    return True
+
+
 def check_room() -> None:
     """Raises ConfigError where too few descriptors are left for a Bus."""
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if soft == resource.RLIM_INFINITY or soft >= _PLENTY:
-        return
-    try:
-        taken = len(os.listdir("/proc/self/fd")) - 1
-    except OSError:  # not even one to look
-        taken = soft
-    if soft - taken < FOR_A_BUS:
+    if not has_room():
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         raise ConfigError(
-            f"this process (pid {os.getpid()}) has {taken} files open and may have {soft}, which leaves too few for its "
-            f"connections: raise the limit (ulimit -n {soft + 64})"
+            f"this process (pid {os.getpid()}) has nearly all of the {soft} files open that it may have, which leaves too few "
+            f"for its connections: close some, or raise the limit (ulimit -n {soft + 64})"
         )

@@ -34,7 +34,7 @@ class Place:
     """Where an Executor's runners run, and what they are started with."""
 
     target: Target
-    direct: str  # where runners reach their client without the relay; empty: they cannot
+    door: str  # where runners tell their client that they listen; empty: they are reached through the relay
     spec: Spec
     bundle: Path | None = None  # the code, if it has to travel
     ended: Callable[[], str] = lambda: ""  # how the process of the local slots has ended, in words
@@ -67,11 +67,11 @@ def local_place(slots: int, gpus: int) -> Iterator[Place]:
         if not endpoint:
             raise FleetError(f"the pool of local slots did not start: it {_how_it_ended(process)}")
         # Beside its orchestrator, so in a folder that is this user's alone.
-        direct = endpoint.removesuffix("orchestrator") + "client"
+        door = endpoint.removeprefix("ipc://").removesuffix("orchestrator") + "client"
         search = tuple(dict.fromkeys(portable(os.path.abspath(entry)) for entry in sys.path))
         target = Target("this machine", endpoint, Lock(), 60.0, local=True)
         yield Place(
-            target, direct, Spec("tasks", direct, search, portable(os.getcwd())), ended=lambda: _how_it_ended(process)
+            target, door, Spec("tasks", door, search, portable(os.getcwd())), ended=lambda: _how_it_ended(process)
         )
     finally:
         with contextlib.suppress(BrokenPipeError):

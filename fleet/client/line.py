@@ -19,12 +19,13 @@ from fleet import config, tasks
 from fleet import messages as m
 from fleet.bus import forks
 from fleet.bus.context import Bus
-from fleet.bus.control import Arrived, Dealer, Router, Sent
+from fleet.bus.control import Arrived, Dealer, Sent
 from fleet.bus.poller import DescriptorPoller, Wake
 from fleet.bus.shared import host_key
 from fleet.client import pool
 from fleet.client.arrivals import Arrivals
 from fleet.client.calls import Packer, Promise, Work, settle
+from fleet.client.direct import Direct
 from fleet.client.here import Place
 from fleet.client.seats import PoolLost, Seat, Seats, Wishes
 from fleet.errors import ConfigError, FleetError, ProtocolError, TaskLost
@@ -56,7 +57,6 @@ class Line(Seats):
         self._asleep = False
         self._full = False  # no runner has room, until the thread's next turn at least
         self._lock = threading.RLock()  # around the sockets and all that follows here
-        self._router: Router | None = None
         self._acknowledge_at = 0.0
         self._clock = LifeClock()  # read by the thread, looked at by whoever acts for it
         self._inbox: deque[tuple[pool.Task, Work]] = deque()
@@ -144,8 +144,7 @@ class Line(Seats):
         if not self._lock.acquire(blocking=False):
             return False
         try:
-            router = self._router
-            if router is None or not self._pool.has_idle:
+            if self._direct is None or not self._pool.has_idle:
                 self._full = not self._pool.has_room
                 return self._full
             self._take_inbox()
@@ -166,8 +165,8 @@ class Line(Seats):
         try:
             with Bus(self._target.lock) as bus:
                 self._dealer = Dealer(bus, self._target.endpoint, f"client/{uuid.uuid4().hex}".encode())
-                self._router = Router(bus, self._place.direct) if self._place.direct else None
-                direct = self._router.descriptors() if self._router else []
+                self._direct = Direct(bus, self._place.door) if self._place.door else None
+                direct = self._direct.descriptors() if self._direct else []
                 self._watch = DescriptorPoller([*self._dealer.descriptors(), self._wake.fileno(), *direct])
                 self._arrivals = Arrivals(self._say, self._memory)
                 self._started_at = self._clock.now()
@@ -192,6 +191,8 @@ class Line(Seats):
             if self._first is not None:
                 self._first.release()
             self._packer.close()
+            if self._direct is not None:
+                self._direct.close()
             self._needed.close()
             self._wake.close()
 
@@ -222,7 +223,7 @@ class Line(Seats):
         # Taken in one order and acted on in the other: a runner's last result counts before its end, and what was submitted
         # before a result came competes for the runner that it frees.
         told = self._dealer.receive()
-        things = [*(self._router.receive() if self._router else ()), *told]
+        things = [*(self._direct.receive() if self._direct else ()), *told]
         self._take_inbox()
         for thing in things:
             if isinstance(thing, Arrived):
@@ -253,7 +254,7 @@ class Line(Seats):
         return None if self._unsent or self._has_event() else max(0.0, min(waits))
 
     def _has_event(self) -> bool:
-        return self._dealer.has_event() or (self._router is not None and self._router.has_event())
+        return self._dealer.has_event() or (self._direct is not None and self._direct.has_event())
 
     def _sleep(self, wait_s: float) -> None:
         """Outside of the lock: who finds this line asleep may act for it, or wakes it."""
@@ -357,10 +358,10 @@ class Line(Seats):
         body = [tasks.encode(said)] if piece is None else [tasks.encode(said), piece]
         seat = self._seats[job_id]
         sent = Sent.GONE  # a runner that is not there yet is told everything when it comes
-        if self._router is None:
+        if self._direct is None:
             sent = self._dealer.send(m.relay_head(job_id), body)
         elif seat.peer:
-            sent = self._router.send(seat.peer, m.relay_head(job_id), body)
+            sent = self._direct.send(seat.peer, m.relay_head(job_id), body)
         if sent is Sent.FULL:
             seat.behind_at = self._clock.look() + ASK_AGAIN_S
 
@@ -480,6 +481,6 @@ class Line(Seats):
             self._wake.clear()
             self._dealer.changes()
             told = self._dealer.receive()
-            for thing in [*(self._router.receive() if self._router else ()), *told]:
+            for thing in [*(self._direct.receive() if self._direct else ()), *told]:
                 if isinstance(thing, Arrived):
                     self._take(thing)

@@ -17,6 +17,7 @@ from fleet.bus.control import Dealer, Link
 from fleet.client import pool
 from fleet.client.arrivals import Arrivals
 from fleet.client.calls import Packed
+from fleet.client.direct import Direct
 from fleet.client.handshake import DENIALS_UNTIL_FINAL
 from fleet.client.here import Place
 from fleet.client.output_sequence import OutputSequence
@@ -90,6 +91,7 @@ class Seats(ABC):
         self._pool = pool.Pool(wishes.count, wishes.tasks_at_most)
         self._first: Packed | None = None  # the call of the initializer
         self._seats: dict[str, Seat] = {}
+        self._direct: Direct | None = None  # None: runners are reached through the relay
         self._unsent: deque[m.Message] = deque()  # to the orchestrator
         self._prints = Prints()
         self._in_order = OutputSequence()
@@ -181,6 +183,8 @@ class Seats(ABC):
         job_id = uuid.uuid4().hex[:12]
         submit = m.Submit(job_id, 1, self._place.spec, options=self._options)
         self._seats[job_id] = Seat(submit)
+        if self._direct is not None:
+            self._direct.expect(job_id)
         self._pool.joined(job_id)
         self._unsent.append(submit)
 
@@ -221,6 +225,8 @@ class Seats(ABC):
 
     def _ended(self, job_id: str, reason: str, task_id: int) -> None:
         del self._seats[job_id]
+        if self._direct is not None:
+            self._direct.forget(job_id)
         self._arrivals.drop(job_id)
         self._prints.end(job_id)
         self._in_order.drop(job_id)

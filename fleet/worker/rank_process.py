@@ -262,7 +262,7 @@ def _run_tasks(plan: Plan) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # its client writes it in its own
-    serve(plan.target if plan.target.startswith("ipc:") else "")
+    serve(plan.target if plan.target.startswith("/") else "")
 
 
 def _users_part(traceback: TracebackType | None) -> TracebackType | None:

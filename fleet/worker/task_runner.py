@@ -22,6 +22,7 @@ from fleet import messages as m
 from fleet.bus.blobs import Blob, Gathering, Reader, Shelf
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Sent
+from fleet.bus.knock import endpoint_of, knock
 from fleet.bus.lock import Lock
 from fleet.bus.poller import DescriptorPoller
 from fleet.bus.shared import host_key
@@ -36,7 +37,7 @@ PIECES_UNDER_WAY = 4  # of arguments that are fetched
 
 
 def serve(direct: str) -> None:
-    """Returns when its client needs it no more. `direct` is where that listens; empty: it is reached through the relay."""
+    """Returns when its client needs it no more. `direct` is that client's door; empty: it is reached by the relay."""
     settings = config.rank_settings()
     assert settings is not None, "a runner is started by an agent"
     config.leave_job()
@@ -55,7 +56,10 @@ class TaskRunner:
         self._head = m.relay_head(settings.job_id)
         name = f"{settings.job_id}/runner/{self._pid}"
         self._bus = Bus(Lock())
-        self._dealer = Dealer(self._bus, direct or settings.control, name.encode())
+        endpoint = endpoint_of(direct, settings.job_id) if direct else settings.control
+        self._dealer = Dealer(self._bus, endpoint, name.encode(), listens=bool(direct))
+        if direct:
+            knock(direct, settings.job_id)
         self._watch = DescriptorPoller(self._dealer.descriptors())
         if not direct:
             self._dealer.send(m.encode(m.RankHello(settings.job_id, settings.attempt, settings.member_id, self._pid)))
@@ -119,13 +123,14 @@ class TaskRunner:
     def _turn(self, wait: bool) -> None:
         """Takes in what has arrived; with `wait`, something has."""
         while True:
+            arrived = self._dealer.receive()
+            for message in arrived:
+                self._take(message)
+            # After `receive`, which notices that there is a connection, or room in its queue.
             if self._behind:  # something said was lost: says all of it again, as if it was asked to
                 self._behind = False
                 self._say_all()
                 self._send_results()
-            arrived = self._dealer.receive()
-            for message in arrived:
-                self._take(message)
             if arrived or not wait:
                 return
             self._dealer.changes()

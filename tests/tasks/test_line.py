@@ -46,7 +46,7 @@ def test_what_was_submitted_before_a_result_came_competes_for_its_runner(
         if found and stop.is_set():
             stop.clear()
             stopped.set()
-            while line._router is not None and not line._router.has_event():
+            while line._direct is not None and not line._direct.has_event():
                 os.sched_yield()
         return found
 

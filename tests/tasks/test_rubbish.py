@@ -14,6 +14,7 @@ from fleet import messages as m
 from fleet import tasks
 from fleet.bus.context import Bus
 from fleet.bus.control import Dealer
+from fleet.bus.knock import endpoint_of, knock
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller
 from fleet.client.line import Line
@@ -44,7 +45,11 @@ def test_a_client_survives_rubbish_and_says_so(caplog: pytest.LogCaptureFixture)
         assert pool.submit(calls.square, 2).result(timeout=30) == 4
         line = pool._line
         [job_id] = line._seats
-        stranger = Dealer(bus, line._place.direct, b"a second runner")
+        assert line._direct is not None
+        stranger = Dealer(bus, endpoint_of(line._place.door, "stranger"), b"a second runner", listens=True)
+        with line._lock:
+            line._direct._expected.add("stranger")
+        knock(line._place.door, "stranger")
         poller = Poller(stranger.poll_sockets)
         while not stranger.changes():
             poller.wait(5.0)
@@ -74,10 +79,10 @@ def test_a_runner_survives_rubbish_and_says_so(
     sent: list[bytes] = []
 
     def say_rubbish_too(line: Line, job_id: str, seat: Any, calls: Any, functions: dict[bytes, bytes]) -> None:
-        if not sent and line._router is not None:
+        if not sent and line._direct is not None:
             sent.extend(rubbish(60, said))
             for data in sent:
-                assert line._router.send(seat.peer, m.relay_head(job_id), [data])
+                assert line._direct.send(seat.peer, m.relay_head(job_id), [data])
         say(line, job_id, seat, calls, functions)
 
     monkeypatch.setattr(Line, "_run_calls", say_rubbish_too)
