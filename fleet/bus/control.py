@@ -136,7 +136,7 @@ class Router:
         self._socket.router_handover = True  # the same peer on a new connection wins over its ghost
         self._monitor = _Monitor(bus, self._socket, WATCHED | zmq.EVENT_CONNECTED)
         self.endpoint = bus.bind(self._socket, endpoint) if endpoint else ""
-        self.strangers = Strangers(self.endpoint, hears=True)
+        self.strangers = Strangers(self.endpoint, hears=True, says=bool(endpoint))
         self._peer_of: dict[int, bytes] = {}  # by file descriptor of its connection
         self._descriptor_of: dict[bytes, int] = {}
         self._open: set[int] = set()  # descriptors of connections
