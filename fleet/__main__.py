@@ -34,10 +34,10 @@ if __name__ == "__main__" and _ASIDE:
         from fleet.worker.rank_process import main_afresh
 
         main_afresh(int(sys.argv[2]), _AT_START)
-    elif sys.argv[1] == "pool":  # a quarter of its start was the reading of options
-        from fleet.cli.pool import main as pool
+    elif sys.argv[1] == "local-slots":  # a quarter of its start was the reading of options
+        from fleet.cli.local_slots import main as local_slots
 
-        pool(sys.argv[2:])
+        local_slots(sys.argv[2:])
     else:
         from fleet.cli import main as command
 

@@ -56,7 +56,7 @@ DECIDERS = (
     "fleet/client/attachment.py",
     "fleet/client/handshake.py",
     "fleet/client/output_sequence.py",
-    "fleet/client/pool.py",
+    "fleet/client/task_scheduler.py",
 )
 IMPURE = frozenset({"time", "random", "os", "socket", "threading", "subprocess", "zmq", "multiprocessing"})
 

@@ -1,6 +1,6 @@
 """`fleet.Executor`: a concurrent.futures.Executor whose processes are slots of this machine, or of a cluster.
 
-Calls are pickled in the caller's thread; all else is done by one thread for each Executor, in line.py.
+Calls are pickled in the caller's thread; all else is done by one thread for each Executor, in executor_thread.py.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack
 
 from fleet import config, pickling
-from fleet.client.calls import Promise
-from fleet.client.here import cluster_place, local_place
-from fleet.client.line import Line
-from fleet.client.seats import Wishes
+from fleet.client.caller_code import cluster_place
+from fleet.client.executor_thread import ExecutorThread
+from fleet.client.local_cluster import local_place
+from fleet.client.pending_tasks import TaskFuture
+from fleet.client.runners import ExecutorSettings
 from fleet.client.target import cluster_target
 from fleet.errors import UsageError
 from fleet.values import JobOptions
@@ -38,7 +39,7 @@ P = ParamSpec("P")
 
 PENDING_TASKS, PENDING_BYTES = 10_000, 256 << 20
 MAX_BUNDLE = 64  # MB
-_open: weakref.WeakSet[Line] = weakref.WeakSet()  # a line lives at least as long as its thread
+_open: weakref.WeakSet[ExecutorThread] = weakref.WeakSet()  # a line lives at least as long as its thread
 
 
 @dataclass(frozen=True)
@@ -132,16 +133,16 @@ class Executor(AnyExecutor):
                 place = stack.enter_context(
                     cluster_place(cluster_target(address, None, insecure, connect_timeout), max_bundle << 20)
                 )
-            wishes = Wishes(count, max_pending, PENDING_BYTES, max_tasks_per_child, initializer, initargs)
-            self._line = Line(place, options, wishes, stack.pop_all())
-        _open.add(self._line)
+            settings = ExecutorSettings(count, max_pending, PENDING_BYTES, max_tasks_per_child, initializer, initargs)
+            self._thread = ExecutorThread(place, options, settings, stack.pop_all())
+        _open.add(self._thread)
         try:
-            self._line.start()
+            self._thread.start()
         except KeyboardInterrupt:
-            self._line.finish(True, abandon=True)
+            self._thread.finish(True, abandon=True)
             raise
         # The thread holds the line and nothing holds this: dropped, it ends once its futures are done.
-        weakref.finalize(self, self._line.drop).atexit = False
+        weakref.finalize(self, self._thread.drop).atexit = False
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """A future of fn(*args, **kwargs). Raises UsageError where it cannot be pickled, RuntimeError after shutdown."""
@@ -167,19 +168,19 @@ class Executor(AnyExecutor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """No more tasks are taken; with `wait`, returns when all have ended and every process is gone."""
-        self._line.finish(cancel_futures)
+        self._thread.finish(cancel_futures)
         if wait:
-            self._line.join()
+            self._thread.join()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        _end(self._line, kind)
+        _end(self._thread, kind)
 
     def _submit(
         self, options: TaskOptions, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Promise[T]:
-        return self._line.submit(fn, args, kwargs, options.retries, options.timeout, options.priority)
+    ) -> TaskFuture[T]:
+        return self._thread.submit(fn, args, kwargs, options.retries, options.timeout, options.priority)
 
     def _map(
         self,
@@ -238,7 +239,7 @@ def as_completed(
     return iter(track(ended, title, total=len(set(wanted)), console=Console(stderr=True)))
 
 
-def _results(submitted: Iterator[Promise[T]], timeout: float | None, at_once: int | None) -> Iterator[T]:
+def _results(submitted: Iterator[TaskFuture[T]], timeout: float | None, at_once: int | None) -> Iterator[T]:
     """In order; what is left is cancelled when one raises, times out, or nobody wants more."""
     deadline = None if timeout is None else monotonic() + timeout
     futures = deque(islice(submitted, at_once))
@@ -259,7 +260,7 @@ def _results(submitted: Iterator[Promise[T]], timeout: float | None, at_once: in
     return each()
 
 
-def _end(line: Line, kind: type[BaseException] | None) -> None:
+def _end(line: ExecutorThread, kind: type[BaseException] | None) -> None:
     """After Ctrl-C at once, with all that runs; else once everything is done, as the standard library's executors."""
     line.finish(False, abandon=kind is not None and issubclass(kind, KeyboardInterrupt))
     line.join()

@@ -62,7 +62,7 @@ def test_a_killed_pool_of_local_slots_is_a_lost_task_and_not_a_wait(tmp_path: Pa
         runs = pool.submit(calls.say_and_wait, str(say), str(never))
         waits = pool.submit(calls.square, 2)
         runner = psutil.Process(int(say.read_text()))
-        [server] = [child for child in psutil.Process().children() if "pool" in child.cmdline()]
+        [server] = [child for child in psutil.Process().children() if "local-slots" in child.cmdline()]
         server.kill()
         error = runs.exception(timeout=30)
         assert isinstance(error, fleet.TaskLost)
@@ -81,7 +81,7 @@ def test_the_code_of_a_killed_caller_does_not_stay(tmp_path: Path) -> None:
     script.write_text(
         "import os, signal\n"
         "from fleet.bus.lock import Lock\n"
-        "from fleet.client.here import cluster_place\n"
+        "from fleet.client.caller_code import cluster_place\n"
         "from fleet.client.target import Target\n"
         "with cluster_place(Target('', 'tcp://127.0.0.1:1', Lock(), 1.0, local=False), 1 << 20) as place:\n"
         "    print(place.bundle, flush=True)\n"
@@ -105,15 +105,15 @@ def test_a_thread_that_was_woken_sleeps_again(tmp_path: Path) -> None:
         assert int(say.read_text())
         assert pool.submit(calls.square, 1).cancel()  # which wakes it
         turns = 0
-        turn = pool._line._turn
+        turn = pool._thread._turn
 
         def count() -> float | None:
             nonlocal turns
             turns += 1
             return turn()
 
-        pool._line._turn = count  # type: ignore[method-assign]
-        pool._line._wake.set()
+        pool._thread._turn = count  # type: ignore[method-assign]
+        pool._thread._wake.set()
         time.sleep(0.2)  # in which nothing is to happen
         assert turns < 20
         wait.write_text("go\n")

@@ -17,7 +17,7 @@ from fleet.bus.control import Dealer
 from fleet.bus.knock import endpoint_of, knock
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller
-from fleet.client.line import Line
+from fleet.client.executor_thread import ExecutorThread
 
 
 def rubbish(count: int, said: list[tasks.TaskMessage]) -> list[bytes]:
@@ -43,8 +43,8 @@ def test_a_client_survives_rubbish_and_says_so(caplog: pytest.LogCaptureFixture)
     ]
     with fleet.Executor(1) as pool, caplog.at_level(logging.WARNING, "fleet.executor"), Bus(Lock()) as bus:
         assert pool.submit(calls.square, 2).result(timeout=30) == 4
-        line = pool._line
-        [job_id] = line._seats
+        line = pool._thread
+        [job_id] = line._jobs
         assert line._direct is not None
         stranger = Dealer(bus, endpoint_of(line._place.door, "stranger"), b"a second runner", listens=True)
         with line._lock:
@@ -75,17 +75,19 @@ def test_a_runner_survives_rubbish_and_says_so(
         tasks.BufferPiece(99_994, 7, 1 << 40),
         tasks.Ready("memory", "3.1", 7),
     ]
-    say = Line._run_calls
+    say = ExecutorThread._run_calls
     sent: list[bytes] = []
 
-    def say_rubbish_too(line: Line, job_id: str, seat: Any, calls: Any, functions: dict[bytes, bytes]) -> None:
+    def say_rubbish_too(
+        line: ExecutorThread, job_id: str, seat: Any, calls: Any, functions: dict[bytes, bytes]
+    ) -> None:
         if not sent and line._direct is not None:
             sent.extend(rubbish(60, said))
             for data in sent:
                 assert line._direct.send(seat.peer, m.relay_head(job_id), [data])
         say(line, job_id, seat, calls, functions)
 
-    monkeypatch.setattr(Line, "_run_calls", say_rubbish_too)
+    monkeypatch.setattr(ExecutorThread, "_run_calls", say_rubbish_too)
     with fleet.Executor(1) as pool:
         futures = [pool.submit(calls.square, number) for number in range(20)]
         assert [future.result(timeout=60) for future in futures] == [number**2 for number in range(20)]

@@ -11,19 +11,19 @@ import calls
 import pytest
 
 import fleet
-from fleet.client.line import Line
+from fleet.client.executor_thread import ExecutorThread
 
 
 def test_a_call_whose_function_was_lost_on_the_way_is_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when an orchestrator is killed that had the first message of two, and not the second."""
     lost: list[bytes] = []
-    say = Line._run_calls
+    say = ExecutorThread._run_calls
 
-    def lose(line: Line, job_id: str, seat: Any, calls: Any, functions: dict[bytes, bytes]) -> None:
+    def lose(line: ExecutorThread, job_id: str, seat: Any, calls: Any, functions: dict[bytes, bytes]) -> None:
         say(line, job_id, seat, calls, functions if lost else {})
         lost.extend(functions)
 
-    monkeypatch.setattr(Line, "_run_calls", lose)
+    monkeypatch.setattr(ExecutorThread, "_run_calls", lose)
     with fleet.Executor(max_workers=1, retries=0) as pool:
         futures = [pool.submit(calls.square, number) for number in range(20)]
         assert [future.result(timeout=60) for future in futures] == [number**2 for number in range(20)]
@@ -39,9 +39,9 @@ def test_what_was_submitted_before_a_result_came_competes_for_its_runner(
     os.mkfifo(wait)
     order: list[str] = []
     stop, stopped = threading.Event(), threading.Event()
-    look = Line._take_inbox
+    look = ExecutorThread._take_inbox
 
-    def look_and_stop(line: Line) -> bool:
+    def look_and_stop(line: ExecutorThread) -> bool:
         found = look(line)
         if found and stop.is_set():
             stop.clear()
@@ -50,14 +50,14 @@ def test_what_was_submitted_before_a_result_came_competes_for_its_runner(
                 os.sched_yield()
         return found
 
-    monkeypatch.setattr(Line, "_take_inbox", look_and_stop)
+    monkeypatch.setattr(ExecutorThread, "_take_inbox", look_and_stop)
     with fleet.Executor(max_workers=1) as pool:
         running = pool.submit(calls.say_and_wait, str(say), str(wait))
         assert int(say.read_text())
         stop.set()
         low = pool.options(priority=-1).submit(calls.square, 1)
         low.add_done_callback(lambda _: order.append("low"))
-        pool._line._wake.set()  # no runner has room, so nothing but a result would have it look
+        pool._thread._wake.set()  # no runner has room, so nothing but a result would have it look
         assert stopped.wait(60)
         high = pool.options(priority=5).submit(calls.square, 3)
         high.add_done_callback(lambda _: order.append("high"))

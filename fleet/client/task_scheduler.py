@@ -180,7 +180,7 @@ Effect = AskRunner | Give | Recall | EndRunner | Fail
 
 
 @dataclass
-class Pool:
+class TaskScheduler:
     """One Executor's tasks and runners."""
 
     size: int  # runners to have

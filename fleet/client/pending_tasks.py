@@ -14,13 +14,13 @@ from typing import Any, TypeVar, cast
 
 from fleet import pickling, tasks
 from fleet.bus.blobs import Blob, Shelf
-from fleet.client.here import with_hint
+from fleet.client.caller_code import with_hint
 from fleet.errors import TaskError, UsageError
 
 T = TypeVar("T")
 
 
-class Promise(Future[T]):
+class TaskFuture(Future[T]):
     """A future that tells its Executor when it is cancelled."""
 
     def __init__(self, task_id: int, told: Callable[[int], None]) -> None:
@@ -37,7 +37,7 @@ class Promise(Future[T]):
 
 
 @dataclass(slots=True)
-class Packed:
+class PackedCall:
     """A call without its number."""
 
     name: str  # of the function, for a person
@@ -59,12 +59,12 @@ class Packed:
 
 
 @dataclass(slots=True)
-class Work:
+class PendingTask:
     """A task as the shell has it. Invariant: its blobs live until its future is settled."""
 
-    future: Promise[Any]
+    future: TaskFuture[Any]
     call: tasks.Call
-    packed: Packed
+    packed: PackedCall
     claimed: bool = False  # its future runs
 
     def claim(self) -> bool:
@@ -73,7 +73,7 @@ class Work:
         return self.claimed
 
 
-class Packer:
+class CallPacker:
     """Makes calls, in whatever thread asks for it. Calls of equal functions share one pickle."""
 
     def __init__(self, directory: Path | None) -> None:
@@ -82,7 +82,7 @@ class Packer:
         self._by_name: dict[FunctionType, pickling.Function] = {}  # functions whose pickle is only their name
         self._shelf = Shelf(directory)
 
-    def pack(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
+    def pack(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> PackedCall:
         """A copy of the call, as it is now. Raises UsageError that names what cannot be pickled."""
         function = None
         if type(fn) is FunctionType:
@@ -101,9 +101,9 @@ class Packer:
         except Exception as error:
             raise UsageError(f"the arguments of {name} cannot be pickled: {type(error).__name__}: {error}") from error
         if not views:
-            return Packed(name, function, data, (), len(data))
+            return PackedCall(name, function, data, (), len(data))
         blobs = tuple([self._shelf.blob(view) for view in views])
-        return Packed(name, function, data, blobs, len(data) + sum(blob.size_bytes for blob in blobs))
+        return PackedCall(name, function, data, blobs, len(data) + sum(blob.size_bytes for blob in blobs))
 
     def _function(self, fn: Callable[..., Any]) -> pickling.Function | None:
         """None for a large one, which is sent with its arguments."""
@@ -137,7 +137,7 @@ def _name(fn: Any) -> str:
     return name if isinstance(name, str) else type(fn).__qualname__
 
 
-def settle(work: Work, result: tasks.Result, buffers: list[Any]) -> None:
+def settle(work: PendingTask, result: tasks.Result, buffers: list[Any]) -> None:
     """Gives the future its result or exception."""
     name = work.packed.name
     try:

@@ -1,4 +1,4 @@
-"""The seats of an Executor: jobs of one rank that are its runners, as its orchestrator tells of them. Half of line.py."""
+"""Runners of an Executor, which are jobs of one rank, as its orchestrator tells of them. Half of executor_thread.py."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from typing import Any
 from fleet import messages as m
 from fleet import pickling, tasks
 from fleet.bus.control import Dealer, Link
-from fleet.client import pool
-from fleet.client.arrivals import Arrivals
-from fleet.client.calls import Packed
-from fleet.client.direct import Direct
+from fleet.client import task_scheduler as scheduler
+from fleet.client.direct_socket import DirectSocket
 from fleet.client.handshake import DENIALS_UNTIL_FINAL
-from fleet.client.here import Place
+from fleet.client.incoming_results import IncomingResults
+from fleet.client.local_cluster import Place
 from fleet.client.output_sequence import OutputSequence
-from fleet.client.prints import Prints
+from fleet.client.pending_tasks import PackedCall
 from fleet.client.target import hello
+from fleet.client.task_output import TaskOutput
 from fleet.errors import ConfigError, FleetError, OtherProtocol, ProtocolError
 from fleet.transfer import read_part
 from fleet.versions import versions
 
-SEATS_NEWS = m.Accepted | m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected
+RUNNER_NEWS = m.Accepted | m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected
 
 log = logging.getLogger("fleet.executor")
 
 
-class PoolLost(FleetError):
+class RunnersLost(FleetError):
     """No task will ever run: the process beside a local Executor has ended, or what its runners begin with fails."""
 
 
 @dataclass
-class Seat:
+class RunnerJob:
     """A job that is or will be a runner."""
 
     submit: m.Submit
@@ -66,7 +66,7 @@ def differs(worker: str, python: str) -> str:
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ExecutorSettings:
     """What an Executor wants of its line."""
 
     count: int  # of runners; 0: as many as the cluster has room for
@@ -77,30 +77,30 @@ class Wishes:
     initargs: tuple[Any, ...] = ()
 
 
-class Seats(ABC):
+class Runners(ABC):
     """Submits runners' jobs, and hears how they fare. Used by one thread at a time."""
 
     _dealer: Dealer
-    _arrivals: Arrivals
+    _incoming: IncomingResults
 
-    def __init__(self, place: Place, options: m.JobOptions, wishes: Wishes) -> None:
+    def __init__(self, place: Place, options: m.JobOptions, settings: ExecutorSettings) -> None:
         self._place = place
         self._target = place.target
         self._options = options
-        self._wishes = wishes
-        self._pool = pool.Pool(wishes.count, wishes.tasks_at_most)
-        self._first: Packed | None = None  # the call of the initializer
-        self._seats: dict[str, Seat] = {}
-        self._direct: Direct | None = None  # None: runners are reached through the relay
+        self._settings = settings
+        self._scheduler = scheduler.TaskScheduler(settings.count, settings.tasks_at_most)
+        self._first: PackedCall | None = None  # the call of the initializer
+        self._jobs: dict[str, RunnerJob] = {}
+        self._direct: DirectSocket | None = None  # None: runners are reached through the relay
         self._unsent: deque[m.Message] = deque()  # to the orchestrator
-        self._prints = Prints()
+        self._output = TaskOutput()
         self._in_order = OutputSequence()
         self._said: set[str] = set()
         self._denied_count = 0
         self._welcomed = False
 
     @abstractmethod
-    def _step(self, event: pool.Event) -> None:
+    def _step(self, event: scheduler.Event) -> None:
         """Something has happened that the pool decides about."""
 
     @abstractmethod
@@ -112,7 +112,7 @@ class Seats(ABC):
         """Tells a runner something."""
 
     @abstractmethod
-    def _run_calls(self, job_id: str, seat: Seat, calls: list[tasks.Call], functions: dict[bytes, bytes]) -> None:
+    def _run_calls(self, job_id: str, seat: RunnerJob, calls: list[tasks.Call], functions: dict[bytes, bytes]) -> None:
         """Gives a runner calls, with functions that it has not had."""
 
     def _link(self, link: Link) -> None:
@@ -127,7 +127,7 @@ class Seats(ABC):
                     "on one side (FLEET_SECRET, FLEET_SECRET_FILE), or no orchestrator of fleet listens there"
                 )
         elif self._target.local:
-            raise PoolLost(f"the process with the slots of this machine {self._place.ended()}")
+            raise RunnersLost(f"the process with the slots of this machine {self._place.ended()}")
         else:
             log.warning("lost the orchestrator at %s; trying again until it is back", self._target.name)
 
@@ -151,20 +151,20 @@ class Seats(ABC):
             self._dealer.put(m.encode(read_part(self._place.bundle, message)))
         elif isinstance(message, m.Output):
             if self._in_order.is_next(message):
-                self._prints.write(message.job_id, message.stream, message.data)
+                self._output.write(message.job_id, message.stream, message.data)
             for reply in self._in_order.replies(message):
                 self._dealer.put(m.encode(reply))
-        elif isinstance(message, SEATS_NEWS) and message.job_id in self._seats:
-            self._about_seat(self._seats[message.job_id], message)
+        elif isinstance(message, RUNNER_NEWS) and message.job_id in self._jobs:
+            self._about_job(self._jobs[message.job_id], message)
 
     def _welcome(self) -> None:
         if not self._welcomed:
             self._welcomed = True
-            if self._wishes.count:
+            if self._settings.count:
                 self._begun()
-            if not self._wishes.count or not self._target.local:
+            if not self._settings.count or not self._target.local:
                 self._dealer.put(m.encode(m.ListWorkers()))
-        for seat in self._seats.values():
+        for seat in self._jobs.values():
             again = m.Submit(seat.submit.job_id, 1, seat.submit.spec, seat.accepted, options=self._options)
             self._dealer.put(m.encode(again))
 
@@ -173,23 +173,23 @@ class Seats(ABC):
         fit = [w for w in found.workers if not differs(w.worker_id, w.versions.python)]
         if found.workers and not fit:
             raise ConfigError(differs(found.workers[0].worker_id, found.workers[0].versions.python))
-        if not self._seats and not self._wishes.count:
+        if not self._jobs and not self._settings.count:
             o = self._options
             room = sum(min(w.slots // o.slots, w.gpus // o.gpus if o.gpus else w.slots) for w in fit)
-            self._pool.size = max(1, room)
+            self._scheduler.size = max(1, room)
             self._begun()
 
     def _ask_runner(self) -> None:
         job_id = uuid.uuid4().hex[:12]
         submit = m.Submit(job_id, 1, self._place.spec, options=self._options)
-        self._seats[job_id] = Seat(submit)
+        self._jobs[job_id] = RunnerJob(submit)
         if self._direct is not None:
             self._direct.expect(job_id)
-        self._pool.joined(job_id)
+        self._scheduler.joined(job_id)
         self._unsent.append(submit)
 
-    def _about_seat(
-        self, seat: Seat, message: m.Accepted | m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected
+    def _about_job(
+        self, seat: RunnerJob, message: m.Accepted | m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected
     ) -> None:
         job_id = message.job_id
         if isinstance(message, m.Accepted):
@@ -204,7 +204,7 @@ class Seats(ABC):
                 self._say(job_id, tasks.Sync())
             seat.started = True
         elif isinstance(message, m.Retire):
-            self._step(pool.RunnerRetires(job_id))
+            self._step(scheduler.RunnerRetires(job_id))
         else:
             reason = message.reason
             if isinstance(message, m.JobEnded) and message.ranks:
@@ -224,39 +224,39 @@ class Seats(ABC):
         self._ended(job_id, reason, 0)
 
     def _ended(self, job_id: str, reason: str, task_id: int) -> None:
-        del self._seats[job_id]
+        del self._jobs[job_id]
         if self._direct is not None:
             self._direct.forget(job_id)
-        self._arrivals.drop(job_id)
-        self._prints.end(job_id)
+        self._incoming.drop(job_id)
+        self._output.end(job_id)
         self._in_order.drop(job_id)
-        self._step(pool.RunnerEnded(job_id, reason, task_id))
+        self._step(scheduler.RunnerEnded(job_id, reason, task_id))
 
     # Runners that are there
 
-    def _ready_runner(self, job_id: str, seat: Seat, said: tasks.Ready) -> None:
+    def _ready_runner(self, job_id: str, seat: RunnerJob, said: tasks.Ready) -> None:
         reason = differs(seat.worker, said.python)
         if reason:
             self._unfit(job_id, reason)
             return
         seat.functions.clear()
-        self._arrivals.ask_again(job_id, said.memory)
+        self._incoming.ask_again(job_id, said.memory)
         if self._first is None or seat.initialized:
-            self._step(pool.RunnerReady(job_id, seat.where, said.holds))
+            self._step(scheduler.RunnerReady(job_id, seat.where, said.holds))
         elif tasks.INITIALIZER not in said.holds:
             function = self._first.function
             functions = {function.digest: function.pickled} if function is not None else {}
             self._run_calls(job_id, seat, [self._first.call(tasks.INITIALIZER)], functions)
 
-    def _initialized(self, job_id: str, seat: Seat, result: tasks.Result) -> None:
+    def _initialized(self, job_id: str, seat: RunnerJob, result: tasks.Result) -> None:
         if not result.ok:
             assert self._first is not None
-            raise PoolLost(f"the initializer {self._first.name} failed on {seat.where}: {result.text.strip()}")
+            raise RunnersLost(f"the initializer {self._first.name} failed on {seat.where}: {result.text.strip()}")
         seat.initialized = True
-        self._step(pool.RunnerReady(job_id, seat.where, ()))
+        self._step(scheduler.RunnerReady(job_id, seat.where, ()))
 
     def _end_runner(self, job_id: str, kill: bool) -> None:
-        seat = self._seats.get(job_id)
+        seat = self._jobs.get(job_id)
         if kill or seat is None or not seat.where:
             self._unsent.append(m.Cancel(job_id, kill))
         else:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 
-from fleet.client import pool
-from fleet.client.pool import (
+from fleet.client import task_scheduler as scheduler
+from fleet.client.runners import differs
+from fleet.client.task_scheduler import (
     Arriving,
     AskRunner,
     EndRunner,
@@ -21,7 +22,6 @@ from fleet.client.pool import (
     Task,
     Tick,
 )
-from fleet.client.seats import differs
 
 
 def running(tasks: list[Task], mean_s: float | None = 1e-4, tasks_at_most: int | None = None) -> Pool:
@@ -35,11 +35,11 @@ def running(tasks: list[Task], mean_s: float | None = 1e-4, tasks_at_most: int |
     return found
 
 
-def given(effects: list[pool.Effect]) -> list[int]:
+def given(effects: list[scheduler.Effect]) -> list[int]:
     return [task.task_id for effect in effects if isinstance(effect, Give) for task in effect.tasks]
 
 
-def is_ended(effects: list[pool.Effect]) -> bool:
+def is_ended(effects: list[scheduler.Effect]) -> bool:
     return any(isinstance(effect, EndRunner) and effect.kill for effect in effects)
 
 

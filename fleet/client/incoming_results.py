@@ -24,7 +24,7 @@ class _Coming:
         return all(not isinstance(buffer, Gathering) or buffer.complete for buffer in self.buffers)
 
 
-class Arrivals:
+class IncomingResults:
     """Of all runners of one client. Asks for pieces by itself."""
 
     def __init__(self, say: Callable[[str, tasks.TaskMessage], None], memory: str) -> None:

@@ -1,6 +1,6 @@
-"""An Executor's thread: its line to the orchestrator, and through it to the runners. Acts on what pool.py decides.
+"""Thread of an Executor: its connection to the orchestrator, and to the runners. Acts on what task_scheduler.py decides.
 
-Everything that belongs to a task, its call, large arguments and future, is a Work here; the core knows its number only.
+Everything that belongs to a task, its call, large arguments and future, is a PendingTask here; the core knows its number only.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Sent
 from fleet.bus.poller import DescriptorPoller, Wake
 from fleet.bus.shared import host_key
-from fleet.client import pool
-from fleet.client.arrivals import Arrivals
-from fleet.client.calls import Packer, Promise, Work, settle
-from fleet.client.direct import Direct
-from fleet.client.here import Place
-from fleet.client.seats import PoolLost, Seat, Seats, Wishes
+from fleet.client import task_scheduler as scheduler
+from fleet.client.direct_socket import DirectSocket
+from fleet.client.incoming_results import IncomingResults
+from fleet.client.local_cluster import Place
+from fleet.client.pending_tasks import CallPacker, PendingTask, TaskFuture, settle
+from fleet.client.runners import ExecutorSettings, RunnerJob, Runners, RunnersLost
 from fleet.errors import ConfigError, FleetError, ProtocolError, TaskLost
 from fleet.stillness import Deadline, LifeClock
 
@@ -40,17 +40,17 @@ ASK_AGAIN_S = 0.2  # a runner that did not read
 ACKNOWLEDGE_AFTER_S = 0.05  # results that no further call carries the acknowledgement of
 
 
-class Line(Seats):
+class ExecutorThread(Runners):
     """`submit` and `finish` may be called from any thread."""
 
     def __init__(
         self,
         place: Place,
         options: m.JobOptions,
-        wishes: Wishes,
+        settings: ExecutorSettings,
         needed: ExitStack,  # closed by the thread when it ends
     ) -> None:
-        super().__init__(place, options, wishes)
+        super().__init__(place, options, settings)
         self._needed = needed
         self._forks = forks.count
         self._wake = Wake()
@@ -59,7 +59,7 @@ class Line(Seats):
         self._lock = threading.RLock()  # around the sockets and all that follows here
         self._acknowledge_at = 0.0
         self._clock = LifeClock()  # read by the thread, looked at by whoever acts for it
-        self._inbox: deque[tuple[pool.Task, Work]] = deque()
+        self._inbox: deque[tuple[scheduler.Task, PendingTask]] = deque()
         self._cancels: deque[int] = deque()
         self._gate = threading.RLock()  # around what follows; its own `with` costs less than a condition's
         self._room = threading.Condition(self._gate)
@@ -71,10 +71,10 @@ class Line(Seats):
         self._thread = threading.Thread(target=self._run, name="fleet-executor", daemon=True)
         directory = config.shared_memory()
         self._memory = host_key(directory) if directory is not None else ""
-        self._packer = Packer(directory if self._memory else None)
-        self._works: dict[int, Work] = {}
-        if wishes.initializer is not None:
-            self._first = self._packer.pack(wishes.initializer, wishes.initargs, {})
+        self._packer = CallPacker(directory if self._memory else None)
+        self._tasks: dict[int, PendingTask] = {}
+        if settings.initializer is not None:
+            self._first = self._packer.pack(settings.initializer, settings.initargs, {})
         self._dropped_count = 0  # messages that were none
 
     def start(self) -> None:
@@ -92,7 +92,7 @@ class Line(Seats):
 
     def submit(
         self, fn: Callable[..., T], args: Any, kwargs: Any, retries: int, timeout_s: float | None, priority: int
-    ) -> Promise[T]:
+    ) -> TaskFuture[T]:
         """Raises UsageError where the call cannot be pickled, RuntimeError when no more are taken."""
         if self._forks != forks.count:
             raise RuntimeError("this Executor is that of the process of which this one is a fork: make one here")
@@ -111,9 +111,9 @@ class Line(Seats):
             self._next_id += 1
             task_id = self._next_id
             self._pending, self._pending_bytes = self._pending + 1, self._pending_bytes + size_bytes
-            future: Promise[T] = Promise(task_id, self._cancelled)
-            work = Work(future, packed.call(task_id), packed)
-            self._inbox.append((pool.Task(task_id, priority, retries, timeout_s), work))
+            future: TaskFuture[T] = TaskFuture(task_id, self._cancelled)
+            work = PendingTask(future, packed.call(task_id), packed)
+            self._inbox.append((scheduler.Task(task_id, priority, retries, timeout_s), work))
         if self._asleep and not self._full and not self._act_here():
             self._wake.set()
         return future
@@ -144,18 +144,18 @@ class Line(Seats):
         if not self._lock.acquire(blocking=False):
             return False
         try:
-            if self._direct is None or not self._pool.has_idle:
-                self._full = not self._pool.has_room
+            if self._direct is None or not self._scheduler.has_idle:
+                self._full = not self._scheduler.has_room
                 return self._full
             self._take_inbox()
             # What came in meanwhile, and deadlines that are new, are that thread's.
-            return not self._has_event() and self._pool.next_deadline() is None and not self._unsent
+            return not self._has_event() and self._scheduler.next_deadline() is None and not self._unsent
         finally:
             self._lock.release()
 
     def _may_submit(self, size_bytes: int) -> bool:
-        wishes = self._wishes
-        if self._pending < wishes.max_pending and self._pending_bytes + size_bytes <= wishes.max_bytes:
+        settings = self._settings
+        if self._pending < settings.max_pending and self._pending_bytes + size_bytes <= settings.max_bytes:
             return True
         return self._finishing or self._broken is not None or not self._pending
 
@@ -165,10 +165,10 @@ class Line(Seats):
         try:
             with Bus(self._target.lock) as bus:
                 self._dealer = Dealer(bus, self._target.endpoint, f"client/{uuid.uuid4().hex}".encode())
-                self._direct = Direct(bus, self._place.door) if self._place.door else None
+                self._direct = DirectSocket(bus, self._place.door) if self._place.door else None
                 direct = self._direct.descriptors() if self._direct else []
                 self._watch = DescriptorPoller([*self._dealer.descriptors(), self._wake.fileno(), *direct])
-                self._arrivals = Arrivals(self._say, self._memory)
+                self._incoming = IncomingResults(self._say, self._memory)
                 self._started_at = self._clock.now()
                 try:
                     while self._goes_on():
@@ -198,11 +198,13 @@ class Line(Seats):
 
     def _end_tasks(self) -> None:
         """Settles those that are left."""
-        begun = {task_id: (task, r.where) for r in self._pool.runners.values() for task_id, task in r.tasks.items()}
-        for task_id, work in [*self._works.items(), *((task.task_id, work) for task, work in self._inbox)]:
+        begun = {
+            task_id: (task, r.where) for r in self._scheduler.runners.values() for task_id, task in r.tasks.items()
+        }
+        for task_id, work in [*self._tasks.items(), *((task.task_id, work) for task, work in self._inbox)]:
             why = self._broken or FleetError("the Executor was ended before this task was")
-            if isinstance(why, PoolLost):
-                task, where = begun.get(task_id, (pool.Task(task_id), ""))
+            if isinstance(why, RunnersLost):
+                task, where = begun.get(task_id, (scheduler.Task(task_id), ""))
                 lost = (f"attempt {task.attempts + 1} on {where}: {why}",) if task_id in begun else ()
                 why = TaskLost(work.packed.name, task.retries, (*task.history, *lost), str(why))
             if work.claim():
@@ -210,7 +212,7 @@ class Line(Seats):
             self._drop(work)
 
     def _goes_on(self) -> bool:
-        left = self._inbox or self._pool.task_count or self._works
+        left = self._inbox or self._scheduler.task_count or self._tasks
         return not self._abandoned and (not self._finishing or bool(left))
 
     def _turn(self) -> float | None:
@@ -230,16 +232,16 @@ class Line(Seats):
                 self._take(thing)
         self._take_inbox()  # of those who waited for a result and have gone on
         now = self._clock.now()
-        deadline = self._pool.next_deadline()
+        deadline = self._scheduler.next_deadline()
         if deadline is not None and now >= deadline:
-            self._step(pool.Tick())
+            self._step(scheduler.Tick())
             return 0.0
         waits = [math.inf if deadline is None else deadline - now]
-        if any(seat.arrived for seat in self._seats.values()):
+        if any(seat.arrived for seat in self._jobs.values()):
             if now >= self._acknowledge_at:
                 self._acknowledge()
             waits.append(max(0.0, self._acknowledge_at - now))
-        for job_id, seat in self._seats.items():
+        for job_id, seat in self._jobs.items():
             if seat.behind_at is not None:
                 if now >= seat.behind_at:
                     seat.behind_at = None
@@ -259,7 +261,7 @@ class Line(Seats):
     def _sleep(self, wait_s: float) -> None:
         """Outside of the lock: who finds this line asleep may act for it, or wakes it."""
         self._asleep = True
-        nothing = not self._inbox and not self._cancels and (not self._finishing or self._works)
+        nothing = not self._inbox and not self._cancels and (not self._finishing or self._tasks)
         if nothing:
             wait_s_or_none = self._dealer.patience(None if wait_s == math.inf else wait_s)
             ready = self._watch.wait(self._clock.waits(wait_s_or_none))
@@ -272,62 +274,62 @@ class Line(Seats):
         submitted = []
         while self._inbox:
             task, work = self._inbox.popleft()
-            self._works[task.task_id] = work
+            self._tasks[task.task_id] = work
             submitted.append(task)
         if submitted:
-            self._step(pool.Submitted(submitted))
+            self._step(scheduler.Submitted(submitted))
         cancelled = [self._cancels.popleft() for _ in range(len(self._cancels))]
         if self._cancel_all:
             self._cancel_all = False
-            for task_id, work in list(self._works.items()):
+            for task_id, work in list(self._tasks.items()):
                 if not work.claimed and Future.cancel(work.future):
                     cancelled.append(task_id)
         if cancelled:
-            self._step(pool.Cancelled(cancelled))
+            self._step(scheduler.Cancelled(cancelled))
             for task_id in cancelled:
-                found = self._works.get(task_id)
+                found = self._tasks.get(task_id)
                 if found is not None and not found.claimed:
                     found.future.set_running_or_notify_cancel()
-                    self._drop(self._works.pop(task_id))
+                    self._drop(self._tasks.pop(task_id))
         return bool(submitted or cancelled)
 
-    def _step(self, event: pool.Event) -> None:
+    def _step(self, event: scheduler.Event) -> None:
         if self._abandoned:
             return  # what is lost now is not tried again
-        for effect in self._pool.step(event, self._clock.look()):
+        for effect in self._scheduler.step(event, self._clock.look()):
             self._perform(effect)
 
-    def _perform(self, effect: pool.Effect) -> None:
-        if isinstance(effect, pool.Give):
+    def _perform(self, effect: scheduler.Effect) -> None:
+        if isinstance(effect, scheduler.Give):
             self._give(effect)
-        elif isinstance(effect, pool.AskRunner):
-            if self._works or self._inbox or not self._finishing:
+        elif isinstance(effect, scheduler.AskRunner):
+            if self._tasks or self._inbox or not self._finishing:
                 self._ask_runner()
-        elif isinstance(effect, pool.Recall):
+        elif isinstance(effect, scheduler.Recall):
             self._say(effect.job_id, tasks.ReturnCalls(effect.task_ids))
-        elif isinstance(effect, pool.EndRunner):
+        elif isinstance(effect, scheduler.EndRunner):
             self._end_runner(effect.job_id, effect.kill)
         else:
             self._fail(effect)
 
     def _begun(self) -> None:
-        for effect in self._pool.start():
+        for effect in self._scheduler.start():
             self._perform(effect)
         self._ready.set()
 
     # Tasks
 
-    def _give(self, give: pool.Give) -> None:
-        seat = self._seats[give.job_id]
+    def _give(self, give: scheduler.Give) -> None:
+        seat = self._jobs[give.job_id]
         calls: list[tasks.Call] = []
         functions: dict[bytes, bytes] = {}
         cancelled: list[int] = []
         size_bytes = 0
         for task in give.tasks:
-            work = self._works[task.task_id]
+            work = self._tasks[task.task_id]
             if not work.claim():
                 cancelled.append(task.task_id)
-                self._drop(self._works.pop(task.task_id))
+                self._drop(self._tasks.pop(task.task_id))
                 continue
             calls.append(work.call)
             size_bytes += len(work.call.data)
@@ -342,21 +344,21 @@ class Line(Seats):
         if calls:
             self._run_calls(give.job_id, seat, calls, functions)
         if cancelled:  # between the decision and now: nothing will come of them
-            self._step(pool.NotGiven(give.job_id, tuple(cancelled)))
+            self._step(scheduler.NotGiven(give.job_id, tuple(cancelled)))
 
-    def _run_calls(self, job_id: str, seat: Seat, calls: list[tasks.Call], functions: dict[bytes, bytes]) -> None:
+    def _run_calls(self, job_id: str, seat: RunnerJob, calls: list[tasks.Call], functions: dict[bytes, bytes]) -> None:
         arrived, seat.arrived = tuple(seat.arrived), []
         self._say(job_id, tasks.MakeCalls(tuple(calls), functions, arrived))
 
     def _acknowledge(self) -> None:
         self._acknowledge_at = self._clock.look() + ACKNOWLEDGE_AFTER_S
-        for job_id, seat in self._seats.items():
+        for job_id, seat in self._jobs.items():
             if seat.arrived:
                 self._run_calls(job_id, seat, [], {})
 
     def _say(self, job_id: str, said: tasks.TaskMessage, piece: bytes | None = None) -> None:
         body = [tasks.encode(said)] if piece is None else [tasks.encode(said), piece]
-        seat = self._seats[job_id]
+        seat = self._jobs[job_id]
         sent = Sent.GONE  # a runner that is not there yet is told everything when it comes
         if self._direct is None:
             sent = self._dealer.send(m.relay_head(job_id), body)
@@ -367,7 +369,7 @@ class Line(Seats):
 
     def _settle(self, job_id: str, results: list[tuple[tasks.Result, list[Any]]]) -> None:
         """Results that are here with all their buffers."""
-        seat = self._seats.get(job_id)
+        seat = self._jobs.get(job_id)
         if self._first is not None and seat is not None and not seat.initialized:
             for result, _ in results:
                 if result.task_id == tasks.INITIALIZER:
@@ -377,17 +379,17 @@ class Line(Seats):
             seconds[result.task_id] = result.seconds
             if seat is not None:
                 seat.arrived.append(result.task_id)
-        held = self._pool.runners.get(job_id)
+        held = self._scheduler.runners.get(job_id)
         mine = [(r, buffers) for r, buffers in results if held is not None and r.task_id in held.tasks]
-        self._step(pool.Finished(job_id, seconds))
-        works = [self._works.pop(result.task_id, None) for result, _ in mine]
+        self._step(scheduler.Finished(job_id, seconds))
+        works = [self._tasks.pop(result.task_id, None) for result, _ in mine]
         self._drop(*filter(None, works))
         for work, (result, buffers) in zip(works, mine, strict=True):
             if work is not None:
                 settle(work, result, buffers)
 
-    def _fail(self, fail: pool.Fail) -> None:
-        work = self._works.pop(fail.task.task_id, None)
+    def _fail(self, fail: scheduler.Fail) -> None:
+        work = self._tasks.pop(fail.task.task_id, None)
         if work is None:
             return
         self._drop(work)
@@ -398,7 +400,7 @@ class Line(Seats):
         else:
             work.future.set_exception(TaskLost(work.packed.name, fail.task.retries, fail.task.history, fail.text))
 
-    def _drop(self, *works: Work) -> None:
+    def _drop(self, *works: PendingTask) -> None:
         for work in works:
             work.packed.release()
         with self._gate:
@@ -412,7 +414,7 @@ class Line(Seats):
         job_id = m.relayed_job(arrived.data)
         if job_id is None:
             self._from_orchestrator(arrived.data)
-        elif job_id in self._seats and arrived.rest:
+        elif job_id in self._jobs and arrived.rest:
             try:
                 said = tasks.decode(arrived.rest[0].buffer)
             except ProtocolError as error:
@@ -425,36 +427,36 @@ class Line(Seats):
             self._from_runner(job_id, said, arrived)
 
     def _from_runner(self, job_id: str, said: tasks.TaskMessage, arrived: Arrived) -> None:
-        seat = self._seats[job_id]
+        seat = self._jobs[job_id]
         if isinstance(said, tasks.Results):
             self._results(job_id, said)
         elif isinstance(said, tasks.BufferPiece):
             piece = arrived.rest[1].buffer if len(arrived.rest) > 1 else memoryview(b"")
-            whole = self._arrivals.piece(job_id, said, piece)
+            whole = self._incoming.piece(job_id, said, piece)
             if whole:
                 self._settle(job_id, whole)
         elif isinstance(said, tasks.ReadBuffer):
-            work = self._works.get(said.task_id)
+            work = self._tasks.get(said.task_id)
             packed = self._first if said.task_id == tasks.INITIALIZER else work.packed if work is not None else None
             blob = packed.blobs[said.index] if packed is not None and said.index < len(packed.blobs) else None
             data = blob.piece(said.offset, tasks.PIECE_BYTES) if blob is not None else b""
             piece_said = tasks.BufferPiece(said.task_id, said.index, said.offset)
             self._say(job_id, piece_said, data)
         elif isinstance(said, tasks.CallsReturned):
-            self._step(pool.GivenBack(job_id, said.task_ids))
+            self._step(scheduler.GivenBack(job_id, said.task_ids))
         elif isinstance(said, tasks.Ready):
             seat.peer = arrived.peer
             seat.where = f"{seat.worker} (pid {said.pid})"
             self._ready_runner(job_id, seat, said)
 
     def _results(self, job_id: str, said: tasks.Results) -> None:
-        whole = self._arrivals.results(job_id, said)
+        whole = self._incoming.results(job_id, said)
         if whole:
             self._settle(job_id, whole)
         if len(whole) < len(said.results):
             here = {result.task_id for result, _ in whole}
             arriving = {r.task_id: r.seconds for r in said.results if r.buffers and r.task_id not in here}
-            self._step(pool.Arriving(job_id, arriving))
+            self._step(scheduler.Arriving(job_id, arriving))
 
     def _leave(self) -> None:
         """Ends the runners, as scripts end: what they printed is shown, and their slots are free when this returns.
@@ -462,10 +464,10 @@ class Line(Seats):
         Waits for that in a bounded time. After Ctrl-C they are killed.
         """
         self._acknowledge()
-        for job_id in list(self._seats):
-            self._end_runner(job_id, kill=self._abandoned or not self._seats[job_id].where)
+        for job_id in list(self._jobs):
+            self._end_runner(job_id, kill=self._abandoned or not self._jobs[job_id].where)
         self._wait_for_ends(LEAVE_WITHIN_S)
-        for job_id in self._seats:
+        for job_id in self._jobs:
             self._unsent.append(m.Cancel(job_id, kill=True))
         self._wait_for_ends(0.0 if self._target.local else KILLED_WITHIN_S)
 
@@ -474,7 +476,7 @@ class Line(Seats):
         while True:
             while self._unsent:
                 self._dealer.put(m.encode(self._unsent.popleft()))
-            if not self._seats or not deadline.left_s:
+            if not self._jobs or not deadline.left_s:
                 return
             if not self._has_event():
                 self._watch.wait(deadline.clock.waits(deadline.left_s))

@@ -13,7 +13,7 @@ from fleet.bus.control import Arrived, Lost, Router
 from fleet.bus.knock import Door, endpoint_of
 
 
-class Direct:
+class DirectSocket:
     """A runner has the id of its job. Invariant: it is expected, connected or forgotten."""
 
     def __init__(self, bus: Bus, door: str) -> None:

@@ -19,7 +19,7 @@ from fleet.worker.zygote import RUNNER
 
 
 def main(words: list[str]) -> None:
-    """The process: the words are those of `client/here.py`, slots, GPUs, modules to preload, and a descriptor."""
+    """The process: the words are those of `client/local_cluster.py`, slots, GPUs, modules to preload, and a descriptor."""
     slots, gpus, preload, answer = words
     try:
         check_system()

@@ -10,7 +10,7 @@ from typing import Any
 log = logging.getLogger("fleet.executor")
 
 
-class Prints:
+class TaskOutput:
     """One decoder for each stream of each runner."""
 
     def __init__(self) -> None:
