@@ -15,18 +15,18 @@ from fleet.client.task_scheduler import (
     Give,
     GivenBack,
     NotGiven,
-    Pool,
     RunnerEnded,
     RunnerReady,
     Submitted,
     Task,
+    TaskScheduler,
     Tick,
 )
 
 
-def running(tasks: list[Task], mean_s: float | None = 1e-4, tasks_at_most: int | None = None) -> Pool:
+def running(tasks: list[Task], mean_s: float | None = 1e-4, tasks_at_most: int | None = None) -> TaskScheduler:
     """One runner that was given all that it may have of the tasks, at second 0."""
-    found = Pool(1, tasks_at_most=tasks_at_most)
+    found = TaskScheduler(1, tasks_at_most=tasks_at_most)
     found.start()
     found.joined("r")
     found.mean_s = mean_s
@@ -120,7 +120,7 @@ def test_a_runner_with_another_python_is_told_from_one_that_differs_in_nothing_t
 
 
 def test_runners_that_do_not_fit_are_not_asked_for_without_end() -> None:
-    found = Pool(1)
+    found = TaskScheduler(1)
     found.start()
     asked = 1
     for number in range(10):
@@ -135,7 +135,7 @@ def test_runners_that_do_not_fit_are_not_asked_for_without_end() -> None:
 
 
 def test_room_is_what_a_further_task_would_be_given_or_asked_for() -> None:
-    found = Pool(1)
+    found = TaskScheduler(1)
     found.start()
     found.joined("r")
     assert not found.has_room  # it will say that it is there
