@@ -6,6 +6,8 @@ among them could move the cursor, and a line break could forge a line. What rank
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 def shown(text: str) -> str:
     """One line: line breaks, control characters, bidirectional marks and undecodable bytes as Python escapes them."""
@@ -17,6 +19,12 @@ def shown(text: str) -> str:
 def shown_lines(text: str) -> str:
     """The same for text of several lines, which stay lines."""
     return "\n".join(map(shown, text.split("\n")))
+
+
+def some(names: Sequence[str], at_most: int) -> str:
+    """The first of many names in a sentence, and how many more there are."""
+    more = len(names) - at_most
+    return ", ".join(names[:at_most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _escaped(letter: str) -> str:

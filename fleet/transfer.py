@@ -206,6 +206,12 @@ class FileStore:
         return bool(removed)
 
 
+def digest_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read_part(path: Path, want: Want) -> Part:
     """One part of a file; an empty one past its end or where there is no such file."""
     try:

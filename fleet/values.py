@@ -207,6 +207,11 @@ def amount_of(size_bytes: int) -> str:
     return f"{amount:.0f} bytes" if units[0] == "bytes" else f"{amount:.1f} {units[0]}"
 
 
+def files_of(count: int, size_bytes: int) -> str:
+    """A number of files for a person: `1 file (12 bytes)`, `3 files (3.4 kB)`."""
+    return f"{count} file{'' if count == 1 else 's'} ({amount_of(size_bytes)})"
+
+
 CollectivePath = Literal["alone", "shared", "sockets", "hierarchical"]
 
 

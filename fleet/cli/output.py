@@ -1,4 +1,4 @@
-"""What jobs write, brought to a person: a local job's output folder, `fleet fetch`, and the end of `fleet run` on a cluster."""
+"""Output of jobs, brought to a person: a local job's folder, `fleet fetch`, and the end of `fleet run` on a cluster."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from fleet.client.job_client import JobClient
 from fleet.client.target import Target
 from fleet.errors import ConfigError, FleetError, UsageError
 from fleet.text import shown
-from fleet.values import ON_WORKER, amount_of
+from fleet.values import ON_WORKER, amount_of, files_of
 from fleet.worker.storage import Storage
 
 FOLDER = "fleet-output"  # in the current folder, where no other is named
-SAID_AT_MOST = 4  # sentences about files that are lost
+SAID_AT_MOST = 4  # sentences, or names, of one kind
 INSTEAD = "write to FLEET_OUTPUT_DIR, or keep such files with --keep PATTERN"
 PROGRESS_EACH_S = 0.5
 CLOCK_TICK_NS = 50_000_000  # that the times of files may lag
@@ -40,31 +40,31 @@ def output_limit(megabytes: int) -> int:
 
 @dataclass
 class LocalOutput:
-    """Where a job on this machine writes, and since when: its folder may have files of others."""
+    """Output of a job on this machine. Its folder may hold files of others, which are older than `since_ns`."""
 
     storage: Storage
     since_ns: int = 0
-    made: int = 2  # how many folders were made for it alone: its own, and the one around that
+    made: int = 2  # folders that were made for the job alone: its own, and the one around that
     job_id: str = ""
 
     def say(self) -> None:
-        """Where the job's output is, if it wrote any."""
+        """Says where the output is, if there is any."""
         files, size = self.storage.amount(self.job_id, self.since_ns)
         if files:
-            say(f"output: {_amount(files, size)} in {_shown(self.storage.folder(self.job_id))}")
+            say(f"output: {files_of(files, size)} in {_shown(self.storage.folder(self.job_id))}")
 
     def drop_empty(self) -> None:
-        """Removes what was made and nobody has written to, once the job's ranks have ended."""
+        """Removes folders that were made and are empty, once the job's ranks have ended."""
         if not self.job_id and self.made > 1:
-            return  # it never came to a folder
+            return  # no folder was made
         folder = self.storage.folder(self.job_id)
-        with contextlib.suppress(OSError):  # it is in use, or has empty folders in it
+        with contextlib.suppress(OSError):  # the folder is in use, or has empty folders in it
             for path in (folder, folder.parent)[: self.made]:
                 path.rmdir()
 
 
 def local_output(folder: Path | None) -> LocalOutput:
-    """Of a job on this machine: the folder that was named, or one named after the job. Raises UsageError."""
+    """The folder that was named for a job's output, or one named after the job. Raises UsageError."""
     if folder is None:
         return LocalOutput(Storage(_root_here()))
     was_there = folder.is_dir()
@@ -77,7 +77,7 @@ def local_output(folder: Path | None) -> LocalOutput:
 
 
 def _root_here() -> Path:
-    """In the current folder; where nothing can be written there, as python does not need to, among temporary files."""
+    """Folder of all output: in the current folder, or among temporary files where that cannot be written to."""
     root = Path.cwd() / FOLDER
     is_there = os.path.lexists(root)
     if (root.is_dir() or not is_there) and os.access(root if is_there else root.parent, os.W_OK | os.X_OK):
@@ -86,7 +86,7 @@ def _root_here() -> Path:
 
 
 def check_folder(folder: Path | None) -> None:
-    """Before a job runs for hours: whether its output can be brought to that folder. Raises UsageError."""
+    """Raises UsageError, before a job runs for hours, if its output could not be brought to that folder."""
     if folder is None:
         return
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
@@ -97,11 +97,11 @@ def check_folder(folder: Path | None) -> None:
 
 
 def bring(target: Target, versions: m.Versions, job_id: str, folder: Path | None, limit_bytes: int) -> bool:
-    """At the end of `fleet run` on a cluster: brings the output, says where it is, and what is lost. Whether all came."""
+    """Brings the output at the end of `fleet run` on a cluster; says where it is and what is lost. Whether all came."""
     try:
         with JobClient(target, versions) as client:
-            told = _Progress()
-            output = JobOutput(client, client.job(job_id), told)
+            progress = _Progress()
+            output = JobOutput(client, client.job(job_id), progress)
             found = output.listing()
             lost = client.job(job_id).left  # after the listing: workers have looked by then
             for sentence in lost[:SAID_AT_MOST]:
@@ -115,12 +115,8 @@ def bring(target: Target, versions: m.Versions, job_id: str, folder: Path | None
                 say(f"output: {error}; `fleet fetch {job_id}` tries again")
             _say_left_out(found)
             check_size(found, limit_bytes, job_id)
-            if not found.sources:
-                return not found.errors
             into = folder or Path(FOLDER) / job_id
-            with told.of(found):
-                done = output.fetch(found.sources, into)
-            return _said(done, into) and not found.errors
+            return (not found.sources or _said(progress.fetch(output, found, into), into)) and not found.errors
     except (FleetError, OSError) as error:
         say(f"the output was not brought: {error}")
         return False
@@ -143,30 +139,25 @@ def fetch(
     check_folder(None if only_list else folder)
     with JobClient(target, versions) as client:
         job = client.job(prefix)
-        told = _Progress()
-        output = JobOutput(client, job, told)
+        progress = _Progress()
+        output = JobOutput(client, job, progress)
         found = output.listing(patterns)
+        nothing = f"job {job.job_id} wrote nothing into FLEET_OUTPUT_DIR"
+        if patterns:
+            nothing = f"job {job.job_id} wrote nothing that matches {' or '.join(patterns)}; --list shows what there is"
         if only_list:
-            rows = [
-                {"path": s.path, "size_bytes": s.info.size_bytes, "mtime_ns": s.info.mtime_ns, "worker_id": s.worker_id}
-                for s in found.sources
-            ]
-            lines = [
-                f"{s.info.size_bytes:>14,}  {shown(s.target)}  (worker {shown(s.worker_id)})" for s in found.sources
-            ]
-            print(json.dumps(rows, indent=1) if as_json else "\n".join(lines) or _nothing(job, patterns))
+            print(_listed(found, as_json) or nothing)
         for error in found.errors:
             say(error)
         _say_left_out(found)
         if only_list or (found.errors and not found.sources):
             return 1 if found.errors else 0
         if not found.sources:
-            raise UsageError(_nothing(job, patterns))
+            raise UsageError(nothing)
         check_size(found, limit_bytes, job.job_id)
         into = folder or Path(FOLDER) / job.job_id
         try:
-            with told.of(found):
-                done = output.fetch(found.sources, into)
+            done = progress.fetch(output, found, into)
         except KeyboardInterrupt:
             say(f"interrupted: what has come is in {_shown(into)}, and the same command goes on from there")
             raise
@@ -175,10 +166,23 @@ def fetch(
         return 0 if _said(done, into) and not found.errors else 1
 
 
+def _listed(found: Listing, as_json: bool) -> str:
+    if not as_json:
+        return "\n".join(
+            f"{source.info.size_bytes:>14,}  {shown(source.target)}  (worker {shown(source.worker_id)})"
+            for source in found.sources
+        )
+    rows = [
+        {"path": s.path, "size_bytes": s.info.size_bytes, "mtime_ns": s.info.mtime_ns, "worker_id": s.worker_id}
+        for s in found.sources
+    ]
+    return json.dumps(rows, indent=1)
+
+
 def _said(done: Fetched, folder: Path) -> bool:
     """Says what came; whether that was all."""
     if done.file_count:
-        say(f"output: {_amount(done.file_count, done.size_bytes)} brought to {_shown(folder)}")
+        say(f"output: {files_of(done.file_count, done.size_bytes)} brought to {_shown(folder)}")
     if done.already_there:
         say(f"output: {done.already_there} of its files were in {_shown(folder)} already")
     for error in done.errors[:SAID_AT_MOST]:
@@ -195,44 +199,31 @@ def _say_left_out(found: Listing) -> None:
 
 
 class _Progress:
-    """How much has come, in one line on a terminal, else nothing."""
+    """Line on a terminal that says how much of a fetch has come. Elsewhere nothing is said."""
 
     def __init__(self) -> None:
         self._on_terminal = sys.stderr is not None and sys.stderr.isatty()
-        self._files = self._files_in_all = self._bytes_in_all = 0
+        self._all = "", ""  # files and bytes, in words
         self._said_at = 0.0
 
-    @contextlib.contextmanager
-    def of(self, found: Listing) -> Iterator[None]:
-        """While these are brought. The line is gone at the end."""
-        self._files_in_all, self._bytes_in_all = len(found.sources), found.size_bytes
+    def fetch(self, output: JobOutput, found: Listing, into: Path) -> Fetched:
+        """Brings the files. The line is gone at the end."""
+        self._all = f"{len(found.sources)} files", amount_of(found.size_bytes)
         self._said_at = time.monotonic()  # what is quick needs no line
         try:
-            yield
+            return output.fetch(found.sources, into)
         finally:
             if self._on_terminal:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def __call__(self, files: int, size_bytes: int) -> None:
-        self._files = max(files, self._files)
         if self._on_terminal and time.monotonic() - self._said_at > PROGRESS_EACH_S:
             self._said_at = time.monotonic()
-            text = f"{self._files} of {self._files_in_all} files"
-            text += f", {amount_of(size_bytes)} of {amount_of(self._bytes_in_all)}"
+            text = f"{files} of {self._all[0]}, {amount_of(size_bytes)} of {self._all[1]}"
             print(f"\r\x1b[Kfleet: output: {text}", end="", file=sys.stderr, flush=True)
 
 
-def _nothing(job: m.JobInfo, patterns: Sequence[str]) -> str:
-    if patterns:
-        return f"job {job.job_id} wrote nothing that matches {' or '.join(patterns)}; --list shows what there is"
-    return f"job {job.job_id} wrote nothing into FLEET_OUTPUT_DIR"
-
-
-def _amount(files: int, size_bytes: int) -> str:
-    return f"{files} file{'s' if files != 1 else ''} ({amount_of(size_bytes)})"
-
-
 def _shown(folder: Path) -> str:
-    """Relative to the current folder, where it lies in that."""
+    """Relative to the current folder, for a folder that lies there."""
     folder, here = folder.resolve(), Path.cwd()
     return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)

@@ -1,4 +1,4 @@
-"""`fleet workers` and `fleet doctor --health`: who is in the cluster, and whether what runs on this machine answers."""
+"""`fleet workers`: the workers of a cluster; `fleet doctor --health`: whether the daemons of this machine answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fleet.cli.table import table, terminal_width
 from fleet.client.queries import ping, welcome, workers
 from fleet.client.target import cluster_target
 from fleet.errors import FleetError, UsageError
-from fleet.text import shown, shown_lines
+from fleet.text import shown, shown_lines, some
 from fleet.versions import versions
 
 HEALTH_WITHIN_S = 3.0
@@ -44,7 +44,7 @@ def listed(found: Sequence[m.WorkerState], as_json: bool) -> str:
 
 
 def _software(found: Sequence[m.WorkerState]) -> list[str]:
-    """What runs on all of them, in one line; where they differ, which differs."""
+    """Software that all workers run, in one line, and a line for each difference."""
     same = [
         f"{name} {next(iter(versions))}"
         for name, versions in (
@@ -77,13 +77,12 @@ def _by(found: Sequence[m.WorkerState], version: Callable[[m.WorkerState], str])
 def _groups(groups: Mapping[str, Sequence[str]]) -> str:
     named = []
     for version, worker_ids in sorted(groups.items()):
-        more = f" and {len(worker_ids) - NAMED_AT_MOST} more" if len(worker_ids) > NAMED_AT_MOST else ""
-        named.append(f"{shown(version)} on {', '.join(map(shown, worker_ids[:NAMED_AT_MOST]))}{more}")
+        named.append(f"{shown(version)} on {some([shown(worker_id) for worker_id in worker_ids], NAMED_AT_MOST)}")
     return "; ".join(named)
 
 
 def health(secret_file: Path | None, insecure: bool, timeout_s: float) -> list[str]:
-    """What each orchestrator and worker of this machine, or container, says of itself. Raises FleetError for a sick one."""
+    """Health of each orchestrator and worker of this machine, or container. Raises FleetError for one that does not answer."""
     found = registered()
     if not found:
         raise FleetError("neither an orchestrator nor a worker runs here")
@@ -91,7 +90,7 @@ def health(secret_file: Path | None, insecure: bool, timeout_s: float) -> list[s
 
 
 def check_health() -> None:
-    """`fleet doctor --health` with its defaults: one line for each, or what is wrong and exit code 1."""
+    """`fleet doctor --health` with its defaults: a line for each daemon, or what is wrong and exit code 1."""
     try:
         print(shown_lines("\n".join(health(None, False, HEALTH_WITHIN_S))))
     except FleetError as error:
@@ -117,6 +116,6 @@ def _row(worker: m.WorkerState) -> tuple[str, ...]:
 
 
 def _natural(name: str) -> tuple[str, int]:
-    """Worker 10 comes after worker 9."""
+    """Sort key by which worker 10 comes after worker 9."""
     head = name.rstrip("0123456789")
     return head, int(name[len(head) :] or 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import os
 import stat
 import tarfile
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fleet.client.selection import Selection, select, unreadable
+from fleet.transfer import digest_of
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ def pack_selected(selected: Selection, into: Path, limit_bytes: int) -> Bundle:
     draft = into / "bundle.part"
     try:
         _write(draft, selected.folder, selected.size_of)
-        with draft.open("rb") as packed:
-            digest = hashlib.file_digest(packed, "sha256").hexdigest()
+        digest = digest_of(draft)
         whole = draft.rename(into / f"{digest}.tar.gz")
     finally:
         draft.unlink(missing_ok=True)

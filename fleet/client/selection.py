@@ -1,6 +1,6 @@
-"""Which files of a folder travel to a cluster, which stay here, and why. Looks at files, and changes none.
+"""Selection of the files of a folder that travel to a cluster. Looks at files, and changes none.
 
-Stay here: what .gitignore files ignore, what tools leave behind, what may hold keys, links that lead out, special files.
+These stay here: what .gitignore files ignore, what tools leave behind, what may hold keys, links that lead out, special files.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -18,7 +18,7 @@ import pathspec
 
 from fleet import config
 from fleet.errors import ConfigError
-from fleet.text import shown
+from fleet.text import shown, some
 from fleet.values import BUNDLE_BYTES_AT_MOST, BUNDLE_FILES_AT_MOST
 
 TOOLS = "left by a tool"
@@ -26,69 +26,29 @@ IGNORED = "ignored by .gitignore"
 LEADS_OUT = "a link that leads out of the folder"
 SPECIAL = "no ordinary file"
 # By name, since no job needs them.
-LEFT_BY_TOOLS = frozenset(
-    {
-        ".git",
-        ".hg",
-        ".hypothesis",
-        ".ipynb_checkpoints",
-        ".mypy_cache",
-        ".nox",
-        ".pytest_cache",
-        ".ruff_cache",
-        ".svn",
-        ".tox",
-        "__pycache__",
-        "fleet-output",
-    }
-)
-# Folders and files that commonly hold keys, passwords or tokens, by their names in lower case, and what they hold.
-KEYS = {
-    ".ssh": "SSH keys",
-    ".gnupg": "PGP keys",
-    ".password-store": "passwords",
-    ".pki": "certificates and keys",
-    ".aws": "cloud credentials",
-    ".azure": "cloud credentials",
-    ".oci": "cloud credentials",
-    ".kaggle": "an API token",
-    ".kube": "cluster credentials",
-    ".docker": "registry passwords",
-    ".config": "settings of programs, with their tokens",
-    ".local": "data of programs, with their tokens",
-    ".mozilla": "passwords and cookies",
-    ".netrc": "passwords",
-    "_netrc": "passwords",
-    ".pgpass": "passwords",
-    ".my.cnf": "passwords",
-    ".git-credentials": "passwords",
-    ".htpasswd": "passwords",
-    ".npmrc": "a registry's token",
-    ".pypirc": "a registry's token",
-    ".boto": "cloud credentials",
-    ".s3cfg": "cloud credentials",
-    ".vault-token": "a token",
-    ".databrickscfg": "a token",
-    "application_default_credentials.json": "cloud credentials",
-    ".env": "passwords and tokens as variables",
-    ".env.*": "passwords and tokens as variables",
-    ".envrc": "passwords and tokens as variables",
-    ".*_history": "commands, with what was typed in them",
-    "id_rsa": "a private key",
-    "id_dsa": "a private key",
-    "id_ecdsa": "a private key",
-    "id_ecdsa_sk": "a private key",
-    "id_ed25519": "a private key",
-    "id_ed25519_sk": "a private key",
-    "*.pem": "a private key",
-    "*.key": "a private key",
-    "*.ppk": "a private key",
-    "*.p12": "a private key",
-    "*.pfx": "a private key",
-    "*.jks": "private keys",
-    "*.keystore": "private keys",
-    "*.kdbx": "passwords",
+LEFT_BY_TOOLS = {".git", ".hg", ".svn", ".hypothesis", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".nox", ".tox"}
+LEFT_BY_TOOLS |= {"__pycache__", ".ipynb_checkpoints", "fleet-output"}
+# Folders and files that commonly hold keys, passwords or tokens, by what they hold. Names are in lower case.
+_HOLDERS = {
+    "SSH keys": ".ssh",
+    "PGP keys": ".gnupg",
+    "passwords": ".password-store .netrc _netrc .pgpass .my.cnf .git-credentials .htpasswd *.kdbx",
+    "passwords and cookies": ".mozilla",
+    "passwords and tokens as variables": ".env .env.* .envrc",
+    "certificates and keys": ".pki",
+    "cloud credentials": ".aws .azure .oci .boto .s3cfg application_default_credentials.json",
+    "cluster credentials": ".kube",
+    "registry passwords": ".docker",
+    "a registry's token": ".npmrc .pypirc",
+    "an API token": ".kaggle",
+    "a token": ".vault-token .databrickscfg",
+    "settings of programs, with their tokens": ".config",
+    "data of programs, with their tokens": ".local",
+    "commands, with what was typed in them": ".*_history",
+    "a private key": "id_rsa id_dsa id_ecdsa id_ecdsa_sk id_ed25519 id_ed25519_sk *.pem *.key *.ppk *.p12 *.pfx",
+    "private keys": "*.jks *.keystore",
 }
+KEYS = {name: what for what, names in _HOLDERS.items() for name in names.split()}
 _KEYS_LIKE = [(name, what) for name, what in KEYS.items() if "*" in name]
 NO_KEYS = frozenset({".env.example", ".env.sample", ".env.template", ".env.dist"})  # made to be shared
 MAY_HOLD = "may hold "
@@ -97,7 +57,7 @@ NAMED_AT_MOST = 3
 
 @dataclass(frozen=True)
 class Selection:
-    """A folder's files, in the order of their names, with what stays here."""
+    """Files of a folder that travel, in the order of their names, and what stays here."""
 
     folder: Path
     size_of: dict[Path, int]  # in bytes
@@ -127,21 +87,22 @@ class Selection:
         )
 
     def keys(self) -> list[str]:
-        """The names of what stays here because it may hold keys."""
+        """Names of what stays here because it may hold keys."""
         return [self._name(path) for path, why in self.left_out.items() if why.startswith(MAY_HOLD)]
 
     def summary(self) -> str:
-        """What travels and what does not, as one line."""
+        """One line about what travels and what does not."""
         count = len(self.size_of)
         line = f"sends {self.folder}: {count} file{'' if count == 1 else 's'}, {_mb(self.size_bytes)}"
         keys = self.keys()
         others = len(self.left_out) - len(keys)
-        stays = [f"{_some(keys)} ({MAY_HOLD}keys)"] if keys else []
-        stays += [f"{others} other{'' if others == 1 else 's'}"] if others and keys else [str(others)] if others else []
+        stays = [f"{some([shown(name) for name in keys], NAMED_AT_MOST)} ({MAY_HOLD}keys)"] if keys else []
+        if others:
+            stays.append(f"{others} other{'' if others == 1 else 's'}" if keys else str(others))
         return f"{line}; left out: {', '.join(stays)} (--dry-run lists all)" if stays else line
 
     def listed(self, limit_bytes: int) -> str:
-        """Every file that travels, and all that does not with the reason, a line each."""
+        """A line for every file that travels, and for all that does not, with the reason."""
         count = len(self.size_of)
         lines = [
             f"{count} files, {_mb(self.size_bytes)} of at most {_mb(limit_bytes)}, would travel from {self.folder}:"
@@ -157,9 +118,9 @@ class Selection:
 
 
 def select(folder: Path, needed: Path | None = None) -> Selection:
-    """What of `folder` travels. `needed`, the script itself, does so whatever .gitignore says.
+    """Selects the files of `folder`. `needed`, the script itself, travels whatever .gitignore says.
 
-    Raises ConfigError for a folder that is no job's, or cannot be read.
+    Raises ConfigError for a folder that is no job's, or that cannot be read.
     """
     folder = folder.resolve()
     _refuse(folder)
@@ -208,7 +169,7 @@ Rules = tuple[tuple[Path, pathspec.GitIgnoreSpec], ...]
 
 
 def _walk(root: Path, folder: Path, rules: Rules) -> Iterator[tuple[Path, str]]:
-    """All files and links in the order of their names, and folders that stay here; each with the reason, empty if it travels."""
+    """Files and links in the order of their names, and folders that stay here; each with the reason, empty if it travels."""
     rules = (*rules, *_rules_of(folder))
     for path in sorted(folder.iterdir()):
         is_link = path.is_symlink()
@@ -241,7 +202,7 @@ def _keys_in(name: str) -> str:
 
 
 def _installed(folder: Path) -> str:
-    """Whether a folder is an environment of installed packages, by what is in it: any folder may be called venv."""
+    """The kind of installed packages that a folder holds, by its content: any folder may be called venv. Empty: none."""
     if (folder / "pyvenv.cfg").is_file():
         return "a virtual environment"
     if (folder / "conda-meta").is_dir():
@@ -251,9 +212,9 @@ def _installed(folder: Path) -> str:
 
 
 def _rules_above(folder: Path) -> Rules:
-    """The .gitignore files of the folders above, up to the repository's root, from the outermost.
+    """Rules of the .gitignore files in the folders above, up to the repository's root, from the outermost.
 
-    None where they ignore the folder itself: who runs a script there wants it to travel.
+    There are none where they ignore the folder itself: a user who runs a script there wants the folder to travel.
     """
     root = next((above for above in (folder, *folder.parents) if (above / ".git").exists()), folder)
     rules: Rules = ()
@@ -274,17 +235,17 @@ def _rules_of(folder: Path) -> Rules:
 
 
 def _rules_in(text: str) -> pathspec.GitIgnoreSpec:
-    """Rules that decide as git does, except that here a rule for a folder (a negation too) also holds for all in it.
+    """Rules that decide as git does, except that a rule for a folder (a negation too) also holds for all in the folder.
 
-    Seen only where negated folders and other rules overlap, and then more files travel than git would keep.
+    The difference shows only where negated folders and other rules overlap: then more files travel than git would keep.
     """
-    # To git, "d/**" is all that is in d. To pathspec it is also d, which would then not be entered, whatever "!d/x" says.
+    # To git, "d/**" is all that is in d. To pathspec, it is d too, which would then not be entered, whatever "!d/x" says.
     lines = [re.sub(r"/\*\*(/?)$", r"/**/*\1", line) for line in text.split("\n")]
     return pathspec.GitIgnoreSpec.from_lines([line for line in lines if _is_pattern(line)])
 
 
 def _is_pattern(line: str) -> bool:
-    """Git passes over lines that mean nothing, such as a lone '!'; pathspec refuses them."""
+    """Whether pathspec takes a line. Git passes over lines that mean nothing, such as a lone '!'."""
     try:
         pathspec.GitIgnoreSpec.from_lines([line])
     except ValueError:
@@ -305,12 +266,6 @@ def _ignored(path: Path, is_folder: bool, rules: Rules) -> bool:
 def _stays_inside(root: Path, link: Path) -> bool:
     # Not Path.resolve: it raises for a link that leads to itself.
     return Path(os.path.realpath(link)).is_relative_to(os.path.realpath(root))
-
-
-def _some(names: Iterable[str]) -> str:
-    found = [shown(name) for name in names]
-    more = len(found) - NAMED_AT_MOST
-    return ", ".join(found[:NAMED_AT_MOST]) + (f" and {more} more" if more > 0 else "")
 
 
 def _mb(size_bytes: int) -> str:

@@ -13,7 +13,7 @@ from fleet.orchestrator.placement import POLICIES
 from fleet.orchestrator.state import DropUpload, FetchBundle, SaveDrained, ServeLog, StorePart, Worker
 from fleet.orchestrator.uploads import Uploads
 from fleet.orchestrator.view import View
-from fleet.values import BUNDLE_BYTES_AT_MOST, ON_WORKER, amount_of
+from fleet.values import BUNDLE_BYTES_AT_MOST, ON_WORKER, files_of
 
 CURIOUS_AT_MOST = 64  # questions about one job whose answers are on the way
 LEFT_AT_MOST = 64  # sentences about what one job's workers and attempts left behind
@@ -337,7 +337,7 @@ def left_behind(left: m.Left, worker_id: str) -> tuple[str, ...]:
     """What is lost with a working folder, and what else became of files there, in words for a person."""
     found = []
     if left.file_count:
-        lost = f"{left.file_count} file{'s' if left.file_count != 1 else ''} ({amount_of(left.size_bytes)})"
+        lost = files_of(left.file_count, left.size_bytes)
         where = f": {', '.join(left.names)}" if left.names else ""
         found.append(f"{lost} in its working folder on worker {worker_id}{where}")
     if left.error:
