@@ -57,7 +57,7 @@ def _orchestrator(address: str, secret_file: Path | None, insecure: bool, timeou
             f"the orchestrator's name {host} does not resolve: is ORCHESTRATOR_ADDR right, is the network joined?"
         )
     try:
-        answered = welcome(cluster_target(address, secret_file, insecure, timeout_s), versions())
+        answered = welcome(cluster_target(address, secret_file, insecure, timeout_s))
     except ConfigError as error:
         # Only now, since the orchestrator would take this connection for a stranger's.
         wrong = obstacle(host, port, timeout_s)

@@ -115,16 +115,13 @@ def submit_command(
     """
     from fleet.cli.jobs import Submission, submit
     from fleet.cli.travel import bundle_limit, would_travel
-    from fleet.versions import versions
 
     if dry_run:
         typer.echo(would_travel(command_lines[0], bundle_limit(max_bundle)))
         return
     options = job_options(name, "", priority, policy, max_restarts, slots, gpus)
     target = _cluster(orchestrator, secret_file, insecure, timeout)
-    job_id = submit(
-        target, versions(), command_lines[0], Submission(workers, options, bundle_limit(max_bundle), tuple(keep or ()))
-    )
+    job_id = submit(target, command_lines[0], Submission(workers, options, bundle_limit(max_bundle), tuple(keep or ())))
     typer.echo(f'{{"job_id": "{job_id}"}}' if as_json else job_id)
 
 
@@ -164,7 +161,6 @@ def sweep_command(
     from fleet.cli.sweep import sweep
     from fleet.cli.travel import bundle_limit, would_travel
     from fleet.client.grid import points
-    from fleet.versions import versions
 
     found = points(grid or [])
     if dry_run:
@@ -173,7 +169,7 @@ def sweep_command(
     options = job_options("", name, priority, policy, max_restarts, slots, gpus)
     target = _cluster(orchestrator, secret_file, insecure, timeout)
     submission = Submission(workers, options, bundle_limit(max_bundle), tuple(keep or ()))
-    raise typer.Exit(sweep(target, versions(), command_lines[0], submission, found, detach, as_json))
+    raise typer.Exit(sweep(target, command_lines[0], submission, found, detach, as_json))
 
 
 @job_commands.command("jobs")
@@ -191,12 +187,11 @@ def jobs_command(
     """List jobs, the newest first. With --sweep: the table of a sweep, with what has come of it so far."""
     from fleet.cli.jobs import list_jobs
     from fleet.cli.sweep import again
-    from fleet.versions import versions
 
     if limit < 1:
         raise UsageError(f"--limit is {limit}: it must be at least 1")
     target = _cluster(orchestrator, secret_file, insecure, timeout)
-    typer.echo(again(target, versions(), sweep, as_json) if sweep else list_jobs(target, versions(), limit, as_json))
+    typer.echo(again(target, sweep, as_json) if sweep else list_jobs(target, limit, as_json))
 
 
 @job_commands.command("status")
@@ -210,9 +205,8 @@ def status_command(
 ) -> None:
     """Say all that is known of a job: its state, what it waits for, its attempts."""
     from fleet.cli.jobs import status
-    from fleet.versions import versions
 
-    typer.echo(status(_cluster(orchestrator, secret_file, insecure, timeout), versions(), job, as_json))
+    typer.echo(status(_cluster(orchestrator, secret_file, insecure, timeout), job, as_json))
 
 
 @job_commands.command("logs")
@@ -227,9 +221,8 @@ def logs_command(
 ) -> None:
     """Show what a submitted job printed."""
     from fleet.cli.jobs import logs
-    from fleet.versions import versions
 
-    logs(_cluster(orchestrator, secret_file, insecure, timeout), versions(), job, rank, follow)
+    logs(_cluster(orchestrator, secret_file, insecure, timeout), job, rank, follow)
 
 
 @job_commands.command("fetch")
@@ -249,11 +242,10 @@ def fetch_command(
 ) -> None:
     """Bring what a job wrote to FLEET_OUTPUT_DIR, from every worker that has a part of it. Overwrites nothing."""
     from fleet.cli.output import fetch, output_limit
-    from fleet.versions import versions
 
     target = _cluster(orchestrator, secret_file, insecure, timeout)
     limit = output_limit(max_output)
-    raise typer.Exit(fetch(target, versions(), job, patterns or (), output, limit, only_list, as_json))
+    raise typer.Exit(fetch(target, job, patterns or (), output, limit, only_list, as_json))
 
 
 @job_commands.command("cancel")
@@ -269,15 +261,14 @@ def cancel_command(
 ) -> None:
     """Cancel jobs, whether they wait or run."""
     from fleet.cli.jobs import cancel, cancel_sweep
-    from fleet.versions import versions
 
     if bool(jobs) == bool(sweep):
         raise UsageError("say what to cancel: fleet cancel JOB [JOB ...], or fleet cancel --sweep NAME")
     target = _cluster(orchestrator, secret_file, insecure, timeout)
     if sweep:
-        typer.echo(cancel_sweep(target, versions(), sweep, kill, as_json))
+        typer.echo(cancel_sweep(target, sweep, kill, as_json))
     else:
-        typer.echo(cancel(target, versions(), jobs or [], kill, as_json))
+        typer.echo(cancel(target, jobs or [], kill, as_json))
 
 
 @job_commands.command("wait")
@@ -291,9 +282,8 @@ def wait_command(
 ) -> None:
     """Wait until jobs have ended; exit code 0 if all succeeded."""
     from fleet.cli.jobs import wait
-    from fleet.versions import versions
 
-    raise typer.Exit(wait(_cluster(orchestrator, secret_file, insecure, timeout), versions(), jobs, as_json))
+    raise typer.Exit(wait(_cluster(orchestrator, secret_file, insecure, timeout), jobs, as_json))
 
 
 @job_commands.command("drain")
@@ -311,7 +301,6 @@ def drain_command(
 ) -> None:
     """Give a worker no new work; what does not end there in time starts again on others."""
     from fleet.cli.jobs import drain
-    from fleet.versions import versions
 
     target = _cluster(orchestrator, secret_file, insecure, timeout)
-    typer.echo(shown_lines(drain(target, versions(), worker, within, undo, as_json)))
+    typer.echo(shown_lines(drain(target, worker, within, undo, as_json)))

@@ -48,15 +48,14 @@ class Submission:
     keep: tuple[str, ...] = ()
 
 
-def submit(target: Target, versions: m.Versions, command: CommandLine, submission: Submission) -> str:
+def submit(target: Target, command: CommandLine, submission: Submission) -> str:
     """Submits one job; its id, once it is on the orchestrator's disk. Raises UsageError, ConfigError, FleetError."""
-    (job_id,) = submit_each(target, versions, command, submission, [(command.args, ())])
+    (job_id,) = submit_each(target, command, submission, [(command.args, ())])
     return job_id
 
 
 def submit_each(
     target: Target,
-    versions: m.Versions,
     command: CommandLine,
     submission: Submission,
     each: Sequence[tuple[list[str], PointItems]],
@@ -65,7 +64,7 @@ def submit_each(
     if not 1 <= submission.workers <= RANKS_AT_MOST:
         raise UsageError(f"--workers is {submission.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
     check_target(command)
-    with runtime_folder() as runtime, JobClient(target, versions) as client:
+    with runtime_folder() as runtime, JobClient(target) as client:
         spec, bundle = spec_of_bundle(command, runtime, submission.max_bundle_bytes, submission.keep)
         submits = [
             m.Submit(
@@ -81,8 +80,8 @@ def submit_each(
     return [submit.job_id for submit in submits]
 
 
-def list_jobs(target: Target, versions: m.Versions, limit: int, as_json: bool) -> str:
-    with JobClient(target, versions) as client:
+def list_jobs(target: Target, limit: int, as_json: bool) -> str:
+    with JobClient(target) as client:
         return listed(client.find(limit=limit), as_json)
 
 
@@ -96,8 +95,8 @@ def listed(found: m.Jobs, as_json: bool) -> str:
     return rows + (f"\n{found.left_out} older ones are left out: --limit" if found.left_out else "")
 
 
-def status(target: Target, versions: m.Versions, prefix: str, as_json: bool) -> str:
-    with JobClient(target, versions) as client:
+def status(target: Target, prefix: str, as_json: bool) -> str:
+    with JobClient(target) as client:
         job = client.job(prefix)
         if as_json:
             return json.dumps(msgspec.to_builtins(job), indent=1)
@@ -128,9 +127,9 @@ def described(job: m.JobInfo) -> str:
     return "\n".join(f"{name + ':':<12} {shown(text)}" for name, text in lines if text)
 
 
-def wait(target: Target, versions: m.Versions, prefixes: Sequence[str], as_json: bool) -> int:
+def wait(target: Target, prefixes: Sequence[str], as_json: bool) -> int:
     """Returns when all have ended: 0 if all succeeded, else the exit code of the first named that did not."""
-    with JobClient(target, versions) as client:
+    with JobClient(target) as client:
         jobs = [client.job(prefix) for prefix in prefixes]
         by_id = {job.job_id: job for job in jobs}
         ends: dict[str, m.JobEnded] = {}
@@ -148,9 +147,9 @@ def wait(target: Target, versions: m.Versions, prefixes: Sequence[str], as_json:
     return next((code for job in jobs if (code := exit_code(ends[job.job_id]))), 0)
 
 
-def cancel(target: Target, versions: m.Versions, prefixes: Sequence[str], kill: bool, as_json: bool) -> str:
+def cancel(target: Target, prefixes: Sequence[str], kill: bool, as_json: bool) -> str:
     """Says of each job how it ended, cancelled or before."""
-    with JobClient(target, versions) as client:
+    with JobClient(target) as client:
         jobs = [client.job(prefix) for prefix in prefixes]
         ends = _cancelled(client, jobs, kill)
         if as_json:
@@ -165,11 +164,11 @@ def cancel(target: Target, versions: m.Versions, prefixes: Sequence[str], kill: 
     return "\n".join(lines)
 
 
-def cancel_sweep(target: Target, versions: m.Versions, name: str, kill: bool, as_json: bool) -> str:
+def cancel_sweep(target: Target, name: str, kill: bool, as_json: bool) -> str:
     """Says how many of a sweep's jobs ended how. Raises UsageError where there is none of that name."""
     from fleet.cli.sweep import points_of
 
-    with JobClient(target, versions) as client:
+    with JobClient(target) as client:
         jobs = points_of(client, name)
         ends = _cancelled(client, jobs, kill)
         if as_json:
@@ -188,9 +187,9 @@ def _cancelled(client: JobClient, jobs: Sequence[m.JobInfo], kill: bool) -> dict
     return {job_id: ended.outcome for job_id, ended in client.wait(alive, CANCEL_WITHIN_S).items()}
 
 
-def logs(target: Target, versions: m.Versions, prefix: str, rank: int | None, follow: bool) -> None:
+def logs(target: Target, prefix: str, rank: int | None, follow: bool) -> None:
     """Prints what ranks printed: one rank's bytes as they are, of several in whole lines behind their number."""
-    with JobClient(target, versions) as client:
+    with JobClient(target) as client:
         job = client.job(prefix)
         ranks = [rank] if rank is not None else list(range(job.world_size))
         alone = len(ranks) == 1
@@ -218,8 +217,8 @@ def logs(target: Target, versions: m.Versions, prefix: str, rank: int | None, fo
             printer.finish(monotonic())
 
 
-def drain(target: Target, versions: m.Versions, worker: str, within_s: float, undo: bool, as_json: bool) -> str:
-    with JobClient(target, versions) as client:
+def drain(target: Target, worker: str, within_s: float, undo: bool, as_json: bool) -> str:
+    with JobClient(target) as client:
         jobs = client.drain(worker, within_s, undo)
     if as_json:
         return json.dumps({"worker": worker, "drained": not undo, "jobs": list(jobs)})

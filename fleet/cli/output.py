@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fleet import messages as m
 from fleet.client.attached_job import say
 from fleet.client.fetch import Fetched, JobOutput, Listing, check_size
 from fleet.client.job_client import JobClient
@@ -96,10 +95,10 @@ def check_folder(folder: Path | None) -> None:
         raise UsageError(f"--output {folder} cannot be used: {above} cannot be written to")
 
 
-def bring(target: Target, versions: m.Versions, job_id: str, folder: Path | None, limit_bytes: int) -> bool:
+def bring(target: Target, job_id: str, folder: Path | None, limit_bytes: int) -> bool:
     """Brings the output at the end of `fleet run` on a cluster; says where it is and what is lost. Whether all came."""
     try:
-        with JobClient(target, versions) as client:
+        with JobClient(target) as client:
             progress = _Progress()
             output = JobOutput(client, client.job(job_id), progress)
             found = output.listing()
@@ -127,7 +126,6 @@ def bring(target: Target, versions: m.Versions, job_id: str, folder: Path | None
 
 def fetch(
     target: Target,
-    versions: m.Versions,
     prefix: str,
     patterns: Sequence[str],
     folder: Path | None,
@@ -137,7 +135,7 @@ def fetch(
 ) -> int:
     """`fleet fetch`: 0 if all that was asked for is here. Raises UsageError, FleetError."""
     check_folder(None if only_list else folder)
-    with JobClient(target, versions) as client:
+    with JobClient(target) as client:
         job = client.job(prefix)
         progress = _Progress()
         output = JobOutput(client, job, progress)

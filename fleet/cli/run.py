@@ -29,7 +29,6 @@ from fleet.client.report import INTERRUPTED, exit_code, report
 from fleet.client.target import cluster_target
 from fleet.errors import UsageError
 from fleet.values import portable
-from fleet.versions import versions
 from fleet.worker.imports import Imports
 
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -119,7 +118,7 @@ def run_job(command: CommandLine, options: Options) -> int:
         for _ in range(interruption.early_count):
             run.cancel(interruption.number)
         try:
-            ended = run.run(versions())
+            ended = run.run()
         except BrokenPipeError:
             return BROKEN_PIPE  # whoever read our output has gone; leaving ends the job
         if local is not None:
@@ -133,9 +132,7 @@ def run_job(command: CommandLine, options: Options) -> int:
             print(text, file=sys.stderr, flush=True)
         try:
             with interruption.raised():
-                came = local is not None or bring(
-                    target, versions(), run.job_id, options.output, options.max_output_bytes
-                )
+                came = local is not None or bring(target, run.job_id, options.output, options.max_output_bytes)
         except KeyboardInterrupt:
             return 128 + interruption.number
         return exit_code(ended) or (0 if came else 1)

@@ -172,7 +172,7 @@ def _zygote(task: config.SlurmTask, runtime: Path, preload: tuple[str, ...]) -> 
 def _wait_for_all(task: config.SlurmTask, target: Target, interrupted: Callable[[], bool]) -> None:
     started_at, said = monotonic(), False
     while not interrupted():
-        here = {worker.worker_id for worker in workers(target, versions())}
+        here = {worker.worker_id for worker in workers(target)}
         missing = [rank for rank in range(task.task_count) if f"task-{rank:05d}" not in here]
         if not missing:
             return

@@ -30,7 +30,6 @@ Row = dict[str, Any]
 
 def sweep(
     target: Target,
-    versions: m.Versions,
     command: CommandLine,
     submission: Submission,
     found: list[Point],
@@ -44,12 +43,12 @@ def sweep(
     submission = Submission(submission.workers, options, submission.max_bundle_bytes, submission.keep)
     try:
         each = [([*command.args, *arguments(point)], tuple(point.items())) for point in found]
-        job_ids = submit_each(target, versions, command, submission, each)
+        job_ids = submit_each(target, command, submission, each)
         by_job = dict(zip(job_ids, found, strict=True))
         if detach:
             print(_shown([row_of(point, {JOB: job_id}, {}) for job_id, point in by_job.items()], as_json))
             return 0
-        with JobClient(target, versions) as client:
+        with JobClient(target) as client:
             rows = _results(client, name, by_job)
     except KeyboardInterrupt:
         say(f"the jobs go on: `fleet jobs --sweep {name}` shows them, `fleet cancel --sweep {name}` ends them")
@@ -58,9 +57,9 @@ def sweep(
     return 0 if all(row[STATE] == "succeeded" for row in rows.values()) else 1
 
 
-def again(target: Target, versions: m.Versions, name: str, as_json: bool) -> str:
+def again(target: Target, name: str, as_json: bool) -> str:
     """The table of a sweep, with what has come of it so far. Raises UsageError where there is none of that name."""
-    with JobClient(target, versions) as client:
+    with JobClient(target) as client:
         jobs = points_of(client, name)
         ended = [job.job_id for job in jobs if job.outcome]
         tails = dict(zip(ended, client.logs(ended, 0, -TAIL_BYTES), strict=True))

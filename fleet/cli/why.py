@@ -11,7 +11,6 @@ from fleet.bus.lock import Lock
 from fleet.client.rank_activity import as_values, ask, described
 from fleet.client.target import Target, cluster_target
 from fleet.errors import ConfigError, UsageError
-from fleet.versions import versions
 
 LOCAL_WITHIN_S = 2.0
 
@@ -27,7 +26,7 @@ def explain(
 ) -> str:
     """What the ranks of a job do, in words or as JSON. Raises ConfigError, UsageError."""
     if orchestrator is not None:
-        found = [ask(cluster_target(orchestrator, secret_file, insecure, timeout_s), job_id, versions())]
+        found = [ask(cluster_target(orchestrator, secret_file, insecure, timeout_s), job_id)]
     else:
         found = _ask_here(job_id)
     if as_json:
@@ -44,7 +43,7 @@ def _ask_here(job_id: str) -> list[tuple[list[m.Answer], list[int]]]:
             continue
         local = Target("this machine", f"ipc://{socket}", Lock(), LOCAL_WITHIN_S, local=True)
         try:
-            found.append(ask(local, job_id, versions()))
+            found.append(ask(local, job_id))
         except UsageError as error:
             reasons.append(str(error))
         except ConfigError:

@@ -16,7 +16,6 @@ from fleet.client.queries import ping, welcome, workers
 from fleet.client.target import cluster_target
 from fleet.errors import FleetError, UsageError
 from fleet.text import shown, shown_lines, some
-from fleet.versions import versions
 
 HEALTH_WITHIN_S = 3.0
 COLUMNS = ("WORKER", "STATE", "SLOTS", "BUSY", "HOST", "JOBS")
@@ -29,7 +28,7 @@ def list_workers(
     """All workers, as a table or as JSON. Raises ConfigError, UsageError."""
     if orchestrator is None:
         raise UsageError("which cluster? set ORCHESTRATOR_ADDR or --orchestrator to HOST:PORT")
-    return listed(workers(cluster_target(orchestrator, secret_file, insecure, timeout_s), versions()), as_json)
+    return listed(workers(cluster_target(orchestrator, secret_file, insecure, timeout_s)), as_json)
 
 
 def listed(found: Sequence[m.WorkerState], as_json: bool) -> str:
@@ -106,7 +105,7 @@ def _health(role: str, reached_at: str, secret_file: Path | None, insecure: bool
         if not pong.ever_welcomed:
             raise FleetError(f"worker {pong.worker_id}: {pong.state}")
         return f"worker {pong.worker_id} answers: {pong.state}"
-    found = welcome(cluster_target(reached_at, secret_file, insecure, timeout_s), versions())
+    found = welcome(cluster_target(reached_at, secret_file, insecure, timeout_s))
     return f"the orchestrator answers, fleet {found.fleet}"
 
 

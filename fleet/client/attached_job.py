@@ -60,14 +60,14 @@ class AttachedJob:
     def cancelled(self) -> bool:
         return self._attachment.cancelled or bool(self._cancels)
 
-    def run(self, versions: m.Versions) -> m.JobEnded:
+    def run(self) -> m.JobEnded:
         """Returns when the job has ended, and all it printed has been printed. Raises ConfigError if it cannot start.
 
         Raises FleetError where a cluster in this process fails, and where nothing can be printed.
         """
         try:
             with Bus(self._target.lock) as bus:
-                self._connection = Connection(bus, self._target, versions, self._clock, ADVICE)
+                self._connection = Connection(bus, self._target, self._clock, ADVICE)
                 self._connection.submit(self._submit)
                 self._target.failure.listen(self._wake.set)
                 try:

@@ -24,6 +24,7 @@ from fleet.client.target import Target
 from fleet.dropped import Dropped
 from fleet.errors import ConfigError, OtherProtocol, ProtocolError
 from fleet.stillness import LifeClock
+from fleet.versions import versions
 
 
 class Connection:
@@ -33,13 +34,13 @@ class Connection:
     and receives after each wait and before each, as long as `has_event`.
     """
 
-    def __init__(self, bus: Bus, target: Target, versions: m.Versions, clock: LifeClock, advice: str = "") -> None:
+    def __init__(self, bus: Bus, target: Target, clock: LifeClock, advice: str = "") -> None:
         """`clock` is read by the owner, or by `wait`. `advice` is said where no orchestrator answers in time."""
         self._target = target
         self._clock = clock
         self._dealer = Dealer(bus, target.endpoint, f"client/{uuid.uuid4().hex}".encode())
         # An orchestrator on the same machine sees when the process of this number has ended.
-        hello = m.ClientHello(versions, numbering(), os.getpid())
+        hello = m.ClientHello(versions(), numbering(), os.getpid())
         self._handshake = Handshake(target.name, hello, target.timeout_s, clock.now() + target.timeout_s, advice)
         self._dropped = Dropped(logging.getLogger("fleet.client"), clock.look)
         self._numbers = count(1)

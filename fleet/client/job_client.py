@@ -33,11 +33,11 @@ A = TypeVar("A", m.Jobs, m.LogPart, m.Drained)
 class JobClient:
     """Client of one orchestrator. Methods raise ConfigError where none answers in time, or it refuses this client."""
 
-    def __init__(self, target: Target, versions: m.Versions) -> None:
+    def __init__(self, target: Target) -> None:
         self._bus = Bus(target.lock)
         self._clock = LifeClock()
         advice = ": is it running, and is the address right?"
-        self._connection = Connection(self._bus, target, versions, self._clock, advice)
+        self._connection = Connection(self._bus, target, self._clock, advice)
         self._watched: dict[int, str] = {}  # jobs by the numbers of the questions about their ends
         self._ended: dict[str, m.JobEnded] = {}  # ends of jobs that have come, and that no `ends` has taken yet
 

@@ -16,15 +16,13 @@ from fleet.errors import ConfigError
 from fleet.stillness import Deadline
 
 
-def answers(
-    target: Target, question: m.ListWorkers | m.Why | None, versions: m.Versions, deadline: Deadline
-) -> Iterator[m.Message]:
+def answers(target: Target, question: m.ListWorkers | m.Why | None, deadline: Deadline) -> Iterator[m.Message]:
     """The Welcome and what comes after it, until the deadline, which may be moved meanwhile. The question's number is 1.
 
     Raises ConfigError where no orchestrator answers, or it refuses this client; FleetError where it fails at the question.
     """
     with Bus(target.lock) as bus:
-        connection = Connection(bus, target, versions, deadline.clock)
+        connection = Connection(bus, target, deadline.clock)
         if question is not None:
             connection.ask(question, standing=True)
         while deadline.left_s or not connection.ever_welcomed:
@@ -34,9 +32,9 @@ def answers(
                     yield event
 
 
-def workers(target: Target, versions: m.Versions) -> tuple[m.WorkerState, ...]:
+def workers(target: Target) -> tuple[m.WorkerState, ...]:
     """The workers of the cluster, in the order in which they joined."""
-    for message in answers(target, m.ListWorkers(), versions, Deadline(target.timeout_s)):
+    for message in answers(target, m.ListWorkers(), Deadline(target.timeout_s)):
         if isinstance(message, m.Workers) and message.question == 1:
             return message.workers
     raise ConfigError(
@@ -44,9 +42,9 @@ def workers(target: Target, versions: m.Versions) -> tuple[m.WorkerState, ...]:
     )
 
 
-def welcome(target: Target, versions: m.Versions) -> m.Versions:
+def welcome(target: Target) -> m.Versions:
     """The orchestrator's versions: it is there, and its loop turns."""
-    for message in answers(target, None, versions, Deadline(target.timeout_s)):
+    for message in answers(target, None, Deadline(target.timeout_s)):
         if isinstance(message, m.Welcome):
             return message.versions
     raise AssertionError("answers() yields a Welcome or raises")

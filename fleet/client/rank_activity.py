@@ -13,7 +13,7 @@ from fleet.text import shown
 ANSWER_WITHIN_S = 2.0
 
 
-def ask(target: Target, job_id: str, versions: m.Versions) -> tuple[list[m.Answer], list[int]]:
+def ask(target: Target, job_id: str) -> tuple[list[m.Answer], list[int]]:
     """The answers, by rank, and the ranks that did not answer. An empty id means the only job that runs.
 
     Raises ConfigError where no orchestrator answers, UsageError where there is no such job.
@@ -23,7 +23,7 @@ def ask(target: Target, job_id: str, versions: m.Versions) -> tuple[list[m.Answe
     found: dict[int, m.Answer] = {}
     expected: int | None = None
     deadline = Deadline(target.timeout_s)
-    for message in answers(target, m.Why(job_id), versions, deadline):
+    for message in answers(target, m.Why(job_id), deadline):
         if isinstance(message, m.Because) and message.question == 1:
             if message.error:
                 raise UsageError(message.error)

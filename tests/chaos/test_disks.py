@@ -9,7 +9,7 @@ from pathlib import Path
 from fleet import messages as m
 from fleet.client.job_client import JobClient
 from tests.disks import small_disk
-from tests.orchestrators import VERSIONS, orchestrator
+from tests.orchestrators import orchestrator
 
 DISK_BYTES = 8 << 20
 
@@ -37,7 +37,7 @@ def test_a_full_disk_refuses_jobs_in_words_and_the_first_one_after_it_is_taken(t
     bundle = tmp_path / "bundle"
     bundle.write_bytes(data)
     with small_disk(tmp_path / "state", DISK_BYTES) as state, orchestrator(state) as target:
-        with JobClient(target, VERSIONS) as client:
+        with JobClient(target) as client:
             assert client.submit([submit_of("first")], None) == {"first": ""}
             filler = state / "filler"
             filler.write_bytes(bytes(DISK_BYTES - (2 << 20)))
@@ -49,5 +49,5 @@ def test_a_full_disk_refuses_jobs_in_words_and_the_first_one_after_it_is_taken(t
                 assert "the orchestrator cannot write it down" in client.submit([submit_of(job_id)], None)[job_id]
             filler.unlink()
             assert client.submit([submit_of("after", data)], bundle) == {"after": ""}
-        with JobClient(target, VERSIONS) as client:
+        with JobClient(target) as client:
             assert [job.job_id for job in client.find().jobs] == ["after", "first"]

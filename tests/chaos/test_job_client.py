@@ -9,7 +9,7 @@ import pytest
 from fleet import messages as m
 from fleet.client.handshake import AT_ONCE
 from fleet.client.job_client import UNKNOWN, JobClient
-from tests.orchestrators import VERSIONS, orchestrator
+from tests.orchestrators import orchestrator
 
 COUNT = 2 * AT_ONCE + 10  # more than are watched, or submitted, at a time
 
@@ -18,7 +18,7 @@ COUNT = 2 * AT_ONCE + 10  # more than are watched, or submitted, at a time
 def test_every_end_of_many_jobs_is_heard_whatever_is_asked_in_between(tmp_path: Path) -> None:
     spec = m.Spec("command", "true", directory="/")
     submits = [m.Submit(f"j{n}", 1, spec, detached=True, options=m.JobOptions(sweep="s")) for n in range(COUNT)]
-    with orchestrator(tmp_path) as target, JobClient(target, VERSIONS) as client:
+    with orchestrator(tmp_path) as target, JobClient(target) as client:
         assert set(client.submit(submits, None).values()) == {""}
         job_ids = [submit.job_id for submit in submits]
         client.cancel(job_ids)

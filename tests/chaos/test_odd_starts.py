@@ -21,7 +21,6 @@ from fleet.client.printer import Printer
 from fleet.client.target import Target
 from fleet.errors import FleetError
 from fleet.messages import JobOptions, Spec
-from fleet.versions import versions
 
 EXECUTOR = "import fleet\nwith fleet.Executor(max_workers=1) as pool: print(pool.submit(abs, -3).result(30))\n"
 RUN = " ".join([*FLEET, "run", "--workers", "1"])
@@ -80,7 +79,7 @@ def test_a_thread_of_the_embedded_cluster_that_fails_ends_the_run(tmp_path: Path
         running("worker", fails, lambda: None, target.failure),
         pytest.raises(FleetError, match=r"worker of this machine.*Too many"),
     ):
-        run.run(versions())
+        run.run()
 
 
 def test_a_long_tmpdir(tmp_path: Path) -> None:

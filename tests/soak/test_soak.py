@@ -35,7 +35,6 @@ WARM_UP = 0.3  # of the time, before anything is compared
 # For 1000 jobs and as many more tasks as belong to them.
 RSS_AT_MOST_MB, DESCRIPTORS_AT_MOST, FILES_AT_MOST = 8.0, 3.0, 60.0
 SECRET = "a secret for this test alone"
-VERSIONS = m.Versions("test", "3")
 
 
 @dataclass
@@ -113,7 +112,7 @@ def test_nothing_grows_with_the_number_of_jobs_and_tasks(place: Place, tmp_path:
     samples: list[Sample] = []
     jobs = tasks = 0
     began = time.monotonic()
-    with JobClient(place.target, VERSIONS) as client, fleet.Executor(max_workers=1) as pool:
+    with JobClient(place.target) as client, fleet.Executor(max_workers=1) as pool:
         while (passed := time.monotonic() - began) < SOAK_S:
             path, spec = bundle(tmp_path, jobs)
             submits = [m.Submit(uuid.uuid4().hex[:12], 1, spec, detached=True) for _ in range(JOBS_A_ROUND)]
