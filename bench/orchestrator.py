@@ -6,7 +6,7 @@
 First the pure core: a step with its message at hand ("core"), then from bytes to bytes, with the next deadline looked up, as
 the service's loop does ("bytes"). Jobs are written down, but for the disk itself. Then what might not scale, at the same sizes.
 Last a real `fleet orchestrator` behind real sockets: see orchestrator_sockets.py, orchestrator_security.py (what encryption
-takes) and orchestrator_forming.py (a large world). Each option may be `none`.
+takes) and orchestrator_forming.py (a large world). What is not named is left out, once something is.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ CLIENT = b"client/1"
 SLOTS = 4
 ROUNDS, HEARTBEATS, JOBS = 5, 10_000, 500
 QUEUED = 10_000
+DEFAULTS = {  # numbers of workers, for each table
+    "workers": [10, 100, 1000, 10_000],
+    "sockets": [10, 100, 1000],
+    "security": [1000],
+    "forming": [64, 128, 256, 512],
+}
 LIMITS = {"heartbeat_s": 20e-6, "memory_bytes": 200e6}  # at 10 000 workers
 
 
@@ -249,19 +255,19 @@ def numbers(text: str) -> list[int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=numbers, default=[10, 100, 1000, 10_000])
-    parser.add_argument("--sockets", type=numbers, default=[10, 100, 1000])
-    parser.add_argument("--security", type=numbers, default=[1000])
-    parser.add_argument("--forming", type=numbers, default=[64, 128, 256, 512])
+    for table in DEFAULTS:
+        parser.add_argument(f"--{table}", type=numbers)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if not any(vars(options)[table] for table in DEFAULTS):
+        vars(options).update(DEFAULTS)
     sockets, security, forming = orchestrator_sockets, orchestrator_security, orchestrator_forming
     tables: tuple[tuple[list[int], Any, str, Any, Any], ...] = (
-        (options.workers, [()], CORE_HEAD, pure, core_row),
-        (options.workers, [()], HARD_HEAD, hard, hard_row),
-        (options.sockets, [()], sockets.HEAD, sockets.measure, sockets.row),
-        (options.security, security.CASES, security.HEAD, security.measure, security.row),
-        (options.forming, [()], forming.HEAD, forming.measure, forming.row),
+        (options.workers or [], [()], CORE_HEAD, pure, core_row),
+        (options.workers or [], [()], HARD_HEAD, hard, hard_row),
+        (options.sockets or [], [()], sockets.HEAD, sockets.measure, sockets.row),
+        (options.security or [], security.CASES, security.HEAD, security.measure, security.row),
+        (options.forming or [], [()], forming.HEAD, forming.measure, forming.row),
     )
     if any(number < 1 for counts, *_ in tables for number in counts):
         parser.error("each number of workers is at least 1")
