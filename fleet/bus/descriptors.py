@@ -45,6 +45,17 @@ def has_room(count: int = FOR_A_BUS) -> bool:
     return True
 
 
+def left() -> int:
+    """How many further files this process may open. Takes one descriptor to find out, so that no other thread runs short."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if soft == resource.RLIM_INFINITY:
+        return 1 << 30
+    try:
+        return soft - len(os.listdir("/proc/self/fd")) + 1
+    except OSError:
+        return 0
+
+
 def check_room() -> None:
     """Raises ConfigError where too few descriptors are left for a Bus."""
     if not has_room():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
 import socket
 import sys
@@ -26,7 +25,7 @@ from fleet.bus.address import (
     shown,
 )
 from fleet.bus.claims import claimed_ports
-from fleet.bus.lock import derive_secret
+from fleet.cli.agents import fork_server
 from fleet.cli.log_format import OneLineFormatter
 from fleet.cli.runtime import register, runtime_folder
 from fleet.cli.security import orchestrator_lock, worker_lock
@@ -34,10 +33,11 @@ from fleet.cli.state_folder import close_to_others
 from fleet.errors import ConfigError, UsageError
 from fleet.orchestrator.service import Keeping, Service
 from fleet.versions import versions
-from fleet.worker.agent import Agent
+from fleet.worker.agent import Agent, Surroundings
+from fleet.worker.rank_sockets import RankSockets
 from fleet.worker.state import Settings
 from fleet.worker.storage import Storage
-from fleet.worker.zygote import RUNNER, Zygote
+from fleet.worker.zygote import RUNNER
 
 RESOLVE_EVERY_S = 1.0
 MetricsAt = tuple[str | None, int] | None  # host (None: chosen here) and port; None: nowhere
@@ -102,13 +102,12 @@ def run_worker(
     stopping = threading.Event()
     _on_signals(lambda _: stopping.set())
     threads = max(1, config.usable_cores() // slots)
-    config.limit_threads(threads)
+    what = f"a worker of {slots} slot{'s' if slots > 1 else ''}"
     with claimed_ports(data_port, slots), runtime_folder() as runtime:
         lock = worker_lock(host, secret_file, insecure, stopping)
         if lock is None:
             return  # told to end while there was no secret
-        zygote = Zygote(runtime, (*RUNNER, *(config.preload() or ())))
-        try:
+        with fork_server(runtime, what, slots, threads, (*RUNNER, *(config.preload() or ()))) as zygote:
             advertise = config.advertised_host() or _own_address(host, port, stopping)
             if advertise is None:
                 return  # told to end while the orchestrator's name did not resolve
@@ -116,32 +115,32 @@ def run_worker(
             _check_ports(listen, data_port, slots)
             kept = _storage(storage, runtime)
             settings = Settings(
-                worker_id=config.worker_id(data_port) or name_of(advertise) or f"{socket.gethostname()}-{data_port}",
-                incarnation=secrets.token_hex(8),
-                slots=slots,
-                versions=versions(),
-                orchestrator=shown(host, port),
-                control=f"ipc://{runtime}/agent",
-                inbox=lambda job_id, rank, slot: endpoint(listen, data_port + slot if data_port else "*"),
-                advertise=advertise,
-                security="open" if insecure else config.data_security("curve"),
-                secret_of=lambda job_id: "" if insecure else derive_secret(lock.secret, job_id),
-                drain_s=drain_s,
+                config.worker_id(data_port) or name_of(advertise) or f"{socket.gethostname()}-{data_port}",
+                slots,
+                shown(host, port),
+                advertise,
                 gpus=gpus,
                 storage_id=kept.storage_id,
-                health_file=config.health_file(),
+                drain_s=drain_s,
+            )
+            sockets = RankSockets(
+                listen,
+                "open" if insecure else config.data_security("curve"),
+                "" if insecure else lock.secret,
+                first_port=data_port,
             )
             # Who may reach this machine need not read what runs on it: others than this machine only where that is said.
             metrics_at = None if metrics is None else (metrics[0] or "127.0.0.1", metrics[1])
-            agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", threads, kept, metrics_at)
+            surroundings = Surroundings(
+                runtime, threads, kept, sockets, health_file=config.health_file(), metrics_at=metrics_at
+            )
+            agent = Agent(settings, surroundings, zygote, endpoint(host, port), lock)
             _on_signals(lambda number: agent.stop(drain=number == signal.SIGTERM))
-            register(runtime, "worker", settings.control)
+            register(runtime, "worker", surroundings.control)
             where = advertise if listen != "*" else f"{advertise}, listening on all interfaces"
             log.info("worker %s starts: %d slots, ranks reachable at %s", settings.worker_id, slots, where)
             _log_metrics(agent.metrics_at)
             agent.run()
-        finally:
-            zygote.close()
     log.info("worker ended")
 
 

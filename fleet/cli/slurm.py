@@ -22,18 +22,17 @@ from time import monotonic, sleep
 
 from fleet import config
 from fleet.bus.address import endpoint, is_loopback, listening_host, local_address_towards, parse, shown
-from fleet.bus.lock import Lock, derive_secret
+from fleet.bus.lock import Lock
 from fleet.bus.ownership import open_own
+from fleet.cli.agents import embedded, embedded_orchestrator, fork_server
 from fleet.cli.log_format import OneLineFormatter
 from fleet.cli.runtime import runtime_folder
 from fleet.client.attached_job import say
-from fleet.client.embedded import running
 from fleet.client.queries import workers
 from fleet.client.target import Target
 from fleet.errors import ConfigError, rank_set
-from fleet.orchestrator.service import Service
-from fleet.versions import versions
-from fleet.worker.agent import Agent
+from fleet.worker.agent import Agent, Surroundings
+from fleet.worker.rank_sockets import RankSockets
 from fleet.worker.state import Settings
 from fleet.worker.storage import Storage
 from fleet.worker.zygote import Zygote
@@ -57,22 +56,16 @@ def step_cluster(
 
     Raises ConfigError that names the tasks which do not show up in time.
     """
-    logging.getLogger("fleet.orchestrator").addHandler(logging.NullHandler())
     with _zygote(task, runtime, preload) as zygote:
         given = config.given_secret()
         lock = Lock("curve", given or secrets.token_urlsafe(32))
-        bundles = runtime / "orchestrator-bundles"
-        bundles.mkdir()
         # All interfaces: which of them the others' names for this machine lead to, only the network knows.
         bind = endpoint("127.0.0.1" if task.node_count == 1 else "*", task.port if given else 0)
-        service = Service(bind, lock, versions(), bundles, "by-name")
+        service = embedded_orchestrator(bind, lock, runtime, "by-name")
         host, port = own_address(task), int(service.endpoint.rpartition(":")[2])
         agent = _agent(task, runtime, zygote, host, port, lock, timeout_s, storage)
         target = Target("this step", endpoint(host, port), lock, timeout_s, local=True)
-        with (
-            running("orchestrator", service.run, service.stop, target.failure),
-            running("worker", agent.run, agent.stop, target.failure),
-        ):
+        with embedded(service, agent, target):
             with _meeting_file(task, None if given else f"{host} {port} {lock.secret}"):
                 _wait_for_all(task, target, interrupted)
             yield target
@@ -122,21 +115,16 @@ def _agent(
     storage: Storage,
 ) -> Agent:
     here = own_address(task)
-    settings = Settings(
-        worker_id=f"task-{task.rank:05d}",
-        incarnation=secrets.token_hex(8),
-        slots=1,
-        versions=versions(),
-        orchestrator=shown(host, port),
-        control=f"ipc://{runtime}/agent",
-        inbox=lambda job_id, rank, slot: endpoint(listening_host(here), "*"),
-        advertise=here,
-        security=config.data_security("plain" if task.node_count == 1 else "curve"),
-        secret_of=lambda job_id: derive_secret(lock.secret, job_id),
-        local=(task.local_rank, task.local_count),
-        join_within_s=timeout_s,
+    sockets = RankSockets(
+        listening_host(here), config.data_security("plain" if task.node_count == 1 else "curve"), lock.secret
     )
-    agent = Agent(settings, zygote, endpoint(host, port), lock, runtime / "worker", task.cores, storage)
+    agent = Agent(
+        Settings(f"task-{task.rank:05d}", 1, shown(host, port), here, join_within_s=timeout_s),
+        Surroundings(runtime, task.cores, storage, sockets, local=(task.local_rank, task.local_count)),
+        zygote,
+        endpoint(host, port),
+        lock,
+    )
 
     def forward(number: int, _: object) -> None:
         with suppress(OSError):  # it has ended
@@ -159,14 +147,10 @@ def _zygote(task: config.SlurmTask, runtime: Path, preload: tuple[str, ...]) -> 
     handler.setLevel(logging.ERROR)
     handler.setFormatter(OneLineFormatter(f"fleet: task {task.rank}: %(message)s"))
     logging.getLogger("fleet.worker").addHandler(handler)
-    config.limit_threads(task.cores)
     for number in _FORWARDED:
         signal.signal(number, signal.SIG_IGN)  # and so it stays here until there is an agent to forward it
-    zygote = Zygote(runtime, preload)
-    try:
+    with fork_server(runtime, "a task of this step", 1, task.cores, preload) as zygote:
         yield zygote
-    finally:
-        zygote.close()
 
 
 def _wait_for_all(task: config.SlurmTask, target: Target, interrupted: Callable[[], bool]) -> None:

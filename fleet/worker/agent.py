@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import os
 import threading
 from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGKILL
 from time import monotonic
@@ -19,6 +22,7 @@ from fleet import config
 from fleet import messages as m
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Link, Router, Sent
+from fleet.bus.descriptors import left
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.shared import sweep
@@ -37,6 +41,7 @@ from fleet.worker.metrics import WorkerMetrics
 from fleet.worker.oom_kills import oom_kill_count
 from fleet.worker.progress import last_task
 from fleet.worker.rank_process import Plan
+from fleet.worker.rank_sockets import RankSockets
 from fleet.worker.signals import signal_group, signal_process
 from fleet.worker.state import (
     Attempt,
@@ -73,6 +78,7 @@ from fleet.worker.state import (
     Tick,
     ToOrchestrator,
     ToRank,
+    WelcomeRank,
 )
 from fleet.worker.storage import Storage
 from fleet.worker.usage import Busyness
@@ -80,32 +86,48 @@ from fleet.worker.zygote import Child, Zygote
 
 REFUSED_MANY = 10  # connections of strangers to a rank, in a second
 READ_BYTES = 64 << 10
+# That a rank takes while it starts, and for its connections, which come later: libzmq aborts a process that has none left.
+FILES_TO_START, FILES_OF_A_RANK = 7, 2
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
 LINKS: dict[Link, Event] = {Link.UP: LinkUp(), Link.DOWN: LinkDown(), Link.DENIED: LinkDenied()}
 
 log = logging.getLogger("fleet.worker")
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What an agent uses of its machine."""
+
+    runtime: Path  # private folder
+    threads: int  # of each rank, for arithmetic
+    storage: Storage
+    sockets: RankSockets
+    local: tuple[int, int] | None = (
+        None  # LOCAL_RANK, LOCAL_WORLD_SIZE where other agents of this machine have ranks too
+    )
+    stdin: Callable[[int], int | None] = lambda member_id: None  # the descriptor of a rank's input; None: it has none
+    health_file: Path | None = None  # touched once a second while the agent is well, from its first welcome on
+    metrics_at: tuple[str, int] | None = None
+
+    @property
+    def control(self) -> str:
+        """The endpoint at which ranks reach the agent."""
+        return f"ipc://{self.runtime}/agent"
+
+
 class Agent:
     """One running agent. `stop` may be called from any thread or signal handler; twice means at once."""
 
     def __init__(
-        self,
-        settings: Settings,
-        zygote: Zygote,
-        endpoint: str,
-        lock: Lock,
-        runtime: Path,
-        threads: int,
-        storage: Storage,
-        metrics_at: tuple[str, int] | None = None,
+        self, settings: Settings, surroundings: Surroundings, zygote: Zygote, endpoint: str, lock: Lock
     ) -> None:
+        """`endpoint` and `lock` are the orchestrator's."""
         self._settings = settings
+        self._surroundings = surroundings
         self._zygote = zygote
         self._endpoint = endpoint
         self._lock = lock
-        self._runtime = runtime
-        self._threads = threads
+        self._folder = surroundings.runtime / "worker"
         self._children: dict[Key, Child] = {}
         self._oom_kills_before: dict[Key, int] = {}
         self._readers: dict[int, tuple[Key, str]] = {}  # by descriptor of an open pipe
@@ -113,7 +135,7 @@ class Agent:
         self._early: list[Spawn] | None = []  # while the zygote still imports; then None
         self._wake = Wake()
         self._file_thread = FileThread(self._wake)
-        self._files = JobFiles(settings.worker_id, runtime, storage, self._file_thread)
+        self._files = JobFiles(settings.worker_id, self._folder, surroundings.storage, self._file_thread)
         self._stops: deque[Shutdown] = deque()
         self._forwarded: deque[int] = deque()
         self._reason: str | None = None  # set once ended
@@ -121,14 +143,14 @@ class Agent:
         self._core = Core(settings, self._clock.now())
         self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
         self._say_refused_at = 0.0
-        self._pulse = Pulse(monotonic, LATE_AFTER_S, settings.health_file)
+        self._pulse = Pulse(monotonic, LATE_AFTER_S, surroundings.health_file)
         self._busyness = Busyness()
         self._dropped = Dropped(log, monotonic)
         self._metrics = WorkerMetrics(self._core, self._turning, self._clock.look, self._dropped.counts)
         self._exposition: Exposition | None = None
-        if metrics_at is not None:
+        if surroundings.metrics_at is not None:
             routes = {"/metrics": metrics_route(self._metrics), "/healthz": health_route(self._pulse.wrong)}
-            self._exposition = Exposition(*metrics_at, routes)
+            self._exposition = Exposition(*surroundings.metrics_at, routes)
 
     @property
     def metrics_at(self) -> str:
@@ -152,7 +174,7 @@ class Agent:
         try:
             with Bus(self._lock) as bus, Bus(Lock()) as local:
                 self._orchestrator = Dealer(bus, self._endpoint, name.encode())
-                self._ranks = Router(local, self._settings.control)
+                self._ranks = Router(local, self._surroundings.control)
                 self._poller = Poller([*self._orchestrator.poll_sockets, *self._ranks.poll_sockets, self._wake])
                 self._poller.add(self._zygote.fileno())
                 while self._reason is None:
@@ -168,7 +190,7 @@ class Agent:
             self._pulse.close()
             if self._exposition is not None:
                 self._exposition.close()
-            remove_tree(self._runtime)
+            remove_tree(self._folder)
             self._sweep_memory()
         if self._reason:
             raise FleetError(self._reason)
@@ -276,6 +298,10 @@ class Agent:
         elif isinstance(effect, ToRank):
             if self._ranks.send(effect.peer, m.encode(effect.message)) is Sent.FULL:
                 return [NotDelivered(effect.peer, effect.message)]
+        elif isinstance(effect, WelcomeRank):
+            sockets, advertise = self._surroundings.sockets, self._settings.advertise
+            welcome = sockets.welcome(effect.job_id, effect.member_id, effect.slot, advertise)
+            return self._perform(ToRank(effect.peer, welcome))
         elif isinstance(effect, ReadOutput):
             self._listen(effect)
         elif isinstance(effect, SignalGroup):
@@ -312,12 +338,12 @@ class Agent:
         assign, launch, spec = spawn.assign, spawn.launch, spawn.assign.spec
         key = assign.job_id, assign.attempt, spawn.member_id
         held: Attempt = self._core.attempts[key[:2]]
-        local_rank, local_count = self._settings.local or (
+        local_rank, local_count = self._surroundings.local or (
             list(held.ranks).index(spawn.member_id),
             len(assign.member_ids),
         )
         seat = config.RankPlacement(
-            control=self._settings.control,
+            control=self._surroundings.control,
             job_id=assign.job_id,
             attempt=assign.attempt,
             rank=spawn.member_id,
@@ -331,13 +357,15 @@ class Agent:
             gpus=held.ranks[spawn.member_id].gpus if self._settings.gpus else None,
             output="" if spec.kind == "tasks" else str(self._files.output_folder(assign.job_id)),
         )
-        environment = config.rank_environment(seat, self._threads, spec.environment)
+        environment = config.rank_environment(seat, self._surroundings.threads, spec.environment)
         self._oom_kills_before[key] = oom_kill_count()
         try:
+            if left() < FILES_TO_START + FILES_OF_A_RANK * (len(self._children) + 1):
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             args = tuple(map(native, spec.args))
             directory = str(spawn.directory)
             plan = Plan(spec.kind, native(spec.target), args, directory, environment, anywhere=bool(spec.digest))
-            child = self._zygote.spawn(plan, self._settings.stdin(spawn.member_id))
+            child = self._zygote.spawn(plan, self._surroundings.stdin(spawn.member_id))
         except (OSError, EOFError) as error:
             log.error("rank %d of job %s cannot be started: %s", spawn.member_id, assign.job_id, error)
             return ProcessExited(key, 1, 0, False, reason=f"its worker cannot start it: {error}")
@@ -365,7 +393,7 @@ class Agent:
         code, signal = self._children[key].status()
         out_of_memory = signal == SIGKILL and oom_kill_count() > self._oom_kills_before[key]
         self._drop_child(key)
-        task = last_task(self._settings.control, key[0])
+        task = last_task(self._surroundings.control, key[0])
         self._step(ProcessExited(key, code, signal, out_of_memory, task))
 
     def _drop_child(self, key: Key) -> None:

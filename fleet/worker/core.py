@@ -46,6 +46,7 @@ from fleet.worker.state import (
     Tick,
     ToOrchestrator,
     ToRank,
+    WelcomeRank,
 )
 
 SAY_UNREACHABLE_AFTER_S = 2.0
@@ -288,12 +289,7 @@ class Core(Ranks):
             rank.runner = peer  # later ones are tasks that call fleet.init()
         elif isinstance(message, m.RankHello):
             rank.peer = peer
-            s = self.settings
-            bind = s.inbox(message.job_id, rank.member_id, rank.slot)
-            welcome = m.RankWelcome(
-                bind, s.advertise if bind.startswith("tcp:") else "", s.security, s.secret_of(message.job_id)
-            )
-            self._effects.append(ToRank(peer, welcome))
+            self._effects.append(WelcomeRank(peer, message.job_id, rank.member_id, rank.slot))
         elif isinstance(message, m.Join):
             rank.join = message
             self._send(message)

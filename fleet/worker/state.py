@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from secrets import token_hex
 from signal import SIGTERM
 
 from fleet import messages as m
-from fleet.config import Security
+from fleet.versions import versions
 
 Key = tuple[str, int, int]  # (job_id, attempt, member_id)
 
@@ -19,24 +19,15 @@ class Settings:
     """An agent's own facts, fixed for its life."""
 
     worker_id: str
-    incarnation: str
     slots: int
-    versions: m.Versions
     orchestrator: str  # as a person wrote it, for messages
-    control: str  # the ipc endpoint that its ranks reach it at
-    inbox: Callable[[str, int, int], str]  # (job_id, rank, slot) -> endpoint that a rank's inbox binds
     advertise: str  # host that ranks elsewhere reach this machine at; empty: the bound endpoint itself
-    security: Security
-    secret_of: Callable[[str], str]  # of a job
-    local: tuple[int, int] | None = (
-        None  # LOCAL_RANK and LOCAL_WORLD_SIZE, where other agents of this machine have ranks too
-    )
+    versions: m.Versions = field(default_factory=versions)
+    incarnation: str = field(default_factory=lambda: token_hex(8))  # of this process under that id
     join_within_s: float | None = None  # of a cluster that lasts for one job: to find it, and this worker ends with it
     gpus: int = 0
     storage_id: str = ""  # see WorkerHello
-    stdin: Callable[[int], int | None] = lambda rank: None  # the descriptor that a rank has as its input; None: nothing
     drain_s: float = 0.0  # that what runs is given to end by itself, once this worker was told to leave
-    health_file: Path | None = None  # touched once a second while it is well, from its first welcome on
 
 
 @dataclass
@@ -224,6 +215,16 @@ class ToRank:
 
 
 @dataclass(frozen=True)
+class WelcomeRank:
+    """Tell a rank where its inbox goes, and how the ranks of its job know each other."""
+
+    peer: bytes
+    job_id: str
+    member_id: int
+    slot: int
+
+
+@dataclass(frozen=True)
 class Prepare:
     """Get and unpack the bundle, find a free port; answered by Prepared or PrepareFailed, unless Remove comes before."""
 
@@ -316,6 +317,6 @@ class Exit:
 
 
 Effect = (
-    ToOrchestrator | ToRank | Prepare | TakePart | Spawn | SignalGroup | ReadOutput | Remove | Gather | ServeOutput | ReportStored
-    | DiscardOutput | ResumeDownloads | Log | Exit
+    ToOrchestrator | ToRank | WelcomeRank | Prepare | TakePart | Spawn | SignalGroup | ReadOutput | Remove | Gather
+    | ServeOutput | ReportStored | DiscardOutput | ResumeDownloads | Log | Exit
 )  # fmt: skip

@@ -50,6 +50,12 @@ class Zygote:
         self._nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._start(preload)
 
+    def __enter__(self) -> Zygote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def fileno(self) -> int:
         """A descriptor that can be read once the imports are done; a spawn before that waits for them."""
         return self._link.fileno()

@@ -72,6 +72,21 @@ def test_a_worker_without_a_descriptor_lives_on(place: Place, tmp_path: Path) ->
 
 
 @pytest.mark.chaos
+def test_a_worker_starts_no_ranks_whose_connections_it_has_no_descriptors_for(place: Place, tmp_path: Path) -> None:
+    """libzmq aborts a process that cannot accept a connection over ipc."""
+    (tmp_path / "job" / "script.py").write_text("import fleet\nfleet.init().barrier()\n")
+    place.start_worker("w", slots=8)
+    place.wait_for_worker("w")
+    words, variables = command(place, tmp_path)
+    words[2] = "8"
+    with no_descriptor_left(place.workers["w"], 8 * 3 + 8):  # for the pipes of all, and for half of the connections
+        done = fleet(*words, **variables)
+        assert re.search(r"cannot start it: .*\[Errno 24\] Too many open files", done.stderr), done.stderr
+    done = fleet(*words, **variables)
+    assert (done.returncode, place.workers["w"].poll()) == (0, None), done.stderr
+
+
+@pytest.mark.chaos
 def test_an_orchestrator_without_a_descriptor_lives_on(place: Place, tmp_path: Path) -> None:
     place.start_worker("w")
     place.wait_for_worker("w")

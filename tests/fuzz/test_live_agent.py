@@ -17,7 +17,8 @@ from fleet.bus.control import Arrived, Router
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller
 from fleet.messages import PROTOCOL
-from fleet.worker.agent import Agent
+from fleet.worker.agent import Agent, Surroundings
+from fleet.worker.rank_sockets import RankSockets
 from fleet.worker.state import Settings
 from fleet.worker.storage import Storage
 from fleet.worker.zygote import Zygote
@@ -35,11 +36,9 @@ ENDS = (m.Refused, m.Launch)
 def agent(folder: Path, endpoint: str) -> Iterator[Agent]:
     """Running when entered. When left it has ended, and not by itself."""
     zygote = Zygote(folder, ())
-    settings = Settings(
-        "w0", "1", 4, VERSIONS, "a test", f"ipc://{folder}/agent", lambda *_: "tcp://127.0.0.1:*", "127.0.0.1", "open",
-        lambda job_id: "",
-    )  # fmt: skip
-    found = Agent(settings, zygote, endpoint, Lock(), folder / "worker", 1, Storage(folder / "storage"))
+    settings = Settings("w0", 4, "a test", "127.0.0.1", VERSIONS, "1")
+    surroundings = Surroundings(folder, 1, Storage(folder / "storage"), RankSockets("127.0.0.1", "open", ""))
+    found = Agent(settings, surroundings, zygote, endpoint, Lock())
     ended: list[BaseException | None] = []
 
     def run() -> None:

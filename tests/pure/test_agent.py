@@ -15,10 +15,7 @@ KEY = ("j", 1, 0)
 
 
 def agent() -> Agent:
-    settings = w.Settings(
-        "w0", "1", 2, VERSIONS, "o:1", "ipc://x", lambda job, rank, slot: "tcp://*:1", "h", "open", lambda job: ""
-    )
-    core = Agent(settings, 0.0)
+    core = Agent(w.Settings("w0", 2, "o:1", "h", VERSIONS, "1"), 0.0)
     core.step(w.LinkUp(), 0.0)
     core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.0)
     core.step(w.FromOrchestrator(m.Assign("j", 1, 1, (0,), 0, 1, SPEC)), 0.0)

@@ -11,9 +11,7 @@ from fleet.worker import state as w
 from fleet.worker.core import Core as Agent
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
 
-SETTINGS = w.Settings(
-    "w0", "1", 2, VERSIONS, "o:1", "ipc://x", lambda *_: "tcp://*:0", "10.0.0.0", "open", lambda _: "", drain_s=20.0
-)
+SETTINGS = w.Settings("w0", 2, "o:1", "10.0.0.0", VERSIONS, "1", drain_s=20.0)
 
 
 def agent_with_a_rank() -> Agent:

@@ -122,17 +122,13 @@ class Worker(Node):
         super().__init__(world, f"{worker_id}/{incarnation}".encode())
         settings = w.Settings(
             worker_id,
-            str(incarnation),
             slots,
-            VERSIONS,
             "o:1",
-            "ipc://x",
-            lambda *_: "tcp://*:0",
             f"host-{worker_id}",
-            "open",
-            lambda _: "",
-            drain_s=world.source.choice([0.0, 3.0, 8.0]),
+            VERSIONS,
+            str(incarnation),
             gpus=gpus,
+            drain_s=world.source.choice([0.0, 3.0, 8.0]),
         )
         self.worker_id, self.slots, self.gpus = worker_id, slots, gpus
         self.still_until = self.still_s = 0.0

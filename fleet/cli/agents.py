@@ -1,0 +1,53 @@
+"""Agents of this machine: the parts that `fleet worker`, the embedded cluster and a task of a Slurm step have in common."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from fleet import config
+from fleet.bus import descriptors
+from fleet.bus.lock import Lock
+from fleet.client.embedded import running
+from fleet.client.target import Target
+from fleet.orchestrator.service import Service
+from fleet.versions import versions
+from fleet.worker.agent import Agent
+from fleet.worker.zygote import Zygote
+
+# Open files of a process with an agent, an orchestrator and a client: 54 + 4 for each rank, measured. An agent starts no rank
+# unless all of its ranks have room for two connections.
+FILES, FILES_OF_A_RANK = 80, 7
+
+
+@contextmanager
+def fork_server(runtime: Path, what: str, slots: int, threads: int, preload: Sequence[str]) -> Iterator[Zygote]:
+    """The process that ranks are forked from. Raises ConfigError where the limits leave `what` too few open files."""
+    files = FILES + slots * FILES_OF_A_RANK
+    descriptors.require(files, what)
+    config.limit_threads(threads)
+    with Zygote(
+        runtime, preload
+    ) as zygote:  # first: its imports take longest, and ranks keep the limits that it starts with
+        descriptors.raise_limit(files)
+        yield zygote
+
+
+def embedded_orchestrator(endpoint: str, lock: Lock, runtime: Path, policy: str) -> Service:
+    """The orchestrator of one job or Executor. It tells its client what matters, and logs nothing."""
+    logging.getLogger("fleet.orchestrator").addHandler(logging.NullHandler())
+    bundles = runtime / "orchestrator-bundles"
+    bundles.mkdir()
+    return Service(endpoint, lock, versions(), bundles, policy)
+
+
+@contextmanager
+def embedded(service: Service, agent: Agent, target: Target) -> Iterator[None]:
+    """Both as threads of this process. All of it has ended when left."""
+    with (
+        running("orchestrator", service.run, service.stop, target.failure),
+        running("worker", agent.run, agent.stop, target.failure),
+    ):
+        yield
