@@ -64,6 +64,11 @@ class Bus:
         """Takes charge of the end of a socket that was made elsewhere: one left open would block `close` for ever."""
         self._sockets.append(socket)
 
+    def disown(self, socket: zmq.Socket[bytes]) -> None:
+        """Closes one socket before the others."""
+        self._sockets.remove(socket)
+        socket.close()
+
     def bind(self, socket: zmq.Socket[bytes], endpoint: str, strangers: Strangers | None = None) -> str:
         """Binds, and returns the endpoint with its real port. Raises ConfigError that names who holds the port.
 

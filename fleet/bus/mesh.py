@@ -1,8 +1,9 @@
-"""Tensor bytes between ranks: one inbox, and one outbox for each peer, opened on first use. Knows frames only.
+"""Sockets of one process for tensor bytes: an inbox, and an outbox for each address, opened on first use. Knows frames only.
 
-A message is a head, and a payload in the same frame if it is small, else in a second frame that is never copied here:
-libzmq's I/O thread reads the sender's memory, and the receiver works in the memory that libzmq received into. A payload of
-more than FRAME_BYTES goes in several frames, which the receiver puts together.
+A message is a head and a payload. A small payload shares the head's frame. A larger one has a second frame, which is never
+copied here: libzmq's I/O thread reads the sender's memory, and the receiver works in the memory that libzmq received into.
+A payload of more than FRAME_BYTES goes in several frames, which the receiver puts together.
+The sockets outlive the generations of a world: a peer that is in two of them is reached over one connection.
 Any thread may send; one at a time may receive.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -46,7 +47,7 @@ class _Outbox(NamedTuple):
 
 
 class Mesh:
-    """This rank's sockets. `bind` is the endpoint of its inbox; `connect` says where the others' are."""
+    """The sockets of this process. `bind` is the endpoint of its inbox."""
 
     def __init__(self, lock: Lock, bind: str, strangers: Strangers | None = None) -> None:
         _keep_freed_memory()
@@ -54,28 +55,24 @@ class Mesh:
         self._inbox = self._bus.socket(zmq.DEALER, HWM, FRAME_BYTES)
         self._inbox.rcvtimeo = TICK_MS
         self.endpoint = self._bus.bind(self._inbox, bind, strangers)
-        self._addresses: Sequence[str] = ()
-        self._outboxes: dict[int, _Outbox] = {}
+        self._outboxes: dict[str, _Outbox] = {}  # by the endpoint of the peer's inbox
         self._opening = threading.Lock()
         self._receiving = threading.Lock()
         self._closing = False
         self._forks = forks.count
 
-    def connect(self, addresses: Sequence[str]) -> None:
-        """Endpoints of all inboxes, by peer number. No socket opens before something is sent."""
-        self._addresses = addresses
-
     def send(
-        self, peer: int, head: bytes, payload: Any, deadline: float, track: bool = False, check: Check = lambda: None
+        self, address: str, head: bytes, payload: Any, deadline: float, track: bool = False, check: Check = lambda: None
     ) -> Tracker | None:
-        """Queues a message. The payload is a frame that arrived, or a flat array that stays as it is until it has left.
+        """Queues a message for the inbox at `address`.
 
-        With `track`, returns what tells when it has left; None: at once. Raises TimeoutError after `deadline`
-        (monotonic) while the peer's queue is full, or another thread waits for that; then nothing was sent.
+        The payload is a frame that arrived, or a flat array that stays as it is until it has left. With `track`, returns a
+        tracker of that; None: it has left. Raises TimeoutError after `deadline` (monotonic) while the peer's queue is full,
+        or another thread waits for room in that queue; then nothing was sent.
         """
         self._bus.check_process()
         size = len(payload) if isinstance(payload, zmq.Frame | bytearray | bytes) else payload.nbytes
-        socket, lock, _ = self._outboxes.get(peer) or self._open(peer)
+        socket, lock, _ = self._outboxes.get(address) or self._open(address)
         if not lock.acquire(blocking=False):
             self._until(lambda: lock.acquire(timeout=TICK_MS / 1000), deadline, check)
         try:
@@ -92,15 +89,27 @@ class Mesh:
         finally:
             lock.release()
 
-    def unreached(self) -> list[int]:
-        """Peers that something was sent to a while ago, and that there is no connection to. Any thread may ask."""
+    def unreached(self) -> list[str]:
+        """Addresses without a connection that something was sent to a while ago. Any thread may ask."""
         since = monotonic() - CONNECTED_WITHIN_S
-        opened = [peer for peer, outbox in list(self._outboxes.items()) if outbox.opened < since]
-        waiting = [peer for peer in opened if self._addresses[peer].startswith("tcp:")]
+        outboxes = list(self._outboxes.items())
+        waiting = [address for address, box in outboxes if box.opened < since and address.startswith("tcp:")]
         connected = connected_to() if waiting else None
         if connected is None:
             return []
-        return [peer for peer in waiting if connected.isdisjoint(resolved(self._addresses[peer]))]
+        return [address for address in waiting if connected.isdisjoint(resolved(address))]
+
+    def keep(self, addresses: Container[str]) -> None:
+        """Closes the outboxes to all other addresses: their peers are in no generation any more.
+
+        An outbox that another thread is sending to stays open.
+        """
+        with self._opening:
+            for address, outbox in list(self._outboxes.items()):
+                if address not in addresses and not self._closing and outbox.lock.acquire(blocking=False):
+                    # Never released: a thread that has looked this outbox up waits for the lock until its deadline.
+                    del self._outboxes[address]
+                    self._bus.disown(outbox.socket)
 
     def has_message(self) -> bool:
         """Whether `receive` would return one at once."""
@@ -162,15 +171,15 @@ class Mesh:
                 held.callback(lock.release)
             self._bus.close(linger)
 
-    def _open(self, peer: int) -> _Outbox:
+    def _open(self, address: str) -> _Outbox:
         with self._opening:
             self._check_open()
-            if peer not in self._outboxes:
+            if address not in self._outboxes:
                 socket = self._bus.socket(zmq.DEALER, HWM, FRAME_BYTES)
                 socket.sndtimeo = TICK_MS
-                self._bus.connect(socket, self._addresses[peer])
-                self._outboxes[peer] = _Outbox(socket, threading.Lock(), monotonic())
-            return self._outboxes[peer]
+                self._bus.connect(socket, address)
+                self._outboxes[address] = _Outbox(socket, threading.Lock(), monotonic())
+            return self._outboxes[address]
 
     def _check_open(self) -> None:
         if self._closing:
