@@ -48,8 +48,8 @@ Generation = Attempt  # of a job's world: only grows
 WorldId = Number
 Pid = Annotated[int, Meta(ge=0, le=1 << 31)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
-# (communicator, how many collectives a rank has made of it)
-Made = Annotated[tuple[tuple[Number, Number], ...], Meta(max_length=1000)]
+# (generation, communicator id, how many collectives a member has made there)
+Made = Annotated[tuple[tuple[Generation, Number, Number], ...], Meta(max_length=1000)]
 Size = Annotated[int, Meta(ge=0, le=1 << 50)]  # in bytes
 Offset = Annotated[int, Meta(ge=-(1 << 50), le=1 << 50)]  # in bytes; negative: from the end
 MtimeNs = Annotated[int, Meta(ge=-(1 << 63), le=NUMBER_AT_MOST)]

@@ -395,6 +395,7 @@ class Ask(Message, frozen=True):
     communicator_id: int = 0
     records: bool = False  # with all that their flight recorders hold
     sequence: Number = 0  # what was called as the collective of this number; 0: as the last one
+    generation: NumberOrNone = -1  # that the communicator is of; -1: the last one
 
 
 class Answer(Message, frozen=True):

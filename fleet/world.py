@@ -49,3 +49,13 @@ def world_id(job_id: str, attempt: int, generation: int) -> int:
 
     digest = blake2b(f"{job_id}/{attempt}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1 << 32 | generation
+
+
+def next_world(world: World) -> World:
+    """The generation after this one, of the same members."""
+    return World(world.generation + 1, world.world_id + 1, world.members)
+
+
+def follows(later: int, earlier: int) -> bool:
+    """Whether one world id is of a later generation than another, of the same attempt."""
+    return later > earlier and later >> 32 == earlier >> 32

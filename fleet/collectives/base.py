@@ -12,13 +12,13 @@ from fleet.bus.shared import PAGE_BYTES
 from fleet.collectives import reduce
 from fleet.collectives.arena import Arena
 from fleet.collectives.buffer import Buffer
-from fleet.collectives.conductor import CLOSE_WITHIN_S, Conductor, Inquiry
+from fleet.collectives.conductor import CLOSE_WITHIN_S, Conductor
+from fleet.collectives.fabric import Fabric, FormingTimeout
 from fleet.collectives.greeting import Unheard
 from fleet.collectives.header import pack_call
 from fleet.collectives.operation import Operation, Signature
-from fleet.collectives.paths import INIT_CALL, Fabric, FormingCall, FormingTimeout, reach
+from fleet.collectives.paths import INIT_CALL, FormingCall, reach
 from fleet.collectives.point_to_point import PointToPoint
-from fleet.collectives.recorder import Recorder
 from fleet.collectives.reduce import PremulSum
 from fleet.collectives.windows import Windows
 from fleet.errors import UsageError
@@ -34,37 +34,34 @@ class Base:
         self,
         rank: int,
         members: Sequence[int],
-        world: Fabric | None,
+        fabric: Fabric | None,
         *,
         communicator_id: int = 0,
         timeout_s: float = 30.0,
         local_rank: int = 0,
-        generation: int = 0,
-        inquire: Inquiry | None = None,
         forming: FormingCall = INIT_CALL,
     ) -> None:
         self.rank = rank
         self.world_size = len(members)
         self.local_rank = local_rank
-        self.generation = generation
+        self.generation = fabric.generation.world.generation if fabric is not None else 0
         self._members = tuple(members)
-        self._world = world  # None in a world of one
+        self._fabric = fabric  # None in a world of one
         self._communicator_id = communicator_id
-        self._inquire = inquire
         self._signatures: dict[Any, Signature] = {}
         self._barrier = Signature(pack_call("barrier"), reduce.kernel("max", "uint8", self.world_size, 1.0))
         self._split_count = 0
         self._children: list[Base] = []
-        check, ended = (world.check, world.ended) if world is not None else ((lambda: None), {})
-        inbox = world.inbox if world is not None else None
-        self._conductor = Conductor(rank, self._members, communicator_id, timeout_s, inquire, check, inbox, ended)
+        self._conductor = Conductor(rank, self._members, communicator_id, timeout_s, fabric)
+        if fabric is not None:
+            fabric.generation.recorders.append((communicator_id, self._conductor.recorder))
         self._windows = Windows()
         self._path: Any = None
         self._points: PointToPoint | None = None
         self._arena: Arena | None = None
-        if world is not None and self.world_size > 1:
+        if fabric is not None and self.world_size > 1:
             try:
-                found = reach(world, communicator_id, members, self._conductor.check, forming)
+                found = reach(fabric, communicator_id, members, self._conductor.check, forming)
             except FormingTimeout:
                 raise self._conductor.not_formed(forming.call, forming.within_s) from None
             except Unheard as missing:
@@ -89,15 +86,12 @@ class Base:
         self._conductor.timeout_s = value
 
     @property
-    def recorders(self) -> list[tuple[int, Recorder]]:
-        """(communicator id, flight recorder) of this communicator and of those split off it."""
-        return [
-            (self._communicator_id, self._conductor.recorder),
-            *(found for child in self._children for found in child.recorders),
-        ]
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._conductor.closed
 
     def close(self) -> None:
-        """Ends this rank's part: sockets close, what was sent is still delivered. Happens by itself at exit.
+        """Ends this rank's part; what was sent is still delivered. Happens by itself at exit.
 
         What is queued has a second to end, all communicators together.
         """
@@ -108,23 +102,23 @@ class Base:
             child._close_by(deadline)
         broken = self._conductor.broken
         self._conductor.close(deadline)
-        if self._communicator_id == 0 and self._world is not None:
-            self._world.inbox.close(linger=not broken)
-            self._world = None
+        if self._communicator_id == 0 and self._fabric is not None:
+            self._fabric.inbox.close(linger=not broken)
+            self._fabric = None
         elif self._points is not None:
             self._channel.close()
 
     def _shared_bytes(self, size: int, deadline: float) -> Any:
-        arena, world = self._arena, self._world
+        arena, fabric = self._arena, self._fabric
         self._windows.made_count += 1
         number = self._windows.made_count
-        if arena is None or world is None:
+        if arena is None or fabric is None:
             return np.zeros(size, np.uint8)
         per = self._windows.part_bytes(size)
         name = f"{self._communicator_id:x}-{arena.ranks[0]}-w{number}"
         members = [self._members[rank] for rank in arena.ranks]
         try:
-            memory = world.share(name, (arena.count * per) + PAGE_BYTES, arena.index, members, deadline)
+            memory = fabric.share(name, (arena.count * per) + PAGE_BYTES, arena.index, members, deadline)
         except FormingTimeout:
             raise self._conductor.not_formed("empty", self.timeout_s) from None
         if memory is None:

@@ -337,12 +337,10 @@ class Communicator(Base):
         child = Communicator(
             members.index(self._members[self.rank]),
             members,
-            self._world,
+            self._fabric,
             communicator_id=communicator_id * IDS_PER_COMMUNICATOR or IDS_PER_COMMUNICATOR,
             timeout_s=self._conductor.timeout_s,
             local_rank=self.local_rank,
-            generation=self.generation,
-            inquire=self._inquire,
             forming=FormingCall(f"split(color={color})", max(0.0, deadline - monotonic())),
         )
         self._children.append(child)

@@ -10,13 +10,15 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic, sleep
 
 from fleet.bus import forks
 from fleet.collectives.arena import Arena, RankMismatch, RankTimeout
-from fleet.collectives.channel import Channel, Inbox
+from fleet.collectives.channel import Channel
+from fleet.collectives.fabric import Fabric
+from fleet.collectives.generations import UNANSWERED, RankActivity
 from fleet.collectives.header import describe_call
 from fleet.collectives.operation import SETTLE_S, Check, EndedRank, Operation, Signature
 from fleet.collectives.recorder import SHOWN_ON_FAILURE, Recorder
@@ -36,26 +38,8 @@ from fleet.errors import (
 CLOSE_WITHIN_S = 1.0
 COMPLETE_WITHIN_S = 0.4  # for ranks on their way to a collective that has failed, to be named with the others
 CLOSED = "this communicator is closed"
-UNANSWERED = "is not answering: stopped, frozen or cut off"  # what a rank does that nobody hears of
 _API = str(Path(__file__).with_name("communicator.py"))  # whose methods are called by scripts, and by each other
 _Item = tuple[Work, Operation, Callable[[Operation], None]]
-
-
-@dataclass(frozen=True, slots=True)
-class RankActivity:
-    """What one rank is known to be doing, in one communicator."""
-
-    late: Late
-    sequence: int  # of its last collective; -1: it will never come to one
-    inside: bool
-    call: str  # that was asked for; empty: it made none of that number
-    line: str = ""
-    unreached: tuple[int, ...] = ()  # ranks of the world that it sent to and has no connection to
-
-
-# Asks every other rank of the world what it does in the communicator of this id, and what it called as the collective
-# of this number (0: its last one).
-Inquiry = Callable[[int, int], Sequence[RankActivity]]
 
 
 class Conductor:
@@ -67,10 +51,7 @@ class Conductor:
         members: Sequence[int],
         communicator_id: int,
         timeout_s: float,
-        inquire: Inquiry | None,
-        check: Check,
-        inbox: Inbox | None,
-        ended: Mapping[int, EndedRank],
+        fabric: Fabric | None,
     ) -> None:
         self.rank = rank
         self.timeout_s = timeout_s
@@ -78,16 +59,17 @@ class Conductor:
         self.communicator_id = communicator_id
         self.channel: Channel | None = None  # set where the path uses sockets
         self.arena: Arena | None = None  # set where it uses shared memory
-        self.inbox = inbox
+        self.inbox = fabric.inbox if fabric is not None else None
         self._members = members  # the world's numbers of its ranks
-        self._inquire = inquire
-        self._check = check
-        self.ended = ended  # by rank of the world
+        self._inquire = fabric.inquire if fabric is not None else None
+        generation = fabric.generation if fabric is not None else None
+        self._check: Check = generation.check if generation is not None else lambda: None
+        self.ended: Mapping[int, EndedRank] = generation.ended if generation is not None else {}  # by rank of the world
         self._forks = forks.count
         self._sequence = 0
         self._running = threading.Lock()
         self._broken: BaseException | None = None
-        self._closed = False
+        self.closed = False
         self._queue: queue.SimpleQueue[_Item | None] | None = None
         self._queued_count = 0
         self._queueing = threading.Lock()
@@ -151,7 +133,7 @@ class Conductor:
         if self._queue is not None and self._thread is not None and self._forks == forks.count:
             self._queue.put(None)
             self._thread.join(max(0.0, deadline - monotonic()))
-        self._closed = True
+        self.closed = True
         if not self.broken:
             self._broken = UsageError(CLOSED)
 
@@ -166,7 +148,7 @@ class Conductor:
     def check_world(self) -> None:
         """Raises what ends any wait: a rank was lost, or this communicator is closed."""
         self._check()
-        if self._closed:
+        if self.closed:
             raise UsageError(CLOSED)
 
     def _check_ended(self, operation: Operation, awaited: int) -> None:

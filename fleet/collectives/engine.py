@@ -14,7 +14,8 @@ import numpy as np
 
 from fleet.bus.mesh import Tracker
 from fleet.collectives.buffer import Array
-from fleet.collectives.channel import Channel, Payload, SubChannel
+from fleet.collectives.channel import Channel, SubChannel
+from fleet.collectives.inbox import Payload
 from fleet.collectives.operation import Operation
 from fleet.collectives.schedule import Action, Plan, Step
 from fleet.errors import ProtocolError

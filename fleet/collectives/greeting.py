@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from time import monotonic
 
-from fleet.collectives.channel import Channel, Key
+from fleet.collectives.channel import Channel
 from fleet.collectives.header import pack_call
+from fleet.collectives.inbox import Key
 from fleet.errors import SameAddress
 from fleet.world import Member
 

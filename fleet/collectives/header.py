@@ -1,6 +1,6 @@
 """The head of every tensor message, and the call that it belongs to. Knows bytes and names, no socket and no rank's state.
 
-    magic 4 · world u64 · communicator u32 · sequence u64 · source u32 · ordinal u32 · segment u32 · call length u16 · call
+    magic 4 · world id u64 · communicator u32 · sequence u64 · source u32 · ordinal u32 · segment u32 · call length u16 · call
     call: op u8 · reduction u8 · dtype u8 · dimensions u8 · root, tag or factor i64 · each dimension u64
 
 Little-endian. Calls are compared as bytes, which costs nothing on the hot path; only a mismatch is ever decoded.
@@ -38,7 +38,7 @@ _OP, _REDUCTION, _DTYPE = ({name: number for number, name in enumerate(names)} f
 class Head(NamedTuple):
     """Where a message belongs. `call` stays bytes."""
 
-    world: int
+    world_id: int
     communicator_id: int
     sequence: int
     source: int
@@ -48,20 +48,22 @@ class Head(NamedTuple):
 
 
 def pack_head(
-    world: int, communicator_id: int, sequence: int, source: int, ordinal: int, segment: int, call: bytes
+    world_id: int, communicator_id: int, sequence: int, source: int, ordinal: int, segment: int, call: bytes
 ) -> bytes:
-    return _HEAD.pack(MAGIC, world, communicator_id, sequence, source, ordinal, segment, len(call)) + call
+    return _HEAD.pack(MAGIC, world_id, communicator_id, sequence, source, ordinal, segment, len(call)) + call
 
 
 def unpack_head(frame: memoryview) -> tuple[Head, memoryview]:
     """The head, and what follows it in the same frame. Raises ProtocolError for anything that has no head."""
     if frame.nbytes < _HEAD.size or frame[:4] != MAGIC:
         raise ProtocolError(f"{frame.nbytes} bytes that are no tensor message of fleet")
-    _, world, communicator_id, sequence, source, ordinal, segment, length = _HEAD.unpack_from(frame)
+    _, world_id, communicator_id, sequence, source, ordinal, segment, length = _HEAD.unpack_from(frame)
     end = _HEAD.size + length
     if frame.nbytes < end:
         raise ProtocolError("a tensor message was cut short")
-    return Head(world, communicator_id, sequence, source, ordinal, segment, bytes(frame[_HEAD.size : end])), frame[end:]
+    return Head(world_id, communicator_id, sequence, source, ordinal, segment, bytes(frame[_HEAD.size : end])), frame[
+        end:
+    ]
 
 
 def pack_call(

@@ -1,41 +1,101 @@
-"""`fleet.init()`: from the environment of a rank to its communicator. Puts session, mesh and communicator together."""
+"""`fleet.init()`: from the environment of a process to its communicator."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import threading
-from pathlib import Path
 
 from fleet.bus import address
 from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
 from fleet.bus.shared import host_key
-from fleet.collectives.channel import Inbox
 from fleet.collectives.communicator import Communicator, alone
-from fleet.collectives.paths import Fabric
+from fleet.collectives.inbox import Receiver
+from fleet.collectives.rendezvous import assemble, meet_again
 from fleet.collectives.session import Session
 from fleet.config import RankSettings, joined_in, note_joined, rank_settings, shared_memory
-from fleet.errors import CollectiveTimeout, UsageError
+from fleet.errors import UsageError
+
+
+class Membership:
+    """A member's session and sockets, which outlive the generations that it is in."""
+
+    def __init__(self, settings: RankSettings) -> None:
+        self._settings = settings
+        self._session = Session(settings, os.getpid())
+        try:
+            welcome = self._session.welcome()
+            lock = Lock(welcome.security, welcome.secret if welcome.security != "open" else "")
+            mesh = Mesh(lock, welcome.bind, self._session.strangers)
+        except BaseException:
+            self._session.close()
+            raise
+        self._session.flights.unreached = mesh.unreached
+        self._receiver = Receiver(mesh)
+        self._secret = welcome.secret
+        # As others must connect to it.
+        port = mesh.endpoint.rpartition(":")[2]
+        self._address = address.endpoint(welcome.advertise, port) if welcome.advertise else mesh.endpoint
+
+    def form(self, timeout_s: float, join_timeout_s: float) -> Communicator:
+        """The communicator of the next generation. The members of the first one form all others too."""
+        directory, session = shared_memory(), self._session
+        if not session.news.generations:
+            memory = host_key(directory) if directory is not None else ""
+            generation = session.join(self._address, memory, join_timeout_s)
+        else:
+            generation = meet_again(session.news, self._receiver, session, join_timeout_s)
+        return assemble(
+            generation, self._receiver, session,
+            directory=directory, secret=self._secret, timeout_s=timeout_s, local_rank=self._settings.local_rank,
+        )  # fmt: skip
+
+    def close(self, linger: bool = True) -> None:
+        self._receiver.close(linger)
+        self._session.close()
+
 
 _lock = threading.Lock()
-_made: tuple[int, Communicator] | None = None  # (pid that made it, the communicator of this process)
+_pid = 0  # of the process that made what follows
+_membership: Membership | None = None  # None: outside `fleet run`
+_comm: Communicator | None = None  # the last one of this process
 
 
 def init(timeout_s: float, join_timeout_s: float) -> Communicator:
     """See fleet.init."""
-    global _made
+    global _comm, _membership, _pid
     with _lock:
-        if _made is None:
-            settings = rank_settings()
-            comm = alone(timeout_s) if settings is None else _join(settings, timeout_s, join_timeout_s)
-            _made = os.getpid(), comm
-        pid, comm = _made
-        if pid != os.getpid():
+        if _comm is not None and _pid != os.getpid():
             raise UsageError(
-                f"fleet.init() was called in pid {pid}, of which this process (pid {os.getpid()}) is a fork"
+                f"fleet.init() was called in pid {_pid}, of which this process (pid {os.getpid()}) is a fork"
             )
-        return comm
+        if _comm is not None and not _comm.closed:
+            return _comm
+        if _membership is not None:
+            _comm = _membership.form(timeout_s, join_timeout_s)
+        elif (settings := rank_settings()) is None:
+            _comm = alone(timeout_s)
+        else:
+            _check_not_taken(settings)
+            membership = Membership(settings)
+            try:
+                _comm = membership.form(timeout_s, join_timeout_s)
+            except BaseException:
+                membership.close(linger=False)
+                raise
+            _membership = membership
+            note_joined(settings, os.getpid())
+            atexit.register(_end)
+        _pid = os.getpid()
+        return _comm
+
+
+def _end() -> None:
+    """At the end of the process."""
+    if _pid == os.getpid() and _comm is not None and _membership is not None:  # a fork inherits this, and ends nothing
+        _comm.close()
+        _membership.close()
 
 
 def _check_not_taken(settings: RankSettings) -> None:
@@ -51,58 +111,3 @@ def _check_not_taken(settings: RankSettings) -> None:
         f"fleet.init() was called as rank {settings.member_id} in pid {pid}, which started this process (pid {os.getpid()}), and "
         'each rank is one process: call it behind `if __name__ == "__main__":`, which a process of multiprocessing does not run'
     )
-
-
-def _join(settings: RankSettings, timeout_s: float, join_timeout_s: float) -> Communicator:
-    _check_not_taken(settings)
-    holder: list[Communicator] = []
-    session = Session(settings, os.getpid(), lambda: holder[0].recorders if holder else [])
-    directory = shared_memory()
-    try:
-        welcome = session.welcome()
-        lock = Lock(welcome.security, welcome.secret if welcome.security != "open" else "")
-        mesh = Mesh(lock, welcome.bind, session.strangers)
-        session.unreached = mesh.unreached
-        try:
-            reached_at = _reachable(mesh.endpoint, welcome.advertise)
-            world = session.join(reached_at, host_key(directory) if directory is not None else "", join_timeout_s)
-            if world is None:
-                late = [activity.late for activity in session.inquire() if activity.sequence < 0]
-                raise CollectiveTimeout(
-                    0, "fleet.init()", settings.member_id, join_timeout_s, late, settings.world_size
-                )
-            rank = world.rank_of(settings.member_id)
-            addresses = [member.address for member in world.members]
-            inbox = Inbox(mesh, rank, addresses, world.world_id, session.check)
-            name = f"{settings.job_id}-{settings.attempt}-{world.generation}"
-            comm = Communicator(
-                rank,
-                range(world.size),
-                Fabric(inbox, world.members, directory or Path(), name, session.check, welcome.secret, session.ended),
-                timeout_s=timeout_s,
-                local_rank=settings.local_rank,
-                generation=world.generation,
-                inquire=session.inquire,
-            )
-        except BaseException:
-            mesh.close(linger=False)
-            raise
-    except BaseException:
-        session.close()
-        raise
-    holder.append(comm)
-    pid = os.getpid()
-    note_joined(settings, pid)
-
-    def end() -> None:
-        if os.getpid() == pid:  # a forked child inherits this hook, and nothing that it would end
-            comm.close()
-            session.close()
-
-    atexit.register(end)
-    return comm
-
-
-def _reachable(bound: str, advertise: str) -> str:
-    """The bound endpoint as others must connect to it."""
-    return address.endpoint(advertise, bound.rpartition(":")[2]) if advertise else bound

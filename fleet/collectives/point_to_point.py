@@ -15,9 +15,10 @@ import numpy as np
 
 from fleet.bus.mesh import Check, Tracker
 from fleet.collectives.buffer import Buffer
-from fleet.collectives.channel import Channel, Key, Payload
+from fleet.collectives.channel import Channel
 from fleet.collectives.conductor import Conductor
 from fleet.collectives.header import describe_call, pack_call
+from fleet.collectives.inbox import Key, Payload
 from fleet.collectives.operation import SETTLE_S
 from fleet.collectives.work import Work
 from fleet.errors import CollectiveMismatch, CollectiveTimeout, ProtocolError, RankEnded

@@ -9,6 +9,7 @@ from secrets import token_hex
 from signal import SIGTERM
 
 from fleet import messages as m
+from fleet.bounds import Made
 from fleet.versions import versions
 
 Key = tuple[str, int, int]  # (job_id, attempt, member_id)
@@ -60,7 +61,7 @@ class Rank:
     drained_at: float | None = None  # when output that a grandchild may still hold open is given up
     hurried: bool = False  # its job is to end: what nobody reads is given up too
     stderr_tail: bytes = b""
-    made: tuple[tuple[int, int], ...] | None = None  # by its last CollectiveCounts: see there
+    made: Made | None = None  # by its last CollectiveCounts: see there
     inside_since: float | None = None  # by its last CollectiveCounts: when the collective began that it is in
     status: m.RankStatus | None = None
 

@@ -131,12 +131,12 @@ def test_a_rank_that_ended_by_itself_is_passed_on_and_its_number_of_collectives_
     assert kinds(core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 1.0), w.SignalGroup), (
         "nobody is to act on that loss"
     )
-    core.step(w.FromRank(RANK, m.CollectiveCounts("j", 1, 0, (), made=((0, 5), (8, 0)))), 1.1)
+    core.step(w.FromRank(RANK, m.CollectiveCounts("j", 1, 0, (), made=((1, 0, 5), (1, 8, 0)))), 1.1)
     for stream in ("stdout", "stderr"):
         core.step(w.Printed(KEY, stream, b""), 1.2)
     (exited,) = up(core.step(w.ProcessExited(KEY, 0, 0, False), 1.2), m.RankExited)
     assert isinstance(exited, m.RankExited)
-    assert exited.made == ((0, 5), (8, 0))
+    assert exited.made == ((1, 0, 5), (1, 8, 0))
 
 
 def test_the_last_word_of_a_rank_may_come_after_its_end() -> None:
@@ -144,9 +144,9 @@ def test_the_last_word_of_a_rank_may_come_after_its_end() -> None:
     for stream in ("stdout", "stderr"):
         core.step(w.Printed(KEY, stream, b""), 1.2)
     core.step(w.ProcessExited(KEY, 0, 0, False), 1.2)
-    (exited,) = up(core.step(w.FromRank(RANK, m.CollectiveCounts("j", 1, 0, (), made=((0, 5),))), 1.3), m.RankExited)
+    (exited,) = up(core.step(w.FromRank(RANK, m.CollectiveCounts("j", 1, 0, (), made=((1, 0, 5),))), 1.3), m.RankExited)
     assert isinstance(exited, m.RankExited)
-    assert exited.made == ((0, 5),)
+    assert exited.made == ((1, 0, 5),)
 
 
 def test_a_rank_that_ends_by_itself_in_that_time_is_not_signalled_again() -> None:

@@ -34,7 +34,7 @@ CLOSE_ARGUMENTS = st.tuples(
 )
 HEADS = st.builds(
     Head,
-    world=U64,
+    world_id=U64,
     communicator_id=U32,
     sequence=U64,
     source=U32,
@@ -46,7 +46,7 @@ HEADS = st.builds(
 
 def packed(head: Head) -> bytes:
     return pack_head(
-        head.world, head.communicator_id, head.sequence, head.source, head.ordinal, head.segment, head.call
+        head.world_id, head.communicator_id, head.sequence, head.source, head.ordinal, head.segment, head.call
     )
 
 

@@ -1,30 +1,23 @@
-"""Worlds of ranks for one test: a thread, an inbox and a communicator for each, over real sockets or shared memory."""
+"""Worlds of ranks for one test: a thread and a communicator for each, over real sockets or shared memory."""
 
 from __future__ import annotations
 
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import monotonic
 from typing import Any
 
 import pytest
+from local_rendezvous import OPEN, Hall, LocalMember, in_threads, memory_key
 
+from fleet import messages as m
 from fleet.bus.lock import Lock
-from fleet.bus.mesh import Mesh
-from fleet.bus.shared import host_key
-from fleet.collectives.channel import Inbox
 from fleet.collectives.communicator import Communicator
-from fleet.collectives.conductor import Inquiry
-from fleet.collectives.operation import EndedRank
-from fleet.collectives.paths import Fabric
-from fleet.world import Member
-
-WORLD_ID = 7
-OPEN = Lock()
-SHM = Path("/dev/shm")
+from fleet.collectives.generations import Inquiry
+from fleet.world import world_id
 
 Function = Callable[[Communicator], Any]
 
@@ -35,7 +28,10 @@ class Worlds:
     transport: ipc or tcp sockets between all ranks; shared: memory; an integer: so many hosts, memory inside each.
     """
 
-    world_id = WORLD_ID
+    def __init__(self) -> None:
+        self._job_id = f"test-{uuid.uuid4().hex[:12]}"
+        self.world_id = world_id(self._job_id, 1, 1)
+        self._members: list[LocalMember] = []
 
     def __call__(self, n: int, function: Function, **options: Any) -> list[Any]:
         """The results by rank. Raises the exception that was raised first, on whichever rank."""
@@ -49,6 +45,11 @@ class Worlds:
         results, _ = self._run(n, function, **options)
         return results
 
+    def tell(self, news: m.MemberLost) -> None:
+        """All ranks of the world that runs hear of one that has gone."""
+        for member in self._members:
+            member.news.hear(news, monotonic())
+
     def _run(
         self,
         n: int,
@@ -57,53 +58,34 @@ class Worlds:
         lock: Lock = OPEN,
         timeout_s: float = 20.0,
         inquire: Sequence[Inquiry | None] | None = None,
-        check: Callable[[], None] = lambda: None,
-        ended: Mapping[int, EndedRank] | None = None,
     ) -> tuple[list[Any], list[BaseException]]:
-        results: list[Any] = [None] * n
         failures: list[BaseException] = []
-        name = f"test-{uuid.uuid4().hex[:12]}"
-        with ExitStack() as stack:
-            directory = stack.enter_context(tempfile.TemporaryDirectory())
-            meshes = []
+        tried = threading.Barrier(n)  # nobody leaves before all have tried
+        hall = Hall(self._job_id)
+        hall.expect(range(n))
+
+        def run(member: LocalMember) -> Any:
+            comm = None
+            try:
+                comm = member.form(timeout_s)
+                return function(comm)
+            except BaseException as error:
+                failures.append(error)
+                return error
+            finally:
+                tried.wait()
+                if comm is not None:
+                    comm.close()
+                member.close(linger=comm is not None)
+
+        with tempfile.TemporaryDirectory() as directory:
+            self._members = []
             for rank in range(n):
-                meshes.append(Mesh(lock, "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{directory}/r{rank}"))
-            addresses = [mesh.endpoint for mesh in meshes]
-            members = [Member(r, "w", "h", 0, addresses[r], memory_key(transport, r, n)) for r in range(n)]
-
-            def run(rank: int) -> None:
-                comm = None
-                try:
-                    inbox = Inbox(meshes[rank], rank, addresses, WORLD_ID, check)
-                    world = Fabric(
-                        inbox, members, SHM, name, check, "the secret of a job", {} if ended is None else ended
-                    )
-                    asks = inquire[rank] if inquire else None
-                    comm = Communicator(rank, range(n), world, timeout_s=timeout_s, generation=1, inquire=asks)
-                    results[rank] = function(comm)
-                except BaseException as error:
-                    failures.append(error)
-                    results[rank] = error
-                finally:
-                    tried.wait()
-                    if comm is not None:
-                        comm.close()
-                    else:
-                        meshes[rank].close(linger=False)
-
-            tried = threading.Barrier(n)  # nobody leaves before all have tried
-            threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(n)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+                bind = "tcp://127.0.0.1:*" if transport == "tcp" else f"ipc://{directory}/r{rank}"
+                asks = inquire[rank] if inquire else None
+                self._members.append(LocalMember(hall, rank, bind, memory_key(transport, rank, n), lock, asks))
+            results = in_threads([partial(run, member) for member in self._members])
         return results, failures
-
-
-def memory_key(transport: str | int, rank: int, n: int) -> str:
-    if transport == "shared":
-        return host_key(SHM)
-    return f"host {rank * transport // n}" if isinstance(transport, int) else ""
 
 
 @pytest.fixture

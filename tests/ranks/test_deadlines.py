@@ -26,19 +26,21 @@ LONG_S = 60.0
 def meshes(tmp_path: Path, count: int) -> Iterator[list[Mesh]]:
     made = [Mesh(Lock(), f"ipc://{tmp_path}/m{number}") for number in range(count)]
     try:
-        for mesh in made:
-            # Behind the last number nobody listens, so that what is sent there fills its queue.
-            mesh.connect([*(other.endpoint for other in made), f"ipc://{tmp_path}/nobody"])
         yield made
     finally:
         for mesh in made:
             mesh.close(linger=False)
 
 
-def fill(mesh: Mesh, peer: int) -> None:
+def nobody(tmp_path: Path) -> str:
+    """An address where nobody listens, so that what is sent there fills its queue."""
+    return f"ipc://{tmp_path}/nobody"
+
+
+def fill(mesh: Mesh, address: str) -> None:
     with contextlib.suppress(TimeoutError):
         while True:
-            mesh.send(peer, b"head", b"payload", monotonic())
+            mesh.send(address, b"head", b"payload", monotonic())
 
 
 def test_a_full_queue_of_one_peer_holds_up_no_send_to_another(tmp_path: Path) -> None:
@@ -50,26 +52,26 @@ def test_a_full_queue_of_one_peer_holds_up_no_send_to_another(tmp_path: Path) ->
             raise KeyError("over")
 
     with meshes(tmp_path, 2) as (mesh, other):
-        fill(mesh, 2)
+        fill(mesh, nobody(tmp_path))
         failures: list[BaseException] = []
 
         def send() -> None:
             try:
-                mesh.send(2, b"head", b"payload", monotonic() + LONG_S, check=check)
+                mesh.send(nobody(tmp_path), b"head", b"payload", monotonic() + LONG_S, check=check)
             except BaseException as error:
                 failures.append(error)
 
         thread = threading.Thread(target=send)
         thread.start()
         assert waits.wait(SOON_S)
-        mesh.send(1, b"head", b"other", monotonic() + SOON_S)
+        mesh.send(other.endpoint, b"head", b"other", monotonic() + SOON_S)
         found = None
         while found is None:
             found = other.receive()
         assert found[0].bytes == b"headother"
         started = monotonic()
         with pytest.raises(TimeoutError):  # its own deadline, not that of the thread that is there before it
-            mesh.send(2, b"head", b"payload", monotonic() + 0.1)
+            mesh.send(nobody(tmp_path), b"head", b"payload", monotonic() + 0.1)
         assert monotonic() - started < SOON_S
         over.set()
         thread.join()
@@ -79,7 +81,7 @@ def test_a_full_queue_of_one_peer_holds_up_no_send_to_another(tmp_path: Path) ->
 def test_closing_waits_for_the_threads_that_use_the_sockets(tmp_path: Path) -> None:
     """Else libzmq aborts the process, or the thread sees an error that has nothing to do with it."""
     with meshes(tmp_path, 1) as (mesh,):
-        fill(mesh, 1)
+        fill(mesh, nobody(tmp_path))
         ready = threading.Barrier(3)
         failures: list[BaseException] = []
 
@@ -91,7 +93,7 @@ def test_closing_waits_for_the_threads_that_use_the_sockets(tmp_path: Path) -> N
             except BaseException as error:
                 failures.append(error)
 
-        acts = (mesh.receive, lambda: mesh.send(1, b"head", b"payload", monotonic() + LONG_S))
+        acts = (mesh.receive, lambda: mesh.send(nobody(tmp_path), b"head", b"payload", monotonic() + LONG_S))
         threads = [threading.Thread(target=use, args=(act,)) for act in acts]
         for thread in threads:
             thread.start()
@@ -206,7 +208,7 @@ def test_the_clock_runs_while_another_call_has_its_turn(run_world: Any, transpor
             comm.all_reduce(x)
             return
         first = comm.all_reduce(x, async_op=True, timeout_s=LONG_S)
-        while not comm.recorders[0][1].operations:  # it has begun; nobody tells, hence the poll
+        while not comm._conductor.recorder.operations:  # it has begun; nobody tells, hence the poll
             gave_up.wait(0.001)
         started = monotonic()
         behind: Any = None
@@ -241,7 +243,7 @@ def test_the_clock_runs_while_another_thread_is_in_a_call(run_world: Any) -> Non
             return
         thread = threading.Thread(target=lambda: comm.all_reduce(x, timeout_s=LONG_S))
         thread.start()
-        while not comm.recorders[0][1].operations:  # it has begun; nobody tells, hence the poll
+        while not comm._conductor.recorder.operations:  # it has begun; nobody tells, hence the poll
             gave_up.wait(0.001)
         with pytest.raises(CollectiveTimeout, match="not begun"):
             comm.barrier(timeout_s=0.2)

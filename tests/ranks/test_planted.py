@@ -22,8 +22,10 @@ from fleet.bus import folders
 from fleet.bus.blobs import Reader
 from fleet.bus.shared import PAGE_BYTES, PREFIX, host_key, share, sweep
 from fleet.cli import runtime, slurm, why
-from fleet.collectives.paths import Fabric
+from fleet.collectives.fabric import Fabric
+from fleet.collectives.generations import Generation
 from fleet.errors import ConfigError, UsageError
+from fleet.world import World, world_id
 
 SHM = Path("/dev/shm")
 STRANGER = 65534
@@ -208,8 +210,10 @@ def test_names_follow_from_the_secret_and_tell_nothing(run_world: Any, monkeypat
     shared = {seen[0][i : i + 8] for i in range(len(PREFIX), len(seen[0]) - 8)}
     assert not any(part in name for name in seen[1:] for part in shared), seen
 
-    named = {Fabric(None, [], SHM, "job-1-1", lambda: None, secret).file_name("0") for secret in ("a" * 16, "b" * 16)}  # type: ignore[arg-type]
-    assert len(named) == 2
+    worlds = [Generation(World(number, world_id("job", 1, number), ()), 0) for number in (1, 2)]
+    secrets = ("a" * 16, "b" * 16)
+    named = {Fabric(g, None, SHM, secret).file_name("0") for g in worlds for secret in secrets}  # type: ignore[arg-type]
+    assert len(named) == 4, "nor that of another generation"
 
 
 def test_ranks_of_different_users_share_no_memory() -> None:

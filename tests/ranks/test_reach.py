@@ -11,18 +11,18 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+from local_rendezvous import Hall, LocalMember, in_threads
 
 from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
-from fleet.collectives.channel import Inbox
 from fleet.collectives.communicator import Communicator
-from fleet.collectives.conductor import UNANSWERED, RankActivity
-from fleet.collectives.paths import Fabric
+from fleet.collectives.generations import UNANSWERED, RankActivity
 from fleet.errors import Blocked, CollectiveTimeout, Late, Unreachable
 from fleet.world import Member
 
@@ -49,43 +49,44 @@ def refusing() -> Iterator[str]:
         yield "tcp://{}:{}".format(*held.getsockname())
 
 
+class Firewalled(Hall):
+    """Each rank is on a machine of its own; rank 0's is said to be at `address`, where that is not empty."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self._address = address
+
+    def come(self, member: Member) -> None:
+        at = self._address if member.member_id == 0 and self._address else member.address
+        super().come(msgspec.structs.replace(member, address=at))
+
+
 def world_of_two(
-    address: str, function: Callable[[Communicator], Any], communicator_id: int = 0, timeout_s: float = 20.0
+    address: str, function: Callable[[Communicator], Any], greets: bool = True, timeout_s: float = 20.0
 ) -> list[Any]:
-    """What two ranks return or raise. Each is on a machine of its own; rank 0's is said to be `address`."""
-    meshes = [Mesh(LOCK, f"tcp://127.0.0.{rank + 1}:*") for rank in range(2)]
-    addresses = [address or meshes[0].endpoint, meshes[1].endpoint]
-    members = [Member(rank, "w", f"h{rank}", 0, addresses[rank]) for rank in range(2)]
-    results: list[Any] = [None, None]
+    """What two ranks return or raise. Where `greets` is false, they find no obstacle before they send something."""
+    hall = Firewalled(address)
+    hall.expect(range(2))
+    members: list[LocalMember] = []
 
-    def inquire(rank: int) -> Callable[[int, int], list[RankActivity]]:
-        other = 1 - rank
+    def ask(rank: int, sequence: int) -> list[RankActivity]:
+        """What `rank` would say, as the other one asks it."""
+        generation = members[rank].news.generations[-1]
+        unreached = tuple(members[rank].receiver.open(generation.world, rank).unreached())
+        return [RankActivity(Late(rank, f"h{rank}", 1, "is inside"), sequence, True, "", unreached=unreached)]
 
-        def ask(_: int, sequence: int) -> list[RankActivity]:
-            late = Late(other, f"h{other}", 1, "is inside")
-            return [RankActivity(late, sequence, True, "", unreached=tuple(meshes[other].unreached()))]
+    for rank in range(2):
+        inquire = partial(lambda other, _, sequence: ask(other, sequence), 1 - rank)
+        members.append(LocalMember(hall, rank, f"tcp://127.0.0.{rank + 1}:*", "", LOCK, inquire))
 
-        return ask
-
-    def run(rank: int) -> None:
-        try:
-            inbox = Inbox(meshes[rank], rank, addresses, 7)
-            world = Fabric(inbox, members, Path("/dev/shm"), "test", lambda: None)
-            comm = Communicator(
-                rank, range(2), world, communicator_id=communicator_id, timeout_s=timeout_s, inquire=inquire(rank)
-            )
-            results[rank] = function(comm)
-        except BaseException as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for mesh in meshes:
-        mesh.close(linger=False)
-    return results
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if not greets:
+                patch.setattr("fleet.collectives.paths.greet", lambda *_: None)
+            return in_threads([lambda member=member: function(member.form(timeout_s)) for member in members])
+    finally:
+        for member in members:
+            member.close(linger=False)
 
 
 def test_a_world_whose_ranks_reach_each_other_forms() -> None:
@@ -124,7 +125,7 @@ def test_a_late_call_names_who_does_not_reach_whom(refusing: str, call: str, mon
             sent.wait()
             comm.recv(x, 1)
 
-    errors = [found for found in world_of_two(refusing, late, communicator_id=2, timeout_s=0.7) if found is not None]
+    errors = [found for found in world_of_two(refusing, late, greets=False, timeout_s=0.7) if found is not None]
     assert errors, "rank 0 waits for what cannot come"
     for error in errors:
         assert isinstance(error, CollectiveTimeout)
@@ -135,21 +136,23 @@ def test_a_late_call_names_who_does_not_reach_whom(refusing: str, call: str, mon
 
 def test_a_rank_that_stands_still_is_not_taken_for_a_firewall(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fleet.collectives.greeting.HEARD_WITHIN_S", 0.3)
-    mesh = Mesh(LOCK, "tcp://127.0.0.1:*")
+    frozen = RankActivity(Late(1, "h1", 812, UNANSWERED), -1, False, "")
+    absent = replace(frozen, late=replace(frozen.late, doing="has ended with code 0"))
+    hall = Hall()
+    for _ in range(2):
+        hall.expect(range(2))
+    hall.come(Member(1, "w", "h1", 0, "tcp://127.0.0.2:50052"))
+    activities = [frozen]
+    member = LocalMember(hall, 0, "tcp://127.0.0.1:*", "", LOCK, lambda *_: activities)
     try:
-        addresses = [mesh.endpoint, "tcp://127.0.0.2:50052"]
-        members = [Member(rank, "w", f"h{rank}", 0, addresses[rank]) for rank in range(2)]
-        world = Fabric(Inbox(mesh, 0, addresses, 7), members, Path("/dev/shm"), "test", lambda: None)
-        frozen = RankActivity(Late(1, "h1", 812, UNANSWERED), -1, False, "")
-        with pytest.raises(
-            CollectiveTimeout, match=r"waiting for rank 1 \(h1, pid 812\): it is not answering: stopped"
-        ):
-            Communicator(0, range(2), world, inquire=lambda *_: [frozen])
-        absent = replace(frozen, late=replace(frozen.late, doing="has ended with code 0"))
+        said = r"waiting for rank 1 \(h1, pid 812\): it is not answering: stopped"
+        with pytest.raises(CollectiveTimeout, match=said):
+            member.form()
+        activities[:] = [absent]
         with pytest.raises(Unreachable):
-            Communicator(0, range(2), world, inquire=lambda *_: [absent])
+            member.form()
     finally:
-        mesh.close(linger=False)
+        member.close(linger=False)
 
 
 def test_who_is_late_is_told_beside_ways_that_are_closed() -> None:
@@ -168,9 +171,8 @@ def test_what_is_connected_counts_as_reached() -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("fleet.bus.mesh.CONNECTED_WITHIN_S", 0.0)
-            meshes[0].connect([meshes[0].endpoint, meshes[1].endpoint])
             assert meshes[0].unreached() == []  # nothing was sent
-            meshes[0].send(1, b"head", b"", 1e18)
+            meshes[0].send(meshes[1].endpoint, b"head", b"", 1e18)
             while meshes[1].receive() is None:
                 pass
             assert meshes[0].unreached() == []

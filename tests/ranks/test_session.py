@@ -18,7 +18,7 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Router
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller
-from fleet.collectives.conductor import RankActivity
+from fleet.collectives.generations import RankActivity
 from fleet.collectives.header import pack_call
 from fleet.collectives.operation import Operation, Signature
 from fleet.collectives.recorder import KEPT, Recorder
@@ -29,8 +29,11 @@ from fleet.errors import ConfigError
 
 @contextmanager
 def session(endpoint: str, world_size: int, recorders: Sequence[tuple[int, Recorder]] = ()) -> Iterator[Session]:
-    made = Session(RankSettings(endpoint, "job", 1, 0, world_size, 0), 7, lambda: recorders)
+    made = Session(RankSettings(endpoint, "job", 1, 0, world_size, 0), 7)
     try:
+        if recorders:
+            members = tuple(m.Member(number, "w", "h", 0, "ipc:///tmp/none") for number in range(world_size))
+            made.news.form(m.World(1, 1, members)).recorders.extend(recorders)
         yield made
     finally:
         made.close()
@@ -63,7 +66,7 @@ def test_two_communicators_that_time_out_together_get_their_own_answers(tmp_path
             threads = [
                 threading.Thread(
                     target=lambda communicator_id=communicator_id: found.update(
-                        {communicator_id: rank.inquire(communicator_id, communicator_id)}
+                        {communicator_id: rank.inquire(None, communicator_id, communicator_id)}
                     )
                 )
                 for communicator_id in (2, 4)
@@ -143,6 +146,6 @@ def test_a_rank_without_a_descriptor_is_told_so_in_words(tmp_path: Path) -> None
         bus.socket(zmq.DEALER, 1, 1000)
         with no_descriptor_left():
             with pytest.raises(ConfigError, match="raise the limit"):
-                Session(RankSettings(f"ipc://{tmp_path}/agent", "job", 1, 0, 2, 0), 7, list)
+                Session(RankSettings(f"ipc://{tmp_path}/agent", "job", 1, 0, 2, 0), 7)
             with pytest.raises(ConfigError, match=r"a connection cannot be made .*raise the limit"):
                 bus.socket(zmq.DEALER, 1, 1000)

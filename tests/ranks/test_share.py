@@ -16,9 +16,11 @@ import pytest
 from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
 from fleet.bus.shared import PAGE_BYTES, PREFIX, host_key, share, sweep
-from fleet.collectives.channel import Inbox
-from fleet.collectives.paths import LOCAL_AT_MOST, Fabric, FormingCall, reach
-from fleet.world import Member
+from fleet.collectives.fabric import Fabric
+from fleet.collectives.generations import Generation
+from fleet.collectives.inbox import Receiver
+from fleet.collectives.paths import LOCAL_AT_MOST, FormingCall, reach
+from fleet.world import Member, World
 
 SHM = Path("/dev/shm")
 
@@ -175,9 +177,10 @@ def test_more_ranks_on_one_host_than_can_find_each_other_use_sockets(tmp_path: P
     count = LOCAL_AT_MOST + 1
     mesh = Mesh(Lock(), f"ipc://{tmp_path}/inbox")
     try:
-        inbox = Inbox(mesh, count - 1, [mesh.endpoint] * count, 1)
         members = [Member(rank, "w", "h", 0, mesh.endpoint, "same host") for rank in range(count)]
-        found = reach(Fabric(inbox, members, SHM, "test", nothing), 0, range(count), nothing, FormingCall())
+        generation = Generation(World(1, 1, tuple(members)), count - 1)
+        inbox = Receiver(mesh).open(generation.world, generation.rank)
+        found = reach(Fabric(generation, inbox, SHM), 0, range(count), nothing, FormingCall())
         assert found.path.name == "sockets"
         assert found.arena is None
     finally:

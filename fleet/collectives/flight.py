@@ -1,0 +1,99 @@
+"""Flight recorders of a member, by generation: what it answers when another one, or a person, asks what it is doing.
+
+Called by the session's thread, while other threads record. Knows messages and records; no socket and no tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from fleet import messages as m
+from fleet.bounds import TEXT_CHARS
+from fleet.collectives.generations import Generation, News
+from fleet.collectives.recorder import Recorder, text
+from fleet.config import RankSettings
+
+MADE_AT_MOST = 1000  # communicators whose collectives a rank that ends tells the number of
+
+_NOT_THE_USERS = tuple(
+    {
+        str(Path(__file__).resolve().parent.parent),
+        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+        "<frozen",
+    }
+)
+
+
+class Flights:
+    """What a member has recorded in the generations that it has been in, and its answers."""
+
+    def __init__(self, settings: RankSettings, pid: int, news: News) -> None:
+        self._settings = settings
+        self._pid = pid
+        self._news = news
+        self.unreached: Callable[[], Sequence[str]] = tuple  # addresses that it sent to and has no connection to
+
+    def recorders(self) -> list[Recorder]:
+        return [recorder for generation in self._news.generations for _, recorder in generation.recorders]
+
+    def made(self) -> tuple[tuple[int, int, int], ...]:
+        """(generation, communicator id, collectives made) of the last communicators."""
+        found = [
+            (generation.world.generation, communicator_id, recorder.made_count)
+            for generation in self._news.generations
+            for communicator_id, recorder in generation.recorders
+        ]
+        return tuple(found[-MADE_AT_MOST:])
+
+    def answer(self, ask: m.Ask) -> m.Answer:
+        """What this member does now, in the generation and the communicator that the question names."""
+        s, line = self._settings, main_thread_line()[:TEXT_CHARS]
+        generations = self._news.generations
+        asked_for = [g for g in generations if ask.generation in (-1, g.world.generation)]
+        told = (asked_for or generations)[-1:]
+        recorders = [found for g in told for cid, found in g.recorders if cid == ask.communicator_id]
+        recorder = recorders[0] if recorders else Recorder()
+        last, call, sequence = recorder.last, "", 0
+        inside = last is not None and not last.ended
+        doing = f"is at {line}, before its first collective"
+        if last is not None:
+            sequence = last.sequence
+            after = f"collective #{sequence} {last.signature}"
+            doing = f"is in {after} at {last.where}" if inside else f"is at {line}, after {after}"
+            # For a mismatch: where the call was made, also by a rank that has left it.
+            asked = recorder.find(ask.sequence) if ask.sequence else last
+            call, line = (str(asked.signature), asked.where) if asked is not None else ("", line)
+        if generations and not asked_for:  # it has not come to that generation yet
+            call, sequence, inside = "", -1, False
+        return m.Answer(
+            s.job_id, s.attempt, ask.member_id, ask.question, s.member_id, "", self._pid, sequence, inside,
+            doing[:TEXT_CHARS], call, line, self._text() if ask.records else "", self._unreached(told),
+        )  # fmt: skip
+
+    def _unreached(self, generations: Sequence[Generation]) -> tuple[int, ...]:
+        closed = self.unreached()
+        return tuple(member.member_id for g in generations for member in g.world.members if member.address in closed)
+
+    def _text(self) -> str:
+        several, named = len(self._news.generations) > 1, []
+        for generation in self._news.generations:
+            of = f"generation {generation.world.generation}, " if several else ""
+            named += [(f"{of}communicator {place}", found) for place, (_, found) in enumerate(generation.recorders)]
+        return text(named)
+
+
+def main_thread_line() -> str:
+    """Where the main thread is in the user's own code: 'train.py:41 in load_batch'."""
+    frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
+    innermost = frame
+    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        frame = frame.f_back
+    frame = frame or innermost
+    if frame is None:
+        return "an unknown line"
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"

@@ -1,0 +1,290 @@
+"""Arrived tensor messages: each is kept for the generation of the world that its head names, and found there by its place.
+
+The Receiver stands between the mesh of a process, which yields all that arrives, and the Inboxes, one a generation. Any
+thread may wait for a message of any generation: one thread receives for all. Messages of the next generation are kept until
+this process is in it, since a faster member may be there already; those of older generations and of other jobs are dropped.
+Weakness: ranks that run ahead (the roots of broadcasts) are held back by the queues of ZeroMQ only while this rank is
+outside of collectives; inside one, it keeps what they send.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fleet.bus.mesh import HWM, TICK_MS, Check, Mesh, Tracker
+from fleet.collectives.header import Head, pack_head, unpack_head
+from fleet.errors import FleetError, ProtocolError
+from fleet.world import World, follows
+
+if TYPE_CHECKING:
+    from fleet.collectives.channel import Channel
+
+AHEAD_BYTES_AT_MOST = 64 << 20  # of messages of generations that this process is not in yet
+MESSAGE_BYTES = 512  # that each of them takes beside its payload
+
+log = logging.getLogger("fleet.collectives")
+
+Key = tuple[int, int, int, int, int]  # communicator id, sequence, source, ordinal, segment
+
+
+class Payload(NamedTuple):
+    """The bytes that arrived, and what to send on without a copy."""
+
+    view: memoryview | bytearray
+    carrier: Any
+
+
+class Ahead:
+    """Messages of generations that this process is not in yet, AHEAD_BYTES_AT_MOST of all; pure."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, list[tuple[Head, Payload]] | None] = {}  # by world id; None: there were too many
+        self._size_bytes = 0
+
+    def keep(self, head: Head, payload: Payload) -> None:
+        kept = self._kept.setdefault(head.world_id, [])
+        if kept is None:
+            return
+        kept.append((head, payload))
+        self._size_bytes += MESSAGE_BYTES + len(payload.view)
+        if self._size_bytes > AHEAD_BYTES_AT_MOST:
+            self._drop(head.world_id)
+            self._kept[head.world_id] = None
+
+    def take(self, world_id: int) -> list[tuple[Head, Payload]] | None:
+        """All messages of one generation, None where there were too many. Those of generations before it go."""
+        kept = self._kept.get(world_id, [])
+        for other in [other for other in self._kept if not follows(other, world_id)]:
+            self._drop(other)
+        return kept
+
+    def _drop(self, world_id: int) -> None:
+        self._size_bytes -= sum(MESSAGE_BYTES + len(payload.view) for _, payload in self._kept.pop(world_id) or ())
+
+
+class Receiver:
+    """Receiver of all tensor messages of one process, for the generations that it is in."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.refused_count = 0  # messages that were not fleet's
+        self.stale_count = 0  # messages of an older generation, or of another job
+        self.changed = threading.Condition()  # guards all that follows, and what the inboxes keep
+        self.receiving = False  # whether a thread receives, for all
+        self.inboxes: dict[int, Inbox] = {}  # by world id
+        self._newest: Inbox | None = None  # the one with the last generation, open or closed
+        self._linger = True
+        self._ahead = Ahead()
+
+    def open(self, world: World, rank: int) -> Inbox:
+        """The inbox of a generation, the same one while it is open; `rank` is this member's.
+
+        Raises FleetError where more has come for it already than is kept.
+        """
+        with self.changed:
+            if (inbox := self.inboxes.get(world.world_id)) is not None:
+                return inbox
+            inbox = Inbox(self, world.world_id, rank, [member.address for member in world.members])
+            self.inboxes[world.world_id] = self._newest = inbox
+            ahead = self._ahead.take(world.world_id)
+            for head, payload in ahead or ():
+                inbox.keep(head, payload)
+            self.changed.notify_all()
+            addresses = {address for inbox in self.inboxes.values() for address in inbox.addresses}
+        self.mesh.keep(addresses)
+        if ahead is None:
+            raise FleetError(
+                f"other ranks were in this generation already, and sent more than {AHEAD_BYTES_AT_MOST >> 20} MB before this "
+                "one was: their messages are lost"
+            )
+        return inbox
+
+    def close(self, linger: bool = True) -> None:
+        """Closes the sockets. What was sent still goes out if `linger`, unless a collective has failed."""
+        self.mesh.close(linger and self._linger)
+
+    def leave(self, inbox: Inbox, linger: bool) -> None:
+        """The process has left the generation of this inbox. See Inbox.close."""
+        with self.changed:
+            self._linger = self._linger and linger
+            self.inboxes.pop(inbox.world_id, None)
+
+    def receive(self) -> tuple[Inbox, Head, Payload] | None:
+        """The next message of a generation that this process is in; None after a tick without one.
+
+        Called by the thread that has set `receiving`.
+        """
+        frames = self.mesh.receive()
+        if frames is None:
+            return None
+        first, second = frames
+        try:
+            head, rest = unpack_head(first.buffer)
+        except ProtocolError as error:
+            self.refused_count += 1
+            if self.refused_count == 1:
+                rank = self._newest.rank if self._newest is not None else -1
+                log.warning("rank %d: dropped a message in its inbox: %s", rank, error)
+            return None
+        if second is not None:
+            payload = Payload(second if isinstance(second, bytearray) else second.buffer, second)
+        else:
+            own = bytearray(rest)  # a copy, so that what is reduced in place is aligned
+            payload = Payload(own, own)
+        inbox = self.inboxes.get(head.world_id)
+        if inbox is None:
+            self._keep_ahead(head, payload)
+            return None
+        return inbox, head, payload
+
+    def drain(self) -> None:
+        """Keeps what has arrived, without waiting; another thread that receives does it in this one's place."""
+        with self.changed:
+            if self.receiving:
+                return
+            self.receiving = True
+        try:
+            for _ in range(HWM):  # no more: its caller has a deadline, and more may come all the time
+                if not self.mesh.has_message():
+                    return
+                arrived = self.receive()
+                if arrived is not None:
+                    with self.changed:
+                        inbox, head, payload = arrived
+                        inbox.keep(head, payload)
+        finally:
+            with self.changed:
+                self.receiving = False
+                self.changed.notify_all()
+
+    def _keep_ahead(self, head: Head, payload: Payload) -> None:
+        with self.changed:
+            inbox = self.inboxes.get(head.world_id)
+            if inbox is not None:  # opened by another thread since this one has looked
+                inbox.keep(head, payload)
+                self.changed.notify_all()
+            elif self._newest is not None and follows(head.world_id, self._newest.world_id):
+                self._ahead.keep(head, payload)
+            else:
+                self.stale_count += 1
+
+
+class Inbox:
+    """Tensor messages of one generation."""
+
+    def __init__(self, receiver: Receiver, world_id: int, rank: int, addresses: Sequence[str]) -> None:
+        self.receiver = receiver
+        self.world_id = world_id
+        self.rank = rank
+        self.addresses = addresses  # by rank
+        self._mesh = receiver.mesh
+        self._channels: dict[int, Channel] = {}
+        self._early: dict[Key, tuple[bytes, Payload]] = {}
+
+    def add(self, channel: Channel) -> None:
+        self._channels[channel.communicator_id] = channel
+
+    def remove(self, channel: Channel) -> None:
+        """Its messages, early and late, are of no use any more."""
+        with self.receiver.changed:
+            self._channels.pop(channel.communicator_id, None)
+            for key in [key for key in self._early if key[0] in (channel.communicator_id, channel.communicator_id + 1)]:
+                del self._early[key]
+
+    def send(
+        self,
+        peer: int,
+        key: tuple[int, int, int, int],
+        call: bytes,
+        payload: Any,
+        deadline: float,
+        track: bool,
+        check: Check,
+    ) -> Tracker | None:
+        """Queues one message for (communicator id, sequence, ordinal, segment); see Mesh.send. Raises TimeoutError."""
+        communicator_id, sequence, ordinal, segment = key
+        head = pack_head(self.world_id, communicator_id, sequence, self.rank, ordinal, segment, call)
+        return self._mesh.send(self.addresses[peer], head, payload, deadline, track, check)
+
+    def wait_until_sent(self, tracker: Tracker, deadline: float, check: Check) -> None:
+        """Returns once lent memory may be changed. Raises TimeoutError."""
+        self._mesh.wait_until_sent(tracker, deadline, check)
+
+    def take(
+        self, channel: Channel, find: Callable[[], Key | None], deadline: float, check: Check, awaited: int = -1
+    ) -> tuple[Key, bytes, Payload]:
+        """The message whose key `find` returns, once it is there. Raises TimeoutError, CollectiveMismatch.
+
+        `check` is called while waiting, with the rank `awaited` while it is silent, and raises to end the wait.
+        """
+        receiver = self.receiver
+        changed = receiver.changed
+        with changed:
+            while True:
+                if (key := find()) is not None:
+                    return (key, *self._early.pop(key))
+                if not receiver.receiving:
+                    break
+                changed.wait(TICK_MS / 1000)
+                _look_up(channel, check)
+                if monotonic() > deadline:
+                    raise TimeoutError
+            receiver.receiving = True
+        last_call: float | None = None
+        try:
+            while True:
+                arrived = receiver.receive()
+                if arrived is not None:
+                    with changed:
+                        inbox, head, payload = arrived
+                        inbox.keep(head, payload)
+                        if (key := find()) is not None:
+                            return (key, *self._early.pop(key))
+                        changed.notify_all()
+                _look_up(channel, check, -1 if arrived else awaited)
+                if (now := monotonic()) > deadline:
+                    # What came in time may lie behind other messages, which a process that stood still has not read:
+                    # they are read for a tick more, and no longer, however many come.
+                    last_call = last_call or now + TICK_MS / 1000
+                    if now > last_call or not self._mesh.has_message():
+                        raise TimeoutError
+        finally:
+            with changed:
+                receiver.receiving = False
+                changed.notify_all()
+
+    def unreached(self) -> list[int]:
+        """Ranks that something was sent to, and that there is no connection to."""
+        closed = self._mesh.unreached()
+        return [rank for rank, address in enumerate(self.addresses) if address in closed]
+
+    def has(self, key: Key) -> bool:
+        return key in self._early
+
+    def keep(self, head: Head, payload: Payload) -> None:
+        """Keeps a message that is of use, until it is taken. The caller holds the receiver's `changed`."""
+        channel = self._channels.get(head.communicator_id)
+        # That of a communicator that this rank is about to split off is kept too.
+        if channel is None or channel.wants(head):
+            self._early[head.communicator_id, head.sequence, head.source, head.ordinal, head.segment] = (
+                head.call,
+                payload,
+            )
+
+    def close(self, linger: bool = True) -> None:
+        """This process leaves the generation; what was sent in it is still delivered. The sockets stay.
+
+        Without `linger`, what is queued when they close is not waited for.
+        """
+        self.receiver.leave(self, linger)
+
+
+def _look_up(channel: Channel, check: Check, awaited: int = -1) -> None:
+    """What may end a wait, other than the message and the clock."""
+    if channel.failed is not None:
+        raise channel.failed
+    check(awaited)
