@@ -1,19 +1,19 @@
-"""`python -m fleet` is `fleet`. Processes that fleet starts for itself run this file by its path, see interpreter.py.
+"""Entry point of `python -m fleet`, which is `fleet`, and of the processes that fleet starts for itself.
 
-By its path, because `python -m` and `python -c` search the current folder first: a file called queue.py there, or a folder
-called fleet, would take the place of what is meant.
+Those processes run this file by its path (interpreter.py), because `python -m` and `python -c` search the current folder
+first: a file queue.py or a folder fleet there would be imported instead of the real one.
 """
 
 import sys
 
-_AT_START = frozenset(sys.modules)  # what a script finds imported when it starts
+_AT_START = frozenset(sys.modules)  # modules that a script finds imported at its start
 _ASIDE = not __package__
 
 
 def _find_fleet() -> None:
-    """Makes `import fleet` mean the package of this file, whatever else has its name on the search path."""
+    """Makes `import fleet` import the package of this file, whatever the search path holds."""
     if not sys.flags.safe_path:
-        del sys.path[0]  # this file's folder: its modules are no top-level modules
+        del sys.path[0]  # the folder of this file: its modules are not top-level modules
     from importlib.util import module_from_spec, spec_from_file_location
 
     folder = __file__.rpartition("/")[0]

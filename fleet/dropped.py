@@ -1,7 +1,7 @@
-"""Messages that were dropped: counted by why, and logged without a flood. Knows no message and no socket.
+"""Counter and log of dropped messages, with few lines for many messages. Knows no message and no socket.
 
-A process that serves many must outlive each message of one of them. One that cannot be read, or at which this program fails by a
-fault of its own, is dropped with a line in the log.
+A process that serves many peers must survive every message of each. A message that cannot be read is dropped with a line in
+the log, and so is a message at which fleet fails by a fault of its own.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 from traceback import extract_tb
 
 LOG_EVERY_S = 5.0  # a line for each reason
-PLACES_KEPT = 100  # whose traceback has been logged
+PLACES_KEPT = 100  # places in the program whose traceback has been logged
 MALFORMED, FAILED = "malformed", "failed"
 
 
 class Dropped:
-    """The counts, by reason: of one loop, which alone calls the methods."""
+    """Dropped messages of one loop, by reason. Only that loop calls the methods."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float]) -> None:
         self.counts = {MALFORMED: 0, FAILED: 0}
@@ -28,11 +28,11 @@ class Dropped:
         self._places: set[tuple[str, str, int]] = set()
 
     def malformed(self, sender: str, error: Exception) -> None:
-        """Its bytes are no message."""
+        """Drops a message whose bytes cannot be read."""
         self._count(MALFORMED, f"a message of {sender} is dropped: {error}")
 
     def failed(self, what: str, error: Exception) -> None:
-        """This program has failed at it. The first time at each place in the program, its traceback is logged too."""
+        """Drops a message at which fleet has failed. The first failure at each place is logged with its traceback."""
         frame = extract_tb(error.__traceback__)[-1]
         place = type(error).__name__, frame.filename, frame.lineno or 0
         where = f"{place[0]} at {Path(frame.filename).name}:{frame.lineno}: {error}"

@@ -1,4 +1,4 @@
-"""Command lines of the processes that fleet starts for itself, and what of this interpreter's options goes with them."""
+"""Command lines of the Python processes that fleet starts for itself, with the options of this interpreter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _MAIN = str(Path(__file__).resolve().with_name("__main__.py"))
 
 
 def command(*words: str) -> list[str]:
-    """The command line of `fleet WORDS` in a process of its own, which imports nothing of the current folder."""
-    # What the user said to this interpreter (-X, -W, -O) holds there too. A script's own folder is to be on its path, so not -P.
+    """The command line of `fleet WORDS` in another process, which imports nothing from the current folder."""
+    # The options that the user gave to this interpreter (-X, -W, -O) hold there too. Not -P: a script's folder is on its path.
     options = [option for option in subprocess._args_from_interpreter_flags() if option != "-P"]  # type: ignore[attr-defined]
     return [sys.executable, *options, _MAIN, *words]

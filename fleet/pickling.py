@@ -1,7 +1,7 @@
-"""Python values as bytes for tasks: functions by cloudpickle, large arrays and tensors as raw buffers beside the pickle.
+"""Pickles for tasks: functions by cloudpickle, large arrays and tensors as raw buffers beside the pickle.
 
-Used between a client and the runners that it was let in to with the cluster's secret, and never on anything else: a pickle
-can run code. Knows no wire.
+Used only between a client and runners that have proved to each other that they hold the secret, since a pickle can run code.
+Knows no wire.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 import cloudpickle
 
 _PLAIN = frozenset({bool, int, float, complex, type(None)})
-_LONG = 1 << 16  # from here on pickle copies text and bytes into its answer, and hands them to a file as they are
-_NESTED_AT_MOST = 16  # entries of a container that are looked at one by one
+_LONG = 1 << 16  # from this size on, pickle copies text and bytes into its answer, but gives them to a file uncopied
+_NESTED_AT_MOST = 16  # entries of a container, for a look at each
 
 
 _LruCache: Any = type(functools.lru_cache(len))
 FUNCTIONS_AT_MOST, FUNCTIONS_BYTES = 1000, 8 << 20  # of pickles
 
-Parts = Sequence[Any]  # one buffer, as bytes-like objects that follow each other
+Parts = Sequence[Any]  # bytes-like objects that form one buffer in this order
 
 
 class RemoteTraceback(Exception):
-    """Where an exception was raised, on the worker: the cause of the exception that a future raises."""
+    """Traceback of an exception on its worker: the cause of the exception that a future raises."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -40,7 +40,7 @@ class RemoteTraceback(Exception):
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """cloudpickle, and CPU tensors as buffers: torch's own way copies their storage into the pickle."""
+    """Pickler of cloudpickle that keeps CPU tensors as buffers: torch itself copies their storage into the pickle."""
 
     def reducer_override(self, value: Any) -> Any:
         torch = sys.modules.get("torch")
@@ -48,19 +48,19 @@ class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
             raw = value.detach().contiguous().view(-1).view(torch.uint8).numpy() if value.numel() else None
             buffer = b"" if raw is None else pickle.PickleBuffer(raw)
             return _tensor, (buffer, str(value.dtype).removeprefix("torch."), tuple(value.shape), value.requires_grad)
-        if type(value) is _LruCache and not _is_name(value):  # pickle knows only its name
+        if type(value) is _LruCache and not _is_name(value):  # pickle would keep only its name
             parameters = value.cache_parameters()
             return _cached, (value.__wrapped__, parameters["maxsize"], parameters["typed"])
         return super().reducer_override(value)
 
 
 class _ErrorPickler(_Pickler):
-    """Exceptions by class, arguments and attributes, whatever their own `__reduce__` and `__init__` make of that."""
+    """Pickler of exceptions by class, arguments and attributes. Their own `__reduce__` and `__init__` are not called."""
 
     def reducer_override(self, value: Any) -> Any:
         if not isinstance(value, BaseException):
             return super().reducer_override(value)
-        given = _builtin(type(value)).__reduce__(value)[1]  # more than its `args`: an OSError's file, for one
+        given = _builtin(type(value)).__reduce__(value)[1]  # more than its `args`, for example the file of an OSError
         args = tuple(arg if _travels(arg) else repr(arg) for arg in given)
         return _error, (type(value), args, {name: held for name, held in vars(value).items() if _travels(held)})
 
@@ -74,16 +74,16 @@ def _travels(value: Any) -> bool:
 
 
 def _builtin(kind: type[BaseException]) -> Any:
-    """The class of Python's own that it descends from."""
+    """The builtin class that `kind` descends from."""
     return next(base for base in kind.__mro__ if base.__module__ == "builtins")
 
 
 def _error(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
-    """An exception without a call of its own `__init__`."""
+    """An exception, made without its own `__init__`."""
     base = _builtin(kind)
     error: BaseException = base.__new__(kind, *args)
     with contextlib.suppress(TypeError):
-        base.__init__(error, *args)  # what a builtin one keeps beside its arguments, such as an errno
+        base.__init__(error, *args)  # sets what a builtin exception keeps beside its arguments, such as an errno
     vars(error).update(attributes)
     return error
 
@@ -114,15 +114,16 @@ def _tensor(buffer: Any, dtype: str, shape: tuple[int, ...], requires_grad: bool
 
 
 class _Chunks(list[Any]):
-    """A file for a pickler: what it writes, uncopied. A long `bytes` is the object that was pickled."""
+    """File for a pickler, which keeps the written objects uncopied. A long `bytes` is the very object that was pickled."""
 
     write = list.append
 
 
 def dumps(value: Any, apart_from_bytes: int) -> tuple[bytes, list[Parts]]:
-    """(pickle, buffers beside it): those of at least `apart_from_bytes`, whose parts alias the value's own memory.
+    """(pickle, buffers beside it). The buffers have at least `apart_from_bytes` each, and alias the value's own memory.
 
-    A pickle of that size is empty, and the first of the buffers instead. Raises whatever the value's own pickling raises.
+    A pickle of that size or more becomes the first buffer, and the returned pickle is empty. Raises whatever the value's own
+    pickling raises.
     """
     buffers: list[Parts] = []
 
@@ -150,7 +151,7 @@ def loads(data: bytes, buffers: Iterable[Any]) -> Any:
 
 
 def _is_plain(value: Any, depth: int = 3) -> bool:
-    """Whether pickle alone does the same as cloudpickle, found out faster than cloudpickle would start."""
+    """Whether pickle alone makes the same bytes as cloudpickle. Finding out takes less time than a start of cloudpickle."""
     kind = type(value)
     if kind in _PLAIN:
         return True
@@ -170,12 +171,12 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
 
 
 def by_reference(function: Callable[..., Any]) -> bool:
-    """Whether its pickle is only a name, the same for ever: that of a module that the other side imports too."""
+    """Whether the function's pickle is only its name in a module, which never changes and which the other side can import."""
     return type(function) is FunctionType and "<" not in function.__qualname__ and _is_name(function)
 
 
 def _is_name(function: Any) -> bool:
-    """Whether a module that the other side imports too has it under its own name."""
+    """Whether a module that the other side can import has the function under its own name."""
     module = sys.modules.get(function.__module__)
     if module is None or function.__module__ == "__main__":
         return False
@@ -183,16 +184,16 @@ def _is_name(function: Any) -> bool:
 
 
 def _registered(module: str) -> bool:
-    """Whether somebody told cloudpickle to pickle this module by value."""
+    """Whether this module is registered with cloudpickle to be pickled by value."""
     return any(module == name or module.startswith(f"{name}.") for name in registered())
 
 
-# () -> set[str]: the modules that somebody told cloudpickle to pickle by value
+# () -> set[str]: the modules that are registered with cloudpickle to be pickled by value
 registered = cloudpickle.list_registry_pickle_by_value
 
 
 class Function:
-    """A function as its pickle, which is read once."""
+    """Function as its pickle, which is read once."""
 
     __slots__ = ("_value", "digest", "pickled", "size_bytes")
 
@@ -203,14 +204,14 @@ class Function:
         self._value: Any = None
 
     def value(self) -> Any:
-        """Raises whatever its reading raises."""
+        """The function. Raises whatever reading its pickle raises."""
         if self.pickled:
             self._value, self.pickled = loads(self.pickled, ()), b""
         return self._value
 
 
 class Functions:
-    """The functions that were used last, by digest. For one thread at a time.
+    """Cache of the functions used last, by digest. For one thread at a time.
 
     A client keeps one for each runner, and the runner one of its own. Both use the same functions in the same order, so
     both forget the same ones.
@@ -227,7 +228,7 @@ class Functions:
         return found
 
     def add(self, function: Function) -> None:
-        """Adds one that is not there."""
+        """Adds a function that is not in the cache."""
         self._kept[function.digest] = function
         self._bytes += function.size_bytes
         while len(self._kept) > FUNCTIONS_AT_MOST or self._bytes > FUNCTIONS_BYTES:
@@ -239,7 +240,7 @@ class Functions:
 
 
 def call_each(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> list[Any]:
-    """Several calls that are one task. Here, since a runner has this module: to import an Executor's took it 0.2 s."""
+    """Several calls that are one task. In this module since a runner has it: importing the Executor's took 0.2 s."""
     return [function(*args) for args in calls]
 
 
@@ -255,23 +256,23 @@ def _whole(pickler: type[_Pickler], value: Any) -> bytes:
 
 
 def exception_bytes(error: BaseException) -> bytes:
-    """The pickle of an exception of any class, that can be read here; empty where nothing of that class can."""
+    """The pickle of an exception, which can be read again. Empty if no pickle of its class can be read."""
     for pickler in (_Pickler, _ErrorPickler):
         try:
             data = _whole(pickler, error)
             if type(loads(data, ())) is type(error):
                 return data
-        except Exception:  # of whatever kind its class raises
+        except Exception:  # whatever the class raises
             continue
     return b""
 
 
 def with_traceback(error: BaseException, text: str) -> BaseException:
-    """The exception as it will be raised here, with where it was raised there as its cause."""
-    object.__setattr__(error, "__cause__", RemoteTraceback(text))  # a frozen class refuses any other way
+    """The exception, with its traceback on the worker as its cause."""
+    object.__setattr__(error, "__cause__", RemoteTraceback(text))  # a frozen class refuses an assignment
     return error
 
 
 def without_runner(traceback: TracebackType | None) -> TracebackType | None:
-    """The traceback from the first frame that is not the runner's."""
+    """The traceback without the runner's own frame."""
     return traceback.tb_next if traceback is not None and traceback.tb_next is not None else traceback

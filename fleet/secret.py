@@ -1,4 +1,4 @@
-"""The file of the cluster secret: made, read, and refused where others may read it. Knows modes, not where the file lies."""
+"""File of the cluster secret: made, read, and refused if others may read it. Knows modes of files, not the path."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SECRET_BYTES_AT_MOST = 4096
 
 
 def create_secret(path: Path) -> str:
-    """Makes a secret file, readable by this user alone. Of two at once, both return the same secret. Raises ConfigError."""
+    """Makes a secret file that only this user can read. Two processes at once get the same secret. Raises ConfigError."""
     text = secrets.token_urlsafe(32)
     draft = path.with_name(f".secret-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         write_private(draft, text + "\n")
         try:
-            os.link(draft, path)  # fails where the file exists, and is never seen half written
+            os.link(draft, path)  # fails if the file exists, and never shows a file half written
         except FileExistsError:
             text = read_secret(path)
         finally:
@@ -32,14 +32,14 @@ def create_secret(path: Path) -> str:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Writes a new file that only its owner may read. A file or link that has the name already is replaced, not followed."""
+    """Writes a new file that only its owner may read. A file or link of that name is replaced, and not followed."""
     path.unlink(missing_ok=True)
     with open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600), "w", encoding="ascii") as file:
         file.write(text)
 
 
 def read_secret(path: Path) -> str:
-    """The secret in a file. Raises ConfigError, also where others than its reader may read or change the file."""
+    """The secret in a file. Raises ConfigError, also if other users may read or change the file."""
     try:
         with path.open("rb") as file:
             exposed = _exposed(os.fstat(file.fileno()))
@@ -58,10 +58,11 @@ def read_secret(path: Path) -> str:
 
 
 def _exposed(found: os.stat_result) -> str:
-    """What is wrong with a secret file's mode; empty: nothing.
+    """The fault of a secret file's mode; empty if there is none.
 
-    A file of this user is to be theirs alone. A mounted secret (Kubernetes with fsGroup, a container's volume) belongs to
-    root or to somebody else, and its group may read it: that is how this user can. The mode of a pipe or terminal says nothing.
+    A file that this user owns must be readable by this user alone. A mounted secret (Kubernetes with fsGroup, a container's
+    volume) belongs to root or another user, and this user reads it as a member of its group. The mode of a pipe or terminal
+    means nothing.
     """
     if not stat.S_ISREG(found.st_mode):
         return ""
@@ -73,7 +74,7 @@ def _exposed(found: os.stat_result) -> str:
 
 
 def checked(text: str, origin: str) -> str:
-    """A secret without the white space around it. Raises ConfigError for one that is too short."""
+    """The secret without the white space around it. Raises ConfigError if the secret is too short."""
     text = text.strip()
     if len(text) < SECRET_BYTES_AT_LEAST:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""Text of others on a terminal: shown as it is, and never obeyed. Knows strings only.
+"""Escaping of other people's text for a terminal. Knows strings only.
 
 Job ids, names, arguments, paths and host names come from users and from the network. In a log or a table, an escape sequence
-among them could move the cursor, and a line break could forge a line. What ranks print is not meant: that passes as it is.
+in them could move the cursor, and a line break could forge a line. The output of ranks is not escaped.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 
 def shown(text: str) -> str:
-    """One line: line breaks, control characters, bidirectional marks and undecodable bytes as Python escapes them."""
+    """The text as one line: line breaks, control characters, bidirectional marks and undecodable bytes escaped as in Python."""
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else _escaped(letter) for letter in text)
 
 
 def shown_lines(text: str) -> str:
-    """The same for text of several lines, which stay lines."""
+    """The text with the same escapes in each of its lines."""
     return "\n".join(map(shown, text.split("\n")))
 
 

@@ -1,4 +1,4 @@
-"""What this installation is made of, for handshakes. Imports none of it."""
+"""Versions of this installation, for handshakes. Found without importing the packages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fleet.values import Versions
 
 
 def versions() -> Versions:
-    """fleet's, Python's and torch's version; torch is empty where it is not installed."""
+    """The versions of fleet, Python and torch. That of torch is empty if torch is not installed."""
     try:
         torch = metadata.version("torch")
     except metadata.PackageNotFoundError:

@@ -1,1 +1,1 @@
-"""Bytes between named peers, and the only place that imports zmq. Refuses to know what the bytes mean."""
+"""Transport of bytes between named peers. Alone imports zmq, and knows no message."""

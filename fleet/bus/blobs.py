@@ -1,8 +1,9 @@
-"""Large buffers on their way between two processes: in files of the memory that they share, or as bytes fetched in pieces.
+"""Large buffers on their way between two processes: in files of shared memory, or as bytes that are fetched in pieces.
 
-A maker keeps its files on a shelf and uses them again: on this kind of file system fresh pages cost ten times what the copy
-does. So readers copy what they take, up to LARGE_BYTES; beyond that a file serves once, and the reader maps it privately:
-it may write there, and nobody sees. What a killed maker leaves behind is swept as shared.py's files are.
+The process that makes buffers keeps its files on a shelf and uses them again: new pages of such a file system cost ten times
+as much as the copy into them. So a reader copies a buffer of up to LARGE_BYTES. A file of more serves once, and the reader
+maps it privately: the reader may write there, and no other process sees that. Files of killed processes are removed as those
+of shared.py are.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from fleet.bus.ownership import open_own
 from fleet.bus.shared import PREFIX
 
 LARGE_BYTES = 32 << 20
-SHELF_BYTES = 64 << 20  # of files that nobody uses now
-MAPS_KEPT = 64  # of a reader
+SHELF_BYTES = 64 << 20  # of files that hold no buffer now
+MAPS_KEPT = 64  # by a reader
 
 
 class _File:
-    """Whole and locked before it has its name, so that nobody sweeps it. Raises OSError where the memory is full."""
+    """File of a shelf. It has size and lock before its name, so no sweep removes it. Raises OSError if memory is full."""
 
     def __init__(self, directory: Path, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
@@ -37,7 +38,7 @@ class _File:
             self._descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-                os.posix_fallocate(self._descriptor, 0, capacity_bytes)  # now, or a later touch would be a SIGBUS
+                os.posix_fallocate(self._descriptor, 0, capacity_bytes)  # now, or a later access would raise SIGBUS
                 self.memory = mmap.mmap(self._descriptor, capacity_bytes)
                 os.link(f"/proc/self/fd/{self._descriptor}", self.path, src_dir_fd=folder, follow_symlinks=True)
             except OSError:
@@ -54,7 +55,7 @@ class _File:
 
 
 class Blob:
-    """A copy of a buffer, made when the shelf was given it, until `release`."""
+    """Copy of a buffer, in a file or in bytes, until `release`."""
 
     def __init__(self, shelf: Shelf, parts: Sequence[memoryview], size_bytes: int, file: _File | None) -> None:
         self.size_bytes = size_bytes
@@ -83,7 +84,7 @@ class Blob:
 
 
 class Shelf:
-    """A maker's blobs. `directory` None: no memory is shared. May be used from several threads."""
+    """Shelf of one process: its blobs and their files. Without `directory` no memory is shared. Several threads may use it."""
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
@@ -93,7 +94,7 @@ class Shelf:
         self._closed = False
 
     def blob(self, parts: Sequence[Any]) -> Blob:
-        """A copy of bytes-like objects, one after the other."""
+        """A copy of several bytes-like objects, joined."""
         views = [memoryview(part) for part in parts]
         size_bytes = sum(view.nbytes for view in views)
         return Blob(self, views, size_bytes, self._file(size_bytes))
@@ -126,24 +127,24 @@ class Shelf:
         try:
             return _File(self._directory, capacity)
         except OSError:
-            return None  # the memory is full: it travels in pieces
+            return None  # the memory is full: the blob will travel in pieces
 
 
 class Reader:
-    """Takes blobs of others from their files. For one thread at a time."""
+    """Reader of other processes' blobs. For one thread at a time."""
 
     def __init__(self) -> None:
         self._maps: OrderedDict[str, mmap.mmap] = OrderedDict()
 
     def take(self, path: str, size_bytes: int) -> bytearray | mmap.mmap | None:
-        """Memory of the reader's own with what is in the blob; None: its file is not there."""
+        """The bytes of a blob, in memory of the reader's own. None if there is no such file."""
         if size_bytes > LARGE_BYTES:
             return _mapped(path, size_bytes, private=True)
         memory = self._map(path, size_bytes)
         return None if memory is None else bytearray(memoryview(memory)[:size_bytes])
 
     def reaches(self, path: str, size_bytes: int) -> bool:
-        """Whether `take` can be asked for it: it is there, and this user's own."""
+        """Whether `take` would find the blob: the file exists and belongs to this user."""
         found = _mapped(path, size_bytes, True) if size_bytes > LARGE_BYTES else self._map(path, size_bytes)
         return found is not None
 
@@ -162,7 +163,7 @@ class Reader:
 
 def _mapped(path: str, size_bytes: int, private: bool) -> mmap.mmap | None:
     if not Path(path).name.startswith(PREFIX):
-        return None  # the other side names files of this kind only
+        return None  # peers may name files of this kind only
     try:
         descriptor = open_own(path)
     except OSError:
@@ -179,7 +180,7 @@ def _mapped(path: str, size_bytes: int, private: bool) -> mmap.mmap | None:
 
 
 class Gathering:
-    """A buffer that arrives in pieces, in any order, each perhaps twice."""
+    """Buffer that arrives in pieces: in any order, and a piece perhaps twice."""
 
     def __init__(self, size_bytes: int, piece_bytes: int) -> None:
         self.buffer = bytearray(size_bytes)
@@ -192,15 +193,15 @@ class Gathering:
         return not self._missing
 
     def next_offset(self) -> int | None:
-        """What to ask for next; None: all has been asked for."""
+        """The offset of the next piece to ask for; None if all were asked for."""
         return self._unasked.pop() if self._unasked else None
 
     def ask_again(self) -> None:
-        """After a lost connection: what was asked for may never come."""
+        """Asks for all missing pieces again, after a lost connection."""
         self._unasked = sorted(self._missing, reverse=True)
 
     def take(self, offset: int, data: memoryview) -> bool:
-        """Whether it was missing, and of the size that it must have."""
+        """Takes a piece. False if the piece is not missing or has a wrong size."""
         size = min(self._piece_bytes, len(self.buffer) - offset)
         if offset not in self._missing or data.nbytes != size:
             return False

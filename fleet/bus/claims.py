@@ -1,7 +1,8 @@
-"""Claims of workers on data ports of their machine: a second worker with the same ports is refused when it starts.
+"""Claims of workers on data ports of their machine. A second worker with the same ports is refused at its start.
 
-A data port is bound only while a rank runs, so that nobody sees who it belongs to. A claim is an abstract Unix socket
-(unix(7)): it ends with its process, however that ends, and belongs to a network namespace, as ports do.
+A data port is bound only while a rank runs, so the port itself does not show which worker it belongs to. A claim is an
+abstract Unix socket (unix(7)). It ends with its process, however the process ends, and belongs to a network namespace, as
+ports do.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fleet.errors import ConfigError
 
 @contextlib.contextmanager
 def claimed_ports(first: int, count: int) -> Iterator[None]:
-    """Holds the ports meanwhile; `first` 0: none. Raises ConfigError that names the process that has one of them."""
+    """Claims the ports until the context is left; `first` 0 claims none. Raises ConfigError, which names the holder of a port."""
     with contextlib.ExitStack() as stack:
         for port in range(first, first + count) if first else ():
             claim = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -40,9 +41,9 @@ def _name(port: int) -> str:
 
 
 def _holder(port: int) -> str:
-    """Whose the claim is, in words; empty where that cannot be found out."""
+    """The process that holds the claim, in words; empty if the system does not tell."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # many who asked before may still be in the queue
+        probe.setblocking(False)  # the queue may still be full of earlier probes
         probe.connect(_name(port))
         pid, _, _ = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
         return f", held by {process_in_words(pid)}"

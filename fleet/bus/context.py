@@ -1,6 +1,6 @@
-"""A ZeroMQ context with its lock, its sockets and their bounded end. Knows no protocol.
+"""ZeroMQ context of one shell: sockets that are secured, have bounded queues and close in bounded time. Knows no protocol.
 
-One Bus per shell: its sockets belong to that shell's thread, and all of them end with it, in bounded time.
+A shell has one Bus. Only the shell's thread uses the sockets of that Bus.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 import zmq
-import zmq.utils.garbage  # now, so that its exit hook runs after ours: it frees memory that libzmq may still be sending
+import zmq.utils.garbage  # here, so that its exit hook runs after ours: the hook frees memory that libzmq may still send
 
 from fleet.bus import forks
 from fleet.bus.address import holder_of
@@ -19,14 +19,14 @@ from fleet.bus.lock import Doorkeeper, Lock
 from fleet.bus.strangers import WATCHED, Strangers
 from fleet.errors import ConfigError
 
-LINGER_MS = 1000  # what a closed socket may still take to hand over what was sent
+LINGER_MS = 1000  # for so long at most a closed socket still sends its queue
 HANDSHAKE_MS = 5000
 RECONNECT_MS, RECONNECT_AT_MOST_MS = 100, 2000
-_MAPPED = re.compile(r"\[::ffff:([\d.]+)\]")  # how a socket that takes IPv6 too writes an IPv4 address
+_MAPPED = re.compile(r"\[::ffff:([\d.]+)\]")  # an IPv4 address, as sockets for IPv6 write it
 
 
 class Bus:
-    """Makes sockets that are secured, bounded and gone at `close`."""
+    """Sockets of one shell, from their making to their end."""
 
     def __init__(self, lock: Lock, io_threads: int = 1) -> None:
         self.lock = lock
@@ -37,10 +37,11 @@ class Bus:
         self._doorkeeper: Doorkeeper | None = None
 
     def socket(self, kind: int, hwm: int, frame_bytes: int) -> zmq.Socket[bytes]:
-        """A new socket with a finite queue of `hwm` messages in each direction, and frames of at most `frame_bytes`.
+        """A new socket. Its queues hold `hwm` messages in each direction, and its frames have `frame_bytes` at most.
 
-        Who sends a larger one is hung up on before it is received, and before it has shown any secret. libzmq bounds no
-        number of frames: a holder of the secret can send a message that never ends.
+        libzmq ends the connection of a peer that announces a larger frame: before the frame arrives, and before the peer
+        has shown any secret. libzmq does not bound the number of frames: a holder of the secret can send a message that
+        never ends.
         """
         self.check_process()
         try:
@@ -61,7 +62,7 @@ class Bus:
         return socket
 
     def own(self, socket: zmq.Socket[bytes]) -> None:
-        """Takes charge of the end of a socket that was made elsewhere: one left open would block `close` for ever."""
+        """Takes a socket that was made elsewhere, to close it with the others. An open socket would block `close` for ever."""
         self._sockets.append(socket)
 
     def disown(self, socket: zmq.Socket[bytes]) -> None:
@@ -70,10 +71,10 @@ class Bus:
         socket.close()
 
     def bind(self, socket: zmq.Socket[bytes], endpoint: str, strangers: Strangers | None = None) -> str:
-        """Binds, and returns the endpoint with its real port. Raises ConfigError that names who holds the port.
+        """Binds a socket, and returns its endpoint with the real port. Raises ConfigError, with the holder of a port in use.
 
-        `strangers` are told of those that are refused there, where nobody else reads the socket's monitor. Of a context's
-        sockets only the first that is bound may have them.
+        `strangers` counts the refused connections of a socket whose monitor nobody else reads. Only the first socket that a
+        Bus binds may have `strangers`.
         """
         if self.lock.kind != "open" and self._doorkeeper is None:
             monitor = socket.get_monitor_socket(WATCHED) if strangers is not None else None
@@ -93,7 +94,7 @@ class Bus:
         return bound
 
     def connect(self, socket: zmq.Socket[bytes], endpoint: str) -> None:
-        """Connects for ever: a peer that is not there yet, or comes back, is found."""
+        """Connects a socket, and connects it again for ever: the peer may start later, or come back."""
         self.lock.connect(socket)
         try:
             socket.connect(endpoint)
@@ -105,9 +106,9 @@ class Bus:
         forks.check(self._forks)
 
     def close(self, linger: bool = True) -> None:
-        """Ends all sockets. What was sent still goes out if `linger`, for LINGER_MS at most."""
+        """Closes all sockets. With `linger` their queues are still sent, for LINGER_MS at most."""
         if self._forks != forks.count:
-            return  # a forked child has only copies of handles that are not its own
+            return  # the handles of a forked child belong to its parent
         for socket in self._sockets:
             socket.close(linger=None if linger else 0)
         if self._doorkeeper is not None:

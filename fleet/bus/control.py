@@ -1,7 +1,7 @@
-"""Control messages between named peers: one Router that many Dealers hang on. Knows bytes, names and losses only.
+"""Control sockets: one Router, and the Dealers that are its peers. Knows bytes, names and lost connections only.
 
-Both tell of the connection as it changes, from libzmq's socket monitor: within milliseconds for a process that died,
-within seconds (ZMTP heartbeats, rfc.zeromq.org/spec/37) for a machine that is cut off.
+Both report changes of their connections from libzmq's socket monitor: within milliseconds if a process died, within seconds
+(ZMTP heartbeats, rfc.zeromq.org/spec/37) if a machine is cut off.
 """
 
 from __future__ import annotations
@@ -20,40 +20,39 @@ from fleet.bus.context import Bus
 from fleet.bus.descriptors import has_room
 from fleet.bus.strangers import BROKEN_HANDSHAKE, WATCHED, Strangers, happened
 
-Frame = zmq.Frame | bytes | bytearray | memoryview  # a view must stay as it is until it has left
+Frame = zmq.Frame | bytes | bytearray | memoryview  # the memory of a view must not change until the frame has left
 _FURTHER = zmq.DONTWAIT | zmq.SNDMORE
 FRAMES_AT_MOST = 66  # of one message, with its sender's name
-HWM = 10_000  # messages; a peer this far behind counts as lost, see Router.send
+HWM = 10_000  # messages; a peer so far behind counts as lost, see Router.send
 BACKLOG_EVERY_S = 0.05
-COPY_BELOW = 64 << 10  # bytes
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 3000
 
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A message from a peer (b"": the one that a Dealer has)."""
+    """A message from a peer. A Dealer has one peer, which is b"" here."""
 
     peer: bytes
     data: bytes  # its first frame
-    rest: tuple[zmq.Frame, ...] = ()  # its further frames, in the memory that libzmq received into
+    rest: tuple[zmq.Frame, ...] = ()  # its further frames, in libzmq's memory
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """The connection to a peer ended; the peer may come back."""
+    """The connection to a peer has ended. The peer may come back."""
 
     peer: bytes
 
 
-# The kernel took the connection, and nobody said a word until the handshake's time was up: the process there stands still.
+# The kernel accepted the connection and no byte came during the time of a handshake: the process of the peer stands still.
 _SILENCE = (zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EAGAIN)
 
 
 class Sent(Enum):
-    """What became of a message. True only if it is on its way."""
+    """Outcome of sending a message. True only if the message is on its way."""
 
     YES = auto()
-    FULL = auto()  # nobody has read for long; what is not sent is lost unless its sender says it again
+    FULL = auto()  # the peer has not read for long; the message is lost unless its sender sends it again
     GONE = auto()  # the peer is not connected
 
     def __bool__(self) -> bool:
@@ -61,24 +60,24 @@ class Sent(Enum):
 
 
 class Link(Enum):
-    """What a Dealer tells of its one connection."""
+    """Change of a Dealer's connection."""
 
     UP = auto()
     DOWN = auto()
-    DENIED = auto()  # somebody answers there, and the handshake fails: a wrong secret, or not fleet at all
+    DENIED = auto()  # a process answers there and the handshake fails: a wrong secret, or not fleet at all
 
 
 class _Glance:
-    """A look at a socket's descriptor instead of the socket, at a fifth of the cost; only once `descriptor` was asked for.
+    """Look at a socket's descriptor instead of the socket, at a fifth of the cost. Works once `descriptor` was called.
 
-    The descriptor tells of news until a use of the socket has taken notice of them (zmq_getsockopt, ZMQ_FD). It is believed
-    while the socket was found empty and has not been used since.
+    The descriptor signals an event until the next use of the socket (zmq_getsockopt, ZMQ_FD). So its silence is believed
+    only if the socket was found empty and has not been used since.
     """
 
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
         self._poll: select.poll | None = None
-        self._empty = False  # it was found so, and was not used since
+        self._empty = False  # the socket was found empty, and has not been used since
 
     def descriptor(self) -> int:
         self._poll = select.poll()
@@ -92,7 +91,7 @@ class _Glance:
         self._empty = self._poll is not None
 
     def nothing(self) -> bool:
-        """Whether there is nothing to receive for sure."""
+        """Whether there is certainly nothing to receive."""
         return self._empty and not self._poll.poll(0)  # type: ignore[union-attr]
 
     def has_event(self) -> bool:
@@ -106,7 +105,7 @@ class _Glance:
 
 
 class _Monitor:
-    """The events of one socket, in order, as (event, file descriptor)."""
+    """Monitor of one socket: its events in order, as (event, file descriptor)."""
 
     def __init__(self, bus: Bus, socket: zmq.Socket[bytes], events: int) -> None:
         self.socket = socket.get_monitor_socket(events)
@@ -154,7 +153,7 @@ class Router:
         self._socket.disconnect(endpoint)
 
     def receive(self) -> list[Arrived | Lost]:
-        """All that has happened since the last call, at most a batch; waits for nothing."""
+        """Messages and losses since the last call, at most a batch. Never waits."""
         found: list[Arrived | Lost] = []
         if self._glance.nothing():
             found.extend(self._losses())
@@ -169,7 +168,7 @@ class Router:
                 found.extend(self._losses())
                 self.strangers.thin_out()
                 break
-            # After the message and before its sender is noted: a descriptor may have been used by another before.
+            # Between the message and the note of its sender: the descriptor may have belonged to another peer before.
             found.extend(self._losses())
             if not 2 <= len(frames) <= FRAMES_AT_MOST:
                 continue
@@ -177,7 +176,7 @@ class Router:
             descriptor = frames[1].get(zmq.SRCFD)
             found.append(Arrived(peer, frames[1].bytes, tuple(frames[2:])))
             if descriptor not in self._open:
-                found.append(Lost(peer))  # it sent and left before we looked
+                found.append(Lost(peer))  # the peer sent its message and left before this look
             elif self._descriptor_of.get(peer) != descriptor:
                 self.strangers.heard(descriptor)
                 self._peer_of.pop(self._descriptor_of.get(peer, -1), None)
@@ -186,11 +185,11 @@ class Router:
         return found
 
     def send(self, peer: bytes, data: bytes, rest: Sequence[Frame] = ()) -> Sent:
-        """FULL: the peer is there, and so far behind that it counts as lost."""
+        """Sends a message to a peer. FULL: the peer is so far behind that it counts as lost."""
         self._glance.used()
         try:
-            # A large message goes to many peers from one place in memory: libzmq holds the bytes until they have left.
-            _queue(self._socket, (peer, data, *rest), not rest and len(data) < COPY_BELOW)
+            # A large message goes to many peers from one place in memory, which libzmq holds until the last has left.
+            _queue(self._socket, (peer, data, *rest), not rest and len(data) < zmq.COPY_THRESHOLD)
         except zmq.ZMQError as error:
             if error.errno == zmq.EAGAIN:
                 return Sent.FULL
@@ -200,12 +199,12 @@ class Router:
         return Sent.YES
 
     def descriptors(self) -> list[int]:
-        """What to wait for instead of `poll_sockets`, by one thread while another uses this socket; see `has_event`."""
+        """Descriptors to wait for instead of `poll_sockets`, in a thread that does not use the socket. See `has_event`."""
         return [self._glance.descriptor(), self._monitor.glance.descriptor()]
 
     def has_event(self) -> bool:
-        """Whether something may be there to be received. To be asked after each use and before each wait: a use may have eaten
-        the signal on a descriptor that is waited for."""
+        """Whether `receive` may return something. To be called between each use and the next wait for the descriptors: a use
+        may have taken the signal from them."""
         return self._glance.has_event() or self._monitor.glance.has_event()
 
     def _losses(self) -> list[Arrived | Lost]:
@@ -224,14 +223,14 @@ class Router:
 
 
 class Dealer:
-    """One connection to one Router, made and made again for ever. With `listens` the Router is the side that connects."""
+    """One connection to one Router, made again for ever. With `listens` the Router is the side that connects."""
 
     def __init__(self, bus: Bus, endpoint: str, identity: bytes, listens: bool = False) -> None:
         self._socket = bus.socket(zmq.DEALER, HWM, FRAME_LIMIT_BYTES)
         self._socket.routing_id = identity
-        # Of both sides this one alone pings, and says after what silence the other one is to hang up. libzmq 4.3 aborts where
-        # a socket that pings has a full queue of what it received and its peer goes ("!_io_error"): a member could end an
-        # orchestrator so. Here that queue has no bound of its own; what is asked for, and credit, bound it.
+        # Only this side pings, and its pings say after which silence the Router ends the connection. libzmq 4.3 aborts a
+        # process ("!_io_error") if a socket that pings has a full receive queue and its peer goes: a member could end an
+        # orchestrator so. The receive queue of a Dealer has no limit of its own; answers and credit limit it.
         self._socket.rcvhwm = 0
         if endpoint.startswith("tcp:"):
             self._socket.heartbeat_ivl = HEARTBEAT_MS
@@ -239,7 +238,7 @@ class Dealer:
         watched = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | BROKEN_HANDSHAKE
         self._monitor = _Monitor(bus, self._socket, watched)
         self._shaking_hands = False
-        self._backlog: deque[bytes] = deque()  # put, and not sent: the queue was full
+        self._backlog: deque[bytes] = deque()  # messages of `put` that found the queue full
         if listens:
             bus.bind(self._socket, endpoint)
         else:
@@ -248,15 +247,15 @@ class Dealer:
         self._glance = _Glance(self._socket)
 
     def descriptors(self) -> list[int]:
-        """As those of a Router."""
+        """See Router.descriptors."""
         return [self._glance.descriptor(), self._monitor.glance.descriptor()]
 
     def has_event(self) -> bool:
-        """As that of a Router."""
+        """See Router.has_event."""
         return self._glance.has_event() or self._monitor.glance.has_event()
 
     def put(self, data: bytes) -> None:
-        """Sends it, in its order, once the queue has room: now, or while this side receives. It is lost with neither."""
+        """Sends a message as soon as the queue has room: now, or during a later `receive`. Keeps the order of messages."""
         self._backlog.append(data)
         self._send_backlog()
 
@@ -265,11 +264,11 @@ class Dealer:
             self._backlog.popleft()
 
     def patience(self, wait_s: float | None) -> float | None:
-        """How long to wait for messages at most, since what could not be sent is tried again with `receive`."""
+        """`wait_s`, or less while messages of `put` wait: `receive` tries to send them."""
         return wait_s if not self._backlog else min(BACKLOG_EVERY_S, BACKLOG_EVERY_S if wait_s is None else wait_s)
 
     def changes(self) -> list[Link]:
-        """How the connection changed since the last call."""
+        """Changes of the connection since the last call."""
         found = []
         for event, value in self._monitor.events():
             if event == zmq.EVENT_CONNECTED:
@@ -286,7 +285,7 @@ class Dealer:
         return found
 
     def receive(self) -> list[Arrived]:
-        """All messages that are there, at most a batch; waits for nothing."""
+        """The messages that have arrived, at most a batch. Never waits."""
         self._send_backlog()
         found: list[Arrived] = []
         if self._glance.nothing():
@@ -302,7 +301,7 @@ class Dealer:
         return found
 
     def send(self, data: bytes, rest: Sequence[Frame] = ()) -> Sent:
-        """YES: it goes over this connection or, while that is down, over the next one. FULL: it does not."""
+        """Sends a message over this connection or, while that is down, over the next one. FULL: the message is not sent."""
         self._glance.used()
         try:
             _queue(self._socket, (data, *rest), not rest)

@@ -1,6 +1,6 @@
-"""Folders in the temporary one that end with their owner, and are this user's alone. Knows nothing of what lies in them.
+"""Private temporary folders, each removed with its owner. Knows nothing of their files.
 
-An owner that was killed cannot clean up: the next one does it for all whose lock nobody holds.
+A killed owner leaves its folder behind. The next owner removes each folder whose lock no process holds.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from fleet.errors import ConfigError
 PREFIX = "fleet-"
 LOCK = "lock"
 SHORT = ("/tmp", "/var/tmp")
-BASE_BYTES = 70  # a socket's path has 107 at most, and 15 are for a folder's own name, 20 for the socket's
+BASE_BYTES = 70  # a socket's path has 107 at most: 15 for the folder's own name, 20 for the socket's
 
 
 @contextlib.contextmanager
 def held_folder(prefix: str = PREFIX) -> Iterator[Path]:
-    """A fresh folder that only its owner may enter, until the context is left. `prefix` begins with PREFIX."""
+    """A new folder that only this user may enter, removed when the context is left. `prefix` begins with PREFIX."""
     base = _base()
     _sweep()
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=base))
     draft = folder / f".{LOCK}"
     descriptor = os.open(draft, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    draft.rename(folder / LOCK)  # held before it has its name: else another process' sweep takes the folder away
+    draft.rename(
+        folder / LOCK
+    )  # locked before it has its name, or the sweep of another process would remove the folder
     try:
         yield folder
     finally:
@@ -40,7 +42,7 @@ def held_folder(prefix: str = PREFIX) -> Iterator[Path]:
 
 
 def _base() -> Path:
-    """The temporary folder, or another one where its path is too long for sockets in it. Raises ConfigError."""
+    """The temporary folder, or a folder of SHORT if the path is too long for sockets. Raises ConfigError."""
     try:
         usual = tempfile.gettempdir()
     except FileNotFoundError:
@@ -55,12 +57,12 @@ def _base() -> Path:
 
 
 def own_folders() -> list[Path]:
-    """The folders of this user, held or not. One that another user made is none, whatever lies in it."""
+    """The folders that this user made, held or not. Folders of other users are left out."""
     return [path for path in sorted(_base().glob(f"{PREFIX}*")) if is_own_folder(path)]
 
 
 def is_held(lock: Path) -> bool:
-    """Whether the owner of a folder with this lock lives."""
+    """Whether the owner of the folder with this lock lives."""
     descriptor = open_own(lock, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,7 +74,7 @@ def is_held(lock: Path) -> bool:
 
 
 def _sweep() -> None:
-    """Removes what killed owners left. A folder without a lock file is not ours, or too young to judge."""
+    """Removes the folders of killed owners. A folder without a lock file belongs to another program, or is just being made."""
     for folder in own_folders():
         with contextlib.suppress(OSError):
             if not is_held(folder / LOCK):

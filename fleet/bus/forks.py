@@ -1,4 +1,4 @@
-"""How many forks lie between this process and the one that started it. Asking for the pid at every call costs more."""
+"""Count of the forks that lead to this process. Comparing it costs less than asking for the pid at every call."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def check(then: int) -> None:
-    """Raises UsageError if this process is a fork of the one where `count` was `then`."""
+    """Raises UsageError if this process was forked since `count` was `then`."""
     if count != then:
         raise UsageError(
             f"this process (pid {os.getpid()}) was forked from the one that called fleet.init() (pid {os.getppid()} or "

@@ -1,12 +1,12 @@
-"""Who may talk: the three ways a socket is secured, and the ZAP handler that lets only holders of the secret in.
+"""Security of sockets: three mechanisms, and the ZAP handler that admits only holders of the secret.
 
-Keys are derived from one secret, so that a cluster has one thing to hand out and nothing to enrol. Two key pairs follow
-from it, one for whoever binds and one for whoever connects; knowing either means holding the secret. The price: peers
-are not told apart by key, so each trusts all holders.
+All keys are derived from one secret, so a cluster has one thing to hand out and enrols nobody. The secret yields two key
+pairs, one for sockets that bind and one for sockets that connect. Knowing either pair means holding the secret. The price
+is that keys do not tell peers apart: each peer trusts all holders.
 
 - open: no check. For ipc:// inside a directory that only its owner may enter.
-- plain: a password derived from the secret is checked, then bytes travel as they are. For a trusted network.
-- curve: CurveZMQ (rfc.zeromq.org/spec/26): both sides prove that they hold the secret, all is encrypted.
+- plain: a password derived from the secret is checked, then bytes travel unencrypted. For a trusted network.
+- curve: CurveZMQ (rfc.zeromq.org/spec/26): both sides prove that they hold the secret, and all bytes are encrypted.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ def derive(secret: str, purpose: str) -> bytes:
 
 
 def derive_secret(secret: str, purpose: str) -> str:
-    """A secret of its own for one purpose, such as one job: its holders learn nothing of the one it came from."""
+    """A secret for one purpose, such as one job. Its holders learn nothing of `secret`."""
     return derive(secret, purpose).hex()
 
 
 @dataclass(frozen=True, repr=False)
 class Lock:
-    """How the sockets of one context are secured. Invariant: open if and only if there is no secret."""
+    """Security of the sockets of one context. Invariant: open if and only if there is no secret."""
 
     kind: Security = "open"
     secret: str = ""
 
     def bind(self, socket: zmq.Socket[bytes]) -> None:
-        """Prepares a socket that binds: it serves only peers that hold the secret."""
+        """Prepares a socket that binds. It will serve only holders of the secret."""
         if self.kind == "open":
             return
         socket.zap_domain = b"fleet"  # without a domain libzmq asks no ZAP handler about PLAIN
@@ -55,7 +55,7 @@ class Lock:
             socket.curve_secretkey = self._key("bind")
 
     def connect(self, socket: zmq.Socket[bytes]) -> None:
-        """Prepares a socket that connects: it proves that it holds the secret."""
+        """Prepares a socket that connects. It will prove that it holds the secret."""
         if self.kind == "plain":
             socket.plain_username = b"fleet"
             socket.plain_password = self._password()
@@ -65,7 +65,7 @@ class Lock:
             socket.curve_publickey = zmq.curve_public(self._key("connect"))
 
     def admits(self, mechanism: bytes, credentials: list[bytes]) -> bool:
-        """Whether a peer that shows these credentials holds the secret."""
+        """Whether these credentials prove that a peer holds the secret."""
         if self.kind == "curve" and mechanism == b"CURVE" and len(credentials) == 1:
             return hmac.compare_digest(z85.encode(credentials[0]), zmq.curve_public(self._key("connect")))
         if self.kind == "plain" and mechanism == b"PLAIN" and len(credentials) == 2:
@@ -81,9 +81,9 @@ class Lock:
 
 
 class Doorkeeper:
-    """The ZAP handler of one context, in a thread of its own. Must start before any socket of the context binds.
+    """ZAP handler of one context, in a thread of its own. Must start before any socket of the context binds.
 
-    It also reads `monitor`, that of a bound socket whose owner does not: what it says of `strangers`.
+    Its thread also reads `monitor`, the monitor of one bound socket, and passes the events to `strangers`.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Doorkeeper:
         self._stop.close()
 
     def _patience_ms(self) -> int | None:
-        """How long to wait for something to happen."""
+        """Longest wait for an event; None: no limit."""
         return round(SILENT_S * 1000) if self._strangers is not None and self._strangers.crowded else None
 
     def _run(self) -> None:

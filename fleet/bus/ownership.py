@@ -1,6 +1,7 @@
-"""Files and folders of this user's own in places where others may write too, such as /tmp and /dev/shm.
+"""Ownership of files and folders in places where other users may write too, such as /tmp and /dev/shm.
 
-What another user plants there, under whatever name, is refused: it is neither waited for, followed, read nor believed.
+A file that another user plants there is refused under every name: fleet neither waits for it, nor follows, reads or
+believes it.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 def open_own(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
     """The descriptor of a regular file that this user owns and nobody else may change.
 
-    Waits for nothing (a pipe would have it wait for a writer) and follows no link. Raises FileNotFoundError where there
-    is none, PermissionError for a file of another kind or owner, and whatever else OSError the system raises.
+    Never waits, not even for the writer of a pipe, and follows no link. Raises FileNotFoundError if there is no file,
+    PermissionError for a file of another kind or owner, and any other OSError of the system.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -32,7 +33,7 @@ def open_own(path: str | os.PathLike[str], flags: int = os.O_RDONLY) -> int:
 
 
 def is_own_folder(path: Path) -> bool:
-    """Whether it is a folder itself, no link to one, that this user owns and nobody else may write in."""
+    """Whether `path` is a folder, and no link, that this user owns and nobody else may write in."""
     try:
         return is_own(path.lstat(), stat.S_IFDIR)
     except OSError:
@@ -40,7 +41,7 @@ def is_own_folder(path: Path) -> bool:
 
 
 def is_own(found: os.stat_result, kind: int) -> bool:
-    """Whether it is of this kind (stat.S_IFREG, ...), this user's, and for nobody else to change."""
+    """Whether the file is of this kind (stat.S_IFREG, ...), owned by this user and writable by nobody else."""
     return (
         stat.S_IFMT(found.st_mode) == kind and found.st_uid == os.geteuid() and not found.st_mode & _WRITABLE_BY_OTHERS
     )

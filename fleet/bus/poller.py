@@ -1,4 +1,4 @@
-"""Waits for sockets, file descriptors and a wake-up from another thread, all at once. Knows nothing of what they carry."""
+"""Pollers: one wait for sockets, file descriptors and a wake-up from another thread. They know nothing of the bytes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ Source = Any  # a socket of ours, or a file descriptor
 
 
 class Wake:
-    """Ends a wait from another thread or a signal handler."""
+    """Wake-up: ends the wait of one thread from another thread or a signal handler."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        # Nobody writes to a descriptor that is closed, and perhaps another's by then. Reentrant: a handler interrupts `set`.
+        # Keeps `set` from writing to a closed descriptor, whose number may belong to another file. Reentrant, since a signal
+        # handler may interrupt `set`.
         self._lock = threading.RLock()
 
     def fileno(self) -> int:
@@ -39,7 +40,7 @@ class Wake:
             return  # nothing to clear
 
     def close(self) -> None:
-        """May be called again, and from several threads."""
+        """May be called several times, and from several threads."""
         with self._lock:
             for descriptor in (self._read, self._write):
                 if descriptor >= 0:
@@ -48,7 +49,7 @@ class Wake:
 
 
 class Poller:
-    """The set of things to wait for."""
+    """Set of sockets and file descriptors to wait for."""
 
     def __init__(self, sources: Iterable[Source] = ()) -> None:
         self._poller = zmq.Poller()
@@ -62,12 +63,12 @@ class Poller:
         self._poller.unregister(source)
 
     def wait(self, timeout_s: float | None) -> set[Source]:
-        """The sources that have something to read, of a Wake its descriptor; empty after `timeout_s` (None: waits for ever)."""
+        """The sources that can be read; a Wake is returned as its descriptor. Empty after `timeout_s`; None waits for ever."""
         return {source for source, _ in self._poller.poll(_milliseconds(timeout_s))}
 
 
 class DescriptorPoller:
-    """The set of file descriptors to wait for: a Poller that knows no sockets, at a fifth of the cost."""
+    """Set of file descriptors to wait for. It knows no sockets, and costs a fifth of a Poller."""
 
     def __init__(self, descriptors: Iterable[int]) -> None:
         self._poll = select.poll()
@@ -80,5 +81,5 @@ class DescriptorPoller:
 
 
 def _milliseconds(timeout_s: float | None) -> int | None:
-    """Rounded up: waking a moment early would only spin until the deadline."""
+    """Rounded up: an early wake-up would only spin until the deadline."""
     return None if timeout_s is None else max(0, int(timeout_s * 1000) + 1)

@@ -1,4 +1,4 @@
-"""Which process a peer is, and whether it has ended: for two processes of one machine. Knows pidfd (Linux 5.3), no message."""
+"""Identity and end of a peer's process, for two processes of one machine. Knows pidfd (Linux 5.3)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 @cache
 def numbering() -> str:
-    """Names what process ids mean here: equal for two processes that call the same process by one number. Empty: not known.
+    """Name of this process's pid numbering: equal in two processes if a pid means the same process in both. Empty: not known.
 
-    The kernel's boot and the pid namespace: a container has its own.
+    The name consists of the kernel's boot id and the pid namespace, since each container has a namespace of its own.
     """
     try:
         return f"{BOOT_ID.read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
@@ -22,9 +22,9 @@ def numbering() -> str:
 
 
 def watch_end(pid: int) -> int | None:
-    """A descriptor that becomes readable when the process ends, for the caller to close; None: it has ended.
+    """A descriptor that becomes readable when the process ends; None if the process has ended. The caller closes it.
 
-    Raises OSError where the system cannot tell.
+    Raises OSError if the system has no such descriptors.
     """
     try:
         return os.pidfd_open(pid)

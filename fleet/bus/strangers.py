@@ -1,6 +1,6 @@
-"""Connections to a bound socket whose peer does not prove that it holds the secret: counted, logged, and not kept for long.
+"""Refused connections of a bound socket: counted, logged, and ended soon. Their peers do not prove that they hold the secret.
 
-Fed with the events of a socket monitor. Knows descriptors and addresses, no message.
+Works from the events of a socket monitor. Knows descriptors and addresses, no message.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import zmq
 
 from fleet.bus.address import shown
 
-LOG_EVERY_S = 60.0  # a stranger that tries again and again fills no disk
-SILENT_AT_MOST = 128  # connections that may be strangers', of those older than SILENT_S: each holds memory for a frame
+LOG_EVERY_S = 60.0  # so that a stranger's repeated attempts do not fill a disk
+SILENT_AT_MOST = 128  # connections older than SILENT_S that may be strangers': each holds memory for a frame
 SILENT_S = 1.0
 
 BROKEN_HANDSHAKE = (
@@ -29,14 +29,14 @@ log = logging.getLogger("fleet.bus")
 
 
 class Strangers:
-    """Those of one bound socket, which `endpoint` names in the log.
+    """Refused connections of one bound socket, which the log calls `endpoint`.
 
-    The events of a handshake say that it succeeded or failed, not whose it was, and of one who speaks no ZeroMQ at all
-    there is none. So a connection counts as refused, too, if it ends and no handshake has succeeded since it began. While
-    members connect, some may be missed; none of theirs is ever counted.
+    The event of a handshake says whether the handshake succeeded, and does not name the connection. A peer that speaks no
+    ZeroMQ causes no such event at all. So a connection also counts as refused if it ends and no handshake has succeeded
+    since it began. While members connect, some refused connections are missed; a member's connection is never counted.
 
-    `says`: it logs; else that is its owner's to do. `hears`: its owner says of each connection when it has `heard` it. Else
-    one may be a member's once any handshake has succeeded.
+    With `says` this object logs the refusals, else its owner does. With `hears` the owner calls `heard` for each connection
+    that sends a message. Without `hears`, any handshake that succeeds makes all open connections possible members.
     """
 
     def __init__(self, endpoint: str = "", hears: bool = False, says: bool = True) -> None:
@@ -44,17 +44,17 @@ class Strangers:
         self._hears = hears
         self._says = says
         self.refused_count = 0
-        self._unsaid_count = 0  # of them, since the last line in the log
+        self._unsaid_count = 0  # refused since the last line in the log
         self._log_at = 0.0
-        self._last = ""  # address that connected last
+        self._last = ""  # address of the last connection
         self._admitted_count = 0
-        self._failed_count = 0  # handshakes that have failed, of connections that have not ended
-        self._open: dict[int, int] = {}  # what _admitted_count was when a connection began, by descriptor
-        # When a connection began that is no member's, and its peer's address: by descriptor, in the order of time.
+        self._failed_count = 0  # failed handshakes of connections that have not ended
+        self._open: dict[int, int] = {}  # by descriptor: _admitted_count when the connection began
+        # By descriptor, in the order of time: when a connection that is no member's began, and the address of its peer.
         self._silent: dict[int, tuple[float, str]] = {}
 
     def saw(self, event: int, value: int) -> None:
-        """Takes one event of the monitor, with its descriptor where it has one."""
+        """Takes one event of the monitor. `value` is a descriptor or an error."""
         if event == zmq.EVENT_ACCEPTED:
             self._open[value] = self._admitted_count
             self._last = _address(value)
@@ -71,22 +71,23 @@ class Strangers:
             if self._open.pop(value, -1) != self._admitted_count:
                 return
             if self._failed_count:
-                self._failed_count -= 1  # it has been counted
+                self._failed_count -= 1  # counted at its handshake
             else:
                 self._refused()
 
     def heard(self, descriptor: int) -> None:
-        """A connection has sent a message, so its peer was let in."""
+        """A connection has sent a message, so its peer was admitted."""
         self._silent.pop(descriptor, None)
 
     @property
     def crowded(self) -> bool:
-        """Whether there are so many that `thin_out` is to be called soon."""
+        """Whether there are so many silent connections that `thin_out` must be called soon."""
         return len(self._silent) > SILENT_AT_MOST
 
     def thin_out(self) -> None:
-        """Hangs up on the oldest where they are many: each holds a descriptor and memory. For when all events were taken,
-        and all messages heard. A member that is so slow connects again.
+        """Ends the oldest silent connections if there are many, since each holds a descriptor and memory.
+
+        To be called when all events and messages have been taken. A slow member whose connection is ended connects again.
         """
         now = monotonic()
         while self.crowded:
@@ -94,7 +95,7 @@ class Strangers:
             if now - since < SILENT_S:
                 return
             del self._silent[descriptor]
-            if _address(descriptor) == address:  # else the number is another one's by now
+            if _address(descriptor) == address:  # else the number belongs to another connection by now
                 with contextlib.suppress(OSError), _borrowed(descriptor) as connection:
                     connection.shutdown(socket.SHUT_RDWR)  # libzmq closes it
 
@@ -103,7 +104,7 @@ class Strangers:
         self._unsaid_count += 1
         now = monotonic()
         if not self._says or now < self._log_at or self.endpoint.startswith("ipc:"):
-            return  # in a private folder there are no strangers, but processes that were killed
+            return  # a private folder has no strangers: a killed process looks like one
         self._log_at = now + LOG_EVERY_S
         log.warning(
             "refused at %s: %d connections (%d in all%s) whose other side did not prove that it holds the secret",
@@ -116,13 +117,13 @@ class Strangers:
 
 
 def happened(monitor: zmq.Socket[bytes]) -> tuple[int, int]:
-    """The next event of a socket monitor: which, and its descriptor or error. Waits for it."""
+    """The next event of a socket monitor, and its descriptor or error. Waits for the event."""
     event: tuple[int, int] = struct.unpack("=HI", monitor.recv_multipart()[0])
     return event
 
 
 def _address(descriptor: int) -> str:
-    """The address and port of a connection's peer; empty where it has gone, or is a process of this machine."""
+    """Address and port of a connection's peer; empty if the connection has ended, or leads to a process of this machine."""
     try:
         with _borrowed(descriptor) as connection:
             name = connection.getpeername()
@@ -133,7 +134,7 @@ def _address(descriptor: int) -> str:
 
 @contextlib.contextmanager
 def _borrowed(descriptor: int) -> Iterator[socket.socket]:
-    """A connection of libzmq's, which stays its owner. Needs no descriptor of its own: there may be none left."""
+    """A connection that libzmq keeps. Opens no descriptor, since there may be none left."""
     connection = socket.socket(fileno=descriptor)
     try:
         yield connection
