@@ -68,7 +68,8 @@ def init(timeout_s: float = 30.0, join_timeout_s: float = 300.0) -> Communicator
     """This rank's communicator over all ranks of its job; alone, outside `fleet run`, a world of one.
 
     `timeout_s` is the deadline of each collective, `join_timeout_s` that of the other ranks' own calls of `init`.
-    Calling it again returns the same communicator. Raises CollectiveTimeout, which names the ranks that did not come, and
+    Calling it again returns the same communicator; after its `close()`, a new one of the same ranks, all of which call it
+    again. Raises CollectiveTimeout, which names the ranks that did not come, and
     Unreachable, which names those that do not reach each other over the network.
     """
     check_system()

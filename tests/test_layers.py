@@ -50,6 +50,7 @@ DECIDERS = (
     "fleet/orchestrator/view.py",
     "fleet/worker/core.py",
     "fleet/worker/ranks.py",
+    "fleet/collectives/generations.py",
     "fleet/collectives/schedule.py",
     "fleet/client/line_folding.py",
     "fleet/client/grid.py",

@@ -86,3 +86,59 @@ def read_only(x: Any) -> Any:
     x = x.copy()
     x.flags.writeable = False
     return x
+
+
+def every_collective(comm: Any, count: int) -> None:
+    """Makes every call once, with tensors of `count` elements for each rank, and checks what comes of it."""
+    n, rank = comm.world_size, comm.rank
+    mine, total = np.full(count, rank + 1.0), n * (n + 1) / 2
+    parts = np.repeat(np.arange(n) + 1.0, count)
+
+    def is_all(x: Any, value: float) -> None:
+        np.testing.assert_array_equal(x, np.full(len(x), value))
+
+    x = mine.copy()
+    comm.all_reduce(x)
+    is_all(x, total)
+    x = mine.copy()
+    comm.reduce(x, n - 1, "max")
+    is_all(x, n if rank == n - 1 else rank + 1)
+    comm.reduce_scatter(x, parts)
+    is_all(x, n * (rank + 1))
+    for scan, value in ((comm.scan, (rank + 1) * (rank + 2) / 2), (comm.exscan, max(1, rank * (rank + 1) / 2))):
+        x = mine.copy()
+        scan(x)
+        is_all(x, value)
+    x = mine.copy()
+    comm.broadcast(x, n - 1)
+    is_all(x, n)
+    whole = np.zeros(n * count)
+    comm.all_gather(whole, mine)
+    np.testing.assert_array_equal(whole, parts)
+    whole[:] = 0
+    comm.gather(whole if rank == 0 else None, mine, 0)
+    np.testing.assert_array_equal(whole, parts if rank == 0 else np.zeros_like(parts))
+    comm.scatter(x, parts if rank == n - 1 else None, n - 1)
+    is_all(x, rank + 1)
+    comm.all_to_all(whole, np.repeat(mine[:1], n * count))
+    np.testing.assert_array_equal(whole, parts)
+    rows = [other % 2 for other in range(n)]  # one row for each odd rank
+    uneven = np.zeros(n * (rank % 2))
+    comm.all_to_all(uneven, np.full(sum(rows), rank + 1.0), [rank % 2] * n, rows)
+    np.testing.assert_array_equal(uneven, np.arange(n)[: len(uneven)] + 1.0)
+    comm.barrier()
+    if n > 1:
+        sent = comm.send(mine, (rank + 1) % n, async_op=True)
+        assert comm.recv(x, (rank - 1) % n) == (rank - 1) % n
+        sent.wait()
+        is_all(x, (rank - 1) % n + 1)
+    assert comm.broadcast_object(f"of {rank}", n - 1) == f"of {n - 1}"
+    assert comm.all_gather_object(rank) == list(range(n))
+    half = comm.split(rank % 2)
+    x = mine.copy()
+    half.all_reduce(x)
+    is_all(x, sum(range(rank % 2 + 1, n + 1, 2)))
+    shared = comm.empty(count, "float64")
+    shared[:] = mine
+    comm.all_reduce(shared, async_op=True).wait()
+    is_all(shared, total)
