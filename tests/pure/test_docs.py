@@ -7,8 +7,10 @@ from pathlib import Path
 
 from fleet.orchestrator.jobs import MOVES, JobState
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 ARCHITECTURE = (DOCS / "ARCHITECTURE.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def state_diagram() -> str:
@@ -37,5 +39,11 @@ def files_in_tables() -> list[str]:
 
 
 def test_the_tables_of_files_name_each_one_once() -> None:
-    files = {str(path.relative_to(DOCS.parent)) for path in (DOCS.parent / "fleet").rglob("*.py")}
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "fleet").rglob("*.py")}
     assert sorted(files_in_tables()) == sorted(path for path in files if not path.endswith("__init__.py"))
+
+
+def test_files_that_contributors_are_sent_to_are_there() -> None:
+    named = re.findall(r"`((?:fleet|tests|docs|bench)/[\w/.]+)`", CONTRIBUTING)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
