@@ -9,29 +9,29 @@ from typing import Annotated, Any, Literal, cast
 import typer
 
 from fleet import config
-from fleet.cli.command_line import HELP, parse
-from fleet.cli.job_commands import (
+from fleet.cli.command_line import HELP, CommandLine, parse
+from fleet.cli.job_commands import job_commands
+from fleet.cli.options import (
     WITH_SCRIPT,
+    AnyClusterOptions,
     AsJson,
+    ClusterOptions,
+    DaemonOptions,
     DryRun,
-    Gpus,
     Insecure,
     Keep,
     MaxBundle,
     MaxOutput,
-    MaxRestarts,
-    Orchestrator,
+    OrThisMachine,
     OutputFolder,
-    Policy,
-    Priority,
+    SchedulingOptions,
     SecretFile,
-    Slots,
     Timeout,
-    command_lines,
-    job_commands,
-    job_options,
+    above_0,
+    known_policy,
+    not_negative,
+    with_groups,
 )
-from fleet.cli.numbers import above_0, not_negative, port
 from fleet.cli.usage_errors import answer, check_command
 from fleet.errors import ConfigError, FleetError, UsageError
 from fleet.text import shown_lines
@@ -57,23 +57,11 @@ def fleet_command(
     """Train a model with more than one Python process, on one machine or many."""
 
 
-MetricsPort = Annotated[
-    int | None,
-    typer.Option(
-        callback=port, help="Serve /metrics and /healthz over HTTP there.", show_default="FLEET_METRICS_PORT, none"
-    ),
-]
-MetricsHost = Annotated[
-    str | None,
-    typer.Option(
-        help="Address to serve them at.", show_default="FLEET_METRICS_HOST, that of --bind, in a worker 127.0.0.1"
-    ),
-]
-OrThisMachine = Annotated[str | None, typer.Option(help="HOST:PORT.", show_default="ORCHESTRATOR_ADDR, this machine")]
-
-
 @app.command("run", options_metavar=WITH_SCRIPT)
+@with_groups
 def run_command(
+    context: typer.Context,
+    *,
     workers: Annotated[
         int | None, typer.Option(help="Number of ranks.", show_default="one per core, or per Slurm task")
     ] = None,
@@ -82,11 +70,7 @@ def run_command(
     max_bundle: MaxBundle = 64,
     transport: Annotated[str, typer.Option(help="Between local ranks: tcp or ipc.")] = "tcp",
     orchestrator: OrThisMachine = None,
-    priority: Priority = 0,
-    policy: Policy = "",
-    max_restarts: MaxRestarts = 3,
-    slots: Slots = 1,
-    gpus: Gpus = 0,
+    scheduling: SchedulingOptions,
     output: OutputFolder = None,
     max_output: MaxOutput = 1024,
     keep: Keep = None,
@@ -108,33 +92,40 @@ def run_command(
     """
     from fleet.cli.output import output_limit
     from fleet.cli.run import Options, run_job
-    from fleet.cli.travel import bundle_limit
+    from fleet.cli.submission import Submission
 
     if transport not in ("tcp", "ipc"):
         raise UsageError(f"--transport is {transport!r}: it must be tcp or ipc")
+    submission = Submission(
+        cast(CommandLine, context.obj),
+        _ranks_here() if workers is None else workers,
+        scheduling.job_options(grace_s=grace),
+        max_bundle << 20,
+        tuple(keep or ()),
+    )
     options = Options(
-        workers=_ranks_here() if workers is None else workers,
         timeout_s=timeout,
         log_dir=log_dir,
-        max_bundle_bytes=bundle_limit(max_bundle),
         transport=cast(Literal["tcp", "ipc"], transport),
         orchestrator=orchestrator or config.orchestrator_address(),
         secret_file=secret_file,
         insecure=insecure,
-        job=job_options("", "", priority, policy, max_restarts, slots, gpus, grace),
         output=output,
         max_output_bytes=output_limit(max_output),
-        keep=tuple(keep or ()),
         dry_run=dry_run,
         stdin=stdin,
     )
-    raise typer.Exit(run_job(command_lines[0], options))
+    raise typer.Exit(run_job(submission, options))
 
 
 @app.command("orchestrator")
+@with_groups
 def orchestrator_command(
+    *,
     bind: Annotated[str, typer.Option(help="HOST:PORT to listen on; 0.0.0.0 is every interface.")] = "127.0.0.1:50051",
-    policy: Annotated[str, typer.Option(help="How ranks are spread: least-loaded or round-robin.")] = "least-loaded",
+    policy: Annotated[
+        str, typer.Option(callback=known_policy, help="How ranks are spread: least-loaded or round-robin.")
+    ] = "least-loaded",
     state: Annotated[
         Path | None, typer.Option(help="Folder that keeps jobs.", show_default="FLEET_STATE_DIR, yours")
     ] = None,
@@ -142,26 +133,21 @@ def orchestrator_command(
     keep_hours: Annotated[
         float, typer.Option(callback=not_negative("hours"), help="Hours to keep jobs that have ended.")
     ] = 168.0,
-    metrics_port: MetricsPort = None,
-    metrics_host: MetricsHost = None,
-    secret_file: SecretFile = None,
-    insecure: Insecure = False,
+    daemon: DaemonOptions,
 ) -> None:
     """Run the orchestrator: workers and clients connect to it."""
     from fleet.cli.daemons import Kept, run_orchestrator
-    from fleet.orchestrator.placement import POLICIES
 
-    if policy not in POLICIES:
-        raise UsageError(f"--policy is {policy!r}: it must be one of {', '.join(POLICIES)}")
     if keep_jobs < 0:
         raise UsageError(f"--keep-jobs is {keep_jobs}: it must not be negative")
-    run_orchestrator(
-        bind, policy, secret_file, insecure, _metrics_at(metrics_host, metrics_port), Kept(state, keep_jobs, keep_hours)
-    )
+    kept = Kept(state, keep_jobs, keep_hours)
+    run_orchestrator(bind, policy, daemon.secret_file, daemon.insecure, daemon.metrics_at(), kept)
 
 
 @app.command("worker")
+@with_groups
 def worker_command(
+    *,
     slots: Annotated[int, typer.Option(help="Ranks that may run here at once.")] = 1,
     gpus: Annotated[int, typer.Option(help="GPUs for jobs that ask for some.")] = 0,
     orchestrator: Annotated[
@@ -179,32 +165,23 @@ def worker_command(
         Path | None,
         typer.Option(help="Folder that keeps what jobs write.", show_default="FLEET_STORAGE_DIR, yours"),
     ] = None,
-    metrics_port: MetricsPort = None,
-    metrics_host: MetricsHost = None,
-    secret_file: SecretFile = None,
-    insecure: Insecure = False,
+    daemon: DaemonOptions,
 ) -> None:
     """Run a worker: its ranks listen on WORKER_PORT and the ports after it."""
     from fleet.cli.daemons import run_worker
 
     address = orchestrator or config.orchestrator_address() or config.DEFAULT_ORCHESTRATOR
     drain_s = config.drain_s() if within is None else within
-    run_worker(address, slots, gpus, secret_file, insecure, _metrics_at(metrics_host, metrics_port), drain_s, storage)
+    run_worker(address, slots, gpus, daemon.secret_file, daemon.insecure, daemon.metrics_at(), drain_s, storage)
 
 
 @app.command("workers")
-def workers_command(
-    as_json: AsJson = False,
-    timeout: Timeout = 10.0,
-    orchestrator: Orchestrator = None,
-    secret_file: SecretFile = None,
-    insecure: Insecure = False,
-) -> None:
+@with_groups
+def workers_command(as_json: AsJson = False, *, cluster: ClusterOptions) -> None:
     """List the workers of a cluster: state, slots, versions and jobs."""
     from fleet.cli.workers import list_workers
 
-    address = orchestrator or config.orchestrator_address()
-    typer.echo(list_workers(address, secret_file, insecure, timeout, as_json))
+    typer.echo(list_workers(cluster.address, cluster.secret_file, cluster.insecure, cluster.timeout, as_json))
 
 
 @app.command("doctor")
@@ -251,20 +228,18 @@ def secret_command(
 
 
 @app.command("why")
+@with_groups
 def why_command(
     job: Annotated[str, typer.Argument(help="The job's id.", show_default="the only one that runs")] = "",
     last: Annotated[int, typer.Option(help="Collectives to show of each rank.")] = 20,
     as_json: AsJson = False,
-    timeout: Timeout = 10.0,
-    orchestrator: OrThisMachine = None,
-    secret_file: SecretFile = None,
-    insecure: Insecure = False,
+    *,
+    cluster: AnyClusterOptions,
 ) -> None:
     """Say what each rank of a running job is doing, and its last collectives."""
     from fleet.cli.why import explain
 
-    address = orchestrator or config.orchestrator_address()
-    typer.echo(explain(job, last, address, secret_file, insecure, timeout, as_json))
+    typer.echo(explain(job, last, cluster.address, cluster.secret_file, cluster.insecure, cluster.timeout, as_json))
 
 
 @app.command("version", hidden=True)
@@ -276,12 +251,6 @@ def version_command() -> None:
 def _ranks_here() -> int:
     task = config.slurm_task()
     return config.usable_cores() if task is None else task.task_count
-
-
-def _metrics_at(host: str | None, port: int | None) -> tuple[str | None, int] | None:
-    """None: nowhere. Without a host, what is served chooses."""
-    port = config.metrics_port() if port is None else port
-    return None if port is None else (host or config.metrics_host(), port)
 
 
 def _known(commands: Any, name: str) -> dict[str, bool]:
@@ -306,13 +275,14 @@ def run() -> None:
 
 
 def _carry_out(arguments: list[str]) -> int:
-    """The exit code of what the words say."""
+    """The exit code of the command. One that runs something finds its command line, already cut, in its context."""
     commands: Any = typer.main.get_command(app)
     check_command(arguments, commands.commands)
+    command = None
     if arguments and arguments[0] in RUN_SOMETHING:
-        command_lines[:] = [parse(arguments[1:], _known(commands, arguments[0]), arguments[0])]
-        arguments = [arguments[0], *command_lines[0].options]
+        command = parse(arguments[1:], _known(commands, arguments[0]), arguments[0])
+        arguments = [arguments[0], *command.options]
     try:
-        return commands(arguments or ["--help"], prog_name="fleet", standalone_mode=False) or 0
+        return commands(arguments or ["--help"], prog_name="fleet", standalone_mode=False, obj=command) or 0
     except _MISTAKE as error:
         raise UsageError(answer(error.format_message(), arguments)) from None

@@ -7,7 +7,6 @@ import sys
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from time import localtime as local
 from time import monotonic, strftime, time
@@ -15,17 +14,13 @@ from time import monotonic, strftime, time
 import msgspec
 
 from fleet import messages as m
-from fleet.bounds import RANKS_AT_MOST
-from fleet.cli.command_line import CommandLine
 from fleet.cli.runtime import runtime_folder
-from fleet.cli.script import check_target
+from fleet.cli.submission import Submission
 from fleet.cli.table import table, terminal_width
-from fleet.cli.travel import spec_of_bundle
 from fleet.client.job_client import JobClient, refused
 from fleet.client.printer import Printer
 from fleet.client.report import exit_code, report
 from fleet.client.target import Target
-from fleet.errors import UsageError
 from fleet.text import shown
 from fleet.values import ON_WORKER, native, portable
 
@@ -38,34 +33,17 @@ BEING_STOPPED = "is being stopped"
 PointItems = tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True)
-class Submission:
-    """What `fleet submit` was told, beside the command."""
-
-    workers: int
-    options: m.JobOptions
-    max_bundle_bytes: int
-    keep: tuple[str, ...] = ()
-
-
-def submit(target: Target, command: CommandLine, submission: Submission) -> str:
+def submit(target: Target, submission: Submission) -> str:
     """Submits one job; its id, once it is on the orchestrator's disk. Raises UsageError, ConfigError, FleetError."""
-    (job_id,) = submit_each(target, command, submission, [(command.args, ())])
+    (job_id,) = submit_each(target, submission, [(submission.command.args, ())])
     return job_id
 
 
-def submit_each(
-    target: Target,
-    command: CommandLine,
-    submission: Submission,
-    each: Sequence[tuple[list[str], PointItems]],
-) -> list[str]:
+def submit_each(target: Target, submission: Submission, each: Sequence[tuple[list[str], PointItems]]) -> list[str]:
     """One job for each list of arguments, with its point of a sweep, and one bundle for all; their ids."""
-    if not 1 <= submission.workers <= RANKS_AT_MOST:
-        raise UsageError(f"--workers is {submission.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
-    check_target(command)
+    submission.check()
     with runtime_folder() as runtime, JobClient(target) as client:
-        spec, bundle = spec_of_bundle(command, runtime, submission.max_bundle_bytes, submission.keep)
+        spec, bundle = submission.bundled(runtime)
         submits = [
             m.Submit(
                 uuid.uuid4().hex[:12],

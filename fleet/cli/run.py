@@ -1,4 +1,4 @@
-"""`fleet run`: checks what can be checked, then runs the job on this machine or on a cluster. Puts the parts together."""
+"""`fleet run`: checks its options, runs the job on this machine or on a cluster, and reports its end."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ import msgspec
 
 from fleet import config
 from fleet import messages as m
-from fleet.bounds import RANKS_AT_MOST
-from fleet.cli.command_line import CommandLine
 from fleet.cli.embedded_cluster import Transport, embedded_cluster
 from fleet.cli.output import LocalOutput, bring, check_folder, local_output
 from fleet.cli.runtime import runtime_folder
-from fleet.cli.script import check_target, preload_for
+from fleet.cli.script import preload_for
 from fleet.cli.slurm import serve, step_cluster
-from fleet.cli.stdin import readers, standard_input
+from fleet.cli.stdin import Readers, readers, standard_input
+from fleet.cli.submission import Submission
 from fleet.client.attached_job import AttachedJob, say
 from fleet.client.printer import Printer
 from fleet.client.report import INTERRUPTED, exit_code, report
-from fleet.client.target import cluster_target
+from fleet.client.target import Target, cluster_target
 from fleet.errors import UsageError
 from fleet.values import portable
 from fleet.worker.imports import Imports
@@ -37,108 +36,124 @@ BROKEN_PIPE = 128 + signal.SIGPIPE
 
 @dataclass(frozen=True)
 class Options:
-    """fleet's own options of `fleet run`."""
+    """Options of `fleet run` beside its submission."""
 
-    workers: int
     timeout_s: float
     log_dir: Path | None
-    max_bundle_bytes: int
     transport: Transport
     orchestrator: str | None  # None: the embedded local cluster
     secret_file: Path | None
     insecure: bool
-    job: m.JobOptions
     output: Path | None  # None: ./fleet-output/JOB
     max_output_bytes: int
-    keep: tuple[str, ...]
     dry_run: bool = False
     stdin: str | None = None  # see readers
 
 
-def run_job(command: CommandLine, options: Options) -> int:
-    """Runs the job, and returns the exit code of the command. Raises ConfigError, UsageError before anything starts."""
-    if not 1 <= options.workers <= RANKS_AT_MOST:
-        raise UsageError(f"--workers is {options.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
-    here = _here()
-    who = readers(options.stdin, local=options.orchestrator is None and config.slurm_task() is None)
-    imports = check_target(command)
-    if options.dry_run:
-        from fleet.cli.travel import stays, would_travel
+@dataclass(frozen=True)
+class _Place:
+    """The cluster that a job runs on, and the job as that takes it."""
 
-        print(would_travel(command, options.max_bundle_bytes) if options.orchestrator else stays())
+    target: Target
+    spec: m.Spec
+    bundle: Path | None
+    options: m.JobOptions
+    output: LocalOutput | None  # None: it stays on the workers until it is brought
+
+
+def run_job(submission: Submission, options: Options) -> int:
+    """Runs the job, and returns the exit code of the command. Raises ConfigError, UsageError before anything starts."""
+    imports, folder, task = submission.check(), _current_folder(), config.slurm_task()
+    who = readers(options.stdin, local=options.orchestrator is None and task is None)
+    if options.dry_run:
+        stays = (
+            f"nothing would travel: the ranks run on this machine, in {folder} (set ORCHESTRATOR_ADDR for a cluster)"
+        )
+        print(submission.listed() if options.orchestrator else stays)
         return 0
-    task = config.slurm_task()
-    if task is not None:
-        if options.workers != task.task_count:
-            raise UsageError(
-                f"--workers is {options.workers}, and srun started {task.task_count} tasks: each is one rank, so leave it out"
-            )
-        if task.rank > 0:
-            # Of a cluster that is there already, task 0 alone is the client.
-            if options.orchestrator is not None:
-                return 0
-            return serve(task, _preload(imports), options.timeout_s, local_output(options.output).storage)
+    if task is not None and submission.workers != task.task_count:
+        raise UsageError(
+            f"--workers is {submission.workers}, and srun started {task.task_count} tasks: each is one rank, so leave it out"
+        )
+    if task is not None and task.rank > 0:
+        # Of a cluster that is there already, task 0 alone is the client.
+        if options.orchestrator is not None:
+            return 0
+        return serve(task, _preload(imports), options.timeout_s, local_output(options.output).storage)
     try:
-        printer = Printer(options.workers, sys.stdout, sys.stderr, _coloured, options.log_dir)
+        printer = Printer(submission.workers, sys.stdout, sys.stderr, _coloured, options.log_dir)
     except OSError as error:
         raise UsageError(f"--log-dir {options.log_dir} cannot be used: {error.strerror}") from None
-    with ExitStack() as stack:
-        runtime = stack.enter_context(runtime_folder())
-        interruption = stack.enter_context(_interruptions())
-        local: LocalOutput | None = None
-        job = options.job
+    with runtime_folder() as runtime, _interruptions() as interruption, ExitStack() as stack:
         if options.orchestrator is None:
-            job = _job_here(options, task is not None)
-            local = local_output(options.output)
-            storage = local.storage
-            stack.callback(local.drop_empty)  # once all ranks have ended
-            if task is None:
-                gpus = options.workers * job.gpus
-                stdin = stack.enter_context(standard_input(who, options.workers))
-                cluster = embedded_cluster(
-                    runtime, options.workers, options.transport, _preload(imports), storage, gpus, stdin
-                )
-            else:
-                cluster = step_cluster(
-                    task, runtime, _preload(imports), options.timeout_s, lambda: interruption.early_count > 0, storage
-                )
-            target = stack.enter_context(cluster)
-            args = tuple(map(portable, command.args))
-            spec, bundle = m.Spec(command.kind, portable(command.target), args, portable(here)), None
+            here = _on_this_machine(submission, options, runtime, _preload(imports), who, interruption)
+            place = stack.enter_context(here)
         else:
-            check_folder(options.output)
-            target = cluster_target(options.orchestrator, options.secret_file, options.insecure, options.timeout_s)
-            from fleet.cli.travel import spec_of_bundle  # here, for what it imports takes 10 ms
-
-            spec, bundle = spec_of_bundle(command, runtime, options.max_bundle_bytes, options.keep)
-        run = AttachedJob(target, spec, options.workers, job, bundle, printer)
-        if local is not None:
-            local.job_id = run.job_id
-        interruption.run = run
-        for _ in range(interruption.early_count):
-            run.cancel(interruption.number)
+            place = _on_cluster(options.orchestrator, submission, options, runtime)
+        job = AttachedJob(place.target, place.spec, submission.workers, place.options, place.bundle, printer)
+        if place.output is not None:
+            place.output.job_id = job.job_id
+        interruption.attach(job)
         try:
-            ended = run.run()
+            ended = job.run()
         except BrokenPipeError:
-            return BROKEN_PIPE  # whoever read our output has gone; leaving ends the job
-        if local is not None:
-            local.say()
-        if run.cancelled:
-            if local is None:
-                say(f"what it wrote to FLEET_OUTPUT_DIR stays on its workers: `fleet fetch {run.job_id}` brings it")
+            return BROKEN_PIPE  # the reader of our output has gone; leaving ends the job
+        if place.output is not None:
+            place.output.say()
+        if job.cancelled:
+            if place.output is None:
+                say(f"what it wrote to FLEET_OUTPUT_DIR stays on its workers: `fleet fetch {job.job_id}` brings it")
             return INTERRUPTED if interruption.number == signal.SIGINT else 128 + interruption.number
-        text = report(ended, options.workers, printer.recent)
-        if text:
+        if text := report(ended, submission.workers, printer.recent):
             print(text, file=sys.stderr, flush=True)
         try:
             with interruption.raised():
-                came = local is not None or bring(target, run.job_id, options.output, options.max_output_bytes)
+                came = place.output is not None or bring(
+                    place.target, job.job_id, options.output, options.max_output_bytes
+                )
         except KeyboardInterrupt:
             return 128 + interruption.number
         return exit_code(ended) or (0 if came else 1)
 
 
-def _here() -> str:
+@contextmanager
+def _on_this_machine(
+    submission: Submission,
+    options: Options,
+    runtime: Path,
+    preload: tuple[str, ...],
+    who: Readers,
+    interruption: _Interruption,
+) -> Iterator[_Place]:
+    """The embedded local cluster, or the tasks of a Slurm step."""
+    command, task = submission.command, config.slurm_task()
+    job = _job_here(submission, task is not None)
+    output = local_output(options.output)
+    with ExitStack() as stack:
+        stack.callback(output.drop_empty)  # once all ranks have ended
+        if task is None:
+            gpus = submission.workers * job.gpus
+            stdin = stack.enter_context(standard_input(who, submission.workers))
+            cluster = embedded_cluster(
+                runtime, submission.workers, options.transport, preload, output.storage, gpus, stdin
+            )
+        else:
+            cluster = step_cluster(
+                task, runtime, preload, options.timeout_s, lambda: interruption.early_count > 0, output.storage
+            )
+        target = stack.enter_context(cluster)
+        args = tuple(map(portable, command.args))
+        spec = m.Spec(command.kind, portable(command.target), args, portable(_current_folder()))
+        yield _Place(target, spec, None, job, output)
+
+
+def _on_cluster(orchestrator: str, submission: Submission, options: Options, runtime: Path) -> _Place:
+    check_folder(options.output)
+    target = cluster_target(orchestrator, options.secret_file, options.insecure, options.timeout_s)
+    return _Place(target, *submission.bundled(runtime), submission.options, None)
+
+
+def _current_folder() -> str:
     try:
         return str(Path.cwd())
     except OSError as error:
@@ -150,31 +165,38 @@ def _preload(imports: Imports) -> tuple[str, ...]:
     return preload_for(imports) if wanted is None else wanted
 
 
-def _job_here(options: Options, is_slurm_task: bool) -> m.JobOptions:
-    """What a job without a cluster asks for. Raises UsageError where it would wait for ever."""
-    gpus, found = options.job.gpus, config.gpu_count()
+def _job_here(submission: Submission, is_slurm_task: bool) -> m.JobOptions:
+    """The options of a job without a cluster. Raises UsageError where it would wait for ever."""
+    workers, gpus, found = submission.workers, submission.options.gpus, config.gpu_count()
     if gpus and is_slurm_task:
         raise UsageError("--gpus is for workers of a cluster; under srun, say it to srun: --gpus-per-task")
-    if options.workers * gpus > found:
+    if workers * gpus > found:
         raise UsageError(
-            f"--workers {options.workers} with --gpus {gpus} takes {options.workers * gpus} of them, and this machine has "
+            f"--workers {workers} with --gpus {gpus} takes {workers * gpus} of them, and this machine has "
             f"{found or 'none'} (CUDA_VISIBLE_DEVICES, /dev/nvidia*); ORCHESTRATOR_ADDR says which cluster has some"
         )
-    return msgspec.structs.replace(options.job, slots=1)  # there is nothing else here that a rank would share them with
+    # There is nothing else here that a rank would share slots with.
+    return msgspec.structs.replace(submission.options, slots=1)
 
 
 @dataclass
 class _Interruption:
-    """Which signal came, and the run that it ends."""
+    """The signal that has come, and the job that it ends."""
 
-    run: AttachedJob | None = None
+    job: AttachedJob | None = None
     number: int = signal.SIGINT
-    early_count: int = 0  # before there was a run
-    is_raised: bool = False  # the run has ended, and there is no job to stop
+    early_count: int = 0  # before there was a job
+    is_raised: bool = False  # the job has ended, and there is none to stop
+
+    def attach(self, job: AttachedJob) -> None:
+        """From here on signals end this job. So do those that came before."""
+        self.job = job
+        for _ in range(self.early_count):
+            job.cancel(self.number)
 
     @contextmanager
     def raised(self) -> Iterator[None]:
-        """Each of them is a KeyboardInterrupt meanwhile."""
+        """Each signal is a KeyboardInterrupt meanwhile."""
         self.is_raised = True
         try:
             yield
@@ -187,10 +209,10 @@ class _Interruption:
             self.is_raised = False
             raise KeyboardInterrupt
         for _ in range(2 if number == signal.SIGQUIT else 1):  # Ctrl-\: at once
-            if self.run is None:
+            if self.job is None:
                 self.early_count += 1
             else:
-                self.run.cancel(number)
+                self.job.cancel(number)
 
 
 @contextmanager

@@ -7,13 +7,14 @@ import math
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 
 from fleet import messages as m
-from fleet.cli.command_line import CommandLine
-from fleet.cli.jobs import Submission, span, submit_each
+from fleet.cli.jobs import span, submit_each
+from fleet.cli.submission import Submission
 from fleet.cli.table import table, terminal_width
 from fleet.client.attached_job import say
 from fleet.client.grid import POINTS_AT_MOST, Point, arguments
@@ -30,7 +31,6 @@ Row = dict[str, Any]
 
 def sweep(
     target: Target,
-    command: CommandLine,
     submission: Submission,
     found: list[Point],
     detach: bool,
@@ -39,11 +39,10 @@ def sweep(
     """Submits all points; unless `detach` waits for them and shows their results. 0 if every job succeeded."""
     name = submission.options.sweep or f"sweep-{uuid.uuid4().hex[:8]}"
     say(f"sweep {name}: {len(found)} jobs")
-    options = msgspec.structs.replace(submission.options, sweep=name)
-    submission = Submission(submission.workers, options, submission.max_bundle_bytes, submission.keep)
+    submission = replace(submission, options=msgspec.structs.replace(submission.options, sweep=name))
     try:
-        each = [([*command.args, *arguments(point)], tuple(point.items())) for point in found]
-        job_ids = submit_each(target, command, submission, each)
+        each = [([*submission.command.args, *arguments(point)], tuple(point.items())) for point in found]
+        job_ids = submit_each(target, submission, each)
         by_job = dict(zip(job_ids, found, strict=True))
         if detach:
             print(_shown([row_of(point, {JOB: job_id}, {}) for job_id, point in by_job.items()], as_json))

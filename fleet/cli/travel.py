@@ -11,7 +11,7 @@ from fleet.cli.script import check_target
 from fleet.client.attached_job import say
 from fleet.client.bundle import pack_selected
 from fleet.client.selection import Selection, select
-from fleet.errors import ConfigError, UsageError
+from fleet.errors import UsageError
 from fleet.text import shown
 from fleet.values import portable
 
@@ -46,11 +46,6 @@ def would_travel(command: CommandLine, limit_bytes: int) -> str:
     return text
 
 
-def stays() -> str:
-    """For --dry-run where there is no cluster."""
-    return f"nothing would travel: the ranks run on this machine, in {Path.cwd()} (set ORCHESTRATOR_ADDR for a cluster)"
-
-
 def keep_patterns(given: tuple[str, ...]) -> list[str]:
     """The --keep options, with `./runs` as what is meant by it. Raises UsageError where one, or all of them, keep nothing."""
     import pathspec
@@ -71,13 +66,6 @@ def keep_patterns(given: tuple[str, ...]) -> list[str]:
     if found and not any(include for _, include in found):
         raise UsageError("--keep has only exceptions (!): say first what is kept, such as --keep '*'")
     return [meant for meant, _ in found]
-
-
-def bundle_limit(megabytes: int) -> int:
-    """The --max-bundle option in bytes."""
-    if megabytes < 1:
-        raise ConfigError(f"--max-bundle is {megabytes}: it must be a number of megabytes above 0")
-    return megabytes << 20
 
 
 def _selected(command: CommandLine) -> Selection:

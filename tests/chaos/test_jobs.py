@@ -200,7 +200,7 @@ WRONG = (
     (("submit", "nothere.py"), "there is no script nothere.py"),
     (("submit",), "say what to run: fleet submit --workers 8 train.py"),
     (("submit", "--workers", "0", "--", "true"), "a job needs from 1 to"),
-    (("submit", "--policy", "random", "--", "true"), "there is no policy 'random'"),
+    (("submit", "--policy", "random", "--", "true"), "--policy is 'random': it must be one of"),
     (("submit", "--priority", "9999", "--", "true"), "--priority is 9999"),
     (("sweep", "--", "true"), "a sweep needs a grid"),
     (("jobs", "--sweep", "none"), "there is no job of a sweep 'none' in this cluster"),

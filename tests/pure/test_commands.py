@@ -78,6 +78,14 @@ def test_the_version_is_an_option_as_everywhere(
         ("drain w --within nan", "--within is nan: it must be a number of seconds from 0 to 1e9"),
         ("worker --within -1", "--within is -1: it must be a number of seconds from 0 to 1e9"),
         ("orchestrator --keep-hours inf", "--keep-hours is inf: it must be a number of hours from 0 to 1e9"),
+        ("run --max-bundle 0 t.py", "--max-bundle is 0: it must be a number of megabytes above 0"),
+        *(
+            (
+                f"{command} --policy spread t.py",
+                "--policy is 'spread': it must be one of least-loaded, round-robin, by-name",
+            )
+            for command in ("run", "submit", "sweep --grid a=1", "orchestrator")
+        ),
         ("worker --metrics-port 65536", "--metrics-port is 65536: it must be a port from 0 (any free one) to 65535"),
     ],
 )

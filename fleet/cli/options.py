@@ -1,0 +1,237 @@
+"""Options of the commands: the type, the default, the help and the check of each, declared once.
+
+Options that several commands have together are a group: a dataclass of options that a command takes as one parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from fleet import config
+from fleet.client.target import Target, cluster_target
+from fleet.errors import UsageError
+from fleet.values import GRACE_AT_MOST_S, GRACE_S, PRIORITY_AT_MOST, JobOptions
+
+SECONDS_AT_MOST = 1e9  # thirty years; polls count in milliseconds
+PORT_AT_MOST = 65535
+WITH_SCRIPT = "[OPTIONS] SCRIPT [ARGS]..."  # in the line that says how a command is used
+
+
+# Checks, each made as soon as its option is parsed
+
+
+def above_0(param: typer.CallbackParam, value: float) -> float:
+    """A time to wait, in seconds. Raises UsageError for one that is negative, endless or no number."""
+    if not 0 < value <= SECONDS_AT_MOST:
+        raise UsageError(f"{param.opts[0]} is {value:g}: it must be a number of seconds above 0, up to 1e9")
+    return value
+
+
+def not_negative(unit: str) -> Callable[[typer.CallbackParam, float | None], float | None]:
+    """A check of a time in `unit`, which may be 0, or left out. UsageError: it is negative, endless or no number."""
+
+    def check(param: typer.CallbackParam, value: float | None) -> float | None:
+        if value is not None and not 0 <= value <= SECONDS_AT_MOST:
+            raise UsageError(f"{param.opts[0]} is {value:g}: it must be a number of {unit} from 0 to 1e9")
+        return value
+
+    return check
+
+
+def port(param: typer.CallbackParam, value: int | None) -> int | None:
+    """A port to listen on; 0 is any free one. Raises UsageError for a number outside of those."""
+    if value is not None and not 0 <= value <= PORT_AT_MOST:
+        raise UsageError(f"{param.opts[0]} is {value}: it must be a port from 0 (any free one) to {PORT_AT_MOST}")
+    return value
+
+
+def above_0_mb(param: typer.CallbackParam, value: int) -> int:
+    """A size in megabytes. Raises UsageError for one that is not above 0."""
+    if value < 1:
+        raise UsageError(f"{param.opts[0]} is {value}: it must be a number of megabytes above 0")
+    return value
+
+
+def known_policy(param: typer.CallbackParam, value: str) -> str:
+    """A scheduling policy. Raises UsageError where there is none of that name."""
+    if value != param.default:
+        from fleet.orchestrator.placement import POLICIES
+
+        if value not in POLICIES:
+            raise UsageError(f"{param.opts[0]} is {value!r}: it must be one of {', '.join(POLICIES)}")
+    return value
+
+
+# Single options
+
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+Timeout = Annotated[float, typer.Option(callback=above_0, help="Seconds to keep trying to reach the orchestrator.")]
+Orchestrator = Annotated[str | None, typer.Option(help="HOST:PORT.", show_default="ORCHESTRATOR_ADDR")]
+OrThisMachine = Annotated[str | None, typer.Option(help="HOST:PORT.", show_default="ORCHESTRATOR_ADDR, this machine")]
+SecretFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the cluster secret.", show_default="FLEET_SECRET, FLEET_SECRET_FILE, ~/.config/fleet/secret"
+    ),
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="No secret: whoever reaches the port may run code.")]
+Job = Annotated[str, typer.Argument(help="The job's id, or how it begins.")]
+Workers = Annotated[int, typer.Option(help="Number of ranks.")]
+Policy = Annotated[
+    str, typer.Option(callback=known_policy, help="least-loaded or round-robin.", show_default="the cluster's")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list what would travel to the cluster, and what not.")]
+MaxBundle = Annotated[int, typer.Option(callback=above_0_mb, help="Largest folder to send to a cluster, in MB.")]
+OutputFolder = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="Folder for what the job writes.", show_default="./fleet-output/JOB"),
+]
+MaxOutput = Annotated[int, typer.Option(help="How much of that is brought from a cluster at most, in MB.")]
+Keep = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="On a cluster: files in the working folder that are output too, as in .gitignore; may be given again.",
+        show_default="none",
+    ),
+]
+
+
+# Groups
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """Options of a command that talks to the orchestrator of a cluster."""
+
+    timeout: Timeout = 10.0
+    orchestrator: Orchestrator = None
+    secret_file: SecretFile = None
+    insecure: Insecure = False
+
+    @property
+    def address(self) -> str | None:
+        return self.orchestrator or config.orchestrator_address()
+
+    def target(self) -> Target:
+        """Raises UsageError where no cluster is named, ConfigError where it has no secret."""
+        if self.address is None:
+            raise UsageError(
+                "which cluster? set ORCHESTRATOR_ADDR or --orchestrator to HOST:PORT; `fleet run` needs none, and on one machine "
+                "`fleet orchestrator` and `fleet worker` make one"
+            )
+        return cluster_target(self.address, self.secret_file, self.insecure, self.timeout)
+
+
+@dataclass(frozen=True)
+class SubmitClusterOptions(ClusterOptions):
+    """Those of a command that submits."""
+
+    timeout: Timeout = 60.0
+
+
+@dataclass(frozen=True)
+class AnyClusterOptions(ClusterOptions):
+    """Those of a command that does without a cluster too."""
+
+    orchestrator: OrThisMachine = None
+
+
+@dataclass(frozen=True)
+class SchedulingOptions:
+    """Options about how a job is scheduled."""
+
+    priority: Annotated[int, typer.Option(help="Higher starts earlier; a minute of waiting counts as one.")] = 0
+    policy: Policy = ""
+    max_restarts: Annotated[
+        int,
+        typer.Option(help="How often it starts again after a worker was lost. A rank that fails is not run again."),
+    ] = 3
+    slots: Annotated[int, typer.Option(help="Slots that each rank takes.")] = 1
+    gpus: Annotated[int, typer.Option(help="GPUs that each rank takes.")] = 0
+
+    def job_options(self, name: str = "", sweep: str = "", grace_s: float = GRACE_S) -> JobOptions:
+        """Raises UsageError for what no orchestrator would take."""
+        if abs(self.priority) > PRIORITY_AT_MOST:
+            raise UsageError(
+                f"--priority is {self.priority}: it must be from -{PRIORITY_AT_MOST} to {PRIORITY_AT_MOST}"
+            )
+        ranges = (("--max-restarts", self.max_restarts, 0), ("--slots", self.slots, 1), ("--gpus", self.gpus, 0))
+        for option, value, least in ranges:
+            if not least <= value <= 1000:
+                raise UsageError(f"{option} is {value}: it must be from {least} to 1000")
+        if not 0 <= grace_s <= GRACE_AT_MOST_S:
+            raise UsageError(f"--grace is {grace_s:g}: it must be a number of seconds from 0 to {GRACE_AT_MOST_S:g}")
+        return JobOptions(
+            name, sweep, self.priority, self.policy, self.max_restarts, self.slots, self.gpus, grace_s=grace_s
+        )
+
+
+@dataclass(frozen=True)
+class BundleOptions:
+    """Options about the folder that travels to a cluster."""
+
+    max_bundle: MaxBundle = 64
+    keep: Keep = None
+    dry_run: DryRun = False
+
+    @property
+    def limit_bytes(self) -> int:
+        return self.max_bundle << 20
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return tuple(self.keep or ())
+
+
+@dataclass(frozen=True)
+class DaemonOptions:
+    """Options of an orchestrator and of a worker."""
+
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            callback=port, help="Serve /metrics and /healthz over HTTP there.", show_default="FLEET_METRICS_PORT, none"
+        ),
+    ] = None
+    metrics_host: Annotated[
+        str | None,
+        typer.Option(
+            help="Address to serve them at.", show_default="FLEET_METRICS_HOST, that of --bind, in a worker 127.0.0.1"
+        ),
+    ] = None
+    secret_file: SecretFile = None
+    insecure: Insecure = False
+
+    def metrics_at(self) -> tuple[str | None, int] | None:
+        """None: nowhere. Without a host, the process that serves them chooses one."""
+        port = config.metrics_port() if self.metrics_port is None else self.metrics_port
+        return None if port is None else (self.metrics_host or config.metrics_host(), port)
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """The command for typer: each parameter that is a group becomes the options of the group, in its place."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    spread: list[Parameter] = []
+    for parameter in signature(command).parameters.values():
+        group = groups.get(parameter.name)
+        types = get_type_hints(group, include_extras=True) if group else hints
+        for option in signature(group).parameters.values() if group else (parameter,):
+            spread.append(option.replace(kind=Parameter.KEYWORD_ONLY, annotation=types[option.name]))
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{option: given.pop(option) for option in signature(group).parameters})
+        command(**given)
+
+    vars(called)["__signature__"] = Signature(spread)  # typer looks there, and at the annotations
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
+    return called

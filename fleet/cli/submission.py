@@ -1,0 +1,42 @@
+"""Preparation of a job that `fleet run`, submit and sweep share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fleet import messages as m
+from fleet.bounds import RANKS_AT_MOST
+from fleet.cli.command_line import CommandLine
+from fleet.cli.script import check_target
+from fleet.errors import UsageError
+from fleet.worker.imports import Imports
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A command line to run, with its number of ranks, its scheduling, and the limits of its bundle."""
+
+    command: CommandLine
+    workers: int
+    options: m.JobOptions
+    max_bundle_bytes: int
+    keep: tuple[str, ...] = ()
+
+    def check(self) -> Imports:
+        """The imports of the script. Raises UsageError for a number of ranks, or a script, that cannot be."""
+        if not 1 <= self.workers <= RANKS_AT_MOST:
+            raise UsageError(f"--workers is {self.workers}: a job needs from 1 to {RANKS_AT_MOST} ranks")
+        return check_target(self.command)
+
+    def bundled(self, runtime: Path) -> tuple[m.Spec, Path]:
+        """What ranks run, and the archive that it travels in. Says in a line what travels. Raises ConfigError."""
+        from fleet.cli.travel import spec_of_bundle  # here, for what it imports takes 10 ms
+
+        return spec_of_bundle(self.command, runtime, self.max_bundle_bytes, self.keep)
+
+    def listed(self) -> str:
+        """For --dry-run: the files that would travel, and those that would not. Raises ConfigError as the real thing does."""
+        from fleet.cli.travel import would_travel
+
+        return would_travel(self.command, self.max_bundle_bytes)
