@@ -29,6 +29,10 @@ GRACE_S = 2.0
 SHM = Path("/dev/shm")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--regenerate-golden", action="store_true", help="record the conversations of tests/golden again")
+
+
 def marked(directory: str) -> set[psutil.Process]:
     """Live processes started with this TMPDIR: finds also those whose parent died, which are nobody's children."""
     found = set()

@@ -1,0 +1,164 @@
+"""A cluster of real cores in one thread, without a socket, a process or a clock: what each says and does becomes a line.
+
+A message arrives in the moment in which it is sent, in order; time passes only by `tick`. The disk takes everything, the first
+signal ends a process, and preparing an attempt takes no time. What is to be written down is written before anything is said.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from pathlib import Path
+from signal import SIGTERM, Signals
+from typing import Any
+
+from fleet import messages as m
+from fleet.client.output_sequence import OutputSequence
+from fleet.orchestrator import state as o
+from fleet.orchestrator.core import Core as Orchestrator
+from fleet.orchestrator.jobs import recalled
+from fleet.worker import state as w
+from fleet.worker.core import Core as Agent
+from tests.golden.text import told
+
+VERSIONS = m.Versions("1.0", "3.11.2", "2.4.0")
+
+
+class Cluster:
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.lines: list[str] = []
+        self.heartbeats: Counter[str] = Counter()
+        self.orchestrator = Orchestrator(VERSIONS, durable=True)
+        self.disk: dict[str, tuple[int, bytes]] = {}
+        self.agents: dict[str, Agent] = {}
+        self.peers: dict[str, bytes] = {}  # connections that are up, by name
+        self.processes: dict[w.Key, str] = {}  # that run, and the worker of each
+        self.deaf: set[w.Key] = set()  # processes that ignore SIGTERM
+        self.frozen: dict[str, list[Any]] = {}  # workers that stand still, and what they find when they go on
+        self.taken = OutputSequence()  # what clients have of the output of ranks
+        self.starts: Counter[str] = Counter()  # of each worker
+        self.events: deque[tuple[str, Any]] = deque()  # (to whom, event), in the order in which they happen
+
+    def tick(self, until: float) -> None:
+        """Each core is woken when it wants to be."""
+        while True:
+            cores: dict[str, Any] = {"orchestrator": self.orchestrator, **self.agents}
+            wakes = {name: core.next_deadline() for name, core in cores.items() if name not in self.frozen}
+            due = [(at, name) for name, at in wakes.items() if at is not None and at <= until]
+            if not due:
+                break
+            self.now, name = max(min(due)[0], self.now), min(due)[1]
+            self.events.append((name, o.Tick() if name == "orchestrator" else w.Tick()))
+            self.settle()
+        self.now = until
+
+    def settle(self) -> None:
+        """Carries out all that has happened, and what comes of it."""
+        while self.events:
+            name, event = self.events.popleft()
+            if name == "orchestrator":
+                self._orchestrate(event)
+            elif name in self.frozen:
+                self.frozen[name].append(event)
+            elif name in self.agents:
+                for effect in self.agents[name].step(event, self.now):
+                    self._perform(name, effect)
+
+    def start(self, name: str, slots: int) -> None:
+        self.starts[name] += 1
+        settings = w.Settings(
+            name, slots, "orchestrator:50051", f"host-of-{name}", VERSIONS, str(self.starts[name]), drain_s=5.0
+        )
+        self.agents[name] = Agent(settings, self.now)
+        self.connect(name)
+
+    def connect(self, name: str) -> None:
+        self.peers[name] = f"{name}/{self.starts[name]}".encode()
+        if name in self.agents:
+            self.events.append((name, w.LinkUp()))
+        else:
+            self.say(name, "orchestrator", m.ClientHello(VERSIONS))
+
+    def cut(self, name: str) -> None:
+        self.events += [(name, w.LinkDown()), ("orchestrator", o.PeerLost(self.peers.pop(name)))]
+
+    def die(self, name: str) -> None:
+        self.agents.pop(name, None)
+        self.processes = {key: worker for key, worker in self.processes.items() if worker != name}
+        self.cut(name)
+
+    def restart_orchestrator(self) -> None:
+        self.orchestrator = Orchestrator(VERSIONS, durable=True)
+        self.orchestrator.recall([recalled(record, 0.0) for _, record in sorted(self.disk.values())], (), self.now)
+        self.events += [(name, w.LinkDown()) for name in self.peers]
+        self.peers.clear()
+
+    def process(self, job_id: str, member_id: int) -> w.Key:
+        """The process of a member, of the job's last attempt."""
+        return max(key for key in self.processes if (key[0], key[2]) == (job_id, member_id))
+
+    def exit(self, key: w.Key, code: int, signal: int) -> None:
+        worker = self.processes.pop(key)
+        self.events += [(worker, w.Printed(key, stream, b"")) for stream in ("stdout", "stderr")]
+        self.events.append((worker, w.ProcessExited(key, code, signal, False)))
+
+    def say(self, sender: str, to: str, message: m.Message) -> None:
+        if isinstance(message, m.Heartbeat):
+            self.heartbeats[sender] += 1
+        else:
+            self.lines.append(f"{sender} -> {to}: {told(message)}")
+        if to == "orchestrator":
+            self.events.append((to, o.Received(self.peers[sender], message)))
+        elif to in self.agents:
+            self.events.append((to, w.FromOrchestrator(message)))
+        elif isinstance(message, m.Output):
+            self.taken.is_next(message)
+            for reply in self.taken.replies(message):
+                self.say(to, "orchestrator", reply)
+
+    def say_to_agent(self, key: w.Key, message: m.Message) -> None:
+        self.lines.append(f"member {key[2]} -> {self.processes[key]}: {told(message)}")
+        self.events.append((self.processes[key], w.FromRank(f"{key[0]} {key[2]}".encode(), message)))
+
+    def _orchestrate(self, event: o.Event) -> None:
+        effects = self.orchestrator.step(event, self.now)
+        for save in {effect.job_id: effect for effect in effects if isinstance(effect, o.Save)}.values():
+            self.disk[save.job_id] = save.number, save.record
+            job = recalled(save.record, 0.0)
+            self.lines.append(f"orchestrator writes down: {save.job_id} is {job.outcome or job.state.name.lower()}")
+            if save.is_new:
+                self.events.appendleft(("orchestrator", o.Saved(save.job_id)))
+        for effect in effects:
+            if isinstance(effect, o.Send) and effect.peer in self.peers.values():
+                self.say("orchestrator", effect.peer.decode().partition("/")[0], effect.message)
+            elif isinstance(effect, o.Log) and effect.level == "warning":
+                self.lines.append(f"orchestrator warns: {effect.text}")
+            elif isinstance(effect, o.KeepOutput):
+                self.lines.append(f"orchestrator keeps what member {effect.member_id} of {effect.job_id} printed")
+
+    def _perform(self, name: str, effect: w.Effect) -> None:
+        if isinstance(effect, w.ToOrchestrator) and name in self.peers:
+            self.say(name, "orchestrator", effect.message)
+        elif isinstance(effect, w.ToRank):
+            self.lines.append(f"{name} -> member {effect.peer.decode().split(' ')[1]}: {told(effect.message)}")
+        elif isinstance(effect, w.WelcomeRank):
+            self.lines.append(f"{name} -> member {effect.member_id}: RankWelcome")
+            key = self.process(effect.job_id, effect.member_id)
+            self.say_to_agent(key, m.Join(*key, 7, f"tcp://host-of-{name}:{50100 + effect.member_id}"))
+        elif isinstance(effect, w.Prepare):
+            self.lines.append(f"{name} prepares {effect.assign.job_id}")
+            self.events.append((name, w.Prepared(effect.assign.job_id, effect.assign.attempt, Path("/work"), 29500)))
+        elif isinstance(effect, w.Spawn):
+            self.lines.append(f"{name} starts member {effect.member_id} of {effect.assign.job_id}")
+            key = effect.assign.job_id, effect.assign.attempt, effect.member_id
+            self.processes[key] = name
+            self.events.append((name, w.Spawned(key, 7)))
+        elif isinstance(effect, w.SignalGroup) and effect.key in self.processes:
+            self.lines.append(
+                f"{name} sends {Signals(effect.signal).name} to member {effect.key[2]} of {effect.key[0]}"
+            )
+            if effect.signal != SIGTERM or effect.key not in self.deaf:
+                self.exit(effect.key, 0, effect.signal)
+        elif isinstance(effect, w.Exit):
+            self.lines.append(f"{name} ends")
+            self.die(name)
