@@ -1,6 +1,6 @@
-"""Addresses: how they are written, which one of this machine a peer can reach, and who holds a port.
+"""Addresses: their written form, the ones of this machine that a peer can reach, and the holders of ports.
 
-Never trusts a host name of its own making: peers often cannot resolve it (see docs/decisions.md).
+This machine's own host name is never handed out: peers often cannot resolve it (see docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _ADDRESS = re.compile(
 
 
 def parse(text: str, default_port: int, setting: str) -> tuple[str, int]:
-    """('host', port) from HOST, HOST:PORT or either after tcp://. Raises ConfigError that names `setting`.
+    """('host', port) from HOST or HOST:PORT, with or without tcp:// before it. Raises ConfigError, which names `setting`.
 
-    An IPv6 address with a port stands in brackets, as in [::1]:50051; without brackets it has none.
+    An IPv6 address with a port stands in brackets, as in [::1]:50051. Without brackets the whole text is the address.
     """
     found = _ADDRESS.fullmatch(text.removeprefix("tcp://"))
     host = found and (found["bracketed"] or found["plain"] or found["bare"])
@@ -34,7 +34,7 @@ def parse(text: str, default_port: int, setting: str) -> tuple[str, int]:
 
 
 def is_ipv6(host: str) -> bool:
-    """Whether it is an IPv6 address, with or without the interface that a link-local one needs (fe80::1%eth0)."""
+    """Whether `host` is an IPv6 address. A link-local one may name its interface (fe80::1%eth0)."""
     try:
         return ipaddress.ip_address(host).version == 6
     except ValueError:
@@ -42,24 +42,24 @@ def is_ipv6(host: str) -> bool:
 
 
 def shown(host: str, port: int | str) -> str:
-    """A host and port as a person writes them, and `parse` reads them."""
+    """A host and port as a person writes them. `parse` reads this form."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def endpoint(host: str, port: int | str) -> str:
-    """The ZeroMQ endpoint of a host and port; of port '*' the system chooses one.
+    """The ZeroMQ endpoint of a host and port. For port '*' the system chooses one.
 
-    `localhost` is the IPv4 one: what listens on this machine's ports often does so on IPv4 alone, and ZeroMQ tries only
-    the first address that a name has.
+    `localhost` becomes its IPv4 address: servers of this machine often listen on IPv4 alone, and ZeroMQ tries only the
+    first address of a name.
     """
     return f"tcp://{shown('127.0.0.1' if host == 'localhost' else host, port)}"
 
 
 def listening_host(advertised: str) -> str:
-    """Where a socket listens that others reach at `advertised`: at that address alone, and nobody reaches it at another.
+    """The host for a socket to bind to, if peers reach it at `advertised`: that address alone, where this is possible.
 
-    '*', all interfaces, where that is no address of this machine (a NAT's, or one whose ports are published to a
-    container), or a name that does not stand for exactly one.
+    Otherwise '*', which is all interfaces. The address may belong to a NAT or to a machine that publishes a container's
+    ports, or `advertised` may be a name with several addresses.
     """
     advertised = "127.0.0.1" if advertised == "localhost" else advertised
     try:
@@ -71,7 +71,7 @@ def listening_host(advertised: str) -> str:
     ((family, address),) = infos
     host = str(address[0])
     if host != advertised and is_loopback(host):
-        return "*"  # what this machine calls itself in its own /etc/hosts; others find its real address
+        return "*"  # this machine's own name in its own /etc/hosts; peers find its real address
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind(address)
@@ -81,7 +81,7 @@ def listening_host(advertised: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`. A name counts if all its addresses do."""
+    """Whether only this machine can reach `host`. For a name, all its addresses must be loopback ones."""
     if host in ("*", "", "0.0.0.0", "::"):
         return False
     try:
@@ -92,9 +92,9 @@ def is_loopback(host: str) -> bool:
 
 
 def local_address_towards(host: str, port: int) -> str | None:
-    """The address of this machine's interface that routes to `host`, None while the name does not resolve.
+    """The address of this machine's interface that routes to `host`; None while the name does not resolve.
 
-    Connecting a UDP socket sends nothing, it only asks the kernel for the route.
+    Connecting a UDP socket sends nothing: the kernel only looks up the route.
     """
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
@@ -108,7 +108,7 @@ def local_address_towards(host: str, port: int) -> str | None:
 
 
 def obstacle(host: str, port: int, within_s: float) -> str:
-    """What keeps a TCP connection from being made; empty: nothing does, and something listens there."""
+    """The reason why no TCP connection can be made, in words; empty if one can."""
     try:
         socket.create_connection((host, port), within_s).close()
     except socket.gaierror:
@@ -123,7 +123,7 @@ def obstacle(host: str, port: int, within_s: float) -> str:
 
 
 def resolved(tcp_endpoint: str) -> set[tuple[str, int]]:
-    """The addresses and ports that an endpoint stands for; empty where its name does not resolve."""
+    """The addresses and ports of an endpoint; empty if its name does not resolve."""
     host, _, port = tcp_endpoint.removeprefix("tcp://").rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     with contextlib.suppress(OSError):
@@ -133,7 +133,7 @@ def resolved(tcp_endpoint: str) -> set[tuple[str, int]]:
 
 
 def connected_to() -> set[tuple[str, int]] | None:
-    """The addresses and ports that this process has TCP connections to; None where the system does not tell."""
+    """The addresses and ports of this process's TCP peers; None if the system does not tell."""
     import psutil
 
     try:
@@ -145,9 +145,9 @@ def connected_to() -> set[tuple[str, int]] | None:
 
 
 def name_of(address: str) -> str:
-    """The name that DNS has for an address, without its domain; empty if it has none.
+    """The DNS name of an address, without its domain; empty if there is none.
 
-    Of a container under Compose that is `tensorfleet-worker-3`: it stays the same when the container is made anew.
+    A container under Compose is called `tensorfleet-worker-3`, for example. The name outlives the container.
     """
     import dns.exception
     import dns.resolver
@@ -161,14 +161,14 @@ def name_of(address: str) -> str:
 
 
 def free_port(host: str = "") -> int:
-    """A TCP port that is free now. Another process may take it before it is used; the kernel hands it out late."""
+    """A TCP port that is free now. Another process may take it before its use; the kernel hands such ports out again late."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
 def holder_of(bound: str) -> str:
-    """Who listens on the port of a tcp endpoint, as ' (held by ...)'; empty where that cannot be found out."""
+    """The listener on the port of a tcp endpoint, as ', held by ...'; empty if that cannot be found out."""
     import psutil
 
     port = bound.rpartition(":")[2]
@@ -182,7 +182,7 @@ def holder_of(bound: str) -> str:
 
 
 def process_in_words(pid: int) -> str:
-    """A process by its number and, where that can be read, its command line."""
+    """A process in words: its pid and, if that can be read, its command line."""
     import psutil
 
     with contextlib.suppress(psutil.Error, OSError):

@@ -26,23 +26,23 @@ from fleet.bus.strangers import Strangers
 from fleet.errors import UsageError
 
 HWM = 256  # messages per direction and peer
-TICK_MS = 100  # how often a wait looks up from the socket
-CONNECTED_WITHIN_S = 1.0  # of its first message; later than that, something is in the way
-CLOSE_WITHIN_S = 2.0  # for threads that use a socket to leave it, which they do within a tick
-FRAME_BYTES = 2 << 20  # what one connection can make a rank hold before it has shown that it holds the secret
-JOIN_FRAMES_BELOW = 8192  # bytes: under this a copy is cheaper than a second frame
+TICK_MS = 100  # longest wait in a socket before `check` is called
+CONNECTED_WITHIN_S = 1.0  # after the first message to a peer; a connection that takes longer meets an obstacle
+CLOSE_WITHIN_S = 2.0  # for threads to leave the sockets, which they do within a tick
+FRAME_BYTES = 2 << 20  # that a connection can fill in this process before it has proved that it holds the secret
+JOIN_FRAMES_BELOW = 8192  # bytes: a smaller copy is cheaper than a second frame
 
-# glibc's mallopt. libzmq receives each large frame into fresh memory, which by default is mapped, and faulted in page by
-# page, every time: memory that is kept and used again costs 7 % less of a 64 MB all-reduce's time (perf: clear_page).
+# Settings of glibc's mallopt. libzmq receives each large frame into fresh memory. By default that memory is mapped and faulted
+# in page by page every time. Memory that is kept and used again saves 7 % of a 64 MB all-reduce's time (perf: clear_page).
 _MALLOC_SETTINGS = {-3: 32 << 20, -1: 256 << 20, -2: 16 << 20}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
 
 Tracker = Any  # zmq.MessageTracker: .done, .wait(timeout)
-Check = Callable[..., None]  # called while waiting; raises to end the wait
+Check = Callable[..., None]  # called during a wait; raises to end the wait
 
 
 class _Outbox(NamedTuple):
     socket: zmq.Socket[bytes]
-    lock: threading.Lock  # a full queue of one peer must hold up nobody who sends to another
+    lock: threading.Lock  # one for each peer: a full queue of one must not hold up messages to another
     opened: float  # monotonic
 
 
@@ -82,7 +82,7 @@ class Mesh:
                 self._until(lambda: _sent(socket, whole), deadline, check)
                 return None
             self._until(lambda: _sent(socket, head, zmq.SNDMORE), deadline, check)
-            # The further frames of a message never block: libzmq admits messages whole.
+            # The further frames of a message never block, since libzmq admits messages whole.
             if size <= FRAME_BYTES:
                 return socket.send(payload, copy=False, track=track)
             return _sent_in_frames(socket, memoryview(payload).cast("B"), track)
@@ -119,9 +119,9 @@ class Mesh:
             return bool(self._inbox.poll(0))
 
     def receive(self) -> tuple[zmq.Frame, zmq.Frame | bytearray | None] | None:
-        """(frame with the head, payload or None), None after one tick of silence.
+        """The next message as (frame with the head, payload or None); None after a tick without one.
 
-        Their memory is the receiver's own, to write in (a frame's `.buffer`) and to send on.
+        The caller may write in their memory (a frame's `.buffer`), and send it on.
         """
         self._bus.check_process()
         with self._receiving:
@@ -146,7 +146,7 @@ class Mesh:
             self._until(lambda: _has_left(tracker), deadline, check)
 
     def _until(self, attempt: Callable[[], bool], deadline: float, check: Check) -> None:
-        """Tries until it succeeds, where each try takes a tick at most."""
+        """Repeats `attempt` until it succeeds. Each attempt takes a tick at most."""
         while not attempt():
             self._check_open()
             check()
@@ -154,12 +154,12 @@ class Mesh:
                 raise TimeoutError
 
     def close(self, linger: bool = True) -> None:
-        """Closes the sockets once no thread is in one of them: libzmq would abort the process.
+        """Closes the sockets when no thread uses one of them, since libzmq would abort the process otherwise.
 
         Threads that wait for a message or for room in a queue raise UsageError.
         """
         if self._forks != forks.count:
-            return  # a forked child has copies of sockets that are not its own, and of locks that nobody releases
+            return  # the sockets belong to the parent of this process, and nobody releases the copies of its locks
         self._closing = True
         deadline = monotonic() + CLOSE_WITHIN_S
         with self._opening:
@@ -167,7 +167,7 @@ class Mesh:
         with contextlib.ExitStack() as held:
             for lock in locks:
                 if not lock.acquire(timeout=max(0.0, deadline - monotonic())):
-                    return  # this very thread holds it, in a signal handler: the sockets end with the process
+                    return  # this thread holds it and is in a signal handler: the sockets end with the process
                 held.callback(lock.release)
             self._bus.close(linger)
 

@@ -1,8 +1,8 @@
-"""Memory that the ranks of one host share: a file in a tmpfs, mapped by all of them, nameless once all have it.
+"""Shared memory of the processes of one host: a file in a tmpfs, which all of them map and which then loses its name.
 
-Knows files, sizes and who has mapped what; not what lies in it. Since the name goes as soon as everybody has mapped the
-file, the kernel frees it with the last process, however that ends. Its maker holds a lock on it until then, so that
-`sweep` can tell what a killed maker left behind. Other users may write in the same tmpfs: a file of theirs is refused.
+Does not know what lies in the memory. Without a name, the kernel frees the file with its last process, however that
+process ends. The maker of a file holds a lock on it as long as the file has a name, so `sweep` recognises files of killed
+makers. Other users may write in the same tmpfs: a file of theirs is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fleet.bus.ownership import open_own
 PREFIX = "fleet-mem-"
 PAGE_BYTES = 4096
 MAPPED_WITHIN_S = 10.0  # local ranks that do not find each other's file by then use sockets
-DECIDED_WITHIN_S = MAPPED_WITHIN_S + 5.0  # after a rank has mapped the file, however late its maker came
+DECIDED_WITHIN_S = MAPPED_WITHIN_S + 5.0  # from the time when a rank has mapped the file
 _POLL_S = 0.0005
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _UNDECIDED, _AGREED, _GIVEN_UP = 0, 1, 2
@@ -31,10 +31,10 @@ log = logging.getLogger("fleet.shared")
 
 
 def host_key(directory: Path) -> str:
-    """The same text in two processes if and only if they can map the same files in `directory`; empty: in none.
+    """A text that is equal in two processes if and only if both can map the same files in `directory`; empty: no files.
 
-    Processes of different users cannot: each refuses the other's files. Flags in shared memory are ordered as written
-    on x86-64 only; elsewhere ranks use sockets.
+    Processes of different users cannot, since each refuses the other's files. Only x86-64 keeps the order of writes to
+    shared memory; on other machines ranks use sockets.
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return ""
@@ -51,10 +51,11 @@ def host_key(directory: Path) -> str:
 def share(
     directory: Path, name: str, size_bytes: int, index: int, count: int, check: Callable[[], None]
 ) -> mmap.mmap | None:
-    """A zeroed mapping of `size_bytes`, the same for all `count` ranks that call this with one name; None: on none.
+    """A zeroed mapping of `size_bytes`, shared by all `count` processes that call this with one name, or None in all of them.
 
-    Its first page is this function's own. Rank `index` 0 makes the file and decides; `check` is called while waiting,
-    and raises to end it. Raises TimeoutError where the maker stands still before it has decided.
+    This function uses the first page itself. The process of `index` 0 makes the file, and decides whether all have mapped
+    it. `check` is called during each wait, and raises to end the wait. Raises TimeoutError if the maker stands still
+    before it has decided.
     """
     path = directory / f"{PREFIX}{name}"
     deadline = monotonic() + MAPPED_WITHIN_S
@@ -67,7 +68,7 @@ def share(
     try:
         words[index] = 1
         deadline = monotonic() + DECIDED_WITHIN_S
-        while words[0] == _UNDECIDED:  # its maker has a deadline of its own, but may have been stopped
+        while words[0] == _UNDECIDED:  # the maker has a deadline of its own, but may have been stopped
             check()
             if monotonic() > deadline:
                 raise TimeoutError
@@ -78,13 +79,13 @@ def share(
 
 
 def sweep(directory: Path) -> None:
-    """Removes the files whose makers were killed before all had mapped them."""
+    """Removes the files of makers that were killed before all others had mapped them."""
     for path in directory.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             descriptor = open_own(path, os.O_RDWR)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Of its name too: between the two its maker may have ended, and another have made a file of that name.
+                # Between opening and locking, the maker may have ended and another one may have made a file of this name.
                 if os.path.samestat(os.fstat(descriptor), path.lstat()):
                     path.unlink()
             finally:
@@ -96,7 +97,7 @@ def _make(path: Path, size_bytes: int, count: int, deadline: float, check: Calla
     descriptor = -1
     try:
         folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
-        # It gets its name once it is whole and locked, so that nobody maps or sweeps a half-made one.
+        # The file gets its name when it is whole and locked, so no process maps or sweeps a half-made one.
         descriptor = os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         whole = _reserve(descriptor, size_bytes, path.parent)
@@ -123,7 +124,7 @@ def _make(path: Path, size_bytes: int, count: int, deadline: float, check: Calla
 
 
 def _reserve(descriptor: int, size_bytes: int, folder: Path) -> bool:
-    """Takes the memory now, or a later touch would be a SIGBUS. False: one page only, to tell the others that."""
+    """Reserves the memory now, since a later access would raise SIGBUS. False: there is one page only, to tell the others."""
     try:
         os.posix_fallocate(descriptor, 0, size_bytes)
     except OSError:
@@ -156,7 +157,7 @@ def _open(path: Path, size_bytes: int, deadline: float, check: Callable[[], None
             return None
     try:
         found_bytes = os.fstat(descriptor).st_size
-        if found_bytes not in (size_bytes, PAGE_BYTES):  # whole, or what says that there was no room for it
+        if found_bytes not in (size_bytes, PAGE_BYTES):  # one page tells that there was no room for the whole
             log.warning("%s has %d bytes and must have %d: tensors go through sockets", path, found_bytes, size_bytes)
             return None
         return mmap.mmap(descriptor, found_bytes)
