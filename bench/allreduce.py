@@ -1,4 +1,4 @@
-"""all_reduce of fleet against Gloo and three MPIs on this machine, interleaved: one run measures all, in turn, per round.
+"""Benchmark of all_reduce on this machine: fleet against Gloo and three MPIs. Each round measures all of them in turn.
 
     python bench/allreduce.py [--sizes 4K,64K,1M,16M,64M] [--world-sizes 2,4,8] [--dtypes float32] [--systems ...]
                               [--rounds 5] [--latency] [--json FILE] [--plot FILE.png]
@@ -44,7 +44,7 @@ RANK = Path(__file__).resolve().with_name("allreduce_rank.py")
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked. `bytes` is the larger of a rank's two buffers, a multiple of the world size where it is divided."""
+    """Case of the benchmark. `bytes` is the size of a rank's larger buffer, a multiple of the world size if it is divided."""
 
     collective: str
     dtype: str
@@ -61,14 +61,14 @@ class Case:
 
 @dataclass
 class Measurement:
-    """The rounds of one case for one system: seconds of the slowest rank, and wrong elements of all ranks."""
+    """Rounds of one case for one system: seconds of the slowest rank, and wrong elements of all ranks."""
 
     seconds: list[float]
     wrong: int = 0
 
 
 class Comparison:
-    """The groups of one world size: asked in turn, left out once they fail."""
+    """Groups of one world size. They are asked in turn; a group that fails is left out from then on."""
 
     def __init__(self, world_size: int, folder: Path, copiers: Copiers, notes: report.Notes) -> None:
         self.world_size = world_size
@@ -93,14 +93,14 @@ class Comparison:
             self._leave_out(system, f"{system} does not start with {self.world_size} ranks: {error}")
 
     def measure(self, case: Case, rounds: int) -> tuple[dict[str, Measurement], float | None]:
-        """Every system's measurement of a case, and the best bytes per second that a copy reached between them."""
+        """The measurement of each system for a case, and the best bytes per second of the copies between them."""
         able = [system for system in self._groups if not (case.dtype in HALVES and system in peers.PACKAGES)]
         measured = {system: Measurement([]) for system in able}
         rates = []
         for index in range(rounds):
             if case.bytes >= FLOOR_BYTES_AT_LEAST:
                 rates.append(self._copiers.bytes_per_s())
-            turn = index % max(1, len(able))  # nobody is always the first, or always after the same one
+            turn = index % max(1, len(able))  # so that no system is always first, or always behind the same one
             for system in able[turn:] + able[:turn]:
                 if system in measured and not self._ask(system, case, measured[system]):
                     del measured[system]
@@ -117,7 +117,7 @@ class Comparison:
         except OSError:
             self._leave_out(system, f"{system} died before {what}, and is left out from there")
             return False
-        if "error" in answers[0]:  # and then in all: its ranks are still in step
+        if "error" in answers[0]:  # in all answers: the ranks are still in step
             if case.collective in OTHERS:
                 self._notes.remark(f"{system} has no {case.collective} here: {answers[0]['error']}")
             else:
@@ -139,7 +139,7 @@ class Comparison:
 
 
 def command(system: str, world_size: int, address: str) -> list[str]:
-    """Starts a system's ranks as its users do."""
+    """Starts a system's ranks, as its users do."""
     arguments = [str(RANK), system, address]
     if system.startswith("fleet"):
         return [sys.executable, "-m", "fleet", "run", "--workers", str(world_size), str(RANK), "--", system, address]
@@ -150,7 +150,7 @@ def command(system: str, world_size: int, address: str) -> list[str]:
 
 
 def environment(system: str, folder: Path) -> Mapping[str, str]:
-    """One thread per rank for everybody, and their temporary files where they are removed with everything else."""
+    """One thread per rank for all systems, and temporary files in a folder that is removed with everything else."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     for name in ("ORCHESTRATOR_ADDR", "FLEET_SHARED_MEMORY"):
         variables.pop(name, None)
@@ -186,7 +186,7 @@ def records(
 
 
 def compare(options: argparse.Namespace, systems: Sequence[str], folder: Path, notes: report.Notes) -> list[Any]:
-    """All records, printed as they come. Groups of one world size live at a time."""
+    """All records, each printed at once. Only the groups of one world size run at a time."""
     kept: list[Any] = []
     with Copiers() as copiers:
         for world_size in options.world_sizes:
@@ -243,11 +243,11 @@ def parse() -> argparse.Namespace:
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM, with the signal's number."""
+    """Ctrl-C or SIGTERM, with the number of the signal."""
 
 
 def interrupt(number: int, _: object) -> None:
-    """Ends the run. Tidying up takes seconds and is not interrupted in its turn."""
+    """Ends the run. Further signals do not interrupt the clean-up, which takes seconds."""
     for other in (signal.SIGINT, signal.SIGTERM):
         signal.signal(other, signal.SIG_IGN)
     raise Interrupted(number)

@@ -1,4 +1,4 @@
-"""The ranks of one system, started once, asked often, and surely gone at the end. Knows nothing of what they measure.
+"""Group of ranks of one system: started once, asked often, and ended for certain. Knows nothing of the measurements.
 
 A group's launcher runs in a session of its own, so that Ctrl-C reaches the driver alone, which then ends all groups. Its
 launchers may put ranks into further sessions, or die before them: processes are therefore found as descendants, and
@@ -23,18 +23,18 @@ import psutil
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 300.0
-AFTER_AN_ERROR_S = 5.0  # how long other ranks may still answer once one rank has answered with an error
+AFTER_AN_ERROR_S = 5.0  # for the other ranks to answer after one rank has answered with an error
 POLL_S = 0.1
 LOG_LINES = 15
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class GroupFailed(Exception):
-    """A group that cannot be asked (again). Its text says why, without a system's name."""
+    """Failure of a group, which cannot be asked again. The text gives the reason, without the system's name."""
 
 
 class Group:
-    """A system's ranks. `start` or `ask` raise GroupFailed, after which only `stop` and `kill` may be called."""
+    """Ranks of one system. After `start` or `ask` raised GroupFailed, only `stop` and `kill` may be called."""
 
     def __init__(self, system: str, folder: Path) -> None:
         self.system = system
@@ -51,7 +51,7 @@ class Group:
         )  # files of /dev/shm that its ranks mapped; theirs alone, so removed with them
 
     def start(self, command: Sequence[str], environment: Mapping[str, str], world_size: int) -> None:
-        """Returns once every rank has joined the others and waits to be asked."""
+        """Starts the ranks. Returns when all have joined each other and wait for requests."""
         deadline = time.monotonic() + START_TIMEOUT_S
         with self._log.open("wb") as log:
             try:
@@ -75,7 +75,7 @@ class Group:
         self._ranks = [rank for _, rank in sorted(zip(numbers, self._ranks, strict=True), key=lambda pair: pair[0])]
 
     def ask(self, **request: Any) -> list[dict[str, Any]]:
-        """Every rank's answer, by rank. All have an `error`, or none has."""
+        """The answers of all ranks, by rank. All have an `error`, or none has."""
         self._say(do="measure", **request)
         answers = self._collect(time.monotonic() + ANSWER_TIMEOUT_S)
         errors = {rank: answer["error"] for rank, answer in enumerate(answers) if "error" in answer}
@@ -85,11 +85,11 @@ class Group:
         return answers
 
     def last_lines(self) -> list[str]:
-        """The end of what its launcher and ranks printed."""
+        """The end of the output of launcher and ranks."""
         return self._log.read_text(errors="replace").splitlines()[-LOG_LINES:]
 
     def stop(self) -> None:
-        """Asks the ranks to end by themselves. `kill` comes after it, and finds nothing if all goes well."""
+        """Asks the ranks to end by themselves. `kill` follows, and finds nothing to do if all goes well."""
         with contextlib.suppress(OSError):
             self._say(do="stop")
 
@@ -99,7 +99,7 @@ class Group:
                 self._launcher.wait(timeout_s)
 
     def terminate(self) -> None:
-        """Ends what runs: the ranks by hanging up, the launcher by a signal that lets it tidy up."""
+        """Ends the ranks by closing their connections, and the launcher by a signal after which it may clean up."""
         self._processes |= self._descendants()
         self._shared_memory |= shared_memory(self._processes)
         self._listener.close()
@@ -109,7 +109,7 @@ class Group:
             self._launcher.terminate()
 
     def kill(self) -> None:
-        """Ends what still runs after `terminate`, at once."""
+        """Kills the processes that still run after `terminate`."""
         self._processes |= self._descendants()
         if self._launcher is not None:
             self._launcher.kill()
@@ -129,7 +129,7 @@ class Group:
             rank.socket.sendall(json.dumps(words).encode() + b"\n")
 
     def _collect(self, deadline: float) -> list[dict[str, Any]]:
-        """The next line of every rank, in their order."""
+        """The next line of each rank, by rank."""
         answers: dict[int, dict[str, Any]] = {}
         with selectors.DefaultSelector() as selector:
             for index, rank in enumerate(self._ranks):
@@ -156,7 +156,7 @@ class Group:
 
 
 class Connection:
-    """One rank's end of the conversation. Ranks say one line at a time, so a readable socket has a whole one."""
+    """Connection to one rank. Ranks send one line at a time, so a readable socket has a whole line."""
 
     def __init__(self, connected: socket.socket) -> None:
         connected.settimeout(None)
@@ -170,7 +170,7 @@ class Connection:
             return b""
 
     def close(self) -> None:
-        # The file keeps the descriptor open: a rank hears nothing of close() alone.
+        # The file object keeps the descriptor open: after close() alone the rank would not notice.
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self._file.close()
@@ -178,7 +178,7 @@ class Connection:
 
 
 def end(groups: Sequence[Group], politely: bool) -> None:
-    """Ends groups, all at once. Whatever was wrong with them, nothing of them runs afterwards."""
+    """Ends several groups at once. Afterwards none of their processes runs, whatever had failed."""
     if politely:
         for group in groups:
             group.stop()
@@ -195,7 +195,7 @@ def end(groups: Sequence[Group], politely: bool) -> None:
 
 
 def shared_memory(processes: set[psutil.Process]) -> set[Path]:
-    """The named shared memory that processes have mapped. System V segments and unlinked files need no removal."""
+    """The named files of shared memory that processes have mapped. System V segments and unlinked files need no removal."""
     found = set()
     for process in processes:
         with contextlib.suppress(psutil.Error):
@@ -204,13 +204,13 @@ def shared_memory(processes: set[psutil.Process]) -> set[Path]:
 
 
 def adopt_orphans() -> None:
-    """From now on, descendants whose parent dies become this process's children, where it supports that: on Linux."""
+    """Makes this process the parent of descendants whose parent dies (Linux)."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def kill_descendants() -> None:
-    """Ends everything that this process started and everything those started."""
+    """Kills all descendants of this process."""
     kill_all(set(psutil.Process().children(recursive=True)))
 
 

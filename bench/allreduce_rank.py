@@ -1,4 +1,4 @@
-"""One rank of one system in bench/allreduce.py: waits for the driver's requests, measures, answers.
+"""Rank of one system in bench/allreduce.py: waits for the driver's requests, measures and answers.
 
     (some launcher) allreduce_rank.py SYSTEM SOCKET
 
@@ -40,7 +40,7 @@ Call = Callable[[Any, Any], Any]  # with (x, out)
 
 
 class Fleet:
-    """fleet: arrays of NumPy, tensors of torch for the half types; `shared` takes them from comm.empty."""
+    """fleet, with NumPy arrays, and torch tensors for the half types. `shared` takes them from comm.empty."""
 
     def __init__(self, shared: bool) -> None:
         import fleet
@@ -70,7 +70,7 @@ class Fleet:
 
 
 class Gloo:
-    """torch.distributed over Gloo, with torch tensors."""
+    """Gloo of torch.distributed, with torch tensors."""
 
     def __init__(self) -> None:
         import torch
@@ -105,7 +105,7 @@ class Gloo:
 
 
 class Mpi:
-    """Any MPI through mpi4py, with NumPy arrays."""
+    """MPI of any kind through mpi4py, with NumPy arrays."""
 
     def __init__(self) -> None:
         from mpi4py import MPI
@@ -149,12 +149,12 @@ def join(system: str) -> System:
 
 
 def pattern(rank: int) -> np.ndarray:
-    """One period of what a rank puts in."""
+    """One period of a rank's input."""
     return ((np.arange(PERIOD) * 7919 + rank * 104729) % PERIOD % 15 - 7).astype(np.float64)
 
 
 def expected(collective: str, rank: int, size: int, count: int) -> list[Segment]:
-    """What a rank must hold afterwards, with root 0 and sums, when the larger of its buffers has `count` elements."""
+    """The result that a rank must hold, for root 0 and sums, if its larger buffer has `count` elements."""
     part = count // size
     total = sum(pattern(other) for other in range(size))
     if collective == "all_reduce":
@@ -177,7 +177,7 @@ def expected(collective: str, rank: int, size: int, count: int) -> list[Segment]
 
 
 def blocks(segments: list[Segment]) -> Any:
-    """(start, stop, values): the segments one after the other, in pieces."""
+    """(start, stop, values) of the segments in order, in pieces."""
     at = 0
     for period, start, count in segments:
         values = np.resize(period, PERIOD + BLOCK)
@@ -198,7 +198,7 @@ def fill(x: Any, segments: list[Segment]) -> None:
 
 
 def wrong(x: Any, segments: list[Segment], dtype: str) -> int:
-    """How many elements are not what a float64 reference says."""
+    """The number of elements that differ from a float64 reference."""
     count = 0
     for start, stop, values in blocks(segments):
         got = x[start:stop] if isinstance(x, np.ndarray) else x[start:stop].double().numpy()
@@ -208,7 +208,7 @@ def wrong(x: Any, segments: list[Segment], dtype: str) -> int:
 
 
 class Measured:
-    """Measures what the driver asks for; keeps the buffers of the latest case, which its rounds share."""
+    """Measurements for the driver. The rounds of a case share its buffers, which are kept until the next case."""
 
     def __init__(self, system: System) -> None:
         self._system = system
@@ -216,7 +216,7 @@ class Measured:
         self._x = self._out = None
 
     def answer(self, collective: str, count: int, dtype: str, repeats: int) -> dict[str, Any]:
-        """Seconds per call of a loop of calls that follow each other, and the wrong elements of a call before it."""
+        """Seconds per call in a loop of calls, and the wrong elements of one call before the loop."""
         system = self._system
         if collective == "barrier":
             call: Call = lambda x, out: system.barrier()  # noqa: E731
@@ -239,7 +239,7 @@ class Measured:
         return {"seconds": (time.perf_counter() - started) / repeats, "wrong": mistakes}
 
     def _buffers(self, collective: str, count: int, dtype: str) -> tuple[Any, Any]:
-        """(x, out): None where a rank has none; out is None too where the result comes in place."""
+        """(x, out). A rank that has no such buffer has None; out is also None if the result replaces x."""
         if self._case != (collective, count, dtype):
             self._case = self._x = self._out = None
             system, root = self._system, self._system.rank == 0
@@ -256,7 +256,7 @@ class Measured:
 
 
 def listen(connection: Any, requests: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Hands over what the driver asks. A driver that goes without a word takes its ranks along, busy or not."""
+    """Receives the driver's requests. If the driver dies, its ranks end too, busy or not."""
     for line in connection:
         request = json.loads(line)
         last = request["do"] == "stop"  # before the other thread has it, and takes it apart

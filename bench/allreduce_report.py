@@ -1,4 +1,4 @@
-"""What bench/allreduce.py shows: tables, ratios, a plot, and notes. Made from the records that --json writes."""
+"""Report of bench/allreduce.py: tables, ratios, a plot and notes, made from the records that --json writes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Records = Sequence[dict[str, Any]]
 
 
 class Notes:
-    """Sentences about what went wrong, each said once when it happens and once more at the end."""
+    """Notes on failures. Each is printed when it happens, and again at the end."""
 
     def __init__(self) -> None:
         self.faults: list[str] = []
         self._remarks: list[str] = []
 
     def fault(self, sentence: str) -> None:
-        """Something that makes the whole run a failure."""
+        """Notes an event that makes the whole run a failure."""
         self._say(sentence, self.faults)
 
     def remark(self, sentence: str) -> None:
-        """Something that a reader should know."""
+        """Notes a fact that readers of the report need."""
         self._say(sentence, self._remarks)
 
     def repeat(self) -> None:
@@ -89,7 +89,7 @@ def busbw(record: dict[str, Any]) -> float:
 
 
 def latencies(world_size: int, found: Records, systems: Sequence[str]) -> None:
-    """One line per collective and size, one column per system, in microseconds; - where a system has none."""
+    """A line per collective and size, a column per system, in microseconds. A system without a value has -."""
     print(f"\n{world_size} ranks; time per call in us, float32, median of the slowest rank's rounds")
     print(f"{'collective':15} {'size':>6} " + " ".join(f"{system:>12}" for system in systems))
     times: dict[tuple[str, int], dict[str, dict[str, Any]]] = defaultdict(dict)
@@ -110,7 +110,7 @@ def _cell(record: dict[str, Any] | None) -> str:
 
 
 def ratios(found: Records) -> None:
-    """How many times as fast as others fleet is, per world size, size and dtype; and how far from the floor."""
+    """fleet's speed over that of others, per world size, size and dtype, and its distance from the floor."""
     cases: dict[tuple[int, str, int], dict[str, dict[str, Any]]] = defaultdict(dict)
     for record in found:
         if record["bench"] == "allreduce":

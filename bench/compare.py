@@ -1,4 +1,4 @@
-"""Two checkouts, one bench: is the second as fast as the first? Their rounds are interleaved, on one machine in one run.
+"""Comparison of two checkouts by one bench, in interleaved rounds on one machine: is the second as fast as the first?
 
     python bench/compare.py BEFORE AFTER [--rounds 5] -- startup.py [its options]
     python bench/compare.py BEFORE AFTER [--rounds 5] --quick
@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 
 WORSE_AT_MOST = 0.03
-ROUNDS_OF = {"startup.py": "1", "allreduce.py": "1", "dispatch.py": "1"}  # each of ours is one of theirs
+ROUNDS_OF = {"startup.py": "1", "allreduce.py": "1", "dispatch.py": "1"}  # one round of a bench within each round here
 QUICK = (
     "startup.py",
     "dispatch.py --systems fleet --workers 2",
@@ -34,7 +34,7 @@ QUICK = (
 IGNORED = ("rounds", "min_s", "floor_s")  # the least of one round is its median, and the floor is the machine's
 
 Case = tuple[tuple[str, str], ...]
-Figures = dict[tuple[Case, str], list[float]]  # what each round measured
+Figures = dict[tuple[Case, str], list[float]]  # by round
 
 
 def run(checkout: Path, words: Sequence[str], into: Path) -> list[dict[str, object]]:
@@ -67,14 +67,14 @@ def note(figures: Figures, records: Sequence[dict[str, object]]) -> None:
 
 
 def better(name: str, before: float, after: float) -> float:
-    """How many times better AFTER is: more of what is counted by the second, less of all else."""
+    """AFTER's advantage as a factor. More is better for figures per second, less for all others."""
     if not before or not after:
         return 1.0
     return after / before if name.endswith("per_s") else before / after
 
 
 def compared(checkouts: Sequence[Path], bench: Sequence[str], rounds: int) -> list[str]:
-    """Shows the figures of one bench; returns those that are worse."""
+    """Prints the figures of one bench, and returns those that are worse."""
     figures: tuple[Figures, Figures] = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(rounds):

@@ -1,4 +1,4 @@
-"""all_reduce among worker containers of this machine: through the memory they share, and with sockets forced, in turn.
+"""Benchmark of all_reduce among worker containers of this machine: in turn through shared memory, and forced through sockets.
 
     python bench/compose.py [--workers 4] [--sizes 64M] [--rounds 5] [--json FILE]
 

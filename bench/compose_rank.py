@@ -1,4 +1,4 @@
-"""What each rank of bench/compose.py does: all-reduces over one path, and the first rank says how long one took.
+"""Rank of bench/compose.py: all-reduces over one path. The first rank prints the time of one.
 
 fleet run compose_rank.py shared|sockets BYTES CALLS
 """

@@ -1,4 +1,4 @@
-"""Tasks per second, the latency of one, and tasks with a megabyte: fleet.Executor against what people use today.
+"""Benchmark of tasks: how many a second, the latency of one, and tasks with a megabyte. fleet.Executor against its peers.
 
     python bench/dispatch.py [--systems fleet,processpool,dask,ray,ipyparallel] [--rounds 3] [--workers 4] [--json FILE]
 
@@ -28,7 +28,7 @@ from allreduce_group import adopt_orphans, kill_descendants
 from allreduce_report import Notes
 
 SYSTEMS = ("fleet", "processpool", "dask", "ray", "ipyparallel")
-OWN = ("fleet", "processpool")  # they run in this interpreter's environment
+OWN = ("fleet", "processpool")  # systems in the environment of this interpreter
 FIGURES = ("tasks_per_s", "map_tasks_per_s", "latency_p50_s", "latency_p99_s", "megabyte_tasks_per_s", "start_s")
 # What fleet is to reach, as (its figure over a peer's, at least)
 GOALS = {("ray", "tasks_per_s"): 5.0, ("dask", "tasks_per_s"): 8.0, ("ray", "megabyte_tasks_per_s"): 1.0}
@@ -40,11 +40,11 @@ Record = dict[str, Any]
 
 
 class Failed(Exception):
-    """A system that could not be measured; its text says why."""
+    """Failure of one system. The text gives the reason."""
 
 
 def environment(name: str, folder: Path) -> Mapping[str, str]:
-    """One thread for every worker, and every system's files where they go with everything else."""
+    """One thread per worker, and the files of all systems in a folder that is removed with everything else."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     variables.pop("ORCHESTRATOR_ADDR", None)
     variables["PATH"] = f"{Path(interpreter(name)).parent}:{os.environ['PATH']}"
@@ -58,7 +58,7 @@ def interpreter(name: str) -> str:
 
 
 def run(name: str, workers: int, folder: Path) -> Record:
-    """One round of one system. Whatever was wrong with it, nothing of it runs afterwards."""
+    """One round of one system. Afterwards none of its processes runs, whatever failed."""
     command = [interpreter(name), str(SCRIPT), name, str(workers)]
     with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=folder, ignore_cleanup_errors=True) as own:
         try:
@@ -84,10 +84,10 @@ def run(name: str, workers: int, folder: Path) -> Record:
 
 
 def measure(systems: Sequence[str], rounds: int, workers: int, folder: Path, notes: Notes) -> dict[str, list[Record]]:
-    """The rounds of each system; one that fails is left out from there."""
+    """The rounds of each system. A system that fails is left out from then on."""
     found: dict[str, list[Record]] = {name: [] for name in systems}
     for number in range(rounds):
-        turn = number % len(systems)  # nobody is always the first, or always after the same one
+        turn = number % len(systems)  # so that no system is always first, or always behind the same one
         for name in [*systems[turn:], *systems[:turn]]:
             if name not in found:
                 continue
@@ -104,7 +104,7 @@ def measure(systems: Sequence[str], rounds: int, workers: int, folder: Path, not
 
 
 def record(name: str, workers: int, rounds: Sequence[Record]) -> Record:
-    """What --json writes: medians, and what each round gave."""
+    """The record that --json writes: medians, and the figures of each round."""
     each = {figure: [one[figure] for one in rounds] for figure in FIGURES}
     return {
         "bench": "dispatch",
@@ -135,13 +135,13 @@ def table(records: Sequence[Record]) -> str:
 
 
 def ratio(mine: Record, other: Record, figure: str) -> float:
-    """How many times better fleet is."""
+    """fleet's advantage over a peer, as a factor."""
     over: float = mine[figure] / other[figure]
     return 1 / over if figure.endswith("_s") and not figure.endswith("per_s") else over
 
 
 def missed(records: Sequence[Record]) -> list[str]:
-    """What fleet was to reach, and did not in this run."""
+    """The goals that fleet missed in this run."""
     known = {one["system"]: one for one in records}
     if (mine := known.get("fleet")) is None:
         return []

@@ -1,4 +1,4 @@
-"""The functions that bench/dispatch.py has called: in a module of their own, so that every system can import them."""
+"""Functions that bench/dispatch.py submits. A module of their own, so that every system can import them."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ def noop(value: int) -> int:
 
 
 def total(array: Any) -> float:
-    """Of a megabyte only this comes back, and it is checked: every byte has to be there."""
+    """A checksum over the megabyte, which proves that every byte arrived."""
     return float(array.sum())

@@ -1,4 +1,4 @@
-"""One system of bench/dispatch.py, in its own interpreter: `dispatch_system.py NAME WORKERS`, then its figures as a JSON line.
+"""System of bench/dispatch.py in its own interpreter: `dispatch_system.py NAME WORKERS` prints its figures as a JSON line.
 
 Every system gets the same: so many single-threaded worker processes, warmed up before anything is timed, the same calls in the
 same order, and its results checked. Each submits in the way that its own documentation shows first.
@@ -36,7 +36,7 @@ DISTRIBUTIONS = {"fleet": "tensorfleet", "dask": "distributed", "ray": "ray", "i
 
 
 class System(NamedTuple):
-    """How a system is used. `submit` returns a handle, `gather` the results of many; `map_chunks` is None if it has none."""
+    """Calls of a system. `submit` returns a handle, `gather` the results of many handles; `map_chunks` may be None."""
 
     submit: Callable[[Callable[..., Any], Any], Any]
     gather: Callable[[list[Any]], Sequence[Any]]
@@ -108,7 +108,7 @@ def system(name: str, workers: int) -> Any:
 
 
 def throughput(use: System, count: int) -> float:
-    """No-op tasks a second: all submitted, then all gathered."""
+    """No-op tasks a second: all are submitted, then all gathered."""
     started = time.perf_counter()
     found = use.gather([use.submit(noop, number) for number in range(count)])
     took_s = time.perf_counter() - started
@@ -117,7 +117,7 @@ def throughput(use: System, count: int) -> float:
 
 
 def mapped(use: System, count: int) -> float | None:
-    """No-op calls a second by the system's own map, in chunks where it has them."""
+    """No-op calls a second by the system's own map, in chunks if it has them."""
     if use.map_chunks is None:
         return None
     started = time.perf_counter()
@@ -128,7 +128,7 @@ def mapped(use: System, count: int) -> float | None:
 
 
 def latencies_s(use: System, count: int) -> list[float]:
-    """Of single tasks, each submitted when the one before is done; sorted."""
+    """Latencies of single tasks, sorted. Each is submitted when the one before is done."""
     found = []
     for number in range(count):
         started = time.perf_counter()
@@ -139,7 +139,7 @@ def latencies_s(use: System, count: int) -> list[float]:
 
 
 def megabytes(use: System, count: int, times: int) -> float:
-    """Tasks a second whose argument is an array of a megabyte. Never the same bytes twice, so that none are spared."""
+    """Tasks a second with a megabyte as their argument. No two have the same bytes, so that no system can skip any."""
     base = np.arange(MEGABYTE, dtype=np.float64)  # sums of these are exact
     arrays = [base + number for number in range(count)]
     base_sum, took_s = float(base.sum()), 0.0

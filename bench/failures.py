@@ -1,4 +1,4 @@
-"""How soon a command has ended, with all its ranks, after something went wrong: fleet against torchrun with Gloo, interleaved.
+"""Benchmark of failures: from a fault to the end of the command and all its ranks. fleet against torchrun with Gloo, interleaved.
 
     python bench/failures.py [--workers 8] [--rounds 5] [--json FILE]
 
@@ -59,7 +59,7 @@ while True:
 
 
 def measure(system: str, command: list[str], case: str, folder: Path) -> float:
-    """Seconds from what happens to the end of the command. Raises RuntimeError where it ends well, or a rank is left."""
+    """Seconds from the fault to the end of the command. Raises RuntimeError if the command succeeds, or a rank is left."""
     told = folder / "told"
     os.mkfifo(told)
     reader = os.open(told, os.O_RDWR | os.O_NONBLOCK)

@@ -1,4 +1,4 @@
-"""The memory floor: how long a machine needs to move the bytes that a collective cannot avoid.
+"""Memory floor: the time that a machine needs to move the bytes that no collective can avoid.
 
     python bench/floor.py [--rounds 5]
 
@@ -27,7 +27,7 @@ SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class Copiers:
-    """Processes that copy on request, and cost nothing between requests. A context manager: they end with it."""
+    """Processes that copy memory on request, and idle between requests. They end with the context."""
 
     def __init__(self) -> None:
         self.buffer_bytes = max(BUFFER_BYTES_AT_LEAST, CACHES * _largest_cache_bytes())
@@ -57,7 +57,7 @@ class Copiers:
             process.kill()
 
     def bytes_per_s(self) -> float:
-        """One measurement: bytes read and written per second, by all cores together, from the first start to the last end."""
+        """Bytes per second that all cores together read and write, from the first start to the last end."""
         for end in self._ends:
             end.send(PASSES)
         times = [end.recv() for end in self._ends]
@@ -66,7 +66,7 @@ class Copiers:
 
 
 def floor_s(world_size: int, size_bytes: int, bytes_per_s: float) -> float:
-    """The time in which `world_size` ranks can each read and write `size_bytes` at that rate."""
+    """The time in which `world_size` ranks each read and write `size_bytes` at this rate."""
     return 2 * world_size * size_bytes / bytes_per_s
 
 
@@ -81,7 +81,7 @@ def _copy_on_request(end: Connection, buffer_bytes: int) -> None:
                 np.copyto(target, source)
             end.send((started, time.monotonic()))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return  # whoever asked has gone
+        return  # the driver has ended
 
 
 def _largest_cache_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Network namespaces that stand in for machines: each has one interface of a given rate, all hang on one switch.
+"""Network namespaces in the place of machines. Each has one interface of a given rate, and one switch joins all.
 
 The switch is a bridge in a namespace of its own, so nothing appears among this machine's own interfaces, addresses and
 settings. Token buckets limit both ways: at the host's interface what it sends, at the switch's port what it receives.
@@ -42,7 +42,7 @@ PAST_IPTABLES = "cd /proc/sys/net/bridge 2>&- || exit 0; echo 0 > bridge-nf-call
 
 
 class Hosts:
-    """`count` hosts of `rate_bits_per_s`, from `with` until its end; whatever still runs in them then is ended too."""
+    """`count` hosts of `rate_bits_per_s`. They end with the context, and so do the processes in them."""
 
     def __init__(self, count: int, rate_bits_per_s: int, burst_bytes: int, congestion: str) -> None:
         self.count = count
@@ -71,7 +71,7 @@ class Hosts:
         environment: Mapping[str, str],
         output: Path | None = None,
     ) -> subprocess.Popen[bytes]:
-        """Runs a command in a host; its output goes to the file, else to this process's own."""
+        """Runs a command in a host. Its output goes to the file, or to the output of this process."""
         name = f"host{host}"
         wrapped = ["unshare", "--uts", "--ipc", "sh", "-c", OWN_MACHINE, name, *command]
         with output.open("wb") if output else contextlib.nullcontext() as file:
@@ -88,7 +88,7 @@ class Hosts:
         return process
 
     def remove(self) -> None:
-        """Ends what runs in the hosts and removes them, and their interfaces with them. Signals wait until it is done."""
+        """Ends the processes in the hosts, and removes hosts and interfaces. Signals wait meanwhile."""
         with _undisturbed():
             names = [line.split()[0] for line in _ip("netns", "list").splitlines() if line.startswith(self._prefix)]
             for number in (signal.SIGTERM, signal.SIGKILL):
@@ -134,7 +134,7 @@ def address(host: int) -> str:
 
 
 def missing() -> str | None:
-    """Why this process cannot make hosts, in one sentence."""
+    """The reason why this process cannot make hosts, in one sentence."""
     if os.geteuid() != 0:
         return "only root can make network namespaces: run this as root"
     absent = [tool for tool in ("ip", "tc", "unshare", "mount", "hostname") if shutil.which(tool) is None]
@@ -148,7 +148,7 @@ def _ip(*arguments: str) -> str:
 
 
 def _run(command: Sequence[str]) -> str:
-    """Its output. Raises OSError with what the command said."""
+    """The output of a command. Raises OSError with its error."""
     # In a session of its own: a Ctrl-C of the terminal must not cut it in the middle.
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
     if done.returncode:
@@ -158,7 +158,7 @@ def _run(command: Sequence[str]) -> str:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """The signals that end this process are ignored in here."""
+    """Ignores the signals that would end this process, until the context is left."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
     try:

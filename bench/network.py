@@ -1,4 +1,4 @@
-"""all_reduce of fleet and of Gloo between machines joined by a network of known rate, interleaved, in one run.
+"""Benchmark of all_reduce between machines on a network of known rate: fleet and Gloo, interleaved in one run.
 
     sudo python bench/network.py [--hosts 4] [--ranks-per-host 1] [--rate 1gbit] [--sizes 8,4K,64K,1M,16M]
                                  [--rounds 5] [--systems fleet,fleet-bf16,gloo] [--json FILE]
@@ -93,7 +93,7 @@ def _options() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """Makes the hosts, measures in them, prints the table."""
+    """Makes the hosts, measures in them and prints the table."""
     with Hosts(options.hosts, options.rate, options.burst, options.congestion) as hosts:
         lines = measured_lines(hosts, folder)
         tcp_bits_per_s = min(line["bits_per_s"] for line in lines)
@@ -113,7 +113,7 @@ def run(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def measured_lines(hosts: Hosts, folder: Path) -> list[dict[str, float]]:
-    """Each host sends to the next, all at once, as the ranks of a ring do."""
+    """Measures the lines: each host sends to the next, all at once, as the ranks of a ring do."""
     outputs = [folder / f"line{host}" for host in range(hosts.count)]
     command = [sys.executable, __file__, "--hosts", str(hosts.count), "--line"]
     started = [
@@ -130,7 +130,7 @@ def measured_lines(hosts: Hosts, folder: Path) -> list[dict[str, float]]:
 
 
 def measure_line(host: int, count: int) -> dict[str, float]:
-    """In a host: the payload that arrives per second from the host before, and the round trip to the host after."""
+    """In a host: payload per second from the host before it, and round trip to the host behind it."""
     with socket.create_server(("", LINE_PORT)) as server, ThreadPoolExecutor() as pool:
         arriving = pool.submit(_answer, server)
         with _dial((host + 1) % count) as stream:
@@ -150,7 +150,7 @@ def measure_line(host: int, count: int) -> dict[str, float]:
 
 
 def _answer(server: socket.socket) -> float:
-    """The other end of measure_line: echoes, then counts bits per second."""
+    """Other end of measure_line: echoes, then counts bits per second."""
     with server.accept()[0] as stream:
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for _ in range(LINE_TRIPS):
@@ -167,7 +167,7 @@ def _answer(server: socket.socket) -> float:
 
 
 def _dial(host: int) -> socket.socket:
-    """A connection to that host's server, which may come up after us."""
+    """A connection to the server of a host, which may start later."""
     deadline = time.monotonic() + DIAL_S
     while True:
         try:
@@ -179,7 +179,7 @@ def _dial(host: int) -> socket.socket:
 
 
 def measure_ranks(options: argparse.Namespace, hosts: Hosts, folder: Path) -> list[dict[str, Any]]:
-    """Starts a cluster on the hosts and one job on it; what rank 0 wrote. Raises OSError if a part of it fails."""
+    """The results of one job on a cluster of these hosts, as rank 0 wrote them. Raises OSError if a part fails."""
     secret = folder / "secret"
     secret.touch(mode=0o600)
     secret.write_text(secrets.token_urlsafe(32))
@@ -225,7 +225,7 @@ def measure_ranks(options: argparse.Namespace, hosts: Hosts, folder: Path) -> li
 
 
 def floor_s(system: str, size: int, options: argparse.Namespace) -> float:
-    """Seconds that a host's line needs for what no all_reduce of `size` bytes can avoid to send."""
+    """Seconds of a host's line for the bytes that no all_reduce of `size` bytes can avoid."""
     wire_bytes = size / 2 if system == "fleet-bf16" else size
     return 2 * (options.hosts - 1) / options.hosts * wire_bytes * 8 / options.rate
 
@@ -269,7 +269,7 @@ def _repeats(floor: float) -> int:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, without what would lead to another cluster."""
+    """The environment of this process, without the variables that lead to another cluster."""
     others = ("FLEET_SECRET", "FLEET_HOST", "FLEET_CONTROL", "FLEET_PRELOAD")
     environment = {name: value for name, value in os.environ.items() if name not in others}
     paths = [str(SOURCE), *filter(None, [environment.get("PYTHONPATH")])]

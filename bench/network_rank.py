@@ -1,4 +1,4 @@
-"""What each rank of bench/network.py does: the same calls with every system in turn, timed. Rank 0 writes the results.
+"""Rank of bench/network.py: times the same calls of each system in turn. Rank 0 writes the results.
 
     python -m fleet run network_rank.py -- '{"systems": ["fleet", "gloo"], ...}'    # the fields of Plan
 
@@ -30,7 +30,7 @@ Call = Callable[[Any], object]
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure. `repeats` has the calls per round and size; size 0 is the barrier."""
+    """Plan of the measurement. `repeats` has the calls per round by size; size 0 is the barrier."""
 
     systems: list[str]
     repeats: dict[int, int]
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _calls(comm: Any, systems: list[str]) -> tuple[dict[str, Call], dict[str, Call]]:
-    """all_reduce, in place, and barrier of each system that there is."""
+    """all_reduce in place and barrier, of each system in the plan."""
     reducing: dict[str, Call] = {}
     waiting: dict[str, Call] = {}
     if "fleet" in systems:

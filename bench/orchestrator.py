@@ -1,4 +1,4 @@
-"""What a heartbeat and a job cost the orchestrator, and how both grow with the number of workers.
+"""Benchmark of the orchestrator: the cost of a heartbeat and a job, and its growth with the number of workers.
 
     python bench/orchestrator.py [--workers 10,100,1000,10000] [--sockets 10,100,1000] [--security 1000] [--forming 64,512]
         [--json FILE]
@@ -64,14 +64,14 @@ def cluster(workers: int) -> Core:
 
 
 def by_step(core: Core, sender: bytes, message: m.Message, _: bytes) -> None:
-    """One event, and what the disk says to it."""
+    """Handles one event, and the disk's answer to it."""
     for effect in core.step(Received(sender, message), 0.5):
         if isinstance(effect, Save) and effect.is_new:
             core.step(Saved(effect.job_id), 0.5)
 
 
 def by_bytes(core: Core, sender: bytes, _: m.Message, data: bytes) -> None:
-    """The same from the bytes of a message to those of all that is sent because of it."""
+    """Handles a message from its bytes to the bytes of all messages that follow from it."""
     effects = core.step(Received(sender, m.decode(data)), 0.5)
     for effect in effects:
         if isinstance(effect, Save) and effect.is_new:
@@ -86,7 +86,7 @@ WAYS = {"core": by_step, "bytes": by_bytes}
 
 
 def heartbeat_s(core: Core, workers: int, way: str) -> float:
-    """Seconds for one. Every worker's load is another with each round."""
+    """Seconds for one heartbeat. The load of each worker changes with each round."""
     messages = [m.Heartbeat(load / 10) for load in range(10)]
     data = [m.encode(message) for message in messages]
     peers = [peer(f"worker-{number}") for number in range(workers)]
@@ -99,8 +99,11 @@ def heartbeat_s(core: Core, workers: int, way: str) -> float:
 
 
 def job_s(core: Core, name: str, way: str, placed: deque[str]) -> tuple[float, float]:
-    """(from Submit to Assign, the whole life of a job): seconds of the orchestrator's time for each. `placed`: jobs that will
-    have slots before this one, in order. While there are such, Submit places nothing, and each end the next one."""
+    """Seconds of the orchestrator (from Submit to Assign, for the whole life of a job).
+
+    `placed` holds the jobs that get slots before this one, in order. While there are any, a Submit places nothing, and each
+    end of a job places the next one.
+    """
     handle = WAYS[way]
     assign = whole = 0.0
     for number in range(JOBS):
@@ -121,7 +124,7 @@ def job_s(core: Core, name: str, way: str, placed: deque[str]) -> tuple[float, f
 
 
 def busy(workers: int) -> tuple[Core, deque[str]]:
-    """All slots taken, and QUEUED jobs that wait for them; and all jobs, in the order in which they are placed."""
+    """A cluster whose slots are all taken with QUEUED jobs waiting, and all jobs in the order of their placement."""
     core = cluster(workers)
     names = deque(f"waits-{number}" for number in range(SLOTS * workers + QUEUED))
     for name in names:
@@ -156,7 +159,7 @@ def pure(workers: int) -> dict[str, Any]:
 
 
 def unplaceable_s(workers: int) -> float:
-    """Submit to Assign of a small job while a job waits that fits nowhere now, though enough slots are free."""
+    """Seconds from Submit to Assign of a small job, while a job waits that fits nowhere though enough slots are free."""
     core = cluster(workers)
     for number in range(workers):  # one slot of each worker is taken: none has all of its slots free
         by_step(core, CLIENT, m.Submit(f"one-{number}", 1, SPEC), b"")
@@ -171,7 +174,7 @@ def unplaceable_s(workers: int) -> float:
 
 
 def bundled_s(core: Core) -> float:
-    """Submit of a job with files, which are there already, while many jobs wait."""
+    """Seconds for the Submit of a job whose files are there already, while many jobs wait."""
     spec = m.Spec("script", "train.py", digest="0" * 64, bundle_bytes=1)
     count = 100
     started = time.perf_counter()
@@ -185,7 +188,7 @@ def bundled_s(core: Core) -> float:
 
 
 def restart_s(workers: int) -> float:
-    """All that an orchestrator does, after its restart, until each worker has said hello again: with a job on each."""
+    """Seconds from a restart of the orchestrator until each worker, with one job each, has said hello again."""
     core = cluster(workers)
     records = {}
     for number in range(workers):
@@ -249,7 +252,7 @@ def hard_row(r: dict[str, Any]) -> str:
 
 
 def numbers(text: str) -> list[int]:
-    """10,100 -> [10, 100]; none: no number."""
+    """10,100 -> [10, 100]; none -> []."""
     return [] if text == "none" else [int(part) for part in text.split(",")]
 
 

@@ -1,4 +1,4 @@
-"""A large world forms at a real orchestrator: its CPU time, memory and bytes, from Submit until every agent knows every address.
+"""Benchmark of forming a large world: CPU time, memory and bytes of a real orchestrator, until every agent knows every address.
 
 Agents are simulated here, each with the same number of ranks, and answer at once. Every agent has to be told every address,
 so the bytes sent grow with agents x ranks; all else is to grow with their sum.
@@ -20,7 +20,7 @@ from fleet.bus.control import Dealer
 from fleet.bus.lock import Lock
 
 RANKS_EACH = 8
-MEMORY = "3f6c1d0e-8a52-4d0b-9a0e-2f9f1f7f3b11/4026531841/dev-shm-23"  # as a rank of a real host says it
+MEMORY = "3f6c1d0e-8a52-4d0b-9a0e-2f9f1f7f3b11/4026531841/dev-shm-23"  # the form of a real host's
 BEAT_EVERY_S = 1.0
 
 HEAD = (

@@ -1,4 +1,4 @@
-"""What heartbeats and encryption take of an orchestrator's cores: of the thread that decides, and of libzmq's own.
+"""Benchmark of heartbeats and encryption: the shares of a core that an orchestrator's own thread and libzmq's threads take.
 
 Each case has its own orchestrator and the same number of simulated workers, which are here and beat as agents do. The cases
 differ in how the sockets are secured, in the number of libzmq's threads, and in how often workers beat and their connections
@@ -30,7 +30,7 @@ CASES: tuple[tuple[Security, int, int], ...] = (
     ("open", 1, 1),
     ("curve", 2, 1),
     ("curve", 1, 2),
-    ("curve", 1, 4),  # a worker counts as lost after 5
+    ("curve", 1, 4),  # a worker counts as lost after 5 s
 )
 SECONDS = 10
 
@@ -49,7 +49,7 @@ def row(r: dict[str, Any]) -> str:
 
 def run_orchestrator(kind: Security, secret: str, io_threads: int) -> None:
     """`fleet orchestrator` with a lock and a number of threads that no option of its sets."""
-    security.orchestrator_lock = lambda *_: Lock(kind, secret)  # before anybody else imports it
+    security.orchestrator_lock = lambda *_: Lock(kind, secret)  # before other modules import it
     Bus.__init__.__defaults__ = (io_threads,)
     from fleet.cli.app import run
 

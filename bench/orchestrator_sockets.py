@@ -1,4 +1,4 @@
-"""A real `fleet orchestrator` behind real sockets: CPU time of a heartbeat, memory of a worker, jobs a second with their file.
+"""Benchmark of a real `fleet orchestrator` behind sockets: CPU time of a heartbeat, memory of a worker, jobs a second.
 
 Workers here are bare DEALERs of one process that say what agents say: the machine is shared with them, so CPU time counts, not
 elapsed time, but for jobs a second. That CPU time includes libzmq's thread; the thread that decides is told apart.
@@ -47,15 +47,15 @@ def row(r: dict[str, Any]) -> str:
 
 
 class Cpu:
-    """CPU seconds of a process's threads, to the nanosecond, from the kernel's scheduler."""
+    """CPU seconds of a process's threads, from the kernel's scheduler."""
 
-    IO = "ZMQbg/IO/"  # what libzmq calls the threads that do its input, output and encryption
+    IO = "ZMQbg/IO/"  # names of libzmq's threads for input, output and encryption
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
 
     def threads(self) -> dict[tuple[int, str], float]:
-        """Of each thread, by its number and name."""
+        """CPU seconds of each thread, by its number and name."""
         return {
             (int(task.name), (task / "comm").read_text().strip()): int((task / "schedstat").read_text().split()[0])
             / 1e9
@@ -63,12 +63,12 @@ class Cpu:
         }
 
     def seconds(self) -> tuple[float, float]:
-        """(of its main thread, which decides; of all)."""
+        """CPU seconds (of the main thread, which decides; of all threads)."""
         found = {number: seconds for (number, _), seconds in self.threads().items()}
         return found[self._pid], sum(found.values())
 
     def quiet(self) -> tuple[float, float]:
-        """The same, once it does next to nothing any more."""
+        """CPU seconds as in `seconds`, once the process is nearly idle."""
         before, deadline = self.seconds(), time.monotonic() + WITHIN_S
         while True:
             time.sleep(QUIET_S)
@@ -85,7 +85,7 @@ COMMAND = (sys.executable, "-m", "fleet", "orchestrator", "--bind", "127.0.0.1:0
 
 @contextmanager
 def orchestrator(command: Sequence[str] = COMMAND) -> Iterator[tuple[str, int]]:
-    """(its address, its process)."""
+    """A running orchestrator: (its address, its pid)."""
     with tempfile.TemporaryDirectory(prefix="fleet-bench-") as folder, (Path(folder) / "log").open("w+") as log:
         environment = os.environ | {"FLEET_STATE_DIR": str(Path(folder) / "state")}
         with subprocess.Popen(command, stderr=log, env=environment) as process:
@@ -126,7 +126,7 @@ def ask(client: Dealer, question: m.Message) -> Any:
 
 
 def beat(dealers: list[Dealer], rounds: int) -> None:
-    """Many at once: as many as a socket holds, and the next when it has room."""
+    """Sends heartbeats without a pause: as many as the sockets hold, and more when there is room."""
     for number in range(rounds):
         data = m.encode(m.Heartbeat(number % 10 / 10))
         for dealer in dealers:
@@ -134,7 +134,7 @@ def beat(dealers: list[Dealer], rounds: int) -> None:
 
 
 def beat_paced(dealers: list[Dealer], seconds: int = PACED_S, every_s: int = 1) -> None:
-    """A heartbeat of each worker every so often, evenly spread."""
+    """Sends a heartbeat of each worker every `every_s`, evenly spread."""
     slices = SLICES_A_SECOND * every_s
     started = time.monotonic()
     for number in range(seconds * SLICES_A_SECOND):
@@ -145,7 +145,7 @@ def beat_paced(dealers: list[Dealer], seconds: int = PACED_S, every_s: int = 1) 
 
 
 def join(dealers: list[Dealer]) -> None:
-    """All say hello. It has to take less than the time after which a silent worker counts as lost."""
+    """All workers say hello, in less time than a silent worker has before it counts as lost."""
     for number, dealer in enumerate(dealers):
         dealer.send(m.encode(m.WorkerHello(f"worker-{number}", "1", "127.0.0.1", 1, VERSIONS)))
     for dealer in dealers:
@@ -154,12 +154,12 @@ def join(dealers: list[Dealer]) -> None:
 
 
 def heard(client: Dealer) -> list[float]:
-    """The load that the orchestrator has last heard of each worker."""
+    """The load of each worker, as the orchestrator heard it last."""
     return [round(worker.load, 1) for worker in ask(client, m.ListWorkers()).workers]
 
 
 def jobs_per_s(dealers: list[Dealer], client: Dealer) -> float:
-    """Detached jobs of one rank, submitted as fast as they go, each run by a worker that has it end at once."""
+    """Detached jobs of one rank a second. They are submitted without a pause, and their workers end them at once."""
     spec = m.Spec("script", "train.py")
     started = time.monotonic()
     for number in range(JOBS):
@@ -181,7 +181,7 @@ def jobs_per_s(dealers: list[Dealer], client: Dealer) -> float:
 
 
 def connected(stack: ExitStack, address: str, lock: Lock, workers: int) -> list[Dealer]:
-    """Workers that have yet to say hello."""
+    """Connected workers, which have not said hello yet."""
     buses = [stack.enter_context(Bus(lock)) for _ in range(-(-workers // DEALERS_EACH))]
     return [Dealer(buses[number // DEALERS_EACH], address, f"worker-{number}/1".encode()) for number in range(workers)]
 

@@ -1,4 +1,4 @@
-"""The peers' isolated environments: what is in each, where it is, and how an MPI starts ranks.
+"""Isolated environments of the peers: their packages, their places, and the commands by which an MPI starts ranks.
 
     python bench/peers.py [openmpi mpich impi ...]
 
@@ -45,7 +45,7 @@ def installed(name: str) -> bool:
 
 
 def make(name: str) -> None:
-    """Makes a peer's environment from nothing. Raises CalledProcessError, and leaves one that the next call replaces."""
+    """Makes a peer's environment from nothing. Raises CalledProcessError; the next call replaces what is left then."""
     folder = FOLDER / name
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)

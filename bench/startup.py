@@ -1,4 +1,4 @@
-"""How long from the command to "8 ranks have all-reduced one number": fleet against torchrun with Gloo, interleaved.
+"""Benchmark of the start: from the command until 8 ranks have all-reduced one number. fleet and torchrun with Gloo, interleaved.
 
     python bench/startup.py [--workers 8] [--rounds 5] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""Which algorithm all_reduce should take over sockets, by bytes and world size: the measurement behind SMALL in sockets.py.
+"""Tuning of all_reduce over sockets: the measurement behind SMALL in sockets.py, by bytes and world size.
 
     python bench/tune.py [--world-sizes 2,4,8] [--rounds 7]
 
@@ -27,7 +27,7 @@ def rank(rounds: int) -> None:
     import fleet
 
     comm = fleet.init()
-    path = comm._path  # what is tuned is no public setting
+    path = comm._path  # the tuned values are no public setting
     if type(path).__name__ != "SocketPath":
         sys.exit("these ranks share memory: set FLEET_SHARED_MEMORY=off, for the workers if there are any")
     if comm.rank == 0:
