@@ -114,7 +114,7 @@ def job_s(core: Core, name: str, way: str, placed: deque[str]) -> tuple[float, f
         assign += time.perf_counter() - started
         placed.append(submit.job_id)
         job_id = placed.popleft()
-        (worker_id,) = core.jobs[job_id].seats
+        (worker_id,) = core.scheduler.jobs[job_id].seats
         for message in (m.Assigned(job_id, 1, 1), m.RankExited(job_id, 1, m.RankStatus(0, worker_id, "h", 7, 0))):
             data = m.encode(message)
             started = time.perf_counter()
@@ -164,12 +164,12 @@ def unplaceable_s(workers: int) -> float:
     for number in range(workers):  # one slot of each worker is taken: none has all of its slots free
         by_step(core, CLIENT, m.Submit(f"one-{number}", 1, SPEC), b"")
     by_step(core, CLIENT, m.Submit("wide", 1, SPEC, options=m.JobOptions(slots=SLOTS)), b"")
-    assert not core.jobs["wide"].seats
+    assert not core.scheduler.jobs["wide"].seats
     count = max(5, min(JOBS, 20_000 // workers))
     started = time.perf_counter()
     for number in range(count):
         by_step(core, CLIENT, m.Submit(f"small-{number}", 1, SPEC), b"")
-    assert core.jobs["small-0"].seats
+    assert core.scheduler.jobs["small-0"].seats
     return (time.perf_counter() - started) / count
 
 
@@ -183,7 +183,7 @@ def bundled_s(core: Core) -> float:
         for effect in core.step(BundleStored(spec.digest), 0.5):
             if isinstance(effect, Save) and effect.is_new:
                 core.step(Saved(effect.job_id), 0.5)
-    assert f"files-{count - 1}" in core.waiting
+    assert f"files-{count - 1}" in core.assignments.queue
     return (time.perf_counter() - started) / count
 
 
@@ -197,7 +197,7 @@ def restart_s(workers: int) -> float:
         for effect in core.step(Saved(f"job-{number}"), 0.5):
             if isinstance(effect, Save):
                 records[effect.job_id] = effect.record
-        (worker_id,) = core.jobs[f"job-{number}"].seats
+        (worker_id,) = core.scheduler.jobs[f"job-{number}"].seats
         for effect in core.step(Received(peer(worker_id), m.Assigned(f"job-{number}", 1, 1)), 0.5):
             if isinstance(effect, Save):
                 records[effect.job_id] = effect.record

@@ -40,12 +40,21 @@ HEIGHT = {part: -depth for depth, parts in enumerate(LAYERS) for part in parts}
 EAGER_IN_INIT = frozenset({"messages", "questions", "values", "world", "bounds", "config", "secret", "errors", "text"})
 
 DECIDERS = (
+    "fleet/orchestrator/answers.py",
+    "fleet/orchestrator/assignments.py",
     "fleet/orchestrator/clients.py",
     "fleet/orchestrator/core.py",
-    "fleet/orchestrator/gangs.py",
+    "fleet/orchestrator/deadlines.py",
+    "fleet/orchestrator/effects.py",
+    "fleet/orchestrator/job_output.py",
+    "fleet/orchestrator/job_queue.py",
     "fleet/orchestrator/jobs.py",
-    "fleet/orchestrator/waiting.py",
+    "fleet/orchestrator/journal.py",
+    "fleet/orchestrator/membership.py",
     "fleet/orchestrator/placement.py",
+    "fleet/orchestrator/scheduler.py",
+    "fleet/orchestrator/state.py",
+    "fleet/orchestrator/submissions.py",
     "fleet/orchestrator/uploads.py",
     "fleet/orchestrator/view.py",
     "fleet/worker/core.py",

@@ -166,6 +166,12 @@ class Job:
         for member_id, status in self.exits.items():
             self.exits[member_id] = _with_tail(status, TAIL_KEPT_CHARS)
 
+    def move_times(self, earlier_s: float) -> None:
+        """The monotonic clock says less than it would if it had not stood still: what was noted stays at its time of the wall."""
+        self.submitted_at -= earlier_s
+        self.started_at = None if self.started_at is None else self.started_at - earlier_s
+        self.ended_at = None if self.ended_at is None else self.ended_at - earlier_s
+
     def move(self, state: JobState) -> None:
         assert state in MOVES[self.state], f"job {self.job_id}: {self.state.name} -> {state.name}"
         self.state = state

@@ -44,7 +44,7 @@ class OrchestratorMetrics(Collector):
 
     def _families(self) -> Iterator[Metric]:
         core, counts = self._core, self._core.counts
-        totals = View(core, self._clock()).totals()
+        totals = View(core.scheduler, self._clock()).totals()
         info = GaugeMetricFamily(
             "fleet_orchestrator_info", "Versions of the orchestrator; always 1.", labels=("version", "python")
         )

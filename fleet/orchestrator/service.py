@@ -1,7 +1,7 @@
-"""The orchestrator's shell: one ROUTER, the clock, the bundles and the jobs' file around the core. Decides nothing.
+"""Shell of the orchestrator: one ROUTER, the clock, the bundles and the jobs' file around the core. Decides nothing.
 
-What a turn of the loop decided is written down before any of it is said or done. `run` returns when it is told to stop;
-every socket it made is gone then, and every file but those that it was told to keep.
+What a turn of the loop has decided is written down before any of it is said or done: see journal.py. `run` returns when it is
+told to stop; every socket it made is gone then, and every file but those that it was told to keep.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fleet.errors import ConfigError, ProtocolError
 from fleet.exposition import Exposition, Pulse, health_route, metrics_route
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.jobs import recalled
+from fleet.orchestrator.journal import Journal
 from fleet.orchestrator.logs import JobLogs
 from fleet.orchestrator.metrics import OrchestratorMetrics
 from fleet.orchestrator.state import (
@@ -42,11 +43,6 @@ from fleet.orchestrator.state import (
     PeerLost,
     Received,
     ReleaseBundle,
-    Save,
-    Saved,
-    SaveDrained,
-    SaveFailed,
-    SavesAgain,
     Send,
     ServeBundle,
     ServeLog,
@@ -99,21 +95,22 @@ class Service:
             raise
         self.endpoint = self._router.endpoint
         self._store: Store | None = None
+        self._journal = Journal(durable=keeping is not None)
         runtime = runtime if keeping is None else keeping.folder
         self._logs = JobLogs(runtime / "logs")
         self._exposition: Exposition | None = None
-        self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
+        self._core_lock = threading.Lock()  # held while the core changes, so that a scrape sees it whole
         self._pulse = Pulse(monotonic, LATE_AFTER_S, health_file)
         self._dropped = Dropped(log, monotonic)
         self._clock = LifeClock()
-        self._core = Core(versions, policy, epoch=time() - self._clock.now(), numbering=numbering())
         try:
             if keeping is not None:
-                self._store = self._recall(keeping)
+                self._store = Store(keeping.folder)
+            self._core = self._recalled(versions, policy, keeping)
             if metrics_at is not None:
                 metrics = OrchestratorMetrics(
                     self._core,
-                    self._turning,
+                    self._core_lock,
                     self._clock.look,
                     self._dropped.counts,
                     lambda: self._router.strangers.refused_count,
@@ -124,10 +121,7 @@ class Service:
         except BaseException:
             self._close()
             raise
-        self._new: list[str] = []  # jobs that wait to be written down for the first time
-        self._failing = False  # the disk took nothing the last time
         self._unlogged: set[str] = set()  # jobs whose output the disk did not take
-        self._todo: list[Effect] = []  # decided, and to be done once it is written down
         self._last_encoded: tuple[m.Message | None, bytes] = None, b""
         self._wake = Wake()
         self._ends: dict[int, bytes] = {}  # descriptors that tell of the ends of lost clients' processes
@@ -164,8 +158,8 @@ class Service:
     def _find_files(self, folder: Path, durable: bool) -> FileStore:
         """What is there of jobs, and what is left of others. Raises ConfigError."""
         try:
-            found = FileStore(folder / "bundles", KEEP_BUNDLES_BYTES, durable, self._core.bundle_users)
-            self._logs.remove_others(self._core.jobs)
+            found = FileStore(folder / "bundles", KEEP_BUNDLES_BYTES, durable, self._core.uploads.users)
+            self._logs.remove_others(self._core.scheduler.jobs)
         except OSError as error:
             raise ConfigError(
                 f"the orchestrator cannot keep files of its jobs at {error.filename}: {error.strerror}; move that away, or say "
@@ -173,24 +167,22 @@ class Service:
             ) from None
         return found
 
-    def _recall(self, keeping: Keeping) -> Store:
-        core = self._core
-        core.durable, core.keep_jobs, core.keep_s = True, keeping.keep_jobs, keeping.keep_s
-        store = Store(keeping.folder)
+    def _recalled(self, versions: m.Versions, policy: str, keeping: Keeping | None) -> Core:
+        """The core, with what an orchestrator before this one wrote down. Raises ConfigError."""
+        epoch, store = time() - self._clock.now(), self._store
+        if keeping is None or store is None:
+            return Core(versions, policy, epoch=epoch, numbering=numbering())
         try:
-            core.cluster_id = store.cluster_id()
-            core.recall(
-                [recalled(record, core.epoch) for record in store.records()], store.drained(), self._clock.now()
+            core = Core(
+                versions, policy, True, store.cluster_id(), epoch, keeping.keep_jobs, keeping.keep_s, numbering()
             )
-        except BaseException as error:
-            store.close()
-            if isinstance(error, ValueError | OSError):
-                raise ConfigError(f"the jobs in {keeping.folder} cannot be read: {error}") from None
-            raise
-        if core.jobs:
-            waiting = len(core.waiting)
-            log.info("recalled %d jobs, %d of them wait and %d have ended", len(core.jobs), waiting, len(core.ended))
-        return store
+            core.recall([recalled(record, epoch) for record in store.records()], store.drained(), self._clock.now())
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"the jobs in {keeping.folder} cannot be read: {error}") from None
+        if jobs := core.scheduler.jobs:
+            waiting, ended = len(core.assignments.queue), len(core.scheduler.ended)
+            log.info("recalled %d jobs, %d of them wait and %d have ended", len(jobs), waiting, ended)
+        return core
 
     def _loop(self) -> None:
         self._poller = Poller([*self._router.poll_sockets, self._wake])
@@ -234,8 +226,8 @@ class Service:
         if still_s:
             self._step(StoodStill(still_s))
         epoch = time() - self._clock.now()
-        if abs(epoch - self._core.epoch) > EPOCH_TOLERATED_S:
-            with self._turning:
+        if abs(epoch - self._core.effects.epoch) > EPOCH_TOLERATED_S:
+            with self._core_lock:
                 self._core.move_epoch(epoch)
 
     def _happened(self, thing: Arrived | Lost) -> None:
@@ -247,7 +239,7 @@ class Service:
     def _lost(self, peer: bytes) -> None:
         """A client of this machine that has died need not be waited for."""
         self._step(PeerLost(peer))
-        pid = self._core.pids.get(peer)
+        pid = self._core.clients.pids.get(peer)
         if pid is None or len(self._ends) >= ENDS_AT_MOST:
             return
         try:
@@ -269,9 +261,7 @@ class Service:
             message = m.decode(arrived.data)
         except ProtocolError as error:
             self._dropped.malformed(f"peer {arrived.peer[:40]!r}", error)
-            if not self._core.has_worker(
-                arrived.peer
-            ):  # one that was let in runs jobs, and need not end for one message
+            if self._core.membership.at(arrived.peer) is None:  # a worker runs jobs, and need not end for one message
                 self._router.send(arrived.peer, m.encode(m.Refused(str(error))))
             return
         self._step(Received(arrived.peer, message))
@@ -282,23 +272,12 @@ class Service:
         False: the core failed at this event. What it had decided by then is done, so that others know what it knows.
         """
         failure: Exception | None = None
-        with self._turning:
+        with self._core_lock:
             try:
                 effects = self._core.step(event, self._clock.now())
             except Exception as error:
                 effects, failure = self._core.decided, error
-        for effect in effects:
-            if self._store is None or not isinstance(effect, Save | Erase | SaveDrained):
-                self._todo.append(effect)
-            elif isinstance(effect, Save):
-                self._store.save(effect.job_id, effect.number, effect.record)
-                if effect.is_new:
-                    self._new.append(effect.job_id)
-            elif isinstance(effect, SaveDrained):
-                self._store.save_drained(effect.worker_ids)
-            else:
-                self._store.erase(effect.job_id)
-                self._todo.append(effect)
+        self._journal.decided(effects)
         if failure is not None:
             self._failed_at(event, failure)
         return failure is None
@@ -311,40 +290,33 @@ class Service:
         peer, message = event.peer, event.message
         self._dropped.failed(f"{type(message).__name__} of peer {peer[:40]!r}", error)
         reason = f"the orchestrator failed at it ({type(error).__name__}); its log says where"
-        if isinstance(message, m.Submit) and message.job_id not in self._core.jobs:
-            self._todo.append(Send(peer, m.Rejected(message.job_id, reason)))
+        if isinstance(message, m.Submit) and message.job_id not in self._core.scheduler.jobs:
+            self._journal.decided([Send(peer, m.Rejected(message.job_id, reason))])
         elif isinstance(message, m.Question):
-            self._todo.append(Send(peer, m.Unanswered(message.question, reason)))
+            self._journal.decided([Send(peer, m.Unanswered(message.question, reason))])
 
     def _flush(self) -> None:
         """Writes down what was decided, then does it, and what comes of that too."""
         while True:
             events = self._write_down()
-            todo, self._todo = self._todo, []
-            for effect in todo:
+            for effect in self._journal.ready():
                 try:
                     events += self._perform(effect)
                 except Exception as error:
                     self._dropped.failed(type(effect).__name__, error)
-            if not events and not self._todo:
+            if not events and not self._journal.waits:
                 return
             for event in events:
                 self._step(event)
 
     def _write_down(self) -> list[Event]:
-        if self._store is None or not self._store.has_unsaved:
+        if self._store is None or not self._journal.unsaved:
             return []
-        new, self._new = self._new, []
         try:
-            self._store.commit()
+            self._store.commit(self._journal.records, self._journal.drained)
         except OSError as error:
-            first = not self._failing
-            self._failing = True
-            self._store.abandon(new)
-            return [SaveFailed(tuple(new), str(error))] if new or first else []
-        recovered: list[Event] = [SavesAgain()] if self._failing else []
-        self._failing = False
-        return [*recovered, *map(Saved, new)]
+            return self._journal.refused(str(error))
+        return self._journal.written()
 
     def _perform(self, effect: Effect) -> list[Event]:
         """Carries out one effect; returns what came of it at once."""

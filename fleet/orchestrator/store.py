@@ -1,7 +1,7 @@
 """Jobs on the disk: one SQLite file in WAL mode, written once for all that happened in a turn of the orchestrator's loop.
 
 Knows records as bytes, not what is in them. A commit is on the disk when it returns (synchronous=FULL), so that what is said
-after it holds through a power cut. What could not be written stays here and is tried again with the next commit.
+after it holds through a power cut. journal.py keeps what could not be written, for the next commit.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import fcntl
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fleet.errors import ConfigError
+from fleet.orchestrator.journal import Records
 from fleet.transfer import sync_folder
 
 FILE, LOCK = "jobs.sqlite", "lock"
@@ -31,8 +31,6 @@ class Store:
     """The open file. Only one process has it: a second one gets a ConfigError that says so."""
 
     def __init__(self, folder: Path) -> None:
-        self._unsaved: dict[str, tuple[int, bytes] | None] = {}  # by job; None: to be erased
-        self._drained: tuple[str, ...] | None = None
         self._lock = _locked(folder)
         self._path = folder / FILE
         try:
@@ -43,10 +41,6 @@ class Store:
         except BaseException:
             os.close(self._lock)
             raise
-
-    @property
-    def has_unsaved(self) -> bool:
-        return bool(self._unsaved) or self._drained is not None
 
     def records(self) -> list[bytes]:
         """All jobs, in the order of submission. Raises ConfigError for a damaged file, as `drained`."""
@@ -73,34 +67,21 @@ class Store:
             raise OSError(str(error)) from error
         return str(found)
 
-    def save(self, job_id: str, number: int, record: bytes) -> None:
-        self._unsaved[job_id] = number, record
-
-    def erase(self, job_id: str) -> None:
-        self._unsaved[job_id] = None
-
-    def save_drained(self, worker_ids: tuple[str, ...]) -> None:
-        self._drained = worker_ids
-
-    def commit(self) -> None:
-        """Writes all that is unsaved, or raises OSError that says why it cannot, and keeps it."""
-        if not self.has_unsaved:
-            return
-        saved = [(job_id, *entry) for job_id, entry in self._unsaved.items() if entry is not None]
-        erased = [(job_id,) for job_id, entry in self._unsaved.items() if entry is None]
+    def commit(self, records: Records, drained: tuple[str, ...] | None) -> None:
+        """Writes all of it, or nothing and raises OSError that says why it cannot."""
+        saved = [(job_id, *entry) for job_id, entry in records.items() if entry is not None]
+        erased = [(job_id,) for job_id, entry in records.items() if entry is None]
         self._check_path()
         try:
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")
                 self._database.executemany("INSERT OR REPLACE INTO jobs VALUES (?, ?, ?)", saved)
                 self._database.executemany("DELETE FROM jobs WHERE job_id = ?", erased)
-                if self._drained is not None:
+                if drained is not None:
                     self._database.execute("DELETE FROM drained")
-                    self._database.executemany("INSERT INTO drained VALUES (?)", [(name,) for name in self._drained])
+                    self._database.executemany("INSERT INTO drained VALUES (?)", [(name,) for name in drained])
         except sqlite3.Error as error:
             raise OSError(str(error)) from error
-        self._unsaved.clear()
-        self._drained = None
 
     def _check_path(self) -> None:
         """SQLite would go on writing into a file that has no name any more, and say nothing."""
@@ -110,11 +91,6 @@ class Store:
             raise OSError(f"{self._path} is gone: {error.strerror}") from None
         if (found.st_dev, found.st_ino) != self._inode:
             raise OSError(f"{self._path} was replaced while in use: restart the orchestrator")
-
-    def abandon(self, job_ids: Iterable[str]) -> None:
-        """Does not try again to write these jobs."""
-        for job_id in job_ids:
-            self._unsaved.pop(job_id, None)
 
     def close(self) -> None:
         self._database.close()

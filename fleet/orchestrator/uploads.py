@@ -1,9 +1,11 @@
-"""The bundles that clients are sending: which of them are asked for, and by when the next part must come. Pure; knows no job."""
+"""Bundles of jobs: which are needed, which are on the way, and until when the next part must come. Pure; knows no job."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter
 from dataclasses import dataclass, field
+
+from fleet.orchestrator.deadlines import Deadlines
 
 NEXT_PART_WITHIN_S = 60.0
 
@@ -14,18 +16,18 @@ Upload = tuple[bytes, str]  # (peer, digest)
 class Uploads:
     """Invariant: an upload is here from its first job's submission until it is whole, refused, or wanted by no job."""
 
-    # When each is given up. In the order in which they were last heard of, so that the most silent one is first.
-    _until: OrderedDict[Upload, float] = field(default_factory=OrderedDict)
+    users: Counter[str] = field(default_factory=Counter)  # jobs that have not ended, by digest
+    until: Deadlines[Upload] = field(default_factory=Deadlines)  # when each is given up
     _asked: set[Upload] = field(default_factory=set)  # on this connection: its next part is on the way
 
     def __contains__(self, upload: Upload) -> bool:
-        return upload in self._until
+        return upload in self.until
 
     def begin(self, peer: bytes, digest: str, now: float) -> bool:
         """A job of this client waits for the bundle. Whether the client must be asked for a part."""
         upload = peer, digest
-        if upload not in self._until:
-            self._until[upload] = now + NEXT_PART_WITHIN_S
+        if upload not in self.until:
+            self.until.set(upload, now + NEXT_PART_WITHIN_S)
         if upload in self._asked:
             return False
         self._asked.add(upload)
@@ -33,11 +35,9 @@ class Uploads:
 
     def heard(self, peer: bytes, digest: str, now: float) -> bool:
         """A part came. Whether it belongs to an upload."""
-        upload = peer, digest
-        if upload not in self._until:
+        if (peer, digest) not in self.until:
             return False
-        self._until[upload] = now + NEXT_PART_WITHIN_S
-        self._until.move_to_end(upload)
+        self.until.set((peer, digest), now + NEXT_PART_WITHIN_S)
         return True
 
     def connected_again(self, peer: bytes) -> None:
@@ -45,21 +45,28 @@ class Uploads:
         self._asked = {upload for upload in self._asked if upload[0] != peer}
 
     def end(self, peer: bytes, digest: str) -> None:
-        self._until.pop((peer, digest), None)
+        self.until.discard((peer, digest))
         self._asked.discard((peer, digest))
 
     def end_all(self, digest: str) -> None:
-        """The bundle is here, whoever sent it."""
-        for peer in [peer for peer, other in self._until if other == digest]:
+        """The bundle is here, whichever client sent it."""
+        for peer in [peer for peer, other in self.until if other == digest]:
             self.end(peer, digest)
 
+    def of(self, peer: bytes) -> list[str]:
+        """The digests of what this client is sending."""
+        return [digest for other, digest in self.until if other == peer]
+
     def overdue(self, now: float) -> list[Upload]:
-        found = []
-        for upload, until in self._until.items():
-            if now < until:
-                break
-            found.append(upload)
+        """Those that are given up. They are none any more."""
+        found = self.until.due(now)
+        self._asked.difference_update(found)
         return found
 
-    def next_deadline(self) -> float | None:
-        return next(iter(self._until.values()), None)
+    def release(self, digest: str) -> bool:
+        """A job that needed the bundle has ended. Whether no other job needs it."""
+        self.users[digest] -= 1
+        if self.users[digest]:
+            return False
+        del self.users[digest]
+        return True

@@ -13,9 +13,9 @@ from typing import get_args
 import msgspec
 
 from fleet import messages as m
-from fleet.orchestrator.gangs import Gangs, some
 from fleet.orchestrator.jobs import Job, JobState
-from fleet.orchestrator.state import Worker
+from fleet.orchestrator.scheduler import Scheduler
+from fleet.orchestrator.state import Worker, some
 from fleet.values import WorkerStateName
 
 PAGE_BYTES = 1 << 20  # of jobs in one answer: a frame has 8 MB, and the largest job less than 7
@@ -39,15 +39,16 @@ class Totals:
 class View:
     """The orchestrator's state at one moment. `now` is of the orchestrator's monotonic clock."""
 
-    state: Gangs
+    scheduler: Scheduler
     now: float
 
     def workers(self) -> tuple[m.WorkerState, ...]:
         """All workers, in the order in which they joined."""
-        return tuple(map(self.worker, self.state.workers.values()))
+        return tuple(map(self.worker, self.scheduler.membership.workers.values()))
 
     def worker(self, worker: Worker) -> m.WorkerState:
-        hello, room, jobs = worker.hello, self.state.rooms[worker.worker_id], self.state.jobs
+        hello, room = worker.hello, self.scheduler.membership.rooms[worker.worker_id]
+        jobs = self.scheduler.assignments.held.get(worker.worker_id, {}).values()
         return m.WorkerState(
             worker_id=worker.worker_id,
             host=hello.host,
@@ -55,14 +56,14 @@ class View:
             slots=hello.slots,
             busy=room.taken,
             versions=hello.versions,
-            jobs=tuple(sorted(self.state.seated.get(worker.worker_id, ()), key=lambda job_id: jobs[job_id].number)),
+            jobs=tuple(job.job_id for job in sorted(jobs, key=lambda job: job.number)),
             gpus=hello.gpus,
             load=room.load,
         )
 
     def job(self, job: Job, alone: bool = True) -> m.JobInfo:
         """One job. Its turn is counted if it is shown `alone`: for each job of a long queue, that would take too long."""
-        epoch = self.state.epoch
+        epoch = self.scheduler.effects.epoch
         return m.JobInfo(
             job_id=job.job_id,
             state=job.state.name.lower(),
@@ -104,31 +105,31 @@ class View:
 
     def waits_for(self, job: Job) -> str:
         """The reason, in words, why a job has not started; empty for a job that has."""
-        state = self.state
         if job.state is JobState.FETCHING:
             return "its files"
         if job.state is JobState.ASSIGNED:
             return f"{some([worker_id for worker_id in job.workers if worker_id not in job.ports])} to prepare it"
         if job.state is not JobState.QUEUED:
             return ""
-        if job.job_id not in state.waiting:
-            due = next((when for when, job_id, _ in state.delayed if job_id == job.job_id), self.now)
+        assignments = self.scheduler.assignments
+        if job.job_id in assignments.backoff:
+            due = assignments.backoff[job.job_id]
             return f"{max(0.0, due - self.now):.1f} s until attempt {job.attempt}, after {job.losses} lost workers"
-        before = state.waiting.before(job.job_id)
+        before = assignments.queue.before(job.job_id)
         turn = f"; {before} job{'s have their' if before > 1 else ' has its'} turn before it" if before else ""
-        return state.rooms.missing(job.shape) + turn
+        return self.scheduler.membership.rooms.missing(job.shape) + turn
 
     def totals(self) -> Totals:
-        state = self.state
+        membership = self.scheduler.membership
         workers: dict[WorkerStateName, int] = dict.fromkeys(get_args(WorkerStateName), 0)
         slots = busy = 0
-        for worker in state.workers.values():
+        for worker in membership.workers.values():
             workers[worker.state] += 1
-            room = state.rooms[worker.worker_id]
+            room = membership.rooms[worker.worker_id]
             slots, busy = slots + room.slots, busy + room.taken
         waiting = running = 0
         longest_wait_s = 0.0
-        for job in state.jobs.values():
+        for job in self.scheduler.jobs.values():
             if job.state in WAITING:
                 waiting += 1
                 longest_wait_s = max(longest_wait_s, self.now - job.queued_at)
@@ -136,7 +137,7 @@ class View:
         return Totals(workers, slots - busy, busy, waiting, longest_wait_s, running)
 
     def _matching(self, ask: m.ListJobs) -> Iterator[Job]:
-        jobs = self.state.jobs
+        jobs = self.scheduler.jobs
         newest_first: Iterable[Job] = (jobs[ask.job_id],) if ask.job_id in jobs else reversed(jobs.values())
         for job in newest_first:
             if (

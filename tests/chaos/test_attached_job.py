@@ -16,7 +16,7 @@ from place import Place
 from proxy import Proxy
 
 from fleet.cli.runtime import runtime_folder
-from fleet.orchestrator.core import RECONNECT_GRACE_S
+from fleet.orchestrator.membership import RECONNECT_GRACE_S
 
 
 @pytest.fixture

@@ -114,20 +114,20 @@ def test_a_client_that_does_not_read_is_told_to_say_hello_again(tmp_path: Path) 
         client.connect(service.endpoint)
         client.send(m.encode(m.ClientHello(VERSIONS)))
         asked = m.encode(m.Why("x" * 64))  # it is told at some length that there is no such job
-        while not service._core.behind:
+        while not len(service._core.clients.behind):
             client.send(asked)
         while m.decode(client.recv()) != m.Unknown():
             pass
         client.send(m.encode(m.ClientHello(VERSIONS)))
         while not isinstance(m.decode(client.recv()), m.Welcome):
             pass
-        assert service._core.behind == {}
+        assert not len(service._core.clients.behind)
 
 
 def test_a_flood_from_a_member_that_is_gone_then_ends_nobody(tmp_path: Path) -> None:
     """libzmq aborted the process: a socket that pings, a full queue of what it received, a peer that hangs up."""
     with orchestrator(tmp_path / "o") as (service, bus):
-        with service._turning:  # it stands still, and what arrives fills its queue
+        with service._core_lock:  # it stands still, and what arrives fills its queue
             with zmq.Context() as context, context.socket(zmq.DEALER) as flood:
                 flood.setsockopt(zmq.LINGER, 0)
                 flood.setsockopt(zmq.SNDHWM, 0)

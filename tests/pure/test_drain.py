@@ -84,7 +84,7 @@ def test_a_worker_that_leaves_gets_no_new_work() -> None:
     core = cluster(1, 1)
     core.step(o.Received(b"w0/1", m.Leaving()), 0.5)
     core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC)), 1.0)
-    assert core.jobs["j"].seats == ("w1",)
+    assert core.scheduler.jobs["j"].seats == ("w1",)
     effects = core.step(o.Received(CLIENT, m.ListWorkers()), 1.0)
     (listed,) = (x for x in sent(effects, CLIENT) if isinstance(x, m.Workers))
     assert [(x.worker_id, x.state, x.slots, x.busy, x.jobs) for x in listed.workers] == [
@@ -105,7 +105,7 @@ def test_a_job_that_is_handed_back_starts_again_on_others() -> None:
     for rank, worker in enumerate(("w0", "w1")):
         status = m.RankStatus(rank, worker, "h", 7, 0, signal=15, stopped=True)
         effects = core.step(o.Received(f"{worker}/1".encode(), m.RankExited("j", 1, status)), 2.1)
-    job = core.jobs["j"]
+    job = core.scheduler.jobs["j"]
     assert (job.state, job.attempt, job.seats) == (JobState.ASSIGNED, 2, ("w1", "w2"))
     assert not any(isinstance(x, m.JobEnded) for x in sent(effects, CLIENT))
     assert m.Forget("j", 1) in sent(effects, b"w1/1")
@@ -118,9 +118,9 @@ def test_a_job_that_is_handed_back_starts_again_on_others() -> None:
 def test_a_job_that_had_not_started_moves_at_once() -> None:
     core = cluster(1, 1)
     core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC)), 0.0)
-    assert core.jobs["j"].seats == ("w0",)
+    assert core.scheduler.jobs["j"].seats == ("w0",)
     effects = core.step(o.Received(b"w0/1", m.Leaving()), 1.0)
-    assert core.jobs["j"].seats == ("w1",)
+    assert core.scheduler.jobs["j"].seats == ("w1",)
     assert [type(x) for x in sent(effects, b"w0/1")] == [m.Stop, m.Forget]
 
 
@@ -159,7 +159,7 @@ def test_a_ping_is_answered_whatever_else_is_true() -> None:
 def test_a_rank_that_its_worker_stopped_begins_again_though_the_hand_back_was_lost() -> None:
     core = cluster(1, 1)
     running(core, 1)
-    (worker,) = core.jobs["j"].workers
+    (worker,) = core.scheduler.jobs["j"].workers
     status = m.RankStatus(0, worker, "h", 7, 0, signal=15, stopped=True)
     core.step(o.Received(f"{worker}/1".encode(), m.RankExited("j", 1, status)), 1.0)
-    assert (core.jobs["j"].state, core.jobs["j"].attempt) == (JobState.ASSIGNED, 2)
+    assert (core.scheduler.jobs["j"].state, core.scheduler.jobs["j"].attempt) == (JobState.ASSIGNED, 2)

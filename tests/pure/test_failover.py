@@ -6,9 +6,10 @@ import pytest
 
 from fleet import messages as m
 from fleet.orchestrator import state as o
-from fleet.orchestrator.core import RECONNECT_GRACE_S, RETURN_WITHIN_S, Core
-from fleet.orchestrator.gangs import PREPARE_WITHIN_S
+from fleet.orchestrator.assignments import PREPARE_WITHIN_S
+from fleet.orchestrator.core import Core
 from fleet.orchestrator.jobs import MOVES, Job, JobState, recalled, record
+from fleet.orchestrator.membership import RECONNECT_GRACE_S, RETURN_WITHIN_S
 from fleet.orchestrator.view import View
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
 from tests.pure.test_scheduling import alive, finish, submit
@@ -16,7 +17,7 @@ from tests.pure.test_scheduling import alive, finish, submit
 
 def lose(core: Core, worker_id: str, now: float) -> list[o.Effect]:
     core.step(o.PeerLost(f"{worker_id}/1".encode()), now)
-    for other in core.workers:
+    for other in core.membership.workers:
         if other != worker_id:
             core.step(o.Received(f"{other}/1".encode(), m.Heartbeat()), now + RECONNECT_GRACE_S / 2)
     return core.step(o.Tick(), now + RECONNECT_GRACE_S)
@@ -28,7 +29,7 @@ def test_a_lost_workers_job_goes_to_another_at_once() -> None:
     core.step(o.Received(b"w0/1", m.Assigned("j", 1, 5)), 0.0)
     effects = lose(core, "w0", 1.0)
     assert [type(x) for x in sent(effects, b"w1/1")] == [m.Assign]
-    job = core.jobs["j"]
+    job = core.scheduler.jobs["j"]
     assert (job.attempt, job.losses, core.counts.failovers) == (2, 1, 1)
     assert job.history == (
         "attempt 1: worker w0 (10.0.0.0) was lost: its connection closed and did not come back in 2 s",
@@ -42,12 +43,12 @@ def test_a_gang_that_loses_a_rank_begins_again_once_the_others_have_stopped() ->
     running(core, 2)
     effects = lose(core, "w0", 1.0)
     assert [type(x) for x in sent(effects, b"w1/1")] == [m.MemberLost, m.Stop]
-    assert core.jobs["j"].state is JobState.STOPPING
+    assert core.scheduler.jobs["j"].state is JobState.STOPPING
     status = m.RankStatus(1, "w1", "h", 8, 1, stopped=True)
     effects = core.step(o.Received(b"w1/1", m.RankExited("j", 1, status)), 3.2)
     assert m.Forget("j", 1) in sent(effects, b"w1/1")
-    assert (core.jobs["j"].state, core.jobs["j"].attempt) == (JobState.ASSIGNED, 2)
-    assert set(core.jobs["j"].seats) == {"w1", "w2"}
+    assert (core.scheduler.jobs["j"].state, core.scheduler.jobs["j"].attempt) == (JobState.ASSIGNED, 2)
+    assert set(core.scheduler.jobs["j"].seats) == {"w1", "w2"}
 
 
 def test_a_job_that_kills_worker_after_worker_is_quarantined_with_its_history() -> None:
@@ -55,7 +56,7 @@ def test_a_job_that_kills_worker_after_worker_is_quarantined_with_its_history() 
     submit(core, "poison", max_restarts=2)
     now, waited = 0.0, []
     for attempt in (1, 2, 3):
-        job = core.jobs["poison"]
+        job = core.scheduler.jobs["poison"]
         while job.state is JobState.QUEUED:  # backoff
             due = core.next_deadline()
             assert due is not None
@@ -65,7 +66,7 @@ def test_a_job_that_kills_worker_after_worker_is_quarantined_with_its_history() 
         assert job.attempt == attempt
         lose(core, job.seats[0], now)
         now += RECONNECT_GRACE_S
-    job = core.jobs["poison"]
+    job = core.scheduler.jobs["poison"]
     assert (job.state, job.outcome, job.losses) == (JobState.ENDED, "quarantined", 3)
     assert "quarantined: all of its 3 attempts lost a worker" in job.reason
     assert len(job.history) == 2
@@ -78,7 +79,7 @@ def test_without_restarts_a_lost_worker_ends_the_job_and_is_named() -> None:
     submit(core, "once", max_restarts=0)
     core.step(o.Received(b"w0/1", m.Assigned("once", 1, 5)), 0.0)
     lose(core, "w0", 1.0)
-    job = core.jobs["once"]
+    job = core.scheduler.jobs["once"]
     assert (job.outcome, job.attempt) == ("failed", 1)
     assert "worker w0 (10.0.0.0) was lost" in job.reason
 
@@ -93,8 +94,8 @@ def test_a_result_of_a_worker_that_was_given_up_is_dropped() -> None:
     assert [type(x) for x in sent(effects, b"w0/1")] == [m.Welcome, m.Stop, m.Forget]
     late = m.RankExited("j", 1, m.RankStatus(0, "w0", "h", 7, 0))
     assert [type(x) for x in sent(core.step(o.Received(b"w0/1", late), 5.1), b"w0/1")] == [m.Stop, m.Forget]
-    assert core.jobs["j"].state is JobState.ASSIGNED
-    assert core.jobs["j"].seats == ("w1",)
+    assert core.scheduler.jobs["j"].state is JobState.ASSIGNED
+    assert core.scheduler.jobs["j"].seats == ("w1",)
 
 
 def test_a_task_runner_does_not_start_again_and_its_client_is_told() -> None:
@@ -122,7 +123,7 @@ def test_a_task_runner_that_its_own_executor_ends_has_done_its_work(peer: bytes,
     core.step(o.Received(peer, m.Cancel("t", kill=True)), 1.0)
     status = m.RankStatus(0, "w0", "h", 7, 0, signal=9, stopped=True)
     core.step(o.Received(b"w0/1", m.RankExited("t", 1, status)), 1.1)
-    assert core.jobs["t"].outcome == outcome
+    assert core.scheduler.jobs["t"].outcome == outcome
 
 
 def test_a_drained_worker_gets_nothing_new_and_what_runs_moves_after_its_time() -> None:
@@ -132,33 +133,35 @@ def test_a_drained_worker_gets_nothing_new_and_what_runs_moves_after_its_time() 
     effects = core.step(o.Received(CLIENT, m.Drain("w0", 2.0)), 1.0)
     assert sent(effects, CLIENT) == [m.Drained("w0", ("j",))]
     submit(core, "k", now=1.5)
-    assert core.jobs["k"].seats == ("w1",)
+    assert core.scheduler.jobs["k"].seats == ("w1",)
     assert core.next_deadline() == 3.0
     effects = core.step(o.Tick(), 3.0)
     assert [type(x) for x in sent(effects, b"w0/1")] == [m.Stop]
-    assert core.jobs["j"].state is JobState.STOPPING
+    assert core.scheduler.jobs["j"].state is JobState.STOPPING
     effects = core.step(o.Received(CLIENT, m.Drain("w9")), 3.1)
     (answer,) = sent(effects, CLIENT)
     assert isinstance(answer, m.Drained)
     assert "there is no worker 'w9' in this cluster; there are: w0, w1" in answer.error
     # It stays drained when it comes back, until somebody takes that back.
     core.step(o.Received(b"w0/2", m.WorkerHello("w0", "2", "h", 1, VERSIONS)), 3.2)
-    assert core.workers["w0"].state == "draining"
+    assert core.membership.workers["w0"].state == "draining"
     core.step(o.Received(CLIENT, m.Drain("w0", undo=True)), 3.3)
-    assert core.workers["w0"].state == "ready"
-    assert core.jobs["j"].seats == ("w0",)
+    assert core.membership.workers["w0"].state == "ready"
+    assert core.scheduler.jobs["j"].seats == ("w0",)
 
 
 def durable(*slots: int) -> Core:
     core = cluster(*slots)
-    core.durable = True
+    core.effects.durable = True
     return core
 
 
 def restarted(core: Core, now: float) -> Core:
     """What comes back from what was written down."""
     again = Core(VERSIONS, durable=True)
-    again.recall([recalled(record(job, 0.0), 0.0) for job in core.jobs.values()], core.drained, now)
+    again.recall(
+        [recalled(record(job, 0.0), 0.0) for job in core.scheduler.jobs.values()], core.membership.drained, now
+    )
     return again
 
 
@@ -187,7 +190,7 @@ def test_a_disk_that_takes_nothing_refuses_new_jobs_and_keeps_the_old() -> None:
     assert save.is_new
     assert isinstance(sent(core.step(o.SaveFailed(("newer",), "full"), 0.1), CLIENT)[0], m.Rejected)
     finish(core, "old", 1.0)
-    assert core.jobs["old"].outcome == "succeeded"
+    assert core.scheduler.jobs["old"].outcome == "succeeded"
     core.step(o.SavesAgain(), 2.0)
     submit(core, "newest")
     assert isinstance(sent(core.step(o.Saved("newest"), 2.0), CLIENT)[0], m.Accepted)
@@ -199,36 +202,36 @@ def test_a_restarted_orchestrator_finds_what_waits_what_runs_and_what_has_ended(
         submit(core, job_id)
         core.step(o.Saved(job_id), 0.0)
     finish(core, "done", 1.0)
-    runs = core.jobs["runs"]
+    runs = core.scheduler.jobs["runs"]
     (worker_id,) = runs.workers
     peer = f"{worker_id}/1".encode()
     core.step(o.Received(peer, m.Assigned("runs", 1, 5)), 1.0)
-    assert core.jobs["waits"].seats != ()
+    assert core.scheduler.jobs["waits"].seats != ()
     again = restarted(core, 10.0)
-    assert again.jobs["done"].outcome == "succeeded"
+    assert again.scheduler.jobs["done"].outcome == "succeeded"
     hello = m.WorkerHello(worker_id, "1", "h", 1, VERSIONS, (("runs", 1),))
     effects = again.step(o.Received(peer, hello), 11.0)
     assert [type(x) for x in sent(effects, peer)] == [m.Welcome, m.Launch]
-    assert again.rooms[worker_id].taken == 1
-    assert again.jobs["runs"].state is JobState.RUNNING
+    assert again.membership.rooms[worker_id].taken == 1
+    assert again.scheduler.jobs["runs"].state is JobState.RUNNING
     finish(again, "runs", 12.0)
-    assert again.jobs["runs"].outcome == "succeeded"
-    assert again.jobs["runs"].attempt == 1
+    assert again.scheduler.jobs["runs"].outcome == "succeeded"
+    assert again.scheduler.jobs["runs"].attempt == 1
     # The other worker does not come back, so what it had been given starts elsewhere.
     again.step(o.Received(peer, m.Heartbeat()), 10.0 + RETURN_WITHIN_S)
     again.step(o.Tick(), 10.0 + RETURN_WITHIN_S)
-    assert (again.jobs["waits"].seats, again.jobs["waits"].attempt) == ((worker_id,), 2)
+    assert (again.scheduler.jobs["waits"].seats, again.scheduler.jobs["waits"].attempt) == ((worker_id,), 2)
 
 
 def test_what_has_ended_is_kept_by_number_and_by_time() -> None:
     core = durable(1)
-    core.keep_jobs, core.keep_s = 2, 100.0
+    core.scheduler.keep_jobs, core.scheduler.keep_s = 2, 100.0
     effects: list[o.Effect] = []
     for number in range(4):
         submit(core, f"j{number}")
         core.step(o.Saved(f"j{number}"), 0.0)
         finish(core, f"j{number}", float(number))
-    assert list(core.jobs) == ["j2", "j3"]
+    assert list(core.scheduler.jobs) == ["j2", "j3"]
     effects = core.step(o.Tick(), 102.5)
     assert [x.job_id for x in effects if isinstance(x, o.Erase)] == ["j2"]
 
@@ -259,7 +262,7 @@ def test_an_exit_before_the_start_was_written_down_begins_the_job_again() -> Non
     assert m.Stop("j", 1, "it ran before its start was written down") in sent(effects, b"w1/1")
     stopped = m.RankStatus(1, "w1", "h", 0, 0, stopped=True)
     core.step(o.Received(b"w1/1", m.RankExited("j", 1, stopped)), 1.1)
-    assert (core.jobs["j"].state, core.jobs["j"].attempt) == (JobState.ASSIGNED, 2)
+    assert (core.scheduler.jobs["j"].state, core.scheduler.jobs["j"].attempt) == (JobState.ASSIGNED, 2)
 
 
 def test_a_late_failure_to_prepare_concerns_no_job_that_has_ended() -> None:
@@ -269,7 +272,7 @@ def test_a_late_failure_to_prepare_concerns_no_job_that_has_ended() -> None:
     effects = core.step(o.Received(b"w0/1", m.AssignFailed("j", 1, "no space left")), 0.2)
     assert [type(x) for x in sent(effects, b"w0/1")] == [m.Stop, m.Forget]
     assert len(effects) == 2
-    assert core.jobs["j"].losses == 0
+    assert core.scheduler.jobs["j"].losses == 0
 
 
 def test_files_that_no_worker_could_unpack_fail_their_job_and_no_other_worker_is_tried() -> None:
@@ -282,7 +285,11 @@ def test_files_that_no_worker_could_unpack_fail_their_job_and_no_other_worker_is
     (ended,) = sent(effects, CLIENT)
     assert isinstance(ended, m.JobEnded)
     assert ended.reason == "it cannot be started: its bundle cannot be unpacked: it was cut"
-    assert (core.jobs["j"].outcome, core.jobs["j"].losses, core.jobs["j"].attempt) == ("failed", 0, 1)
+    assert (core.scheduler.jobs["j"].outcome, core.scheduler.jobs["j"].losses, core.scheduler.jobs["j"].attempt) == (
+        "failed",
+        0,
+        1,
+    )
 
 
 def test_a_part_that_was_done_before_a_restart_is_not_lost_with_its_worker() -> None:
@@ -298,7 +305,7 @@ def test_a_part_that_was_done_before_a_restart_is_not_lost_with_its_worker() -> 
     hello = m.WorkerHello("w1", "1", "h", 1, VERSIONS, (("j", 1),))
     again.step(o.Received(b"w1/1", hello), 11.0)
     again.step(o.Received(b"w1/1", m.RankExited("j", 1, m.RankStatus(1, "w1", "h", 8, 0))), 12.0)
-    assert (again.jobs["j"].outcome, again.jobs["j"].attempt) == ("succeeded", 1)
+    assert (again.scheduler.jobs["j"].outcome, again.scheduler.jobs["j"].attempt) == ("succeeded", 1)
 
 
 def test_a_deadline_that_has_come_is_met_whatever_rounding_says() -> None:
@@ -307,7 +314,7 @@ def test_a_deadline_that_has_come_is_met_whatever_rounding_says() -> None:
     due = core.next_deadline()
     assert due is not None
     core.step(o.Tick(), due)
-    assert core.workers == {}
+    assert core.membership.workers == {}
 
 
 def test_a_detached_job_is_still_detached_after_a_restart() -> None:
@@ -317,7 +324,7 @@ def test_a_detached_job_is_still_detached_after_a_restart() -> None:
     again = Core(VERSIONS, durable=True)
     again.recall([recalled(save.record, 0.0)], (), 10.0)
     again.step(o.Tick(), 10.0 + RETURN_WITHIN_S)
-    assert again.jobs["j"].state is JobState.QUEUED
+    assert again.scheduler.jobs["j"].state is JobState.QUEUED
 
 
 def test_a_worker_that_heard_of_a_job_too_late_need_not_hold_it() -> None:
@@ -334,10 +341,10 @@ def test_nobody_is_judged_before_all_that_arrived_was_read() -> None:
     """The first message that is read after a pause must not cost those their lives whose messages lie behind it."""
     core = cluster(1, 1)
     core.step(o.Received(b"w0/1", m.Heartbeat()), 7.0)
-    assert set(core.workers) == {"w0", "w1"}
+    assert set(core.membership.workers) == {"w0", "w1"}
     core.step(o.Received(b"w1/1", m.Heartbeat()), 7.0)
     core.step(o.Tick(), 7.0)
-    assert set(core.workers) == {"w0", "w1"}
+    assert set(core.membership.workers) == {"w0", "w1"}
 
 
 def test_connections_that_broke_while_the_orchestrator_stood_still_have_as_long_as_after_its_restart() -> None:
@@ -347,20 +354,20 @@ def test_connections_that_broke_while_the_orchestrator_stood_still_have_as_long_
     core.step(o.PeerLost(b"w1/1"), 1.6)
     for now in (1.5 + RECONNECT_GRACE_S, 4.9):
         core.step(o.Tick(), now)
-    assert set(core.workers) == {"w0", "w1"}
+    assert set(core.membership.workers) == {"w0", "w1"}
 
 
 def test_times_stay_where_they_were_on_the_wall_when_that_runs_on() -> None:
     """A suspended laptop: its wall clock has gone on for eight hours, and its monotonic clock has not."""
     core = cluster(1)
-    core.epoch = 1_000_000.0
+    core.effects.epoch = 1_000_000.0
     running(core, 1)
-    before = View(core, 1.0).job(core.jobs["j"])
-    core.move_epoch(core.epoch + 8 * 3600)
-    after = View(core, 1.0).job(core.jobs["j"])
+    before = View(core, 1.0).job(core.scheduler.jobs["j"])
+    core.move_epoch(core.effects.epoch + 8 * 3600)
+    after = View(core, 1.0).job(core.scheduler.jobs["j"])
     assert (after.submitted_at, after.started_at) == (before.submitted_at, before.started_at)
     core.step(o.Received(CLIENT, m.Submit("later", 1, SPEC)), 1.0)
-    assert View(core, 1.0).job(core.jobs["later"]).submitted_at == 1_000_000.0 + 8 * 3600 + 1.0
+    assert View(core, 1.0).job(core.scheduler.jobs["later"]).submitted_at == 1_000_000.0 + 8 * 3600 + 1.0
 
 
 def test_a_job_that_a_living_worker_does_not_prepare_goes_to_another_in_time() -> None:
@@ -368,21 +375,21 @@ def test_a_job_that_a_living_worker_does_not_prepare_goes_to_another_in_time() -
     spec = m.Spec("script", "t", digest="a" * 64, bundle_bytes=5)
     core.step(o.Received(CLIENT, m.Submit("j", 1, spec, detached=True)), 0.0)
     core.step(o.BundleStored(spec.digest), 0.0)
-    (first,) = core.jobs["j"].seats
+    (first,) = core.scheduler.jobs["j"].seats
     peer = f"{first}/1".encode()
 
     def live(until: float) -> None:
-        while core._now < until:
-            for worker in core.workers.values():
-                core.step(o.Received(worker.peer, m.Heartbeat()), min(core._now + 1.0, until))
-            core.step(o.Tick(), core._now)
+        while core.effects.now < until:
+            for worker in core.membership.workers.values():
+                core.step(o.Received(worker.peer, m.Heartbeat()), min(core.effects.now + 1.0, until))
+            core.step(o.Tick(), core.effects.now)
 
     live(400.0)
     core.step(o.Received(peer, m.Want(spec.digest, 1)), 400.0)  # it is slow
     live(400.0 + PREPARE_WITHIN_S - 1.0)
-    assert core.jobs["j"].attempt == 1
+    assert core.scheduler.jobs["j"].attempt == 1
     live(400.0 + PREPARE_WITHIN_S)
-    job = core.jobs["j"]
+    job = core.scheduler.jobs["j"]
     assert (job.attempt, job.losses, job.seats) == (2, 1, (f"w{1 - int(first[1])}",))
     assert f"worker {first} (10.0.0.{first[1]}) did not prepare it within 600 s" in job.history[0]
-    assert core.rooms[first].taken == 0
+    assert core.membership.rooms[first].taken == 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fleet import messages as m
 from fleet.client.output_sequence import OutputSequence
 from fleet.orchestrator import state as o
-from fleet.orchestrator.core import TELL_AGAIN_S
 from fleet.orchestrator.jobs import JobState
+from fleet.orchestrator.membership import TELL_AGAIN_S
 from fleet.worker import state as w
 from fleet.worker.ranks import MESSAGE_BYTES, RETRY_S, UNDER_WAY, UNREAD_S, WINDOW_BYTES
 from tests.pure.test_agent import KEY, joined, kinds, started, up
@@ -129,14 +129,14 @@ def test_a_peer_that_does_not_read_has_to_say_hello_again() -> None:
     assert [type(x) for x in sent(core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 2.6), CLIENT)] == [m.Welcome]
     again = core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC, again=True)), 2.7)
     assert sent(again, b"w0/1") == [m.Repeat("j", 1)]
-    assert core.behind == {}
+    assert len(core.membership.behind) == 0
 
 
 def test_a_worker_that_does_not_read_gets_no_new_work_until_it_is_back() -> None:
     core = cluster(1)
     core.step(o.PeerBehind(b"w0/1"), 1.0)
     core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC)), 1.0)
-    assert core.jobs["j"].state is JobState.QUEUED
+    assert core.scheduler.jobs["j"].state is JobState.QUEUED
     assert m.Unknown() in sent(core.step(o.Tick(), 1.0 + TELL_AGAIN_S), b"w0/1")
     effects = core.step(o.Received(b"w0/1", m.WorkerHello("w0", "1", "h", 1, VERSIONS)), 1.6)
     assert [type(x) for x in sent(effects, b"w0/1")] == [m.Welcome, m.Assign]
@@ -156,9 +156,9 @@ def test_a_worker_keeps_what_a_job_printed_until_its_client_has_it() -> None:
     effects = [effect for event in end() for effect in core.step(event, 1.0)]
     assert [type(x) for x in sent(effects, CLIENT)] == [m.Output, m.JobEnded]
     assert sent(effects, b"w0/1") == []
-    assert core.rooms["w0"].taken == 0  # its slot is free meanwhile
+    assert core.membership.rooms["w0"].taken == 0  # its slot is free meanwhile
     assert sent(core.step(o.Received(CLIENT, m.OutputAck("j", 1, 0, 1)), 1.1), b"w0/1") == [m.Forget("j", 1)]
-    assert core.owed == {}
+    assert core.output.owed == {}
 
 
 def test_a_client_that_was_away_when_its_job_ended_gets_what_was_printed_and_then_the_result() -> None:

@@ -9,8 +9,8 @@ import pytest
 from fleet import messages as m
 from fleet.dropped import LOG_EVERY_S, Dropped
 from fleet.orchestrator import state as o
-from fleet.orchestrator.core import HEARTBEAT_S, SILENT_AFTER_S
 from fleet.orchestrator.jobs import TAILS_TOLD_CHARS, Job, JobState
+from fleet.orchestrator.membership import HEARTBEAT_S, SILENT_AFTER_S
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
 
 NEWCOMER = b"w0/2"
@@ -25,9 +25,9 @@ def test_a_second_worker_of_a_known_id_is_refused_and_the_first_one_works_on() -
     (refused,) = sent(core.step(o.Received(NEWCOMER, SECOND), 1.0 + HEARTBEAT_S), NEWCOMER)
     assert isinstance(refused, m.Refused)
     assert "there is a worker w0 in this cluster already (10.0.0.0): set FLEET_WORKER_ID" in refused.reason
-    assert core.jobs["j"].state is JobState.RUNNING
-    assert core.workers["w0"].peer == b"w0/1"
-    assert core.claims == {}
+    assert core.scheduler.jobs["j"].state is JobState.RUNNING
+    assert core.membership.workers["w0"].peer == b"w0/1"
+    assert core.membership.claims == {}
 
 
 def test_what_a_killed_worker_had_said_before_is_no_sign_of_its_life() -> None:
@@ -39,7 +39,7 @@ def test_what_a_killed_worker_had_said_before_is_no_sign_of_its_life() -> None:
     core.step(o.PeerLost(b"w0/1"), 1.02)
     effects = core.step(o.Received(NEWCOMER, SECOND), 1.0 + HEARTBEAT_S)
     assert [type(x) for x in sent(effects, NEWCOMER)] == [m.Welcome, m.Assign]
-    assert core.jobs["j"].attempt == 2
+    assert core.scheduler.jobs["j"].attempt == 2
 
 
 def test_a_worker_whose_end_nobody_heard_of_is_taken_over_once_it_is_silent() -> None:
@@ -48,7 +48,7 @@ def test_a_worker_whose_end_nobody_heard_of_is_taken_over_once_it_is_silent() ->
     while not sent(core.step(o.Received(NEWCOMER, SECOND), now), NEWCOMER):
         now += HEARTBEAT_S
         assert now <= 1.0 + SILENT_AFTER_S + HEARTBEAT_S
-    assert core.workers["w0"].peer == NEWCOMER
+    assert core.membership.workers["w0"].peer == NEWCOMER
 
 
 def test_two_newcomers_do_not_speak_for_each_other() -> None:
@@ -57,14 +57,14 @@ def test_two_newcomers_do_not_speak_for_each_other() -> None:
     core.step(o.Received(NEWCOMER, SECOND), 1.0)
     core.step(o.Received(b"w0/1", m.Heartbeat()), 1.7)
     assert core.step(o.Received(b"w0/3", third), 1.8) == []
-    assert len(core.claims) == 1
+    assert len(core.membership.claims) == 1
 
 
 def test_a_worker_is_known_by_the_name_of_its_connection() -> None:
     core = cluster(1)
     (refused,) = sent(core.step(o.Received(b"w1/9", SECOND), 1.0), b"w1/9")
     assert isinstance(refused, m.Refused)
-    assert core.workers["w0"].peer == b"w0/1"
+    assert core.membership.workers["w0"].peer == b"w0/1"
 
 
 @pytest.mark.parametrize("rank", [1, 99])
@@ -75,7 +75,7 @@ def test_a_worker_speaks_for_its_own_ranks_alone(rank: int) -> None:
     core.step(o.Received(b"w0/1", m.RankExited("j", 1, m.RankStatus(rank, "w0", "h", 7, 1))), 1.0)
     core.step(o.Received(b"w0/1", m.Join("j", 1, rank, 7, "tcp://h:1")), 1.0)
     assert sent(core.step(o.Received(b"w0/1", m.Output("j", 1, rank, "stdout", b"x")), 1.0), CLIENT) == []
-    job = core.jobs["j"]
+    job = core.scheduler.jobs["j"]
     assert (job.state, job.exits, job.joined) == (JobState.RUNNING, {}, {})
 
 
@@ -91,7 +91,7 @@ def test_a_gang_over_many_workers_is_placed_in_time_that_grows_with_it() -> None
     """Each worker's ranks were looked for among all ranks, and its place among all workers."""
     core = cluster(*([1] * 4000))
     core.step(o.Received(CLIENT, m.Submit("j", 4000, SPEC)), 0.0)
-    job = core.jobs["j"]
+    job = core.scheduler.jobs["j"]
     calls = 0
     for worker_id in job.workers:
         assert len(job.members_on(worker_id)) == 1

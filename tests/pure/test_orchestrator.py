@@ -8,11 +8,11 @@ from msgspec.structs import replace
 
 from fleet import messages as m
 from fleet.orchestrator import state as o
-from fleet.orchestrator.core import HEARTBEAT_TIMEOUT_S, RECONNECT_GRACE_S
 from fleet.orchestrator.core import Core as Orchestrator
-from fleet.orchestrator.gangs import TELL_ENDED_AFTER_S
 from fleet.orchestrator.jobs import JobState
+from fleet.orchestrator.membership import HEARTBEAT_TIMEOUT_S, RECONNECT_GRACE_S
 from fleet.orchestrator.placement import Rooms, Shape
+from fleet.orchestrator.scheduler import TELL_ENDED_AFTER_S
 
 VERSIONS = m.Versions("0", "3.11")
 SPEC = m.Spec("script", "train.py", directory="/")
@@ -34,9 +34,9 @@ def cluster(*slots: int) -> Orchestrator:
 
 def running(core: Orchestrator, world_size: int) -> None:
     core.step(o.Received(CLIENT, m.Submit("j", world_size, SPEC)), 0.0)
-    for worker_id in core.jobs["j"].workers:
+    for worker_id in core.scheduler.jobs["j"].workers:
         core.step(o.Received(f"{worker_id}/1".encode(), m.Assigned("j", 1, 1234)), 0.0)
-    assert core.jobs["j"].state is JobState.RUNNING
+    assert core.scheduler.jobs["j"].state is JobState.RUNNING
 
 
 def test_a_gang_waits_and_says_for_what_then_starts_by_itself() -> None:
@@ -68,10 +68,10 @@ def test_a_lost_worker_has_a_grace_period_and_then_ends_its_jobs() -> None:
     assert core.next_deadline() == 1.0 + RECONNECT_GRACE_S
     core.step(o.Received(b"w0/1", m.Heartbeat()), 2.9)
     core.step(o.Tick(), 2.9)
-    assert "w1" in core.workers
+    assert "w1" in core.membership.workers
     effects = core.step(o.Tick(), 3.0)
-    assert "w1" not in core.workers
-    assert core.jobs["j"].cause == 1
+    assert "w1" not in core.membership.workers
+    assert core.scheduler.jobs["j"].cause == 1
     assert any(isinstance(x, m.Stop) for x in sent(effects, b"w0/1"))
 
 
@@ -86,7 +86,7 @@ def test_the_first_loss_is_announced_to_all_workers_before_the_stop_and_no_other
     second = m.RankStatus(1, "w1", "h", 8, 3)
     effects = core.step(o.Received(b"w1/1", m.RankExited("j", 1, second)), 1.1)
     assert not any(isinstance(x, o.Send) and isinstance(x.message, m.MemberLost | m.Stop) for x in effects)
-    assert core.jobs["j"].cause == 2
+    assert core.scheduler.jobs["j"].cause == 2
 
 
 def test_a_rank_that_ends_well_or_was_stopped_is_no_loss() -> None:
@@ -109,11 +109,11 @@ def test_a_rank_that_ended_with_0_is_told_to_the_others_once_they_have_had_the_t
     told = m.MemberLost("j", 1, replace(status, stderr_tail=""), "exit code 0", ((0, 12), (4, 1)))
     effects = core.step(o.Tick(), 1.0 + TELL_ENDED_AFTER_S)
     assert sent(effects, b"w0/1") == [told]
-    assert core.jobs["j"].state is JobState.RUNNING
-    back = replace(core.workers["w0"].hello, running=(("j", 1),))
+    assert core.scheduler.jobs["j"].state is JobState.RUNNING
+    back = replace(core.membership.workers["w0"].hello, running=(("j", 1),))
     assert told in sent(core.step(o.Received(b"w0/1", back), 2.0), b"w0/1"), "it may have missed that"
     effects = core.step(o.Received(b"w0/1", m.RankExited("j", 1, m.RankStatus(0, "w0", "h", 7, 0))), 3.0)
-    assert core.jobs["j"].outcome == "succeeded"
+    assert core.scheduler.jobs["j"].outcome == "succeeded"
     assert sent(core.step(o.Tick(), 4.0), b"w1/1") == []
 
 
@@ -125,13 +125,13 @@ def test_ranks_that_end_together_are_told_nothing() -> None:
         core.step(o.Received(f"{worker}/1".encode(), m.RankExited("j", 1, m.RankStatus(rank, worker, "h", 7, 0))), 1.0)
     effects = core.step(o.Tick(), 2.0)
     assert not any(isinstance(x, o.Send) and isinstance(x.message, m.MemberLost) for x in effects)
-    assert not core.leavers
+    assert not core.scheduler.leavers
 
 
 def test_a_lost_worker_is_announced_as_its_first_rank_to_the_workers_that_are_left() -> None:
     core = cluster(1, 2)
     running(core, 3)
-    lost_ranks = core.jobs["j"].members_on("w1")
+    lost_ranks = core.scheduler.jobs["j"].members_on("w1")
     for rank in lost_ranks:
         core.step(o.Received(b"w1/1", m.Join("j", 1, rank, 70 + rank, "tcp://h:1")), 0.5)
     core.step(o.PeerLost(b"w1/1"), 1.0)
@@ -199,7 +199,7 @@ def test_why_asks_all_ranks_and_their_answers_go_to_those_who_asked_alone() -> N
     core.step(o.Received(b"w0/1", m.Heartbeat()), 4.0)
     core.step(o.Received(b"w1/1", m.Heartbeat()), 4.0)
     core.step(o.Tick(), 4.0)
-    assert CURIOUS not in core.clients
+    assert CURIOUS not in core.clients.known
     assert core.step(o.Received(b"w1/1", answer), 4.1) == []
 
 
@@ -214,7 +214,7 @@ def test_why_counts_ranks_that_have_ended_too_since_their_agents_answer() -> Non
 def test_silence_is_a_loss_too() -> None:
     core = cluster(1)
     core.step(o.Tick(), HEARTBEAT_TIMEOUT_S)
-    assert core.workers == {}
+    assert core.membership.workers == {}
 
 
 def test_a_restarted_worker_is_not_its_ghost() -> None:
@@ -222,7 +222,7 @@ def test_a_restarted_worker_is_not_its_ghost() -> None:
     running(core, 1)
     core.step(o.PeerLost(b"w0/1"), 0.9)
     effects = core.step(o.Received(b"w0/2", m.WorkerHello("w0", "2", "h", 1, VERSIONS)), 1.0)
-    assert (core.jobs["j"].state, core.jobs["j"].attempt) == (JobState.ASSIGNED, 2)
+    assert (core.scheduler.jobs["j"].state, core.scheduler.jobs["j"].attempt) == (JobState.ASSIGNED, 2)
     assert [type(x) for x in sent(effects, b"w0/2")] == [m.Welcome, m.Assign]
     assert isinstance(sent(core.step(o.Received(b"w0/1", m.Heartbeat()), 1.1), b"w0/1")[0], m.Unknown)
 
@@ -263,7 +263,7 @@ def pass_time(core: Orchestrator, until: float, since: float = 0.0) -> None:
     """Workers go on saying that they live."""
     while since < until:
         since = min(until, since + 1.0)
-        for worker in core.workers.values():
+        for worker in core.membership.workers.values():
             core.step(o.Received(worker.peer, m.Heartbeat()), since)
     core.step(o.Tick(), until)
 
@@ -274,9 +274,9 @@ def test_a_job_outlives_the_connection_of_its_client_for_its_grace() -> None:
         of_a_client(core, grace_s)
         core.step(o.PeerLost(CLIENT), 0.0)
         pass_time(core, gone_at - 0.1)
-        assert core.jobs["j"].state is JobState.RUNNING
+        assert core.scheduler.jobs["j"].state is JobState.RUNNING
         pass_time(core, gone_at, gone_at - 0.1)
-        job = core.jobs["j"]
+        job = core.scheduler.jobs["j"]
         assert (job.state, job.reason) == (
             JobState.STOPPING,
             "its client was cut off for longer than its --grace",
@@ -296,7 +296,7 @@ def test_a_client_that_is_back_in_time_keeps_its_job() -> None:
     again = core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC, again=True)), 59.0)
     assert [type(x) for x in sent(again, CLIENT)] == [m.Accepted, m.Started]
     pass_time(core, 130.0, 59.0)
-    assert core.jobs["j"].state is JobState.RUNNING
+    assert core.scheduler.jobs["j"].state is JobState.RUNNING
 
 
 def test_a_client_that_says_goodbye_or_whose_process_has_ended_takes_its_job_along_at_once() -> None:
@@ -305,24 +305,27 @@ def test_a_client_that_says_goodbye_or_whose_process_has_ended_takes_its_job_alo
         of_a_client(core)
         if isinstance(ends, o.PeerDied):
             core.step(ends, 0.5)
-            assert core.jobs["j"].state is JobState.RUNNING  # a connection tells more than a number
+            assert core.scheduler.jobs["j"].state is JobState.RUNNING  # a connection tells more than a number
             core.step(o.PeerLost(CLIENT), 1.0)
         core.step(ends, 1.0)
-        assert (core.jobs["j"].state, core.jobs["j"].reason) == (JobState.STOPPING, "its client went away")
-        assert CLIENT not in core.clients
+        assert (core.scheduler.jobs["j"].state, core.scheduler.jobs["j"].reason) == (
+            JobState.STOPPING,
+            "its client went away",
+        )
+        assert CLIENT not in core.clients.known
         core.step(o.PeerLost(CLIENT), 1.1)
         assert core.next_deadline() is not None
 
 
 def test_only_processes_whose_numbers_mean_the_same_here_are_watched() -> None:
     core = cluster(1)
-    core.numbering = "boot/pid:[1]"
+    core.clients.numbering = "boot/pid:[1]"
     of_a_client(core, numbering="boot/pid:[2]", pid=7)
-    assert core.pids == {}
+    assert core.clients.pids == {}
     of_a_client(core, numbering="boot/pid:[1]", pid=7)
-    assert core.pids == {CLIENT: 7}
+    assert core.clients.pids == {CLIENT: 7}
     core.step(o.Received(CLIENT, m.Goodbye()), 1.0)
-    assert core.pids == {}
+    assert core.clients.pids == {}
 
 
 def test_an_answer_repeats_the_number_of_its_question() -> None:

@@ -51,9 +51,9 @@ def test_a_worker_that_is_away_is_named_and_told_later_what_is_forgotten() -> No
     core.step(o.PeerLost(b"w1/1"), 2.0)
     (answer,) = sent(core.step(o.Received(CLIENT, m.ListFiles("j", "w1", 7)), 2.1), CLIENT)
     assert answer.error == "worker w1 is not connected"
-    core.keep_jobs = 0
+    core.scheduler.keep_jobs = 0
     effects = core.step(o.Tick(), 2.2)
-    assert "j" not in core.jobs
+    assert "j" not in core.scheduler.jobs
     assert sent(effects, b"w0/1") == [m.Discard(("j",))]
     core.step(o.Received(b"w1/1", m.WorkerHello("w1", "1", "h", 1, VERSIONS)), 3.0)
     assert sent(core.step(o.Received(b"w1/1", m.Stored(("j",))), 3.1), b"w1/1") == [m.Discard(("j",))]
@@ -73,15 +73,15 @@ def test_a_worker_that_shares_the_storage_answers_for_one_that_is_gone() -> None
 def test_a_job_remembers_all_workers_that_it_was_on_and_what_they_deleted() -> None:
     core = cluster(1, 1)
     core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC)), 0.0)
-    first = core.jobs["j"].seats[0]
+    first = core.scheduler.jobs["j"].seats[0]
     core.step(o.Received(f"{first}/1".encode(), m.Assigned("j", 1, 5)), 0.0)
     core.step(o.Received(f"{first}/1".encode(), m.HandBack("j", 1)), 0.1)
     core.step(o.Received(f"{first}/1".encode(), m.Leaving()), 0.1)
     stopped = m.RankStatus(0, first, "h", 7, 0, 15, stopped=True)
     core.step(o.Received(f"{first}/1".encode(), m.RankExited("j", 1, stopped)), 0.2)
-    second = core.jobs["j"].seats[0]
-    assert tuple(core.jobs["j"].held_by) == (first, second)
+    second = core.scheduler.jobs["j"].seats[0]
+    assert tuple(core.scheduler.jobs["j"].held_by) == (first, second)
     core.step(o.Received(f"{first}/1".encode(), m.Left("j", 1, 3, 12_000_000, ("runs/",))), 0.3)
-    told = View(core, 0.3).job(core.jobs["j"])
+    told = View(core, 0.3).job(core.scheduler.jobs["j"])
     assert told.held_by == (first, second)
     assert told.left == (f"3 files (12.0 MB) in its working folder on worker {first}: runs/",)

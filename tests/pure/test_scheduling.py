@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core
+from fleet.orchestrator.job_queue import AGE_S, HOLD_AFTER_S, JobQueue, queue_key
 from fleet.orchestrator.jobs import JobState
 from fleet.orchestrator.placement import Rooms, Shape
-from fleet.orchestrator.waiting import AGE_S, HOLD_AFTER_S, Waiting, turn_of
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, sent
 
 
@@ -22,7 +22,7 @@ def submit(core: Core, job_id: str, ranks: int = 1, now: float = 0.0, **options:
 
 def finish(core: Core, job_id: str, now: float) -> None:
     """Its workers prepare it, it runs, and all its ranks end well."""
-    job = core.jobs[job_id]
+    job = core.scheduler.jobs[job_id]
     for worker_id in job.workers:
         core.step(o.Received(f"{worker_id}/1".encode(), m.Assigned(job_id, job.attempt, 1)), now)
     seats = job.seats
@@ -32,12 +32,12 @@ def finish(core: Core, job_id: str, now: float) -> None:
 
 
 def placed(core: Core) -> list[str]:
-    return [job_id for job_id, job in core.jobs.items() if job.seats]
+    return [job_id for job_id, job in core.scheduler.jobs.items() if job.seats]
 
 
 def alive(core: Core, until: float) -> None:
     """Workers go on saying that they live, so that time may pass."""
-    for worker_id in list(core.workers):
+    for worker_id in list(core.membership.workers):
         core.step(o.Received(f"{worker_id}/1".encode(), m.Heartbeat()), until)
     core.step(o.Tick(), until)
 
@@ -49,7 +49,7 @@ def test_a_higher_priority_starts_first_and_equals_in_the_order_of_submission() 
         submit(core, job_id, priority=priority)
     order = []
     for _ in range(6):
-        (job_id,) = [job_id for job_id in placed(core) if core.jobs[job_id].state is JobState.ASSIGNED]
+        (job_id,) = [job_id for job_id in placed(core) if core.scheduler.jobs[job_id].state is JobState.ASSIGNED]
         order.append(job_id)
         finish(core, job_id, 1.0)
     assert order == ["runs", "b", "d", "a", "c", "e"]
@@ -61,10 +61,10 @@ def test_a_job_that_waits_overtakes_a_higher_priority_that_comes_later() -> None
     submit(core, "old", priority=0, now=0.0)
     alive(core, 4.0)
     submit(core, "young", priority=1, now=4.0)
-    assert core.waiting.before("old") == 1
-    late = Waiting()
-    late.add(Shape(1), turn_of("old", 0.0, 0, 1))
-    late.add(Shape(1), turn_of("young", AGE_S + 1, 1, 2))
+    assert core.assignments.queue.before("old") == 1
+    late = JobQueue()
+    late.add(Shape(1), queue_key("old", 0.0, 0, 1))
+    late.add(Shape(1), queue_key("young", AGE_S + 1, 1, 2))
     assert late.before("old") == 0
 
 
@@ -124,10 +124,10 @@ def test_a_gang_that_waits_for_gpus_stops_only_what_would_take_something_from_it
         submit(core, f"cpu{number}", now=now)
     # w1 has no GPU, and of w0 the gang can use two slots, as many as there are GPUs.
     assert set(placed(core)) == {"gpu", "cpu0", "cpu1", "cpu2", "cpu3"}
-    assert "beside a job of 2 ranks of 1 GPU that has waited longer" in core.jobs["other-gpu"].waits_for
-    assert "1 slot is free, but not where 1 rank would fit beside a job" in core.jobs["cpu4"].waits_for
+    assert "beside a job of 2 ranks of 1 GPU that has waited longer" in core.scheduler.jobs["other-gpu"].waits_for
+    assert "1 slot is free, but not where 1 rank would fit beside a job" in core.scheduler.jobs["cpu4"].waits_for
     finish(core, "gpu", now)
-    assert core.jobs["gang"].state is JobState.ASSIGNED
+    assert core.scheduler.jobs["gang"].state is JobState.ASSIGNED
     assert "other-gpu" not in placed(core)
 
 
@@ -140,7 +140,7 @@ def test_a_gang_that_needs_large_workers_stops_nothing_on_small_ones() -> None:
         submit(core, f"small{number}", now=now)
     assert set(placed(core)) == {"long", "small0", "small1"}
     finish(core, "long", now)
-    assert core.jobs["wide"].state is JobState.ASSIGNED
+    assert core.scheduler.jobs["wide"].state is JobState.ASSIGNED
 
 
 def test_functions_go_to_workers_with_their_python() -> None:
@@ -151,11 +151,13 @@ def test_functions_go_to_workers_with_their_python() -> None:
     core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 0.0)
     for number in range(3):
         submit(core, f"j{number}", python="3.12")
-    assert [core.jobs[f"j{number}"].seats for number in range(3)] == [("new",), ("new",), ()]
+    assert [core.scheduler.jobs[f"j{number}"].seats for number in range(3)] == [("new",), ("new",), ()]
     submit(core, "any")
-    assert core.jobs["any"].seats == ("old",)
+    assert core.scheduler.jobs["any"].seats == ("old",)
     submit(core, "none", python="3.13")
-    assert core.jobs["none"].waits_for == "no worker runs Python 3.13, as its client does: they run 3.11, 3.12"
+    assert (
+        core.scheduler.jobs["none"].waits_for == "no worker runs Python 3.13, as its client does: they run 3.11, 3.12"
+    )
 
 
 def test_two_gangs_never_wait_for_each_other() -> None:
@@ -164,8 +166,8 @@ def test_two_gangs_never_wait_for_each_other() -> None:
     submit(core, "b", ranks=3)
     assert placed(core) == ["a"]
     finish(core, "a", 1.0)
-    assert core.jobs["b"].state is JobState.ASSIGNED
-    assert core.rooms.free == 1
+    assert core.scheduler.jobs["b"].state is JobState.ASSIGNED
+    assert core.membership.rooms.free == 1
 
 
 def test_what_a_job_waits_for_is_said() -> None:
@@ -196,13 +198,13 @@ def test_round_robin_takes_turns_and_the_least_loaded_is_the_least_busy_machine(
     core = cluster(4, 4, 4)
     for number in range(3):
         submit(core, f"r{number}", policy="round-robin")
-    assert [core.jobs[f"r{number}"].seats for number in range(3)] == [("w0",), ("w1",), ("w2",)]
+    assert [core.scheduler.jobs[f"r{number}"].seats for number in range(3)] == [("w0",), ("w1",), ("w2",)]
     core.step(o.Received(b"w0/1", m.Heartbeat(0.9)), 0.0)
     core.step(o.Received(b"w1/1", m.Heartbeat(0.5)), 0.0)
     submit(core, "l")
-    assert core.jobs["l"].seats == ("w2",)
+    assert core.scheduler.jobs["l"].seats == ("w2",)
     submit(core, "l2")
-    assert core.jobs["l2"].seats == ("w1",)
+    assert core.scheduler.jobs["l2"].seats == ("w1",)
 
 
 def test_a_rank_may_take_several_slots_and_gpus_of_one_worker() -> None:
@@ -212,14 +214,18 @@ def test_a_rank_may_take_several_slots_and_gpus_of_one_worker() -> None:
         core.step(o.Received(f"{name}/1".encode(), hello), 0.0)
     core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 0.0)
     submit(core, "gpu", ranks=3, gpus=1)
-    assert sorted(core.jobs["gpu"].seats) == ["b", "c", "c"]
+    assert sorted(core.scheduler.jobs["gpu"].seats) == ["b", "c", "c"]
     submit(core, "wide", ranks=3, slots=2)
-    assert sorted(core.jobs["wide"].seats) == ["a", "a", "b"]
+    assert sorted(core.scheduler.jobs["wide"].seats) == ["a", "a", "b"]
     submit(core, "more", gpus=1)
-    assert "2 slots are free, but not where 1 rank of 1 GPU would fit" in core.jobs["more"].waits_for
-    assert (core.rooms.free, core.rooms["c"].taken, core.rooms["c"].taken_gpus) == (2, 2, 2)
+    assert "2 slots are free, but not where 1 rank of 1 GPU would fit" in core.scheduler.jobs["more"].waits_for
+    assert (core.membership.rooms.free, core.membership.rooms["c"].taken, core.membership.rooms["c"].taken_gpus) == (
+        2,
+        2,
+        2,
+    )
     finish(core, "gpu", 1.0)
-    assert core.jobs["more"].seats != ()
+    assert core.scheduler.jobs["more"].seats != ()
 
 
 @pytest.mark.parametrize("policy", ["least-loaded", "round-robin", "by-name"])
@@ -291,7 +297,7 @@ def test_a_policy_or_priority_that_does_not_exist_is_refused_in_words() -> None:
     (rejected,) = sent(submit(core, "j", policy="random"), CLIENT)
     assert isinstance(rejected, m.Rejected)
     assert "least-loaded, round-robin" in rejected.reason
-    assert core.jobs == {}
+    assert core.scheduler.jobs == {}
 
 
 @settings(max_examples=200)

@@ -15,21 +15,17 @@ import pytest
 from fleet import messages as m
 from fleet.errors import ConfigError
 from fleet.orchestrator.jobs import Job, recalled, record
+from fleet.orchestrator.journal import Records
 from fleet.orchestrator.logs import JobLogs
 from fleet.orchestrator.store import FILE, MIGRATIONS, Store
 
 
 def test_what_was_committed_is_there_again_in_the_order_of_submission(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    for number in (3, 1, 2):
-        store.save(f"j{number}", number, f"record {number}".encode())
-    store.save("gone", 4, b"x")
-    store.save_drained(("w1", "w2"))
-    store.commit()
-    store.erase("gone")
-    store.save("j1", 1, b"record 1, later")
-    store.commit()
-    store.save("j9", 9, b"never committed")
+    records: Records = {f"j{number}": (number, f"record {number}".encode()) for number in (3, 1, 2)}
+    store.commit(records | {"gone": (4, b"x")}, ("w0",))
+    store.commit({"gone": None, "j1": (1, b"record 1, later")}, None)
+    store.commit({}, ("w1", "w2"))
     store.close()
     store = Store(tmp_path)
     assert list(store.records()) == [b"record 1, later", b"record 2", b"record 3"]
@@ -42,8 +38,7 @@ def test_a_commit_survives_the_death_of_its_process(tmp_path: Path) -> None:
         "import os, signal, sys; from pathlib import Path; from fleet.orchestrator.store import Store\n"
         "store = Store(Path(sys.argv[1]))\n"
         "for n in range(50):\n"
-        "    store.save(f'j{n}', n, b'r'); store.commit(); print(n, flush=True)\n"
-        "store.save('half', 99, b'r')\n"
+        "    store.commit({f'j{n}': (n, b'r')}, None); print(n, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False)
@@ -54,22 +49,18 @@ def test_a_commit_survives_the_death_of_its_process(tmp_path: Path) -> None:
     store.close()
 
 
-def test_a_full_disk_keeps_what_is_unsaved_until_there_is_room(tmp_path: Path) -> None:
+def test_a_full_disk_takes_all_of_a_commit_or_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store.save("old", 1, b"r")
-    store.commit()
+    store.commit({"old": (1, b"r")}, None)
     (pages,) = store._database.execute("PRAGMA page_count").fetchone()
     store._database.execute(f"PRAGMA max_page_count = {pages}")  # SQLite then says what it says of a full disk
-    store.save("large", 2, bytes(1 << 20))
-    store.save("new", 3, bytes(1 << 20))
+    records: Records = {"old": None, "large": (2, bytes(1 << 20))}
     with pytest.raises(OSError, match="full"):
-        store.commit()
-    assert store.has_unsaved
-    store.abandon(["new"])
+        store.commit(records, ("w",))
+    assert (store.records(), store.drained()) == ([b"r"], [])
     store._database.execute("PRAGMA max_page_count = 100000")
-    store.commit()
-    assert not store.has_unsaved
-    assert len(list(store.records())) == 2
+    store.commit(records, ("w",))
+    assert (len(store.records()), store.drained()) == (1, ["w"])
     store.close()
 
 
@@ -85,8 +76,7 @@ def test_a_file_of_any_older_schema_is_brought_up_to_date(tmp_path: Path, versio
     database.close()
     store = Store(tmp_path)
     assert list(store.records()) == ([b"\0"] if version else [])
-    store.save_drained(("w",))
-    store.commit()
+    store.commit({}, ("w",))
     assert store._database.execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
     store.close()
 
@@ -162,9 +152,7 @@ def test_what_is_no_file_of_jobs_is_said_in_a_sentence(tmp_path: Path, what: str
 
 def test_a_file_that_is_damaged_inside_is_said_in_a_sentence(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    for number in range(200):
-        store.save(f"j{number}", number, bytes(500))
-    store.commit()
+    store.commit({f"j{number}": (number, bytes(500)) for number in range(200)}, None)
     store.close()
     with (tmp_path / FILE).open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
@@ -178,15 +166,14 @@ def test_a_file_that_is_damaged_inside_is_said_in_a_sentence(tmp_path: Path) -> 
 
 def test_a_file_that_is_taken_away_while_in_use_takes_nothing_more(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    store.save("j", 1, b"r")
     (tmp_path / FILE).rename(tmp_path / "moved")
     with pytest.raises(OSError, match=r"is gone: No such file"):
-        store.commit()
+        store.commit({"j": (1, b"r")}, None)
     (tmp_path / FILE).write_bytes(b"")
     with pytest.raises(OSError, match="was replaced while in use"):
-        store.commit()
+        store.commit({"j": (1, b"r")}, None)
     (tmp_path / "moved").rename(tmp_path / FILE)
-    store.commit()
+    store.commit({"j": (1, b"r")}, None)
     assert list(store.records()) == [b"r"]
     store.close()
 

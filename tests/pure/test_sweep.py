@@ -12,7 +12,7 @@ from fleet.cli.table import table
 from fleet.cli.workers import _software
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core
-from fleet.orchestrator.gangs import KEEP_POINT_S
+from fleet.orchestrator.scheduler import KEEP_POINT_S
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, sent
 
 
@@ -139,14 +139,14 @@ def test_a_watch_of_a_job_that_is_not_known_is_answered_with_its_number() -> Non
 
 def test_points_of_a_sweep_are_kept_until_their_client_has_asked() -> None:
     core = cluster(1)
-    core.keep_jobs = 2
+    core.scheduler.keep_jobs = 2
     for number in range(6):
         submit = m.Submit(f"j{number}", 1, SPEC, detached=True, options=m.JobOptions(sweep="s"))
         core.step(o.Received(CLIENT, submit), 0.0)
         core.step(o.Received(CLIENT, m.Cancel(f"j{number}")), 0.0)
-    assert len(core.jobs) == 6
+    assert len(core.scheduler.jobs) == 6
     for second in range(1, int(KEEP_POINT_S) + 1):
         core.step(o.Received(b"w0/1", m.Heartbeat()), float(second))
     core.step(o.Tick(), KEEP_POINT_S)
-    assert list(core.jobs) == ["j4", "j5"]
+    assert list(core.scheduler.jobs) == ["j4", "j5"]
     assert VERSIONS.python_minor == "3.11"

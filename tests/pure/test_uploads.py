@@ -40,7 +40,7 @@ def test_a_client_is_asked_once_for_the_files_of_all_its_jobs_and_again_on_a_new
     assert of_files(submit(core, "a", now=1.1)) == [o.FetchBundle]  # or nothing would ever be asked for again
     assert of_files(submit(core, "b", now=1.1)) == []
     core.step(o.BundleStored(SPEC.digest), 2.0)
-    assert [job.state is JobState.FETCHING for job in core.jobs.values()] == [False] * 3
+    assert [job.state is JobState.FETCHING for job in core.scheduler.jobs.values()] == [False] * 3
     assert of_files(core.step(o.Received(CLIENT, part(FILES, 0)), 2.1)) == []  # it comes too late
 
 
@@ -55,8 +55,8 @@ def test_a_client_that_sends_nothing_more_is_refused_in_time_and_no_other() -> N
     (rejected,) = sent(effects, CLIENT)
     assert isinstance(rejected, m.Rejected)
     assert "nothing came of its files for 60 s" in rejected.reason
-    assert list(core.jobs) == ["slow"]
-    assert core.uploads.next_deadline() == late + NEXT_PART_WITHIN_S
+    assert list(core.scheduler.jobs) == ["slow"]
+    assert core.uploads.until.next() == late + NEXT_PART_WITHIN_S
 
 
 def test_a_damaged_bundle_is_refused_for_its_sender_alone() -> None:
@@ -77,7 +77,7 @@ def test_what_a_client_that_went_had_sent_is_dropped() -> None:
     core.step(o.PeerLost(CLIENT), 1.0)
     effects = core.step(o.PeerDied(CLIENT), 1.1)
     assert of_files(effects) == [o.DropUpload, o.ReleaseBundle]
-    assert core.jobs["a"].outcome == "cancelled"
+    assert core.scheduler.jobs["a"].outcome == "cancelled"
     assert (CLIENT, SPEC.digest) not in core.uploads
 
 
@@ -98,8 +98,8 @@ def test_the_bundle_of_jobs_that_have_ended_is_released() -> None:
     assert of_files(core.step(o.Received(CLIENT, m.Cancel("b")), 1.0)) == []
     assert of_files(core.step(o.Received(CLIENT, m.Cancel("a")), 1.0)) == [o.ReleaseBundle]
     again = Core(VERSIONS)
-    again.recall(core.jobs.values(), (), 2.0)
-    assert not again.bundle_users
+    again.recall(core.scheduler.jobs.values(), (), 2.0)
+    assert not again.uploads.users
 
 
 def test_the_most_silent_upload_is_overdue_first() -> None:
@@ -110,7 +110,7 @@ def test_the_most_silent_upload_is_overdue_first() -> None:
     assert not uploads.heard(b"c", "1", 10.0)
     assert uploads.overdue(NEXT_PART_WITHIN_S + 5.0) == [(b"b", "1")]
     uploads.end_all("1")
-    assert uploads.next_deadline() is None
+    assert uploads.until.next() is None
 
 
 def test_too_large_a_bundle_is_refused_before_it_is_asked_for() -> None:

@@ -27,7 +27,7 @@ def busy() -> Core:
     core = cluster(2, 2, 3)
     running(core, 3)
     core.step(o.Received(CLIENT, m.Submit("done", 1, SPEC)), 1.0)
-    (worker_id,) = core.jobs["done"].workers
+    (worker_id,) = core.scheduler.jobs["done"].workers
     peer = f"{worker_id}/1".encode()
     core.step(o.Received(peer, m.Assigned("done", 1, 5)), 1.0)
     core.step(o.Received(peer, m.RankExited("done", 1, m.RankStatus(0, worker_id, "h", 7, 3))), 2.0)
@@ -102,20 +102,20 @@ def test_jobs_are_the_same_in_the_table_in_json_and_in_the_metrics(monkeypatch: 
 def test_a_job_says_what_it_waits_for_and_its_turn_if_it_is_shown_alone() -> None:
     core = busy()
     view = View(core, NOW)
-    assert view.waits_for(core.jobs["files"]) == "its files"
-    assert view.waits_for(core.jobs["j"]) == ""
-    assert view.job(core.jobs["waits too"]).waits_for.endswith("; 1 job has its turn before it")
-    told = view.job(core.jobs["waits too"], alone=False).waits_for
+    assert view.waits_for(core.scheduler.jobs["files"]) == "its files"
+    assert view.waits_for(core.scheduler.jobs["j"]) == ""
+    assert view.job(core.scheduler.jobs["waits too"]).waits_for.endswith("; 1 job has its turn before it")
+    told = view.job(core.scheduler.jobs["waits too"], alone=False).waits_for
     assert told.startswith("4 of 8 slots")
     assert "turn" not in told
-    before = dict(core.jobs)
+    before = dict(core.scheduler.jobs)
     asked(core, m.ListJobs())
-    assert core.jobs == before, "to look changes something"
+    assert core.scheduler.jobs == before, "to look changes something"
 
 
 def test_of_many_arguments_the_first_are_shown() -> None:
     core = cluster(1)
     core.step(o.Received(CLIENT, m.Submit("j", 1, m.Spec("script", "t", ("a" * 1000,) * 100, "/"))), 0.0)
-    args = View(core, NOW).job(core.jobs["j"]).args
+    args = View(core, NOW).job(core.scheduler.jobs["j"]).args
     assert sum(map(len, args)) <= ARGS_TOLD_CHARS
     assert args[-1] == "... and 35 more"

@@ -26,15 +26,14 @@ def check(world: Simulation) -> None:
 
 
 def _rooms(world: Simulation) -> None:
-    core = world.core
-    assert core is not None
+    assert world.core is not None
+    members, assignments = world.core.membership, world.core.assignments
     free = total = 0
-    for worker_id, worker in core.workers.items():
-        room = core.rooms[worker_id]
+    for worker_id, worker in members.workers.items():
+        room = members.rooms[worker_id]
         held: Counter[str] = Counter()
         taken = gpus = 0
-        for job_id in core.seated.get(worker_id, ()):
-            job = core.jobs[job_id]
+        for job_id, job in assignments.held.get(worker_id, {}).items():
             ranks = len(job.members_on(worker_id))
             held[job_id] = ranks
             taken, gpus = taken + ranks * job.options.slots, gpus + ranks * job.options.gpus
@@ -47,35 +46,41 @@ def _rooms(world: Simulation) -> None:
         assert room.open is (worker.state == "ready"), f"{worker_id} is {worker.state}"
         if room.open:
             free, total = free + room.slots - room.taken, total + room.slots
-    assert (core.rooms.free, core.rooms.total) == (free, total), "the sums over all rooms are wrong"
-    assert len(core.rooms) == len(core.workers) == len(core.heard)
+    assert (members.rooms.free, members.rooms.total) == (free, total), "the sums over all rooms are wrong"
+    assert len(members.rooms) == len(members.workers) == len(members.heard)
+    lost = {worker_id for worker_id, worker in members.workers.items() if worker.state == "lost"}
+    assert set(members.away) == lost, f"{set(members.away)} have a deadline, and {lost} are lost"
 
 
 def _indexes(world: Simulation) -> None:
     core = world.core
     assert core is not None
-    for job in core.jobs.values():
-        waits = job.job_id in core.waiting or any(job_id == job.job_id for _, job_id, _ in core.delayed)
-        assert waits or job.state is not JobState.QUEUED, f"job {job.job_id} is queued and waits nowhere"
-        assert job.state is JobState.QUEUED or job.job_id not in core.waiting, (
-            f"job {job.job_id} waits while {job.state.name}"
-        )
+    members, assignments, jobs = core.membership, core.assignments, core.scheduler.jobs
+    for job in jobs.values():
+        queued = job.state is JobState.QUEUED
+        assert (job.job_id in assignments.waits) is queued, f"job {job.job_id} is {job.state.name}"
+        places = (job.job_id in assignments.queue) + (job.job_id in assignments.backoff)
+        assert places == queued, f"job {job.job_id} waits in {places} places while {job.state.name}"
         if job.state in ON_WORKERS:
             assert len(job.seats) == job.world_size, f"job {job.job_id} is not whole"
             for worker_id in job.workers:
-                known = worker_id in core.workers or worker_id in core.missed
-                there = job.job_id in core.seated.get(worker_id, ())
+                known = worker_id in members.workers or worker_id in members.missed
+                there = job.job_id in assignments.held.get(worker_id, ())
                 done = job.exits.keys() >= set(job.members_on(worker_id))  # and that worker may have left since
-                assert there or not known or done, f"job {job.job_id} is not seated on {worker_id}"
+                assert there or not known or done, f"job {job.job_id} is not held by {worker_id}"
         else:
-            assert not any(job.job_id in jobs for jobs in core.seated.values()), (
-                f"job {job.job_id} is seated while {job.state.name}"
+            assert not any(job.job_id in held for held in assignments.held.values()), (
+                f"job {job.job_id} has slots while {job.state.name}"
             )
         assert job.losses <= job.options.max_restarts + 1, f"job {job.job_id} was tried too often"
         assert job.outcome != "quarantined" or job.losses == job.options.max_restarts + 1
-    assigned = {job.job_id for job in core.jobs.values() if job.state is JobState.ASSIGNED}
-    assert core.preparing.keys() == assigned, f"{set(core.preparing)} have a deadline, and {assigned} are assigned"
-    assert sum(1 for job in core.jobs.values() if job.state is JobState.ENDED) == len(core.ended)
+    assigned = {job.job_id for job in jobs.values() if job.state is JobState.ASSIGNED}
+    assert set(assignments.preparing) == assigned, f"{set(assignments.preparing)} are due, and {assigned} are assigned"
+    ended = {job.job_id for job in jobs.values() if job.state is JobState.ENDED}
+    assert len(core.scheduler.ended) == len(ended)
+    assert core.output.owed.keys() <= ended
+    clients = core.clients
+    assert clients.known >= set(clients.away) | set(clients.behind) | set(clients.pids)
 
 
 def _one_live_attempt(world: Simulation) -> None:
@@ -96,7 +101,7 @@ def check_output(world: Simulation) -> None:
     assert world.core is not None
     for client in world.clients if not world.output_at_risk else ():
         for job_id in client.jobs if client.attached and client.alive else ():
-            job = world.core.jobs.get(job_id)
+            job = world.core.scheduler.jobs.get(job_id)
             if job is not None and job.outcome == "succeeded" and not world.ended_workers & set(job.seats):
                 for rank in range(job.world_size):
                     key = job_id, job.attempt, rank
@@ -111,7 +116,7 @@ def check_end(world: Simulation) -> None:
     assert core is not None
     for job_id in world.accepted:
         owner = next(client for client in world.clients if job_id in client.jobs)
-        job = core.jobs.get(job_id)
+        job = core.scheduler.jobs.get(job_id)
         assert job is not None, f"job {job_id} was accepted and is lost"
         assert job.state is JobState.ENDED, (
             f"job {job_id} was accepted and is {job.state.name}: {job.waits_for or job.reason}"

@@ -185,7 +185,7 @@ def _heal(world: Simulation) -> None:
     world.dies_after = None
     for number in range(3):
         world.start_worker(f"spare{number}", 6, 3)
-    for worker_id in world.core.drained if world.core else ():
+    for worker_id in world.core.membership.drained if world.core else ():
         for client in world.clients:
             client.send(m.Drain(worker_id, undo=True))
 
@@ -195,5 +195,5 @@ def _settled(world: Simulation) -> bool:
         return False
     if any(worker.core.attempts for worker in world.workers.values()):
         return False
-    jobs = [world.core.jobs.get(job_id) for job_id in world.accepted]
+    jobs = [world.core.scheduler.jobs.get(job_id) for job_id in world.accepted]
     return all(job is not None and job.outcome for job in jobs)

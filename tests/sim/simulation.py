@@ -17,6 +17,7 @@ from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core as Orchestrator
 from fleet.orchestrator.jobs import recalled
+from fleet.orchestrator.journal import Journal
 from tests.sim.nodes import SILENCE_S, VERSIONS, Client, Node, Process, Worker, lived
 
 TRACE = 60
@@ -61,8 +62,7 @@ class Simulation:
         self.forgotten: set[str] = (
             set()
         )  # jobs of which something was decided, told, and lost with a disk that refused it
-        self._unsaved: dict[str, tuple[int, bytes] | None] = {}
-        self._failing = False
+        self.journal = Journal()
         self.dies_after: int | None = None  # sends, of the turn in which it will
         self.start_orchestrator()
 
@@ -134,7 +134,7 @@ class Simulation:
 
     def start_orchestrator(self) -> None:
         self.core = Orchestrator(VERSIONS, durable=True, policy=self.source.choice(["least-loaded", "round-robin"]))
-        self._unsaved, self._failing, self.dies_after = {}, False, None
+        self.journal, self.dies_after = Journal(), None
         records = [record for _, record in sorted(self.disk.values())]
         self.still_until = self.still_s = 0.0
         self.held.clear()
@@ -146,7 +146,7 @@ class Simulation:
         self.core = None
         self.output_at_risk = True
         # What the disk refused is lost now: a job may have a second result. It is the one thing that cannot be kept then.
-        self.forgotten |= set(self._unsaved)
+        self.forgotten |= set(self.journal.records)
         for worker in self.workers.values():
             self.trouble_at[worker.worker_id] = self.now
         for node in list(self.nodes.values()):
@@ -184,21 +184,11 @@ class Simulation:
         self.changed = True
         events: list[o.Event] = [event]
         while events and self.core is not None:
-            todo: list[o.Effect] = []
-            new: list[str] = []
             for each in events:
-                for effect in self.core.step(each, lived(self.now - self.still_s, self.core.next_deadline())):
-                    if isinstance(effect, o.Save):
-                        self._unsaved[effect.job_id] = effect.number, effect.record
-                        new += [effect.job_id] if effect.is_new else []
-                    elif isinstance(effect, o.Erase):
-                        self._unsaved[effect.job_id] = None
-                    elif isinstance(effect, o.SaveDrained):
-                        self.disk_drained = effect.worker_ids
-                    else:
-                        todo.append(effect)
-            events = self._write_down(new)
-            for effect in todo:
+                now = lived(self.now - self.still_s, self.core.next_deadline())
+                self.journal.decided(self.core.step(each, now))
+            events = self._write_down()
+            for effect in self.journal.ready():
                 if self.dies_after is not None:
                     self.dies_after -= 1
                     if self.dies_after < 0:
@@ -216,24 +206,21 @@ class Simulation:
                         self.carry(node, effect.message, up=False)
         self._arm()
 
-    def _write_down(self, new: list[str]) -> list[o.Event]:
-        if not self._unsaved:
+    def _write_down(self) -> list[o.Event]:
+        journal = self.journal
+        if not journal.unsaved:
             return []
         if self.disk_refuses:
             self.faults["disk refused"] += 1
-            for job_id in new:
-                self._unsaved.pop(job_id, None)
-            first, self._failing = not self._failing, True
-            return [o.SaveFailed(tuple(new), "disk full")] if new or first else []
-        for job_id, entry in self._unsaved.items():
+            return journal.refused("disk full")
+        for job_id, entry in journal.records.items():
             if entry is None:
                 self.disk.pop(job_id, None)
             else:
                 self.disk[job_id] = entry
-        self._unsaved.clear()
-        recovered: list[o.Event] = [o.SavesAgain()] if self._failing else []
-        self._failing = False
-        return [*recovered, *map(o.Saved, new)]
+        if journal.drained is not None:
+            self.disk_drained = journal.drained
+        return journal.written()
 
     def _arm(self) -> None:
         deadline = self._deadline()

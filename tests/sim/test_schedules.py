@@ -61,6 +61,6 @@ def test_an_orchestrator_that_stands_still_takes_it_out_on_nobody() -> None:
         fired += world.faults["orchestrator stands still"]
         assert world.core is not None
         assert world.core.counts.workers_lost == 0, "\n".join([f"seed {seed}", *world.trace])
-        lost = {job.job_id: job.history for job in world.core.jobs.values() if job.losses and job.history}
+        lost = {job.job_id: job.history for job in world.core.scheduler.jobs.values() if job.losses and job.history}
         assert all("cannot start it" in entry for history in lost.values() for entry in history), lost
     assert fired > 60

@@ -1,0 +1,49 @@
+"""Collector of what the parts of the orchestrator decide in one step. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fleet import messages as m
+from fleet.orchestrator.jobs import Job, record
+from fleet.orchestrator.state import Effect, Erase, Log, Save, Send
+
+
+@dataclass
+class Effects:
+    """The effects of the step under way, and its time. Every part of the core holds this same object."""
+
+    durable: bool = False  # whether jobs are written down: then a new one counts once it has been
+    epoch: float = 0.0  # what the wall clock said at the monotonic clock's 0
+    now: float = 0.0  # of the step under way
+    # Jobs to be written down, and whether they are new. Each is written once for a step, as it is at the step's end.
+    _saved: dict[str, tuple[Job, bool]] = field(default_factory=dict)
+    _others: list[Effect] = field(default_factory=list)
+
+    def begin(self, now: float) -> None:
+        self.now, self._saved, self._others = now, {}, []
+
+    def decided(self) -> list[Effect]:
+        """All of the step, what is to be written down before what is to be said."""
+        saved, self._saved = self._saved, {}
+        if not saved:
+            return self._others
+        saves = [Save(job.job_id, job.number, record(job, self.epoch), is_new) for job, is_new in saved.values()]
+        return saves + self._others
+
+    def add(self, effect: Effect) -> None:
+        self._others.append(effect)
+
+    def send(self, peer: bytes, message: m.Message) -> None:
+        self._others.append(Send(peer, message))
+
+    def save(self, job: Job, is_new: bool = False) -> None:
+        if self.durable:
+            self._saved[job.job_id] = job, is_new or self._saved.get(job.job_id, (job, False))[1]
+
+    def erase(self, job_id: str) -> None:
+        self._saved.pop(job_id, None)
+        self._others.append(Erase(job_id))
+
+    def log(self, level: str, text: str) -> None:
+        self._others.append(Log(level, text))

@@ -1,0 +1,167 @@
+"""Submissions: a job from its Submit to its acceptance. Its files come, it is written down, and then it is told so. Pure.
+
+A job that is accepted is the scheduler's. One that is not is refused in words, and forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fleet import messages as m
+from fleet.orchestrator.clients import Clients
+from fleet.orchestrator.effects import Effects
+from fleet.orchestrator.jobs import Job, JobState
+from fleet.orchestrator.placement import POLICIES
+from fleet.orchestrator.scheduler import Scheduler
+from fleet.orchestrator.state import DropUpload, FetchBundle, Saved, SaveFailed, SavesAgain, StorePart
+from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S, Uploads
+from fleet.values import BUNDLE_BYTES_AT_MOST
+
+
+@dataclass
+class Submissions:
+    """Invariant: a job in state FETCHING waits for an upload of `uploads`, or to be written down."""
+
+    effects: Effects
+    clients: Clients
+    scheduler: Scheduler
+    uploads: Uploads
+    submitted_count: int = 0
+    with_files: dict[str, Job] = field(default_factory=dict)  # whose files may be on the way, in order; see _fetching
+    disk_error: str = ""  # why nothing could be written down the last time
+
+    def submit(self, peer: bytes, submit: m.Submit) -> None:
+        known = self.scheduler.jobs.get(submit.job_id)
+        if known is not None:
+            self._submitted_again(peer, known)
+        elif submit.again:
+            reason = "the orchestrator was restarted and no longer knows this job"
+            self.clients.send(peer, m.JobEnded(submit.job_id, reason, -1))
+        elif reason := _unacceptable(submit):
+            self.clients.send(peer, m.Rejected(submit.job_id, reason))
+        else:
+            self._begin(peer, submit)
+
+    def _begin(self, peer: bytes, submit: m.Submit) -> None:
+        now = self.effects.now
+        self.submitted_count += 1
+        job = Job(
+            submit.job_id,
+            peer,
+            submit.world_size,
+            submit.spec,
+            submit.options,
+            submit.detached,
+            self.submitted_count,
+            submitted_at=now,
+            queued_at=now,
+            state=JobState.FETCHING,
+        )
+        self.scheduler.jobs[job.job_id] = job
+        self.effects.log("info", f"job {job.job_id} submitted: {submit.spec.target}, {job.shape}")
+        if submit.spec.digest:
+            self.uploads.users[submit.spec.digest] += 1
+            self.with_files[job.job_id] = job
+            self._fetch(job)
+        else:
+            self._write_down(job)
+
+    def _submitted_again(self, peer: bytes, job: Job) -> None:
+        """The client did not hear the answer, or was away."""
+        if job.state is not JobState.FETCHING:
+            self.clients.send(peer, m.Accepted(job.job_id))
+            if job.client == peer:
+                self.scheduler.tell_again(job)
+        elif job.client == peer and job.spec.digest:
+            self._fetch(job)  # else the answer comes
+
+    # Its files
+
+    def _fetch(self, job: Job) -> None:
+        if self.uploads.begin(job.client, job.spec.digest, self.effects.now):
+            self.effects.add(FetchBundle(job.spec.digest, job.spec.bundle_bytes, job.client))
+
+    def part(self, peer: bytes, part: m.Part) -> None:
+        if not self.uploads.heard(peer, part.digest, self.effects.now):
+            return
+        if any(job.client == peer for job in self._fetching(part.digest)):
+            self.effects.add(StorePart(peer, part))
+        else:  # they were cancelled
+            self._drop(peer, part.digest)
+
+    def stored(self, digest: str) -> None:
+        self.uploads.end_all(digest)
+        for job in self._fetching(digest):
+            self._write_down(job)
+
+    def refused(self, peer: bytes, digest: str, reason: str) -> None:
+        self.uploads.end(peer, digest)
+        for job in self._fetching(digest):
+            if job.client == peer:
+                self._reject(job, reason)
+
+    def client_gone(self, peer: bytes) -> None:
+        for digest in self.uploads.of(peer):
+            self._drop(peer, digest)
+
+    def expire(self) -> None:
+        for peer, digest in self.uploads.overdue(self.effects.now):
+            self._drop(peer, digest)
+            self.refused(peer, digest, f"nothing came of its files for {NEXT_PART_WITHIN_S:g} s")
+
+    def _drop(self, peer: bytes, digest: str) -> None:
+        self.uploads.end(peer, digest)
+        self.effects.add(DropUpload(peer, digest))
+
+    def _fetching(self, digest: str) -> list[Job]:
+        found = []
+        for job in list(self.with_files.values()):
+            if job.state is not JobState.FETCHING:
+                del self.with_files[job.job_id]
+            elif job.spec.digest == digest:
+                found.append(job)
+        return found
+
+    # Its record
+
+    def _write_down(self, job: Job) -> None:
+        if self.effects.durable:
+            self.effects.save(job, is_new=True)  # answered by Saved or SaveFailed
+        else:
+            self.scheduler.admit(job)
+
+    def disk(self, event: Saved | SaveFailed | SavesAgain) -> None:
+        jobs = self.scheduler.jobs
+        if isinstance(event, Saved):
+            if (job := jobs.get(event.job_id)) is not None and job.state is JobState.FETCHING:
+                self.scheduler.admit(job)
+        elif isinstance(event, SavesAgain):
+            self.disk_error = ""
+            self.effects.log("info", "jobs can be written down again: new ones are taken")
+        else:
+            if not self.disk_error:
+                text = f"jobs cannot be written down ({event.reason}): no new ones are taken, known ones go on"
+                self.effects.log("error", text)
+            self.disk_error = event.reason
+            for job_id in event.job_ids:
+                if (job := jobs.get(job_id)) is not None and job.state is JobState.FETCHING:
+                    self._reject(job, f"the orchestrator cannot write it down ({event.reason}), so it is not taken")
+
+    def _reject(self, job: Job, reason: str) -> None:
+        self.with_files.pop(job.job_id, None)
+        self.clients.send(job.client, m.Rejected(job.job_id, reason))
+        self.scheduler.forget_refused(job)
+
+
+def _unacceptable(submit: m.Submit) -> str:
+    """Why a job is not taken; empty: it is."""
+    if submit.world_size < 1:
+        return f"a job needs at least one rank, not {submit.world_size}"
+    if submit.options.policy and submit.options.policy not in POLICIES:
+        return f"there is no policy {submit.options.policy!r}; there are {', '.join(POLICIES)}"
+    if submit.spec.kind == "tasks" and submit.world_size > 1:
+        return "a task runner is one rank"
+    if submit.spec.bundle_bytes > BUNDLE_BYTES_AT_MOST:
+        size, most = submit.spec.bundle_bytes >> 20, BUNDLE_BYTES_AT_MOST >> 20
+        return f"its bundle was refused: it has {size} MB, and this orchestrator takes up to {most}"
+    return ""

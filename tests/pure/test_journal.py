@@ -1,0 +1,50 @@
+"""What is decided is written down before it is said; what the disk refuses. Effects in, effects and events out."""
+
+from __future__ import annotations
+
+from fleet.orchestrator.journal import Journal
+from fleet.orchestrator.state import Erase, Log, Save, Saved, SaveDrained, SaveFailed, SavesAgain
+
+FIRST, AGAIN = Save("j", 1, b"first", is_new=True), Save("j", 1, b"again", is_new=False)
+SAID, SAID_LATER = Log("info", "said"), Log("info", "said later")
+
+
+def test_effects_wait_for_the_commit_and_keep_their_order() -> None:
+    journal = Journal()
+    journal.decided([SAID, FIRST])
+    journal.decided([SAID_LATER, SaveDrained(("w",)), AGAIN])
+    assert (journal.unsaved, journal.records, journal.drained) == (True, {"j": (1, b"again")}, ("w",))
+    assert journal.written() == [Saved("j")]
+    assert not journal.unsaved
+    assert journal.ready() == [SAID, SAID_LATER]
+    assert (journal.ready(), journal.waits) == ([], False)
+
+
+def test_a_disk_that_refuses_takes_no_new_job_and_everything_else_later() -> None:
+    journal = Journal()
+    journal.decided([FIRST, Save("old", 2, b"r", is_new=False), SAID])
+    assert journal.refused("full") == [SaveFailed(("j",), "full")]
+    assert journal.records == {"old": (2, b"r")}
+    assert journal.ready() == [SAID]  # known jobs go on
+    assert journal.refused("full") == []  # it is said once
+    journal.decided([FIRST])
+    assert journal.refused("full") == [SaveFailed(("j",), "full")]  # and of each new job
+    assert journal.unsaved
+    assert journal.written() == [SavesAgain()]
+    journal.decided([FIRST])
+    assert journal.written() == [Saved("j")]
+
+
+def test_a_job_that_is_erased_is_not_written_and_its_log_goes_after_the_commit() -> None:
+    journal = Journal()
+    journal.decided([AGAIN, Erase("j")])
+    assert journal.records == {"j": None}
+    assert journal.written() == []
+    assert journal.ready() == [Erase("j")]
+
+
+def test_an_orchestrator_that_keeps_nothing_says_all_at_once() -> None:
+    journal = Journal(durable=False)
+    journal.decided([Erase("j"), SAID])
+    assert not journal.unsaved
+    assert journal.ready() == [Erase("j"), SAID]
