@@ -1,6 +1,6 @@
-"""One generation as the communicators of a process use it: its members, its inbox, and the memory that hosts share.
+"""Fabric of one generation: its members, its inbox and its shared memory, for all its communicators in one process.
 
-Does not know how the generation formed, nor what its communicators are.
+This module does not know how the generation formed, or what its communicators do.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ NAME_CHARS = 40  # 160 bits
 
 
 class FormingTimeout(Exception):
-    """The ranks of a communicator did not all come by the deadline of the call that makes it."""
+    """The ranks of a communicator did not all come by the deadline of the call that forms it."""
 
 
 @dataclass(frozen=True)
 class Fabric:
-    """All that the communicators of one generation have in common."""
+    """The parts that all communicators of one generation have in common."""
 
     generation: Generation
     inbox: Inbox
@@ -35,9 +35,9 @@ class Fabric:
     inquire: Inquiry | None = None
 
     def share(self, name: str, size_bytes: int, index: int, ranks: Sequence[int], deadline: float) -> mmap.mmap | None:
-        """A zeroed mapping for these ranks of the world, of which this one is number `index`; None: on none of them.
+        """A zeroed mapping for these ranks of the world, where this rank is number `index`; or None on all of them.
 
-        Raises FormingTimeout after `deadline` (monotonic), FleetError where the rank that makes it stands still.
+        Raises FormingTimeout after `deadline` (monotonic), FleetError if the rank that makes the mapping stands still.
         """
 
         def check() -> None:
@@ -55,6 +55,6 @@ class Fabric:
             ) from None
 
     def file_name(self, name: str) -> str:
-        """A name that only holders of the job's secret can compute, so that nobody can plant the file before it is made."""
+        """A file name that only holders of the job's secret can compute, so nobody else can plant the file before."""
         world_id = self.generation.world.world_id
         return derive(self.secret, f"shared memory {world_id:x} {name}").hex()[:NAME_CHARS]

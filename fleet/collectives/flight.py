@@ -1,6 +1,6 @@
-"""Flight recorders of a member, by generation: what it answers when another one, or a person, asks what it is doing.
+"""Answers of a member to questions about its activity, from the flight recorders of its generations.
 
-Called by the session's thread, while other threads record. Knows messages and records; no socket and no tensor.
+The session's thread asks for them while other threads record. This module knows messages and records, no socket.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fleet.collectives.generations import Generation, News
 from fleet.collectives.recorder import Recorder, text
 from fleet.config import RankSettings
 
-MADE_AT_MOST = 1000  # communicators whose collectives a rank that ends tells the number of
+MADE_AT_MOST = 1000  # communicators in the last message of a member
 
 _NOT_THE_USERS = tuple(
     {
@@ -30,13 +30,13 @@ _NOT_THE_USERS = tuple(
 
 
 class Flights:
-    """What a member has recorded in the generations that it has been in, and its answers."""
+    """Flight recorders of a member, by generation and communicator."""
 
     def __init__(self, settings: RankSettings, pid: int, news: News) -> None:
         self._settings = settings
         self._pid = pid
         self._news = news
-        self.unreached: Callable[[], Sequence[str]] = tuple  # addresses that it sent to and has no connection to
+        self.unreached: Callable[[], Sequence[str]] = tuple  # addresses that it sent to without having a connection
 
     def recorders(self) -> list[Recorder]:
         return [recorder for generation in self._news.generations for _, recorder in generation.recorders]
@@ -51,7 +51,7 @@ class Flights:
         return tuple(found[-MADE_AT_MOST:])
 
     def answer(self, ask: m.Ask) -> m.Answer:
-        """What this member does now, in the generation and the communicator that the question names."""
+        """The activity of this member in the generation and the communicator that the question names."""
         s, line = self._settings, main_thread_line()[:TEXT_CHARS]
         generations = self._news.generations
         asked_for = [g for g in generations if ask.generation in (-1, g.world.generation)]
@@ -68,7 +68,7 @@ class Flights:
             # For a mismatch: where the call was made, also by a rank that has left it.
             asked = recorder.find(ask.sequence) if ask.sequence else last
             call, line = (str(asked.signature), asked.where) if asked is not None else ("", line)
-        if generations and not asked_for:  # it has not come to that generation yet
+        if generations and not asked_for:  # this member has not joined that generation yet
             call, sequence, inside = "", -1, False
         return m.Answer(
             s.job_id, s.attempt, ask.member_id, ask.question, s.member_id, "", self._pid, sequence, inside,
@@ -88,7 +88,7 @@ class Flights:
 
 
 def main_thread_line() -> str:
-    """Where the main thread is in the user's own code: 'train.py:41 in load_batch'."""
+    """The line of the user's code that the main thread is in: 'train.py:41 in load_batch'."""
     frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
     innermost = frame
     while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):

@@ -1,7 +1,7 @@
-"""Generations of the world that a member is in, and what it has heard of the other members; pure.
+"""Generations of the world as one member knows them, and the news of the other members; pure.
 
-A member is a process of a job, a rank is its place in one generation. News is about members, and each generation that has
-them learns it by their ranks there. Knows no socket and no clock.
+A member is a process of a job. Its rank is its place in one generation. News names members, and each generation translates
+it to ranks.
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ from fleet.collectives.recorder import Recorder
 from fleet.errors import Late, RankEnded, WorldChanged
 from fleet.world import World
 
-UNANSWERED = "is not answering: stopped, frozen or cut off"  # what a rank does that nobody hears of
+UNANSWERED = "is not answering: stopped, frozen or cut off"  # the activity of a rank that did not answer
 
 
 @dataclass(frozen=True, slots=True)
 class RankActivity:
-    """What one rank is known to be doing, in one communicator."""
+    """Activity of one rank in one communicator, as it told another rank."""
 
     late: Late
-    sequence: int  # of its last collective; -1: it will never come to one
-    inside: bool
-    call: str  # that was asked for; empty: it made none of that number
+    sequence: int  # of its last collective; -1: it is not in this generation, or has ended
+    inside: bool  # whether that collective is under way
+    call: str  # the collective that was asked for; empty: the rank has not made it
     line: str = ""
-    unreached: tuple[int, ...] = ()  # ranks of the world that it sent to and has no connection to
+    unreached: tuple[int, ...] = ()  # ranks of the world that it sent to without having a connection
 
 
-# Asks every other rank of the world what it does in the communicator of this id, and what it called as the collective
-# of this number (0: its last one).
+# Asks every other rank of the world for its activity in the communicator of this id, and for its collective of this number
+# (0: the last one).
 Inquiry = Callable[[int, int], Sequence[RankActivity]]
 
 
 @dataclass
 class Generation:
-    """One generation as one of its members knows it."""
+    """One generation, as one of its members knows it."""
 
     world: World
     rank: int  # of this member
-    recorders: list[tuple[int, Recorder]] = field(default_factory=list)  # with the ids of their communicators
+    recorders: list[tuple[int, Recorder]] = field(default_factory=list)  # of its communicators, with their ids
     ended: dict[int, EndedRank] = field(default_factory=dict)  # by rank: members that have ended with 0
     lost: WorldChanged | None = None  # of the first member that was lost
 
     def check(self, awaited: int = -1) -> None:
-        """Raises WorldChanged once a member has gone. Called wherever a member waits for others."""
+        """Raises WorldChanged if a member was lost. Called during every wait for other ranks."""
         if self.lost is not None:
             raise self.lost.with_traceback(None)
 
     def tell(self, news: m.MemberLost, now: float) -> None:
-        """A member of the job was lost or has ended, perhaps one of this generation. May be told again."""
+        """Takes news of a member of the job, which may be in this generation or not. The same news may come twice."""
         status, number = news.status, self.world.generation
         rank = next((r for r, member in enumerate(self.world.members) if member.member_id == status.member_id), None)
         if rank is None:
@@ -65,33 +65,33 @@ class Generation:
 
 @dataclass
 class News:
-    """What one member has heard of the others of its job. Told by one thread, read by any."""
+    """News of the other members of a job. One thread calls `hear`, any thread the other methods."""
 
     member_id: int
-    generations: list[Generation] = field(default_factory=list)  # that this member has been in, oldest first
+    generations: list[Generation] = field(default_factory=list)  # the last ones of this member, oldest first
     # By member, with the time of the news. Invariant: each generation has been told of all of these.
     gone: dict[int, tuple[m.MemberLost, float]] = field(default_factory=dict)
 
     def hear(self, news: m.MemberLost, now: float) -> None:
-        """A member was lost or has ended. The first news of a member counts."""
+        """Takes the news that a member was lost or has ended. The first news of each member counts."""
         if news.status.member_id not in self.gone:
-            self.gone[news.status.member_id] = news, now  # before the others: see `form`
+            self.gone[news.status.member_id] = news, now  # first: see `form`
             for generation in self.generations:
                 generation.tell(news, now)
 
     def form(self, world: World) -> Generation:
-        """This member enters a generation, and forgets all but the one before it."""
+        """Enters a generation. All but the generation before it are forgotten."""
         generation = Generation(world, world.rank_of(self.member_id))
         self.generations = [
             *self.generations[-1:],
             generation,
-        ]  # first: what is heard meanwhile is told twice, not never
+        ]  # first, so that concurrent news is told twice rather than never
         for news, since in list(self.gone.values()):
             generation.tell(news, since)
         return generation
 
     def check_forming(self, number: int) -> None:
-        """Raises WorldChanged or RankEnded where a member cannot come to the generation of this number any more."""
+        """Raises WorldChanged or RankEnded if a member can no longer join the generation of this number."""
         for news, _ in sorted(self.gone.values(), key=lambda told: not told[0].status.failed):
             status, member_id = news.status, news.status.member_id
             if status.failed:

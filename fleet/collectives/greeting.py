@@ -1,6 +1,7 @@
-"""Whether the ranks of a new world reach each other: each greets those of other machines that it will talk to, and awaits theirs.
+"""Greetings between the ranks of a new world, which show that the ranks reach each other over the network.
 
-Where a firewall lets nobody in, each rank finds out for itself that nothing comes, and from whom.
+Each rank greets ranks of other machines that it will send to, and waits for their greetings. Behind a firewall a rank finds
+out for itself which greetings do not come.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from fleet.collectives.inbox import Key
 from fleet.errors import SameAddress
 from fleet.world import Member
 
-HEARD_WITHIN_S = 20.0  # since all had joined: time for a lost packet or two, and for a machine that has much to do
-ALL_AT_MOST = 16  # ranks of a world in which each greets all others
+HEARD_WITHIN_S = 20.0  # after all have joined: enough for a lost packet or two, and for a busy machine
+ALL_AT_MOST = 16  # ranks of a world in which each rank greets all others
 _SEQUENCE = 0  # before the first collective
 
 
 class Unheard(Exception):
-    """No greeting came from these ranks of the world in the time that there was for it."""
+    """No greeting came from these ranks of the world in time."""
 
     def __init__(self, ranks: Sequence[int], within_s: float) -> None:
         super().__init__(ranks)
@@ -29,7 +30,7 @@ class Unheard(Exception):
 
 
 def check_addresses(members: Sequence[Member]) -> None:
-    """Raises SameAddress where two ranks are said to be at one address, as of two machines that both say 127.0.0.1."""
+    """Raises SameAddress if two ranks have one address, such as those of two machines that both advertise 127.0.0.1."""
     seen: dict[str, int] = {}
     for rank, member in enumerate(members):
         before = seen.setdefault(member.address, rank)
@@ -39,10 +40,10 @@ def check_addresses(members: Sequence[Member]) -> None:
 
 
 def partners(rank: int, addresses: Sequence[str], machine: Sequence[int]) -> list[int]:
-    """The ranks that `rank` greets, which are those that greet it, by the endpoints of all; `machine` are those of its own.
+    """The ranks that `rank` greets, which are also those that greet it. `machine` are the ranks of its own machine.
 
-    In a large world they are the neighbours at distances of 1, 2, 4, ... in both directions, with which rings and trees
-    begin: about as many messages as a barrier has, and no N² connections.
+    In a large world they are the neighbours at distances of 1, 2, 4, ... in both directions, which rings and trees use
+    first. That takes about as many messages as a barrier, and no N² connections.
     """
     count = len(addresses)
     near: Sequence[int] = range(count)
@@ -54,7 +55,7 @@ def partners(rank: int, addresses: Sequence[str], machine: Sequence[int]) -> lis
 
 
 def greet(channel: Channel, ranks: Sequence[int], deadline: float) -> None:
-    """Exchanges greetings with these ranks of the channel, which do the same. Raises Unheard."""
+    """Exchanges greetings with these ranks of the channel. Raises Unheard."""
     started = monotonic()
     deadline = min(deadline, started + HEARD_WITHIN_S)
     call = pack_call("barrier")
@@ -74,5 +75,5 @@ def greet(channel: Channel, ranks: Sequence[int], deadline: float) -> None:
 
 
 def _host(endpoint: str) -> str:
-    """Where a rank listens; empty: where no network is between, in a file."""
+    """The host of an endpoint; empty for a file, which no network leads to."""
     return endpoint.rpartition(":")[0] if endpoint.startswith("tcp:") else ""

@@ -1,4 +1,4 @@
-"""`fleet.init()`: from the environment of a process to its communicator."""
+"""`fleet.init()`: the communicator of this process, from its environment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fleet.errors import UsageError
 
 
 class Membership:
-    """A member's session and sockets, which outlive the generations that it is in."""
+    """Session and sockets of this process as a member of a job. They outlive its generations."""
 
     def __init__(self, settings: RankSettings) -> None:
         self._settings = settings
@@ -34,12 +34,12 @@ class Membership:
         self._session.flights.unreached = mesh.unreached
         self._receiver = Receiver(mesh)
         self._secret = welcome.secret
-        # As others must connect to it.
+        # The inbox's endpoint for other members.
         port = mesh.endpoint.rpartition(":")[2]
         self._address = address.endpoint(welcome.advertise, port) if welcome.advertise else mesh.endpoint
 
     def form(self, timeout_s: float, join_timeout_s: float) -> Communicator:
-        """The communicator of the next generation. The members of the first one form all others too."""
+        """The communicator of the next generation. All generations have the members of the first one."""
         directory, session = shared_memory(), self._session
         if not session.news.generations:
             memory = host_key(directory) if directory is not None else ""
@@ -92,8 +92,8 @@ def init(timeout_s: float, join_timeout_s: float) -> Communicator:
 
 
 def _end() -> None:
-    """At the end of the process."""
-    if _pid == os.getpid() and _comm is not None and _membership is not None:  # a fork inherits this, and ends nothing
+    """Closes all at the end of the process. A forked child inherits this hook, and closes nothing."""
+    if _pid == os.getpid() and _comm is not None and _membership is not None:
         _comm.close()
         _membership.close()
 

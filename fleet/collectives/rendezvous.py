@@ -1,6 +1,6 @@
-"""From the members of a job to a communicator: they find each other in a rendezvous, and one generation is assembled.
+"""Rendezvous of the members of a job, and the communicator that is assembled from its result.
 
-Does not know what runs underneath a rendezvous: session.py has the one through a member's agent.
+This module does not know how the members find each other. session.py has the rendezvous through agents and orchestrator.
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ MEETING_ID = 0xFFFFFFFE  # in place of a communicator's id
 
 
 class Rendezvous(Protocol):
-    """Where the members of a job find each other, for one generation after the other."""
+    """Meeting point of the members of a job, for one generation after the other."""
 
     def join(self, address: str, memory: str, timeout_s: float) -> Generation:
-        """The next generation, once all its members have joined it.
+        """Waits for all members of the next generation, and returns it.
 
         `address` is the endpoint of this member's inbox; for `memory`, see world.Member. Raises CollectiveTimeout, which
-        names the members that have not come, and WorldChanged or RankEnded for one that cannot come any more.
+        names the missing members, and WorldChanged or RankEnded for a member that can no longer come.
         """
 
     def inquire(self, world: World, communicator_id: int, sequence: int) -> list[RankActivity]:
-        """What every other rank is doing now, in one communicator, and what it called as its collective of this number
-        (0: its last one). One that does not answer within a second is said not to. May be called by several threads."""
+        """The activity of every other rank in one communicator, and its collective of this number (0: the last one).
+
+        A rank that does not answer within a second is reported as such. Several threads may ask at once.
+        """
 
 
 def assemble(
@@ -50,10 +52,10 @@ def assemble(
     timeout_s: float = 30.0,
     local_rank: int = 0,
 ) -> Communicator:
-    """The communicator of all members of a generation. Each member calls this when it has joined.
+    """The communicator of all members of a generation. Each member calls this after it has joined.
 
-    `directory` is where ranks of one host share memory, `secret` the job's. Without a rendezvous nobody is asked what a
-    rank does. Raises CollectiveTimeout, and Unreachable where two members do not reach each other.
+    `directory` holds the shared memory of one host's ranks, `secret` is the job's. Without `rendezvous`, errors do not tell
+    the activity of other ranks. Raises CollectiveTimeout, and Unreachable if two members do not reach each other.
     """
     world = generation.world
     inbox = receiver.open(world, generation.rank)
@@ -63,7 +65,7 @@ def assemble(
 
 
 def meet_again(news: News, receiver: Receiver, rendezvous: Rendezvous, timeout_s: float) -> Generation:
-    """The next generation, of the members of the last one. They meet over the connections that they have.
+    """Forms the next generation of the same members. They meet over the connections of the last generation.
 
     Raises the errors of Rendezvous.join.
     """

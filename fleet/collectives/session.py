@@ -28,7 +28,7 @@ from fleet.stillness import Deadline
 from fleet.world import World
 
 ANSWER_WITHIN_S = 1.0
-LOOK_UP_S = 0.1  # how often a wait for the others looks whether one has gone
+LOOK_UP_S = 0.1  # between two looks at whether a member has gone, in a wait for the others
 AGENT_WITHIN_S = 10.0  # the agent is on this machine
 COUNTS_EVERY_S = 1.0
 ROWS_AT_MOST = 1000  # of one CollectiveCounts
@@ -37,10 +37,10 @@ log = logging.getLogger("fleet.session")
 
 
 class Session:
-    """Starts with its construction, ends with `close`."""
+    """Connection of one member to its agent. The thread starts with the construction and ends with `close`."""
 
     def __init__(self, settings: RankSettings, pid: int) -> None:
-        check_room()  # here, since the thread has nobody to tell; before anything is opened
+        check_room()  # not in the thread, whose errors nobody would see
         self._settings = settings
         self._pid = pid
         self.news = News(settings.member_id)
@@ -54,15 +54,15 @@ class Session:
         self._question = 0
         self._answers: dict[int, queue.SimpleQueue[m.Answer]] = {}  # by question: several threads may ask at once
         self._told_inside = False
-        # Of this member's inbox. The agent logs them: what a rank prints is its script's, and a peer that is killed while it
-        # connects looks like one.
+        # At this member's inbox. The agent logs them, since a rank prints only what its script prints. A peer that is killed
+        # while it connects looks like a stranger.
         self.strangers = Strangers(says=False)
         self._told_refused = 0
         self._thread = threading.Thread(target=self._run, name="fleet-session", daemon=True)
         self._thread.start()
 
     def welcome(self) -> m.RankWelcome:
-        """Where the inbox goes. Raises FleetError where no agent answers."""
+        """The agent's answer, which says where to bind the inbox. Raises FleetError if the agent does not answer."""
         s = self._settings
         self._send(m.RankHello(s.job_id, s.attempt, s.member_id, self._pid))
         for wait_s in Deadline(AGENT_WITHIN_S).waits():
@@ -74,15 +74,17 @@ class Session:
         """See Rendezvous.join."""
         s = self._settings
         self._send(m.Join(s.job_id, s.attempt, s.member_id, self._pid, address, memory))
+        last = max((generation.world.generation for generation in self.news.generations), default=-1)
         for wait_s in Deadline(timeout_s).waits(LOOK_UP_S):
-            self.news.check_forming(s.attempt)
+            self.news.check_forming(max(s.attempt, last + 1))
             with contextlib.suppress(queue.Empty):
-                return self.news.form(self._formed.get(timeout=wait_s))
+                if (world := self._formed.get(timeout=wait_s)).generation > last:  # else the agent has told it again
+                    return self.news.form(world)
         late = [found.late for found in self.inquire(None) if found.sequence < 0]
         raise CollectiveTimeout(0, "fleet.init()", s.member_id, timeout_s, late, s.world_size)
 
     def inquire(self, world: World | None, communicator_id: int = 0, sequence: int = 0) -> list[RankActivity]:
-        """See Rendezvous.inquire. Of all members of the job, where there is no world yet."""
+        """See Rendezvous.inquire. Asks all members of the job if there is no world yet."""
         s = self._settings
         answers: queue.SimpleQueue[m.Answer] = queue.SimpleQueue()
         with self._asking:
@@ -131,7 +133,7 @@ class Session:
                     self._say(agent, self._out.get())
                 for arrived in agent.receive():
                     self._take(arrived.data)
-                agent.changes()  # nothing to decide: an agent that is gone takes this process with it
+                agent.changes()  # there is nothing to decide: the end of an agent ends this process
                 if monotonic() >= counts_at:
                     counts_at = monotonic() + COUNTS_EVERY_S
                     self._tell_counts(agent)
@@ -140,14 +142,14 @@ class Session:
             self._tell_counts(agent, last=True)
 
     def _say(self, agent: Dealer, message: m.Message) -> None:
-        """One that cannot be sent ends neither this thread nor the answers to what follows."""
+        """Sends a message. One that cannot be sent does not end this thread, which has others to send."""
         try:
             agent.put(m.encode(message))
         except Exception:
             log.exception("%s could not be sent to this rank's agent", type(message).__name__)
 
     def _tell_counts(self, agent: Dealer, last: bool = False) -> None:
-        """What the collectives of this member came to since the last time; the last time of all, also how many it made."""
+        """Tells the agent counts of this member's collectives since the last time; at the end also their numbers in all."""
         s = self._settings
         made = self.flights.made() if last else None
         recorders = self.flights.recorders()

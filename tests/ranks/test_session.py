@@ -25,6 +25,7 @@ from fleet.collectives.recorder import KEPT, Recorder
 from fleet.collectives.session import ROWS_AT_MOST, Session
 from fleet.config import RankSettings
 from fleet.errors import ConfigError
+from fleet.world import next_world, world_id
 
 
 @contextmanager
@@ -149,3 +150,28 @@ def test_a_rank_without_a_descriptor_is_told_so_in_words(tmp_path: Path) -> None
                 Session(RankSettings(f"ipc://{tmp_path}/agent", "job", 1, 0, 2, 0), 7)
             with pytest.raises(ConfigError, match=r"a connection cannot be made .*raise the limit"):
                 bus.socket(zmq.DEALER, 1, 1000)
+
+
+def test_a_generation_that_is_told_again_is_not_the_next_one(tmp_path: Path) -> None:
+    """As of an agent that was not sure that its rank had heard it."""
+    members = tuple(m.Member(number, "w", "h", 0, f"ipc:///{number}") for number in range(2))
+    first = m.World(1, world_id("job", 1, 1), members)
+    worlds = [[first, first], [first, next_world(first)]]  # told at each Join
+    with Bus(Lock()) as bus, session(f"ipc://{tmp_path}/agent", 2) as rank:
+        agent = Router(bus, f"ipc://{tmp_path}/agent")
+
+        def serve() -> None:
+            poller = Poller(agent.poll_sockets)
+            while worlds:
+                poller.wait(10.0)
+                for arrived in agent.receive():
+                    if isinstance(arrived, Arrived) and isinstance(m.decode(arrived.data), m.Join):
+                        for world in worlds.pop(0):
+                            agent.send(arrived.peer, m.encode(m.Formed("job", 1, world)))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        formed = [rank.join("ipc:///0", "", 10.0) for _ in range(2)]
+        thread.join()
+    assert [generation.world.generation for generation in formed] == [1, 2]
+    assert rank.news.generations == formed

@@ -146,3 +146,20 @@ def test_a_loss_ends_the_generations_that_had_the_member(sockets: House) -> None
         every_collective(new, 70_000)
 
     raise_first(in_threads([partial(live, member) for member in sockets.members.values()]))
+
+
+def test_a_connection_to_a_former_member_is_closed_and_made_again(sockets: House) -> None:
+    for ids in ((0, 1, 2), (0, 1), (0, 1, 2)):
+        sockets.expect(*ids)
+    opened: list[int] = []
+
+    def live(member: LocalMember) -> None:
+        for _ in range(2 if member.news.member_id == 2 else 3):
+            comm = member.form()
+            every_collective(comm, 5)
+            comm.close()
+            if member.news.member_id == 0:
+                opened.append(len(member.mesh._outboxes))
+
+    raise_first(in_threads([partial(live, member) for member in sockets.members.values()]))
+    assert opened == [2, 1, 2]
