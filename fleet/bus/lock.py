@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils import z85
 
+from fleet.bus.poller import Poller, Wake
 from fleet.bus.strangers import SILENT_S, Strangers, happened
 from fleet.config import Security
 
 _ZAP_ENDPOINT = "inproc://zeromq.zap.01"  # rfc.zeromq.org/spec/27
-_STOP = b"stop"
 
 
 def derive(secret: str, purpose: str) -> bytes:
@@ -99,30 +99,23 @@ class Doorkeeper:
         self._zap = context.socket(zmq.REP)
         self._zap.linger = 0
         self._zap.bind(_ZAP_ENDPOINT)
-        stop = f"inproc://doorkeeper-{id(self)}"
-        self._stopped = context.socket(zmq.PAIR)
-        self._stopped.bind(stop)
-        self._stop = context.socket(zmq.PAIR)
-        self._stop.linger = 0
-        self._stop.connect(stop)
+        self._stop = Wake()
         self._thread = threading.Thread(target=self._run, name="fleet-doorkeeper", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        self._stop.send(_STOP)
+        self._stop.set()
         self._thread.join()
         self._stop.close()
 
-    def _patience_ms(self) -> int | None:
-        """Longest wait for an event; None: no limit."""
-        return round(SILENT_S * 1000) if self._strangers is not None and self._strangers.crowded else None
-
     def _run(self) -> None:
-        poller = zmq.Poller()
-        for socket in (self._zap, self._stopped, self._monitor):
-            if socket is not None:
-                poller.register(socket, zmq.POLLIN)
-        while self._stopped not in (ready := dict(poller.poll(self._patience_ms()))):
+        sockets = [socket for socket in (self._zap, self._monitor) if socket is not None]
+        poller = Poller([*sockets, self._stop])
+        while True:
+            crowded = self._strangers is not None and self._strangers.crowded
+            ready = poller.wait(SILENT_S if crowded else None)
+            if self._stop.fileno() in ready:
+                break
             if self._zap in ready:
                 version, request_id, _domain, _address, _identity, mechanism, *credentials = self._zap.recv_multipart()
                 admitted = self._lock.admits(mechanism, credentials)
@@ -132,6 +125,5 @@ class Doorkeeper:
                 while self._monitor.poll(0):
                     self._strangers.saw(*happened(self._monitor))
                 self._strangers.thin_out()
-        for socket in (self._zap, self._stopped, self._monitor):
-            if socket is not None:
-                socket.close(linger=0)
+        for socket in sockets:
+            socket.close(linger=0)

@@ -29,7 +29,6 @@ _UFUNCS: dict[str, Any] = {
     "bxor": np.bitwise_xor,
     "premul_sum": np.add,
 }
-_TORCH = {"sum": "add", "mean": "add", "premul_sum": "add", "prod": "mul", "min": "minimum", "max": "maximum"}
 HALVES = ("float16", "bfloat16")
 SCRATCH_ELEMENTS = 1 << 18  # that halves are widened at a time: longer arrays take no more memory
 
