@@ -1,4 +1,4 @@
-"""What the commands about jobs do and print, on top of client/jobs.py: tables for people, or JSON."""
+"""Commands about jobs, on top of client/job_client.py: what they do, and print for people or as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import msgspec
 from fleet import messages as m
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.submission import Submission
-from fleet.cli.table import table, terminal_width
+from fleet.cli.table import in_json, table, terminal_width
 from fleet.client.job_client import JobClient, refused
 from fleet.client.printer import Printer
 from fleet.client.report import exit_code, report
@@ -24,7 +24,7 @@ from fleet.client.target import Target
 from fleet.text import shown
 from fleet.values import ON_WORKER, native, portable
 
-LOOK_AGAIN_S = 0.2  # of `logs -f`, which asks
+LOOK_AGAIN_S = 0.2  # between two questions of `logs -f`
 CANCEL_WITHIN_S = 5.0
 COLUMNS = ("JOB", "STATE", "RANKS", "WHAT", "AGE", "RAN", "TRY", "WHERE, OR WHY NOT")
 HOW = {"succeeded": "succeeded", "cancelled": "was cancelled", "quarantined": "was quarantined"}
@@ -34,13 +34,13 @@ PointItems = tuple[tuple[str, str], ...]
 
 
 def submit(target: Target, submission: Submission) -> str:
-    """Submits one job; its id, once it is on the orchestrator's disk. Raises UsageError, ConfigError, FleetError."""
+    """Submits one job. Returns its id, once the job is on the orchestrator's disk. Raises UsageError, ConfigError, FleetError."""
     (job_id,) = submit_each(target, submission, [(submission.command.args, ())])
     return job_id
 
 
 def submit_each(target: Target, submission: Submission, each: Sequence[tuple[list[str], PointItems]]) -> list[str]:
-    """One job for each list of arguments, with its point of a sweep, and one bundle for all; their ids."""
+    """Submits a job for each list of arguments, with its point of a sweep, and one bundle for all. Returns their ids."""
     submission.check()
     with runtime_folder() as runtime, JobClient(target) as client:
         spec, bundle = submission.bundled(runtime)
@@ -66,7 +66,7 @@ def list_jobs(target: Target, limit: int, as_json: bool) -> str:
 def listed(found: m.Jobs, as_json: bool) -> str:
     """A page of jobs as a table, or as JSON."""
     if as_json:
-        return json.dumps([msgspec.to_builtins(job) for job in found.jobs], indent=1)
+        return in_json(found.jobs)
     if not found.jobs:
         return "there is no job in this cluster"
     rows = table([COLUMNS, *map(_row, found.jobs)], terminal_width(), whole=COLUMNS[:1])
@@ -77,7 +77,7 @@ def status(target: Target, prefix: str, as_json: bool) -> str:
     with JobClient(target) as client:
         job = client.job(prefix)
         if as_json:
-            return json.dumps(msgspec.to_builtins(job), indent=1)
+            return in_json(job)
         return described(job)
 
 
@@ -106,7 +106,7 @@ def described(job: m.JobInfo) -> str:
 
 
 def wait(target: Target, prefixes: Sequence[str], as_json: bool) -> int:
-    """Returns when all have ended: 0 if all succeeded, else the exit code of the first named that did not."""
+    """Waits until all jobs have ended. Returns 0 if all succeeded, else the exit code of the first named that did not."""
     with JobClient(target) as client:
         jobs = [client.job(prefix) for prefix in prefixes]
         by_id = {job.job_id: job for job in jobs}
@@ -121,18 +121,18 @@ def wait(target: Target, prefixes: Sequence[str], as_json: bool) -> int:
                 print(text, file=sys.stderr, flush=True)
         if as_json:
             infos = [client.job(job_id) for job_id in by_id]
-            print(json.dumps([msgspec.to_builtins(job) for job in infos], indent=1))
+            print(in_json(infos))
     return next((code for job in jobs if (code := exit_code(ends[job.job_id]))), 0)
 
 
 def cancel(target: Target, prefixes: Sequence[str], kill: bool, as_json: bool) -> str:
-    """Says of each job how it ended, cancelled or before."""
+    """Cancels jobs. Returns a line about the end of each."""
     with JobClient(target) as client:
         jobs = [client.job(prefix) for prefix in prefixes]
         ends = _cancelled(client, jobs, kill)
         if as_json:
             infos = [client.job(job.job_id) for job in jobs]
-            return json.dumps([msgspec.to_builtins(job) for job in infos], indent=1)
+            return in_json(infos)
     lines = []
     for job in jobs:
         if job.outcome:
@@ -143,14 +143,14 @@ def cancel(target: Target, prefixes: Sequence[str], kill: bool, as_json: bool) -
 
 
 def cancel_sweep(target: Target, name: str, kill: bool, as_json: bool) -> str:
-    """Says how many of a sweep's jobs ended how. Raises UsageError where there is none of that name."""
+    """Cancels the jobs of a sweep. Returns their numbers by outcome. Raises UsageError where no sweep has that name."""
     from fleet.cli.sweep import points_of
 
     with JobClient(target) as client:
         jobs = points_of(client, name)
         ends = _cancelled(client, jobs, kill)
         if as_json:
-            return json.dumps([msgspec.to_builtins(job) for job in points_of(client, name)], indent=1)
+            return in_json(points_of(client, name))
     counts = Counter(ends.get(job.job_id, BEING_STOPPED) for job in jobs if not job.outcome)
     before = sum(bool(job.outcome) for job in jobs)
     said = [f"{number} {'job' if number == 1 else 'jobs'} {outcome}" for outcome, number in counts.items()]
@@ -159,14 +159,14 @@ def cancel_sweep(target: Target, name: str, kill: bool, as_json: bool) -> str:
 
 
 def _cancelled(client: JobClient, jobs: Sequence[m.JobInfo], kill: bool) -> dict[str, str]:
-    """How those ended that had not before; what takes longer than CANCEL_WITHIN_S is missing."""
+    """Outcomes of the jobs that had not ended before; a job that takes longer than CANCEL_WITHIN_S is missing."""
     alive = [job.job_id for job in jobs if not job.outcome]
     client.cancel(alive, kill)
     return {job_id: ended.outcome for job_id, ended in client.wait(alive, CANCEL_WITHIN_S).items()}
 
 
 def logs(target: Target, prefix: str, rank: int | None, follow: bool) -> None:
-    """Prints what ranks printed: one rank's bytes as they are, of several in whole lines behind their number."""
+    """Prints the output of one rank as it is, or of several ranks in whole lines behind their number."""
     with JobClient(target) as client:
         job = client.job(prefix)
         ranks = [rank] if rank is not None else list(range(job.world_size))

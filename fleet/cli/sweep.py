@@ -1,4 +1,4 @@
-"""`fleet sweep`: one job for each point of a grid, and what came of them as a table, which `fleet jobs --sweep` shows again."""
+"""`fleet sweep`: one job for each point of a grid, and a table of their results, which `fleet jobs --sweep` shows again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sweep(
     detach: bool,
     as_json: bool,
 ) -> int:
-    """Submits all points; unless `detach` waits for them and shows their results. 0 if every job succeeded."""
+    """Submits all points, and unless `detach` waits for them and prints their results. Returns 0 if every job succeeded."""
     name = submission.options.sweep or f"sweep-{uuid.uuid4().hex[:8]}"
     say(f"sweep {name}: {len(found)} jobs")
     submission = replace(submission, options=msgspec.structs.replace(submission.options, sweep=name))
@@ -57,7 +57,7 @@ def sweep(
 
 
 def again(target: Target, name: str, as_json: bool) -> str:
-    """The table of a sweep, with what has come of it so far. Raises UsageError where there is none of that name."""
+    """Table of a sweep, with its results so far. Raises UsageError where no sweep has that name."""
     with JobClient(target) as client:
         jobs = points_of(client, name)
         ended = [job.job_id for job in jobs if job.outcome]
@@ -70,7 +70,7 @@ def again(target: Target, name: str, as_json: bool) -> str:
 
 
 def points_of(client: JobClient, name: str) -> list[m.JobInfo]:
-    """The jobs of a sweep, in the order of submission. Raises UsageError where there are none."""
+    """Jobs of a sweep, in the order of submission. Raises UsageError where there are none."""
     found = client.find(sweep=name, limit=2 * POINTS_AT_MOST)
     if not found.jobs:
         raise UsageError(f"there is no job of a sweep {name!r} in this cluster")
@@ -78,7 +78,7 @@ def points_of(client: JobClient, name: str) -> list[m.JobInfo]:
 
 
 def _results(client: JobClient, name: str, by_job: Mapping[str, Point]) -> dict[str, Row]:
-    """Waits for all. Each result is read as its job ends: a large sweep's first jobs may be forgotten before its last."""
+    """Waits for all jobs. Each result is read as its job ends: the first jobs of a large sweep may be forgotten by its end."""
     rows: dict[str, Row] = {}
     count = Count(name, len(by_job))
     for ended in client.ends(by_job):
@@ -97,7 +97,7 @@ def _results(client: JobClient, name: str, by_job: Mapping[str, Point]) -> dict[
 
 
 class Count:
-    """How many jobs have ended, on standard error: in one line on a terminal, else a line for each tenth."""
+    """Count of the jobs that have ended, on standard error: in one line on a terminal, else a line for each tenth."""
 
     def __init__(self, name: str, total: int) -> None:
         self._name, self._total = name, total
@@ -123,7 +123,7 @@ class Count:
 
 
 def row_of(point: Mapping[str, Any], facts: Mapping[str, Any], result: Mapping[str, Any]) -> Row:
-    """One row. No column hides another: a name that is taken gets `grid.` or `result.` before it."""
+    """One row of the table. No column hides another: a name that is taken gets `grid.` or `result.` before it."""
     row: Row = {(f"grid.{name}" if name in (JOB, STATE, TOOK) else name): value for name, value in point.items()}
     row.update(facts)
     for name, value in result.items():
@@ -134,7 +134,7 @@ def row_of(point: Mapping[str, Any], facts: Mapping[str, Any], result: Mapping[s
 
 
 def result_in(tail: bytes) -> dict[str, Any]:
-    """The last line that is a JSON object: a library's goodbye may come after it. Without one, the last line."""
+    """The last line that is a JSON object, since libraries may print after it. Without such a line, the last line."""
     lines = tail.decode(errors="replace").rstrip().splitlines()
     for line in reversed(lines):
         if line.lstrip().startswith("{"):
@@ -162,7 +162,7 @@ def _shown(rows: Sequence[Row], as_json: bool) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null, as in JavaScript."""
+    """The value with null for NaN and infinity, which JSON does not know."""
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

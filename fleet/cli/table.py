@@ -1,9 +1,13 @@
-"""Tables for people: columns that fit the terminal. Knows strings only."""
+"""Answers as tables that fit the terminal, for people, or as JSON, for programs."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Collection, Sequence
+from typing import Any
+
+import msgspec
 
 from fleet.text import shown
 
@@ -11,15 +15,20 @@ GAP = 2
 CUT_TO_AT_LEAST = 6  # characters of a column
 
 
+def in_json(answer: Any) -> str:
+    """Structs of messages, or lists of them, as JSON."""
+    return json.dumps(msgspec.to_builtins(answer), indent=1)
+
+
 def terminal_width() -> int:
-    """Of the terminal that standard output is; 80 where it is none."""
+    """Columns of the terminal; 80 where standard output is none."""
     return shutil.get_terminal_size((80, 24)).columns
 
 
 def table(rows: Sequence[Sequence[str]], width: int | None = None, whole: Collection[str] = ()) -> str:
     """Columns as wide as their widest cell, and the first row their names. No cell breaks its line or moves the cursor.
 
-    Within `width`, if given, as far as that can be: the widest columns are cut, but for those that are named in `whole`.
+    The table fits `width`, if given, as far as possible: the widest columns are cut, but for those that are named in `whole`.
     """
     rows = [[shown(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -32,7 +41,7 @@ def table(rows: Sequence[Sequence[str]], width: int | None = None, whole: Collec
 
 
 def _fit(widths: list[int], whole: Sequence[bool], width: int) -> None:
-    """Takes from the widest columns what is too much."""
+    """Shortens the widest columns until all fit."""
     while (over := sum(widths) - width) > 0:
         loose = sorted((size, at) for at, size in enumerate(widths) if not whole[at] and size > CUT_TO_AT_LEAST)
         if not loose:

@@ -1,4 +1,4 @@
-"""What of a script's folder goes to a cluster, said before it goes: the folder of `fleet run`, submit and sweep."""
+"""Files of a script's folder that travel to a cluster, for `fleet run`, submit and sweep: packed, and named in advance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fleet.values import portable
 def spec_of_bundle(
     command: CommandLine, runtime: Path, limit_bytes: int, keep: tuple[str, ...] = ()
 ) -> tuple[m.Spec, Path]:
-    """The archive in `runtime`, and what ranks run from it. Says in a line what travels. Raises ConfigError."""
+    """Packs the folder into `runtime`, and says in a line what travels. Returns the spec and the archive. Raises ConfigError."""
     patterns = tuple(map(portable, keep_patterns(keep)))
     selected = _selected(command)
     bundle = pack_selected(selected, runtime, limit_bytes)
@@ -38,7 +38,7 @@ def spec_of_bundle(
 
 
 def would_travel(command: CommandLine, limit_bytes: int) -> str:
-    """For --dry-run: the files that would travel, and those that would not. Raises ConfigError as the real thing does."""
+    """List for --dry-run of the files that would travel, and of those that would not. Raises ConfigError as a job would."""
     check_target(command)
     selected = _selected(command)
     text = selected.listed(limit_bytes)
@@ -47,7 +47,7 @@ def would_travel(command: CommandLine, limit_bytes: int) -> str:
 
 
 def keep_patterns(given: tuple[str, ...]) -> list[str]:
-    """The --keep options, with `./runs` as what is meant by it. Raises UsageError where one, or all of them, keep nothing."""
+    """The --keep options as rules of .gitignore: `./runs` is `/runs`. Raises UsageError where one, or all, keep nothing."""
     import pathspec
 
     found = []
@@ -69,7 +69,7 @@ def keep_patterns(given: tuple[str, ...]) -> list[str]:
 
 
 def _selected(command: CommandLine) -> Selection:
-    """The folder of the script; of a module or command, which are found from there, the current one."""
+    """Selects the folder of the script; the current folder for a module or command, which is found from there."""
     if command.kind != "script":
         return select(Path.cwd())
     script = Path(command.target).resolve()

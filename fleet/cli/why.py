@@ -1,4 +1,4 @@
-"""`fleet why`: which orchestrator to ask, that of a cluster or one embedded in a `fleet run` of this user."""
+"""`fleet why`: the question to a cluster's orchestrator, or to those that are embedded in each `fleet run` of this user."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def explain(
     timeout_s: float,
     as_json: bool,
 ) -> str:
-    """What the ranks of a job do, in words or as JSON. Raises ConfigError, UsageError."""
+    """Activity of the ranks of a job, in words or as JSON. Raises ConfigError, UsageError."""
     if orchestrator is not None:
         found = [ask(cluster_target(orchestrator, secret_file, insecure, timeout_s), job_id)]
     else:
@@ -35,7 +35,7 @@ def explain(
 
 
 def _ask_here(job_id: str) -> list[tuple[list[m.Answer], list[int]]]:
-    """What the ranks of this user's jobs on this machine say."""
+    """Answers of the ranks of this user's jobs on this machine."""
     found, reasons = [], []
     for folder in own_folders():
         socket = folder / "orchestrator"

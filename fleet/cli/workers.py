@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import msgspec
-
 from fleet import messages as m
 from fleet.cli.runtime import registered
-from fleet.cli.table import table, terminal_width
+from fleet.cli.table import in_json, table, terminal_width
 from fleet.client.queries import ping, welcome, workers
 from fleet.client.target import cluster_target
 from fleet.errors import FleetError, UsageError
@@ -34,7 +31,7 @@ def list_workers(
 def listed(found: Sequence[m.WorkerState], as_json: bool) -> str:
     """Workers as a table with what differs between them, or as JSON."""
     if as_json:
-        return json.dumps([msgspec.to_builtins(worker) for worker in found], indent=1)
+        return in_json(found)
     if not found:
         return "no worker is in this cluster"
     found = sorted(found, key=lambda worker: _natural(worker.worker_id))

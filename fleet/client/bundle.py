@@ -1,4 +1,4 @@
-"""Selected files as one archive, the same bytes for the same files. Knows files, not where they go."""
+"""Archive of selected files: the same bytes for the same files. Knows files, not their destination."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Bundle:
 
 
 def pack(folder: Path, into: Path, limit_bytes: int = 64 << 20) -> Bundle:
-    """Writes the archive of what travels of `folder` into the directory `into`.
+    """Writes the archive of the files that travel of `folder` into the directory `into`.
 
     Raises ConfigError if the files have more than `limit_bytes` before compression, or one cannot be read.
     """
@@ -45,7 +45,7 @@ def pack_selected(selected: Selection, into: Path, limit_bytes: int) -> Bundle:
 
 
 def _write(draft: Path, folder: Path, entries: Iterable[Path]) -> None:
-    # Level 1: the network is faster than a better compression. No name and no time, so equal files give equal bytes.
+    # Level 1: the network is faster than a higher level. No name and no time, so equal files give equal bytes.
     with (
         draft.open("wb") as raw,
         gzip.GzipFile("", "wb", compresslevel=1, fileobj=raw, mtime=0) as zipped,
