@@ -22,10 +22,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack
 
 from fleet import config, pickling
 from fleet.client.caller_code import cluster_place
-from fleet.client.executor_thread import ExecutorThread
+from fleet.client.executor_thread import ExecutorSettings, ExecutorThread
 from fleet.client.local_cluster import local_place
-from fleet.client.pending_tasks import TaskFuture
-from fleet.client.runners import ExecutorSettings
 from fleet.client.target import cluster_target
 from fleet.errors import UsageError
 from fleet.values import JobOptions
@@ -179,7 +177,7 @@ class Executor(AnyExecutor):
 
     def _submit(
         self, options: TaskOptions, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> TaskFuture[T]:
+    ) -> Future[T]:
         return self._thread.submit(fn, args, kwargs, options.retries, options.timeout, options.priority)
 
     def _map(
@@ -239,7 +237,7 @@ def as_completed(
     return iter(track(ended, title, total=len(set(wanted)), console=Console(stderr=True)))
 
 
-def _results(submitted: Iterator[TaskFuture[T]], timeout: float | None, at_once: int | None) -> Iterator[T]:
+def _results(submitted: Iterator[Future[T]], timeout: float | None, at_once: int | None) -> Iterator[T]:
     """In order; what is left is cancelled when one raises, times out, or nobody wants more."""
     deadline = None if timeout is None else monotonic() + timeout
     futures = deque(islice(submitted, at_once))

@@ -1,57 +1,64 @@
-"""Runners of an Executor, which are jobs of one rank, as its orchestrator tells of them. Half of executor_thread.py."""
+"""Runners of an Executor: jobs of one rank each, and the conversation with them.
+
+News of the orchestrator and messages of runners become events of the task scheduler. Knows no future.
+"""
 
 from __future__ import annotations
 
 import logging
 import platform
 import uuid
-from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fleet import messages as m
 from fleet import pickling, tasks
-from fleet.bus.control import Dealer, Link
+from fleet.bus.control import Arrived, Lost, Sent
 from fleet.client import task_scheduler as scheduler
+from fleet.client.connection import Connection
 from fleet.client.direct_socket import DirectSocket
-from fleet.client.handshake import DENIALS_UNTIL_FINAL
-from fleet.client.incoming_results import IncomingResults
+from fleet.client.incoming_results import IncomingResults, Whole
 from fleet.client.local_cluster import Place
-from fleet.client.output_sequence import OutputSequence
 from fleet.client.pending_tasks import PackedCall
-from fleet.client.target import hello
 from fleet.client.task_output import TaskOutput
-from fleet.errors import ConfigError, FleetError, OtherProtocol, ProtocolError
+from fleet.dropped import Dropped
+from fleet.errors import ConfigError, FleetError, ProtocolError
+from fleet.stillness import LifeClock
 from fleet.transfer import read_part
-from fleet.versions import versions
 
-RUNNER_NEWS = m.Accepted | m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected
+ASK_AGAIN_S = 0.2  # a runner that did not read
+ACKNOWLEDGE_AFTER_S = 0.05  # results that no further call carries the acknowledgement of
+
+
+@dataclass(frozen=True, slots=True)
+class ResultsArrived:
+    """Results of one runner, with all their buffers."""
+
+    job_id: str
+    results: list[Whole]
+
+
+Event = scheduler.Event | ResultsArrived
 
 log = logging.getLogger("fleet.executor")
 
 
 class RunnersLost(FleetError):
-    """No task will ever run: the process beside a local Executor has ended, or what its runners begin with fails."""
+    """No task will ever run: the process with the local slots has ended, or the initializer fails."""
 
 
 @dataclass
 class RunnerJob:
-    """A job that is or will be a runner."""
+    """A job that is or will be a runner. Something can be said to it once `where` says where it is."""
 
-    submit: m.Submit
-    accepted: bool = False
+    head: bytes  # first frame of all that is said to it
+    worker: str = ""
+    where: str = ""  # its worker and pid, for a person
+    peer: bytes = b""  # its name at the direct socket
     started: bool = False
     initialized: bool = False  # it has made the call that comes before all others
-    where: str = ""  # worker and pid, once it is there
-    worker: str = ""
-    peer: bytes = b""  # where it is reached directly
-    behind_at: float | None = (
-        None  # it does not read, and something said to it was lost: when it is asked what it holds
-    )
-    functions: pickling.Functions = field(default_factory=pickling.Functions)  # that the runner has
-    arrived: list[int] = field(default_factory=list)  # results to acknowledge
+    functions: pickling.Functions = field(default_factory=pickling.Functions)  # that it has
+    arrived: list[int] = field(default_factory=list)  # tasks whose results are to be acknowledged
 
 
 def differs(worker: str, python: str) -> str:
@@ -65,199 +72,278 @@ def differs(worker: str, python: str) -> str:
     )
 
 
-@dataclass(frozen=True)
-class ExecutorSettings:
-    """What an Executor wants of its line."""
+class Runners:
+    """All runners of one Executor, by the ids of their jobs. Belongs to one thread at a time."""
 
-    count: int  # of runners; 0: as many as the cluster has room for
-    max_pending: int
-    max_bytes: int  # of arguments
-    tasks_at_most: int | None = None  # of one runner
-    initializer: Callable[..., object] | None = None  # the call that each runner makes before all others
-    initargs: tuple[Any, ...] = ()
-
-
-class Runners(ABC):
-    """Submits runners' jobs, and hears how they fare. Used by one thread at a time."""
-
-    _dealer: Dealer
-    _incoming: IncomingResults
-
-    def __init__(self, place: Place, options: m.JobOptions, settings: ExecutorSettings) -> None:
+    def __init__(
+        self,
+        place: Place,
+        options: m.JobOptions,
+        initializer: PackedCall | None,
+        connection: Connection,
+        direct: DirectSocket | None,  # None: runners are reached through the relay
+        packed: Callable[[int], PackedCall | None],  # the call of a pending task
+        memory: str,
+        clock: LifeClock,
+    ) -> None:
         self._place = place
-        self._target = place.target
         self._options = options
-        self._settings = settings
-        self._scheduler = scheduler.TaskScheduler(settings.count, settings.tasks_at_most)
-        self._first: PackedCall | None = None  # the call of the initializer
+        self._initializer = initializer
+        self._connection = connection
+        self._direct = direct
+        self._packed = packed
+        self._clock = clock
         self._jobs: dict[str, RunnerJob] = {}
-        self._direct: DirectSocket | None = None  # None: runners are reached through the relay
-        self._unsent: deque[m.Message] = deque()  # to the orchestrator
+        self._incoming = IncomingResults(self.say, memory)
         self._output = TaskOutput()
-        self._in_order = OutputSequence()
-        self._said: set[str] = set()
-        self._denied_count = 0
-        self._welcomed = False
+        # When something is said next by itself: to a runner that did not read, under "" acknowledgements to all.
+        self._due: dict[str, float] = {}
+        self._said: set[str] = set()  # warnings, each once
+        self._dropped = Dropped(log, clock.look)
 
-    @abstractmethod
-    def _step(self, event: scheduler.Event) -> None:
-        """Something has happened that the pool decides about."""
+    def __len__(self) -> int:
+        return len(self._jobs)
 
-    @abstractmethod
-    def _begun(self) -> None:
-        """The orchestrator has let this client in: runners may be asked for."""
+    # Waiting and receiving
 
-    @abstractmethod
-    def _say(self, job_id: str, said: tasks.TaskMessage, piece: bytes | None = None) -> None:
-        """Tells a runner something."""
+    def descriptors(self) -> list[int]:
+        return [*self._connection.descriptors(), *(self._direct.descriptors() if self._direct else ())]
 
-    @abstractmethod
-    def _run_calls(self, job_id: str, seat: RunnerJob, calls: list[tasks.Call], functions: dict[bytes, bytes]) -> None:
-        """Gives a runner calls, with functions that it has not had."""
+    def has_event(self) -> bool:
+        return self._connection.has_event() or (self._direct is not None and self._direct.has_event())
 
-    def _link(self, link: Link) -> None:
-        if link is Link.UP:
-            self._denied_count = 0
-            self._dealer.put(m.encode(hello(versions())))
-        elif link is Link.DENIED:
-            self._denied_count += 1
-            if self._denied_count >= DENIALS_UNTIL_FINAL:
-                raise ConfigError(
-                    f"the orchestrator at {self._target.name} does not let this client in: the secret is wrong or missing "
-                    "on one side (FLEET_SECRET, FLEET_SECRET_FILE), or no orchestrator of fleet listens there"
-                )
-        elif self._target.local:
-            raise RunnersLost(f"the process with the slots of this machine {self._place.ended()}")
-        else:
-            log.warning("lost the orchestrator at %s; trying again until it is back", self._target.name)
+    def patience(self, wait_s: float | None) -> float | None:
+        """How long to wait for messages at most, where nothing else is due within `wait_s`."""
+        return self._connection.patience(wait_s)
 
-    def _from_orchestrator(self, data: bytes) -> None:
-        try:
-            message = m.decode(data)
-        except ProtocolError as error:
-            if isinstance(error, OtherProtocol) or not self._welcomed:
-                raise ConfigError(f"the orchestrator at {self._target.name}: {error}") from None
-            log.warning("a message of the orchestrator was dropped: %s", error)
+    def is_quiet(self) -> bool:
+        """Whether nothing has come and nothing waits for being sent."""
+        return not self.has_event() and self._connection.patience(None) is None
+
+    def next_deadline(self) -> float | None:
+        return min(self._due.values(), default=None)
+
+    def receive(self) -> Sequence[m.Message | Arrived | Lost]:
+        """What has come. A runner's messages precede news of its job: its last result counts before its end."""
+        told = self._connection.receive()
+        return told if self._direct is None else [*self._direct.receive(), *told]
+
+    def tick(self) -> None:
+        """Says what is due by now."""
+        if not self._due:
             return
-        if isinstance(message, m.Welcome):
-            self._welcome()
-        elif isinstance(message, m.Unknown):
-            self._dealer.put(m.encode(hello(versions())))
-        elif isinstance(message, m.Refused):
-            raise ConfigError(f"the orchestrator at {self._target.name} refused this client: {message.reason}")
-        elif isinstance(message, m.Workers):
-            self._size(message)
-        elif isinstance(message, m.Want) and self._place.bundle is not None:
-            self._dealer.put(m.encode(read_part(self._place.bundle, message)))
-        elif isinstance(message, m.Output):
-            if self._in_order.is_next(message):
-                self._output.write(message.job_id, message.stream, message.data)
-            for reply in self._in_order.replies(message):
-                self._dealer.put(m.encode(reply))
-        elif isinstance(message, RUNNER_NEWS) and message.job_id in self._jobs:
-            self._about_job(self._jobs[message.job_id], message)
+        now = self._clock.look()
+        for job_id in [job_id for job_id, at in self._due.items() if at <= now]:
+            del self._due[job_id]
+            if job_id:
+                self.say(job_id, tasks.Sync())
+            else:
+                self.acknowledge()
 
-    def _welcome(self) -> None:
-        if not self._welcomed:
-            self._welcomed = True
-            if self._settings.count:
-                self._begun()
-            if not self._settings.count or not self._target.local:
-                self._dealer.put(m.encode(m.ListWorkers()))
-        for seat in self._jobs.values():
-            again = m.Submit(seat.submit.job_id, 1, seat.submit.spec, seat.accepted, options=self._options)
-            self._dealer.put(m.encode(again))
+    # To runners
 
-    def _size(self, found: m.Workers) -> None:
-        """Raises ConfigError where no worker can run this process' functions. Some may: their jobs say which Python they need."""
+    def ask(self) -> str:
+        """Submits the job of a further runner, and returns its id."""
+        job_id = uuid.uuid4().hex[:12]
+        self._jobs[job_id] = RunnerJob(m.relay_head(job_id))
+        if self._direct is not None:
+            self._direct.expect(job_id)
+        self._connection.submit(m.Submit(job_id, 1, self._place.spec, options=self._options))
+        return job_id
+
+    def give(self, job_id: str, calls: Sequence[tuple[tasks.Call, PackedCall]]) -> None:
+        """Has a runner make calls, in this order. Functions that it does not have go along."""
+        job = self._jobs[job_id]
+        run: list[tasks.Call] = []
+        functions: dict[bytes, bytes] = {}
+        size_bytes = 0
+        for call, packed in calls:
+            run.append(call)
+            size_bytes += len(call.data)
+            function = packed.function
+            if function is not None and job.functions.get(function.digest) is None:
+                job.functions.add(function)
+                functions[function.digest] = function.pickled
+                size_bytes += function.size_bytes
+            if size_bytes >= tasks.MESSAGE_BYTES:
+                self._make_calls(job_id, job, run, functions)
+                run, functions, size_bytes = [], {}, 0
+        if run:
+            self._make_calls(job_id, job, run, functions)
+
+    def _make_calls(
+        self, job_id: str, job: RunnerJob, calls: Sequence[tasks.Call] = (), functions: dict[bytes, bytes] | None = None
+    ) -> None:
+        arrived, job.arrived = tuple(job.arrived), []
+        self.say(job_id, tasks.MakeCalls(tuple(calls), functions or {}, arrived))
+
+    def acknowledge(self) -> None:
+        """Results that have arrived, which their runners need not keep."""
+        for job_id, job in self._jobs.items():
+            if job.arrived:
+                self._make_calls(job_id, job)
+
+    def say(self, job_id: str, said: tasks.TaskMessage, piece: bytes | None = None) -> None:
+        """What a runner that is not there yet is not told, it asks for when it comes."""
+        job = self._jobs[job_id]
+        body = (tasks.encode(said),) if piece is None else (tasks.encode(said), piece)
+        if self._direct is None:
+            sent = self._connection.send(job.head, body)
+        elif job.peer:
+            sent = self._direct.send(job.peer, job.head, body)
+        else:
+            return
+        if sent is Sent.FULL:
+            self._due[job_id] = self._clock.look() + ASK_AGAIN_S
+
+    def end(self, job_id: str, kill: bool) -> None:
+        job = self._jobs.get(job_id)
+        if kill or job is None or not job.where:
+            self._connection.put(m.Cancel(job_id, kill))
+        else:
+            self.say(job_id, tasks.Leave())
+
+    def end_all(self, kill: bool) -> None:
+        """Those that are not there yet are killed in any case."""
+        for job_id, job in self._jobs.items():
+            self.end(job_id, kill or not job.where)
+
+    # From the orchestrator and from runners
+
+    def take(self, thing: m.Message | Arrived | Lost) -> Sequence[Event]:
+        """Events for the scheduler that follow from one thing that has come. Raises RunnersLost."""
+        if isinstance(thing, Arrived):
+            return self._take_from_runner(thing)
+        if isinstance(thing, Lost):
+            if thing.peer:
+                return ()  # a runner: its job's end is told by the orchestrator
+            if self._place.target.local:
+                raise RunnersLost(f"the process with the slots of this machine {self._place.ended()}")
+            log.warning("lost the orchestrator at %s; trying again until it is back", self._place.target.name)
+        elif isinstance(thing, m.Want) and self._place.bundle is not None:
+            self._connection.put(read_part(self._place.bundle, thing))
+        elif isinstance(thing, m.Output):
+            for reply in self._output.take(thing):
+                self._connection.put(reply)
+        elif isinstance(thing, m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected):
+            job = self._jobs.get(thing.job_id)
+            return () if job is None else self._take_news(job, thing)
+        return ()
+
+    def room(self, found: m.Workers) -> int:
+        """How many runners the cluster has room for. Raises ConfigError where no worker can run this process' functions.
+
+        Some may not: the jobs of runners say which Python they need.
+        """
         fit = [w for w in found.workers if not differs(w.worker_id, w.versions.python)]
         if found.workers and not fit:
             raise ConfigError(differs(found.workers[0].worker_id, found.workers[0].versions.python))
-        if not self._jobs and not self._settings.count:
-            o = self._options
-            room = sum(min(w.slots // o.slots, w.gpus // o.gpus if o.gpus else w.slots) for w in fit)
-            self._scheduler.size = max(1, room)
-            self._begun()
+        slots, gpus = self._options.slots, self._options.gpus
+        return max(1, sum(min(w.slots // slots, w.gpus // gpus if gpus else w.slots) for w in fit))
 
-    def _ask_runner(self) -> None:
-        job_id = uuid.uuid4().hex[:12]
-        submit = m.Submit(job_id, 1, self._place.spec, options=self._options)
-        self._jobs[job_id] = RunnerJob(submit)
-        if self._direct is not None:
-            self._direct.expect(job_id)
-        self._scheduler.joined(job_id)
-        self._unsent.append(submit)
-
-    def _about_job(
-        self, seat: RunnerJob, message: m.Accepted | m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected
-    ) -> None:
-        job_id = message.job_id
-        if isinstance(message, m.Accepted):
-            seat.accepted = True
-        elif isinstance(message, m.JobWaiting):
-            if not self._target.local and message.reason not in self._said:
-                self._said.add(message.reason)
-                log.warning("a process of the Executor waits: %s", message.reason)
-        elif isinstance(message, m.Started):
-            seat.worker = message.workers[0]
-            if seat.started:  # it has been before: what was said meanwhile may be lost
-                self._say(job_id, tasks.Sync())
-            seat.started = True
-        elif isinstance(message, m.Retire):
-            self._step(scheduler.RunnerRetires(job_id))
+    def _take_news(
+        self, job: RunnerJob, news: m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected
+    ) -> Sequence[Event]:
+        job_id = news.job_id
+        if isinstance(news, m.JobWaiting):
+            if not self._place.target.local:
+                self._warn("a process of the Executor waits: %s", news.reason)
+        elif isinstance(news, m.Started):
+            job.worker = news.workers[0]
+            if job.started:  # not for the first time: what was said meanwhile may be lost
+                self.say(job_id, tasks.Sync())
+            job.started = True
+        elif isinstance(news, m.Retire):
+            return (scheduler.RunnerRetires(job_id),)
+        elif isinstance(news, m.JobEnded) and news.ranks:
+            status = news.ranks[0]
+            reason = f"its process {'was told to stop' if status.stopped else 'ended: ' + m.how(status)}"
+            if status.failed and (lines := status.stderr_tail.strip().splitlines()):
+                reason += f"; its last line on stderr: {lines[-1]}"
+            return self._ended(job_id, reason, status.task)
         else:
-            reason = message.reason
-            if isinstance(message, m.JobEnded) and message.ranks:
-                status = message.ranks[0]
-                reason = f"its process {'was told to stop' if status.stopped else 'ended: ' + m.how(status)}"
-                tail = status.stderr_tail.strip().splitlines()[-1:] if status.failed else []
-                reason += f"; its last line on stderr: {tail[0]}" if tail else ""
-            task_id = message.ranks[0].task if isinstance(message, m.JobEnded) and message.ranks else 0
-            self._ended(job_id, reason, task_id)
+            return self._ended(job_id, news.reason)
+        return ()
 
-    def _unfit(self, job_id: str, reason: str) -> None:
-        """Gives up a runner that cannot make this process' calls. Others are asked for, a bounded number of times."""
-        if reason not in self._said:
-            self._said.add(reason)
-            log.warning("a process of the Executor is not used: %s", reason)
-        self._unsent.append(m.Cancel(job_id, kill=True))
-        self._ended(job_id, reason, 0)
-
-    def _ended(self, job_id: str, reason: str, task_id: int) -> None:
+    def _ended(self, job_id: str, reason: str, task_id: int = 0) -> Sequence[Event]:
         del self._jobs[job_id]
+        self._due.pop(job_id, None)
+        self._connection.drop(job_id)
         if self._direct is not None:
             self._direct.forget(job_id)
         self._incoming.drop(job_id)
         self._output.end(job_id)
-        self._in_order.drop(job_id)
-        self._step(scheduler.RunnerEnded(job_id, reason, task_id))
+        return (scheduler.RunnerEnded(job_id, reason, task_id),)
 
-    # Runners that are there
+    def _take_from_runner(self, arrived: Arrived) -> Sequence[Event]:
+        job_id = m.relayed_job(arrived.data) or ""
+        job = self._jobs.get(job_id)
+        if job is None or not arrived.rest:
+            return ()
+        try:
+            said = tasks.decode(arrived.rest[0].buffer)
+        except ProtocolError as error:
+            self._dropped.malformed(f"the runner on {job.where}", error)
+            return ()
+        if isinstance(said, tasks.Results):
+            return self._take_results(job_id, job, said)
+        if isinstance(said, tasks.BufferPiece):
+            piece = arrived.rest[1].buffer if len(arrived.rest) > 1 else memoryview(b"")
+            return self._whole(job_id, job, self._incoming.piece(job_id, said, piece))
+        if isinstance(said, tasks.ReadBuffer):
+            packed = self._initializer if said.task_id == tasks.INITIALIZER else self._packed(said.task_id)
+            blob = packed.blobs[said.index] if packed is not None and said.index < len(packed.blobs) else None
+            data = blob.piece(said.offset, tasks.PIECE_BYTES) if blob is not None else b""
+            self.say(job_id, tasks.BufferPiece(said.task_id, said.index, said.offset), data)
+        elif isinstance(said, tasks.CallsReturned):
+            return (scheduler.GivenBack(job_id, said.task_ids),)
+        elif isinstance(said, tasks.Ready):
+            job.peer = arrived.peer
+            job.where = f"{job.worker} (pid {said.pid})"
+            return self._ready(job_id, job, said)
+        return ()
 
-    def _ready_runner(self, job_id: str, seat: RunnerJob, said: tasks.Ready) -> None:
-        reason = differs(seat.worker, said.python)
-        if reason:
-            self._unfit(job_id, reason)
-            return
-        seat.functions.clear()
+    def _ready(self, job_id: str, job: RunnerJob, said: tasks.Ready) -> Sequence[Event]:
+        if reason := differs(job.worker, said.python):
+            # Given up. The scheduler asks for others, a bounded number of times.
+            self._warn("a process of the Executor is not used: %s", reason)
+            self._connection.put(m.Cancel(job_id, kill=True))
+            return self._ended(job_id, reason)
+        job.functions.clear()
         self._incoming.ask_again(job_id, said.memory)
-        if self._first is None or seat.initialized:
-            self._step(scheduler.RunnerReady(job_id, seat.where, said.holds))
-        elif tasks.INITIALIZER not in said.holds:
-            function = self._first.function
-            functions = {function.digest: function.pickled} if function is not None else {}
-            self._run_calls(job_id, seat, [self._first.call(tasks.INITIALIZER)], functions)
+        if self._initializer is None or job.initialized:
+            return (scheduler.RunnerReady(job_id, job.where, said.holds),)
+        if tasks.INITIALIZER not in said.holds:
+            self.give(job_id, [(self._initializer.call(tasks.INITIALIZER), self._initializer)])
+        return ()
 
-    def _initialized(self, job_id: str, seat: RunnerJob, result: tasks.Result) -> None:
-        if not result.ok:
-            assert self._first is not None
-            raise RunnersLost(f"the initializer {self._first.name} failed on {seat.where}: {result.text.strip()}")
-        seat.initialized = True
-        self._step(scheduler.RunnerReady(job_id, seat.where, ()))
+    def _take_results(self, job_id: str, job: RunnerJob, said: tasks.Results) -> Sequence[Event]:
+        whole = self._incoming.results(job_id, said)
+        events = self._whole(job_id, job, whole)
+        if len(whole) == len(said.results):
+            return events
+        here = {result.task_id for result, _ in whole}
+        arriving = {r.task_id: r.seconds for r in said.results if r.buffers and r.task_id not in here}
+        return [*events, scheduler.Arriving(job_id, arriving)]
 
-    def _end_runner(self, job_id: str, kill: bool) -> None:
-        seat = self._jobs.get(job_id)
-        if kill or seat is None or not seat.where:
-            self._unsent.append(m.Cancel(job_id, kill))
-        else:
-            self._say(job_id, tasks.Leave())
+    def _whole(self, job_id: str, job: RunnerJob, results: list[Whole]) -> list[Event]:
+        if not results:
+            return []
+        events: list[Event] = []
+        if self._initializer is not None and not job.initialized:
+            for result, _ in results:
+                if result.task_id == tasks.INITIALIZER:
+                    if not result.ok:
+                        name = self._initializer.name
+                        raise RunnersLost(f"the initializer {name} failed on {job.where}: {result.text.strip()}")
+                    job.initialized = True
+                    events.append(scheduler.RunnerReady(job_id, job.where, ()))
+        job.arrived += [result.task_id for result, _ in results]
+        self._due.setdefault("", self._clock.look() + ACKNOWLEDGE_AFTER_S)
+        events.append(ResultsArrived(job_id, results))
+        return events
+
+    def _warn(self, text: str, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            log.warning(text, reason)

@@ -1,4 +1,4 @@
-"""What tasks print, on this process' own stdout and stderr, as if they had run here. Characters stay whole."""
+"""Output of tasks on this process' own stdout and stderr, as if they had run here. Characters stay whole."""
 
 from __future__ import annotations
 
@@ -7,18 +7,33 @@ import logging
 import sys
 from typing import Any
 
+from fleet import messages as m
+from fleet.client.output_sequence import OutputSequence
+
 log = logging.getLogger("fleet.executor")
 
 
 class TaskOutput:
-    """One decoder for each stream of each runner."""
+    """Output of all runners of an Executor, with one decoder for each stream of each of them."""
 
     def __init__(self) -> None:
+        self._sequence = OutputSequence()
         self._decoders: dict[tuple[str, str], codecs.IncrementalDecoder] = {}
         self._complained = False
 
-    def write(self, job_id: str, stream: str, data: bytes) -> None:
-        """Never raises: what a stream of the caller's own makes of a text is no matter of the tasks'."""
+    def take(self, output: m.Output) -> list[m.Message]:
+        """Writes it if it is the next; returns what its worker is to know. Never raises."""
+        if self._sequence.is_next(output):
+            self._write(output.job_id, output.stream, output.data)
+        return self._sequence.replies(output)
+
+    def end(self, job_id: str) -> None:
+        self._sequence.drop(job_id)
+        for key in [key for key in self._decoders if key[0] == job_id]:
+            del self._decoders[key]
+
+    def _write(self, job_id: str, stream: str, data: bytes) -> None:
+        """A stream of the caller's own may raise anything: that is no matter of the tasks."""
         decoder = self._decoders.get((job_id, stream))
         if decoder is None:
             decoder = self._decoders[job_id, stream] = codecs.getincrementaldecoder("utf-8")("replace")
@@ -39,7 +54,3 @@ class TaskOutput:
             if not self._complained:
                 self._complained = True
                 log.warning("what tasks print is not shown: sys.%s raised %s: %s", stream, type(error).__name__, error)
-
-    def end(self, job_id: str) -> None:
-        for key in [key for key in self._decoders if key[0] == job_id]:
-            del self._decoders[key]

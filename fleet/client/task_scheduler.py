@@ -8,6 +8,7 @@ from here: as many short tasks as take PREFETCH_S, but nothing behind a task tha
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Literal
@@ -18,6 +19,7 @@ RECALL_AFTER_S = 0.02  # of a task that keeps others waiting while another runne
 BACKOFF_S, BACKOFF_AT_MOST_S = 0.1, 10.0  # after the second attempt that lost its runner, doubled with each further one
 STILLBORN_AT_MOST = 3  # runners in a row that end before they are ready
 
+Timer = Literal["retry", "timeout", "recall"]
 Why = Literal["lost", "timeout", "no runner"]
 
 
@@ -57,6 +59,15 @@ class Runner:
 
 
 # Events
+
+
+@dataclass(frozen=True)
+class Began:
+    """Runners may be asked for: so many."""
+
+    size: int
+
+
 @dataclass(frozen=True)
 class Submitted:
     tasks: list[Task]
@@ -128,7 +139,8 @@ class Tick:
 
 
 Event = (
-    Submitted
+    Began
+    | Submitted
     | Cancelled
     | RunnerReady
     | Finished
@@ -183,7 +195,6 @@ Effect = AskRunner | Give | Recall | EndRunner | Fail
 class TaskScheduler:
     """One Executor's tasks and runners."""
 
-    size: int  # runners to have
     tasks_at_most: int | None = None  # of one runner, which then ends
     runners: dict[str, Runner] = field(default_factory=dict)
     mean_s: float | None = None  # of what tasks take, the last ones counting most
@@ -206,6 +217,8 @@ class TaskScheduler:
                 self._ask()
         elif isinstance(event, Finished):
             self._finished(event)
+        elif isinstance(event, Began):
+            self._effects += [AskRunner()] * event.size
         elif isinstance(event, Cancelled):
             for task_id in event.task_ids:
                 self._queued.pop(task_id, None)
@@ -219,28 +232,13 @@ class TaskScheduler:
             self._retires(event.job_id)
         elif isinstance(event, RunnerEnded):
             self._ended(event)
-        self._time()
         self._dispatch()
+        self._expire()
         return self._effects
 
     def next_deadline(self) -> float | None:
         """When to send a Tick if nothing else happens."""
-        deadlines = [self._delayed[0][0]] if self._delayed else []
-        idle = not self._queued and any(r.ready and not r.tasks for r in self.runners.values())
-        for runner in self.runners.values():
-            head = runner.head
-            if head is not None and head.timeout_s is not None and runner.verdict is None:
-                deadlines.append(runner.head_since + head.timeout_s)
-            if idle and len(runner.tasks) > 1 and not runner.recalling:
-                deadlines.append(runner.head_since + RECALL_AFTER_S)
-        return min(deadlines, default=None)
-
-    def start(self) -> list[Effect]:
-        """Asks for all runners."""
-        self._effects = []
-        for _ in range(self.size):
-            self._ask()
-        return self._effects
+        return min((at for at, _, _ in self._timers()), default=None)
 
     def joined(self, job_id: str) -> None:
         """The job of a runner that was asked for has this id."""
@@ -405,22 +403,8 @@ class TaskScheduler:
         self._next_head(runner, head)
         self._end_if_retired(runner)
 
-    def _time(self) -> None:
-        while self._delayed and self._delayed[0][0] <= self._now:
-            _, task_id, task = heappop(self._delayed)
-            if self._queued.get(task_id) is task:
-                self._queue(task, first=True)
-        for runner in self.runners.values():
-            head = runner.head
-            if head is None or runner.verdict is not None:
-                continue
-            if head.timeout_s is not None and self._now >= runner.head_since + head.timeout_s:
-                runner.verdict = "timeout", f"it did not end within {head.timeout_s:g} s, and its runner was ended"
-                self._effects.append(EndRunner(runner.job_id, kill=True))
-
     def _dispatch(self) -> None:
         if not self._queued:
-            self._recall_what_waits_in_vain()
             return
         room = [r for r in self.runners.values() if r.ready and not r.retiring and r.verdict is None]
         room = [runner for runner in room if len(runner.tasks) < self._credit(runner)]
@@ -462,15 +446,39 @@ class TaskScheduler:
             return 1
         return max(1, min(IN_FLIGHT_AT_MOST, 1 + int(PREFETCH_S / max(self.mean_s, 1e-6))))
 
-    def _recall_what_waits_in_vain(self) -> None:
-        if not any(r.ready and not r.tasks and not r.retiring for r in self.runners.values()):
-            return
-        for runner in self.runners.values():
-            if len(runner.tasks) > 1 and self._now >= runner.head_since + RECALL_AFTER_S:
-                self._recall(runner)
-
     def _recall(self, runner: Runner) -> None:
         waiting = tuple(runner.tasks)[1:]
         if waiting and not runner.recalling:
             runner.recalling = True
             self._effects.append(Recall(runner.job_id, waiting))
+
+    # Time
+
+    def _timers(self) -> Iterator[tuple[float, Timer, Runner | None]]:
+        """Everything that time alone brings about, and when."""
+        if self._delayed:
+            yield self._delayed[0][0], "retry", None
+        idle = not self._queued and any(r.ready and not r.tasks and not r.retiring for r in self.runners.values())
+        for runner in self.runners.values():
+            head = runner.head
+            if head is not None and head.timeout_s is not None and runner.verdict is None:
+                yield runner.head_since + head.timeout_s, "timeout", runner
+            if idle and len(runner.tasks) > 1 and not runner.recalling:
+                yield runner.head_since + RECALL_AFTER_S, "recall", runner
+
+    def _expire(self) -> None:
+        for _, timer, runner in [found for found in self._timers() if found[0] <= self._now]:
+            if runner is None:
+                self._retry()
+            elif timer == "recall":
+                self._recall(runner)
+            elif (head := runner.head) is not None:
+                runner.verdict = "timeout", f"it did not end within {head.timeout_s:g} s, and its runner was ended"
+                self._effects.append(EndRunner(runner.job_id, kill=True))
+
+    def _retry(self) -> None:
+        while self._delayed and self._delayed[0][0] <= self._now:
+            _, task_id, task = heappop(self._delayed)
+            if self._queued.get(task_id) is task:
+                self._queue(task, first=True)
+        self._dispatch()

@@ -246,7 +246,7 @@ def test_a_hundred_thousand_submits_are_held_back_instead_of_kept(pool: fleet.Ex
     results: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(100_000):
         pool.submit(calls.square, number % 10).add_done_callback(lambda done: results.put(done.result()))
-        most = max(most, pool._thread._pending)
+        most = max(most, pool._thread._pending.count)
     assert sum(results.get(timeout=60) for _ in range(100_000)) == 10_000 * 285
     assert most <= 10_000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB

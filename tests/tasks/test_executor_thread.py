@@ -12,18 +12,19 @@ import pytest
 
 import fleet
 from fleet.client.executor_thread import ExecutorThread
+from fleet.client.runners import Runners
 
 
 def test_a_call_whose_function_was_lost_on_the_way_is_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when an orchestrator is killed that had the first message of two, and not the second."""
     lost: list[bytes] = []
-    say = ExecutorThread._run_calls
+    say = Runners._make_calls
 
-    def lose(line: ExecutorThread, job_id: str, seat: Any, calls: Any, functions: dict[bytes, bytes]) -> None:
-        say(line, job_id, seat, calls, functions if lost else {})
-        lost.extend(functions)
+    def lose(runners: Runners, job_id: str, job: Any, calls: Any = (), functions: Any = None) -> None:
+        say(runners, job_id, job, calls, functions if lost else {})
+        lost.extend(functions or {})
 
-    monkeypatch.setattr(ExecutorThread, "_run_calls", lose)
+    monkeypatch.setattr(Runners, "_make_calls", lose)
     with fleet.Executor(max_workers=1, retries=0) as pool:
         futures = [pool.submit(calls.square, number) for number in range(20)]
         assert [future.result(timeout=60) for future in futures] == [number**2 for number in range(20)]
@@ -33,24 +34,24 @@ def test_a_call_whose_function_was_lost_on_the_way_is_given_again(monkeypatch: p
 def test_what_was_submitted_before_a_result_came_competes_for_its_runner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The line's thread is stopped between its look at the inbox and what comes of the result, as a busy machine does."""
+    """The Executor's thread is stopped between its look at the inbox and what comes of the result, as a busy machine does."""
     say, wait = tmp_path / "say", tmp_path / "wait"
     os.mkfifo(say)
     os.mkfifo(wait)
     order: list[str] = []
     stop, stopped = threading.Event(), threading.Event()
-    look = ExecutorThread._take_inbox
+    look = ExecutorThread._take_tasks
 
-    def look_and_stop(line: ExecutorThread) -> bool:
-        found = look(line)
+    def look_and_stop(thread: ExecutorThread) -> None:
+        found = bool(thread._pending.added)
+        look(thread)
         if found and stop.is_set():
             stop.clear()
             stopped.set()
-            while line._direct is not None and not line._direct.has_event():
+            while not thread._runners.has_event():
                 os.sched_yield()
-        return found
 
-    monkeypatch.setattr(ExecutorThread, "_take_inbox", look_and_stop)
+    monkeypatch.setattr(ExecutorThread, "_take_tasks", look_and_stop)
     with fleet.Executor(max_workers=1) as pool:
         running = pool.submit(calls.say_and_wait, str(say), str(wait))
         assert int(say.read_text())

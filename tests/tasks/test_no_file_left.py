@@ -43,7 +43,7 @@ def test_a_runner_that_comes_late_is_connected_once_there_is_a_descriptor() -> N
             with pytest.raises(fleet.TaskLost, match="exit code 3"):
                 pool.options(retries=0).submit(os._exit, 3).result(timeout=30)
             waits = pool.submit(calls.square, 3)
-            direct = pool._thread._direct
+            direct = pool._thread._runners._direct
             assert direct is not None
             while not direct._connected:  # the new runner's knock was heard
                 os.sched_yield()

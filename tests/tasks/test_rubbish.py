@@ -17,7 +17,8 @@ from fleet.bus.control import Dealer
 from fleet.bus.knock import endpoint_of, knock
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller
-from fleet.client.executor_thread import ExecutorThread
+from fleet.client.runners import Runners
+from fleet.dropped import MALFORMED
 
 
 def rubbish(count: int, said: list[tasks.TaskMessage]) -> list[bytes]:
@@ -43,24 +44,26 @@ def test_a_client_survives_rubbish_and_says_so(caplog: pytest.LogCaptureFixture)
     ]
     with fleet.Executor(1) as pool, caplog.at_level(logging.WARNING, "fleet.executor"), Bus(Lock()) as bus:
         assert pool.submit(calls.square, 2).result(timeout=30) == 4
-        line = pool._thread
-        [job_id] = line._jobs
-        assert line._direct is not None
-        stranger = Dealer(bus, endpoint_of(line._place.door, "stranger"), b"a second runner", listens=True)
-        with line._lock:
-            line._direct._expected.add("stranger")
-        knock(line._place.door, "stranger")
+        thread = pool._thread
+        [job_id] = thread._runners._jobs
+        direct = thread._runners._direct
+        assert direct is not None
+        stranger = Dealer(bus, endpoint_of(thread._place.door, "stranger"), b"a second runner", listens=True)
+        with thread._lock:
+            direct._expected.add("stranger")
+        knock(thread._place.door, "stranger")
         poller = Poller(stranger.poll_sockets)
         while not stranger.changes():
             poller.wait(5.0)
         for data in rubbish(100, said):
             assert stranger.send(m.relay_head(job_id), [data])
         taken: list[int] = []
-        while line._dropped_count < 100:  # its thread takes them meanwhile
+        while thread._runners._dropped.counts[MALFORMED] < 100:  # its thread takes them meanwhile
             taken.append(pool.submit(calls.square, 3).result(timeout=30))
         assert set(taken) <= {9}
         assert pool.submit(calls.square, 5).result(timeout=30) == 25
-    assert "messages of runners were dropped, the last one since it is nothing that" in caplog.text
+    assert "a message of the runner on local (pid" in caplog.text
+    assert "is dropped: nothing that" in caplog.text
 
 
 def test_a_runner_survives_rubbish_and_says_so(
@@ -75,19 +78,17 @@ def test_a_runner_survives_rubbish_and_says_so(
         tasks.BufferPiece(99_994, 7, 1 << 40),
         tasks.Ready("memory", "3.1", 7),
     ]
-    say = ExecutorThread._run_calls
+    say = Runners._make_calls
     sent: list[bytes] = []
 
-    def say_rubbish_too(
-        line: ExecutorThread, job_id: str, seat: Any, calls: Any, functions: dict[bytes, bytes]
-    ) -> None:
-        if not sent and line._direct is not None:
+    def say_rubbish_too(runners: Runners, job_id: str, job: Any, calls: Any = (), functions: Any = None) -> None:
+        if not sent and runners._direct is not None:
             sent.extend(rubbish(60, said))
             for data in sent:
-                assert line._direct.send(seat.peer, m.relay_head(job_id), [data])
-        say(line, job_id, seat, calls, functions)
+                assert runners._direct.send(job.peer, m.relay_head(job_id), [data])
+        say(runners, job_id, job, calls, functions)
 
-    monkeypatch.setattr(ExecutorThread, "_run_calls", say_rubbish_too)
+    monkeypatch.setattr(Runners, "_make_calls", say_rubbish_too)
     with fleet.Executor(1) as pool:
         futures = [pool.submit(calls.square, number) for number in range(20)]
         assert [future.result(timeout=60) for future in futures] == [number**2 for number in range(20)]
