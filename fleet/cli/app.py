@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import typer
 
 from fleet import config
-from fleet.cli.command_line import HELP, CommandLine, parse
+from fleet.cli import options as o
+from fleet.cli.command_line import HELP, parse
 from fleet.cli.job_commands import job_commands
-from fleet.cli.options import (
-    WITH_SCRIPT,
-    AnyClusterOptions,
-    AsJson,
-    ClusterOptions,
-    DaemonOptions,
-    DryRun,
-    Insecure,
-    Keep,
-    MaxBundle,
-    MaxOutput,
-    OrThisMachine,
-    OutputFolder,
-    SchedulingOptions,
-    SecretFile,
-    Timeout,
-    above_0,
-    known_policy,
-    not_negative,
-    with_groups,
-)
 from fleet.cli.usage_errors import answer, check_command
 from fleet.errors import ConfigError, FleetError, UsageError
 from fleet.text import shown_lines
-from fleet.values import GRACE_S
 
 USAGE = 2
 _MISTAKE: Any = typer.BadParameter.__mro__[2]  # what typer raises for all that it cannot parse
@@ -57,83 +36,33 @@ def fleet_command(
     """Train a model with more than one Python process, on one machine or many."""
 
 
-@app.command("run", options_metavar=WITH_SCRIPT)
-@with_groups
-def run_command(
-    context: typer.Context,
-    *,
-    workers: Annotated[
-        int | None, typer.Option(help="Number of ranks.", show_default="one per core, or per Slurm task")
-    ] = None,
-    timeout: Timeout = 60.0,
-    log_dir: Annotated[Path | None, typer.Option(help="Folder for rank-N.log files.", show_default="none")] = None,
-    max_bundle: MaxBundle = 64,
-    transport: Annotated[str, typer.Option(help="Between local ranks: tcp or ipc.")] = "tcp",
-    orchestrator: OrThisMachine = None,
-    scheduling: SchedulingOptions,
-    output: OutputFolder = None,
-    max_output: MaxOutput = 1024,
-    keep: Keep = None,
-    dry_run: DryRun = False,
-    stdin: Annotated[
-        str | None,
-        typer.Option(help="Who reads standard input: none, 0 (rank 0), or all.", show_default="0; on a cluster none"),
-    ] = None,
-    grace: Annotated[
-        float, typer.Option(help="Seconds that the job goes on without this command, while its connection is cut off.")
-    ] = GRACE_S,
-    secret_file: SecretFile = None,
-    insecure: Insecure = False,
-) -> None:
+@o.command(app, "run", o.WITH_SCRIPT)
+def run_command(context: typer.Context, options: o.RunOptions) -> None:
     """Run a job and show what it prints. In place of SCRIPT: -m MODULE, or -- COMMAND.
 
     Options after the script's name are the script's. Only --workers may stand there too: fleet run train.py --lr 0.1 --workers 8.
     What comes after -- is the script's in any case.
     """
-    from fleet.cli.output import output_limit
-    from fleet.cli.run import Options, run_job
-    from fleet.cli.submission import Submission
+    from fleet.cli.run import run_job
 
-    if transport not in ("tcp", "ipc"):
-        raise UsageError(f"--transport is {transport!r}: it must be tcp or ipc")
-    submission = Submission(
-        cast(CommandLine, context.obj),
-        _ranks_here() if workers is None else workers,
-        scheduling.job_options(grace_s=grace),
-        max_bundle << 20,
-        tuple(keep or ()),
-    )
-    options = Options(
-        timeout_s=timeout,
-        log_dir=log_dir,
-        transport=cast(Literal["tcp", "ipc"], transport),
-        orchestrator=orchestrator or config.orchestrator_address(),
-        secret_file=secret_file,
-        insecure=insecure,
-        output=output,
-        max_output_bytes=output_limit(max_output),
-        dry_run=dry_run,
-        stdin=stdin,
-    )
-    raise typer.Exit(run_job(submission, options))
+    raise typer.Exit(run_job(context.obj, options))
 
 
-@app.command("orchestrator")
-@with_groups
+@o.command(app, "orchestrator")
 def orchestrator_command(
     *,
     bind: Annotated[str, typer.Option(help="HOST:PORT to listen on; 0.0.0.0 is every interface.")] = "127.0.0.1:50051",
     policy: Annotated[
-        str, typer.Option(callback=known_policy, help="How ranks are spread: least-loaded or round-robin.")
+        str, typer.Option(callback=o.known_policy, help="How ranks are spread: least-loaded or round-robin.")
     ] = "least-loaded",
     state: Annotated[
         Path | None, typer.Option(help="Folder that keeps jobs.", show_default="FLEET_STATE_DIR, yours")
     ] = None,
     keep_jobs: Annotated[int, typer.Option(help="Jobs that have ended, to keep at most.")] = 10_000,
     keep_hours: Annotated[
-        float, typer.Option(callback=not_negative("hours"), help="Hours to keep jobs that have ended.")
+        float, typer.Option(callback=o.not_negative("hours"), help="Hours to keep jobs that have ended.")
     ] = 168.0,
-    daemon: DaemonOptions,
+    daemon: o.DaemonOptions,
 ) -> None:
     """Run the orchestrator: workers and clients connect to it."""
     from fleet.cli.daemons import Kept, run_orchestrator
@@ -144,8 +73,7 @@ def orchestrator_command(
     run_orchestrator(bind, policy, daemon.secret_file, daemon.insecure, daemon.metrics_at(), kept)
 
 
-@app.command("worker")
-@with_groups
+@o.command(app, "worker")
 def worker_command(
     *,
     slots: Annotated[int, typer.Option(help="Ranks that may run here at once.")] = 1,
@@ -156,7 +84,7 @@ def worker_command(
     within: Annotated[
         float | None,
         typer.Option(
-            callback=not_negative("seconds"),
+            callback=o.not_negative("seconds"),
             help="Seconds that what runs here has to end, after SIGTERM.",
             show_default=f"FLEET_DRAIN_S, {config.DRAIN_S}",
         ),
@@ -165,7 +93,7 @@ def worker_command(
         Path | None,
         typer.Option(help="Folder that keeps what jobs write.", show_default="FLEET_STORAGE_DIR, yours"),
     ] = None,
-    daemon: DaemonOptions,
+    daemon: o.DaemonOptions,
 ) -> None:
     """Run a worker: its ranks listen on WORKER_PORT and the ports after it."""
     from fleet.cli.daemons import run_worker
@@ -175,21 +103,20 @@ def worker_command(
     run_worker(address, slots, gpus, daemon.secret_file, daemon.insecure, daemon.metrics_at(), drain_s, storage)
 
 
-@app.command("workers")
-@with_groups
-def workers_command(as_json: AsJson = False, *, cluster: ClusterOptions) -> None:
+@o.command(app, "workers")
+def workers_command(as_json: o.AsJson = False, *, cluster: o.ClusterOptions) -> None:
     """List the workers of a cluster: state, slots, versions and jobs."""
     from fleet.cli.workers import list_workers
 
     typer.echo(list_workers(cluster.address, cluster.secret_file, cluster.insecure, cluster.timeout, as_json))
 
 
-@app.command("doctor")
+@o.command(app, "doctor")
 def doctor_command(
     health: Annotated[bool, typer.Option("--health", help="Only whether what runs here answers.")] = False,
-    timeout: Annotated[float, typer.Option(callback=above_0, help="Seconds to wait for each answer.")] = 3.0,
-    secret_file: SecretFile = None,
-    insecure: Insecure = False,
+    timeout: Annotated[float, typer.Option(callback=o.above_0, help="Seconds to wait for each answer.")] = 3.0,
+    secret_file: o.SecretFile = None,
+    insecure: o.Insecure = False,
 ) -> None:
     """Check this machine, and whether the orchestrator and the workers on it answer over the bus."""
     if health:
@@ -205,7 +132,7 @@ def doctor_command(
         raise typer.Exit(1)
 
 
-@app.command("secret")
+@o.command(app, "secret")
 def secret_command(
     kept: Annotated[
         Path | None, typer.Option(help="File that keeps it; made if missing.", show_default="yours")
@@ -227,14 +154,13 @@ def secret_command(
     typer.echo(ensure(kept, owner_of, to, reader))
 
 
-@app.command("why")
-@with_groups
+@o.command(app, "why")
 def why_command(
     job: Annotated[str, typer.Argument(help="The job's id.", show_default="the only one that runs")] = "",
     last: Annotated[int, typer.Option(help="Collectives to show of each rank.")] = 20,
-    as_json: AsJson = False,
+    as_json: o.AsJson = False,
     *,
-    cluster: AnyClusterOptions,
+    cluster: o.AnyClusterOptions,
 ) -> None:
     """Say what each rank of a running job is doing, and its last collectives."""
     from fleet.cli.why import explain
@@ -246,11 +172,6 @@ def why_command(
 def version_command() -> None:
     """Print fleet's version, as --version does."""
     typer.echo(config.VERSION)
-
-
-def _ranks_here() -> int:
-    task = config.slurm_task()
-    return config.usable_cores() if task is None else task.task_count
 
 
 def _known(commands: Any, name: str) -> dict[str, bool]:

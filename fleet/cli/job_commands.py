@@ -2,79 +2,56 @@
 
 from __future__ import annotations
 
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
 from fleet import config
-from fleet.cli.command_line import CommandLine
-from fleet.cli.options import (
-    WITH_SCRIPT,
-    AsJson,
-    BundleOptions,
-    ClusterOptions,
-    Job,
-    MaxOutput,
-    OutputFolder,
-    SchedulingOptions,
-    SubmitClusterOptions,
-    Workers,
-    not_negative,
-    with_groups,
-)
+from fleet.cli import options as o
 from fleet.errors import UsageError
 from fleet.text import shown_lines
 
 job_commands = typer.Typer()
 
 
-@job_commands.command("submit", options_metavar=WITH_SCRIPT)
-@with_groups
+@o.command(job_commands, "submit", o.WITH_SCRIPT)
 def submit_command(
     context: typer.Context,
-    workers: Workers = 1,
+    workers: o.Workers = 1,
     name: Annotated[str, typer.Option(help="For `fleet jobs`.", show_default="none")] = "",
     *,
-    scheduling: SchedulingOptions,
-    bundle: BundleOptions,
-    as_json: AsJson = False,
-    cluster: SubmitClusterOptions,
+    options: o.SubmitOptions,
 ) -> None:
     """Submit a job that outlives this command, and print its id. In place of SCRIPT: -m MODULE, or -- COMMAND.
 
     Options after the script's name are the script's, but for --workers.
     """
     from fleet.cli.jobs import submit
-    from fleet.cli.submission import Submission
+    from fleet.cli.submission import submission_of
 
-    options = scheduling.job_options(name=name)
-    submission = Submission(cast(CommandLine, context.obj), workers, options, bundle.limit_bytes, bundle.patterns)
-    if bundle.dry_run:
+    submission = submission_of(context.obj, workers, options, name=name)
+    if options.dry_run:
         typer.echo(submission.listed())
         return
-    job_id = submit(cluster.target(), submission)
-    typer.echo(f'{{"job_id": "{job_id}"}}' if as_json else job_id)
+    job_id = submit(options.cluster.target(), submission)
+    typer.echo(f'{{"job_id": "{job_id}"}}' if options.as_json else job_id)
 
 
-@job_commands.command("sweep", options_metavar=WITH_SCRIPT)
-@with_groups
+@o.command(job_commands, "sweep", o.WITH_SCRIPT)
 def sweep_command(
     context: typer.Context,
     grid: Annotated[
         list[str] | None,
         typer.Option(help="NAME=A,B,C or NAME=FROM:TO; may be given again.", show_default="needed"),
     ] = None,
-    workers: Workers = 1,
+    workers: o.Workers = 1,
     name: Annotated[
         str,
         typer.Option(help="Of the sweep, for `fleet jobs --sweep` and `fleet cancel --sweep`.", show_default="made up"),
     ] = "",
     detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the results.")] = False,
     *,
-    scheduling: SchedulingOptions,
-    bundle: BundleOptions,
-    as_json: AsJson = False,
-    cluster: SubmitClusterOptions,
+    options: o.SubmitOptions,
 ) -> None:
     """Submit one job for each point of a grid, and show what came of them: fleet sweep --grid lr=0.1,0.01 SCRIPT.
 
@@ -82,28 +59,27 @@ def sweep_command(
 
     Each job gets its point as arguments (--lr 0.1). If the last line that it prints is a JSON object, that is its result.
     """
-    from fleet.cli.submission import Submission
+    from fleet.cli.submission import submission_of
     from fleet.cli.sweep import sweep
     from fleet.client.grid import points
 
-    found, options = points(grid or []), scheduling.job_options(sweep=name)
-    submission = Submission(cast(CommandLine, context.obj), workers, options, bundle.limit_bytes, bundle.patterns)
-    if bundle.dry_run:
+    found = points(grid or [])
+    submission = submission_of(context.obj, workers, options, sweep=name)
+    if options.dry_run:
         typer.echo(submission.listed())
         return
-    raise typer.Exit(sweep(cluster.target(), submission, found, detach, as_json))
+    raise typer.Exit(sweep(options.cluster.target(), submission, found, detach, options.as_json))
 
 
-@job_commands.command("jobs")
-@with_groups
+@o.command(job_commands, "jobs")
 def jobs_command(
     sweep: Annotated[
         str, typer.Option(help="The points and results of this sweep instead.", show_default="all jobs")
     ] = "",
     limit: Annotated[int, typer.Option(help="The newest so many.")] = 50,
-    as_json: AsJson = False,
+    as_json: o.AsJson = False,
     *,
-    cluster: ClusterOptions,
+    cluster: o.ClusterOptions,
 ) -> None:
     """List jobs, the newest first. With --sweep: the table of a sweep, with what has come of it so far."""
     from fleet.cli.jobs import list_jobs
@@ -115,13 +91,12 @@ def jobs_command(
     typer.echo(again(target, sweep, as_json) if sweep else list_jobs(target, limit, as_json))
 
 
-@job_commands.command("status")
-@with_groups
+@o.command(job_commands, "status")
 def status_command(
-    job: Job,
-    as_json: AsJson = False,
+    job: o.Job,
+    as_json: o.AsJson = False,
     *,
-    cluster: ClusterOptions,
+    cluster: o.ClusterOptions,
 ) -> None:
     """Say all that is known of a job: its state, what it waits for, its attempts."""
     from fleet.cli.jobs import status
@@ -129,14 +104,13 @@ def status_command(
     typer.echo(status(cluster.target(), job, as_json))
 
 
-@job_commands.command("logs")
-@with_groups
+@o.command(job_commands, "logs")
 def logs_command(
-    job: Job,
+    job: o.Job,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has ended.")] = False,
     rank: Annotated[int | None, typer.Option(help="Only this rank's.", show_default="all")] = None,
     *,
-    cluster: ClusterOptions,
+    cluster: o.ClusterOptions,
 ) -> None:
     """Show what a submitted job printed."""
     from fleet.cli.jobs import logs
@@ -144,19 +118,18 @@ def logs_command(
     logs(cluster.target(), job, rank, follow)
 
 
-@job_commands.command("fetch")
-@with_groups
+@o.command(job_commands, "fetch")
 def fetch_command(
-    job: Job,
+    job: o.Job,
     patterns: Annotated[
         list[str] | None, typer.Argument(help="Only these files or folders, as in a shell.", show_default="all")
     ] = None,
-    output: OutputFolder = None,
-    max_output: MaxOutput = 1024,
+    output: o.OutputFolder = None,
+    max_output: o.MaxOutput = 1024,
     only_list: Annotated[bool, typer.Option("--list", help="Only show what there is.")] = False,
-    as_json: AsJson = False,
+    as_json: o.AsJson = False,
     *,
-    cluster: ClusterOptions,
+    cluster: o.ClusterOptions,
 ) -> None:
     """Bring what a job wrote to FLEET_OUTPUT_DIR, from every worker that has a part of it. Overwrites nothing."""
     from fleet.cli.output import fetch, output_limit
@@ -166,17 +139,16 @@ def fetch_command(
     raise typer.Exit(fetch(target, job, patterns or (), output, limit, only_list, as_json))
 
 
-@job_commands.command("cancel")
-@with_groups
+@o.command(job_commands, "cancel")
 def cancel_command(
     jobs: Annotated[
         list[str] | None, typer.Argument(help="Jobs by their ids, or how these begin.", show_default="those of --sweep")
     ] = None,
     sweep: Annotated[str, typer.Option(help="All jobs of this sweep.", show_default="none")] = "",
     kill: Annotated[bool, typer.Option("--kill", help="At once, without a grace period.")] = False,
-    as_json: AsJson = False,
+    as_json: o.AsJson = False,
     *,
-    cluster: ClusterOptions,
+    cluster: o.ClusterOptions,
 ) -> None:
     """Cancel jobs, whether they wait or run."""
     from fleet.cli.jobs import cancel, cancel_sweep
@@ -190,13 +162,12 @@ def cancel_command(
         typer.echo(cancel(target, jobs or [], kill, as_json))
 
 
-@job_commands.command("wait")
-@with_groups
+@o.command(job_commands, "wait")
 def wait_command(
     jobs: Annotated[list[str], typer.Argument(help="Jobs by their ids, or how these begin.")],
-    as_json: AsJson = False,
+    as_json: o.AsJson = False,
     *,
-    cluster: ClusterOptions,
+    cluster: o.ClusterOptions,
 ) -> None:
     """Wait until jobs have ended; exit code 0 if all succeeded."""
     from fleet.cli.jobs import wait
@@ -204,17 +175,16 @@ def wait_command(
     raise typer.Exit(wait(cluster.target(), jobs, as_json))
 
 
-@job_commands.command("drain")
-@with_groups
+@o.command(job_commands, "drain")
 def drain_command(
     worker: Annotated[str, typer.Argument(help="The worker's id, as `fleet workers` shows it.")],
     within: Annotated[
-        float, typer.Option(callback=not_negative("seconds"), help="Seconds that what runs there has to end.")
+        float, typer.Option(callback=o.not_negative("seconds"), help="Seconds that what runs there has to end.")
     ] = float(config.DRAIN_S),
     undo: Annotated[bool, typer.Option("--undo", help="Give it work again.")] = False,
-    as_json: AsJson = False,
+    as_json: o.AsJson = False,
     *,
-    cluster: ClusterOptions,
+    cluster: o.ClusterOptions,
 ) -> None:
     """Give a worker no new work; what does not end there in time starts again on others."""
     from fleet.cli.jobs import drain

@@ -1,11 +1,11 @@
 """Options of the commands: the type, the default, the help and the check of each, declared once.
 
-Options that several commands have together are a group: a dataclass of options that a command takes as one parameter.
+Options that belong together are a group: a dataclass of options that a command, or another group, takes as one parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -69,7 +69,7 @@ def known_policy(param: typer.CallbackParam, value: str) -> str:
     return value
 
 
-# Single options
+# Options of several commands
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 Timeout = Annotated[float, typer.Option(callback=above_0, help="Seconds to keep trying to reach the orchestrator.")]
@@ -84,9 +84,6 @@ SecretFile = Annotated[
 Insecure = Annotated[bool, typer.Option("--insecure", help="No secret: whoever reaches the port may run code.")]
 Job = Annotated[str, typer.Argument(help="The job's id, or how it begins.")]
 Workers = Annotated[int, typer.Option(help="Number of ranks.")]
-Policy = Annotated[
-    str, typer.Option(callback=known_policy, help="least-loaded or round-robin.", show_default="the cluster's")
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list what would travel to the cluster, and what not.")]
 MaxBundle = Annotated[int, typer.Option(callback=above_0_mb, help="Largest folder to send to a cluster, in MB.")]
 OutputFolder = Annotated[
@@ -130,13 +127,6 @@ class ClusterOptions:
 
 
 @dataclass(frozen=True)
-class SubmitClusterOptions(ClusterOptions):
-    """Those of a command that submits."""
-
-    timeout: Timeout = 60.0
-
-
-@dataclass(frozen=True)
 class AnyClusterOptions(ClusterOptions):
     """Those of a command that does without a cluster too."""
 
@@ -144,11 +134,20 @@ class AnyClusterOptions(ClusterOptions):
 
 
 @dataclass(frozen=True)
+class PatientClusterOptions(ClusterOptions):
+    """Those of a command that submits."""
+
+    timeout: Timeout = 60.0
+
+
+@dataclass(frozen=True)
 class SchedulingOptions:
     """Options about how a job is scheduled."""
 
     priority: Annotated[int, typer.Option(help="Higher starts earlier; a minute of waiting counts as one.")] = 0
-    policy: Policy = ""
+    policy: Annotated[
+        str, typer.Option(callback=known_policy, help="least-loaded or round-robin.", show_default="the cluster's")
+    ] = ""
     max_restarts: Annotated[
         int,
         typer.Option(help="How often it starts again after a worker was lost. A rank that fails is not run again."),
@@ -173,21 +172,44 @@ class SchedulingOptions:
         )
 
 
-@dataclass(frozen=True)
-class BundleOptions:
-    """Options about the folder that travels to a cluster."""
+@dataclass(frozen=True, kw_only=True)
+class SubmitOptions:
+    """Options of a command that submits jobs."""
 
+    scheduling: SchedulingOptions
     max_bundle: MaxBundle = 64
     keep: Keep = None
     dry_run: DryRun = False
+    as_json: AsJson = False
+    cluster: PatientClusterOptions
 
-    @property
-    def limit_bytes(self) -> int:
-        return self.max_bundle << 20
 
-    @property
-    def patterns(self) -> tuple[str, ...]:
-        return tuple(self.keep or ())
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of `fleet run`."""
+
+    workers: Annotated[
+        int | None, typer.Option(help="Number of ranks.", show_default="one per core, or per Slurm task")
+    ] = None
+    timeout: Timeout = 60.0
+    log_dir: Annotated[Path | None, typer.Option(help="Folder for rank-N.log files.", show_default="none")] = None
+    max_bundle: MaxBundle = 64
+    transport: Annotated[str, typer.Option(help="Between local ranks: tcp or ipc.")] = "tcp"
+    orchestrator: OrThisMachine = None
+    scheduling: SchedulingOptions
+    output: OutputFolder = None
+    max_output: MaxOutput = 1024
+    keep: Keep = None
+    dry_run: DryRun = False
+    stdin: Annotated[
+        str | None,
+        typer.Option(help="Who reads standard input: none, 0 (rank 0), or all.", show_default="0; on a cluster none"),
+    ] = None
+    grace: Annotated[
+        float, typer.Option(help="Seconds that the job goes on without this command, while its connection is cut off.")
+    ] = GRACE_S
+    secret_file: SecretFile = None
+    insecure: Insecure = False
 
 
 @dataclass(frozen=True)
@@ -215,23 +237,42 @@ class DaemonOptions:
         return None if port is None else (self.metrics_host or config.metrics_host(), port)
 
 
-def with_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """The command for typer: each parameter that is a group becomes the options of the group, in its place."""
-    hints = get_type_hints(command, include_extras=True)
-    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    spread: list[Parameter] = []
-    for parameter in signature(command).parameters.values():
-        group = groups.get(parameter.name)
-        types = get_type_hints(group, include_extras=True) if group else hints
-        for option in signature(group).parameters.values() if group else (parameter,):
-            spread.append(option.replace(kind=Parameter.KEYWORD_ONLY, annotation=types[option.name]))
+# Commands
 
-    @wraps(command)
-    def called(**given: Any) -> None:
-        for name, group in groups.items():
-            given[name] = group(**{option: given.pop(option) for option in signature(group).parameters})
-        command(**given)
 
-    vars(called)["__signature__"] = Signature(spread)  # typer looks there, and at the annotations
-    called.__annotations__ = {parameter.name: parameter.annotation for parameter in spread}
-    return called
+def command(
+    app: typer.Typer, name: str, usage: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Declares a command of the app. Each parameter that is a group becomes the options of the group, in its place."""
+
+    def declare(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def called(**given: Any) -> None:
+            function(**_grouped(function, given))
+
+        options = list(_options(function))
+        vars(called)["__signature__"] = Signature(options)  # typer looks there, and at the annotations
+        called.__annotations__ = {option.name: option.annotation for option in options}
+        app.command(name, options_metavar=usage)(called)
+        return function
+
+    return declare
+
+
+def _options(of: Any) -> Iterator[Parameter]:
+    """The options of a command or a group, with those of the groups in it."""
+    types = get_type_hints(of, include_extras=True)
+    for parameter in signature(of).parameters.values():
+        if is_dataclass(kind := types[parameter.name]):
+            yield from _options(kind)
+        else:
+            yield parameter.replace(kind=Parameter.KEYWORD_ONLY, annotation=kind)
+
+
+def _grouped(of: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a command or a group, from the values of all options."""
+    types, found = get_type_hints(of, include_extras=True), dict[str, Any]()
+    for name in signature(of).parameters:
+        is_group = is_dataclass(types[name])
+        found[name] = types[name](**_grouped(types[name], given)) if is_group else given[name]
+    return found

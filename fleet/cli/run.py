@@ -9,19 +9,21 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import TextIO, cast
 
 import msgspec
 
 from fleet import config
 from fleet import messages as m
+from fleet.cli.command_line import CommandLine
 from fleet.cli.embedded_cluster import Transport, embedded_cluster
-from fleet.cli.output import LocalOutput, bring, check_folder, local_output
+from fleet.cli.options import RunOptions
+from fleet.cli.output import LocalOutput, bring, check_folder, local_output, output_limit
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import preload_for
 from fleet.cli.slurm import serve, step_cluster
 from fleet.cli.stdin import Readers, readers, standard_input
-from fleet.cli.submission import Submission
+from fleet.cli.submission import Submission, submission_of
 from fleet.client.attached_job import AttachedJob, say
 from fleet.client.printer import Printer
 from fleet.client.report import INTERRUPTED, exit_code, report
@@ -35,22 +37,6 @@ BROKEN_PIPE = 128 + signal.SIGPIPE
 
 
 @dataclass(frozen=True)
-class Options:
-    """Options of `fleet run` beside its submission."""
-
-    timeout_s: float
-    log_dir: Path | None
-    transport: Transport
-    orchestrator: str | None  # None: the embedded local cluster
-    secret_file: Path | None
-    insecure: bool
-    output: Path | None  # None: ./fleet-output/JOB
-    max_output_bytes: int
-    dry_run: bool = False
-    stdin: str | None = None  # see readers
-
-
-@dataclass(frozen=True)
 class _Place:
     """The cluster that a job runs on, and the job as that takes it."""
 
@@ -61,15 +47,23 @@ class _Place:
     output: LocalOutput | None  # None: it stays on the workers until it is brought
 
 
-def run_job(submission: Submission, options: Options) -> int:
+def run_job(command: CommandLine, options: RunOptions) -> int:
     """Runs the job, and returns the exit code of the command. Raises ConfigError, UsageError before anything starts."""
-    imports, folder, task = submission.check(), _current_folder(), config.slurm_task()
-    who = readers(options.stdin, local=options.orchestrator is None and task is None)
+    if options.transport not in ("tcp", "ipc"):
+        raise UsageError(f"--transport is {options.transport!r}: it must be tcp or ipc")
+    limit_bytes, task = output_limit(options.max_output), config.slurm_task()
+    workers = options.workers
+    if workers is None:
+        workers = config.usable_cores() if task is None else task.task_count
+    submission = submission_of(command, workers, options)
+    imports, folder = submission.check(), _current_folder()
+    orchestrator = options.orchestrator or config.orchestrator_address()  # None: the embedded local cluster
+    who = readers(options.stdin, local=orchestrator is None and task is None)
     if options.dry_run:
         stays = (
             f"nothing would travel: the ranks run on this machine, in {folder} (set ORCHESTRATOR_ADDR for a cluster)"
         )
-        print(submission.listed() if options.orchestrator else stays)
+        print(submission.listed() if orchestrator else stays)
         return 0
     if task is not None and submission.workers != task.task_count:
         raise UsageError(
@@ -77,49 +71,54 @@ def run_job(submission: Submission, options: Options) -> int:
         )
     if task is not None and task.rank > 0:
         # Of a cluster that is there already, task 0 alone is the client.
-        if options.orchestrator is not None:
+        if orchestrator is not None:
             return 0
-        return serve(task, _preload(imports), options.timeout_s, local_output(options.output).storage)
+        return serve(task, _preload(imports), options.timeout, local_output(options.output).storage)
     try:
         printer = Printer(submission.workers, sys.stdout, sys.stderr, _coloured, options.log_dir)
     except OSError as error:
         raise UsageError(f"--log-dir {options.log_dir} cannot be used: {error.strerror}") from None
     with runtime_folder() as runtime, _interruptions() as interruption, ExitStack() as stack:
-        if options.orchestrator is None:
+        if orchestrator is None:
             here = _on_this_machine(submission, options, runtime, _preload(imports), who, interruption)
             place = stack.enter_context(here)
         else:
-            place = _on_cluster(options.orchestrator, submission, options, runtime)
-        job = AttachedJob(place.target, place.spec, submission.workers, place.options, place.bundle, printer)
-        if place.output is not None:
-            place.output.job_id = job.job_id
-        interruption.attach(job)
-        try:
-            ended = job.run()
-        except BrokenPipeError:
-            return BROKEN_PIPE  # the reader of our output has gone; leaving ends the job
-        if place.output is not None:
-            place.output.say()
-        if job.cancelled:
-            if place.output is None:
-                say(f"what it wrote to FLEET_OUTPUT_DIR stays on its workers: `fleet fetch {job.job_id}` brings it")
-            return INTERRUPTED if interruption.number == signal.SIGINT else 128 + interruption.number
-        if text := report(ended, submission.workers, printer.recent):
-            print(text, file=sys.stderr, flush=True)
-        try:
-            with interruption.raised():
-                came = place.output is not None or bring(
-                    place.target, job.job_id, options.output, options.max_output_bytes
-                )
-        except KeyboardInterrupt:
-            return 128 + interruption.number
-        return exit_code(ended) or (0 if came else 1)
+            place = _on_cluster(orchestrator, submission, options, runtime)
+        return _run(place, submission.workers, printer, interruption, options.output, limit_bytes)
+
+
+def _run(
+    place: _Place, workers: int, printer: Printer, interruption: _Interruption, folder: Path | None, limit_bytes: int
+) -> int:
+    """Runs the job there, reports its end, and brings its output to `folder`. Returns the exit code of the command."""
+    job = AttachedJob(place.target, place.spec, workers, place.options, place.bundle, printer)
+    if place.output is not None:
+        place.output.job_id = job.job_id
+    interruption.attach(job)
+    try:
+        ended = job.run()
+    except BrokenPipeError:
+        return BROKEN_PIPE  # the reader of our output has gone; leaving ends the job
+    if place.output is not None:
+        place.output.say()
+    if job.cancelled:
+        if place.output is None:
+            say(f"what it wrote to FLEET_OUTPUT_DIR stays on its workers: `fleet fetch {job.job_id}` brings it")
+        return INTERRUPTED if interruption.number == signal.SIGINT else 128 + interruption.number
+    if text := report(ended, workers, printer.recent):
+        print(text, file=sys.stderr, flush=True)
+    try:
+        with interruption.raised():
+            came = place.output is not None or bring(place.target, job.job_id, folder, limit_bytes)
+    except KeyboardInterrupt:
+        return 128 + interruption.number
+    return exit_code(ended) or (0 if came else 1)
 
 
 @contextmanager
 def _on_this_machine(
     submission: Submission,
-    options: Options,
+    options: RunOptions,
     runtime: Path,
     preload: tuple[str, ...],
     who: Readers,
@@ -135,11 +134,11 @@ def _on_this_machine(
             gpus = submission.workers * job.gpus
             stdin = stack.enter_context(standard_input(who, submission.workers))
             cluster = embedded_cluster(
-                runtime, submission.workers, options.transport, preload, output.storage, gpus, stdin
+                runtime, submission.workers, cast(Transport, options.transport), preload, output.storage, gpus, stdin
             )
         else:
             cluster = step_cluster(
-                task, runtime, preload, options.timeout_s, lambda: interruption.early_count > 0, output.storage
+                task, runtime, preload, options.timeout, lambda: interruption.early_count > 0, output.storage
             )
         target = stack.enter_context(cluster)
         args = tuple(map(portable, command.args))
@@ -147,9 +146,9 @@ def _on_this_machine(
         yield _Place(target, spec, None, job, output)
 
 
-def _on_cluster(orchestrator: str, submission: Submission, options: Options, runtime: Path) -> _Place:
+def _on_cluster(orchestrator: str, submission: Submission, options: RunOptions, runtime: Path) -> _Place:
     check_folder(options.output)
-    target = cluster_target(orchestrator, options.secret_file, options.insecure, options.timeout_s)
+    target = cluster_target(orchestrator, options.secret_file, options.insecure, options.timeout)
     return _Place(target, *submission.bundled(runtime), submission.options, None)
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from fleet import messages as m
 from fleet.bounds import RANKS_AT_MOST
 from fleet.cli.command_line import CommandLine
+from fleet.cli.options import RunOptions, SubmitOptions
 from fleet.cli.script import check_target
 from fleet.errors import UsageError
+from fleet.values import GRACE_S
 from fleet.worker.imports import Imports
 
 
@@ -40,3 +42,12 @@ class Submission:
         from fleet.cli.travel import would_travel
 
         return would_travel(self.command, self.max_bundle_bytes)
+
+
+def submission_of(
+    command: CommandLine, workers: int, options: SubmitOptions | RunOptions, name: str = "", sweep: str = ""
+) -> Submission:
+    """Raises UsageError for options that no orchestrator would take."""
+    grace_s = options.grace if isinstance(options, RunOptions) else GRACE_S
+    scheduled = options.scheduling.job_options(name, sweep, grace_s)
+    return Submission(command, workers, scheduled, options.max_bundle << 20, tuple(options.keep or ()))
