@@ -21,7 +21,7 @@ def shown_lines(text: str) -> str:
     return "\n".join(map(shown, text.split("\n")))
 
 
-def some(names: Sequence[str], at_most: int) -> str:
+def some(names: Sequence[str], at_most: int = 8) -> str:
     """The first of many names in a sentence, and how many more there are."""
     more = len(names) - at_most
     return ", ".join(names[:at_most]) + (f" and {more} more" if more > 0 else "")

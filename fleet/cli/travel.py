@@ -9,7 +9,7 @@ from fleet import messages as m
 from fleet.cli.command_line import CommandLine
 from fleet.cli.script import check_target
 from fleet.client.attached_job import say
-from fleet.client.bundle import pack_selected
+from fleet.client.bundle import pack
 from fleet.client.selection import Selection, select
 from fleet.errors import UsageError
 from fleet.text import shown
@@ -22,7 +22,7 @@ def spec_of_bundle(
     """Packs the folder into `runtime`, and says in a line what travels. Returns the spec and the archive. Raises ConfigError."""
     patterns = tuple(map(portable, keep_patterns(keep)))
     selected = _selected(command)
-    bundle = pack_selected(selected, runtime, limit_bytes)
+    bundle = pack(selected, runtime, limit_bytes)
     say(selected.summary())
     target = Path(command.target).resolve().name if command.kind == "script" else command.target
     spec = m.Spec(

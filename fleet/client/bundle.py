@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fleet.client.selection import Selection, select, unreadable
+from fleet.client.selection import Selection, unreadable
 from fleet.transfer import digest_of
 
 
@@ -23,16 +23,11 @@ class Bundle:
     size_bytes: int
 
 
-def pack(folder: Path, into: Path, limit_bytes: int = 64 << 20) -> Bundle:
-    """Writes the archive of the files that travel of `folder` into the directory `into`.
+def pack(selected: Selection, into: Path, limit_bytes: int) -> Bundle:
+    """Writes the archive of the selected files into the directory `into`.
 
     Raises ConfigError if the files have more than `limit_bytes` before compression, or one cannot be read.
     """
-    return pack_selected(select(folder), into, limit_bytes)
-
-
-def pack_selected(selected: Selection, into: Path, limit_bytes: int) -> Bundle:
-    """Writes the archive of these files into the directory `into`. Raises ConfigError as `pack` does."""
     selected.check_size(limit_bytes)
     draft = into / "bundle.part"
     try:

@@ -22,7 +22,7 @@ log = logging.getLogger("fleet.executor")
 @contextmanager
 def cluster_place(target: Target, max_bundle_bytes: int) -> Iterator[Place]:
     """A cluster, to which the folder of the caller's script travels."""
-    from fleet.client.bundle import pack_selected  # here: these take 10 ms to import, and local slots need neither
+    from fleet.client.bundle import pack  # here: these take 10 ms to import, and local slots need neither
     from fleet.client.selection import select
 
     folder = _folder_of_main()
@@ -33,7 +33,7 @@ def cluster_place(target: Target, max_bundle_bytes: int) -> Iterator[Place]:
         selected = select(folder)
         if keys := selected.keys():
             log.warning("these do not travel, since they may hold keys: %s", ", ".join(keys))
-        bundle = pack_selected(selected, into, max_bundle_bytes)
+        bundle = pack(selected, into, max_bundle_bytes)
         spec = Spec("tasks", "executor", (), "", bundle.digest, bundle.size_bytes)
         yield Place(target, "", spec, bundle.path)
 

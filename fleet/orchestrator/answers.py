@@ -15,8 +15,9 @@ from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.jobs import Job, JobState
 from fleet.orchestrator.membership import Membership
 from fleet.orchestrator.scheduler import Scheduler
-from fleet.orchestrator.state import ServeLog, Worker, some
+from fleet.orchestrator.state import ServeLog, Worker
 from fleet.orchestrator.view import View
+from fleet.text import some
 
 CURIOUS_AT_MOST = 64  # questions about one job whose answers are on the way
 

@@ -14,7 +14,8 @@ from fleet import messages as m
 from fleet.orchestrator.deadlines import Deadlines
 from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.placement import Rooms
-from fleet.orchestrator.state import NAMED_AT_MOST, Counts, SaveDrained, Worker
+from fleet.orchestrator.state import Counts, SaveDrained, Worker
+from fleet.text import some
 
 HEARTBEAT_S = 1.0
 HEARTBEAT_TIMEOUT_S = 5.0
@@ -146,7 +147,7 @@ class Membership:
         """By somebody's word, who may take it back. Why it cannot be done, or an empty text."""
         worker_id, worker = drain.worker_id, self.workers.get(drain.worker_id)
         if worker is None and not (drain.undo and worker_id in self.drained):
-            known = ", ".join(list(self.workers)[:NAMED_AT_MOST]) or "none"
+            known = some(list(self.workers)) or "none"
             return f"there is no worker {worker_id!r} in this cluster; there are: {known}"
         (self.drained.discard if drain.undo else self.drained.add)(worker_id)
         if self.effects.durable:

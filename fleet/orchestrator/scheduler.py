@@ -22,8 +22,9 @@ from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job_output import JobOutput
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.membership import Gone, Membership
-from fleet.orchestrator.state import Counts, ReleaseBundle, Worker, some
+from fleet.orchestrator.state import Counts, ReleaseBundle, Worker
 from fleet.orchestrator.uploads import Uploads
+from fleet.text import some
 from fleet.values import ON_WORKER, files_of
 from fleet.world import Member
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fleet import messages as m
 from fleet.values import WorkerStateName
 
 OUTCOMES = ("succeeded", "failed", "cancelled", "quarantined")
-NAMED_AT_MOST = 8  # workers or jobs, in a sentence
 DISPATCH_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
 
 
@@ -239,9 +237,3 @@ Effect = (
     Send | FetchBundle | ServeBundle | StorePart | DropUpload | ReleaseBundle | Save | Erase | SaveDrained | KeepOutput
     | ServeLog | Log
 )  # fmt: skip
-
-
-def some(names: Sequence[str]) -> str:
-    """The first of many names, for a person."""
-    left = len(names) - NAMED_AT_MOST
-    return ", ".join(names[:NAMED_AT_MOST]) + (f" and {left} more" if left > 0 else "")

@@ -15,7 +15,8 @@ import msgspec
 from fleet import messages as m
 from fleet.orchestrator.jobs import Job, JobState
 from fleet.orchestrator.scheduler import Scheduler
-from fleet.orchestrator.state import Worker, some
+from fleet.orchestrator.state import Worker
+from fleet.text import some
 from fleet.values import WorkerStateName
 
 PAGE_BYTES = 1 << 20  # of jobs in one answer: a frame has 8 MB, and the largest job less than 7

@@ -16,6 +16,7 @@ from fleet.client.output_sequence import OutputSequence
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core as Orchestrator
 from fleet.orchestrator.jobs import recalled
+from fleet.orchestrator.journal import Journal
 from fleet.worker import state as w
 from fleet.worker.core import Core as Agent
 from tests.golden.text import told
@@ -29,6 +30,7 @@ class Cluster:
         self.lines: list[str] = []
         self.heartbeats: Counter[str] = Counter()
         self.orchestrator = Orchestrator(VERSIONS, durable=True)
+        self.journal = Journal()
         self.disk: dict[str, tuple[int, bytes]] = {}
         self.agents: dict[str, Agent] = {}
         self.peers: dict[str, bytes] = {}  # connections that are up, by name
@@ -121,14 +123,14 @@ class Cluster:
         self.events.append((self.processes[key], w.FromRank(f"{key[0]} {key[2]}".encode(), message)))
 
     def _orchestrate(self, event: o.Event) -> None:
-        effects = self.orchestrator.step(event, self.now)
-        for save in {effect.job_id: effect for effect in effects if isinstance(effect, o.Save)}.values():
-            self.disk[save.job_id] = save.number, save.record
-            job = recalled(save.record, 0.0)
-            self.lines.append(f"orchestrator writes down: {save.job_id} is {job.outcome or job.state.name.lower()}")
-            if save.is_new:
-                self.events.appendleft(("orchestrator", o.Saved(save.job_id)))
-        for effect in effects:
+        self.journal.decided(self.orchestrator.step(event, self.now))
+        if self.journal.unsaved:
+            for job_id, entry in self.journal.records.items():
+                assert entry is not None, "no scenario is as long as a job is remembered"
+                self.disk[job_id], job = entry, recalled(entry[1], 0.0)
+                self.lines.append(f"orchestrator writes down: {job_id} is {job.outcome or job.state.name.lower()}")
+            self.events.extendleft(("orchestrator", written) for written in self.journal.written())
+        for effect in self.journal.ready():
             if isinstance(effect, o.Send) and effect.peer in self.peers.values():
                 self.say("orchestrator", effect.peer.decode().partition("/")[0], effect.message)
             elif isinstance(effect, o.Log) and effect.level == "warning":

@@ -13,7 +13,7 @@ import pytest
 
 from fleet.client import selection
 from fleet.client.bundle import Bundle, pack
-from fleet.client.selection import LEFT_BY_TOOLS
+from fleet.client.selection import LEFT_BY_TOOLS, select
 from fleet.errors import ConfigError
 from fleet.worker.archive import unpack
 
@@ -40,6 +40,10 @@ def fill(folder: Path, files: dict[str, str]) -> None:
         path.write_text(text)
 
 
+def packed(folder: Path, into: Path, limit_bytes: int = 64 << 20) -> Bundle:
+    return pack(select(folder), into, limit_bytes)
+
+
 def names(bundle: Bundle) -> list[str]:
     with tarfile.open(bundle.path) as archive:
         return archive.getnames()
@@ -58,7 +62,7 @@ def test_what_comes_out_is_what_went_in(folder: Path, into: Path, tmp_path: Path
         {"lib/deep/er.py": "x = 1\n", "empty": "", "naïve name.txt": "ü", "n" * 200: "long", "go.sh": "#!/bin/sh"},
     )
     (folder / "go.sh").chmod(0o700)
-    out = unpacked(pack(folder, into), tmp_path / "out")
+    out = unpacked(packed(folder, into), tmp_path / "out")
     found = {path.relative_to(out) for path in out.rglob("*")}
     assert found == {path.relative_to(folder) for path in folder.rglob("*")}
     for name in (name for name in found if (folder / name).is_file()):
@@ -68,7 +72,7 @@ def test_what_comes_out_is_what_went_in(folder: Path, into: Path, tmp_path: Path
 
 
 def test_the_file_is_named_by_its_digest_and_alone(folder: Path, into: Path) -> None:
-    bundle = pack(folder, into)
+    bundle = packed(folder, into)
     assert hashlib.sha256(bundle.path.read_bytes()).hexdigest() == bundle.digest
     assert bundle.path == into / f"{bundle.digest}.tar.gz"
     assert bundle.size_bytes == bundle.path.stat().st_size
@@ -77,7 +81,7 @@ def test_the_file_is_named_by_its_digest_and_alone(folder: Path, into: Path) -> 
 
 def test_an_empty_folder_is_a_bundle(into: Path, tmp_path: Path) -> None:
     (tmp_path / "nothing").mkdir()
-    assert names(pack(tmp_path / "nothing", into)) == []
+    assert names(packed(tmp_path / "nothing", into)) == []
 
 
 def test_equal_files_give_equal_bytes_wherever_whenever_and_whosever(folder: Path, into: Path, tmp_path: Path) -> None:
@@ -88,20 +92,20 @@ def test_equal_files_give_equal_bytes_wherever_whenever_and_whosever(folder: Pat
         other, {"b.txt": "dot sorts before slash", "a": "a", "b/1": "one", "b/2": "two", "train.py": "print('hello')\n"}
     )
     (other / "link").symlink_to(other / "b" / "1")
-    first = pack(folder, into)
+    first = packed(folder, into)
     for path in (folder / "a", folder / "b", folder):
         os.utime(path, (1, 1))
     (folder / "a").chmod(0o666)
-    assert pack(folder, into) == first
-    assert pack(other, into) == first
+    assert packed(folder, into) == first
+    assert packed(other, into) == first
     (folder / "a").write_text("b")
-    assert pack(folder, into).digest != first.digest
+    assert packed(folder, into).digest != first.digest
 
 
 def test_the_archive_tells_nothing_of_this_machine(folder: Path, into: Path) -> None:
     (folder / "odd").write_text("")
     (folder / "odd").chmod(0o4751)
-    bundle = pack(folder, into)
+    bundle = packed(folder, into)
     with tarfile.open(bundle.path) as archive:
         members = archive.getmembers()
     assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in members} == {(0, 0, 0, "", "")}
@@ -112,7 +116,7 @@ def test_the_archive_tells_nothing_of_this_machine(folder: Path, into: Path) -> 
 def test_what_tools_leave_behind_stays_here(folder: Path, into: Path) -> None:
     fill(folder, {f"{name}/x": "" for name in LEFT_BY_TOOLS} | {f"pkg/{name}/x": "" for name in LEFT_BY_TOOLS})
     fill(folder, {"old.pyc": "", ".pyc": "", "pkg/venv.py": "", "git/x": ""})
-    assert names(pack(folder, into)) == ["git/x", "pkg/venv.py", "train.py"]
+    assert names(packed(folder, into)) == ["git/x", "pkg/venv.py", "train.py"]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,7 @@ def test_what_gitignore_files_ignore_stays_here(
 ) -> None:
     fill(folder, dict.fromkeys(["a.bin", "d/a.bin", "d/a.txt", "d/e/a.bin", "d/e/a.txt"], ""))
     fill(folder, {f"{where}.gitignore": rules for where, rules in ignores.items()})
-    found = [name for name in names(pack(folder, into)) if Path(name).name not in (".gitignore", "train.py")]
+    found = [name for name in names(packed(folder, into)) if Path(name).name not in (".gitignore", "train.py")]
     assert sorted(found) == kept
 
 
@@ -163,7 +167,7 @@ def test_links_travel_if_they_stay_inside(folder: Path, into: Path, tmp_path: Pa
     for name, target in (inside | outside).items():
         (folder / name).symlink_to(target)
     (folder / "via_outside").symlink_to("parent/secret")
-    out = unpacked(pack(folder, into), tmp_path / "out")
+    out = unpacked(packed(folder, into), tmp_path / "out")
     assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink()} == set(inside)
     for name in inside:
         assert (out / name).resolve() == out / (folder / name).resolve().relative_to(folder)
@@ -172,7 +176,7 @@ def test_links_travel_if_they_stay_inside(folder: Path, into: Path, tmp_path: Pa
 def test_links_that_lead_nowhere_or_to_themselves_do_no_harm(folder: Path, into: Path, tmp_path: Path) -> None:
     for name, target in {"dangling": "nope", "self": "self", "ping": "pong", "pong": "ping", "here": "."}.items():
         (folder / name).symlink_to(target)
-    out = unpacked(pack(folder, into), tmp_path / "out")
+    out = unpacked(packed(folder, into), tmp_path / "out")
     assert os.readlink(out / "dangling") == "nope"
     assert (out / "here").resolve() == out
 
@@ -180,13 +184,13 @@ def test_links_that_lead_nowhere_or_to_themselves_do_no_harm(folder: Path, into:
 def test_a_folder_reached_through_a_link_is_the_same_folder(folder: Path, into: Path, tmp_path: Path) -> None:
     (folder / "link").symlink_to("train.py")
     (tmp_path / "alias").symlink_to(folder)
-    assert pack(tmp_path / "alias", into) == pack(folder, into)
+    assert packed(tmp_path / "alias", into) == packed(folder, into)
 
 
 def test_special_files_stay_here(folder: Path, into: Path) -> None:
     os.mkfifo(folder / "fifo")
     os.mknod(folder / "socket", stat.S_IFSOCK | 0o600)
-    assert names(pack(folder, into)) == ["train.py"]
+    assert names(packed(folder, into)) == ["train.py"]
 
 
 def sparse(path: Path, size_bytes: int) -> None:
@@ -199,35 +203,35 @@ def test_too_large_a_folder_is_refused_in_words_that_help(folder: Path, into: Pa
     for name, megabytes in {"data/a": 2, "data/b": 3, "model.pt": 4, "small": 1, "tiny": 0}.items():
         sparse(folder / name, megabytes << 20)
     with pytest.raises(ConfigError) as refused:
-        pack(folder, into, limit_bytes=8 << 20)
+        packed(folder, into, limit_bytes=8 << 20)
     assert str(refused.value) == (
         f"the folder {folder} has 10.0 MB, and at most 8.0 MB may travel to the workers; largest: data (5.0 MB), "
         "model.pt (4.0 MB), small (1.0 MB); add what the job does not need to .gitignore, or raise --max-bundle"
     )
     assert list(into.iterdir()) == []
     (folder / ".gitignore").write_text("/data\n")
-    assert "data/a" not in names(pack(folder, into, limit_bytes=8 << 20))
+    assert "data/a" not in names(packed(folder, into, limit_bytes=8 << 20))
 
 
 def test_more_than_workers_unpack_is_refused_here(folder: Path, into: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "BUNDLE_FILES_AT_MOST", 3)
     monkeypatch.setattr(selection, "BUNDLE_BYTES_AT_MOST", 1 << 20)
     fill(folder, {"b": "", "c": ""})
-    pack(folder, into)
+    packed(folder, into)
     fill(folder, {"d": ""})
     with pytest.raises(ConfigError, match="has 4 files, and at most 3 may travel to the workers"):
-        pack(folder, into)
+        packed(folder, into)
     sparse(folder / "b", 2 << 20)
     (folder / "d").unlink()
     with pytest.raises(ConfigError, match=r"at most 1\.0 MB may travel"):
-        pack(folder, into, limit_bytes=1 << 40)
+        packed(folder, into, limit_bytes=1 << 40)
 
 
 def test_the_limit_itself_is_allowed_and_counts_bytes_before_compression(into: Path, tmp_path: Path) -> None:
     sparse(tmp_path / "job" / "zeros", 100_000)
-    assert pack(tmp_path / "job", into, limit_bytes=100_000).size_bytes < 10_000
+    assert packed(tmp_path / "job", into, limit_bytes=100_000).size_bytes < 10_000
     with pytest.raises(ConfigError, match="zeros"):
-        pack(tmp_path / "job", into, limit_bytes=99_999)
+        packed(tmp_path / "job", into, limit_bytes=99_999)
 
 
 # Tests may run as root, who can read everything: the refusal is put in by hand.
@@ -246,7 +250,7 @@ def test_what_cannot_be_read_is_named(
     with monkeypatch.context() as patch:
         patch.setattr(Path, call, refusing)
         with pytest.raises(ConfigError) as unreadable:
-            pack(folder, into)
+            packed(folder, into)
     named = f"{folder / refused} belongs to the script's folder and cannot be packed: Permission denied"
     assert str(unreadable.value) == named
     assert list(into.iterdir()) == []

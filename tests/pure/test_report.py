@@ -1,22 +1,18 @@
-"""What a person sees of a job: lines, folding, the bundle, the report. No process, no socket."""
+"""What a person sees of a job: lines, folding, the report. No process, no socket."""
 
 from __future__ import annotations
 
-import os
-import tarfile
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fleet.client.blame import blamed, headline
-from fleet.client.bundle import pack
 from fleet.client.line_folding import LineFolder, LineSplitter
 from fleet.client.report import exit_code, report
-from fleet.errors import Called, CollectiveMismatch, CollectiveTimeout, ConfigError, Late, RankEnded, rank_set
+from fleet.errors import Called, CollectiveMismatch, CollectiveTimeout, Late, RankEnded, rank_set
 from fleet.messages import JobEnded, RankStatus
 
 
@@ -65,27 +61,6 @@ def test_fold_shows_at_once_what_all_ranks_printed() -> None:
 @pytest.mark.parametrize(("ranks", "text"), [([3], "3"), ([0, 1, 2, 5], "0-2,5"), (list(range(8)), "8 ranks")])
 def test_rank_set(ranks: list[int], text: str) -> None:
     assert rank_set(ranks, 8) == text
-
-
-def test_bundle_is_deterministic_and_leaves_out_what_git_ignores(tmp_path: Path) -> None:
-    folder, into = tmp_path / "job", tmp_path / "into"
-    (folder / "data").mkdir(parents=True)
-    into.mkdir()
-    (folder / "__pycache__").mkdir()
-    for name in ("train.py", "data/big.bin", "data/keep.bin", "__pycache__/x.pyc", "secret.key"):
-        (folder / name).write_text(name)
-    (folder / ".gitignore").write_text("*.key\n/data/big.bin\n")
-    (folder / "inside").symlink_to("train.py")
-    (folder / "outside").symlink_to("/etc/passwd")
-    first = pack(folder, into)
-    os.utime(folder / "train.py", (1, 1))
-    assert pack(folder, into) == first
-    with tarfile.open(first.path) as archive:
-        assert sorted(archive.getnames()) == [".gitignore", "data/keep.bin", "inside", "train.py"]
-        archive.extractall(tmp_path / "out", filter="data")
-    assert (tmp_path / "out" / "inside").read_text() == "train.py"
-    with pytest.raises(ConfigError, match=r"largest: .*\.gitignore.*--max-bundle"):
-        pack(folder, into, limit_bytes=10)
 
 
 def status(rank: int, **changes: object) -> RankStatus:
