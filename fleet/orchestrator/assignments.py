@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fleet import messages as m
+from fleet.deadlines import Deadlines
 from fleet.orchestrator.clients import Clients
-from fleet.orchestrator.deadlines import Deadlines
 from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job_queue import HOLD_AFTER_S, JobQueue, queue_key
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fleet import messages as m
-from fleet.orchestrator.deadlines import Deadlines
+from fleet.deadlines import Deadlines
 from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.membership import HEARTBEAT_S, RECONNECT_GRACE_S, RETURN_WITHIN_S, TELL_AGAIN_S
 

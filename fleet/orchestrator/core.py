@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fleet import messages as m
+from fleet.deadlines import earliest
 from fleet.orchestrator.answers import Answers
 from fleet.orchestrator.assignments import Assignments
 from fleet.orchestrator.clients import Clients
-from fleet.orchestrator.deadlines import earliest
 from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job_output import JobOutput
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fleet import messages as m
-from fleet.orchestrator.deadlines import Deadlines
+from fleet.deadlines import Deadlines
 from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.placement import Rooms
 from fleet.orchestrator.state import Counts, SaveDrained, Worker

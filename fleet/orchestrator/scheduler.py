@@ -14,10 +14,10 @@ from msgspec.structs import replace
 
 from fleet import messages as m
 from fleet.bounds import REASON_CHARS, Made
+from fleet.deadlines import Deadlines
 from fleet.messages import how
 from fleet.orchestrator.assignments import PREPARE_WITHIN_S, Assignments
 from fleet.orchestrator.clients import Clients
-from fleet.orchestrator.deadlines import Deadlines
 from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job_output import JobOutput
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState

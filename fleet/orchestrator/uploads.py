@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from fleet.orchestrator.deadlines import Deadlines
+from fleet.deadlines import Deadlines
 
 NEXT_PART_WITHIN_S = 60.0
 

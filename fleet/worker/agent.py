@@ -39,6 +39,7 @@ from fleet.worker.guard import Guard
 from fleet.worker.job_files import JobFiles
 from fleet.worker.metrics import WorkerMetrics
 from fleet.worker.oom_kills import oom_kill_count
+from fleet.worker.output_window import Stream
 from fleet.worker.progress import last_task
 from fleet.worker.rank_process import Plan
 from fleet.worker.rank_sockets import RankSockets
@@ -130,7 +131,7 @@ class Agent:
         self._folder = surroundings.runtime / "worker"
         self._children: dict[Key, Child] = {}
         self._oom_kills_before: dict[Key, int] = {}
-        self._readers: dict[int, tuple[Key, str]] = {}  # by descriptor of an open pipe
+        self._readers: dict[int, tuple[Key, Stream]] = {}  # by descriptor of an open pipe
         self._sentinels: dict[int, Key] = {}
         self._early: list[Spawn] | None = []  # while the zygote still imports; then None
         self._wake = Wake()
@@ -202,7 +203,7 @@ class Agent:
         ready = self._poller.wait(self._clock.waits(max(0.0, deadline - now)))
         self._clock.now()
         self._wake.clear()
-        self._pulse.beat(well=self._core.ever_welcomed)
+        self._pulse.beat(well=self._core.link.ever_welcomed)
         while self._stops:
             self._step(self._stops.popleft())
         while self._forwarded:
@@ -215,7 +216,7 @@ class Agent:
             self._step(LINKS[link])
         for arrived in self._orchestrator.receive():
             if (job_id := m.relayed_job(arrived.data)) is not None:
-                peer = self._core.runner_of(job_id)
+                peer = self._core.sessions.runner_of(job_id)
                 if peer and self._ranks.send(peer, arrived.data, arrived.rest) is Sent.FULL:
                     self._step(LinkFull())  # its client says again what the runner may lack, once this worker is back
                 continue
@@ -232,20 +233,20 @@ class Agent:
             self._poller.remove(self._zygote.fileno())
             early, self._early = self._early, None
             for spawn in early:
-                if (spawn.assign.job_id, spawn.assign.attempt) in self._core.attempts:
+                if (spawn.assign.job_id, spawn.assign.attempt) in self._core.members.attempts:
                     self._step(self._spawn(spawn))
         # Output before deaths: what a rank printed last is read before it counts as ended.
         for descriptor in [source for source in ready if source in self._readers]:
             self._read(descriptor)
         for descriptor in [source for source in ready if source in self._sentinels]:
             self._reap(descriptor)
-        if self._clock.now() >= self._core.next_heartbeat:
+        if self._core.link.heartbeat_due(self._clock.now()):
             self._step(Measured(self._busyness.read()))
         self._step(Tick())
 
     def _from_rank(self, arrived: Arrived) -> None:
         if (job_id := m.relayed_job(arrived.data)) is not None:
-            is_runner = self._core.runner_of(job_id) == arrived.peer
+            is_runner = self._core.sessions.runner_of(job_id) == arrived.peer
             if is_runner and self._orchestrator.send(arrived.data, arrived.rest) is Sent.FULL:
                 self._step(LinkFull())
             return
@@ -282,7 +283,7 @@ class Agent:
                     effects = self._core.step(event, self._clock.now())
             except Exception as error:
                 self._dropped.failed(_name(event), error)
-                effects = self._core.decided
+                effects = self._core.effects.decided
             for effect in effects:
                 try:
                     events.extend(self._perform(effect))
@@ -337,9 +338,9 @@ class Agent:
     def _spawn(self, spawn: Spawn) -> Event:
         assign, launch, spec = spawn.assign, spawn.launch, spawn.assign.spec
         key = assign.job_id, assign.attempt, spawn.member_id
-        held: Attempt = self._core.attempts[key[:2]]
+        held: Attempt = self._core.members.attempts[key[:2]]
         local_rank, local_count = self._surroundings.local or (
-            list(held.ranks).index(spawn.member_id),
+            list(held.processes).index(spawn.member_id),
             len(assign.member_ids),
         )
         seat = config.RankPlacement(
@@ -354,7 +355,7 @@ class Agent:
             group_world_size=assign.group_count,
             master_addr=launch.master_addr,
             master_port=launch.master_port,
-            gpus=held.ranks[spawn.member_id].gpus if self._settings.gpus else None,
+            gpus=held.processes[spawn.member_id].gpus if self._settings.gpus else None,
             output="" if spec.kind == "tasks" else str(self._files.output_folder(assign.job_id)),
         )
         environment = config.rank_environment(seat, self._surroundings.threads, spec.environment)
@@ -373,8 +374,8 @@ class Agent:
         self._children[key] = child
         self._sentinels[child.sentinel] = key
         self._poller.add(child.sentinel)
-        for descriptor, stream in ((child.stdout, "stdout"), (child.stderr, "stderr")):
-            self._readers[descriptor] = key, stream
+        self._readers[child.stdout], self._readers[child.stderr] = (key, "stdout"), (key, "stderr")
+        for descriptor in (child.stdout, child.stderr):
             self._poller.add(descriptor)
         return Spawned(key, child.pid)
 

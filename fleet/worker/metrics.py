@@ -93,14 +93,13 @@ class WorkerMetrics(Collector):
             "fleet_worker_messages_dropped", "Messages that were dropped, by why.", labels=("worker", "why")
         )
         yield filled(dropped, self._dropped, worker_id)
-        ranks = [rank for attempt in core.attempts.values() for rank in attempt.ranks.values() if rank.status is None]
+        ranks = [process for process in core.members.processes() if process.status is None]
         inside = (self._clock() - rank.inside_since for rank in ranks if rank.inside_since is not None)
-        active = sum(attempt.active for attempt in core.attempts.values())
         yield from self._gauges(
-            ("worker_jobs_active", "Jobs that this worker runs a part of now.", active),
+            ("worker_jobs_active", "Jobs that this worker runs a part of now.", core.members.active_count()),
             ("fleet_worker_slots", "Ranks that may run here at once.", settings.slots),
             ("fleet_worker_ranks", "Ranks that run here now.", len(ranks)),
-            ("fleet_worker_connected", "1 while the orchestrator answers this worker.", core.welcomed),
+            ("fleet_worker_connected", "1 while the orchestrator answers this worker.", core.effects.welcomed),
             (
                 "fleet_collective_running_seconds",
                 "How long a rank here has been inside one collective, the longest.",
@@ -108,7 +107,7 @@ class WorkerMetrics(Collector):
             ),
         )
         for name, text, count in (
-            ("worker_jobs", "Jobs that this worker had a part in, and that have ended.", core.jobs_done),
+            ("worker_jobs", "Jobs that this worker had a part in, and that have ended.", core.members.jobs_done),
             (
                 "fleet_worker_strangers_refused",
                 "Connections to this worker's ranks that did not prove that they hold the secret.",

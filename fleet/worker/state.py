@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
@@ -11,7 +10,9 @@ from signal import SIGTERM
 from fleet import messages as m
 from fleet.bounds import Made
 from fleet.versions import versions
+from fleet.worker.output_window import OutputWindow, Stream
 
+AttemptKey = tuple[str, int]  # (job_id, attempt)
 Key = tuple[str, int, int]  # (job_id, attempt, member_id)
 
 
@@ -32,42 +33,38 @@ class Settings:
 
 
 @dataclass
-class Rank:
-    """One rank of an attempt. Invariant: `status` is set if and only if the process and its output have ended."""
+class Process:
+    """One member's process. Invariant: `status` is set if and only if the process and its output have ended."""
 
-    member_id: int
+    key: Key
     slot: int
-    gpus: tuple[int, ...] = ()  # that are its own
+    gpus: tuple[int, ...]  # that are its own
+    output: OutputWindow
     pid: int = 0  # 0: not started yet
-    peer: bytes = b""  # its session's connection, once it called fleet.init()
-    owed: list[m.Message] = field(default_factory=list)  # to that, which did not read
-    owed_at: float | None = None  # when it is tried again
-    runner: bytes = b""  # a task runner's connection, to its client
-    join: m.Join | None = None
-    sent: deque[m.Output] = field(default_factory=deque)  # towards the client, which has not acknowledged it
-    unsent: deque[tuple[str, bytearray]] = field(
-        default_factory=deque
-    )  # by stream: printed since too much is under way
-    sent_count: int = 0  # all in all
-    unread_bytes: int = 0  # sent or not, and not acknowledged
-    paused: bool = False
-    stopped: bool = False
-    stop_signal: int = SIGTERM  # what it is asked to stop by
-    warned: bool = False  # it has been told that the world changed
-    term_at: float | None = None  # when it has had the time to act on that
-    kill_at: float | None = None  # when SIGTERM has had its time
-    open_streams: set[str] = field(default_factory=set)
-    died: ProcessExited | None = None
-    drained_at: float | None = None  # when output that a grandchild may still hold open is given up
-    hurried: bool = False  # its job is to end: what nobody reads is given up too
-    stderr_tail: bytes = b""
-    made: Made | None = None  # by its last CollectiveCounts: see there
-    inside_since: float | None = None  # by its last CollectiveCounts: when the collective began that it is in
+    open_streams: set[Stream] = field(default_factory=set)
+    stopped: bool = False  # it was told to end, or is not to begin
+    stop_signal: int = SIGTERM  # that asks it to end
+    hurried: bool = False  # its job is to end: what nobody reads is given up
+    exit: ProcessExited | None = None
+    drained_at: float = 0.0  # since its exit: when output that something it started holds open is given up
     status: m.RankStatus | None = None
+    # Of its session, which begins with fleet.init()
+    peer: bytes = b""  # its connection
+    join: m.Join | None = None
+    warned: bool = False  # it was told that another member has failed
+    owed: list[m.Message] = field(default_factory=list)  # that it did not read
+    runner: bytes = b""  # a task runner's connection, to its client
+    # By its last CollectiveCounts, see there
+    made: Made | None = None
+    inside_since: float | None = None  # when the collective began that it is in
+
+    @property
+    def member_id(self) -> int:
+        return self.key[2]
 
     @property
     def running(self) -> bool:
-        return self.pid != 0 and self.died is None
+        return self.pid != 0 and self.exit is None
 
 
 @dataclass
@@ -75,17 +72,19 @@ class Attempt:
     """This worker's share of one attempt of a job."""
 
     assign: m.Assign
-    directory: Path | None = None  # set once prepared
-    failure: m.AssignFailed | None = None  # why it cannot be
-    stuck_at: float | None = None  # when preparing it counts as stuck; set until it is prepared, or cannot be
-    port: int = 0
+    processes: dict[int, Process]  # by member_id
+    prepared: Prepared | None = None
+    failure: m.AssignFailed | None = None  # why it cannot be prepared
     launched: bool = False
     gathered: bool = False  # what it wrote into its working folder has been looked at, or is about to be
-    ranks: dict[int, Rank] = field(default_factory=dict)
+
+    @property
+    def key(self) -> AttemptKey:
+        return self.assign.job_id, self.assign.attempt
 
     @property
     def active(self) -> bool:
-        return any(rank.status is None for rank in self.ranks.values())
+        return any(process.status is None for process in self.processes.values())
 
 
 # Events
@@ -100,6 +99,13 @@ class FromOrchestrator:
 class FromRank:
     peer: bytes
     message: m.Message
+
+
+@dataclass(frozen=True)
+class RankGone:
+    """The connection of a rank has ended."""
+
+    peer: bytes
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ class Spawned:
 @dataclass(frozen=True)
 class Printed:
     key: Key
-    stream: str
+    stream: Stream
     data: bytes  # empty: the stream is closed
 
 
@@ -196,7 +202,7 @@ class Tick:
 
 
 Event = (
-    FromOrchestrator | FromRank | LinkUp | LinkDown | LinkDenied | LinkFull | NotDelivered | Prepared | PrepareFailed
+    FromOrchestrator | FromRank | RankGone | LinkUp | LinkDown | LinkDenied | LinkFull | NotDelivered | Prepared | PrepareFailed
     | Spawned | Printed | ProcessExited | Shutdown | Measured | FromFiles | Tick
 )  # fmt: skip
 

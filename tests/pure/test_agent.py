@@ -6,9 +6,10 @@ from pathlib import Path
 
 from fleet import messages as m
 from fleet.worker import state as w
-from fleet.worker.core import STUCK_AFTER_S
 from fleet.worker.core import Core as Agent
-from fleet.worker.ranks import DRAIN_S, STOP_GRACE_S, WINDOW_BYTES, WORLD_CHANGED_GRACE_S
+from fleet.worker.members import DRAIN_S, STOP_GRACE_S, WORLD_CHANGED_GRACE_S
+from fleet.worker.output_window import WINDOW_BYTES
+from fleet.worker.preparation import STUCK_AFTER_S
 from tests.pure.test_orchestrator import SPEC, VERSIONS
 
 KEY = ("j", 1, 0)
@@ -285,4 +286,4 @@ def test_ranks_get_seats_whatever_the_agent_still_holds() -> None:
     core.step(w.LinkUp(), 0.0)
     for number in range(9):
         core.step(w.FromOrchestrator(m.Assign(f"j{number}", 1, 1, (0,), 0, 1, SPEC)), 0.0)
-    assert all(len(attempt.ranks) == 1 for attempt in core.attempts.values())
+    assert all(len(attempt.processes) == 1 for attempt in core.members.attempts.values())

@@ -8,7 +8,9 @@ from fleet.orchestrator import state as o
 from fleet.orchestrator.jobs import JobState
 from fleet.orchestrator.membership import TELL_AGAIN_S
 from fleet.worker import state as w
-from fleet.worker.ranks import MESSAGE_BYTES, RETRY_S, UNDER_WAY, UNREAD_S, WINDOW_BYTES
+from fleet.worker.members import UNREAD_S
+from fleet.worker.output_window import MESSAGE_BYTES, UNDER_WAY, WINDOW_BYTES
+from fleet.worker.sessions import RETRY_S
 from tests.pure.test_agent import KEY, joined, kinds, started, up
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from fleet.orchestrator.jobs import ON_WORKERS, JobState
-from fleet.worker.ranks import UNDER_WAY
+from fleet.worker.output_window import UNDER_WAY
 from tests.sim.simulation import Simulation
 
 REACHED_WITHIN_S = 16.0  # a worker in trouble may run what was given up: until it is back, and has been told
@@ -18,11 +18,11 @@ def check(world: Simulation) -> None:
         _indexes(world)
     _one_live_attempt(world)
     for worker in world.workers.values():
-        for attempt in worker.core.attempts.values():
-            for rank in attempt.ranks.values():
-                kept = sum(len(output.data) for output in rank.sent) + sum(len(data) for _, data in rank.unsent)
-                assert rank.unread_bytes == kept or rank.status is not None, "credit is not what is kept"
-                assert len(rank.sent) <= UNDER_WAY, "too much is under way"
+        for process in worker.core.members.processes():
+            output = process.output
+            kept = sum(len(message.data) for message in output.sent) + sum(len(data) for _, data in output.unsent)
+            assert output.unread_bytes == kept, "credit is not what is kept"
+            assert len(output.sent) <= UNDER_WAY, "too much is under way"
 
 
 def _rooms(world: Simulation) -> None:
@@ -131,4 +131,4 @@ def check_end(world: Simulation) -> None:
     assert not any(world.live.values()), f"processes are left: {world.live}"
     check_output(world)
     for worker in world.workers.values():
-        assert not worker.core.attempts, f"{worker.worker_id} still holds {list(worker.core.attempts)}"
+        assert not worker.core.members.attempts, f"{worker.worker_id} still holds {list(worker.core.members.attempts)}"

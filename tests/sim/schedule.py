@@ -193,7 +193,7 @@ def _heal(world: Simulation) -> None:
 def _settled(world: Simulation) -> bool:
     if world.core is None or any(world.live.values()):
         return False
-    if any(worker.core.attempts for worker in world.workers.values()):
+    if any(worker.core.members.attempts for worker in world.workers.values()):
         return False
     jobs = [world.core.scheduler.jobs.get(job_id) for job_id in world.accepted]
     return all(job is not None and job.outcome for job in jobs)

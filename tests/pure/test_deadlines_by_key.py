@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet.orchestrator.deadlines import SPARE_ENTRIES, Deadlines, earliest
+from fleet.deadlines import SPARE_ENTRIES, Deadlines, earliest
 
 KEYS = st.sampled_from("abcde")
 TIMES = st.integers(0, 20).map(float)

@@ -1,0 +1,31 @@
+"""Collector of what the parts of an agent decide in one step. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fleet import messages as m
+from fleet.worker.state import Effect, Log, ToOrchestrator
+
+
+@dataclass
+class Effects:
+    """The effects of the step under way, and its time. Every part of the core holds this same object."""
+
+    now: float  # of the step under way
+    welcomed: bool = False  # by this orchestrator, on this connection
+    decided: list[Effect] = field(default_factory=list)  # by the last step, also by one that failed on its way
+
+    def begin(self, now: float) -> None:
+        self.now, self.decided = now, []
+
+    def add(self, effect: Effect) -> None:
+        self.decided.append(effect)
+
+    def send(self, message: m.Message) -> None:
+        """To the orchestrator, once it has welcomed this worker: until then nothing is sent, and then all that matters again."""
+        if self.welcomed:
+            self.decided.append(ToOrchestrator(message))
+
+    def log(self, level: str, text: str) -> None:
+        self.decided.append(Log(level, text))

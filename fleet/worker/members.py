@@ -1,0 +1,294 @@
+"""Members on this worker: the processes of each attempt, from their launch to the end of their output. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import count, islice
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM
+from typing import Literal, get_args
+
+from fleet import messages as m
+from fleet.deadlines import Deadlines
+from fleet.worker.effects import Effects
+from fleet.worker.output_window import UNDER_WAY, UNDER_WAY_OF_JOB, OutputWindow
+from fleet.worker.state import (
+    Attempt,
+    AttemptKey,
+    Gather,
+    Key,
+    Printed,
+    Process,
+    ProcessExited,
+    ReadOutput,
+    Remove,
+    Settings,
+    SignalGroup,
+    Spawn,
+    Spawned,
+)
+
+WORLD_CHANGED_GRACE_S = 0.5  # for a rank that was told whom it has lost to say so, before SIGTERM
+STOP_GRACE_S = 1.2  # between SIGTERM and SIGKILL: Ctrl-C promises an end within 2 s
+DRAIN_S = 0.5  # for what a process has started to end and to close its output, once the process has ended
+UNREAD_S = 2.0  # for a client to read the output of a process that has ended since, when the job is to end
+
+What = Literal["term", "kill", "end"]
+
+
+@dataclass
+class Members:
+    """Invariant: an attempt is held from its Assign to the orchestrator's Forget."""
+
+    settings: Settings
+    effects: Effects
+    attempts: dict[AttemptKey, Attempt] = field(default_factory=dict)
+    jobs_done: int = 0
+    unread_s: float = UNREAD_S
+    # When a process is asked to end, when what is left of its group is killed, and when one that has ended, with output that is
+    # held open or not read, counts as ended all the same.
+    deadlines: Deadlines[tuple[Key, What]] = field(default_factory=Deadlines)
+
+    # Attempts
+
+    def hold(self, assign: m.Assign) -> None:
+        """Gives each member of a new attempt a slot, and GPUs of its own."""
+        # A process that has ended leaves its slot, though the orchestrator may not have heard of its end yet.
+        running = [process for process in self.processes() if process.status is None]
+        taken = {process.slot for process in running}
+        slots = (slot for slot in count() if slot not in taken)
+        used = {gpu for process in running for gpu in process.gpus}
+        gpus = iter([gpu for gpu in range(self.settings.gpus) if gpu not in used])
+        under_way = max(1, min(UNDER_WAY, UNDER_WAY_OF_JOB // assign.world_size))
+        attempt = assign.job_id, assign.attempt
+        self.attempts[attempt] = Attempt(
+            assign,
+            {
+                member_id: Process(
+                    (*attempt, member_id),
+                    slot,
+                    tuple(islice(gpus, assign.gpus)),
+                    OutputWindow(*attempt, member_id, under_way),
+                )
+                for member_id, slot in zip(assign.member_ids, slots, strict=False)
+            },
+        )
+
+    def launch(self, attempt: Attempt, launch: m.Launch) -> None:
+        if attempt.launched or attempt.prepared is None:
+            return
+        attempt.launched = True
+        for process in attempt.processes.values():
+            if not process.stopped:  # a Stop may have come first
+                self.effects.add(Spawn(attempt.assign, launch, process.member_id, attempt.prepared.directory))
+
+    def forget(self, attempt: Attempt) -> None:
+        for process in attempt.processes.values():
+            if process.running or (process.key, "kill") in self.deadlines:
+                self._signal(process, SIGKILL)
+            for what in get_args(What):
+                self.deadlines.discard((process.key, what))
+        self._gather(attempt)
+        del self.attempts[attempt.key]
+        self.effects.add(Remove(*attempt.key))
+
+    def say_again(self) -> None:
+        """All that an orchestrator which welcomes this worker may have missed."""
+        for process in self.processes():
+            self._send_output(process, again=True)
+            if process.status is not None:
+                self.tell_exit(process)
+
+    # Processes
+
+    def spawned(self, event: Spawned) -> None:
+        process = self._find(event.key)
+        if process is None:
+            self.effects.add(SignalGroup(event.key, event.pid, SIGKILL))
+            return
+        process.pid = event.pid
+        process.open_streams = {"stdout", "stderr"}
+        if process.stopped:
+            self._signal(process, SIGKILL)
+
+    def stop(self, process: Process, kill: bool, signal: int = 0) -> None:
+        """Ends a process, or keeps it from its start: politely, with `kill` at once."""
+        process.hurried = True
+        if process.exit is not None:
+            self._await_end(process)
+            return
+        if signal in (SIGHUP, SIGINT):
+            process.stop_signal = signal
+        first, process.stopped = not process.stopped, True
+        if not process.pid:
+            # `spawned` will see that it is to stop. A process that is never spawned has ended here.
+            if first and not self.attempts[process.key[:2]].launched:
+                process.status = self._status(process, ProcessExited(process.key, 0, 0, False))
+                self.tell_exit(process)
+        elif kill:
+            self.deadlines.discard((process.key, "term"))
+            self.deadlines.discard((process.key, "kill"))
+            self._signal(process, SIGKILL)
+        elif first and process.warned:
+            self.deadlines.set((process.key, "term"), self.effects.now + WORLD_CHANGED_GRACE_S)
+        elif first:
+            self._terminate(process)
+
+    def stop_all(self, kill: bool) -> None:
+        for process in self.processes():
+            self.stop(process, kill)
+
+    def exited(self, event: ProcessExited) -> None:
+        process = self._find(event.key)
+        if process is None:
+            return
+        process.exit = event
+        self.deadlines.discard((process.key, "term"))
+        self.deadlines.discard((process.key, "kill"))
+        if process.pid:
+            # What it has started goes with it. Politely first: the resource tracker of multiprocessing does not heed SIGTERM, and
+            # removes the shared memory that a script has left once all processes of the script have gone.
+            self._signal(process, SIGTERM)
+            self.deadlines.set((process.key, "kill"), self.effects.now + DRAIN_S)
+        process.drained_at = self.effects.now + DRAIN_S
+        self._end_if_drained(process)
+
+    def tell_exit(self, process: Process) -> None:
+        assert process.status is not None
+        self.effects.send(m.RankExited(*process.key[:2], process.status, process.made))
+
+    # Output
+
+    def printed(self, event: Printed) -> None:
+        process = self._find(event.key)
+        if process is None:
+            return
+        if not event.data:
+            process.open_streams.discard(event.stream)
+            self._end_if_drained(process)
+            return
+        process.output.add(event.stream, event.data)
+        self._send_output(process)
+        self._put_off_end(process)
+        if process.output.is_to_pause():
+            self.effects.add(ReadOutput(event.key, False))
+
+    def acknowledged(self, ack: m.OutputAck) -> None:
+        process = self._find((ack.job_id, ack.attempt, ack.member_id))
+        if process is None:
+            return
+        process.output.acknowledge(ack.number)
+        self._send_output(process)
+        self._end_if_drained(process)
+        if process.output.is_to_go_on():
+            self._put_off_end(process)
+            self.effects.add(ReadOutput(process.key, True))
+
+    def repeat(self, attempt: Attempt) -> None:
+        """Sends again what the client has not acknowledged, and says that this was all."""
+        for process in attempt.processes.values():
+            self._send_output(process, again=True)
+        self.effects.send(m.Repeated(*attempt.key))
+
+    def _send_output(self, process: Process, again: bool = False) -> None:
+        if not self.effects.welcomed:
+            return
+        for output in process.output.sent if again else ():
+            self.effects.send(output)
+        for output in process.output.send():
+            self.effects.send(output)
+
+    # Time
+
+    def expire(self) -> None:
+        for key, what in self.deadlines.due(self.effects.now):
+            process = self._find(key)
+            assert process is not None, "its deadlines were taken back with it"
+            if what == "term":
+                self._terminate(process)
+            elif what == "kill":
+                self._signal(process, SIGKILL)
+            else:
+                self._end(process)
+
+    def _terminate(self, process: Process) -> None:
+        self.deadlines.set((process.key, "kill"), self.effects.now + STOP_GRACE_S)
+        self._signal(process, process.stop_signal)
+
+    def _put_off_end(self, process: Process) -> None:
+        """A process that has ended prints on: something that it started does."""
+        if process.exit is not None and process.status is None:
+            process.drained_at = self.effects.now + DRAIN_S
+            self._await_end(process)
+
+    def _end_if_drained(self, process: Process) -> None:
+        """A process has ended when it is dead and all that it printed has been read."""
+        if process.exit is None or process.status is not None:
+            return
+        if process.open_streams or process.output.unsent:
+            self._await_end(process)
+        else:
+            self._end(process)
+
+    def _await_end(self, process: Process) -> None:
+        if process.exit is None or process.status is not None:
+            return
+        if not process.output.unsent:
+            self.deadlines.set((process.key, "end"), process.drained_at)
+        elif process.hurried:
+            self.deadlines.set((process.key, "end"), process.drained_at + self.unread_s)
+        else:
+            self.deadlines.discard((process.key, "end"))
+
+    def _end(self, process: Process) -> None:
+        assert process.exit is not None
+        if (process.key, "kill") in self.deadlines:
+            self._signal(process, SIGKILL)
+        self.deadlines.discard((process.key, "kill"))
+        self.deadlines.discard((process.key, "end"))
+        process.output.drop_unsent()
+        process.status = self._status(process, process.exit)
+        attempt = self.attempts[process.key[:2]]
+        if not attempt.active:
+            self.jobs_done += 1
+            self._gather(attempt)  # first: a client that hears of the end may ask at once
+        self.tell_exit(process)
+
+    def _status(self, process: Process, exit: ProcessExited) -> m.RankStatus:
+        return m.RankStatus(
+            member_id=process.member_id,
+            worker_id=self.settings.worker_id,
+            host=self.settings.advertise,
+            pid=process.pid,
+            code=exit.code,
+            signal=exit.signal,
+            out_of_memory=exit.out_of_memory and not process.stopped,
+            stopped=process.stopped,
+            stderr_tail=process.output.stderr_tail.decode(errors="replace"),
+            reason=exit.reason,
+            task=exit.task,
+        )
+
+    def _gather(self, attempt: Attempt) -> None:
+        """Once for each attempt that has a working folder of its own."""
+        if attempt.launched and not attempt.gathered and attempt.assign.spec.digest and attempt.prepared is not None:
+            attempt.gathered = True
+            self.effects.add(Gather(attempt.assign, attempt.prepared.directory))
+
+    def _signal(self, process: Process, number: int) -> None:
+        self.effects.add(SignalGroup(process.key, process.pid, number))
+
+    # Looking up
+
+    def processes(self) -> list[Process]:
+        return [process for attempt in self.attempts.values() for process in attempt.processes.values()]
+
+    def active_count(self) -> int:
+        """Attempts that have a process which has not ended."""
+        return sum(attempt.active for attempt in self.attempts.values())
+
+    def find(self, job_id: str, attempt: int, member_id: int) -> Process | None:
+        held = self.attempts.get((job_id, attempt))
+        return held.processes.get(member_id) if held is not None else None
+
+    def _find(self, key: Key) -> Process | None:
+        return self.find(*key)

@@ -1,0 +1,131 @@
+"""Link of an agent to its orchestrator: hello and welcome, heartbeats, and how long it waits for one that is not there. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fleet import messages as m
+from fleet.deadlines import Deadlines
+from fleet.worker.departure import Departure
+from fleet.worker.effects import Effects
+from fleet.worker.members import Members
+from fleet.worker.state import Settings, ToOrchestrator
+
+SAY_UNREACHABLE_AFTER_S = 2.0
+RECONNECT_WITHIN_S = 2.0  # as long as the orchestrator waits for a worker
+DENIALS_UNTIL_FINAL = 3  # an orchestrator killed in the middle of a handshake looks like one denial
+
+
+@dataclass
+class OrchestratorLink:
+    settings: Settings
+    effects: Effects
+    members: Members
+    departure: Departure
+    up: bool = False
+    denied_count: int = 0  # in a row
+    heartbeat_s: float = 1.0
+    load: float = 0.0  # of this machine or container, for the next heartbeat
+    ever_welcomed: bool = False
+    # When the next heartbeat is due, and when an orchestrator that is not there is said to be missing, or is given up: one that
+    # never came, or one that went.
+    deadlines: Deadlines[Literal["heartbeat", "missing", "never came", "gone"]] = field(default_factory=Deadlines)
+
+    def __post_init__(self) -> None:
+        self.deadlines.set("missing", self.effects.now + SAY_UNREACHABLE_AFTER_S)
+        if self.settings.join_within_s is not None:
+            self.deadlines.set("never came", self.effects.now + self.settings.join_within_s)
+
+    def heartbeat_due(self, now: float) -> bool:
+        return "heartbeat" in self.deadlines and self.deadlines["heartbeat"] <= now
+
+    def connected(self) -> None:
+        self.up, self.denied_count = True, 0
+        self.deadlines.discard("gone")
+        self.deadlines.discard("missing")
+        self._next_heartbeat()
+        self.hello()
+
+    def lost(self) -> None:
+        if self.settings.join_within_s is not None and self.ever_welcomed:
+            # The cluster lasts for one job. If that is over, so is this worker; else its connection may have been cut.
+            self.deadlines.set("gone", self.effects.now + (RECONNECT_WITHIN_S if self.members.attempts else 0.0))
+        if self.up and not self.departure.stopping:
+            self.effects.log(
+                "warning", f"lost the orchestrator at {self.settings.orchestrator}; trying again until it is back"
+            )
+        self.up = self.effects.welcomed = False
+        self.deadlines.discard("heartbeat")
+
+    def denied(self) -> None:
+        self.denied_count += 1
+        if self.denied_count == DENIALS_UNTIL_FINAL:
+            self.departure.exit(
+                f"the orchestrator at {self.settings.orchestrator} does not let this worker in: the secret is wrong "
+                "or missing on one side (FLEET_SECRET, FLEET_SECRET_FILE), or no orchestrator of fleet listens there"
+            )
+
+    def hello(self) -> None:
+        s = self.settings
+        self.effects.add(
+            ToOrchestrator(
+                m.WorkerHello(
+                    s.worker_id,
+                    s.incarnation,
+                    s.advertise,
+                    s.slots,
+                    s.versions,
+                    tuple(self.members.attempts),
+                    self.departure.begun,
+                    s.gpus,
+                    s.storage_id,
+                )
+            )
+        )
+
+    def welcome(self, welcome: m.Welcome) -> None:
+        self.heartbeat_s = welcome.heartbeat_s
+        self._next_heartbeat()
+        if not self.effects.welcomed:
+            self.effects.log(
+                "info", f"joined the orchestrator at {self.settings.orchestrator}, {self.settings.slots} slots"
+            )
+        self.effects.welcomed = self.ever_welcomed = True
+        self.deadlines.discard("missing")
+        self.deadlines.discard("never came")
+
+    def refused(self, reason: str) -> None:
+        self.departure.exit(f"the orchestrator at {self.settings.orchestrator} refused this worker: {reason}")
+
+    def full(self) -> None:
+        """A message was lost. It says hello until it is welcome, and then all that may be lost is said again."""
+        self.effects.welcomed = False
+
+    def pong(self) -> m.Pong:
+        if self.departure.begun:
+            state = "draining"
+        elif self.effects.welcomed:
+            state = f"in the cluster of {self.settings.orchestrator}"
+        else:
+            state = f"no orchestrator answers at {self.settings.orchestrator}"
+        return m.Pong(self.settings.worker_id, self.ever_welcomed, state)
+
+    def expire(self) -> None:
+        at = self.settings.orchestrator
+        for what in self.deadlines.due(self.effects.now):
+            if what == "heartbeat":
+                self._next_heartbeat()
+                if self.effects.welcomed:
+                    self.effects.send(m.Heartbeat(self.load))
+                else:
+                    self.hello()
+            elif what == "missing":
+                self.effects.log("warning", f"no orchestrator answers at {at} yet; trying again until one does")
+            elif not self.departure.ended and what == "gone":
+                self.departure.exit(f"lost the orchestrator at {at}" if self.members.attempts else "")
+            elif not self.departure.ended:
+                self.departure.exit(f"no orchestrator answered at {at} within {self.settings.join_within_s:g} s")
+
+    def _next_heartbeat(self) -> None:
+        self.deadlines.set("heartbeat", self.effects.now + self.heartbeat_s)

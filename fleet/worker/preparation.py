@@ -1,0 +1,74 @@
+"""Preparation of attempts: their bundle and their working folder, until both are there or cannot be made. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from fleet import messages as m
+from fleet.bounds import REASON_CHARS
+from fleet.deadlines import Deadlines
+from fleet.worker.effects import Effects
+from fleet.worker.members import Members
+from fleet.worker.state import Attempt, AttemptKey, Prepare, Prepared, PrepareFailed, TakePart
+
+STUCK_AFTER_S = 600.0  # without a part of its files meanwhile
+
+
+@dataclass
+class Preparation:
+    """Invariant: an attempt is in `deadlines` as long as it is neither prepared nor has failed to be."""
+
+    effects: Effects
+    members: Members
+    # When an attempt counts as stuck. Put off while there is no orchestrator, from which the files come.
+    deadlines: Deadlines[AttemptKey] = field(default_factory=Deadlines)
+
+    def assign(self, assign: m.Assign) -> None:
+        """Begins with an attempt, or says again what came of it."""
+        key = assign.job_id, assign.attempt
+        known = self.members.attempts.get(key)
+        if known is None:
+            self.members.hold(assign)
+            self.deadlines.set(key, self.effects.now + STUCK_AFTER_S)
+            self.effects.add(Prepare(assign))
+        elif known.failure is not None:
+            self.effects.send(known.failure)
+        elif known.prepared is not None:
+            self.effects.send(m.Assigned(*key, known.prepared.port))
+
+    def part(self, part: m.Part) -> None:
+        self.effects.add(TakePart(part))
+        self._put_off(part.digest)
+
+    def welcomed(self) -> None:
+        """No part came while there was no orchestrator."""
+        self._put_off()
+
+    def prepared(self, event: Prepared) -> None:
+        if attempt := self.members.attempts.get((event.job_id, event.attempt)):
+            attempt.prepared = event
+            self.deadlines.discard(attempt.key)
+            self.effects.send(m.Assigned(event.job_id, event.attempt, event.port))
+
+    def failed(self, event: PrepareFailed) -> None:
+        failure = m.AssignFailed(event.job_id, event.attempt, event.reason[:REASON_CHARS], event.permanent)
+        if attempt := self.members.attempts.get((event.job_id, event.attempt)):
+            attempt.failure = failure
+            self.deadlines.discard(attempt.key)
+        self.effects.send(failure)
+
+    def forget(self, attempt: Attempt) -> None:
+        self.deadlines.discard(attempt.key)
+
+    def expire(self) -> None:
+        reason = f"nothing came of preparing it for {STUCK_AFTER_S:g} s: its disk, or a network behind that, may hang"
+        for key in self.deadlines.due(self.effects.now):
+            if self.effects.welcomed:
+                self.failed(PrepareFailed(*key, reason))
+            else:
+                self.deadlines.set(key, self.effects.now + STUCK_AFTER_S)
+
+    def _put_off(self, digest: str | None = None) -> None:
+        for key in list(self.deadlines):
+            if digest is None or self.members.attempts[key].assign.spec.digest == digest:
+                self.deadlines.set(key, self.effects.now + STUCK_AFTER_S)
