@@ -9,7 +9,9 @@ if (
     and sys.orig_argv[-len(sys.argv)] in ("fleet", "-mfleet")
     and not sys.flags.safe_path
 ):
-    del sys.path[0]  # `python -m fleet`: the current folder, whose files may have the names of what is imported below
+    del sys.path[
+        0
+    ]  # `python -m fleet` puts the current folder here, where files may have the names of modules imported below
 
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +57,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Executor and as_completed load when they are used: a rank has no need of them."""
+    """Executor and as_completed are imported at their first use, since a rank does not need them."""
     if name in ("Executor", "as_completed"):
         check_system()
         from fleet.client import executor
@@ -69,8 +71,8 @@ def init(timeout_s: float = 30.0, join_timeout_s: float = 300.0) -> Communicator
 
     `timeout_s` is the deadline of each collective, `join_timeout_s` that of the other ranks' own calls of `init`.
     Calling it again returns the same communicator; after its `close()`, a new one of the same ranks, all of which call it
-    again. Raises CollectiveTimeout, which names the ranks that did not come, and
-    Unreachable, which names those that do not reach each other over the network.
+    again. Raises CollectiveTimeout, which names the ranks that did not come, and Unreachable, which names the ranks that do
+    not reach each other over the network.
     """
     check_system()
     from fleet.collectives.init import init

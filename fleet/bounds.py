@@ -1,4 +1,4 @@
-"""Bounds of what a control message may carry, as types that msgspec checks on arrival. Knows no message.
+"""Bounds of the fields of messages, as types that msgspec checks on arrival. Knows no message.
 
 Every holder of the secret can send any bytes. A value inside these bounds costs its receiver little, is safe as a part of a
 file's name or of a line in a log, and is a number that arithmetic and the disk take.
@@ -14,8 +14,8 @@ from msgspec import Meta
 RANKS_AT_MOST = 1 << 14  # of a job, and slots of a worker
 ID_CHARS, WORKER_ID_CHARS = 64, 128
 TEXT_CHARS = 1 << 16
-REASON_CHARS = 2000  # of a reason that goes into others: its maker cuts it
-NUMBER_AT_MOST = (1 << 63) - 1  # of what the disk and file offsets take
+REASON_CHARS = 2000  # of a reason that becomes part of other texts; its maker cuts it
+NUMBER_AT_MOST = (1 << 63) - 1  # the largest number that SQLite and file offsets take
 FRAME_LIMIT_BYTES = 8 << 20  # of one frame on a control socket
 ONE_A_RANK = Meta(max_length=RANKS_AT_MOST)  # of a tuple
 

@@ -1,6 +1,6 @@
-"""Every error fleet raises on purpose, sorted by who must act. Knows nothing of sockets, processes or tensors.
+"""Errors that fleet raises on purpose, sorted by who must act. Knows nothing of sockets, processes or tensors.
 
-Errors keep their facts as fields and compute their text from them, so that a program can read what a person reads.
+An error keeps its facts as fields and computes its text from them, so that programs can read the facts too.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ class UsageError(FleetError, ValueError):
 
 
 class ProtocolError(FleetError):
-    """The peer must act: it sent bytes that are not fleet's, or another protocol version. Counted, named, survived."""
+    """The peer must act: it sent bytes that are not fleet's, or of another protocol version. Counted, and survived."""
 
 
 class OtherProtocol(ProtocolError):
-    """Another version of fleet speaks there: nothing that it says can be understood."""
+    """The peer speaks another version of the protocol: none of its messages can be read."""
 
 
 SHOWN_AT_MOST = 4  # groups of ranks in one sentence; the other ranks are counted
 
 
 def rank_set(ranks: Sequence[int], world_size: int) -> str:
-    """Ranks for a reader: '3', '0-2,5', or '8 ranks' where it is all of them."""
+    """Ranks as text: '3', '0-2,5', or '8 ranks' for all of them."""
     ordered = sorted(ranks)
     if len(ordered) == world_size > 1:
         return f"{world_size} ranks"
@@ -47,7 +47,7 @@ def rank_set(ranks: Sequence[int], world_size: int) -> str:
 
 
 def _named(ranks: Sequence[int], members: Sequence[int]) -> str:
-    """'rank 3', 'ranks 0-2,5': by their numbers in the job."""
+    """Ranks as text, by their numbers in the job: 'rank 3', 'ranks 0-2,5'."""
     numbers = [members[rank] if rank < len(members) else rank for rank in ranks]
     return f"{'rank' if len(numbers) == 1 else 'ranks'} {rank_set(numbers, 0)}"
 
@@ -58,41 +58,41 @@ def _at(line: str) -> str:
 
 @dataclass(frozen=True)
 class Called:
-    """Ranks that called the same in one place."""
+    """Ranks that made the same call at the same line."""
 
     ranks: tuple[int, ...]
     call: str  # such as all_reduce(float32[1000], op=sum)
-    line: str = ""  # of the script; empty where it is not known
+    line: str = ""  # of the script; empty: not known
 
 
 @dataclass(eq=False)
 class CollectiveMismatch(FleetError):
-    """The script must change: ranks called different things in the same place.
+    """The script must change: ranks made different calls where all must make the same.
 
-    All ranks of one mismatch say the same, as far as each could find out what the others called.
+    All ranks raise the same error, as far as each could find out the calls of the others.
     """
 
     sequence: int
     rank: int
     call: str
-    peer: int  # one that called something else
+    peer: int  # a rank that made another call
     peer_call: str
     point_to_point: bool = False
     line: str = ""  # of this rank's script; empty where it is not known
     peer_line: str = ""
-    calls: Sequence[Called] = ()  # of all ranks that are known to have made one; empty: of these two
+    calls: Sequence[Called] = ()  # of all ranks whose call is known; empty: `rank` and `peer` only
     members: Sequence[int] = ()  # the job's number of each rank here; empty: the same one
     recent: Sequence[str] = ()  # the last collectives of this rank
 
     @property
     def groups(self) -> list[Called]:
-        """Who called what, the call of most ranks first."""
+        """The different calls with their ranks, the call of most ranks first."""
         two = (Called((self.rank,), self.call, self.line), Called((self.peer,), self.peer_call, self.peer_line))
         return sorted(self.calls or two, key=lambda group: (-len(group.ranks), group.ranks))
 
     @property
     def culprits(self) -> list[int]:
-        """The ranks that differ from the most, by their numbers in the job; empty where no call has a majority."""
+        """The ranks that differ from the majority, by their numbers in the job; empty if no call has a majority."""
         first, *others = self.groups
         if any(len(group.ranks) == len(first.ranks) for group in others):
             return []
@@ -113,13 +113,13 @@ class CollectiveMismatch(FleetError):
 
 
 def _of(members: Sequence[int]) -> str:
-    """Which communicator, where it is not that of all ranks."""
+    """The communicator as text; empty for the one of all ranks."""
     return f" of the communicator of {_named(range(len(members)), members)}" if members else ""
 
 
 @dataclass(frozen=True)
 class Late:
-    """A rank that others wait for, and what is known of it."""
+    """A rank that others wait for, with the facts known of it."""
 
     rank: int
     host: str
@@ -132,10 +132,10 @@ class Late:
 
 @dataclass(frozen=True)
 class Blocked:
-    """One rank's way to another, which runs, that is closed. Ranks have their numbers in the job."""
+    """Closed way from one rank to another rank that runs. Ranks are given by their numbers in the job."""
 
     source: int
-    source_address: str  # where its own inbox listens
+    source_address: str  # of its own inbox
     target: int
     target_address: str
 
@@ -147,7 +147,7 @@ _LOOPBACK = ("tcp://127.", "tcp://[::1]")
 
 
 def _firewall(blocked: Sequence[Blocked]) -> str:
-    """Which ways are closed, and what to look at."""
+    """The closed ways as text, and the setting to look at."""
     said = [str(way) for way in blocked[:SHOWN_AT_MOST]]
     if more := len(blocked) - SHOWN_AT_MOST:
         said += [f"and {more} more ways are closed"] if more > 0 else []
@@ -165,7 +165,7 @@ def _firewall(blocked: Sequence[Blocked]) -> str:
 
 @dataclass(eq=False)
 class Unreachable(FleetError):
-    """The network must change: all ranks run, and some cannot make a connection to others."""
+    """The network must change: all ranks run, and some cannot connect to others."""
 
     call: str
     within_s: float
@@ -177,7 +177,7 @@ class Unreachable(FleetError):
 
 @dataclass(eq=False)
 class SameAddress(FleetError):
-    """The operator must act: ranks of two machines say that they are reached at one address."""
+    """The operator must act: ranks of two machines have one address."""
 
     first: str  # rank and worker
     second: str
@@ -192,16 +192,16 @@ class SameAddress(FleetError):
 
 @dataclass(eq=False)
 class CollectiveTimeout(FleetError):
-    """Somebody is late, and is named: what was awaited, for how long, and what the missing ranks are doing."""
+    """A rank is late. The text names the call, the time it had, and the late ranks with what they are doing."""
 
     sequence: int
     call: str
     rank: int
-    waited_s: float  # that the call was given
+    waited_s: float  # the deadline of the call
     late: Sequence[Late]
     world_size: int = 0  # 0: it was between two ranks
     line: str = ""  # of this rank's script; empty where it is not known
-    behind: str = ""  # the collective of this rank that still went on, so that this one had not even begun
+    behind: str = ""  # an earlier collective of this rank, which has kept this one from beginning
     members: Sequence[int] = ()  # the job's number of each rank here; empty: the same one
     recent: Sequence[str] = ()  # the last collectives of this rank
     blocked: Sequence[Blocked] = ()  # ways between the ranks that are closed
@@ -231,7 +231,7 @@ class CollectiveTimeout(FleetError):
         return f"{head}; {here}waiting for {self._waited_for()}{closed}"
 
     def _waited_for(self) -> str:
-        """The late ranks, those together that do the same."""
+        """The late ranks as text, grouped by what they are doing."""
         alike: dict[str, list[Late]] = {}
         for late in self.late:
             alike.setdefault(late.doing, []).append(late)
@@ -248,9 +248,9 @@ class CollectiveTimeout(FleetError):
 
 @dataclass(eq=False)
 class RankEnded(FleetError):
-    """The script must change: a rank has ended, without an error, before a call that others wait in."""
+    """The script must change: a rank has ended without an error before a call in which others wait."""
 
-    rank: int  # that has ended, by its number in the job
+    rank: int  # the rank that has ended, by its number in the job
     worker_id: str
     host: str
     pid: int
@@ -272,12 +272,12 @@ class RankEnded(FleetError):
 
 
 class TaskError(FleetError):
-    """A task failed in a way that has no exception of its own: it, or its result, could not be pickled."""
+    """A task failed and there is no exception of its own: the task or its result could not be pickled."""
 
 
 @dataclass(eq=False)
 class TaskLost(FleetError):
-    """Nobody may have to act: each process that ran this task was lost, as often as it may be tried. Says how and where."""
+    """The processes that ran this task were lost, as often as the task may be tried. The text says how and where."""
 
     function: str
     retries: int
@@ -295,7 +295,7 @@ class TaskLost(FleetError):
 
 @dataclass(eq=False)
 class WorldChanged(FleetError):
-    """Nobody need act: a member of the world went. Says who and why; the communicator's world is no more."""
+    """Nobody must act: a member of the world is gone, and the world of this communicator has ended. Says who and why."""
 
     generation: int
     rank: int
