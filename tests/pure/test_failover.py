@@ -6,13 +6,12 @@ import pytest
 
 from fleet import messages as m
 from fleet.orchestrator import state as o
-from fleet.orchestrator.assignments import PREPARE_WITHIN_S
 from fleet.orchestrator.core import Core
-from fleet.orchestrator.jobs import MOVES, Job, JobState, recalled, record
+from fleet.orchestrator.jobs import Job, JobState, recalled, record
 from fleet.orchestrator.membership import RECONNECT_GRACE_S, RETURN_WITHIN_S
 from fleet.orchestrator.view import View
+from tests.pure.test_assignments import alive, finish, submit
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
-from tests.pure.test_scheduling import alive, finish, submit
 
 
 def lose(core: Core, worker_id: str, now: float) -> list[o.Effect]:
@@ -236,15 +235,6 @@ def test_what_has_ended_is_kept_by_number_and_by_time() -> None:
     assert [x.job_id for x in effects if isinstance(x, o.Erase)] == ["j2"]
 
 
-@pytest.mark.parametrize("state", list(JobState))
-def test_an_illegal_move_raises_and_changes_nothing(state: JobState) -> None:
-    for target in set(JobState) - MOVES[state].keys():
-        job = Job("j", CLIENT, 1, SPEC, state=state)
-        with pytest.raises(AssertionError, match=f"{state.name} -> {target.name}"):
-            job.move(target)
-        assert job.state is state
-
-
 def test_a_job_comes_back_from_the_disk_as_it_was() -> None:
     job = Job("j", CLIENT, 2, SPEC, m.JobOptions(priority=3), False, 7, 1.0, 2.0, 3.0, None, JobState.RUNNING, 2)
     job.seats, job.hosts, job.ports, job.history = ("a", "b"), ("h", "i"), {"a": 5}, ("attempt 1: lost",)
@@ -263,33 +253,6 @@ def test_an_exit_before_the_start_was_written_down_begins_the_job_again() -> Non
     stopped = m.RankStatus(1, "w1", "h", 0, 0, stopped=True)
     core.step(o.Received(b"w1/1", m.RankExited("j", 1, stopped)), 1.1)
     assert (core.scheduler.jobs["j"].state, core.scheduler.jobs["j"].attempt) == (JobState.ASSIGNED, 2)
-
-
-def test_a_late_failure_to_prepare_concerns_no_job_that_has_ended() -> None:
-    core = cluster(1)
-    core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC)), 0.0)
-    core.step(o.Received(CLIENT, m.Cancel("j")), 0.1)
-    effects = core.step(o.Received(b"w0/1", m.AssignFailed("j", 1, "no space left")), 0.2)
-    assert [type(x) for x in sent(effects, b"w0/1")] == [m.Stop, m.Forget]
-    assert len(effects) == 2
-    assert core.scheduler.jobs["j"].losses == 0
-
-
-def test_files_that_no_worker_could_unpack_fail_their_job_and_no_other_worker_is_tried() -> None:
-    core = cluster(1, 1)
-    core.step(o.Received(CLIENT, m.Submit("j", 2, SPEC)), 0.0)
-    failed = m.AssignFailed("j", 1, "its bundle cannot be unpacked: it was cut", permanent=True)
-    effects = core.step(o.Received(b"w0/1", failed), 0.1)
-    for worker in (b"w0/1", b"w1/1"):
-        assert [type(x) for x in sent(effects, worker)] == [m.Stop, m.Forget]
-    (ended,) = sent(effects, CLIENT)
-    assert isinstance(ended, m.JobEnded)
-    assert ended.reason == "it cannot be started: its bundle cannot be unpacked: it was cut"
-    assert (core.scheduler.jobs["j"].outcome, core.scheduler.jobs["j"].losses, core.scheduler.jobs["j"].attempt) == (
-        "failed",
-        0,
-        1,
-    )
 
 
 def test_a_part_that_was_done_before_a_restart_is_not_lost_with_its_worker() -> None:
@@ -337,26 +300,6 @@ def test_a_worker_that_heard_of_a_job_too_late_need_not_hold_it() -> None:
     assert m.Forget("j", 1) in sent(effects, b"w0/1")
 
 
-def test_nobody_is_judged_before_all_that_arrived_was_read() -> None:
-    """The first message that is read after a pause must not cost those their lives whose messages lie behind it."""
-    core = cluster(1, 1)
-    core.step(o.Received(b"w0/1", m.Heartbeat()), 7.0)
-    assert set(core.membership.workers) == {"w0", "w1"}
-    core.step(o.Received(b"w1/1", m.Heartbeat()), 7.0)
-    core.step(o.Tick(), 7.0)
-    assert set(core.membership.workers) == {"w0", "w1"}
-
-
-def test_connections_that_broke_while_the_orchestrator_stood_still_have_as_long_as_after_its_restart() -> None:
-    core = cluster(1, 1)
-    core.step(o.PeerLost(b"w0/1"), 1.0)
-    core.step(o.StoodStill(9.0), 1.5)
-    core.step(o.PeerLost(b"w1/1"), 1.6)
-    for now in (1.5 + RECONNECT_GRACE_S, 4.9):
-        core.step(o.Tick(), now)
-    assert set(core.membership.workers) == {"w0", "w1"}
-
-
 def test_times_stay_where_they_were_on_the_wall_when_that_runs_on() -> None:
     """A suspended laptop: its wall clock has gone on for eight hours, and its monotonic clock has not."""
     core = cluster(1)
@@ -368,28 +311,3 @@ def test_times_stay_where_they_were_on_the_wall_when_that_runs_on() -> None:
     assert (after.submitted_at, after.started_at) == (before.submitted_at, before.started_at)
     core.step(o.Received(CLIENT, m.Submit("later", 1, SPEC)), 1.0)
     assert View(core, 1.0).job(core.scheduler.jobs["later"]).submitted_at == 1_000_000.0 + 8 * 3600 + 1.0
-
-
-def test_a_job_that_a_living_worker_does_not_prepare_goes_to_another_in_time() -> None:
-    core = cluster(1, 1)
-    spec = m.Spec("script", "t", digest="a" * 64, bundle_bytes=5)
-    core.step(o.Received(CLIENT, m.Submit("j", 1, spec, detached=True)), 0.0)
-    core.step(o.BundleStored(spec.digest), 0.0)
-    (first,) = core.scheduler.jobs["j"].seats
-    peer = f"{first}/1".encode()
-
-    def live(until: float) -> None:
-        while core.effects.now < until:
-            for worker in core.membership.workers.values():
-                core.step(o.Received(worker.peer, m.Heartbeat()), min(core.effects.now + 1.0, until))
-            core.step(o.Tick(), core.effects.now)
-
-    live(400.0)
-    core.step(o.Received(peer, m.Want(spec.digest, 1)), 400.0)  # it is slow
-    live(400.0 + PREPARE_WITHIN_S - 1.0)
-    assert core.scheduler.jobs["j"].attempt == 1
-    live(400.0 + PREPARE_WITHIN_S)
-    job = core.scheduler.jobs["j"]
-    assert (job.attempt, job.losses, job.seats) == (2, 1, (f"w{1 - int(first[1])}",))
-    assert f"worker {first} (10.0.0.{first[1]}) did not prepare it within 600 s" in job.history[0]
-    assert core.membership.rooms[first].taken == 0

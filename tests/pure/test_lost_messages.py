@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from fleet import messages as m
 from fleet.client.output_sequence import OutputSequence
-from fleet.orchestrator import state as o
-from fleet.orchestrator.jobs import JobState
-from fleet.orchestrator.membership import TELL_AGAIN_S
 from fleet.worker import state as w
 from fleet.worker.members import UNREAD_S
 from fleet.worker.output_window import MESSAGE_BYTES, UNDER_WAY, WINDOW_BYTES
 from fleet.worker.sessions import RETRY_S
 from tests.pure.test_agent import KEY, joined, kinds, started, up
-from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
+from tests.pure.test_orchestrator import VERSIONS
 
 
 def outputs(effects: list[w.Effect]) -> list[m.Output]:
@@ -117,88 +114,6 @@ def test_a_rank_that_does_not_read_is_told_later_what_it_must_know() -> None:
 
 
 # The orchestrator
-
-
-def test_a_peer_that_does_not_read_has_to_say_hello_again() -> None:
-    core = cluster(1)
-    running(core, 1)
-    core.step(o.PeerBehind(CLIENT), 1.0)
-    core.step(o.Received(b"w0/1", m.Output("j", 1, 0, "stdout", b"lost\n", 1)), 1.0)
-    for now in (1.0 + TELL_AGAIN_S, 1.0 + 2 * TELL_AGAIN_S):
-        assert sent(core.step(o.Tick(), now), CLIENT) == [m.Unknown()]
-        core.step(o.PeerBehind(CLIENT), now)  # nor did it read that
-        assert sent(core.step(o.Tick(), now + 0.1), CLIENT) == []
-    assert [type(x) for x in sent(core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 2.6), CLIENT)] == [m.Welcome]
-    again = core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC, again=True)), 2.7)
-    assert sent(again, b"w0/1") == [m.Repeat("j", 1)]
-    assert len(core.membership.behind) == 0
-
-
-def test_a_worker_that_does_not_read_gets_no_new_work_until_it_is_back() -> None:
-    core = cluster(1)
-    core.step(o.PeerBehind(b"w0/1"), 1.0)
-    core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC)), 1.0)
-    assert core.scheduler.jobs["j"].state is JobState.QUEUED
-    assert m.Unknown() in sent(core.step(o.Tick(), 1.0 + TELL_AGAIN_S), b"w0/1")
-    effects = core.step(o.Received(b"w0/1", m.WorkerHello("w0", "1", "h", 1, VERSIONS)), 1.6)
-    assert [type(x) for x in sent(effects, b"w0/1")] == [m.Welcome, m.Assign]
-
-
-def end(number: int = 1) -> list[o.Event]:
-    """A job of one rank prints once, and ends."""
-    return [
-        o.Received(b"w0/1", m.Output("j", 1, 0, "stdout", b"last line\n", number)),
-        o.Received(b"w0/1", m.RankExited("j", 1, m.RankStatus(0, "w0", "h", 7, 0))),
-    ]
-
-
-def test_a_worker_keeps_what_a_job_printed_until_its_client_has_it() -> None:
-    core = cluster(1)
-    running(core, 1)
-    effects = [effect for event in end() for effect in core.step(event, 1.0)]
-    assert [type(x) for x in sent(effects, CLIENT)] == [m.Output, m.JobEnded]
-    assert sent(effects, b"w0/1") == []
-    assert core.membership.rooms["w0"].taken == 0  # its slot is free meanwhile
-    assert sent(core.step(o.Received(CLIENT, m.OutputAck("j", 1, 0, 1)), 1.1), b"w0/1") == [m.Forget("j", 1)]
-    assert core.output.owed == {}
-
-
-def test_a_client_that_was_away_when_its_job_ended_gets_what_was_printed_and_then_the_result() -> None:
-    core = cluster(1)
-    running(core, 1)
-    core.step(o.PeerLost(CLIENT), 0.9)
-    effects = [effect for event in end() for effect in core.step(event, 1.0)]
-    assert sent(effects, CLIENT) == sent(effects, b"w0/1") == []
-    core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 1.1)
-    effects = core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC, again=True)), 1.2)
-    assert [type(x) for x in sent(effects, CLIENT)] == [m.Accepted]
-    assert sent(effects, b"w0/1") == [m.Repeat("j", 1)]
-    effects = [*core.step(end()[0], 1.3), *core.step(o.Received(b"w0/1", m.Repeated("j", 1)), 1.3)]
-    assert [type(x) for x in sent(effects, CLIENT)] == [m.Output, m.JobEnded]
-
-
-def test_a_result_does_not_wait_for_a_worker_that_is_gone() -> None:
-    core = cluster(1)
-    running(core, 1)
-    core.step(o.PeerLost(CLIENT), 0.9)
-    for event in end():
-        core.step(event, 1.0)
-    core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 1.1)
-    core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC, again=True)), 1.2)
-    effects = core.step(o.Received(b"w0/1", m.Goodbye()), 1.3)
-    assert [type(x) for x in sent(effects, CLIENT)] == [m.JobEnded]
-
-
-def test_output_of_a_detached_job_is_kept_once_and_in_order() -> None:
-    core = cluster(1)
-    core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC, detached=True)), 0.0)
-    core.step(o.Received(b"w0/1", m.Assigned("j", 1, 1234)), 0.0)
-    kept, asked = [], 0
-    for number in (1, 3, 4, 1, 2, 3, 4):  # 2 was lost
-        effects = core.step(o.Received(b"w0/1", m.Output("j", 1, 0, "stdout", b"%d" % number, number)), 1.0)
-        kept += [effect.data for effect in effects if isinstance(effect, o.KeepOutput)]
-        asked += m.Repeat("j", 1) in sent(effects, b"w0/1")
-    assert (kept, asked) == ([b"1", b"2", b"3", b"4"], 1)
 
 
 # The client

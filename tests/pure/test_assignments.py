@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given, settings
 
 from fleet import messages as m
+from fleet.deadlines import earliest
 from fleet.orchestrator import state as o
+from fleet.orchestrator.assignments import BACKOFF_S
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.job_queue import AGE_S, HOLD_AFTER_S, JobQueue, queue_key
-from fleet.orchestrator.jobs import JobState
+from fleet.orchestrator.jobs import Job, JobState
 from fleet.orchestrator.placement import Rooms, Shape
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, sent
 
@@ -328,3 +330,22 @@ def test_what_is_remembered_of_jobs_that_did_not_fit_never_hides_room(steps: lis
             assert (seats is not None) == fits
             if seats is not None:
                 placed[which] = seats
+
+
+def test_jobs_wait_in_the_queue_or_in_their_backoff_and_leave_both_once_they_are_placed() -> None:
+    core = cluster(1)
+    found = core.assignments
+    core.effects.begin(0.0)
+    young = Job("young", CLIENT, 1, SPEC, number=2)
+    unlucky = Job("unlucky", CLIENT, 1, SPEC, number=1, losses=3, attempt=4)
+    found.enqueue(unlucky)
+    found.enqueue(young)
+    assert (len(found.queue), list(found.backoff), earliest(found.deadlines())) == (1, ["unlucky"], BACKOFF_S * 4)
+    found.place()
+    assert (young.state, unlucky.state, list(found.waits)) == (JobState.ASSIGNED, JobState.QUEUED, ["unlucky"])
+    assert (list(found.preparing), list(found.held["w0"])) == (["young"], ["young"])
+    found.release(young)
+    assert (found.held, len(found.preparing), core.membership.rooms.free) == ({}, 0, 1)
+    core.effects.begin(BACKOFF_S * 4)
+    found.place()
+    assert (unlucky.state, found.waits, len(found.backoff)) == (JobState.ASSIGNED, {}, 0)

@@ -1,6 +1,8 @@
-"""Questions about the files of a job, as the orchestrator passes them on and answers them."""
+"""Answers to what clients ask of jobs, their ranks and what they wrote. Events in, effects out."""
 
 from __future__ import annotations
+
+from typing import get_args
 
 import pytest
 from msgspec.structs import replace
@@ -85,3 +87,82 @@ def test_a_job_remembers_all_workers_that_it_was_on_and_what_they_deleted() -> N
     told = View(core, 0.3).job(core.scheduler.jobs["j"])
     assert told.held_by == (first, second)
     assert told.left == (f"3 files (12.0 MB) in its working folder on worker {first}: runs/",)
+
+
+CURIOUS = b"client/2"
+
+
+def test_why_of_a_job_that_does_not_run_is_an_error_that_says_what_does() -> None:
+    core = cluster(2)
+    assert sent(core.step(o.Received(CLIENT, m.Why("x")), 0.0), CLIENT) == [
+        m.Because("x", "job x is unknown here; no job runs")
+    ]
+    running(core, 2)
+    core.step(o.Received(CLIENT, m.Submit("waits", 1, SPEC)), 0.1)
+    for job_id, state in (("x", "unknown here"), ("waits", "queued")):
+        (because,) = sent(core.step(o.Received(CLIENT, m.Why(job_id)), 0.2), CLIENT)
+        assert because == m.Because(job_id, f"job {job_id} is {state}; running: j")
+
+
+def test_why_without_a_name_is_about_the_only_job_that_runs() -> None:
+    core = cluster(3)
+    assert sent(core.step(o.Received(CLIENT, m.Why("")), 0.0), CLIENT) == [m.Because("", "say which job; no job runs")]
+    running(core, 2)
+    assert sent(core.step(o.Received(CLIENT, m.Why("")), 0.1), CLIENT) == [m.Because("j", "", 2)]
+    core.step(o.Received(CLIENT, m.Submit("k", 1, SPEC)), 0.2)
+    core.step(o.Received(b"w0/1", m.Assigned("k", 1, 1234)), 0.2)
+    (because,) = sent(core.step(o.Received(CLIENT, m.Why("")), 0.3), CLIENT)
+    assert because == m.Because("", "say which job; running: j, k")
+
+
+def test_why_asks_all_ranks_and_their_answers_go_to_those_who_asked_alone() -> None:
+    core = cluster(1, 1)
+    running(core, 2)
+    core.step(o.Received(CURIOUS, m.ClientHello(VERSIONS)), 0.5)
+    core.step(o.Received(CURIOUS, m.Why("j", 6)), 0.9)
+    effects = core.step(o.Received(CURIOUS, m.Why("j", 7)), 1.0)
+    assert sent(effects, CURIOUS) == [m.Because("j", "", 2, 7)]
+    for peer in (b"w0/1", b"w1/1"):
+        assert sent(effects, peer) == [m.Ask("j", 1, -1, 2, records=True)]
+    answer = m.Answer("j", 1, -1, 2, 1, "h", 7, 3, True, "is in barrier()", records="#3 barrier()")
+    effects = core.step(o.Received(b"w1/1", answer), 1.1)
+    assert effects == [o.Send(CURIOUS, replace(answer, question=7))]
+    late = core.step(o.Received(b"w1/1", replace(answer, question=1)), 1.1)
+    assert late == [
+        o.Send(CURIOUS, replace(answer, question=6))
+    ]  # of the question before: not taken for an answer to 7
+    # A rank's own question is none of the client's business.
+    for_a_rank = replace(answer, asker=0)
+    assert core.step(o.Received(b"w1/1", for_a_rank), 1.2) == [o.Send(b"w0/1", for_a_rank)]
+    core.step(o.PeerLost(CURIOUS), 2.0)
+    core.step(o.Received(b"w0/1", m.Heartbeat()), 4.0)
+    core.step(o.Received(b"w1/1", m.Heartbeat()), 4.0)
+    core.step(o.Tick(), 4.0)
+    assert CURIOUS not in core.clients.known
+    assert core.step(o.Received(b"w1/1", answer), 4.1) == []
+
+
+def test_why_counts_ranks_that_have_ended_too_since_their_agents_answer() -> None:
+    core = cluster(1, 1)
+    running(core, 2)
+    core.step(o.Received(b"w0/1", m.RankExited("j", 1, m.RankStatus(0, "w0", "h", 7, 0))), 1.0)
+    (because,) = sent(core.step(o.Received(CLIENT, m.Why("j")), 1.1), CLIENT)
+    assert because == m.Because("j", "", 2)
+
+
+def test_an_answer_repeats_the_number_of_its_question() -> None:
+    core = cluster(1)
+    questions = [
+        m.ListJobs(question=11),
+        m.WatchJob("none", 12),
+        m.ReadLog("none", 0, 0, 13),
+        m.Drain("none", question=14),
+        m.ListWorkers(15),
+        m.Why("none", 16),
+        m.ListFiles("none", "w0", 17),
+        m.ReadFile("none", "w0", 18, b"x", 0),
+    ]
+    assert {type(question) for question in questions} == set(get_args(m.Question))
+    for question in questions:
+        (answer,) = sent(core.step(o.Received(CLIENT, question), 1.0), CLIENT)
+        assert answer.question == question.question, question  # type: ignore[attr-defined]
