@@ -130,7 +130,7 @@ class Shelf:
             return None  # the memory is full: the blob will travel in pieces
 
 
-class Reader:
+class BlobReader:
     """Reader of other processes' blobs. For one thread at a time."""
 
     def __init__(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fleet import tasks
-from fleet.bus.blobs import Gathering, Reader
+from fleet.bus.blobs import BlobReader, Gathering
 
 PIECES_UNDER_WAY = 4  # asked of one runner and not here yet
 
@@ -30,7 +30,7 @@ class IncomingResults:
     def __init__(self, say: Callable[[str, tasks.TaskMessage], None], memory: str) -> None:
         self._say = say
         self._memory = memory
-        self._reader = Reader()
+        self._reader = BlobReader()
         self._shares: dict[str, bool] = {}  # by job: whether its memory is ours
         self._coming: dict[str, dict[int, _Coming]] = {}
         self._under_way: dict[str, int] = {}

@@ -19,7 +19,7 @@ from typing import Any
 
 from fleet import config, pickling, tasks
 from fleet import messages as m
-from fleet.bus.blobs import Blob, Gathering, Reader, Shelf
+from fleet.bus.blobs import Blob, BlobReader, Gathering, Shelf
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Sent
 from fleet.bus.knock import endpoint_of, knock
@@ -65,7 +65,7 @@ class TaskRunner:
             self._dealer.send(m.encode(m.RankHello(settings.job_id, settings.attempt, settings.member_id, self._pid)))
         directory = config.shared_memory()
         self._shelf = Shelf(directory if directory is not None and host_key(directory) else None)
-        self._reader = Reader()
+        self._reader = BlobReader()
         self._memory = host_key(directory) if directory is not None else ""
         self._progress = Progress(settings.control, settings.job_id)
         self._lock = threading.Lock()

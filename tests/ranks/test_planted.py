@@ -19,7 +19,7 @@ import pytest
 
 from fleet import config
 from fleet.bus import folders
-from fleet.bus.blobs import Reader
+from fleet.bus.blobs import BlobReader
 from fleet.bus.shared import PAGE_BYTES, PREFIX, host_key, share, sweep
 from fleet.cli import runtime, slurm, why
 from fleet.collectives.fabric import Fabric
@@ -142,7 +142,7 @@ def test_a_link_to_a_file_of_ones_own_is_not_followed(folder: Path) -> None:
     link = folder / f"{PREFIX}link"
     as_stranger(lambda: link.symlink_to(mine))
     assert in_time(lambda: share(folder, "link", 2 * PAGE_BYTES, 1, 2, lambda: None)) is None
-    assert in_time(lambda: Reader().take(str(link), 10)) is None
+    assert in_time(lambda: BlobReader().take(str(link), 10)) is None
     with mine.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         sweep(folder)
@@ -173,8 +173,8 @@ def test_a_blob_of_a_strangers_is_not_read(folder: Path) -> None:
     planted = folder / f"{PREFIX}blob-1234"
     for what in ("an agreed file", "a pipe"):
         as_stranger(lambda what=what: PLANTED[what](planted))
-        assert in_time(lambda: Reader().take(str(planted), 10)) is None
-        assert in_time(lambda: Reader().take(str(planted), 33 << 20)) is None
+        assert in_time(lambda: BlobReader().take(str(planted), 10)) is None
+        assert in_time(lambda: BlobReader().take(str(planted), 33 << 20)) is None
         planted.unlink()
 
 
