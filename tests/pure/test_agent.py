@@ -287,3 +287,36 @@ def test_ranks_get_seats_whatever_the_agent_still_holds() -> None:
     for number in range(9):
         core.step(w.FromOrchestrator(m.Assign(f"j{number}", 1, 1, (0,), 0, 1, SPEC)), 0.0)
     assert all(len(attempt.processes) == 1 for attempt in core.members.attempts.values())
+
+
+def test_what_an_attempt_wrote_is_gathered_before_its_end_is_told_and_once() -> None:
+    core = agent()
+    sent_along = m.Spec("script", "t.py", digest="ab" * 32, keep=("runs/",))
+    core.step(w.FromOrchestrator(m.Assign("k", 1, 1, (0,), 0, 1, sent_along)), 0.0)
+    core.step(w.Prepared("k", 1, Path("/k"), 5), 0.0)
+    core.step(w.FromOrchestrator(m.Launch("k", 1, "h", 5)), 0.0)
+    key = ("k", 1, 0)
+    core.step(w.Spawned(key, 42), 0.0)
+    for stream in ("stdout", "stderr"):
+        core.step(w.Printed(key, stream, b""), 0.1)
+    effects = core.step(w.ProcessExited(key, 0, 0, False), 0.2)
+    told = [effect for effect in effects if isinstance(effect, w.Gather) or up([effect], m.RankExited)]
+    assert [type(effect) for effect in told] == [w.Gather, w.ToOrchestrator]
+    assert kinds(core.step(w.FromOrchestrator(m.Forget("k", 1)), 0.3), w.Gather) == []
+
+
+def test_what_a_killed_attempt_wrote_is_gathered_before_its_folder_goes() -> None:
+    core = agent()
+    core.step(w.FromOrchestrator(m.Assign("k", 1, 1, (0,), 0, 1, m.Spec("script", "t.py", digest="ab" * 32))), 0.0)
+    core.step(w.Prepared("k", 1, Path("/k"), 5), 0.0)
+    core.step(w.FromOrchestrator(m.Launch("k", 1, "h", 5)), 0.0)
+    core.step(w.Spawned(("k", 1, 0), 42), 0.0)
+    effects = core.step(w.FromOrchestrator(m.Forget("k", 1)), 0.3)
+    assert [type(effect) for effect in effects] == [w.SignalGroup, w.Gather, w.Remove]
+
+
+def test_a_job_that_runs_in_the_users_own_folder_loses_nothing() -> None:
+    core = agent()
+    core.step(w.FromOrchestrator(m.Launch("j", 1, "h", 5)), 0.0)
+    core.step(w.Spawned(KEY, 42), 0.0)
+    assert kinds(core.step(w.FromOrchestrator(m.Forget("j", 1)), 0.3), w.Gather) == []

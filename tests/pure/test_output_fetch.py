@@ -17,7 +17,7 @@ from fleet.errors import FleetError
 from fleet.values import amount_of
 from fleet.worker.storage import Storage
 from tests.disks import small_disk
-from tests.pure.test_output import storage, write
+from tests.pure.test_storage import storage, write
 
 
 class Worker:

@@ -13,7 +13,7 @@ from fleet.orchestrator.membership import (
     HEARTBEAT_TIMEOUT_S,
     RECONNECT_GRACE_S,
 )
-from fleet.orchestrator.scheduler import TELL_ENDED_AFTER_S
+from fleet.orchestrator.scheduler import KEEP_POINT_S, TELL_ENDED_AFTER_S
 from tests.pure.test_orchestrator import CLIENT, SPEC, cluster, running, sent
 
 
@@ -209,3 +209,17 @@ def test_workers_that_go_together_cost_each_job_one_loss_and_are_told_to_those_t
     assert (job.state, job.losses, sorted(job.exits), job.cause) == (JobState.STOPPING, 1, [1, 2, 3, 4], 1)
     assert [type(message) for message in sent(effects, b"w0/1")] == [m.MemberLost, m.Stop]
     assert not any(sent(effects, f"w{number}/1".encode()) for number in range(1, 5))
+
+
+def test_points_of_a_sweep_are_kept_until_their_client_has_asked() -> None:
+    core = cluster(1)
+    core.scheduler.keep_jobs = 2
+    for number in range(6):
+        submit = m.Submit(f"j{number}", 1, SPEC, detached=True, options=m.JobOptions(sweep="s"))
+        core.step(o.Received(CLIENT, submit), 0.0)
+        core.step(o.Received(CLIENT, m.Cancel(f"j{number}")), 0.0)
+    assert len(core.scheduler.jobs) == 6
+    for second in range(1, int(KEEP_POINT_S) + 1):
+        core.step(o.Received(b"w0/1", m.Heartbeat()), float(second))
+    core.step(o.Tick(), KEEP_POINT_S)
+    assert list(core.scheduler.jobs) == ["j4", "j5"]

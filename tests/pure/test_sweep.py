@@ -10,10 +10,6 @@ from fleet import messages as m
 from fleet.cli.sweep import Count, _shown, result_in, row_of
 from fleet.cli.table import table
 from fleet.cli.workers import _software
-from fleet.orchestrator import state as o
-from fleet.orchestrator.core import Core
-from fleet.orchestrator.scheduler import KEEP_POINT_S
-from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, sent
 
 
 @pytest.mark.parametrize(
@@ -90,63 +86,3 @@ def test_a_count_is_said_for_each_tenth(capsys: pytest.CaptureFixture[str]) -> N
     assert len(lines) == 10
     assert lines[0] == "fleet: sweep s: 20 of 200 have ended"
     assert lines[-1] == "fleet: sweep s: 200 of 200 have ended, 1 did not succeed"
-
-
-# Pages
-
-
-def listed(core: Core, limit: int = 1000, before: int = 0) -> m.Jobs:
-    (jobs,) = sent(core.step(o.Received(CLIENT, m.ListJobs("", "", limit, before, 7)), 0.0), CLIENT)
-    assert isinstance(jobs, m.Jobs)
-    assert jobs.question == 7
-    return jobs
-
-
-def test_large_jobs_come_in_pages_that_fit_a_frame() -> None:
-    core = cluster(1)
-    spec = m.Spec("script", "t", tuple("a" * 1000 for _ in range(60)), directory="/")
-    for number in range(60):
-        submit = m.Submit(f"j{number}", 1, spec, detached=True, options=m.JobOptions(name="n" * 256))
-        core.step(o.Received(CLIENT, submit), 0.0)
-    found: list[str] = []
-    before = 0
-    while True:
-        page = listed(core, 50 - len(found), before)
-        assert len(m.encode(page)) < m.FRAME_LIMIT_BYTES / 4
-        found += [job.job_id for job in page.jobs]
-        if len(found) == 50:
-            break
-        before = page.next
-    assert found == [f"j{number}" for number in range(59, 9, -1)]
-    assert page.left_out == 10
-    last = listed(core, 50, page.next)
-    assert (len(last.jobs), last.left_out, last.next) == (10, 0, 0)
-
-
-def test_a_job_with_more_arguments_than_a_frame_holds_is_listed_all_the_same() -> None:
-    core = cluster(1)
-    spec = m.Spec("script", "t", tuple("a" * 10_000 for _ in range(700)), directory="/")
-    core.step(o.Received(CLIENT, m.Submit("j", 1, spec)), 0.0)
-    (job,) = listed(core).jobs
-    assert job.args[-1] == "... and 694 more"
-    assert sum(map(len, job.args)) < 1 << 16
-
-
-def test_a_watch_of_a_job_that_is_not_known_is_answered_with_its_number() -> None:
-    core = cluster(1)
-    assert sent(core.step(o.Received(CLIENT, m.WatchJob("gone", 5)), 0.0), CLIENT) == [m.Jobs((), question=5)]
-
-
-def test_points_of_a_sweep_are_kept_until_their_client_has_asked() -> None:
-    core = cluster(1)
-    core.scheduler.keep_jobs = 2
-    for number in range(6):
-        submit = m.Submit(f"j{number}", 1, SPEC, detached=True, options=m.JobOptions(sweep="s"))
-        core.step(o.Received(CLIENT, submit), 0.0)
-        core.step(o.Received(CLIENT, m.Cancel(f"j{number}")), 0.0)
-    assert len(core.scheduler.jobs) == 6
-    for second in range(1, int(KEEP_POINT_S) + 1):
-        core.step(o.Received(b"w0/1", m.Heartbeat()), float(second))
-    core.step(o.Tick(), KEEP_POINT_S)
-    assert list(core.scheduler.jobs) == ["j4", "j5"]
-    assert VERSIONS.python_minor == "3.11"

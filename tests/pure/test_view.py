@@ -119,3 +119,48 @@ def test_of_many_arguments_the_first_are_shown() -> None:
     args = View(core, NOW).job(core.scheduler.jobs["j"]).args
     assert sum(map(len, args)) <= ARGS_TOLD_CHARS
     assert args[-1] == "... and 35 more"
+
+
+# Pages
+
+
+def listed(core: Core, limit: int = 1000, before: int = 0) -> m.Jobs:
+    (jobs,) = sent(core.step(o.Received(CLIENT, m.ListJobs("", "", limit, before, 7)), 0.0), CLIENT)
+    assert isinstance(jobs, m.Jobs)
+    assert jobs.question == 7
+    return jobs
+
+
+def test_large_jobs_come_in_pages_that_fit_a_frame() -> None:
+    core = cluster(1)
+    spec = m.Spec("script", "t", tuple("a" * 1000 for _ in range(60)), directory="/")
+    for number in range(60):
+        submit = m.Submit(f"j{number}", 1, spec, detached=True, options=m.JobOptions(name="n" * 256))
+        core.step(o.Received(CLIENT, submit), 0.0)
+    found: list[str] = []
+    before = 0
+    while True:
+        page = listed(core, 50 - len(found), before)
+        assert len(m.encode(page)) < m.FRAME_LIMIT_BYTES / 4
+        found += [job.job_id for job in page.jobs]
+        if len(found) == 50:
+            break
+        before = page.next
+    assert found == [f"j{number}" for number in range(59, 9, -1)]
+    assert page.left_out == 10
+    last = listed(core, 50, page.next)
+    assert (len(last.jobs), last.left_out, last.next) == (10, 0, 0)
+
+
+def test_a_job_with_more_arguments_than_a_frame_holds_is_listed_all_the_same() -> None:
+    core = cluster(1)
+    spec = m.Spec("script", "t", tuple("a" * 10_000 for _ in range(700)), directory="/")
+    core.step(o.Received(CLIENT, m.Submit("j", 1, spec)), 0.0)
+    (job,) = listed(core).jobs
+    assert job.args[-1] == "... and 694 more"
+    assert sum(map(len, job.args)) < 1 << 16
+
+
+def test_a_watch_of_a_job_that_is_not_known_is_answered_with_its_number() -> None:
+    core = cluster(1)
+    assert sent(core.step(o.Received(CLIENT, m.WatchJob("gone", 5)), 0.0), CLIENT) == [m.Jobs((), question=5)]
