@@ -1,6 +1,6 @@
-"""The only reader, and the only writer, of the process environment: what fleet takes from it, as typed values.
+"""Settings of this process from its environment, as typed values. No other module reads or writes the environment.
 
-Knows names, defaults and what is valid; opens no socket and starts nothing.
+Knows names, defaults and valid values; opens no socket and starts nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Security = Literal["open", "plain", "curve"]
 
 @dataclass(frozen=True)
 class RankSettings:
-    """What a rank finds in its environment; the rest it asks its agent for, since a secret does not belong there."""
+    """A rank's settings in its environment. Its agent has the others, since a secret does not belong there."""
 
     control: str
     job_id: str
@@ -50,7 +50,7 @@ def check_system() -> None:
 
 
 def rank_settings() -> RankSettings | None:
-    """This process's seat in a job, None outside `fleet run`."""
+    """This process's place in a job, None outside of one."""
     control = os.environ.get("FLEET_CONTROL")
     if not control:
         return None
@@ -70,12 +70,12 @@ def rank_settings() -> RankSettings | None:
 
 
 def note_joined(settings: RankSettings, pid: int) -> None:
-    """Tells what this process starts from now on that the rank is taken, see joined_in."""
+    """Marks the rank as taken for each process that this one starts from now on, see joined_in."""
     os.environ["FLEET_JOINED"] = f"{settings.job_id}/{settings.attempt}/{settings.member_id}/{pid}"
 
 
 def joined_in(settings: RankSettings) -> int | None:
-    """The process among those that led to this one that has called fleet.init() as the same rank, or None."""
+    """Number of the ancestor process that has called fleet.init() as the same rank, or None."""
     rank, _, pid = os.environ.get("FLEET_JOINED", "").rpartition("/")
     same = rank == f"{settings.job_id}/{settings.attempt}/{settings.member_id}"
     return int(pid) if same and pid.isdigit() else None
@@ -96,8 +96,8 @@ class RankPlacement:
     group_world_size: int
     master_addr: str
     master_port: int
-    gpus: tuple[int, ...] | None = None  # of its machine; None: whatever the agent itself may see
-    output: str = ""  # the folder that its job's files outlive it in; empty: there is none
+    gpus: tuple[int, ...] | None = None  # of its machine; None: all that the agent itself may see
+    output: str = ""  # folder of the files that outlive the job; empty: there is none
 
 
 def rank_environment(place: RankPlacement, threads: int, extra: Mapping[str, str]) -> dict[str, str]:
@@ -132,10 +132,10 @@ def rank_environment(place: RankPlacement, threads: int, extra: Mapping[str, str
     }
     if place.output:
         environment["FLEET_OUTPUT_DIR"] = place.output
-    environment.setdefault("PYTHONUNBUFFERED", "1")  # so that what a command prints is seen at once
+    environment.setdefault("PYTHONUNBUFFERED", "1")  # so that output is seen at once
     if place.gpus is not None:
         mine = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        # Of an agent that may see some only, the numbers count those.
+        # Where the agent may see some GPUs only, the numbers count those.
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine[gpu] if gpu < len(mine) else str(gpu) for gpu in place.gpus)
     return environment
 
@@ -152,12 +152,12 @@ def is_preloading_libraries() -> bool:
 
 
 def leave_job() -> None:
-    """From here on `fleet.init()` makes a world of one: the process of a task is a rank to its agent only."""
+    """Makes `fleet.init()` form a world of one from here on: the process of a task is a rank to its agent only."""
     os.environ.pop("FLEET_CONTROL", None)
 
 
 def limit_threads(threads: int) -> None:
-    """Sets OMP_NUM_THREADS where the user has not: what the zygote imports reads it once, at import."""
+    """Sets OMP_NUM_THREADS where the user has not. The zygote's imports read that variable once."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
 
@@ -207,7 +207,7 @@ def worker_port() -> int:
 
 
 def worker_id(port: int) -> str | None:
-    """FLEET_WORKER_ID, or a name that a restarted worker finds again: its host name and port. None: `@dns` was said,
+    """FLEET_WORKER_ID, or a name that a restarted worker finds again: its host name and port. None: it is `@dns`,
     which stands for the name that the network's DNS has for this machine's address."""
     wanted = os.environ.get("FLEET_WORKER_ID")
     if wanted and wanted != "@dns":
@@ -237,7 +237,7 @@ def metrics_host() -> str | None:
 
 
 def drain_s() -> float:
-    """FLEET_DRAIN_S: the seconds that a worker gives what it runs to end by itself, after SIGTERM."""
+    """FLEET_DRAIN_S: the seconds after SIGTERM in which a worker's ranks may end by themselves."""
     return float(_number("FLEET_DRAIN_S", DRAIN_S, 0, 7 * 24 * 3600))
 
 
@@ -255,7 +255,7 @@ def state_folder(port: int) -> Path | None:
 
 
 def storage_folder() -> Path | None:
-    """FLEET_STORAGE_DIR: where a worker keeps what jobs write. Else a folder that all workers of this user here share.
+    """FLEET_STORAGE_DIR: where a worker keeps the output of jobs. Else a folder that all workers of this user here share.
 
     None for a user without a home.
     """
@@ -267,12 +267,12 @@ def storage_folder() -> Path | None:
 
 
 def storage_is_named() -> bool:
-    """Whether somebody chose the folder: then another one will not do."""
+    """Whether FLEET_STORAGE_DIR is set: then no other folder will do."""
     return bool(os.environ.get("FLEET_STORAGE_DIR"))
 
 
 def advertised_host() -> str | None:
-    """FLEET_HOST: the address that ranks of this machine are reached at, where the one found is not right."""
+    """FLEET_HOST: the address of this machine's ranks for their peers, where the one that fleet finds is wrong."""
     return os.environ.get("FLEET_HOST", "").removeprefix("[").removesuffix("]") or None
 
 
@@ -314,7 +314,7 @@ def secret(file: Path | None = None) -> str | None:
     own = secret_path()
     try:
         is_there = own.exists()
-    except OSError as error:  # the home folder of somebody else, as under su or in a container
+    except OSError as error:  # another user's home folder, as under su or in a container
         raise ConfigError(
             f"{own} cannot be looked at ({error.strerror}): set HOME, FLEET_SECRET_FILE or FLEET_SECRET"
         ) from None
@@ -379,7 +379,7 @@ class SlurmTask:
     launched_from: str  # address of the machine that srun runs on
     local_rank: int
     local_count: int  # tasks of the step on this machine
-    cores: int  # this task's share of what Slurm gives the step on this machine
+    cores: int  # this task's share of the step's cores on this machine
     meeting_file: Path
 
     @property
@@ -395,7 +395,7 @@ def slurm_task() -> SlurmTask | None:
     try:
         job_id, step_id = int(os.environ["SLURM_JOB_ID"]), int(os.environ["SLURM_STEP_ID"])
         folder = Path(os.environ.get("SLURM_SUBMIT_DIR") or os.getcwd())
-        # A requeued job has the same numbers again, and what its killed predecessor may have left is not for it.
+        # A requeued job has the same numbers again. A file that its killed predecessor left is not for it.
         restart = os.environ.get("SLURM_RESTART_COUNT") or "0"
         here = tasks_on_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"), int(os.environ.get("SLURM_NODEID", "0")))
         return SlurmTask(
@@ -416,9 +416,9 @@ def slurm_task() -> SlurmTask | None:
 
 
 def _in_slurm_shell() -> bool:
-    """Whether a person types into `srun --pty bash`: that step may have many tasks, and only this one has the terminal.
+    """Whether this is a shell for a person (`srun --pty bash`). Its step may have many tasks, one of which has the terminal.
 
-    Not by the job's name, which in `salloc` is `interactive` for the steps of many tasks that are started there too.
+    The job's name does not tell: in `salloc` it is `interactive` for steps of many tasks too.
     """
     is_task = os.environ.get("SLURM_TASK_PID") == str(os.getpid())
     return "SLURM_PTY_PORT" in os.environ and not is_task and os.isatty(0)

@@ -1,4 +1,4 @@
-"""The commands and their options. Errors that fleet raises on purpose become one sentence and a non-zero exit."""
+"""The `fleet` command and its commands, but for those about jobs. Errors become one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from fleet.errors import ConfigError, FleetError, UsageError
 from fleet.text import shown_lines
 
 USAGE = 2
-_MISTAKE: Any = typer.BadParameter.__mro__[2]  # what typer raises for all that it cannot parse
-RUN_SOMETHING = ("run", "submit", "sweep")  # commands that have a script's words behind their own
+_MISTAKE: Any = typer.BadParameter.__mro__[2]  # base of typer's errors for what it cannot parse
+RUN_SOMETHING = ("run", "submit", "sweep")  # commands with a script's words behind their own
 
 app = typer.Typer(
     add_completion=False,
@@ -181,7 +181,7 @@ def _known(commands: Any, name: str) -> dict[str, bool]:
 
 
 def run() -> None:
-    """Takes the command line of this process, and ends it with the right exit code."""
+    """Runs the command line of this process, and ends the process with the right exit code."""
     arguments = sys.argv[1:]
     if arguments == ["--version"]:
         arguments = ["version"]

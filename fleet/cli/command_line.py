@@ -1,8 +1,8 @@
-"""The command lines of `fleet run`, submit and sweep: which words are fleet's and which are the script's. Pure.
+"""Parser of the command lines of `fleet run`, submit and sweep, into fleet's options and the script's words; pure.
 
-As with python and torchrun, fleet's options stand before the script's name, and what stands behind it is the script's. One
-option alone may stand behind it too, `--workers`, unless it stands before it already: `fleet run train.py --lr 0.1 --workers 8`.
-After `--` everything is the script's, `--workers` too. `--` in place of the script's name makes the rest a command.
+As with python and torchrun, fleet's options stand before the script's name, and the script's behind. `--workers` alone may
+stand behind, too, unless it stands before already: `fleet run train.py --lr 0.1 --workers 8`. All words after `--` are the
+script's. `--` in place of the script's name makes the rest a command.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fleet.errors import UsageError
 
 WORKERS = "--workers"
 HELP = "--help"
-# How other launchers call the number of ranks: mpirun, srun, torchrun, accelerate.
+# Names of the number of ranks in mpirun, srun, torchrun and accelerate.
 _NUMBER = r"(-np?|--np|--ntasks|--nproc(?:[-_]per[-_]node)?|--num[-_]processes|--world[-_]size)(?:=?(\d+))?"
 _MEETING = r"--(standalone|nnodes|node[-_]rank|master[-_](addr|port)|rdzv[-_]\w+)(=.*)?"  # torchrun's
 _PLACES = r"-(H|-?hosts?|-?hostfile|-?machinefile)(=.*)?"  # mpirun's
@@ -26,7 +26,7 @@ _BINDING = r"--?(oversubscribe|bind[-_]to|map[-_]by|allow-run-as-root|use-hwthre
 
 @dataclass(frozen=True)
 class CommandLine:
-    """A split command line: fleet's options as they were given, and the target with its arguments."""
+    """A parsed command line: fleet's options as they were given, and the target with its arguments."""
 
     options: list[str]
     kind: Literal["script", "module", "command"]
@@ -35,7 +35,7 @@ class CommandLine:
 
 
 def parse(words: Sequence[str], known: Mapping[str, bool], command: str = "run") -> CommandLine:
-    """The words after `fleet run`, submit or sweep. `known` has fleet's options, and whether each takes a value.
+    """Parses the words after `fleet run`, submit or sweep. `known` has fleet's options, and whether each takes a value.
 
     Raises UsageError where there is nothing to run, or an option is not fleet's.
     """
@@ -100,7 +100,7 @@ def _given(words: Sequence[str], option: str) -> bool:
 
 
 def _unknown(words: Sequence[str], at: int, known: Mapping[str, bool], command: str) -> str:
-    """What to type instead of an option that is not fleet's."""
+    """Words to type instead of an option that is not fleet's."""
     word = words[at]
     name = word.partition("=")[0]
     before, after = words[:at], words[at + 1 :]
@@ -128,7 +128,7 @@ def _unknown(words: Sequence[str], at: int, known: Mapping[str, bool], command: 
         return f"-m stands alone: fleet {command} {shlex.join([*before, '-m', word[2:], *after])}"
     if (right := name.replace("_", "-")) in known:
         return f"fleet {command} does not know {name}: it is {right}"
-    import difflib  # for mistakes alone
+    import difflib  # only for mistakes
 
     near = difflib.get_close_matches(name, known, 1, 0.75)
     hint = f" (is it {near[0]}?)" if near else ""

@@ -1,4 +1,4 @@
-"""`fleet doctor`: what of this machine decides how well a worker can run here. Looks, and changes nothing."""
+"""`fleet doctor`: the properties of this machine that a worker depends on. Looks, and changes nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES_WANTED = 1024
 
 
 def examine(secret_file: Path | None, insecure: bool, timeout_s: float) -> tuple[list[str], bool]:
-    """A line for each thing, with what to do where it is short, and whether all that is needed is well.
+    """A line for each property, with advice where it falls short, and whether all that a worker needs is well.
 
     A machine on which nothing of fleet runs, and that has no cluster to reach, is well.
     """
@@ -49,7 +49,7 @@ def examine(secret_file: Path | None, insecure: bool, timeout_s: float) -> tuple
 
 
 def _orchestrator(address: str, secret_file: Path | None, insecure: bool, timeout_s: float) -> str:
-    """That the orchestrator of ORCHESTRATOR_ADDR answers. Raises ConfigError that says what is in the way."""
+    """A line that the orchestrator of ORCHESTRATOR_ADDR answers. Raises ConfigError that names the obstacle."""
     host, port = parse(address, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
     own = local_address_towards(host, port)
     if own is None:
@@ -59,7 +59,7 @@ def _orchestrator(address: str, secret_file: Path | None, insecure: bool, timeou
     try:
         answered = welcome(cluster_target(address, secret_file, insecure, timeout_s))
     except ConfigError as error:
-        # Only now, since the orchestrator would take this connection for a stranger's.
+        # Only now: to the orchestrator, this connection is a stranger's.
         wrong = obstacle(host, port, timeout_s)
         raise ConfigError(f"{error}: {wrong}" if wrong else str(error)) from None
     return f"the orchestrator at {shown(host, port)} answers, fleet {answered.fleet}; it is reached from {own}"

@@ -1,4 +1,4 @@
-"""The commands about jobs, and their options: submit, sweep, jobs, status, logs, fetch, cancel, wait, drain."""
+"""The commands about jobs: submit, sweep, jobs, status, logs, fetch, cancel, wait, drain."""
 
 from __future__ import annotations
 

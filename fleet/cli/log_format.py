@@ -1,4 +1,4 @@
-"""Log lines of orchestrators and workers: one record is one line, whatever ids and names are in it."""
+"""Log lines of orchestrators and workers: one record is one line, with any ids and names in it."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ BROKEN_PIPE = 128 + signal.SIGPIPE
 
 @dataclass(frozen=True)
 class _Place:
-    """The cluster that a job runs on, and the job as that takes it."""
+    """The cluster of a job, and the job in the form for that cluster."""
 
     target: Target
     spec: m.Spec
@@ -57,7 +57,7 @@ def run_job(command: CommandLine, options: RunOptions) -> int:
         workers = config.usable_cores() if task is None else task.task_count
     submission = submission_of(command, workers, options)
     imports, folder = submission.check(), _current_folder()
-    orchestrator = options.orchestrator or config.orchestrator_address()  # None: the embedded local cluster
+    orchestrator = options.orchestrator or config.orchestrator_address()  # None: embed one here
     who = readers(options.stdin, local=orchestrator is None and task is None)
     if options.dry_run:
         stays = (
@@ -216,9 +216,9 @@ class _Interruption:
 
 @contextmanager
 def _interruptions() -> Iterator[_Interruption]:
-    """From here on Ctrl-C, SIGTERM and a closed terminal end the job instead of this process.
+    """Makes Ctrl-C, SIGTERM and a closed terminal end the job instead of this process.
 
-    What the starter ignores stays ignored: SIGHUP under nohup, SIGINT and SIGQUIT in the background of a shell script.
+    Signals that the starter ignores stay ignored: SIGHUP under nohup, SIGINT and SIGQUIT in the background of a shell script.
     """
     interruption = _Interruption()
     heard = [number for number in INTERRUPTIONS if signal.getsignal(number) is not signal.SIG_IGN]

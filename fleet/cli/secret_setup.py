@@ -1,4 +1,4 @@
-"""`fleet secret`: makes sure that there is a cluster secret, once, and hands a copy to the user that containers run as."""
+"""`fleet secret`: makes the cluster secret if there is none, and hands a copy to the user that containers run as."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fleet.secret import create_secret, read_secret, write_private
 
 
 def ensure(kept: Path | None, owner_of: Path | None, to: Path | None, reader: int | None) -> str:
-    """What was done, in words. Raises ConfigError.
+    """Makes, finds or copies the secret; says in words what was done. Raises ConfigError.
 
     FLEET_SECRET comes first; without it and without `kept`, a copy that is there already stays.
     """
@@ -36,7 +36,7 @@ def ensure(kept: Path | None, owner_of: Path | None, to: Path | None, reader: in
 
 
 def _give(kept: Path, owner_of: Path) -> None:
-    """The file, and the folder if it was made for it, to whoever owns `owner_of`."""
+    """Gives the file, and a folder that was made for it, to the owner of `owner_of`."""
     try:
         owner = owner_of.stat()
         for path in (kept, kept.parent):

@@ -1,4 +1,4 @@
-"""Which lock an orchestrator's socket gets: locked by default, open only where somebody said so."""
+"""Locks of an orchestrator and of a worker: closed by default, open only with --insecure."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def orchestrator_lock(host: str, secret_file: Path | None, insecure: bool) -> Lo
 def worker_lock(host: str, secret_file: Path | None, insecure: bool, stopping: threading.Event) -> Lock | None:
     """The lock of a worker whose orchestrator is at `host`. Waits for a secret that may still come; None: told to end before.
 
-    Somebody makes the file that is named, and the first orchestrator of this machine makes the user's own. Any other that
-    is missing stays so. Raises ConfigError for that one.
+    A named file may still be made, and the first orchestrator of this machine makes the user's own. Raises ConfigError for
+    any other missing secret.
     """
     missing = None if insecure else config.missing_secret(secret_file)
     named = secret_file is not None or config.secret_file_is_named()

@@ -1,4 +1,4 @@
-"""A state folder that was there already: refused where another user made it, else made this user's alone, as a new one is."""
+"""Permissions of an existing state folder: another user's is refused, any other becomes this user's alone, like a new one."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 from fleet.errors import ConfigError
 from fleet.orchestrator.store import FILE, LOCK
 
-# What an orchestrator keeps in its folder.
+# Names in an orchestrator's folder.
 KEPT = frozenset({FILE, f"{FILE}-wal", f"{FILE}-shm", LOCK, "bundles", "logs"})
 
 log = logging.getLogger("fleet")
 
 
 def close_to_others(folder: Path) -> None:
-    """Takes every right of others from a folder that is fleet's alone, and from what fleet keeps in any folder.
+    """Takes every right of others from a folder of fleet's alone, and from fleet's files in any folder.
 
-    A folder with something else in it, as with `--state .`, keeps its mode. What cannot be changed is logged.
-    Raises ConfigError where another user may have made it: the jobs that are in it are run.
+    A folder with other files in it, as with `--state .`, keeps its mode. A mode that cannot be changed is logged.
+    Raises ConfigError where another user may have made the folder, since the jobs in it are run.
     """
     try:
         entries = list(folder.iterdir())
     except OSError:
-        return  # a new one; or one that cannot be used, which the store says in words
+        return  # a new folder, or one of which the store says that it cannot be used
     kept = [entry for entry in entries if entry.name in KEPT]
     if stranger := next((path for path in (folder, *kept) if _is_strangers(path, folder)), None):
         raise ConfigError(
@@ -42,7 +42,7 @@ def close_to_others(folder: Path) -> None:
 
 
 def _is_strangers(path: Path, folder: Path) -> bool:
-    """Whether another user's. Root's are not: mounted folders are; to root, no mounted one is, of whomever."""
+    """Whether the path is another user's. Root's are not, since mounted folders are root's. To root, no mounted folder is."""
     owner = path.lstat().st_uid
     if owner in (0, os.geteuid()):
         return False

@@ -1,4 +1,4 @@
-"""Standard input of `fleet run`, and which ranks of a job on this machine read it."""
+"""Standard input of `fleet run`, for the ranks of a job on this machine that read it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ READ_BYTES = 64 << 10
 
 
 def readers(wanted: str | None, local: bool) -> Readers:
-    """The option --stdin. Raises UsageError."""
+    """The readers that --stdin names. Raises UsageError."""
     if wanted is None:
         return "0" if local else "none"
     if wanted not in ("none", "0", "all"):
@@ -32,11 +32,11 @@ def readers(wanted: str | None, local: bool) -> Readers:
 
 @contextmanager
 def standard_input(who: Readers, world_size: int) -> Iterator[Callable[[int], int | None]]:
-    """By rank, the descriptor that it is to have as its input; None: nothing."""
+    """The input descriptor of each rank; None: it reads nothing."""
     if who == "none" or not _can_be_read():
         yield lambda rank: None
     elif who == "0":
-        # The very same, so that a rank reads what it reads and no more, and sees a terminal or a file as such.
+        # The descriptor itself: a rank takes no more than it reads, and sees a terminal or a file as such.
         yield lambda rank: 0 if rank == 0 else None
     else:
         with tempfile.TemporaryFile() as spool:
@@ -46,7 +46,7 @@ def standard_input(who: Readers, world_size: int) -> Iterator[Callable[[int], in
 
 
 def _can_be_read() -> bool:
-    """Not if it is closed, or a terminal that belongs to another job of its shell at the moment."""
+    """Whether standard input is open, and no terminal that belongs to another job of its shell at the moment."""
     try:
         os.fstat(0)
     except OSError:
@@ -58,7 +58,7 @@ def _can_be_read() -> bool:
 
 
 class Copies:
-    """A pipe for each rank, with all that is read. A rank that reads slowly holds nobody up: what is read is kept in a file."""
+    """A pipe for each rank, with all of the input. The input is kept in a file, so that a slow rank holds nobody up."""
 
     def __init__(self, spool: BinaryIO, world_size: int) -> None:
         pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(world_size)]
@@ -67,7 +67,7 @@ class Copies:
         self._size, self._complete = 0, False
         self._changed = threading.Condition()
         for target in [self._read, *(lambda write=write: self._write(write) for _, write in pipes)]:
-            threading.Thread(target=target, name="fleet-stdin", daemon=True).start()  # a read has no end of its own
+            threading.Thread(target=target, name="fleet-stdin", daemon=True).start()  # a read may never end
 
     def close(self) -> None:
         """Ends the writing threads, which may wait for a rank that has ended."""
@@ -80,7 +80,7 @@ class Copies:
     def _read(self) -> None:
         while True:
             data = b""
-            with suppress(OSError):  # as at its end
+            with suppress(OSError):  # counts as the end
                 data = os.read(0, READ_BYTES)
             with self._changed:
                 if self._complete:

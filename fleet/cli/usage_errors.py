@@ -1,4 +1,4 @@
-"""Answers to command lines that were not understood: what is wrong in them, and what to type. Pure."""
+"""Error sentences for mistyped command lines: the mistake, and the words to type instead; pure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 
 from fleet.errors import UsageError
 
-_NUMBERS = (("integer", "a whole number"), ("number", "a number"), ("float", "a number"))  # as parsers call them
+_NUMBERS = (("integer", "a whole number"), ("number", "a number"), ("float", "a number"))  # as the parser names them
 _RUNS = (".py", ".pyz", ".zip")
 
 
 def check_command(words: Sequence[str], commands: Iterable[str]) -> None:
-    """Raises UsageError where the words after `fleet` begin with no command of fleet's."""
+    """Raises UsageError where the first word after `fleet` is no command."""
     names = sorted(commands)
     if not words or words[0] in names or words[0] in ("--help", "--version"):
         return
@@ -25,7 +25,7 @@ def check_command(words: Sequence[str], commands: Iterable[str]) -> None:
         raise UsageError("write fleet --version")
     if first.startswith("-") or first.endswith(_RUNS):
         raise UsageError(f"a command comes first, to run a script: fleet run {shlex.join(words)}")
-    import difflib  # for mistakes alone
+    import difflib  # only for mistakes
 
     near = difflib.get_close_matches(first, names, 1, 0.6)
     hint = f" (is it {near[0]}?)" if near else ""
@@ -33,7 +33,7 @@ def check_command(words: Sequence[str], commands: Iterable[str]) -> None:
 
 
 def answer(message: str, words: Sequence[str]) -> str:
-    """The one sentence for what the parser of options has found wrong in the words after `fleet`; `message` is its own."""
+    """The sentence for a mistake that the parser of options has found in the words after `fleet`; `message` is the parser's."""
     if "-h" in words[1:]:
         return f"write fleet {words[0]} --help"
     bad = re.match(r"Invalid value for '(?:\S+ / )?(-\S+)'", message)
@@ -45,7 +45,7 @@ def answer(message: str, words: Sequence[str]) -> str:
 
 
 def _given(option: str, words: Sequence[str]) -> str:
-    """The value of an option that was given, the last one as parsers take it."""
+    """The value of an option, the last one if there are several."""
     value = ""
     for at, word in enumerate(words):
         name, equals, after = word.partition("=")

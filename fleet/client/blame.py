@@ -1,6 +1,6 @@
-"""Whom an error of a rank blames: the ranks that others waited for, that called something else, or that had ended. Pure.
+"""Ranks that an error blames: others waited for them, they called something else, or they had ended; pure.
 
-A rank's error reaches its client as text, the end of its stderr: one line that is the same on all ranks (fleet/errors.py).
+A rank's error reaches its client as text: one line at the end of stderr, the same on all ranks (fleet/errors.py).
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-TRACEBACK = "Traceback (most recent call last):"  # the last words of the line that begins one
-# Compiled when one is needed, which in most runs is never.
+TRACEBACK = "Traceback (most recent call last):"  # end of the first line of a traceback
+# Compiled only for a failure.
 _SET = r"(\d+(?:[,-]\d+)*)"  # as errors.rank_set writes it
 _LATE = r"CollectiveTimeout: .*?waiting for (?=rank)(.*)"
 _LATE_RANKS = rf"(?:^|; |: )ranks? {_SET}(?= \(|$)"
@@ -20,7 +20,7 @@ _ENDED = r"RankEnded: rank (\d+) "
 
 
 def headline(stderr: str) -> str:
-    """The line of an error in the end of a rank's stderr: that behind the last traceback, else the last one."""
+    """The error's line at the end of a rank's stderr: the one behind the last traceback, else the last one."""
     lines = [line for line in stderr.splitlines() if line.strip()]
     begun = max((number for number, line in enumerate(lines) if line.endswith(TRACEBACK)), default=None)
     if begun is not None:
@@ -29,7 +29,7 @@ def headline(stderr: str) -> str:
 
 
 def blamed(line: str) -> tuple[list[int], str]:
-    """The ranks that an error's line blames, and what they did; none: it blames nobody but the rank that raised it."""
+    """Ranks that an error's line blames, and their fault in words; none: the line blames only the rank that raised it."""
     if found := re.search(_ENDED, line):
         return [int(found.group(1))], "ended before a call that the others wait in"
     if found := re.search(_LATE, line):
@@ -44,9 +44,9 @@ def blamed(line: str) -> tuple[list[int], str]:
 
 
 def alike(line: str) -> str:
-    """What is the same in the error's lines of all ranks that one failure has. Any other line is itself.
+    """Common form of the error's lines that all ranks print for one failure. Any other line is itself.
 
-    A rank that asks late what the others called may find some gone: its groups are smaller, and what was called is the same.
+    A rank that asks the others late may find some gone: it names fewer ranks, and the same calls.
     """
     if not line.startswith("fleet.errors."):
         return line
@@ -57,11 +57,11 @@ def alike(line: str) -> str:
 
 
 def fullest(lines: Iterable[str]) -> str:
-    """Of lines that are alike the one that names most ranks, the first of them."""
+    """Of equal lines the first that names most ranks."""
     return max(lines, key=lambda line: sum(len(_numbers(text)) for text in re.findall(_RANKS, line)))
 
 
 def _numbers(text: str) -> list[int]:
-    """What errors.rank_set wrote: 0-2,5."""
+    """Ranks in the form of errors.rank_set: 0-2,5."""
     spans = [span.partition("-") for span in text.split(",")]
     return [rank for low, _, high in spans for rank in range(int(low), int(high or low) + 1)]

@@ -1,12 +1,12 @@
-"""Dumps of a rank that was killed by an error in C: what Python's fault handler writes, without what is fleet's. Pure."""
+"""Dumps of Python's fault handler, from a rank that an error in C has killed, without the parts of fleet; pure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-DUMP = "Fatal Python error: "  # the first words of one
-# Compiled when one is needed, which in most runs is never.
+DUMP = "Fatal Python error: "  # start of a dump's first line
+# Compiled only for a dump.
 _HEAD = r"(?:Current thread|Thread) 0x[0-9a-f]+"
 _OURS = r'  File "[^"]*/fleet/(?:__main__|(?:bus|client|collectives|worker)/\w+)\.py", '
 _PYTHONS = r'  File "[^"]*/threading\.py", '
@@ -39,5 +39,5 @@ def users_part(lines: Sequence[str]) -> list[str]:
 
 
 def alike(line: str) -> str:
-    """What is the same of a dump's line in all ranks."""
+    """Common form of a dump's line in all ranks."""
     return re.sub(_HEAD, "thread", line)

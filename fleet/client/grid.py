@@ -1,4 +1,4 @@
-"""The points of a sweep: what `--grid lr=0.1,0.01 --grid seed=0:4` stands for. Pure."""
+"""Points of a sweep, from options such as `--grid lr=0.1,0.01 --grid seed=0:4`; pure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def points(grids: Sequence[str]) -> list[Point]:
 
 
 def arguments(point: Point) -> list[str]:
-    """As the script gets them: --lr 0.1 --seed 0."""
+    """A point as words of the script: --lr 0.1 --seed 0."""
     return [word for name, value in point.items() for word in (f"--{name}", value)]
 
 

@@ -1,7 +1,7 @@
-"""Output of many ranks as lines for a person: cut into lines, and the same line of many ranks folded into one. Pure.
+"""Folding of ranks' output: bytes become lines, and equal lines of many ranks become one; pure.
 
-Refuses to know the clock, the terminal and how a rank is called: `now` comes in, lines go out.
-Nothing is lost, lines of one rank stay in their order, and a line waits for others at most `hold_s`, behind a traceback longer.
+Knows no clock, no terminal and no rank's name. No line is lost, and lines of one rank stay in their order. A line waits for
+others at most `hold_s`, behind a traceback longer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ TRACEBACK_QUIET_S = 0.5  # without a line from its rank, a traceback is whole
 
 
 class LineSplitter:
-    """Cuts one stream of one rank into lines of text. How the bytes arrive in pieces makes no difference.
+    """Cutter of one stream of one rank into lines of text. The pieces in which bytes arrive make no difference.
 
-    Bytes that are no UTF-8 stay what they are, as os.fsdecode has them: whoever prints a line gets them back.
+    Bytes that are no UTF-8 are kept as by os.fsdecode, and can be printed unchanged.
     """
 
     def __init__(self) -> None:
@@ -40,11 +40,11 @@ class LineSplitter:
 
     @property
     def unfinished(self) -> str:
-        """What the line that is not complete looks like now."""
+        """The present state of the line that is not complete."""
         return _text(self._rest.removesuffix(b"\r"))
 
     def rest(self) -> list[str]:
-        """The last line, which nothing ended."""
+        """The last line, if no line end came."""
         rest, self._rest = self._rest.removesuffix(b"\r"), b""
         return [_text(rest)] if rest else []
 
@@ -54,10 +54,10 @@ def _text(data: bytes) -> str:
 
 
 def _drawn(line: bytes) -> list[bytes]:
-    """What stays of a line: its last state, as a progress bar draws over itself with carriage returns.
+    """The last state of a line that draws over itself with carriage returns, as progress bars do.
 
-    Before it come the full pieces of states too long to be kept until it is known whether they are overdrawn.
-    A piece ends after a number of bytes, so a character on the edge comes in two parts.
+    Full pieces of long states come before: they cannot be kept until the next carriage return. A piece ends after a number
+    of bytes, so a character on the edge comes in two parts.
     """
     full: list[bytes] = []
     last = b""
@@ -70,7 +70,7 @@ def _drawn(line: bytes) -> list[bytes]:
 
 @dataclass(frozen=True)
 class FoldedText:
-    """One line to print, or a traceback or a dump of several, and the ranks that printed it, in order."""
+    """A line, a traceback or a dump to print, and the ranks that printed it, in order."""
 
     stream: str
     ranks: tuple[int, ...]
@@ -83,7 +83,7 @@ class _Held:
 
     stream: str
     text: str
-    like: str  # what is the same for all ranks that join
+    like: str  # equal for all ranks that join
     until: float
     ranks: set[int] = field(default_factory=set)
 
@@ -97,10 +97,10 @@ class _Traceback:
 
 
 class LineFolder:
-    """Folds equal lines. They are held, and go out, in the order in which each first came.
+    """Folder of equal lines. Lines are held, and go out, in the order in which each first came.
 
     A rank joins only lines behind all that it printed so far: its own lines stay in their order, on both streams together.
-    A traceback is held as a whole, and longer: ranks that fail alike seldom do so within the time that a line is held for.
+    A traceback is held as a whole, and longer: ranks seldom fail alike within the hold time of a line.
     """
 
     def __init__(self, world_size: int, hold_s: float = 0.1, traceback_hold_s: float = 1.0) -> None:
@@ -113,7 +113,7 @@ class LineFolder:
         self._tracebacks: dict[int, _Traceback] = {}  # by rank
 
     def step(self, rank: int, stream: str, text: str, now: float) -> list[FoldedText]:
-        """A rank printed a line; returns what is to be shown now."""
+        """Takes a line of a rank; returns the lines to be shown now."""
         traceback = self._tracebacks.get(rank)
         if traceback is not None and stream == "stderr" and len(traceback.lines) < TRACEBACK_LINES:
             traceback.lines.append(text)
@@ -126,7 +126,7 @@ class LineFolder:
         return shown + self._hold(rank, stream, text, text, now + self._hold_s) + self.due(now)
 
     def due(self, now: float) -> list[FoldedText]:
-        """What may not wait any more: too old, or too much held."""
+        """Lines that may not wait any longer: too old, or too many."""
         shown: list[FoldedText] = []
         for rank, traceback in list(self._tracebacks.items()):
             if now >= traceback.last_at + TRACEBACK_QUIET_S:
@@ -137,19 +137,19 @@ class LineFolder:
         return shown + self._release(count)
 
     def next_deadline(self) -> float | None:
-        """When `due` has something to do."""
+        """When `due` has something to return."""
         deadlines = [traceback.last_at + TRACEBACK_QUIET_S for traceback in self._tracebacks.values()]
         if self._held:
             deadlines.append(self._held[0].until)
         return min(deadlines, default=None)
 
     def flush(self) -> list[FoldedText]:
-        """Everything that is held."""
+        """All held lines."""
         shown = [line for rank in list(self._tracebacks) for line in self._close(rank, 0.0)]
         return shown + self._release(len(self._held))
 
     def _close(self, rank: int, now: float) -> list[FoldedText]:
-        """The traceback of a rank, if it was printing one, is whole."""
+        """Ends the traceback that a rank was printing, if there is one."""
         traceback = self._tracebacks.pop(rank, None)
         if traceback is None:
             return []
@@ -162,7 +162,7 @@ class LineFolder:
         return self._hold(rank, "stderr", "\n".join(lines), like, now + self._traceback_hold_s)
 
     def _hold(self, rank: int, stream: str, text: str, like: str, until: float) -> list[FoldedText]:
-        """Holds a line, or joins one that is held; what is complete with it is returned."""
+        """Holds a line, or joins a held one; returns the lines that are complete now."""
         found = self._joinable(rank, stream, like)
         if found is None:
             self._held.append(_Held(stream, text, like, until))
@@ -174,7 +174,7 @@ class LineFolder:
         return self._release(found - self._first + 1) if len(ranks) == self._world_size else []
 
     def _joinable(self, rank: int, stream: str, like: str) -> int | None:
-        """The number of a held line that is the same, and stands after all that this rank has printed."""
+        """Number of an equal held line that stands after all lines of this rank."""
         start = max(self._first, self._last_of.get(rank, -1) + 1)
         for number in range(start, self._first + len(self._held)):
             held = self._held[number - self._first]

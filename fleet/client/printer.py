@@ -1,6 +1,6 @@
-"""Output of all ranks on one terminal: prefixed, in whole lines, the same line of many ranks once. Also per-rank log files.
+"""Printer of all ranks' output on one terminal: prefixed, in whole lines, equal lines of ranks once. Also per-rank log files.
 
-One line that is not finished yet may stand at the end: a prompt, or on a terminal a progress bar as it moves.
+One unfinished line may stand at the end: a prompt or, on a terminal, a moving progress bar.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import BinaryIO, TextIO
 from fleet.client.line_folding import FoldedText, LineFolder, LineSplitter
 from fleet.errors import FleetError, rank_set
 
-RECENT_LINES = 100  # about what a person still sees
-UNFINISHED_AFTER_S = (0.1, 1.0)  # without more of it, a line of a single rank is shown as it is; of one among several
+RECENT_LINES = 100  # about as many as a person still sees
+UNFINISHED_AFTER_S = (0.1, 1.0)  # after which an unfinished line is shown, of a single rank and of one among several
 DRAW_EVERY_S = 0.05
 _DIM, _PLAIN = "\x1b[36m", "\x1b[0m"
 _ERASE = "\r\x1b[K"
@@ -28,7 +28,7 @@ Source = tuple[int, str]  # a rank, and one of its streams
 
 @dataclass
 class _Row:
-    """The unfinished line that stands at the end of the output. A bar is erased when a line comes, other text is left."""
+    """The unfinished line at the end of the output. A progress bar is erased when a line comes; other text stays."""
 
     source: Source
     text: str
@@ -37,7 +37,7 @@ class _Row:
 
 
 class Printer:
-    """Where ranks' bytes go. `name_of(rank)` is what stands before a single rank's line. Without a stream they go nowhere."""
+    """Printer of ranks' bytes. `name_of(rank)` is the prefix of a single rank's line. Bytes without a stream are dropped."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Printer:
         log_dir: Path | None,
     ) -> None:
         self.name_of: Callable[[int], str] = str
-        self.recent: deque[str] = deque(maxlen=RECENT_LINES)  # that were shown, without their prefixes
+        self.recent: deque[str] = deque(maxlen=RECENT_LINES)  # lines that were shown, without their prefixes
         self._world_size = world_size
         self._streams = {"stdout": stdout, "stderr": stderr}
         self._terminal = {name: stream is not None and stream.isatty() for name, stream in self._streams.items()}
@@ -56,8 +56,8 @@ class Printer:
         self._is_one = _is_one(stdout, stderr)
         self._fold = LineFolder(world_size)
         self._lines: dict[Source, LineSplitter] = {}
-        self._unfinished: dict[Source, float] = {}  # since when nothing has come
-        self._out: dict[Source, str] = {}  # of an unfinished line, what has been printed before another line came
+        self._unfinished: dict[Source, float] = {}  # when its last bytes came
+        self._out: dict[Source, str] = {}  # printed part of an unfinished line that another line has interrupted
         self._row: _Row | None = None
         self._logs: dict[int, BinaryIO] = {}
         self._log_dir = log_dir
@@ -65,7 +65,7 @@ class Printer:
             log_dir.mkdir(parents=True, exist_ok=True)
 
     def write(self, rank: int, stream: str, data: bytes, now: float) -> None:
-        """Takes what a rank printed; whole lines appear now, or within the hold time. Raises FleetError, BrokenPipeError."""
+        """Takes output of a rank. Whole lines appear now or within the hold time. Raises FleetError, BrokenPipeError."""
         if self._log_dir is not None:
             if rank not in self._logs:
                 self._logs[rank] = (self._log_dir / f"rank-{rank}.log").open("wb")
@@ -96,11 +96,11 @@ class Printer:
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     def clear(self) -> None:
-        """Before somebody else prints a line to the same terminal."""
+        """Makes room for a line that another part of fleet prints to the same terminal."""
         self._interrupt("stderr")
 
     def finish(self, now: float) -> None:
-        """Nothing more comes: unfinished lines and all that was held appear, log files are closed."""
+        """Shows unfinished lines and all that was held, and closes log files. Nothing more comes."""
         for source, lines in self._lines.items():
             for text in lines.rest():
                 self._complete(source, text, now)
@@ -111,7 +111,7 @@ class Printer:
         self._logs.clear()
 
     def _complete(self, source: Source, text: str, now: float) -> None:
-        """A line has ended. Of one that has been shown in part, the rest is."""
+        """Shows a line that has ended, or the rest of one that was shown in part."""
         shown = self._out.pop(source, "")
         if self._row is not None and self._row.source == source:
             row, self._row = self._row, None
@@ -141,10 +141,10 @@ class Printer:
     # The unfinished line
 
     def _draw(self, now: float) -> None:
-        """Shows an unfinished line, or what has become of the one that is shown."""
+        """Shows an unfinished line, or the present state of the shown one."""
         if self._row is None:
             if self._fold.next_deadline() is not None:
-                return  # lines that come before it are still held
+                return  # earlier lines are still held
             for source in sorted(self._unfinished):
                 bar = self._is_bar(source)
                 if self._is_news(source) and (bar or now >= self._unfinished[source] + self._patience()):
@@ -171,13 +171,13 @@ class Printer:
         self._put(stream, (_ERASE if row.is_bar else "") + self._prefix(who, stream) + text)
 
     def _interrupt(self, stream: str) -> None:
-        """Makes room for a line on a stream, where an unfinished one stands at the end of that, or both go to the same place."""
+        """Makes room for a line on a stream, if the unfinished line stands on that stream or in the same place."""
         row = self._row
         if row is None or not (row.source[1] == stream or self._is_one):
             return
         self._row = None
         if row.is_bar:
-            self._put(row.source[1], _ERASE)  # and drawn again when it moves, or at the next tick
+            self._put(row.source[1], _ERASE)  # and drawn again at its next move, or at the next tick
         else:
             self._put(row.source[1], "\n")
             self._out[row.source] = row.text
@@ -189,7 +189,7 @@ class Printer:
         return self._lines[source].overdrawn
 
     def _is_news(self, source: Source) -> bool:
-        """Whether it may be shown: a bar only on a terminal."""
+        """Whether the unfinished line has something to show. A progress bar is shown only on a terminal."""
         if self._is_bar(source):
             return self._terminal[source[1]]
         return self._now_of(source) != self._out.get(source, "")
@@ -203,7 +203,7 @@ class Printer:
         return f"{_DIM}{who}|{_PLAIN} " if self._colour[stream] else f"{who}| "
 
     def _put(self, name: str, text: str) -> None:
-        """Prints it. Bytes of ranks pass as they are, whatever the terminal's encoding."""
+        """Prints the text. Bytes of ranks pass as they are, in any encoding of the terminal."""
         stream = self._streams[name]
         if stream is None:
             return

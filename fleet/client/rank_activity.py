@@ -1,4 +1,4 @@
-"""Asks what the ranks of a running job do, and have done: `fleet why`. A shell of few lines around one question."""
+"""Current calls of a running job's ranks, and their last ones, for `fleet why`."""
 
 from __future__ import annotations
 
@@ -39,35 +39,25 @@ def ask(target: Target, job_id: str) -> tuple[list[m.Answer], list[int]]:
 
 
 def described(answered: list[m.Answer], silent_count: int, count: int) -> str:
-    """What the ranks answered, in words, with the last `count` collectives of each."""
+    """The answers in words, with the last `count` collectives of each rank."""
     lines = []
     for answer in answered:
         lines.append(shown(f"rank {answer.member_id} ({answer.host}, pid {answer.pid}) {answer.doing}"))
         if answer.unreached:
             lines.append(f"    has no connection to {', '.join(f'rank {rank}' for rank in answer.unreached)}")
-        groups = answer.records.split("\n") if answer.records else []
-        lines += [f"    {shown(line)}" for line in groups[-count:]]
+        records = answer.records.split("\n") if answer.records else []
+        lines += [f"    {shown(line)}" for line in records[-count:]]
     if silent_count:
         lines.append(f"{silent_count} ranks did not answer within {ANSWER_WITHIN_S:g} s: stopped, frozen or cut off")
     return "\n".join(lines)
 
 
 def as_values(answered: list[m.Answer], silent: list[int], count: int) -> list[dict[str, object]]:
-    """The same as plain values, one object for each rank; one that did not answer has only its number and what it does."""
+    """The answers as plain values, one object for each rank. A silent rank has its number and a sentence."""
     told: list[dict[str, object]] = [
-        {
-            "job_id": answer.job_id,
-            "attempt": answer.attempt,
-            "rank": answer.member_id,
-            "host": answer.host,
-            "pid": answer.pid,
-            "doing": answer.doing,
-            "call": answer.call,
-            "line": answer.line,
-            "inside": answer.inside,
-            "unreached": answer.unreached,
-            "recent": answer.records.split("\n")[-count:] if answer.records else [],
-        }
+        {"job_id": answer.job_id, "attempt": answer.attempt, "rank": answer.member_id}
+        | {name: getattr(answer, name) for name in ("host", "pid", "doing", "call", "line", "inside", "unreached")}
+        | {"recent": answer.records.split("\n")[-count:] if answer.records else []}
         for answer in answered
     ]
     return told + [{"rank": rank, "doing": "did not answer: stopped, frozen or cut off"} for rank in silent]

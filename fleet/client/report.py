@@ -1,4 +1,4 @@
-"""How a job ended, in words for a person, and as an exit code. Knows values only."""
+"""Report of a job's end: words for a person, and the exit code. Knows values only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 def exit_code(ended: JobEnded) -> int:
-    """0 only if every rank's was: the first failed rank's own code, or 128 and the signal that killed it, as a shell has it."""
+    """0 if every rank's code was 0; else the first failed rank's own, or 128 and the signal that killed it, as in a shell."""
     failed = [status for status in ended.ranks if status.member_id == ended.cause]
     if failed:
         return 128 + failed[0].signal if failed[0].signal else failed[0].code or 1
@@ -24,9 +24,9 @@ def exit_code(ended: JobEnded) -> int:
 
 
 def report(ended: JobEnded, world_size: int, printed: Iterable[str] | None = None) -> str:
-    """What went wrong and where, first things first; empty for a job that succeeded.
+    """The failure and its place, the most important first; empty for a job that succeeded.
 
-    `printed` has the lines of ranks that the reader has just seen: none of them is said again. None: the reader has seen nothing.
+    `printed` has lines of ranks that the reader has just seen, and that are not said again. None: the reader has seen nothing.
     """
     by_rank = {status.member_id: status for status in ended.ranks}
     cause = by_rank.get(ended.cause)
@@ -77,7 +77,7 @@ def _whose_fault(
 
 
 def _others(others: list[RankStatus], world_size: int) -> list[str]:
-    """What became of the other ranks: those together that ended in the same way."""
+    """Ends of the other ranks, grouped by kind."""
     groups: dict[str, list[int]] = {}
     for status in others:
         if status.stopped or _ended_with_it(status):
@@ -92,13 +92,13 @@ def _others(others: list[RankStatus], world_size: int) -> list[str]:
 
 
 def _ended_with_it(status: RankStatus) -> bool:
-    """Whether it ended as a rank does that hears of a loss before it is told to stop: with 1, and without a traceback."""
+    """Whether the rank ended with 1 and no traceback, as one does that hears of a loss before it is told to stop."""
     silent = TRACEBACK not in status.stderr_tail
     return silent and (status.code, status.signal, status.reason) == (1, 0, "")
 
 
 def _failed_alike(status: RankStatus, cause: RankStatus, error: str) -> bool:
-    """By itself, with the same code and error: also if it had been told to stop meanwhile."""
+    """Whether the rank failed by itself with the same code and error, even if it was told to stop meanwhile."""
     same = (status.code, status.signal, status.reason) == (cause.code, 0, "")
     return same and bool(error and status.code) and alike(headline(status.stderr_tail)) == alike(error)
 
