@@ -69,18 +69,6 @@ def rank_settings() -> RankSettings | None:
         ) from None
 
 
-def note_joined(settings: RankSettings, pid: int) -> None:
-    """Marks the rank as taken for each process that this one starts from now on, see joined_in."""
-    os.environ["FLEET_JOINED"] = f"{settings.job_id}/{settings.attempt}/{settings.member_id}/{pid}"
-
-
-def joined_in(settings: RankSettings) -> int | None:
-    """Number of the ancestor process that has called fleet.init() as the same rank, or None."""
-    rank, _, pid = os.environ.get("FLEET_JOINED", "").rpartition("/")
-    same = rank == f"{settings.job_id}/{settings.attempt}/{settings.member_id}"
-    return int(pid) if same and pid.isdigit() else None
-
-
 @dataclass(frozen=True)
 class RankPlacement:
     """One rank's place, as its agent knows it."""

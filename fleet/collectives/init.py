@@ -14,7 +14,7 @@ from fleet.collectives.communicator import Communicator, alone
 from fleet.collectives.inbox import Receiver
 from fleet.collectives.rendezvous import assemble, meet_again
 from fleet.collectives.session import Session
-from fleet.config import RankSettings, joined_in, note_joined, rank_settings, shared_memory
+from fleet.config import RankSettings, rank_settings, shared_memory
 from fleet.errors import UsageError
 
 
@@ -77,7 +77,6 @@ def init(timeout_s: float, join_timeout_s: float) -> Communicator:
         elif (settings := rank_settings()) is None:
             _comm = alone(timeout_s)
         else:
-            _check_not_taken(settings)
             membership = Membership(settings)
             try:
                 _comm = membership.form(timeout_s, join_timeout_s)
@@ -85,7 +84,6 @@ def init(timeout_s: float, join_timeout_s: float) -> Communicator:
                 membership.close(linger=False)
                 raise
             _membership = membership
-            note_joined(settings, os.getpid())
             atexit.register(_end)
         _pid = os.getpid()
         return _comm
@@ -96,18 +94,3 @@ def _end() -> None:
     if _pid == os.getpid() and _comm is not None and _membership is not None:
         _comm.close()
         _membership.close()
-
-
-def _check_not_taken(settings: RankSettings) -> None:
-    """Raises UsageError in a process that multiprocessing or the script has started after it was a rank itself."""
-    pid = joined_in(settings)
-    if pid in (None, os.getpid()):  # its own: the script has replaced itself by exec
-        return
-    try:
-        os.kill(pid or 0, 0)
-    except ProcessLookupError:
-        return
-    raise UsageError(
-        f"fleet.init() was called as rank {settings.member_id} in pid {pid}, which started this process (pid {os.getpid()}), and "
-        'each rank is one process: call it behind `if __name__ == "__main__":`, which a process of multiprocessing does not run'
-    )

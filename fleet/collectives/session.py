@@ -23,7 +23,7 @@ from fleet.bus.strangers import Strangers
 from fleet.collectives.flight import Flights
 from fleet.collectives.generations import UNANSWERED, Generation, News, RankActivity
 from fleet.config import RankSettings
-from fleet.errors import CollectiveTimeout, FleetError, Late, ProtocolError
+from fleet.errors import CollectiveTimeout, FleetError, Late, ProtocolError, UsageError
 from fleet.stillness import Deadline
 from fleet.world import World
 
@@ -48,7 +48,7 @@ class Session:
         self._wake = Wake()
         self._closing = threading.Event()
         self._out: queue.SimpleQueue[m.Message] = queue.SimpleQueue()
-        self._welcome: queue.SimpleQueue[m.RankWelcome] = queue.SimpleQueue()
+        self._welcome: queue.SimpleQueue[m.RankWelcome | m.Refused] = queue.SimpleQueue()
         self._formed: queue.SimpleQueue[World] = queue.SimpleQueue()
         self._asking = threading.Lock()
         self._question = 0
@@ -62,12 +62,16 @@ class Session:
         self._thread.start()
 
     def welcome(self) -> m.RankWelcome:
-        """The agent's answer, which says where to bind the inbox. Raises FleetError if the agent does not answer."""
+        """The agent's answer, which says where to bind the inbox. Raises UsageError in a second process of the rank, and
+        FleetError if the agent does not answer."""
         s = self._settings
         self._send(m.RankHello(s.job_id, s.attempt, s.member_id, self._pid))
         for wait_s in Deadline(AGENT_WITHIN_S).waits():
             with contextlib.suppress(queue.Empty):
-                return self._welcome.get(timeout=wait_s)
+                answer = self._welcome.get(timeout=wait_s)
+                if isinstance(answer, m.Refused):
+                    raise UsageError(answer.reason)
+                return answer
         raise FleetError(f"the worker agent at {s.control} did not answer rank {s.member_id}: has it died?")
 
     def join(self, address: str, memory: str, timeout_s: float) -> Generation:
@@ -174,7 +178,7 @@ class Session:
             message = m.decode(data)
         except ProtocolError:
             return  # only the agent can reach this socket, and it speaks this version: see worker/agent.py
-        if isinstance(message, m.RankWelcome):
+        if isinstance(message, m.RankWelcome | m.Refused):
             self._welcome.put(message)
         elif isinstance(message, m.Formed):
             self._formed.put(message.world)

@@ -65,6 +65,7 @@ from fleet.worker.state import (
     PrepareFailed,
     Printed,
     ProcessExited,
+    RankGone,
     ReadOutput,
     Remove,
     ReportStored,
@@ -229,6 +230,8 @@ class Agent:
         for thing in self._ranks.receive():
             if isinstance(thing, Arrived):
                 self._from_rank(thing)
+            else:
+                self._step(RankGone(thing.peer))
         if self._early is not None and self._zygote.fileno() in ready:
             self._poller.remove(self._zygote.fileno())
             early, self._early = self._early, None

@@ -31,6 +31,7 @@ from fleet.worker.state import (
     PrepareFailed,
     Printed,
     ProcessExited,
+    RankGone,
     ReportStored,
     ResumeDownloads,
     ServeOutput,
@@ -83,6 +84,8 @@ class Core:
             self.link.full()
         elif isinstance(event, FromFiles):
             self.effects.send(event.message)
+        elif isinstance(event, RankGone):
+            self.sessions.gone(event.peer)
         elif isinstance(event, NotDelivered):
             self.sessions.not_delivered(event.peer, event.message)
         elif isinstance(event, Measured):

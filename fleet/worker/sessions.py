@@ -41,7 +41,7 @@ class Sessions:
                 if process.status is not None:  # its end was seen before its last word
                     self.members.tell_exit(process)
         elif isinstance(message, m.RankHello):
-            self._hello(process, peer)
+            self._hello(process, peer, message.pid)
         elif isinstance(message, m.Join):
             process.join = message
             self.effects.send(message)
@@ -50,12 +50,25 @@ class Sessions:
         else:
             self.effects.send(message)
 
-    def _hello(self, process: Process, peer: bytes) -> None:
+    def gone(self, peer: bytes) -> None:
+        for process in self.members.processes():
+            if process.peer == peer:
+                process.holder = 0
+
+    def _hello(self, process: Process, peer: bytes, pid: int) -> None:
         spec = self.members.attempts[process.key[:2]].assign.spec
         if spec.kind == "tasks" and not process.runner:
             process.runner = peer  # later ones are tasks that call fleet.init()
             return
-        process.peer = peer
+        if process.holder not in (0, pid):
+            reason = (
+                f"fleet.init() was called as rank {process.member_id} in pid {process.holder}, which runs beside this process "
+                f'(pid {pid}), and each rank is one process: call it behind `if __name__ == "__main__":`, which a process of '
+                "multiprocessing does not run"
+            )
+            self.effects.add(ToRank(peer, m.Refused(reason)))
+            return
+        process.peer, process.holder = peer, pid
         self.effects.add(WelcomeRank(peer, process.key[0], process.member_id, process.slot))
 
     def send(self, attempt: Attempt, message: m.Formed | m.MemberLost | m.Answer) -> None:

@@ -50,6 +50,7 @@ class Process:
     status: m.RankStatus | None = None
     # Of its session, which begins with fleet.init()
     peer: bytes = b""  # its connection
+    holder: int = 0  # the pid that the connection comes from; 0: it has ended
     join: m.Join | None = None
     warned: bool = False  # it was told that another member has failed
     owed: list[m.Message] = field(default_factory=list)  # that it did not read

@@ -198,4 +198,29 @@ def test_a_process_that_a_rank_starts_does_not_take_its_place(tmp_path: Path) ->
     # Whether equal lines of two ranks are shown as one depends on when they come.
     said = [line.partition("| ")[2] for line in done.stdout.splitlines()]
     assert list(dict.fromkeys(said)) == ["child 1", "as another program True"]
-    assert re.search(r"UsageError: fleet\.init\(\) was called as rank [01] in pid \d+, which started this", done.stderr)
+    assert re.search(
+        r"UsageError: fleet\.init\(\) was called as rank [01] in pid \d+, which runs beside this", done.stderr
+    )
+
+
+def test_a_pool_that_was_started_before_its_rank_does_not_take_its_place(tmp_path: Path) -> None:
+    """Its processes have the environment of a rank that is not taken yet."""
+    (tmp_path / "pool.py").write_text(
+        "import multiprocessing, fleet\n"
+        "def join(): return fleet.init().rank\n"
+        "if __name__ == '__main__':\n"
+        "    with multiprocessing.get_context('forkserver').Pool(1) as pool:\n"
+        "        pool.apply(int)\n"
+        "        comm = fleet.init(timeout_s=20)\n"
+        "        try:\n"
+        "            print('joined as', pool.apply(join))\n"
+        "        except fleet.UsageError as error:\n"
+        "            print(str(error).partition(' as rank')[0], flush=True)\n"
+        "        comm.barrier()\n"
+    )
+    done = subprocess.run(
+        [*FLEET, "run", "--workers", "2", "pool.py"],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {line.partition("| ")[2] for line in done.stdout.splitlines()} == {"fleet.init() was called"}

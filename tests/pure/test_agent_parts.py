@@ -139,6 +139,26 @@ def test_a_rank_is_told_again_what_it_did_not_read_and_what_it_asked_is_not() ->
     assert sessions.deadlines.next() is None
 
 
+def test_a_second_process_does_not_take_the_place_of_a_rank_that_is_there() -> None:
+    found = effects()
+    sessions = Sessions(SETTINGS, found, members(found))
+    for peer, pid in ((b"first", 40), (b"first again", 40), (b"second", 99)):
+        found.begin(0.0)
+        sessions.receive(peer, m.RankHello("j", 1, 0, pid))
+        (answer,) = found.decided
+        assert isinstance(answer, w.WelcomeRank) is (pid == 40)
+    sessions.gone(b"first")  # which is not its last one
+    found.begin(0.0)
+    sessions.receive(b"second", m.RankHello("j", 1, 0, 99))
+    (answer,) = found.decided
+    assert isinstance(answer, w.ToRank)
+    assert isinstance(answer.message, m.Refused)
+    sessions.gone(b"first again")
+    found.begin(0.0)
+    sessions.receive(b"second", m.RankHello("j", 1, 0, 99))
+    assert found.decided == [w.WelcomeRank(b"second", "j", 0, 0)]
+
+
 def test_the_agent_answers_for_a_rank_that_cannot() -> None:
     found = effects()
     held = members(found)
