@@ -1,7 +1,7 @@
 """Bounds of the fields of messages, as types that msgspec checks on arrival. Knows no message.
 
-Every holder of the secret can send any bytes. A value inside these bounds costs its receiver little, is safe as a part of a
-file's name or of a line in a log, and is a number that arithmetic and the disk take.
+Every holder of the secret can send any bytes. A value inside these bounds costs its receiver little. An id inside them is safe
+as a part of a file's name and of a line in a log, and a number is one that arithmetic and the disk take.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ Offset = Annotated[int, Meta(ge=-(1 << 50), le=1 << 50)]  # in bytes; negative: 
 MtimeNs = Annotated[int, Meta(ge=-(1 << 63), le=NUMBER_AT_MOST)]
 Path = Annotated[bytes, Meta(max_length=4096)]  # of a file, in the bytes that its system has for it
 Peer = Annotated[bytes, Meta(max_length=255)]  # a connection's name
-StopSignal = Annotated[int, Meta(ge=0, le=15)]  # by which ranks are asked to stop; 0: SIGTERM
+StopSignal = Annotated[int, Meta(ge=0, le=15)]  # that asks ranks to stop; 0: SIGTERM
 Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]  # no infinity, and no NaN
 
 _ID = re.compile(rf"[A-Za-z0-9_-]{{1,{ID_CHARS}}}\Z")

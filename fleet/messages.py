@@ -1,7 +1,7 @@
-"""Every control message, as typed values, and their bytes on the wire. Refuses to know who sends them or over what.
+"""Control messages as typed values, and their bytes on the wire. This module knows no sender and no socket.
 
-One frame per message: a protocol byte, then MessagePack. A tensor never travels here. What a client and a task runner say
-to each other passes through as it is, behind a head that names the job: see relay_head.
+A message is one frame: a protocol byte, then MessagePack. A tensor never travels here. Messages between a client and its task
+runner pass through unread, behind a head that names the job: see relay_head.
 To add a message: write its Struct with a bound for each field, add it to `_ALL`, and handle it in the `step` of its receiver.
 """
 
@@ -87,7 +87,7 @@ from fleet.world import Member, World
 PROTOCOL = 6
 PART_BYTES = 1 << 20  # a bundle travels in parts of this size
 _PROTOCOL_BYTE = bytes([PROTOCOL])
-_RELAY = b"\xff"  # where a control message has its protocol
+_RELAY = b"\xff"  # in the place of a control message's protocol byte
 
 
 # Handshake and liveness
@@ -96,32 +96,30 @@ _RELAY = b"\xff"  # where a control message has its protocol
 class WorkerHello(Message, frozen=True):
     worker_id: WorkerId
     incarnation: Incarnation
-    host: Host  # the address it advertises for its ranks
+    host: Host  # the address that it advertises for its ranks
     slots: SlotCount
     versions: Versions
-    # (job_id, attempt) of all that it still holds
+    # (job_id, attempt) of each attempt that it still holds
     running: Annotated[tuple[tuple[JobId, Attempt], ...], ONE_A_RANK] = ()
     leaving: bool = False  # see Leaving
     gpus: Count = 0
-    storage_id: IdOrNone = ""  # of where it keeps what jobs write: workers with the same one share that
+    storage_id: IdOrNone = ""  # of the storage of its output folders; workers with the same one share that
 
 
 class ClientHello(Message, frozen=True):
     versions: Versions
-    numbering: Word = ""  # what its process id means, see bus.process; empty: not known
+    numbering: Word = ""  # of processes, see bus.process: `pid` means the same where this is equal; empty: not known
     pid: Pid = 0
 
 
 class Welcome(Message, frozen=True):
     versions: Versions
     heartbeat_s: Annotated[float, msgspec.Meta(ge=0.01, le=3600.0)]
-    cluster_id: IdOrNone = (
-        ""  # under which a worker keeps what jobs write; empty: of an orchestrator that forgets its jobs
-    )
+    cluster_id: IdOrNone = ""  # name of the output folders on each worker; empty: this orchestrator forgets its jobs
 
 
 class Refused(Message, frozen=True):
-    """Final: the receiver gives up and says why."""
+    """Final refusal of the receiver, which gives up and says why."""
 
     reason: Text
 
@@ -131,22 +129,22 @@ class Heartbeat(Message, frozen=True):
 
 
 class Unknown(Message, frozen=True):
-    """The orchestrator does not know the sender (it restarted): say hello again."""
+    """Request for a new hello: the orchestrator does not know the sender, as after its own restart."""
 
 
 class Leaving(Message, frozen=True):
-    """A worker drains: it takes no new work, and leaves when what it runs has ended."""
+    """Word of a worker that drains: it takes no new work, and leaves when its ranks have ended."""
 
 
 class HandBack(Message, frozen=True):
-    """A worker that leaves stops its part of a job: the whole job starts again, on other workers."""
+    """Word of a worker that leaves: it stops its part of a job. The whole job starts again on other workers."""
 
     job_id: JobId
     attempt: Attempt
 
 
 class Goodbye(Message, frozen=True):
-    """A worker or a client leaves on purpose."""
+    """Farewell of a worker or a client that leaves on purpose."""
 
 
 # A job, client and orchestrator
@@ -156,33 +154,33 @@ class Submit(Message, frozen=True):
     job_id: JobId  # made by the client, so that sending it twice is harmless
     world_size: WorldSize
     spec: Spec
-    again: bool = False  # after a lost connection: do not start what is not known
+    again: bool = False  # after a lost connection: a job that is not known is not started
     detached: bool = False  # it outlives its client, and the orchestrator keeps what it prints
     options: JobOptions = JobOptions()
 
 
 class Accepted(Message, frozen=True):
-    """A submitted job is on the orchestrator's disk: from here on it is not lost."""
+    """Acceptance of a job, which is on the orchestrator's disk: from here on it is not lost."""
 
     job_id: JobId
 
 
 class Rejected(Message, frozen=True):
-    """A submitted job was not taken, and will not run. Says why."""
+    """Refusal of a job, which will not run, with the reason."""
 
     job_id: JobId
     reason: Text
 
 
 class JobWaiting(Message, frozen=True):
-    """Why a job has not started yet, in words."""
+    """Reason, in words, why a job has not started yet."""
 
     job_id: JobId
     reason: Text
 
 
 class Started(Message, frozen=True):
-    """Its ranks start; said again when the client or a worker comes back, since what they said meanwhile may be lost."""
+    """Start of a job's ranks. It is said again when the client or a worker is back, since messages between may be lost."""
 
     job_id: JobId
     hosts: Hosts  # by member_id
@@ -192,7 +190,7 @@ class Started(Message, frozen=True):
 class Cancel(Message, frozen=True):
     job_id: JobId
     kill: bool = False  # at once, without a grace period
-    signal: StopSignal = 0  # that the client was told to end by
+    signal: StopSignal = 0  # that ended the client
 
 
 class JobEnded(Message, frozen=True):
@@ -204,7 +202,7 @@ class JobEnded(Message, frozen=True):
 
 
 class Retire(Message, frozen=True):
-    """The worker of a task runner drains: give that runner nothing new."""
+    """Notice to a client: the worker of its task runner drains, so that runner gets nothing new."""
 
     job_id: JobId
 
@@ -234,11 +232,11 @@ class Assign(Message, frozen=True):
     group_rank: Rank
     group_count: WorldSize
     spec: Spec
-    gpus: Count = 0  # for each of these members
+    gpus: Count = 0  # for each of the members
 
 
 class Assigned(Message, frozen=True):
-    """The worker has what it needs. `port` is free on its host, for MASTER_PORT."""
+    """Word of a worker that has prepared its part. `port` is free on its host, for MASTER_PORT."""
 
     job_id: JobId
     attempt: Attempt
@@ -246,7 +244,7 @@ class Assigned(Message, frozen=True):
 
 
 class AssignFailed(Message, frozen=True):
-    """The worker cannot prepare it. `permanent`: no other worker could either, since it lies with what was sent."""
+    """Word of a worker that cannot prepare its part. `permanent`: no other worker could either, the fault is in the bundle."""
 
     job_id: JobId
     attempt: Attempt
@@ -270,32 +268,34 @@ class Stop(Message, frozen=True):
 
 
 class Forget(Message, frozen=True):
-    """The orchestrator has all exits of the attempt: the worker may drop what it keeps of it."""
+    """Release of an attempt: the orchestrator has all exits, and the worker drops what it keeps of it."""
 
     job_id: JobId
     attempt: Attempt
 
 
 class Stored(Message, frozen=True):
-    """A worker says whose output folders it has, in parts. Answered by Discard, for jobs that are forgotten."""
+    """Jobs of which a worker has output folders, in parts. Answered by Discard, for jobs that are forgotten."""
 
     job_ids: JobIds
 
 
 class Discard(Message, frozen=True):
-    """The cluster has forgotten these jobs: the worker removes their output folders."""
+    """Jobs that the cluster has forgotten: the worker removes their output folders."""
 
     job_ids: JobIds
 
 
 class Left(Message, frozen=True):
-    """What an attempt wrote into its working folder on a worker, and is deleted with that."""
+    """Files that an attempt wrote into its working folder on a worker, and that are deleted with that folder."""
 
     job_id: JobId
     attempt: Attempt
     file_count: Number
     size_bytes: Size
-    names: Annotated[tuple[Text, ...], msgspec.Meta(max_length=16)] = ()  # at the top, those with the most bytes
+    names: Annotated[
+        tuple[Text, ...], msgspec.Meta(max_length=16)
+    ] = ()  # of files and folders at the top, those with the most bytes
     error: Text = ""  # why some of what was to be kept is lost too
 
 
@@ -312,13 +312,12 @@ class Output(Message, frozen=True):
     member_id: MemberId
     stream: Literal["stdout", "stderr"]
     data: Annotated[bytes, msgspec.Meta(max_length=PART_BYTES)]
-    number: Number = (
-        1  # counts what a rank prints in an attempt: what comes twice is dropped, what is missing comes again
-    )
+    # Counts the messages of a member in an attempt: one that comes twice is dropped, one that is missing comes again.
+    number: Number = 1
 
 
 class OutputAck(Message, frozen=True):
-    """The client has printed what a rank sent, up to this number. Its worker keeps what comes after that."""
+    """Acknowledgement of a client: it has printed all output of a member up to this number. The worker keeps what comes after."""
 
     job_id: JobId
     attempt: Attempt
@@ -327,7 +326,7 @@ class OutputAck(Message, frozen=True):
 
 
 class Repeat(Message, frozen=True):
-    """The client may lack something: a worker sends again what was not acknowledged, and then Repeated."""
+    """Request of a client that may lack output: a worker sends again what was not acknowledged, and then Repeated."""
 
     job_id: JobId
     attempt: Attempt
@@ -349,7 +348,7 @@ class RankHello(Message, frozen=True):
 
 
 class RankWelcome(Message, frozen=True):
-    """Where this rank's inbox goes, and how the ranks of the job know each other."""
+    """Address that a rank's inbox binds, and the lock of the sockets between the ranks of its job."""
 
     bind: Endpoint  # endpoint to bind; port 0 lets the system choose
     advertise: Host  # host that peers connect to; empty: the bound endpoint itself
@@ -373,9 +372,9 @@ class Formed(Message, frozen=True):
 
 
 class MemberLost(Message, frozen=True):
-    """A rank of the attempt has gone: whoever waits for it need not. `reason` says why, in words.
+    """Loss of a member, with the reason in words: others need not wait for it.
 
-    Where its status is no failure, it has ended by itself, and ranks that do not need it go on.
+    A member whose status is no failure has ended by itself, and ranks that do not need it go on.
     """
 
     job_id: JobId
@@ -386,15 +385,15 @@ class MemberLost(Message, frozen=True):
 
 
 class Ask(Message, frozen=True):
-    """What is every rank of the job doing now? Asked by a rank whose collective is late; by a client: member_id -1."""
+    """Question to all ranks of a job: what are they doing now? Asked by a rank whose collective is late; by a client: -1."""
 
     job_id: JobId
     attempt: Attempt
     member_id: MemberIdOrNone
     question: Number
     communicator_id: int = 0
-    records: bool = False  # with all that their flight recorders hold
-    sequence: Number = 0  # what was called as the collective of this number; 0: as the last one
+    records: bool = False  # with the contents of their flight recorders
+    sequence: Number = 0  # also what each called as its collective of this number; 0: as its last one
     generation: NumberOrNone = -1  # that the communicator is of; -1: the last one
 
 
@@ -445,19 +444,19 @@ _decoder = msgspec.msgpack.Decoder(_ALL)
 
 
 def relay_head(job_id: str) -> bytes:
-    """The first frame of what a client and its task runner say to each other; the frames behind it are theirs alone."""
+    """First frame of a message between a client and its task runner. The frames behind it are theirs alone."""
     return _RELAY + job_id.encode()
 
 
 def relayed_job(head: bytes) -> str | None:
-    """The job that a relay_head names, None for the first frame of a control message."""
+    """Job that a relay_head names; None for the first frame of a control message."""
     return head[1:65].decode(errors="replace") if head[:1] == _RELAY else None
 
 
 def encode(message: Message) -> bytes:
-    """The bytes of one message. Raises ProtocolError where its receiver would refuse their number.
+    """Bytes of one message. Raises ProtocolError for more than a receiver takes.
 
-    Text with bytes of a path or word that are no UTF-8 shows them as Python escapes them; what is to have them is `portable`.
+    Bytes of a text that are no UTF-8 are replaced by Python's escapes; see `portable` for texts that must keep them.
     """
     try:
         data = _PROTOCOL_BYTE + _encoder.encode(message)
@@ -469,7 +468,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes) -> Message:
-    """The message in `data`. Raises ProtocolError, and nothing else, for any bytes that are not one.
+    """Message in `data`. Raises ProtocolError, and nothing else, for any bytes that are not one.
 
     Straight into the Struct: what does not belong there is skipped, and never made into objects.
     """

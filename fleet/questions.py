@@ -1,7 +1,7 @@
-"""What clients ask about jobs, their files, workers and ranks, and the answers. messages.py lists all messages.
+"""Questions of clients about jobs, their files, workers and ranks, and the answers. messages.py lists all messages.
 
-A question has a number that its client gives it, and the answer repeats that: a late answer to an earlier question is not
-taken for the answer to a later one.
+A client numbers its questions, and an answer repeats the number: a late answer to an earlier question is not taken for the answer
+to a later one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LEFT_OUT_NAMED = 4  # in one answer
 
 
 class Ping(Message, frozen=True):
-    """To an agent, from anybody on its machine: is it alive?"""
+    """Question to an agent, from any process on its machine: is it alive?"""
 
 
 class Pong(Message, frozen=True):
@@ -47,7 +47,7 @@ class Pong(Message, frozen=True):
 
 
 class ListJobs(Message, frozen=True):
-    """One job, those of a sweep, or all: the newest first. Answered by Jobs, a page at a time."""
+    """Question for one job, the jobs of a sweep, or all: the newest first. Answered by Jobs, a page at a time."""
 
     job_id: JobPrefix = ""
     sweep: Word = ""
@@ -64,14 +64,14 @@ class Jobs(Message, frozen=True):
 
 
 class WatchJob(Message, frozen=True):
-    """Tell me when this job has ended. Answered by Jobs at once (empty: there is no such job), and by JobEnded then."""
+    """Request to be told of a job's end. Answered by Jobs at once (empty: there is no such job), and by JobEnded then."""
 
     job_id: JobId
     question: Number = 0
 
 
 class ReadLog(Message, frozen=True):
-    """What a rank of a detached job printed, from an offset on; negative: from the end. Answered by LogPart."""
+    """Question for the output of one member of a detached job, from an offset on; negative: from the end. Answered by LogPart."""
 
     job_id: JobId
     member_id: MemberId
@@ -90,7 +90,7 @@ class LogPart(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
-    """Give a worker no new work; what still runs there after `within_s` starts again elsewhere. `undo`: give it work again."""
+    """Request to give a worker no new work; what still runs after `within_s` starts again elsewhere. `undo`: the contrary."""
 
     worker_id: WorkerId
     within_s: Seconds = 0.0
@@ -99,7 +99,7 @@ class Drain(Message, frozen=True):
 
 
 class Drained(Message, frozen=True):
-    """The answer: the jobs that run there, or why it cannot be done."""
+    """Answer to Drain: the jobs that run there, or the reason why it cannot be done."""
 
     worker_id: WorkerId
     jobs: JobIds = ()
@@ -108,7 +108,7 @@ class Drained(Message, frozen=True):
 
 
 class ListWorkers(Message, frozen=True):
-    """A client asks who is in the cluster."""
+    """Question for the workers of the cluster."""
 
     question: Number = 0
 
@@ -119,14 +119,14 @@ class Workers(Message, frozen=True):
 
 
 class Why(Message, frozen=True):
-    """A client asks what the ranks of a running job do, and have done. An empty id: the only job that runs."""
+    """Question for what the ranks of a running job do, and have done. An empty id: the only job that runs."""
 
     job_id: JobPrefix
     question: Number = 0
 
 
 class Because(Message, frozen=True):
-    """What is known at once: an error in words, or how many ranks will answer, with the same number."""
+    """First answer to Why: an error in words, or how many ranks will answer, with the same number."""
 
     job_id: JobPrefix
     error: Text
@@ -144,7 +144,7 @@ class FileInfo(msgspec.Struct, frozen=True):
 
 
 class ListFiles(Message, frozen=True):
-    """A client asks one worker what is in a job's output folder, behind the path `after`. Answered by Files."""
+    """Question to one worker for the files of a job's output folder, behind the path `after`. Answered by Files."""
 
     job_id: JobId
     worker_id: WorkerId
@@ -162,13 +162,13 @@ class Files(Message, frozen=True):
     storage_id: IdOrNone = ""  # workers with the same one share the folder
     asker: Peer = b""
     error: Text = ""
-    # What lies between these and is not brought, such as links, with the reason: some of it.
+    # Some of the files between these that are not brought, such as links, each with the reason.
     left_out: Annotated[tuple[Text, ...], msgspec.Meta(max_length=LEFT_OUT_NAMED)] = ()
     left_out_count: Number = 0
 
 
 class ReadFile(Message, frozen=True):
-    """A client asks for a part of a file in a job's output folder. Answered by FilePart."""
+    """Question for a part of a file in a job's output folder. Answered by FilePart."""
 
     job_id: JobId
     worker_id: WorkerId
@@ -179,7 +179,7 @@ class ReadFile(Message, frozen=True):
 
 
 class FilePart(Message, frozen=True):
-    """At the end of the file `data` is empty, and `digest` is the sha256 of the whole."""
+    """Answer to ReadFile. At the end of the file `data` is empty, and `digest` is the sha256 of the whole."""
 
     job_id: JobId
     worker_id: WorkerId
@@ -194,7 +194,7 @@ class FilePart(Message, frozen=True):
 
 
 class Unanswered(Message, frozen=True):
-    """The orchestrator failed at this question, and has dropped it."""
+    """Word that the orchestrator failed at a question, and has dropped it."""
 
     question: Number
     reason: Word

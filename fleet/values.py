@@ -1,4 +1,4 @@
-"""What control messages carry: plain values. Knows no message and no wire."""
+"""Plain values that control messages carry. This module knows no message and no wire."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from fleet.bounds import (
 )
 from fleet.text import shown_lines
 
-_UNDECODED = re.compile("[\ud800-\udfff]")  # what os.fsdecode makes of bytes that are no UTF-8
-ON_WORKER = "on worker "  # how a sentence begins that is about files, and not about deleted ones
+_UNDECODED = re.compile("[\ud800-\udfff]")  # by which os.fsdecode replaces bytes that are no UTF-8
+ON_WORKER = "on worker "  # begins a sentence about files that were not deleted
 COLLECTIVE_SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
 
 
@@ -41,7 +41,7 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 
 
 class Versions(msgspec.Struct, frozen=True):
-    """What a handshake tells of the software on each side."""
+    """Versions of the software of one side of a handshake."""
 
     fleet: Word
     python: Word
@@ -49,12 +49,12 @@ class Versions(msgspec.Struct, frozen=True):
 
     @property
     def python_minor(self) -> str:
-        """What functions travel within: 3.11 for 3.11.2."""
+        """Minor version of Python, within which functions travel: 3.11 for 3.11.2."""
         return ".".join(self.python.split(".")[:2])
 
 
 def portable(word: str) -> str:
-    """A word or path of any bytes, as os.fsdecode has it, in characters that a message can carry."""
+    """Word or path of any bytes, as os.fsdecode returns it, in characters that a message can carry."""
     if word.isascii():
         return word
     try:
@@ -65,12 +65,12 @@ def portable(word: str) -> str:
 
 
 def native(word: str) -> str:
-    """What `portable` was given."""
+    """The word that `portable` was given."""
     return word[1:].encode("latin-1", errors="replace").decode(errors="surrogateescape") if word[:1] == "\0" else word
 
 
 def free_name(path: str, mark: str, is_file: Callable[[str], bool], is_taken: Callable[[str], bool]) -> str:
-    """A path whose name nothing has, and whose folders are no files: `path`, or with `@mark` at the part that clashes.
+    """Path whose name is free, and whose folders are no files: `path` itself, or with `@mark` at the part that clashes.
 
     `is_file`: whether a path is one where a folder is needed. `is_taken`: whether anything has that path.
     """
@@ -84,7 +84,7 @@ def free_name(path: str, mark: str, is_file: Callable[[str], bool], is_taken: Ca
 
 
 def escaped(value: Any) -> Any:
-    """A message or a part of one, in whose texts bytes that are no UTF-8 stand as Python escapes them."""
+    """Message, or a part of one, with Python's escapes in place of the bytes of its texts that are no UTF-8."""
     if isinstance(value, str):
         return shown_lines(value) if _UNDECODED.search(value) else value
     if isinstance(value, tuple):
@@ -98,9 +98,9 @@ def escaped(value: Any) -> Any:
 
 
 class Spec(msgspec.Struct, frozen=True):
-    """What each rank of a job runs. Words and paths are `portable`."""
+    """Program that each rank of a job runs. Words and paths are `portable`."""
 
-    kind: Literal["script", "module", "command", "tasks"]  # tasks: a runner, that is told what to call by its client
+    kind: Literal["script", "module", "command", "tasks"]  # tasks: a runner, to which the client sends calls
     target: Text
     args: Annotated[tuple[str, ...], msgspec.Meta(max_length=1 << 17)] = ()
     directory: Text = ""  # where it runs; empty: the unpacked bundle
@@ -109,7 +109,7 @@ class Spec(msgspec.Struct, frozen=True):
     environment: Annotated[dict[str, str], msgspec.Meta(max_length=1 << 14)] = {}
     keep: Annotated[
         tuple[Text, ...], msgspec.Meta(max_length=1000)
-    ] = ()  # of what it writes into its working folder: output
+    ] = ()  # of files in its working folder that are kept as output
 
 
 # Of the files of one job, before compression.
@@ -122,7 +122,7 @@ GRACE_S, GRACE_AT_MOST_S = 60.0, 7 * 24 * 3600.0
 
 
 class JobOptions(msgspec.Struct, frozen=True):
-    """How a job is scheduled, and how long it outlives the connection of its client."""
+    """Options of a job: its place in the queue, its workers, and how long it outlives its client's connection."""
 
     name: Word = ""
     sweep: Word = msgspec.field(
@@ -140,7 +140,7 @@ class JobOptions(msgspec.Struct, frozen=True):
 
 
 class JobInfo(msgspec.Struct, frozen=True):
-    """A job as the orchestrator tells of it. Times are seconds since the epoch by the orchestrator's clock, 0: not yet."""
+    """State of a job for a person. Times are seconds since the epoch by the orchestrator's clock, 0: not yet."""
 
     job_id: JobId
     state: str  # in the words of orchestrator.jobs.JobState, lower case
@@ -156,12 +156,12 @@ class JobInfo(msgspec.Struct, frozen=True):
     started_at: float
     ended_at: float
     workers: WorkerIds  # by member_id
-    waits_for: str  # what it waits for, in words
+    waits_for: str  # the reason, in words, why it waits
     reason: str  # why it ended, if not by itself
     history: tuple[str, ...] = ()  # how earlier attempts ended
     exit_codes: tuple[int, ...] = ()  # by member_id, of those that have ended; minus the number of a signal
-    held_by: tuple[str, ...] = ()  # workers that any attempt had ranks on, and so may hold some of its output
-    # What was deleted with its working folders, in words; and what else is to be known of its files, which begins with ON_WORKER.
+    held_by: tuple[str, ...] = ()  # workers of any attempt: each may hold some of its output
+    # Files that were deleted with its working folders, in words; sentences about other files begin with ON_WORKER.
     left: tuple[str, ...] = ()
 
     @property
@@ -171,7 +171,7 @@ class JobInfo(msgspec.Struct, frozen=True):
 
 
 class RankStatus(msgspec.Struct, frozen=True):
-    """How a rank ended. Exactly one of code and signal is meaningful: signal is 0 unless one killed it."""
+    """Exit of a member. Exactly one of code and signal is meaningful: signal is 0 unless one killed the process."""
 
     member_id: MemberId = msgspec.field(name="rank")  # the key in jobs.sqlite is "rank"
     worker_id: WorkerId
@@ -182,8 +182,8 @@ class RankStatus(msgspec.Struct, frozen=True):
     out_of_memory: bool = False
     stopped: bool = False  # fleet had told it to stop before it ended
     stderr_tail: Text = ""
-    reason: Text = ""  # set where there is no exit to speak of, such as a lost worker
-    task: NumberOrNone = -1  # of a task runner: the task that it was in; 0: in none, -1: not known
+    reason: Text = ""  # set if the exit itself is not known, such as for a lost worker
+    task: NumberOrNone = -1  # of a task runner: the task that it was making; 0: none, -1: not known
 
     @property
     def failed(self) -> bool:
@@ -191,7 +191,7 @@ class RankStatus(msgspec.Struct, frozen=True):
 
 
 def cumulative(limits: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
-    """A histogram's buckets as Prometheus wants them: of each limit, how many are at most that, and of +Inf all."""
+    """Buckets of a histogram for Prometheus: how many values are at most each limit, and for +Inf the number of all."""
     found, total = [], 0
     for limit, count in zip([*map(str, limits), "+Inf"], counts, strict=True):
         total += count
@@ -200,7 +200,7 @@ def cumulative(limits: Sequence[float], counts: Sequence[int]) -> list[tuple[str
 
 
 def amount_of(size_bytes: int) -> str:
-    """A number of bytes for a person, in units of a thousand: `12 bytes`, `3.4 kB`, `1.2 GB`."""
+    """Number of bytes for a person, in units of a thousand: `12 bytes`, `3.4 kB`, `1.2 GB`."""
     amount, units = float(size_bytes), ["bytes", "kB", "MB", "GB", "TB"]
     while amount >= 1000 and len(units) > 1:
         amount, units = amount / 1000, units[1:]
@@ -230,7 +230,7 @@ WorkerStateName = Literal["ready", "draining", "lost"]
 
 
 class WorkerState(msgspec.Struct, frozen=True):
-    """One worker as the orchestrator sees it."""
+    """State of a worker for a person."""
 
     worker_id: WorkerId
     host: Host
@@ -244,7 +244,7 @@ class WorkerState(msgspec.Struct, frozen=True):
 
 
 def how(status: RankStatus) -> str:
-    """How a rank ended, in words for a person."""
+    """Exit of a member in words for a person."""
     if status.reason:
         return status.reason
     if status.signal:

@@ -1,4 +1,4 @@
-"""A job: its states and their legal moves, what is known of it, and how it is written down. Plain values.
+"""A job: its states and their legal moves, its facts, and its record on the disk. Plain values.
 
 MOVES is the one table of states; tests/pure/test_docs.py draws the diagram in docs/JOBS.md from it.
 """
@@ -62,7 +62,7 @@ class Job:
     """One submitted job. `seats` is the worker_id of each member, empty until it is placed. Times are monotonic."""
 
     job_id: str
-    client: bytes  # who gets its output, and takes it along when leaving; empty: nobody, it is detached
+    client: bytes  # that gets its output, and takes it along when leaving; empty: none, the job is detached
     world_size: int
     spec: m.Spec
     options: m.JobOptions = field(default_factory=m.JobOptions)
@@ -70,7 +70,7 @@ class Job:
     number: int = 0  # in the order of submission
     submitted_at: float = 0.0
     queued_at: float = 0.0  # for this attempt
-    started_at: float | None = None  # its first attempt
+    started_at: float | None = None  # of its first attempt
     ended_at: float | None = None
     state: JobState = JobState.QUEUED
     attempt: int = 1
@@ -79,27 +79,31 @@ class Job:
     ports: dict[str, int] = field(default_factory=dict)  # by worker that is prepared
     exits: dict[int, m.RankStatus] = field(default_factory=dict)
     cause: int = -1  # the member that failed first
-    reason: str = ""  # why it ends, if not by itself
+    reason: str = ""  # why it ends, unless by itself
     outcome: str = ""  # see JobInfo
     starts_again: bool = False  # once its ranks have stopped: a worker was lost, or handed it back
     losses: int = 0  # attempts that ended with the loss of a worker
     history: tuple[str, ...] = ()  # how earlier attempts ended
-    # By worker that any attempt had ranks on, and so may hold some of the output: the storage that this is in.
+    # By worker of any attempt, each of which may hold some of the output: the storage that it is in.
     held_by: dict[str, str] = field(default_factory=dict)
-    left: tuple[str, ...] = ()  # what was deleted with its working folders, in words
-    # What a restarted orchestrator need not know
+    left: tuple[str, ...] = ()  # files that were deleted with its working folders, in words
+    # Facts that a restarted orchestrator need not know
     waits_for: str = ""  # as last told to the client
     unfit: frozenset[str] = frozenset()  # workers that could not prepare it
     joined: dict[int, m.Member] = field(default_factory=dict)
-    made: dict[int, Made] = field(default_factory=dict)  # by member_id that has ended: the collectives that it made
+    made: dict[int, Made] = field(
+        default_factory=dict
+    )  # by member_id of those that have ended: the collectives that each made
     kept: dict[int, int] = field(default_factory=dict)  # by member_id: the number of its last output in the log
     printed: dict[int, int] = field(default_factory=dict)  # by member_id: the number of its last output for the client
-    acked: dict[int, int] = field(default_factory=dict)  # and of the last one that the client has
+    acked: dict[int, int] = field(
+        default_factory=dict
+    )  # by member_id: the number of the last output that the client has
     asked: dict[int, int] = field(
         default_factory=dict
-    )  # by member_id: what that number was when what follows was asked for
-    kept_unknown: bool = False  # an orchestrator before this one kept some of it
-    # Who asked why, and as which of its questions, by the number that ranks were asked with. The newest of them.
+    )  # by member_id: `kept` at the last request for the output that follows
+    kept_unknown: bool = False  # an orchestrator before this one kept some of the output
+    # By the number that ranks were asked with: the client that asked why, and the number of its question. The newest ones.
     curious: dict[int, tuple[bytes, int]] = field(default_factory=dict)
     watchers: set[bytes] = field(default_factory=set)  # clients that are told when it has ended
     _shares: tuple[tuple[str, ...], dict[str, tuple[int, ...]]] = field(default=((), {}), repr=False, compare=False)
@@ -117,7 +121,7 @@ class Job:
         return self._members_by_worker().get(worker_id, ())
 
     def _members_by_worker(self) -> dict[str, tuple[int, ...]]:
-        """Found out once for a placement: a large gang is looked at for each of its workers."""
+        """Computed once for a placement: a large gang is looked at for each of its workers."""
         if self._shares[0] is not self.seats:
             found: dict[str, list[int]] = {}
             for member_id, seat in enumerate(self.seats):
@@ -127,7 +131,7 @@ class Job:
 
     @property
     def owes_output(self) -> bool:
-        """Whether its client may lack some of what was printed."""
+        """Whether its client may lack some of the output."""
         return any(self.acked.get(member_id, 0) < number for member_id, number in self.printed.items())
 
     def launch(self) -> m.Launch:
@@ -141,13 +145,13 @@ class Job:
         )
 
     def result(self) -> m.JobEnded:
-        """In one frame, whatever its ranks said last."""
+        """Result of the job, which fits one frame: of long last words of its ranks, the ends are told."""
         kept = TAILS_TOLD_CHARS // max(1, len(self.exits))
         ranks = tuple(_with_tail(self.exits[member_id], kept) for member_id in sorted(self.exits))
         return m.JobEnded(self.job_id, self.reason, self.cause, ranks, self.outcome)
 
     def begin_again(self, now: float) -> None:
-        """Back to where it waits for slots, as the next attempt. What comes of the one before is dropped."""
+        """Back into the queue, as the next attempt. Messages about the one before are dropped from now on."""
         self.move(JobState.QUEUED)
         self.history += (f"attempt {self.attempt}: {self.reason}",)
         self.attempt += 1
@@ -167,7 +171,7 @@ class Job:
             self.exits[member_id] = _with_tail(status, TAIL_KEPT_CHARS)
 
     def move_times(self, earlier_s: float) -> None:
-        """The monotonic clock says less than it would if it had not stood still: what was noted stays at its time of the wall."""
+        """The monotonic clock is so much behind the wall's: times that were noted stay where they were on the wall."""
         self.submitted_at -= earlier_s
         self.started_at = None if self.started_at is None else self.started_at - earlier_s
         self.ended_at = None if self.ended_at is None else self.ended_at - earlier_s
@@ -178,14 +182,14 @@ class Job:
 
 
 def _with_tail(status: m.RankStatus, chars: int) -> m.RankStatus:
-    """With the last so many characters of its stderr."""
+    """Status with the last so many characters of its stderr."""
     if len(status.stderr_tail) <= chars:
         return status
     return msgspec.structs.replace(status, stderr_tail=status.stderr_tail[len(status.stderr_tail) - chars :])
 
 
 class Record(msgspec.Struct, frozen=True):
-    """A job as it lies on the disk. Times are the wall clock's. A field that is new needs a default: old records lack it."""
+    """Record of a job on the disk. Times are the wall clock's. A new field needs a default, since old records lack it."""
 
     job_id: str
     client: bytes
@@ -221,7 +225,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def record(job: Job, epoch: float) -> bytes:
-    """The job's bytes on the disk."""
+    """Bytes of a job's record."""
     same: dict[str, Any] = {name: getattr(job, name) for name in _SAME}
     same |= {name: None if (at := getattr(job, name)) is None else epoch + at for name in _TIMES}
     exits = tuple(job.exits.values())
@@ -229,13 +233,13 @@ def record(job: Job, epoch: float) -> bytes:
 
 
 def recalled(data: bytes, epoch: float) -> Job:
-    """The job that `record` wrote. Raises ValueError for bytes that are none."""
+    """Job of a record. Raises ValueError for bytes that are no record."""
     found = _decoder.decode(data)  # msgspec's errors are ValueErrors
     same: dict[str, Any] = {name: getattr(found, name) for name in _SAME}
     same |= {name: None if (at := getattr(found, name)) is None else at - epoch for name in _TIMES}
     if found.state not in JobState.__members__:
         raise ValueError(f"job {found.job_id} is in the state {found.state!r}, which this fleet does not know")
     exits = {status.member_id: status for status in found.exits}
-    if found.detached:  # from its acceptance on it is nobody's, and that was its first record
+    if found.detached:  # its first record, from before its acceptance, still names its client
         same["client"] = b""
     return Job(state=JobState[found.state], ports=dict(found.ports), exits=exits, **same)

@@ -1,4 +1,4 @@
-"""What the ranks of detached jobs print, kept on the orchestrator's disk: a file for each rank, both streams as they came.
+"""Logs of detached jobs on the orchestrator's disk: a file for each member, both streams as they came.
 
 Removing is work for a thread: 64 MB take a file system some 20 ms, a job may have a thousand of them, and the orchestrator's
 loop has heartbeats to answer.
@@ -15,8 +15,8 @@ from collections.abc import Container
 from pathlib import Path
 
 PART_BYTES = 256 << 10  # read at once
-GONE = ".gone"  # ends the name of what is being removed
-LIMIT_BYTES = 64 << 20  # of one rank; what it prints beyond is not kept
+GONE = ".gone"  # ends the name of a folder that is being removed
+LIMIT_BYTES = 64 << 20  # of one member; output beyond is not kept
 
 
 class JobLogs:
@@ -29,7 +29,7 @@ class JobLogs:
         self._remover: threading.Thread | None = None
 
     def append(self, job_id: str, member_id: int, data: bytes) -> None:
-        """Raises OSError where the disk does not take it."""
+        """Raises OSError if the disk does not take it."""
         path = self._path(job_id, member_id)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
@@ -43,7 +43,7 @@ class JobLogs:
                 )
 
     def read(self, job_id: str, member_id: int, offset: int) -> tuple[int, bytes, bool]:
-        """Where it begins, what is there from an offset on (from the end: negative), and whether that was all for now."""
+        """(offset, bytes from there on, whether these are all for now). A negative offset counts from the end."""
         try:
             with self._path(job_id, member_id).open("rb") as file:
                 if offset < 0:
@@ -52,10 +52,10 @@ class JobLogs:
                 data = file.read(PART_BYTES)
                 return offset, data, not file.read(1)
         except FileNotFoundError:
-            return 0, b"", True  # it has printed nothing
+            return 0, b"", True  # the member has printed nothing
 
     def remove(self, job_id: str) -> None:
-        """Nothing of it is read or written any more; its space is free a little later."""
+        """The log of a job is neither read nor written any more; its space is free a little later."""
         folder = self._path(job_id, 0).parent
         gone = folder.with_name(f"{folder.name}{GONE}")
         try:
@@ -75,7 +75,7 @@ class JobLogs:
                     self._remove_later(Path(left.path))
 
     def close(self) -> None:
-        """What has not been removed within a second is left to the next orchestrator."""
+        """Folders that are not removed within a second are left to the next orchestrator."""
         if self._remover is not None:
             self._gone.put(None)
             self._remover.join(timeout=1.0)

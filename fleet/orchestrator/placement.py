@@ -1,4 +1,4 @@
-"""Which workers a gang gets, all or nothing. Knows slots, GPUs and load; no job and no socket.
+"""Placement of a gang on workers, all or nothing. Knows slots, GPUs and load; no job and no socket.
 
 A policy is a pure function from a worker's room to a sort key: every rank goes to the smallest. Rooms lie in one heap for
 each policy, so that placing a rank costs the logarithm of the number of workers. To add a policy: its key, in POLICIES.
@@ -17,7 +17,7 @@ UNFIT_KEPT, COULD_HOLD_KEPT = 16, 1000  # shapes
 
 
 class Shape(NamedTuple):
-    """What a gang needs: so many ranks, each with so many slots and GPUs of one worker that has this Python (empty: any)."""
+    """Needs of a gang: so many ranks, each with so many slots and GPUs of one worker that has this Python (empty: any)."""
 
     world_size: int
     slots: int = 1
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
 
 @dataclass
 class Room:
-    """One worker's slots. Invariant: `held` says which job has how many ranks here, and what is taken is their sum."""
+    """Slots of one worker. Invariant: `held` says which job has how many ranks here, and `taken` is their sum."""
 
     worker_id: str
     number: int  # in the order in which workers joined
@@ -76,12 +76,12 @@ class Room:
 
 
 def least_loaded(room: Room) -> Key:
-    """The smallest share of slots taken, then the least busy machine (in tenths), then who joined first."""
+    """The smallest share of slots taken, then the least busy machine (in tenths), then the first to join."""
     return room.taken / room.slots, round(room.load, 1), room.number
 
 
 def round_robin(room: Room) -> Key:
-    """Who has waited longest for a rank."""
+    """The worker that has waited longest for a rank."""
     return room.last_turn, room.number
 
 

@@ -66,7 +66,7 @@ log = logging.getLogger("fleet.orchestrator")
 
 @dataclass(frozen=True)
 class Keeping:
-    """Where jobs, their files and what they print outlive the orchestrator, and how many that have ended."""
+    """State folder, in which jobs, their files and logs outlive the orchestrator, and how many ended jobs it keeps."""
 
     folder: Path
     keep_jobs: int
@@ -84,7 +84,7 @@ class Service:
         runtime: Path,
         policy: str,
         metrics_at: tuple[str, int] | None = None,
-        keeping: Keeping | None = None,  # None: jobs are gone with this process
+        keeping: Keeping | None = None,  # None: jobs end with this process
         health_file: Path | None = None,
     ) -> None:
         self._bus = Bus(lock)
@@ -121,10 +121,10 @@ class Service:
         except BaseException:
             self._close()
             raise
-        self._unlogged: set[str] = set()  # jobs whose output the disk did not take
+        self._unlogged: set[str] = set()  # jobs whose output the disk refused
         self._last_encoded: tuple[m.Message | None, bytes] = None, b""
         self._wake = Wake()
-        self._ends: dict[int, bytes] = {}  # descriptors that tell of the ends of lost clients' processes
+        self._ends: dict[int, bytes] = {}  # by descriptor that tells the end of a process: its client, which is lost
         self._stopping = threading.Event()
 
     @property
@@ -156,7 +156,7 @@ class Service:
             self._store.close()
 
     def _find_files(self, folder: Path, durable: bool) -> FileStore:
-        """What is there of jobs, and what is left of others. Raises ConfigError."""
+        """Bundles of jobs on the disk; logs of forgotten jobs are removed. Raises ConfigError."""
         try:
             found = FileStore(folder / "bundles", KEEP_BUNDLES_BYTES, durable, self._core.uploads.users)
             self._logs.remove_others(self._core.scheduler.jobs)
@@ -214,11 +214,11 @@ class Service:
             self._wake.clear()
 
     def _wait_s(self, done: bool) -> float:
-        """How long nothing needs to be done. `done`: the last Tick was; else the deadline that it failed at has passed."""
+        """Seconds until the next deadline. `done`: the last Tick succeeded; else the deadline that it failed at has passed."""
         now, deadline = self._clock.now(), self._core.next_deadline()
         if deadline is None:
             return BEAT_EVERY_S
-        # Never long while somebody's deadline runs: a stillness that begins in a wait shows only at the wait's end.
+        # Never long while a deadline runs: a stillness that begins in a wait shows only at the wait's end.
         return min(max(0.0 if done else FAILED_TICK_S, deadline - now), JUDGE_EVERY_S)
 
     def _keep_time(self, still_s: float) -> None:
@@ -267,9 +267,9 @@ class Service:
         self._step(Received(arrived.peer, message))
 
     def _step(self, event: Event) -> bool:
-        """Decides. What is to be written down is noted, everything else waits until it has been: see _flush.
+        """Decides. The journal holds all effects until they have been written down: see _flush.
 
-        False: the core failed at this event. What it had decided by then is done, so that others know what it knows.
+        False: the core failed at this event. Its effects until then are carried out, so that its peers know what it knows.
         """
         failure: Exception | None = None
         with self._core_lock:
@@ -283,7 +283,7 @@ class Service:
         return failure is None
 
     def _failed_at(self, event: Event, error: Exception) -> None:
-        """Whoever waits for an answer gets one."""
+        """The sender of a question that the core failed at gets an answer."""
         if not isinstance(event, Received):
             self._dropped.failed(type(event).__name__, error)
             return
@@ -296,7 +296,7 @@ class Service:
             self._journal.decided([Send(peer, m.Unanswered(message.question, reason))])
 
     def _flush(self) -> None:
-        """Writes down what was decided, then does it, and what comes of that too."""
+        """Writes down what was decided, then carries it out, and does the same with the events that come of it."""
         while True:
             events = self._write_down()
             for effect in self._journal.ready():
@@ -319,7 +319,7 @@ class Service:
         return self._journal.written()
 
     def _perform(self, effect: Effect) -> list[Event]:
-        """Carries out one effect; returns what came of it at once."""
+        """Carries out one effect; returns the events that came of it at once."""
         if isinstance(effect, Send):
             self._sent(effect.peer, self._router.send(effect.peer, self._encoded(effect.message)))
         elif isinstance(effect, Log):
@@ -351,7 +351,7 @@ class Service:
         return self._last_encoded[1]
 
     def _sent(self, peer: bytes, sent: Sent) -> None:
-        """One that is gone is told of by PeerLost. One that is here and does not read is as good as gone."""
+        """A peer with a full queue does not read. One that is gone is told of by PeerLost."""
         if sent is Sent.FULL:
             self._step(PeerBehind(peer))
 

@@ -1,4 +1,4 @@
-"""What the orchestrator knows of its workers, what it counts, events in and effects out. Plain values; a job is in jobs.py."""
+"""Workers as the orchestrator knows them, its counts, its events and its effects. Plain values; a job is in jobs.py."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ DISPATCH_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.
 
 @dataclass
 class Worker:
-    """One agent. `peer` is its current connection; `hello` its latest."""
+    """One agent, with its current connection and its latest hello."""
 
     peer: bytes
     hello: m.WorkerHello
     last_seen: float
     lost_since: float | None = None  # set while its connection is down
     leaving: bool = False  # by its own word
-    drained: bool = False  # by somebody's, who may take it back
+    drained: bool = False  # by a client's, which may be taken back
 
     @property
     def worker_id(self) -> str:
@@ -34,7 +34,7 @@ class Worker:
 
 @dataclass
 class Counts:
-    """What has happened so far, for the metrics."""
+    """Numbers of events so far, for the metrics."""
 
     jobs: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     dispatch_s: list[int] = field(default_factory=lambda: [0] * (len(DISPATCH_SECONDS) + 1))  # jobs, by bucket
@@ -65,28 +65,28 @@ class PeerLost:
 
 @dataclass(frozen=True)
 class PeerDied:
-    """The process of a client that was lost has ended: it does not come back."""
+    """The process of a lost client has ended: that client does not come back."""
 
     peer: bytes
 
 
 @dataclass(frozen=True)
 class PeerBehind:
-    """A message to a peer was lost, since it does not read what it is sent. Its connection is up."""
+    """A message to a peer was lost, since the peer does not read. Its connection is up."""
 
     peer: bytes
 
 
 @dataclass(frozen=True)
 class BundleStored:
-    """A bundle is there, whole and with the right digest."""
+    """A bundle is on the disk, whole and with the right digest."""
 
     digest: str
 
 
 @dataclass(frozen=True)
 class BundleRefused:
-    """What this peer sent of a bundle is gone."""
+    """The parts of a bundle that this peer sent are dropped."""
 
     peer: bytes
     digest: str
@@ -102,7 +102,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class SaveFailed:
-    """The disk takes nothing now. The new jobs among what was to be saved are named; the rest is tried again."""
+    """The disk takes nothing now. These new jobs are not saved; all other records are tried again."""
 
     job_ids: tuple[str, ...]
     reason: str
@@ -110,19 +110,19 @@ class SaveFailed:
 
 @dataclass(frozen=True)
 class SavesAgain:
-    """The disk takes everything again, and has."""
+    """The disk has taken all records again."""
 
 
 @dataclass(frozen=True)
 class StoodStill:
-    """The orchestrator did nothing for so long, and its clock has not counted it."""
+    """The orchestrator's process stood still for so long, and its clock with it."""
 
     seconds: float
 
 
 @dataclass(frozen=True)
 class Tick:
-    """All that had arrived by now has been read."""
+    """Every message that had arrived by now has been read."""
 
 
 Event = (
@@ -151,7 +151,7 @@ class Send:
 
 @dataclass(frozen=True)
 class FetchBundle:
-    """Get the bundle from this peer, unless it is here: what has not come yet. Answered by BundleStored or BundleRefused."""
+    """Ask this peer for the missing parts of a bundle. Answered by BundleStored, at once if it is here, or BundleRefused."""
 
     digest: str
     size_bytes: int
@@ -172,7 +172,7 @@ class StorePart:
 
 @dataclass(frozen=True)
 class DropUpload:
-    """Nobody waits any more for what this peer sends of a bundle."""
+    """Drop the parts of a bundle that this peer has sent: no job waits for them."""
 
     peer: bytes
     digest: str
@@ -180,14 +180,14 @@ class DropUpload:
 
 @dataclass(frozen=True)
 class ReleaseBundle:
-    """No job needs it any more: all have ended."""
+    """Let go of a bundle: every job that needed it has ended."""
 
     digest: str
 
 
 @dataclass(frozen=True)
 class Save:
-    """Write a job down before anything that follows is said to anybody. `is_new`: answered by Saved or SaveFailed."""
+    """Write a job down before any other effect of the step is carried out. `is_new`: answered by Saved or SaveFailed."""
 
     job_id: str
     number: int
@@ -197,21 +197,21 @@ class Save:
 
 @dataclass(frozen=True)
 class Erase:
-    """Forget a job, and what it printed."""
+    """Forget a job, and its log."""
 
     job_id: str
 
 
 @dataclass(frozen=True)
 class SaveDrained:
-    """The workers that somebody drained."""
+    """Write down which workers are drained by a client's word."""
 
     worker_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class KeepOutput:
-    """Append to what a rank of a detached job has printed."""
+    """Append to the log of a member of a detached job."""
 
     job_id: str
     member_id: int
@@ -220,7 +220,7 @@ class KeepOutput:
 
 @dataclass(frozen=True)
 class ServeLog:
-    """Answer from what is kept; `ended`: nothing will be added."""
+    """Answer from the log; `ended`: nothing will be added to it."""
 
     peer: bytes
     ask: m.ReadLog

@@ -28,7 +28,7 @@ MIGRATIONS = (
 
 
 class Store:
-    """The open file. Only one process has it: a second one gets a ConfigError that says so."""
+    """The open file. Only one process has it; a second one gets a ConfigError."""
 
     def __init__(self, folder: Path) -> None:
         self._lock = _locked(folder)
@@ -43,7 +43,7 @@ class Store:
             raise
 
     def records(self) -> list[bytes]:
-        """All jobs, in the order of submission. Raises ConfigError for a damaged file, as `drained`."""
+        """Records of all jobs, in the order of submission. Raises ConfigError for a damaged file, as `drained`."""
         return [record for (record,) in self._rows("SELECT record FROM jobs ORDER BY number")]
 
     def drained(self) -> list[str]:
@@ -56,7 +56,7 @@ class Store:
             raise _unusable(self._path, error) from None
 
     def cluster_id(self) -> str:
-        """The name under which workers keep what these jobs write: the same one for the life of this file. Raises OSError."""
+        """Name of the output folders of these jobs on workers: the same one for the life of this file. Raises OSError."""
         try:
             with self._database:
                 self._database.execute("BEGIN IMMEDIATE")

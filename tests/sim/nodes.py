@@ -1,4 +1,4 @@
-"""Workers and clients of a simulated cluster: real cores behind a connection that the world carries. No clock of their own."""
+"""Workers and clients of a simulated cluster: real cores behind a simulated connection. They have no clock of their own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Process:
 
 @dataclass
 class Connection:
-    """A node's connection, the one that is up (its number) or none (0)."""
+    """Connection of a node: the number of the one that is up, or 0."""
 
     number: int = 0
     silent_until: float = 0.0
@@ -49,9 +49,9 @@ class Connection:
 class Node:
     """A worker or a client: something with a connection to the orchestrator."""
 
-    def __init__(self, world: Simulation, peer: bytes) -> None:
-        self.world, self.peer, self.connection, self.alive = world, peer, Connection(), True
-        world.nodes[peer] = self
+    def __init__(self, sim: Simulation, peer: bytes) -> None:
+        self.sim, self.peer, self.connection, self.alive = sim, peer, Connection(), True
+        sim.nodes[peer] = self
 
     def link_up(self) -> None: ...
 
@@ -61,11 +61,11 @@ class Node:
 
     def send(self, message: m.Message) -> bool:
         """False: the queue is full, and the message lost."""
-        if self.connection.number and self.connection.full_until.get("up", 0.0) > self.world.now:
-            self.world.faults["queue was full"] += 1
+        if self.connection.number and self.connection.full_until.get("up", 0.0) > self.sim.now:
+            self.sim.faults["queue was full"] += 1
             return False
         if self.connection.number:
-            self.world.carry(self, message, up=True)
+            self.sim.carry(self, message, up=True)
         else:
             self.connection.queued.append(message)
         return True
@@ -74,19 +74,19 @@ class Node:
         """Tries until the orchestrator is there."""
         if not self.alive or self.connection.number:
             return
-        if self.world.core is None or self.world.still_until > self.world.now:
-            self.world.after(self.world.source.uniform(0.05, 2.0), self.connect)
+        if self.sim.core is None or self.sim.still_until > self.sim.now:
+            self.sim.after(self.sim.source.uniform(0.05, 2.0), self.connect)
             return
-        self.world.connection_count += 1
-        self.connection.number = self.world.connection_count
+        self.sim.connection_count += 1
+        self.connection.number = self.sim.connection_count
         queued, self.connection.queued = self.connection.queued, []
         for message in queued:
-            self.world.carry(self, message, up=True)
+            self.sim.carry(self, message, up=True)
         self.link_up()
 
     def silenced(self, until: float, here_at: float, there_at: float) -> None:
         """The other side, or this one, stands still until then: the connection breaks, as each side finds out at its time."""
-        number, world = self.connection.number, self.world
+        number, sim = self.connection.number, self.sim
         if not number:
             return
 
@@ -95,31 +95,31 @@ class Node:
                 self.connection.number = 0
                 self.connection.last_arrival.clear()
                 self.link_down()
-                world.at(until + world.source.uniform(0.0, 1.5), self.connect)
+                sim.at(until + sim.source.uniform(0.0, 1.5), self.connect)
 
-        world.at(here_at, ends)
-        world.at(there_at, lambda: world.lost(self.peer, number))
+        sim.at(here_at, ends)
+        sim.at(there_at, lambda: sim.lost(self.peer, number))
 
     def cut(self, again: bool = True) -> None:
         number, self.connection.number = self.connection.number, 0
         if not number:
             return
         self.connection.last_arrival.clear()
-        world = self.world
-        world.after(world.source.uniform(0.0, 3.0), lambda: world.lost(self.peer, number))
+        sim = self.sim
+        sim.after(sim.source.uniform(0.0, 3.0), lambda: sim.lost(self.peer, number))
         if again:
             self.link_down()
-            world.after(world.source.uniform(0.05, 4.0), self.connect)
+            sim.after(sim.source.uniform(0.05, 4.0), self.connect)
 
 
 def lived(now: float, deadline: float | None) -> float:
-    """The time of a clock that has stood still: it meets a deadline that rounding alone keeps it from."""
+    """Time of a clock that has stood still. Rounding alone does not keep it from a deadline."""
     return deadline if deadline is not None and 0 < deadline - now < 1e-9 else now
 
 
 class Worker(Node):
-    def __init__(self, world: Simulation, worker_id: str, incarnation: int, slots: int, gpus: int) -> None:
-        super().__init__(world, f"{worker_id}/{incarnation}".encode())
+    def __init__(self, sim: Simulation, worker_id: str, incarnation: int, slots: int, gpus: int) -> None:
+        super().__init__(sim, f"{worker_id}/{incarnation}".encode())
         settings = w.Settings(
             worker_id,
             slots,
@@ -128,12 +128,12 @@ class Worker(Node):
             VERSIONS,
             str(incarnation),
             gpus=gpus,
-            drain_s=world.source.choice([0.0, 3.0, 8.0]),
+            drain_s=sim.source.choice([0.0, 3.0, 8.0]),
         )
         self.worker_id, self.slots, self.gpus = worker_id, slots, gpus
         self.still_until = self.still_s = 0.0
         self.held: list[w.Event] = []  # while it stands still
-        self.core = Agent(settings, world.now)
+        self.core = Agent(settings, sim.now)
         self.processes: dict[w.Key, Process] = {}
         self.tick_at: float | None = None
         self.connect()
@@ -150,14 +150,14 @@ class Worker(Node):
     def step(self, event: w.Event) -> None:
         if not self.alive:
             return
-        if self.still_until > self.world.now:
+        if self.still_until > self.sim.now:
             self.held.append(event)
             return
         events = deque([event])
         while events and self.alive:
-            self.world.changed = self.world.changed or not isinstance(events[0], w.Tick)
+            self.sim.changed = self.sim.changed or not isinstance(events[0], w.Tick)
             for effect in self.core.step(
-                events.popleft(), lived(self.world.now - self.still_s, self.core.next_deadline())
+                events.popleft(), lived(self.sim.now - self.still_s, self.core.next_deadline())
             ):
                 events.extend(self._perform(effect))
         self._arm()
@@ -166,7 +166,7 @@ class Worker(Node):
         deadline = self._deadline()
         if self.alive and deadline is not None and (self.tick_at is None or deadline < self.tick_at - 1e-9):
             self.tick_at = deadline
-            self.world.at(deadline, self._tick)
+            self.sim.at(deadline, self._tick)
 
     def _deadline(self) -> float | None:
         deadline = self.core.next_deadline()
@@ -174,10 +174,10 @@ class Worker(Node):
 
     def stand_still(self, seconds: float) -> None:
         """Stopped, as by SIGSTOP; its ranks run on. What happens meanwhile it hears of afterwards, before it looks at a clock."""
-        world = self.world
-        self.still_until = world.now + seconds
+        sim = self.sim
+        self.still_until = sim.now + seconds
         if seconds > SILENCE_S:
-            self.silenced(self.still_until, here_at=self.still_until, there_at=world.now + SILENCE_S)
+            self.silenced(self.still_until, here_at=self.still_until, there_at=sim.now + SILENCE_S)
 
         def goes_on() -> None:
             self.still_s += seconds
@@ -186,17 +186,17 @@ class Worker(Node):
                 self.step(event)
             self._arm()
 
-        world.at(self.still_until, goes_on)
+        sim.at(self.still_until, goes_on)
 
     def _tick(self) -> None:
         self.tick_at = None
-        if self.alive and self.still_until <= self.world.now:
+        if self.alive and self.still_until <= self.sim.now:
             self.step(w.Tick())
             deadline = self._deadline()
-            assert deadline is None or deadline > self.world.now, f"{self.worker_id} would spin: {deadline}"
+            assert deadline is None or deadline > self.sim.now, f"{self.worker_id} would spin: {deadline}"
 
     def _perform(self, effect: w.Effect) -> list[w.Event]:
-        world, source = self.world, self.world.source
+        sim, source = self.sim, self.sim.source
         if isinstance(effect, w.ToOrchestrator):
             if not self.send(effect.message):
                 return [w.LinkFull()]
@@ -204,51 +204,51 @@ class Worker(Node):
             process = self.processes.get(effect.key)
             if process is not None and process.heard is not effect.on:
                 process.heard = effect.on
-                world.after(0.001, lambda: self._read(process))
+                sim.after(0.001, lambda: self._read(process))
         elif isinstance(effect, w.Prepare):
             assign = effect.assign
             if source.random() < 0.03:
-                world.count("prepare failed")
+                sim.count("prepare failed")
                 failed = w.PrepareFailed(assign.job_id, assign.attempt, "no space left", source.random() < 0.3)
-                world.after(source.uniform(0, 0.5), lambda: self.step(failed))
+                sim.after(source.uniform(0, 0.5), lambda: self.step(failed))
             else:
                 done = w.Prepared(assign.job_id, assign.attempt, Path("/"), 1)
-                world.after(source.uniform(0, 0.5), lambda: self.step(done))
+                sim.after(source.uniform(0, 0.5), lambda: self.step(done))
         elif isinstance(effect, w.Spawn):
             return [self._spawn(effect)]
         elif isinstance(effect, w.SignalGroup):
             self._kill(effect)
         elif isinstance(effect, w.Exit):
             self.alive = False
-            world.ended_workers.add(self.worker_id)
+            sim.ended_workers.add(self.worker_id)
             for process in list(self.processes.values()):  # its shell kills what is left
-                self.world.ended(process, 0, 9)
+                self.sim.ended(process, 0, 9)
             self.processes.clear()
             self.cut(again=False)
-            world.after(source.uniform(0.5, 5.0), lambda: world.start_worker(self.worker_id, self.slots, self.gpus))
+            sim.after(source.uniform(0.5, 5.0), lambda: sim.start_worker(self.worker_id, self.slots, self.gpus))
         return []
 
     def _spawn(self, spawn: w.Spawn) -> w.Event:
-        world, source = self.world, self.world.source
+        sim, source = self.sim, self.sim.source
         key = spawn.assign.job_id, spawn.assign.attempt, spawn.member_id
-        world.pid_count += 1
-        process = Process(key, world.pid_count, 0 if source.random() < 0.93 else 3)
+        sim.pid_count += 1
+        process = Process(key, sim.pid_count, 0 if source.random() < 0.93 else 3)
         self.processes[key] = process
-        world.running(self, process)
+        sim.running(self, process)
         if spawn.assign.world_size > 1:
             join = m.Join(key[0], key[1], key[2], process.pid, "tcp://h:1")
-            world.after(source.uniform(0, 0.4), lambda: self._from(process, join))
+            sim.after(source.uniform(0, 0.4), lambda: self._from(process, join))
         if source.random() < 0.5:
             count = source.choice([1, 2, 4, 150])
             process.prints.extend(source.randrange(1, 65_536 if count < 150 else 32_768) for _ in range(count))
-            world.after(source.uniform(0, 1.0), lambda: self._read(process))
+            sim.after(source.uniform(0, 1.0), lambda: self._read(process))
 
         def ends() -> None:
             process.wants_to_end = True
             if not process.prints:
                 self.end(process, process.wants, 0)
 
-        world.after(source.choice([0.0, 0.3, 1.0, 4.0, 15.0]) * source.random(), ends)
+        sim.after(source.choice([0.0, 0.3, 1.0, 4.0, 15.0]) * source.random(), ends)
         return w.Spawned(key, process.pid)
 
     def _from(self, process: Process, message: m.Message) -> None:
@@ -259,17 +259,17 @@ class Worker(Node):
 
     def _read(self, process: Process) -> None:
         """Part of what it prints; a process cannot end before its pipe has been read."""
-        world = self.world
+        sim = self.sim
         if not self.alive or self.processes.get(process.key) is not process or not process.heard:
             return
-        if self.still_until > world.now:
-            world.at(self.still_until + 0.01, lambda: self._read(process))
+        if self.still_until > sim.now:
+            sim.at(self.still_until + 0.01, lambda: self._read(process))
             return
         if process.prints:
             size_bytes = process.prints.popleft()
-            world.printed[process.key] += size_bytes
+            sim.printed[process.key] += size_bytes
             self.step(w.Printed(process.key, "stdout", bytes(size_bytes)))
-            world.after(world.source.uniform(0.0005, 0.005), lambda: self._read(process))
+            sim.after(sim.source.uniform(0.0005, 0.005), lambda: self._read(process))
         elif process.wants_to_end:
             self.end(process, process.wants, 0)
 
@@ -277,38 +277,38 @@ class Worker(Node):
         process = self.processes.get(kill.key)
         if process is None or process.pid != kill.pid:
             return
-        source = self.world.source
+        source = self.sim.source
         if kill.signal == 15 and source.random() < 0.3:
             return  # it ignores that one
         delay = source.uniform(0, 0.2 if kill.signal == 9 else 1.0)
-        self.world.after(delay, lambda: self.end(process, 0, kill.signal))
+        self.sim.after(delay, lambda: self.end(process, 0, kill.signal))
 
     def end(self, process: Process, code: int, signal: int) -> None:
         if not self.alive or self.processes.get(process.key) is not process:
             return
         del self.processes[process.key]
-        self.world.ended(process, code, signal)
+        self.sim.ended(process, code, signal)
         self.step(w.ProcessExited(process.key, code, signal, False))
-        if self.world.source.random() < 0.9:  # else a grandchild holds its output open
+        if self.sim.source.random() < 0.9:  # else a grandchild holds its output open
             for stream in ("stdout", "stderr"):
                 self.step(w.Printed(process.key, stream, b""))
 
     def crash(self) -> None:
         self.alive = False
-        self.world.ended_workers.add(self.worker_id)
+        self.sim.ended_workers.add(self.worker_id)
         for process in self.processes.values():
-            self.world.ended(process, 0, 9)
+            self.sim.ended(process, 0, 9)
         self.processes.clear()
         self.cut(again=False)
-        world = self.world
-        world.after(world.source.uniform(0.3, 9.0), lambda: world.start_worker(self.worker_id, self.slots, self.gpus))
+        sim = self.sim
+        sim.after(sim.source.uniform(0.3, 9.0), lambda: sim.start_worker(self.worker_id, self.slots, self.gpus))
 
 
 class Client(Node):
     """Submits until it is acknowledged, watches what it has submitted, and notes all results and what was printed."""
 
-    def __init__(self, world: Simulation, name: str, attached: bool) -> None:
-        super().__init__(world, f"client/{name}".encode())
+    def __init__(self, sim: Simulation, name: str, attached: bool) -> None:
+        super().__init__(sim, f"client/{name}".encode())
         self.attached = attached
         self.jobs: dict[str, m.Submit] = {}
         self.in_order = OutputSequence()
@@ -324,24 +324,24 @@ class Client(Node):
         self.send(submit)
 
     def take(self, message: m.Message) -> None:
-        world = self.world
+        sim = self.sim
         if isinstance(message, m.Unknown):
             self.send(m.ClientHello(VERSIONS))
         elif isinstance(message, m.Welcome):
             for job_id, submit in self.jobs.items():
-                if job_id not in world.accepted and job_id not in world.rejected:
+                if job_id not in sim.accepted and job_id not in sim.rejected:
                     self.send(submit)
-                elif self.attached and job_id in world.accepted and job_id not in world.results:
+                elif self.attached and job_id in sim.accepted and job_id not in sim.results:
                     self.send(m.Submit(job_id, submit.world_size, submit.spec, True, options=submit.options))
-                elif job_id in world.accepted and job_id not in world.results:
+                elif job_id in sim.accepted and job_id not in sim.results:
                     self.send(m.WatchJob(job_id))
-        elif isinstance(message, m.Accepted) and message.job_id not in world.accepted:
-            world.accepted.add(message.job_id)
+        elif isinstance(message, m.Accepted) and message.job_id not in sim.accepted:
+            sim.accepted.add(message.job_id)
             self.send(m.WatchJob(message.job_id))
         elif isinstance(message, m.Rejected):
-            world.rejected.add(message.job_id)
+            sim.rejected.add(message.job_id)
         elif isinstance(message, m.JobEnded):
-            world.results.setdefault(message.job_id, []).append(message)
+            sim.results.setdefault(message.job_id, []).append(message)
         elif isinstance(message, m.Output):
             if self.in_order.is_next(message):
                 self.received[message.job_id, message.attempt, message.member_id] += len(message.data)
@@ -358,7 +358,7 @@ class Client(Node):
         while self.unsent and super().send(self.unsent[0]):
             self.unsent.popleft()
         if self.unsent:
-            self.world.after(0.05, self._flush)
+            self.sim.after(0.05, self._flush)
 
     def vanish(self) -> None:
         self.alive = False

@@ -11,13 +11,13 @@ from tests.sim.simulation import Simulation
 REACHED_WITHIN_S = 16.0  # a worker in trouble may run what was given up: until it is back, and has been told
 
 
-def check(world: Simulation) -> None:
+def check(sim: Simulation) -> None:
     """After every event."""
-    if world.core is not None:
-        _rooms(world)
-        _indexes(world)
-    _one_live_attempt(world)
-    for worker in world.workers.values():
+    if sim.core is not None:
+        _rooms(sim)
+        _indexes(sim)
+    _one_live_attempt(sim)
+    for worker in sim.workers.values():
         for process in worker.core.members.processes():
             output = process.output
             kept = sum(len(message.data) for message in output.sent) + sum(len(data) for _, data in output.unsent)
@@ -25,9 +25,9 @@ def check(world: Simulation) -> None:
             assert len(output.sent) <= UNDER_WAY, "too much is under way"
 
 
-def _rooms(world: Simulation) -> None:
-    assert world.core is not None
-    members, assignments = world.core.membership, world.core.assignments
+def _rooms(sim: Simulation) -> None:
+    assert sim.core is not None
+    members, assignments = sim.core.membership, sim.core.assignments
     free = total = 0
     for worker_id, worker in members.workers.items():
         room = members.rooms[worker_id]
@@ -52,8 +52,8 @@ def _rooms(world: Simulation) -> None:
     assert set(members.away) == lost, f"{set(members.away)} have a deadline, and {lost} are lost"
 
 
-def _indexes(world: Simulation) -> None:
-    core = world.core
+def _indexes(sim: Simulation) -> None:
+    core = sim.core
     assert core is not None
     members, assignments, jobs = core.membership, core.assignments, core.scheduler.jobs
     for job in jobs.values():
@@ -83,52 +83,52 @@ def _indexes(world: Simulation) -> None:
     assert clients.known >= set(clients.away) | set(clients.behind) | set(clients.pids)
 
 
-def _one_live_attempt(world: Simulation) -> None:
-    for job_id, attempts in world.live.items():
+def _one_live_attempt(sim: Simulation) -> None:
+    for job_id, attempts in sim.live.items():
         if len(attempts) < 2:
             continue
         newest = max(attempts)
         for attempt, processes in attempts.items():
             for worker, _ in processes if attempt != newest else ():
-                trouble = world.trouble_at.get(worker.worker_id, -1e9)
-                assert world.now - trouble < REACHED_WITHIN_S, (
+                trouble = sim.trouble_at.get(worker.worker_id, -1e9)
+                assert sim.now - trouble < REACHED_WITHIN_S, (
                     f"job {job_id}: attempts {attempt} (on {worker.worker_id}, which nothing ails) and {newest} run at once"
                 )
 
 
-def check_output(world: Simulation) -> None:
+def check_output(sim: Simulation) -> None:
     """What a job printed that succeeded, its client has, whatever happened to queues and connections."""
-    assert world.core is not None
-    for client in world.clients if not world.output_at_risk else ():
+    assert sim.core is not None
+    for client in sim.clients if not sim.output_at_risk else ():
         for job_id in client.jobs if client.attached and client.alive else ():
-            job = world.core.scheduler.jobs.get(job_id)
-            if job is not None and job.outcome == "succeeded" and not world.ended_workers & set(job.seats):
+            job = sim.core.scheduler.jobs.get(job_id)
+            if job is not None and job.outcome == "succeeded" and not sim.ended_workers & set(job.seats):
                 for rank in range(job.world_size):
                     key = job_id, job.attempt, rank
-                    assert client.received[key] == world.printed[key], (
-                        f"{key}: {client.received[key]} of {world.printed[key]}"
+                    assert client.received[key] == sim.printed[key], (
+                        f"{key}: {client.received[key]} of {sim.printed[key]}"
                     )
 
 
-def check_end(world: Simulation) -> None:
+def check_end(sim: Simulation) -> None:
     """Once everything is well again, and time has passed."""
-    core = world.core
+    core = sim.core
     assert core is not None
-    for job_id in world.accepted:
-        owner = next(client for client in world.clients if job_id in client.jobs)
+    for job_id in sim.accepted:
+        owner = next(client for client in sim.clients if job_id in client.jobs)
         job = core.scheduler.jobs.get(job_id)
         assert job is not None, f"job {job_id} was accepted and is lost"
         assert job.state is JobState.ENDED, (
             f"job {job_id} was accepted and is {job.state.name}: {job.waits_for or job.reason}"
         )
-        results = {(ended.reason, ended.cause) for ended in world.results.get(job_id, [])}
-        assert len(results) <= 1 or job_id in world.forgotten, f"job {job_id} has several results: {results}"
+        results = {(ended.reason, ended.cause) for ended in sim.results.get(job_id, [])}
+        assert len(results) <= 1 or job_id in sim.forgotten, f"job {job_id} has several results: {results}"
         assert results or not owner.alive, f"nobody was told of the end of job {job_id}"
         if job.outcome == "succeeded":
-            exits = world.exits.get((job_id, job.attempt), {})
+            exits = sim.exits.get((job_id, job.attempt), {})
             assert len(exits) == job.world_size, f"job {job_id} succeeded without all its ranks"
             assert all(status == (0, 0) for status in exits.values()), f"job {job_id} succeeded with {exits}"
-    assert not any(world.live.values()), f"processes are left: {world.live}"
-    check_output(world)
-    for worker in world.workers.values():
+    assert not any(sim.live.values()), f"processes are left: {sim.live}"
+    check_output(sim)
+    for worker in sim.workers.values():
         assert not worker.core.members.attempts, f"{worker.worker_id} still holds {list(worker.core.members.attempts)}"

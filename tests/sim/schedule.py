@@ -31,58 +31,58 @@ FAULTS = (
 
 def run(seed: int) -> tuple[Counter[str], int]:
     """(faults that fired, events). Raises AssertionError that tells the seed and the last events."""
-    world, events = run_with(seed, FAULTS)
-    return world.faults, events
+    sim, events = run_with(seed, FAULTS)
+    return sim.faults, events
 
 
 def run_with(seed: int, faults: Sequence[str]) -> tuple[Simulation, int]:
-    """With faults of these kinds only: (the world at the end, events)."""
-    world = Simulation(seed)
+    """With faults of these kinds only: (the simulation at the end, events)."""
+    sim = Simulation(seed)
     events = 0
     try:
-        _furnish(world, faults)
-        while world.now < FAULTS_S and world.step():
+        _furnish(sim, faults)
+        while sim.now < FAULTS_S and sim.step():
             events += 1
-            _check(world)
-        _heal(world)
-        until = world.now + WELL_S
-        while world.now < until and world.step():
+            _check(sim)
+        _heal(sim)
+        until = sim.now + WELL_S
+        while sim.now < until and sim.step():
             events += 1
-            _check(world)
-            if world.now > FAULTS_S + 60 and _settled(world):
+            _check(sim)
+            if sim.now > FAULTS_S + 60 and _settled(sim):
                 break
-        check_end(world)
+        check_end(sim)
     except Exception as error:
-        trace = "\n".join(world.trace)
+        trace = "\n".join(sim.trace)
         raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}\nthe last events:\n{trace}") from error
-    return world, events
+    return sim, events
 
 
-def _check(world: Simulation) -> None:
+def _check(sim: Simulation) -> None:
     """After each event that changed something that the rules look at."""
-    if world.changed:
-        world.changed = False
-        check(world)
+    if sim.changed:
+        sim.changed = False
+        check(sim)
 
 
-def _furnish(world: Simulation, faults: Sequence[str]) -> None:
-    source = world.source
+def _furnish(sim: Simulation, faults: Sequence[str]) -> None:
+    source = sim.source
     for number in range(source.randint(2, 4)):
         slots, gpus = source.randint(1, 3), source.choice([0, 0, 1])
-        world.after(source.uniform(0, 3), lambda n=number, s=slots, g=gpus: world.start_worker(f"w{n}", s, g))
+        sim.after(source.uniform(0, 3), lambda n=number, s=slots, g=gpus: sim.start_worker(f"w{n}", s, g))
     for number in range(source.randint(1, 3)):
-        world.clients.append(Client(world, str(number), attached=source.random() < 0.4))
+        sim.clients.append(Client(sim, str(number), attached=source.random() < 0.4))
     for number in range(source.randint(4, 12)):
-        client = source.choice(world.clients)
-        submit = _job(world, f"j{number}", client.attached)
-        world.after(source.uniform(0, FAULTS_S * 0.8), lambda c=client, s=submit: c.submit(s) if c.alive else None)
+        client = source.choice(sim.clients)
+        submit = _job(sim, f"j{number}", client.attached)
+        sim.after(source.uniform(0, FAULTS_S * 0.8), lambda c=client, s=submit: c.submit(s) if c.alive else None)
     for _ in range(source.randint(2, 9)):
         fault = source.choice(faults)
-        world.after(source.uniform(0.5, FAULTS_S), lambda f=fault: _strike(world, f))
+        sim.after(source.uniform(0.5, FAULTS_S), lambda f=fault: _strike(sim, f))
 
 
-def _job(world: Simulation, job_id: str, attached: bool) -> m.Submit:
-    source = world.source
+def _job(sim: Simulation, job_id: str, attached: bool) -> m.Submit:
+    source = sim.source
     options = m.JobOptions(
         priority=source.choice([0, 0, 0, 5, -5]),
         policy=source.choice(["", "", "round-robin", "least-loaded"]),
@@ -94,76 +94,76 @@ def _job(world: Simulation, job_id: str, attached: bool) -> m.Submit:
     return m.Submit(job_id, source.choice([1, 1, 1, 2, 3]), spec, detached=not attached, options=options)
 
 
-def _strike(world: Simulation, fault: str) -> None:
-    source = world.source
-    workers = [worker for worker in world.workers.values() if worker.alive]
+def _strike(sim: Simulation, fault: str) -> None:
+    source = sim.source
+    workers = [worker for worker in sim.workers.values() if worker.alive]
     worker = source.choice(workers) if workers else None
-    client = source.choice(world.clients)
+    client = source.choice(sim.clients)
     if fault == "cut":
         node = source.choice([*workers, client])
-        world.count("cut")
+        sim.count("cut")
         if node in workers:
-            world.trouble_at[node.worker_id] = world.now  # type: ignore[union-attr]
+            sim.trouble_at[node.worker_id] = sim.now  # type: ignore[union-attr]
         node.cut()
     elif fault == "silence" and worker:
-        world.count("silence")
-        worker.connection.silent_until = world.now + source.uniform(1.0, 9.0)
-        world.trouble_at[worker.worker_id] = worker.connection.silent_until
+        sim.count("silence")
+        worker.connection.silent_until = sim.now + source.uniform(1.0, 9.0)
+        sim.trouble_at[worker.worker_id] = worker.connection.silent_until
     elif fault == "worker crash" and worker:
-        world.count("worker crash")
+        sim.count("worker crash")
         worker.crash()
-    elif fault == "orchestrator crash" and world.core:
-        world.count("orchestrator crash")
-        world.crash_orchestrator()
-    elif fault == "orchestrator mid-turn" and world.core:
-        world.dies_after = source.randint(0, 4)
+    elif fault == "orchestrator crash" and sim.core:
+        sim.count("orchestrator crash")
+        sim.crash_orchestrator()
+    elif fault == "orchestrator mid-turn" and sim.core:
+        sim.dies_after = source.randint(0, 4)
     elif fault == "disk":
-        world.count("disk full")
-        world.disk_refuses = True
-        world.after(source.uniform(0.5, 5.0), lambda: setattr(world, "disk_refuses", False))
+        sim.count("disk full")
+        sim.disk_refuses = True
+        sim.after(source.uniform(0.5, 5.0), lambda: setattr(sim, "disk_refuses", False))
     elif fault == "drain by signal" and worker:
-        world.count("drain by signal")
+        sim.count("drain by signal")
         from fleet.worker.state import Shutdown
 
         worker.step(Shutdown(drain=True))
     elif fault == "drain by name" and worker:
-        world.count("drain by name")
+        sim.count("drain by name")
         client.send(m.Drain(worker.worker_id, source.choice([0.0, 2.0])))
-        world.after(source.uniform(3, 10), lambda: client.send(m.Drain(worker.worker_id, undo=True)))
-    elif fault == "cancel" and world.accepted:
-        world.count("cancel")
-        job_id = source.choice(sorted(world.accepted))
+        sim.after(source.uniform(3, 10), lambda: client.send(m.Drain(worker.worker_id, undo=True)))
+    elif fault == "cancel" and sim.accepted:
+        sim.count("cancel")
+        job_id = source.choice(sorted(sim.accepted))
         client.send(m.Cancel(job_id, kill=source.random() < 0.5))
-    elif fault == "client gone" and len([c for c in world.clients if c.alive]) > 1 and client.alive:
-        world.count("client gone")
+    elif fault == "client gone" and len([c for c in sim.clients if c.alive]) > 1 and client.alive:
+        sim.count("client gone")
         client.vanish()
     elif fault == "queue full":
         node = source.choice([*workers, client])
         way = source.choice(["up", "down"])
-        world.count(f"queue full, {way}")
-        node.connection.full_until[way] = world.now + source.choice([0.05, 0.5, 3.0]) * source.random()
+        sim.count(f"queue full, {way}")
+        node.connection.full_until[way] = sim.now + source.choice([0.05, 0.5, 3.0]) * source.random()
         if node in workers:
-            world.trouble_at[node.worker_id] = world.now  # type: ignore[union-attr]
-    elif fault == "orchestrator stands still" and world.core and world.still_until <= world.now:
-        world.count("orchestrator stands still")
+            sim.trouble_at[node.worker_id] = sim.now  # type: ignore[union-attr]
+    elif fault == "orchestrator stands still" and sim.core and sim.still_until <= sim.now:
+        sim.count("orchestrator stands still")
         seconds = source.uniform(0.5, 12.0)
-        world.stand_still(seconds)
+        sim.stand_still(seconds)
         for each in workers:
-            world.trouble_at[each.worker_id] = world.still_until
-    elif fault == "worker stands still" and worker and worker.still_until <= world.now:
-        world.count("worker stands still")
+            sim.trouble_at[each.worker_id] = sim.still_until
+    elif fault == "worker stands still" and worker and worker.still_until <= sim.now:
+        sim.count("worker stands still")
         worker.stand_still(source.uniform(0.5, 12.0))
-        world.trouble_at[worker.worker_id] = worker.still_until
+        sim.trouble_at[worker.worker_id] = worker.still_until
     elif fault == "nonsense" and worker:
-        world.count("nonsense")
-        for message in _nonsense(world):
+        sim.count("nonsense")
+        for message in _nonsense(sim):
             source.choice([worker, client]).send(message)
 
 
-def _nonsense(world: Simulation) -> list[m.Message]:
+def _nonsense(sim: Simulation) -> list[m.Message]:
     """Of the right kind, and about nothing that there is, or from the wrong side."""
-    job_id = world.source.choice(["j0", "j1", "none", ""])
-    attempt, rank = world.source.choice([0, 1, 99]), world.source.choice([-1, 0, 7])
+    job_id = sim.source.choice(["j0", "j1", "none", ""])
+    attempt, rank = sim.source.choice([0, 1, 99]), sim.source.choice([-1, 0, 7])
     status = m.RankStatus(99, "w0", "h", 1, 0)
     return [
         m.OutputAck(job_id, attempt, 99, 1 << 40),
@@ -179,21 +179,21 @@ def _nonsense(world: Simulation) -> list[m.Message]:
     ]
 
 
-def _heal(world: Simulation) -> None:
+def _heal(sim: Simulation) -> None:
     """From here on nothing more goes wrong, and there is room for every job."""
-    world.disk_refuses = False
-    world.dies_after = None
+    sim.disk_refuses = False
+    sim.dies_after = None
     for number in range(3):
-        world.start_worker(f"spare{number}", 6, 3)
-    for worker_id in world.core.membership.drained if world.core else ():
-        for client in world.clients:
+        sim.start_worker(f"spare{number}", 6, 3)
+    for worker_id in sim.core.membership.drained if sim.core else ():
+        for client in sim.clients:
             client.send(m.Drain(worker_id, undo=True))
 
 
-def _settled(world: Simulation) -> bool:
-    if world.core is None or any(world.live.values()):
+def _settled(sim: Simulation) -> bool:
+    if sim.core is None or any(sim.live.values()):
         return False
-    if any(worker.core.members.attempts for worker in world.workers.values()):
+    if any(worker.core.members.attempts for worker in sim.workers.values()):
         return False
-    jobs = [world.core.scheduler.jobs.get(job_id) for job_id in world.accepted]
+    jobs = [sim.core.scheduler.jobs.get(job_id) for job_id in sim.accepted]
     return all(job is not None and job.outcome for job in jobs)

@@ -1,8 +1,8 @@
-"""Virtual time, the network, the disk and the machines around the real cores. One seed is one schedule, always the same.
+"""Virtual time, network, disk and machines around the real cores. One seed is one schedule, always the same.
 
-The network is what ZeroMQ over TCP gives: in order on a connection; a cut loses what is under way, and each side hears of it
-in its own time; a silence holds everything up, and then all of it comes at once. Messages may come twice. The disk and the
-order of writing and sending are those of orchestrator/service.py, and the orchestrator may die at any point of it.
+The network is that of ZeroMQ over TCP. A connection keeps the order of its messages. A cut loses those under way, and each side
+hears of the cut in its own time. A silence holds all messages up, and then they come at once. Messages may come twice. The order
+of writing and sending is the journal's, as in orchestrator/service.py, and the orchestrator may die at any point of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TRACE = 60
 
 
 class Simulation:
-    """Everything, and the clock. `step` takes one event; who calls it checks what must hold: rules.py."""
+    """A cluster, and its clock. `step` takes one event; rules.py says what must hold after each."""
 
     def __init__(self, seed: int) -> None:
         self.source = random.Random(seed)

@@ -57,10 +57,10 @@ def test_an_orchestrator_that_stands_still_takes_it_out_on_nobody() -> None:
     """Whether its connections broke meanwhile or not: its own silence is not its workers'."""
     fired = 0
     for seed in range(60):
-        world, _ = run_with(seed, ["orchestrator stands still"])
-        fired += world.faults["orchestrator stands still"]
-        assert world.core is not None
-        assert world.core.counts.workers_lost == 0, "\n".join([f"seed {seed}", *world.trace])
-        lost = {job.job_id: job.history for job in world.core.scheduler.jobs.values() if job.losses and job.history}
+        sim, _ = run_with(seed, ["orchestrator stands still"])
+        fired += sim.faults["orchestrator stands still"]
+        assert sim.core is not None
+        assert sim.core.counts.workers_lost == 0, "\n".join([f"seed {seed}", *sim.trace])
+        lost = {job.job_id: job.history for job in sim.core.scheduler.jobs.values() if job.losses and job.history}
         assert all("cannot start it" in entry for history in lost.values() for entry in history), lost
     assert fired > 60
