@@ -204,12 +204,12 @@ def restart_s(workers: int) -> float:
     started = time.perf_counter()
     again = Core(VERSIONS, durable=True)
     again.recall([recalled(data, 0.0) for data in records.values()], (), 1.0)
-    seats = {job.seats[0]: job.job_id for job in again.jobs.values()}
+    seats = {job.seats[0]: job.job_id for job in again.scheduler.jobs.values()}
     for number in range(workers):
         message = hello(number, ((seats[f"worker-{number}"], 1),))
         again.step(Received(peer(message.worker_id), message), 1.0)
         again.next_deadline()
-    assert not again.missed
+    assert not again.membership.missed
     return time.perf_counter() - started
 
 
