@@ -129,7 +129,7 @@ class Arena:
         self._views: dict[Any, list[Array]] = {}
 
     def begin(self, call: bytes, tag: int) -> None:
-        """A collective begins: the others can read what this rank calls, and will find it in its words."""
+        """An operation begins: the others can read this rank's call, and find its tag in the words that follow."""
         self._begun_count += 1
         # Of all calls so far: roots that wait for nobody are told apart by the next collective.
         self._tag = (self._tag * 31 + tag) & _TAG_MASK

@@ -17,6 +17,16 @@ def check_rank(rank: int, name: str, world_size: int) -> None:
         raise UsageError(f"{name} is {rank}: ranks of this world are 0 to {world_size - 1}")
 
 
+def check_ranks(ranks: Sequence[int], rank: int, world_size: int) -> None:
+    """Raises UsageError for ranks that can form no communicator with this one."""
+    for other in ranks:
+        check_rank(other, "a rank of ranks", world_size)
+    if len(set(ranks)) < len(ranks):
+        raise UsageError(f"ranks is {list(ranks)}: each rank may be in it once")
+    if rank not in ranks:
+        raise UsageError(f"ranks is {list(ranks)}: only its members call this, and this is rank {rank}")
+
+
 def check_peer(peer: int, name: str, tag: int, rank: int, world_size: int) -> None:
     check_rank(peer, name, world_size)
     check_tag(tag)

@@ -129,6 +129,9 @@ class SubChannel:
         self._channel = channel
         self._ranks = tuple(ranks)
 
+    def begin(self, sequence: int, call: bytes) -> None:
+        self._channel.begin(sequence, call)
+
     def send(
         self,
         peer: int,

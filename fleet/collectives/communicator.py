@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
 from time import monotonic
@@ -20,21 +21,26 @@ from fleet.collectives.arguments import (
     check_parts,
     check_peer,
     check_rank,
+    check_ranks,
     check_tag,
     parts_of,
     splits_of,
 )
-from fleet.collectives.base import Base, Op
-from fleet.collectives.buffer import Buffer, as_buffer
-from fleet.collectives.operation import Operation
-from fleet.collectives.paths import IDS_PER_COMMUNICATOR, FormingCall
+from fleet.collectives.buffer import as_buffer
+from fleet.collectives.endpoint import Endpoint, FormingCall
+from fleet.collectives.operation import Signatures
+from fleet.collectives.path import all_to_all_uneven
 from fleet.collectives.point_to_point import in_background
+from fleet.collectives.reduce import PremulSum
 from fleet.collectives.work import Work
 from fleet.errors import UsageError
 
+Op = str | PremulSum
+CLOSE_WITHIN_S = 1.0
 
-class Communicator(Base):
-    """This rank's end of a world. Made by `fleet.init()`, and by `split` of another one.
+
+class Communicator:
+    """This rank's end of a world. Made by `fleet.init()`, and by `split` and `subgroup` of another one.
 
     x and out are NumPy arrays or torch CPU tensors of a bool, integer, floating or complex dtype, of any shape and
     layout; every rank passes the same shape and dtype. x may overlap out: it is copied then. Masked arrays, and views to be
@@ -51,6 +57,27 @@ class Communicator(Base):
     After all but the first the communicator is broken, what was to be written is undefined, and further calls raise again.
     """
 
+    def __init__(self, endpoint: Endpoint, local_rank: int = 0) -> None:
+        self.rank = endpoint.rank
+        self.world_size = len(endpoint.members)
+        self.local_rank = local_rank
+        self.generation = endpoint.fabric.generation.world.generation if endpoint.fabric is not None else 0
+        self._endpoint = endpoint
+        self._path = endpoint.path
+        self._conductor = endpoint.conductor
+        self._signatures = Signatures(self.world_size)
+        self._children: list[Communicator] = []
+        self._child_counts: Counter[tuple[int, ...]] = Counter()  # by their members
+
+    @property
+    def timeout_s(self) -> float:
+        """The deadline of calls that give none of their own."""
+        return self._conductor.timeout_s
+
+    @timeout_s.setter
+    def timeout_s(self, value: float) -> None:
+        self._conductor.timeout_s = value
+
     # Reductions
 
     def all_reduce(
@@ -65,16 +92,8 @@ class Communicator(Base):
         values; it halves the bytes, and has no effect where ranks share memory.
         """
         buffer = as_buffer(x, "x", written=True)
-        call = self._reduction("all_reduce", op, buffer, wire=wire)
-
-        def act(operation: Operation) -> None:
-            if self._path is not None:
-                self._path.all_reduce(operation, buffer.flat)
-            elif operation.kernel.finishes:
-                operation.kernel.finish_alone(buffer.flat)
-            buffer.write_back()
-
-        return self._conductor.run(call, act, timeout_s, async_op, wire)
+        signature = self._signatures.reduction("all_reduce", op, buffer, wire=wire)
+        return self._conductor.run(signature, self._path.all_reduce, (buffer.flat,), buffer, timeout_s, async_op)
 
     def reduce(
         self, x: Any, root: int = 0, op: Op = "sum", *, timeout_s: float | None = None, async_op: bool = False
@@ -82,19 +101,8 @@ class Communicator(Base):
         """Combines x over all ranks into root's x; on the others, x stays as it is. op: see all_reduce."""
         check_rank(root, "root", self.world_size)
         buffer = as_buffer(x, "x", written=self.rank == root)
-        call = self._reduction("reduce", op, buffer, root)
-
-        def act(operation: Operation) -> None:
-            if self._path is not None:
-                # Paths may use a rank's memory for partial results, which only root's is there for.
-                flat = buffer.flat if self.rank == root else buffer.flat.copy()
-                self._path.reduce(operation, flat, root)
-            elif operation.kernel.finishes:
-                operation.kernel.finish_alone(buffer.flat)
-            if self.rank == root:
-                buffer.write_back()
-
-        return self._conductor.run(call, act, timeout_s, async_op)
+        signature = self._signatures.reduction("reduce", op, buffer, root)
+        return self._conductor.run(signature, self._path.reduce, (buffer.flat, root), buffer, timeout_s, async_op)
 
     def reduce_scatter(
         self, out: Any, x: Any, op: Op = "sum", *, timeout_s: float | None = None, async_op: bool = False
@@ -105,18 +113,11 @@ class Communicator(Base):
         """
         target, whole = as_buffer(out, "out", written=True), as_buffer(x, "x", written=False)
         check_parts("x", whole, "out", target, self.world_size)
-        call, whole = self._reduction("reduce_scatter", op, whole), whole.apart_from(target)
-
-        def act(operation: Operation) -> None:
-            parts = parts_of(whole.flat, self.world_size)
-            if self._path is not None:
-                self._path.reduce_scatter(operation, target.flat, parts)
-            else:
-                target.flat[:] = parts[0]
-                operation.kernel.finish_alone(target.flat)
-            target.write_back()
-
-        return self._conductor.run(call, act, timeout_s, async_op)
+        signature = self._signatures.reduction("reduce_scatter", op, whole)
+        parts = parts_of(whole.apart_from(target).flat, self.world_size)
+        return self._conductor.run(
+            signature, self._path.reduce_scatter, (target.flat, parts), target, timeout_s, async_op
+        )
 
     def scan(self, x: Any, op: Op = "sum", *, timeout_s: float | None = None, async_op: bool = False) -> Work | None:
         """Combines x over the ranks up to and with this one, in place. op: see all_reduce, but mean."""
@@ -134,13 +135,8 @@ class Communicator(Base):
         """Gives every rank root's x, in place."""
         check_rank(root, "root", self.world_size)
         buffer = as_buffer(x, "x", written=self.rank != root)
-
-        def act(operation: Operation) -> None:
-            if self._path is not None:
-                self._path.broadcast(operation, buffer.flat, root)
-            buffer.write_back()
-
-        return self._conductor.run(self._move("broadcast", buffer, root), act, timeout_s, async_op)
+        signature = self._signatures.move("broadcast", buffer.dtype, buffer.shape, root)
+        return self._conductor.run(signature, self._path.broadcast, (buffer.flat, root), buffer, timeout_s, async_op)
 
     def all_gather(self, out: Any, x: Any, *, timeout_s: float | None = None, async_op: bool = False) -> Work | None:
         """Puts every rank's x into out, one after the other along dimension 0, in the order of the ranks.
@@ -149,17 +145,9 @@ class Communicator(Base):
         """
         target, mine = as_buffer(out, "out", written=True), as_buffer(x, "x", written=False)
         check_parts("out", target, "x", mine, self.world_size)
-        mine = mine.apart_from(target)
-
-        def act(operation: Operation) -> None:
-            parts = parts_of(target.flat, self.world_size)
-            if self._path is not None:
-                self._path.all_gather(operation, parts, mine.flat)
-            else:
-                parts[0][:] = mine.flat
-            target.write_back()
-
-        return self._conductor.run(self._move("all_gather", mine), act, timeout_s, async_op)
+        signature = self._signatures.move("all_gather", mine.dtype, mine.shape)
+        arguments = parts_of(target.flat, self.world_size), mine.apart_from(target).flat
+        return self._conductor.run(signature, self._path.all_gather, arguments, target, timeout_s, async_op)
 
     def gather(
         self, out: Any, x: Any, root: int = 0, *, timeout_s: float | None = None, async_op: bool = False
@@ -170,18 +158,10 @@ class Communicator(Base):
         target = as_buffer(out, "out", written=True) if self.rank == root else None
         if target is not None:
             check_parts("out", target, "x", mine, self.world_size)
-        mine = mine.apart_from(target)
-
-        def act(operation: Operation) -> None:
-            parts = parts_of(target.flat, self.world_size) if target is not None else None
-            if self._path is not None:
-                self._path.gather(operation, parts, mine.flat, root)
-            elif parts is not None:
-                parts[0][:] = mine.flat
-            if target is not None:
-                target.write_back()
-
-        return self._conductor.run(self._move("gather", mine, root), act, timeout_s, async_op)
+        signature = self._signatures.move("gather", mine.dtype, mine.shape, root)
+        parts = parts_of(target.flat, self.world_size) if target is not None else None
+        arguments = parts, mine.apart_from(target).flat, root
+        return self._conductor.run(signature, self._path.gather, arguments, target, timeout_s, async_op)
 
     def scatter(
         self, out: Any, x: Any, root: int = 0, *, timeout_s: float | None = None, async_op: bool = False
@@ -196,16 +176,10 @@ class Communicator(Base):
         if whole is not None:
             check_parts("x", whole, "out", target, self.world_size)
             whole = whole.apart_from(target)
-
-        def act(operation: Operation) -> None:
-            parts = parts_of(whole.flat, self.world_size) if whole is not None else None
-            if self._path is not None:
-                self._path.scatter(operation, target.flat, parts, root)
-            elif parts is not None:
-                target.flat[:] = parts[0]
-            target.write_back()
-
-        return self._conductor.run(self._move("scatter", target, root), act, timeout_s, async_op)
+        signature = self._signatures.move("scatter", target.dtype, target.shape, root)
+        parts = parts_of(whole.flat, self.world_size) if whole is not None else None
+        arguments = target.flat, parts, root
+        return self._conductor.run(signature, self._path.scatter, arguments, target, timeout_s, async_op)
 
     def all_to_all(
         self,
@@ -231,27 +205,17 @@ class Communicator(Base):
             )
         into = splits_of("out", target, out_splits, self.world_size)
         parts = splits_of("x", whole.apart_from(target), x_splits, self.world_size)
-        even = out_splits is None and x_splits is None
-        call = self._move("all_to_all", Buffer(whole.flat, whole.dtype, whole.shape if even else whole.shape[1:]))
-
-        def act(operation: Operation) -> None:
-            if self._path is None:
-                into[0][:] = parts[0]
-            else:
-                longest = len(parts[0]) if even else self._agree_on_splits(operation, into, parts)
-                self._path.all_to_all(operation, into, parts, longest)
-            target.write_back()
-
-        return self._conductor.run(call, act, timeout_s, async_op)
+        if out_splits is None and x_splits is None:
+            signature = self._signatures.move("all_to_all", whole.dtype, whole.shape)
+            even = into, parts, len(parts[0])
+            return self._conductor.run(signature, self._path.all_to_all, even, target, timeout_s, async_op)
+        signature = self._signatures.move("all_to_all", whole.dtype, whole.shape[1:])
+        uneven = self._path, into, parts
+        return self._conductor.run(signature, all_to_all_uneven, uneven, target, timeout_s, async_op)
 
     def barrier(self, *, timeout_s: float | None = None, async_op: bool = False) -> Work | None:
         """Returns once every rank has called it."""
-
-        def act(operation: Operation) -> None:
-            if self._path is not None:
-                self._path.barrier(operation)
-
-        return self._conductor.run(self._barrier, act, timeout_s, async_op)
+        return self._conductor.run(self._signatures.barrier, self._path.barrier, (), None, timeout_s, async_op)
 
     # Between two ranks
 
@@ -264,9 +228,9 @@ class Communicator(Base):
         """
         check_peer(dst, "dst", tag, self.rank, self.world_size)
         buffer = as_buffer(x, "x", written=False)
-        self._conductor.check_usable()
-        assert self._points is not None
-        return self._points.send(buffer, dst, tag, self._limit(timeout_s), async_op)
+        self._endpoint.order.check_usable()
+        assert self._endpoint.point_to_point is not None  # there is another rank
+        return self._endpoint.point_to_point.send(buffer, dst, tag, self._limit(timeout_s), async_op)
 
     def recv(
         self, x: Any, src: int | None = None, tag: int = 0, *, timeout_s: float | None = None, async_op: bool = False
@@ -280,14 +244,14 @@ class Communicator(Base):
             check_peer(src, "src", tag, self.rank, self.world_size)
         check_tag(tag)
         buffer = as_buffer(x, "x", written=True)
-        self._conductor.check_usable()
-        points, limit_s = self._points, self._limit(timeout_s)
-        if points is None:
+        self._endpoint.order.check_usable()
+        point_to_point, limit_s = self._endpoint.point_to_point, self._limit(timeout_s)
+        if point_to_point is None:
             raise UsageError("there is no other rank to receive from")
         if not async_op:
-            return points.recv(buffer, src, tag, limit_s)
+            return point_to_point.recv(buffer, src, tag, limit_s)
         work = Work()
-        in_background(lambda: points.recv(buffer, src, tag, limit_s), work)
+        in_background(lambda: point_to_point.recv(buffer, src, tag, limit_s), work)
         return work
 
     # Objects, communicators, memory
@@ -327,24 +291,20 @@ class Communicator(Base):
         mine = np.array([-1 if color is None else color, key])
         table = np.empty((self.world_size, 2), np.int64)
         self.all_gather(table, mine, timeout_s=timeout_s)
-        self._split_count += 1
         if color is None:
             return None
         ranks = sorted((int(key), rank) for rank, (other, key) in enumerate(table) if other == color)
-        members = [self._members[rank] for _, rank in ranks]
-        name = f"{self._communicator_id}/{self._split_count}/{color}".encode()
-        communicator_id = int.from_bytes(blake2b(name, digest_size=4).digest(), "little") // IDS_PER_COMMUNICATOR
-        child = Communicator(
-            members.index(self._members[self.rank]),
-            members,
-            self._fabric,
-            communicator_id=communicator_id * IDS_PER_COMMUNICATOR or IDS_PER_COMMUNICATOR,
-            timeout_s=self._conductor.timeout_s,
-            local_rank=self.local_rank,
-            forming=FormingCall(f"split(color={color})", max(0.0, deadline - monotonic())),
-        )
-        self._children.append(child)
-        return child
+        return self._child(f"split(color={color})", [rank for _, rank in ranks], deadline)
+
+    def subgroup(self, ranks: Sequence[int], *, timeout_s: float | None = None) -> Communicator:
+        """A communicator of these ranks, numbered in the order of the list. Called by them alone, with the same list.
+
+        Ranks that are in several subgroups make them in the same order. The new one lives as long as this one.
+        """
+        ranks = [int(rank) for rank in ranks]
+        check_ranks(ranks, self.rank, self.world_size)
+        self._endpoint.order.check_usable()
+        return self._child(f"subgroup({ranks})", ranks, monotonic() + self._limit(timeout_s))
 
     def empty(self, shape: int | Sequence[int], dtype: Any = "float32", *, timeout_s: float | None = None) -> Any:
         """A zeroed tensor that lies in memory shared with the ranks of this host: all_reduce of it needs no staging copy.
@@ -361,28 +321,71 @@ class Communicator(Base):
         deadline = monotonic() + self._limit(timeout_s)
         # Also a check that all ranks ask for the same.
         self.barrier(timeout_s=timeout_s)
-        data = self._shared_bytes(size, deadline) if self._path is not None and size else np.zeros(size, np.uint8)
+        data = self._endpoint.shared_bytes(size, deadline)
         if torch_dtype is None:
             return data.view(dtype).reshape(shape)
         import torch
 
         return torch.from_numpy(data).view(torch_dtype).reshape(shape)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._endpoint.order.closed
+
+    def close(self) -> None:
+        """Ends this rank's part; what was sent is still delivered. Happens by itself at exit.
+
+        What is queued has a second to end, all communicators together.
+        """
+        self._close_by(monotonic() + CLOSE_WITHIN_S)
+
+    def _close_by(self, deadline: float) -> None:
+        for child in self._children:
+            child._close_by(deadline)
+        self._endpoint.close(deadline)
+
     def _scan(self, name: str, x: Any, op: Op, timeout_s: float | None, async_op: bool) -> Work | None:
         if op == "mean":
             raise UsageError(f"{name} knows no mean: divide the sum by rank + 1")
         buffer = as_buffer(x, "x", written=True)
+        signature = self._signatures.reduction(name, op, buffer)
+        arguments = buffer.flat, name == "exscan"
+        return self._conductor.run(signature, self._path.scan, arguments, buffer, timeout_s, async_op)
 
-        def act(operation: Operation) -> None:
-            if self._path is not None:
-                self._path.scan(operation, buffer.flat, name == "exscan")
-            elif name == "scan":
-                operation.kernel.finish_alone(buffer.flat)
-            buffer.write_back()
+    def _child(self, call: str, ranks: Sequence[int], deadline: float) -> Communicator:
+        """A communicator of some of these ranks, which all make it at the same time."""
+        endpoint = self._endpoint
+        members = tuple(endpoint.members[rank] for rank in ranks)
+        self._child_counts[members] += 1
+        child = Endpoint(
+            endpoint.fabric,
+            members,
+            ranks.index(self.rank),
+            child_id(endpoint.communicator_id, members, self._child_counts[members]),
+            self.timeout_s,
+            FormingCall(call, max(0.0, deadline - monotonic())),
+        )
+        self._children.append(Communicator(child, self.local_rank))
+        return self._children[-1]
 
-        return self._conductor.run(self._reduction(name, op, buffer), act, timeout_s, async_op)
+    def _limit(self, timeout_s: float | None) -> float:
+        return self._conductor.timeout_s if timeout_s is None else timeout_s
+
+
+def child_id(parent_id: int, members: Sequence[int], number: int) -> int:
+    """The id of the number-th communicator of these members that was made of the parent.
+
+    The parent, the list and the number differ between any two communicators of a world, and all members know them without
+    asking each other. The id is a hash of them, of 61 bits: two are equal by chance once in 2e18 pairs. No message goes to a
+    wrong communicator even then: a rank that is in both refuses the second (Inbox.add), and ranks that are in one each send
+    nothing to each other in it. The id is even, since point-to-point messages use the number after it, and above all numbers
+    that a world uses for itself.
+    """
+    name = f"{parent_id:x}/{number}/{','.join(map(str, members))}".encode()
+    return 1 << 62 | int.from_bytes(blake2b(name, digest_size=8).digest(), "little") % (1 << 62) & ~1
 
 
 def alone(timeout_s: float) -> Communicator:
     """The communicator of a process outside `fleet run`: a world of one."""
-    return Communicator(0, [0], None, timeout_s=timeout_s)
+    return Communicator(Endpoint(None, timeout_s=timeout_s))

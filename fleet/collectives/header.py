@@ -1,6 +1,6 @@
 """The head of every tensor message, and the call that it belongs to. Knows bytes and names, no socket and no rank's state.
 
-    magic 4 · world id u64 · communicator u32 · sequence u64 · source u32 · ordinal u32 · segment u32 · call length u16 · call
+    magic 4 · world id u64 · communicator id u64 · sequence u64 · source u32 · ordinal u32 · segment u32 · call length u16 · call
     call: op u8 · reduction u8 · dtype u8 · dimensions u8 · root, tag or factor i64 · each dimension u64
 
 Little-endian. Calls are compared as bytes, which costs nothing on the hot path; only a mismatch is ever decoded.
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from fleet.errors import ProtocolError
 
 MAGIC = b"flt2"
-_HEAD = struct.Struct("<4sQIQIIIH")
+_HEAD = struct.Struct("<4sQQQIIIH")
 _CALL = struct.Struct("<BBBBq")
 _FACTOR = struct.Struct("<d")
 

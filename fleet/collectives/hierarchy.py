@@ -39,6 +39,11 @@ class HierarchicalPath:
         if position < self._shares:
             self._across = SocketPath(SubChannel(channel, [host[position] for host in hosts]))
 
+    def begin(self, operation: Operation) -> None:
+        if self._local is not None:
+            self._local.begin(operation)
+        self._everyone.begin(operation)
+
     def all_reduce(self, operation: Operation, flat: Array) -> None:
         local, shares = self._local, self._shares
         if not flat.nbytes:

@@ -186,6 +186,8 @@ class Inbox:
         self._early: dict[Key, tuple[bytes, Payload]] = {}
 
     def add(self, channel: Channel) -> None:
+        """Messages of this channel's communicator are its from now on. Two communicators never have one id."""
+        assert channel.communicator_id not in self._channels, "two communicators have the same id"
         self._channels[channel.communicator_id] = channel
 
     def remove(self, channel: Channel) -> None:

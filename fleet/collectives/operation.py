@@ -1,4 +1,4 @@
-"""One collective call as the paths carry it out: what was called, by when it must be done. Plain values."""
+"""Signature of a collective call, and the operation that one call becomes: plain values."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from time import monotonic
 from types import CodeType
 from typing import Any
 
+from fleet.collectives import reduce
 from fleet.collectives.arena import digest
-from fleet.collectives.header import describe_call, measure_call
-from fleet.collectives.reduce import Kernel
+from fleet.collectives.buffer import Buffer
+from fleet.collectives.header import describe_call, measure_call, pack_call
+from fleet.collectives.reduce import Kernel, PremulSum
+from fleet.errors import UsageError
 
-# Called between pieces of work and while waiting; raises what ended the world, such as the loss of a rank. May be given the
-# rank that is waited for.
+# Called between pieces of work and while waiting; raises the error that ends the wait, such as the loss of a rank. May be
+# given the rank that is waited for.
 Check = Callable[..., None]
 
-SETTLE_S = 0.5  # for what a rank sent before it ended, which may still be on its way
+SETTLE_S = 0.5  # for messages that a rank sent before it ended, which may still be on their way
+SIGNATURES_KEPT = 4096
 
 
 @dataclass(frozen=True)
@@ -32,50 +36,82 @@ class EndedRank:
 
 
 class Signature:
-    """What a rank calls, worked out once and kept: ranks called the same if and only if `data` is equal."""
+    """Name, dtype, shape and options of a call: ranks called the same if and only if `data` is equal."""
 
-    __slots__ = ("byte_count", "data", "kernel", "name", "tag")
+    __slots__ = ("byte_count", "data", "kernel", "name", "tag", "wire")
 
-    def __init__(self, data: bytes, kernel: Kernel | None = None) -> None:
+    def __init__(self, data: bytes, kernel: Kernel | None = None, wire: str = "") -> None:
         self.data = data
-        self.tag = digest(data)  # of it, for the word posted in shared memory
-        self.kernel = kernel
+        self.tag = digest(data)  # for the word that is posted in shared memory
+        self.kernel = kernel  # None: nothing is combined
+        self.wire = wire
         self.name, self.byte_count = measure_call(data)
 
     def __str__(self) -> str:
         return describe_call(self.data)
 
 
-class Operation:
-    """One collective: what, from where, under way or over. Times are monotonic seconds; `ended` is 0 until it has.
+class Signatures:
+    """Signatures of one communicator's calls, each made once."""
 
-    It serves the paths while it runs, and the flight recorder after that.
+    def __init__(self, world_size: int) -> None:
+        self._world_size = world_size
+        self._found: dict[Any, Signature] = {}
+        self.barrier = Signature(pack_call("barrier"), reduce.kernel("max", "uint8", world_size, 1.0))
+
+    def reduction(self, name: str, op: str | PremulSum, buffer: Buffer, root: int = 0, wire: str = "") -> Signature:
+        """The signature of a call that combines. Raises UsageError for an op or a wire that does not go with the dtype."""
+        key = name, op, buffer.dtype, buffer.shape, root, wire
+        found = self._found.get(key)
+        if found is None:
+            reduction, factor = reduce.parse(op, buffer.dtype)
+            if wire not in ("", "bf16") or (wire and buffer.dtype != "float32"):
+                raise UsageError(f"wire is {wire!r} for {buffer.dtype}: it must be 'bf16' and goes with float32 only")
+            data = pack_call(name, reduction, buffer.dtype, buffer.shape, root, factor, wire)
+            kernel = reduce.kernel(reduction, buffer.dtype, self._world_size, factor)
+            found = self._keep(key, Signature(data, kernel, wire))
+        return found
+
+    def move(self, name: str, dtype: str, shape: tuple[int, ...], root: int = 0) -> Signature:
+        """The signature of a call that combines nothing."""
+        key = name, dtype, shape, root
+        return self._found.get(key) or self._keep(key, Signature(pack_call(name, "", dtype, shape, root)))
+
+    def _keep(self, key: Any, signature: Signature) -> Signature:
+        if len(self._found) >= SIGNATURES_KEPT:
+            self._found.clear()
+        self._found[key] = signature
+        return signature
+
+
+class Operation:
+    """One collective, under way or over. Times are monotonic seconds; `ended` is 0 until it has.
+
+    It serves the paths while it runs, and the flight recorder after that: it holds no tensor.
     """
 
     __slots__ = (
-        "code",
-        "deadline",
-        "ended",
-        "first_ordinal",
-        "lent",
-        "limit_s",
-        "line",
-        "sequence",
-        "signature",
-        "started",
-        "wire",
-    )
+        "code", "deadline", "ended", "first_ordinal", "lent", "limit_s", "line", "sequence", "signature", "started",
+    )  # fmt: skip
 
-    def __init__(self, signature: Signature, code: CodeType | None = None, line: int = 0, wire: str = "") -> None:
+    def __init__(
+        self,
+        signature: Signature,
+        started: float = 0.0,
+        limit_s: float = 0.0,
+        code: CodeType | None = None,
+        line: int = 0,
+    ) -> None:
         self.signature = signature
-        self.code = code
+        self.started = started  # when it was called; later, when it began
+        self.limit_s = limit_s  # that its caller gives it
+        self.deadline = started + limit_s  # other operations that are carried out before count as well
+        self.ended = 0.0
+        self.code = code  # of the script's function that called
         self.line = line
-        self.wire = wire
-        self.sequence = 0
-        self.limit_s = 0.0  # that its caller gives it; the deadline is so long after the call
-        self.started = self.deadline = self.ended = 0.0
-        self.first_ordinal = 0  # of the messages of what comes next; a collective may have several parts
-        self.lent: list[Any] | None = None  # the caller's memory that libzmq may still read
+        self.sequence = 0  # its number, once it has begun
+        self.first_ordinal = 0  # of the messages of the part that comes next; a collective may have several parts
+        self.lent: list[Any] | None = None  # trackers of the caller's memory that libzmq may still read
 
     @property
     def kernel(self) -> Kernel:
@@ -84,7 +120,7 @@ class Operation:
 
     @property
     def where(self) -> str:
-        """The line of the script that called."""
+        """The script's line that called: 'train.py:41 in load_batch'."""
         if self.code is None:
             return "an unknown line"
         return f"{Path(self.code.co_filename).name}:{self.line} in {self.code.co_name}"

@@ -16,11 +16,12 @@ import numpy as np
 from fleet.bus.mesh import Check, Tracker
 from fleet.collectives.buffer import Buffer
 from fleet.collectives.channel import Channel
-from fleet.collectives.conductor import Conductor
+from fleet.collectives.diagnosis import Diagnosis
 from fleet.collectives.header import describe_call, pack_call
 from fleet.collectives.inbox import Key, Payload
+from fleet.collectives.interruptions import Interruptions
 from fleet.collectives.operation import SETTLE_S
-from fleet.collectives.work import Work
+from fleet.collectives.work import Work, check_not_own
 from fleet.errors import CollectiveMismatch, CollectiveTimeout, ProtocolError, RankEnded
 
 
@@ -29,6 +30,7 @@ class _Lane:
 
     def __init__(self) -> None:
         self.sent_count = 0
+        self.thread: threading.Thread | None = None  # that carries out the sends which wait
         self._lock = threading.Lock()
         self._is_busy = False
         self._waiting: deque[Callable[[], None]] = deque()
@@ -55,7 +57,8 @@ class _Lane:
                 following()
                 following = self._next()
 
-        threading.Thread(target=run, name="fleet-lane", daemon=True).start()
+        self.thread = threading.Thread(target=run, name="fleet-lane", daemon=True)
+        self.thread.start()
 
     def _next(self) -> Callable[[], None] | None:
         with self._lock:
@@ -66,12 +69,13 @@ class _Lane:
 
 
 class PointToPoint:
-    """This rank's sends and receives. `conductor` knows the world: what ends a wait, and what the other ranks do."""
+    """This rank's sends and receives in one communicator."""
 
-    def __init__(self, channel: Channel, conductor: Conductor) -> None:
+    def __init__(self, channel: Channel, interruptions: Interruptions, diagnosis: Diagnosis) -> None:
         self._channel = channel
         self._communicator_id = channel.communicator_id + 1
-        self._conductor = conductor
+        self._interruptions = interruptions
+        self._diagnosis = diagnosis
         self._lanes: dict[tuple[int, int], _Lane] = {}  # by (rank, tag)
         self._received: dict[tuple[int, int], int] = {}
 
@@ -102,7 +106,9 @@ class PointToPoint:
             except TimeoutError:
                 raise late() from None
 
-        work = Work(deadline, late)
+        if not async_op:
+            check_not_own(lane)
+        work = Work(deadline, late, lane)
 
         def carry_out() -> None:
             if monotonic() > deadline or not work.begin():
@@ -187,14 +193,14 @@ class PointToPoint:
     def _checking(self, call: bytes, ranks: list[int], settle_s: float) -> Check:
         """What is called while waiting for one of the ranks: raises RankEnded once all of them have ended. What they sent
         before may still be on its way for `settle_s`."""
-        conductor, since = self._conductor, monotonic()
+        interruptions, since = self._interruptions, monotonic()
 
         def check(awaited: int = -1) -> None:
-            conductor.check_world()
-            if not conductor.ended:
+            interruptions.check_world()
+            if not interruptions.ended:
                 return
             members = [self._channel.members[rank] for rank in ranks]
-            known = [conductor.ended.get(member) for member in members]
+            known = [interruptions.ended.get(member) for member in members]
             ended = [one for one in known if one is not None]
             if len(ended) < len(known) or monotonic() < max(since, *(one.since for one in ended)) + settle_s:
                 return
@@ -210,8 +216,8 @@ class PointToPoint:
         return f"{what} {way} {peer}"
 
     def _timeout(self, call: bytes, way: str, ranks: list[int], limit_s: float) -> CollectiveTimeout:
-        late, blocked = self._conductor.known(ranks)
-        what, rank, numbers = self._described(call, way, ranks), self._channel.rank, self._conductor.numbers()
+        late, blocked = self._diagnosis.known(ranks)
+        what, rank, numbers = self._described(call, way, ranks), self._channel.rank, self._diagnosis.numbers
         return CollectiveTimeout(0, what, rank, limit_s, late, members=numbers, blocked=blocked)
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from fleet.collectives import reduce
 from fleet.collectives.channel import Channel
 from fleet.collectives.communicator import Communicator
+from fleet.collectives.endpoint import Endpoint
 from fleet.collectives.fabric import Fabric
 from fleet.collectives.generations import Generation, News, RankActivity
 from fleet.collectives.header import pack_call
@@ -61,7 +62,7 @@ def assemble(
     inbox = receiver.open(world, generation.rank)
     inquire = partial(rendezvous.inquire, world) if rendezvous is not None else None
     fabric = Fabric(generation, inbox, directory or Path(), secret, inquire)
-    return Communicator(generation.rank, range(world.size), fabric, timeout_s=timeout_s, local_rank=local_rank)
+    return Communicator(Endpoint(fabric, range(world.size), generation.rank, timeout_s=timeout_s), local_rank)
 
 
 def meet_again(news: News, receiver: Receiver, rendezvous: Rendezvous, timeout_s: float) -> Generation:

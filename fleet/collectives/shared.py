@@ -38,6 +38,9 @@ class SharedPath:
         self.index = arena.index
         self.count = arena.count
 
+    def begin(self, operation: Operation) -> None:
+        self._arena.begin(operation.signature.data, operation.signature.tag)
+
     # Reductions
 
     def all_reduce(self, operation: Operation, flat: Array) -> None:
@@ -111,18 +114,20 @@ class SharedPath:
                 arena.await_all(arena.post(), operation.deadline)
 
     def reduce_scatter(self, operation: Operation, out: Array, parts: Sequence[Array]) -> None:
-        """out = the combination of every rank's parts[index]."""
+        """out = the combination of every rank's part for this rank."""
         arena = self._arena
-        per = arena.half_bytes // out.itemsize // self.count
-        for piece in _pieces(len(out), per):
-            length = _length(piece)
-            halves = arena.halves(out.dtype, length * self.count)
+        longest = max(1, *map(len, parts))
+        per = min(longest, arena.half_bytes // out.itemsize // self.count)
+        for piece in _pieces(longest, per):
+            halves = arena.halves(out.dtype, per * self.count)
             arena.await_idle(operation.deadline)
             for rank, part in enumerate(parts):
-                halves[self.index][share(length * self.count, rank, self.count)] = part[piece]
+                some = part[piece]
+                halves[self.index][rank * per :][: len(some)] = some
             arena.await_all(arena.post(), operation.deadline)
-            mine = share(length * self.count, self.index, self.count)
-            operation.kernel.many([half[mine] for half in halves], out[piece])
+            mine = out[piece]
+            lies = slice(self.index * per, self.index * per + len(mine))
+            operation.kernel.many([half[lies] for half in halves], mine)
 
     def _staged(self, operation: Operation, flat: Array, out: Array | None) -> None:
         arena, kernel, count = self._arena, operation.kernel, self.count
@@ -211,29 +216,40 @@ class SharedPath:
                 part[:] = halves[root]
 
     def all_gather(self, operation: Operation, parts: Sequence[Array], mine: Array) -> None:
-        """parts[r] = rank r's `mine`. All have one length."""
-        self.gather(operation, parts, mine, None)
+        """parts[r] = rank r's `mine`."""
+        arena = self._arena
+        longest = max(1, *map(len, parts))
+        per = min(longest, arena.half_bytes // mine.itemsize)
+        for piece in _pieces(longest, per):
+            halves = arena.halves(mine.dtype, per)
+            arena.await_idle(operation.deadline)
+            some = mine[piece]
+            halves[self.index][: len(some)] = some
+            arena.await_all(arena.post(), operation.deadline)
+            for rank, part in enumerate(parts):
+                some = part[piece]
+                some[:] = halves[rank][: len(some)]
 
-    def gather(self, operation: Operation, parts: Sequence[Array] | None, mine: Array, root: int | None) -> None:
-        """At root (None: everywhere), parts[r] = rank r's `mine`."""
+    def gather(self, operation: Operation, parts: Sequence[Array] | None, mine: Array, root: int) -> None:
+        """At root, parts[r] = rank r's `mine`. All have one length."""
         arena = self._arena
         for piece in _pieces(len(mine), arena.half_bytes // mine.itemsize):
             halves = arena.halves(mine.dtype, _length(piece))
             arena.await_idle(operation.deadline)
             halves[self.index][:] = mine[piece]
-            word = arena.post_for_one() if root is not None else arena.post()
-            if parts is not None and root in (None, self.index):
+            word = arena.post_for_one()
+            if parts is not None:
                 arena.await_all(word, operation.deadline)
                 for rank, part in enumerate(parts):
                     part[piece] = halves[rank]
 
     def scatter(self, operation: Operation, out: Array, parts: Sequence[Array] | None, root: int) -> None:
-        """out = root's parts[index]."""
+        """out = root's part for this rank. All have one length."""
         arena = self._arena
         for piece in _pieces(len(out), arena.half_bytes // out.itemsize // self.count):
             length = _length(piece)
             halves = arena.halves(out.dtype, length * self.count)
-            if parts is not None and self.index == root:
+            if parts is not None:
                 arena.await_idle(operation.deadline)
                 for rank, part in enumerate(parts):
                     halves[root][rank * length : (rank + 1) * length] = part[piece]
@@ -243,7 +259,7 @@ class SharedPath:
             out[piece] = halves[root][self.index * length : (self.index + 1) * length]
 
     def all_to_all(self, operation: Operation, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
-        """out[r] = rank r's parts[index]; no part of any rank has more than `longest` elements."""
+        """out[r] = rank r's part for this rank; no part of any rank has more than `longest` elements."""
         arena = self._arena
         dtype = parts[0].dtype
         per = arena.half_bytes // dtype.itemsize // self.count

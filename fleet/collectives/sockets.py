@@ -49,6 +49,9 @@ class SocketPath:
         self.count = len(channel.members)
         self._exchange_at_most, self._tree_at_most = small_limits(self.count)
 
+    def begin(self, operation: Operation) -> None:
+        self._channel.begin(operation.sequence, operation.signature.data)
+
     # Reductions
 
     def all_reduce(self, operation: Operation, flat: Array) -> None:
@@ -59,7 +62,7 @@ class SocketPath:
             engine.run(
                 _steps(schedule.tree_all_reduce, self.index, self.count), self._channel, operation, [flat], [flat]
             )
-        elif half or operation.wire:
+        elif half or operation.signature.wire:
             self._pairwise(operation, flat)
         else:
             chunks = self._chunks(flat)
@@ -91,7 +94,7 @@ class SocketPath:
         engine.finish(self._channel, operation)
 
     def reduce_scatter(self, operation: Operation, out: Array, parts: Sequence[Array]) -> None:
-        """out = the combination of every rank's parts[index]."""
+        """out = the combination of every rank's part for this rank."""
         if operation.kernel.half:
             self._many(operation, self._collect(operation, parts), out)
             engine.finish(self._channel, operation)
@@ -146,9 +149,10 @@ class SocketPath:
         return parts
 
     def _pairwise(self, operation: Operation, flat: Array) -> None:
-        """Reduce-scatter by pairwise exchange, then a ring all-gather; on the wire as halves where `operation.wire` says so."""
+        """Reduce-scatter by pairwise exchange, then a ring all-gather; on the wire as halves where the signature's
+        `wire` says so."""
         chunks = self._chunks(flat)
-        if not operation.wire:
+        if not operation.signature.wire:
             self._many(operation, self._collect(operation, chunks), chunks[self.index])
             self._gather_ring(operation, chunks)
             return
@@ -200,7 +204,7 @@ class SocketPath:
         )
 
     def all_gather(self, operation: Operation, parts: Sequence[Array], mine: Array) -> None:
-        """parts[r] = rank r's `mine`. All have one length."""
+        """parts[r] = rank r's `mine`."""
         parts[self.index][:] = mine
         engine.run(_steps(schedule.ring_all_gather, self.index, self.count), self._channel, operation, parts, parts)
 
@@ -216,7 +220,7 @@ class SocketPath:
         engine.finish(self._channel, operation)
 
     def scatter(self, operation: Operation, out: Array, parts: Sequence[Array] | None, root: int) -> None:
-        """out = root's parts[index]."""
+        """out = root's part for this rank."""
         if self.index != root:
             engine.receive(self._channel, operation, root, out)
         else:
@@ -227,7 +231,7 @@ class SocketPath:
         engine.finish(self._channel, operation)
 
     def all_to_all(self, operation: Operation, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
-        """out[r] = rank r's parts[index]. Pairwise exchange."""
+        """out[r] = rank r's part for this rank. Pairwise exchange."""
         out[self.index][:] = parts[self.index]
         for step in range(1, self.count):
             to, source = (self.index + step) % self.count, (self.index - step) % self.count

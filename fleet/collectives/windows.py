@@ -28,12 +28,14 @@ class Windows:
         # Numbers of windows whose arrays have gone. An array may go anywhere, also while `_parts` is looked through.
         self._gone: deque[int] = deque()
 
-    def part_bytes(self, size_bytes: int) -> int:
-        return max(1, -(-size_bytes // PAGE_BYTES)) * PAGE_BYTES
+    @staticmethod
+    def size_of_all(size_bytes: int, count: int) -> int:
+        """The size of the mapping of a window with `size_bytes` for each of `count` ranks."""
+        return PAGE_BYTES + count * _part_bytes(size_bytes)
 
     def add(self, number: int, memory: mmap.mmap, index: int, count: int, size_bytes: int) -> Array:
         """This rank's part of a new window, as bytes."""
-        per = self.part_bytes(size_bytes)
+        per = _part_bytes(size_bytes)
         # One array per rank, each with the mapping as its base: the window lives as long as this rank's own one.
         parts = [np.frombuffer(memory, np.uint8, size_bytes, PAGE_BYTES + rank * per) for rank in range(count)]
         mine, parts[index] = parts[index], np.empty(0, np.uint8)
@@ -68,6 +70,10 @@ class Windows:
     def _sweep(self) -> None:
         while self._gone:
             self._parts.pop(self._gone.popleft(), None)
+
+
+def _part_bytes(size_bytes: int) -> int:
+    return max(1, -(-size_bytes // PAGE_BYTES)) * PAGE_BYTES
 
 
 def _address(array: Array) -> int:

@@ -1,34 +1,63 @@
-"""A collective that goes on while its caller does something else. Knows completion, not what completes."""
+"""Handle of a call that goes on while its caller does something else. Knows completion, not what completes."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from time import monotonic
+from typing import Protocol
 
 from fleet.errors import UsageError
+
+log = logging.getLogger("fleet.collectives")
+
+
+class CallQueue(Protocol):
+    """Calls that one thread carries out, one after the other."""
+
+    thread: threading.Thread | None  # None: it has not started
+
+
+def check_not_own(queue: CallQueue) -> None:
+    """Raises UsageError in the queue's own thread, which would wait for itself."""
+    if queue.thread is threading.current_thread():
+        raise UsageError(
+            "this call of a done-callback would wait for calls that come after the callback: make it with async_op=True, and "
+            "do not wait for its Work in the callback"
+        )
 
 
 class Work:
     """What a call with async_op=True returns. The tensors belong to it until it is done.
 
-    `late` makes the error of a call that has not begun by `deadline` (monotonic), since others before it still go on.
+    `late` makes the error of a call that has not begun by `deadline` (monotonic), since others before it still go on. `queue`
+    is where it waits for them.
     """
 
-    def __init__(self, deadline: float = 0.0, late: Callable[[], BaseException] | None = None) -> None:
+    def __init__(
+        self,
+        deadline: float = 0.0,
+        late: Callable[[], BaseException] | None = None,
+        queue: CallQueue | None = None,
+    ) -> None:
         self._ended = threading.Event()
         self._error: BaseException | None = None
         self._deadline = deadline
-        self._late = late
-        self._beginning = threading.Lock()
+        self._late = late  # None: the call has begun, and keeps its deadline itself
+        self._queue = queue
+        self._callbacks: list[Callable[[Work], object]] = []
+        self._changing = threading.Lock()  # guards `_late`, `_ended` and `_callbacks`
         self.source: int | None = None  # of a recv, once it is done: the rank that sent
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Returns once the call is done; raises what it raised.
 
         Raises TimeoutError if it still goes on after `timeout_s` (None: as long as the call's own deadline takes);
-        it then goes on all the same.
+        it then goes on all the same. Raises UsageError in a done-callback that waits for a later call of its communicator.
         """
+        if self._queue is not None and not self._ended.is_set():
+            check_not_own(self._queue)
         until = None if timeout_s is None else monotonic() + timeout_s
         by_deadline = self._late is not None and (until is None or until > self._deadline)
         if by_deadline and not self._ended.wait(_bounded(self._deadline - monotonic())):
@@ -50,22 +79,52 @@ class Work:
             raise UsageError("this call still goes on: wait() for it first")
         return self._error
 
+    def add_done_callback(self, function: Callable[[Work], object]) -> None:
+        """Calls function(work) once the call is done, well or not: at once if it is done already.
+
+        As with concurrent.futures, functions are called in the order they were added, in the thread that ends the call, and
+        an exception of one is logged and goes no further. Later calls of the communicator may wait for that thread, so
+        collectives that a function makes should have async_op=True; one that would wait for itself raises UsageError.
+        """
+        with self._changing:
+            if not self._ended.is_set():
+                self._callbacks.append(function)
+                return
+        self._call(function)
+
     def begin(self) -> bool:
         """Called by the thread that is about to carry it out; False: it is too late for that."""
-        with self._beginning:
-            self._late = None  # from here on the call keeps its deadline itself
+        with self._changing:
+            self._late = None
             return not self._ended.is_set()
 
     def end(self, error: BaseException | None = None) -> None:
         """Called once, by the thread that carries it out."""
-        self._error = error
-        self._ended.set()
+        with self._changing:
+            self._error = error
+            self._ended.set()
+        self._call_all()
 
     def _give_up(self) -> None:
         """Ends a call whose deadline has passed, unless it has begun."""
-        with self._beginning:
-            if self._late is not None and not self._ended.is_set():
-                self.end(self._late())
+        with self._changing:
+            if self._late is None or self._ended.is_set():
+                return
+            self._error = self._late()
+            self._ended.set()
+        self._call_all()
+
+    def _call_all(self) -> None:
+        """Calls the functions that wait for the end. None is added any more: see add_done_callback."""
+        for function in self._callbacks:
+            self._call(function)
+        self._callbacks = []
+
+    def _call(self, function: Callable[[Work], object]) -> None:
+        try:
+            function(self)
+        except Exception:
+            log.exception("a done-callback of a collective has failed: %r", function)
 
 
 def _bounded(seconds: float) -> float:

@@ -35,7 +35,7 @@ CLOSE_ARGUMENTS = st.tuples(
 HEADS = st.builds(
     Head,
     world_id=U64,
-    communicator_id=U32,
+    communicator_id=U64,
     sequence=U64,
     source=U32,
     ordinal=U32,

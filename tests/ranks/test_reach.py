@@ -82,7 +82,7 @@ def world_of_two(
     try:
         with pytest.MonkeyPatch.context() as patch:
             if not greets:
-                patch.setattr("fleet.collectives.paths.greet", lambda *_: None)
+                patch.setattr("fleet.collectives.endpoint.greet", lambda *_: None)
             return in_threads([lambda member=member: function(member.form(timeout_s)) for member in members])
     finally:
         for member in members:

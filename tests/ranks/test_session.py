@@ -98,7 +98,7 @@ def test_whatever_a_script_is_called_and_however_much_it_did_its_rank_answers(tm
     code = compile("0", "caf\udce9.py", "eval")
     recorders = [(communicator_id, Recorder()) for communicator_id in range(ROWS_AT_MOST + 100)]
     for _, recorder in recorders:
-        operation = Operation(Signature(pack_call("barrier")), code, 1)
+        operation = Operation(Signature(pack_call("barrier")), code=code, line=1)
         operation.sequence, operation.ended = 1, 1.0
         recorder.operations.extend([operation] * (KEPT if recorder is not recorders[0][1] else 1))
         recorder.counts.add("barrier", 0, 0.1)

@@ -16,10 +16,10 @@ import pytest
 from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
 from fleet.bus.shared import PAGE_BYTES, PREFIX, host_key, share, sweep
+from fleet.collectives.endpoint import LOCAL_AT_MOST, FormingCall, find_routes
 from fleet.collectives.fabric import Fabric
 from fleet.collectives.generations import Generation
 from fleet.collectives.inbox import Receiver
-from fleet.collectives.paths import LOCAL_AT_MOST, FormingCall, reach
 from fleet.world import Member, World
 
 SHM = Path("/dev/shm")
@@ -180,7 +180,7 @@ def test_more_ranks_on_one_host_than_can_find_each_other_use_sockets(tmp_path: P
         members = [Member(rank, "w", "h", 0, mesh.endpoint, "same host") for rank in range(count)]
         generation = Generation(World(1, 1, tuple(members)), count - 1)
         inbox = Receiver(mesh).open(generation.world, generation.rank)
-        found = reach(Fabric(generation, inbox, SHM), 0, range(count), nothing, FormingCall())
+        found = find_routes(Fabric(generation, inbox, SHM), 0, range(count), nothing, FormingCall())
         assert found.path.name == "sockets"
         assert found.arena is None
     finally:

@@ -34,7 +34,7 @@ Call = Callable[[Communicator], None]
 
 
 def endpoint_of(comm: Communicator) -> str:
-    return comm._channel.inbox._mesh.endpoint
+    return comm._endpoint.channel.inbox._mesh.endpoint
 
 
 def receive_until(comm: Communicator, done: Callable[[], bool]) -> None:
@@ -67,7 +67,7 @@ def test_garbage_is_counted_and_survived(run_world: Any, transport: str) -> None
     stale = [[foreign], [foreign, bytes(100_000)], [foreign + b"payload"], [foreign, b"", b"third"]]
 
     def survive(comm: Communicator) -> None:
-        inbox = comm._channel.inbox.receiver
+        inbox = comm._endpoint.channel.inbox.receiver
         if comm.rank == 0:
             with Bus(Lock()) as bus:
                 stranger = bus.socket(zmq.DEALER, 1000, FRAME_BYTES)
@@ -191,7 +191,7 @@ def test_only_holders_of_the_secret_get_in(run_world: Any, kind: Any, transport:
             x = np.full(count, comm.rank + 1.0)
             comm.all_reduce(x)
             assert (x == 6).all()
-        inbox = comm._channel.inbox.receiver
+        inbox = comm._endpoint.channel.inbox.receiver
         if comm.rank == 0:
             for stranger in strangers:
                 assert not handshake(stranger, endpoint_of(comm))

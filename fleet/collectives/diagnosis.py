@@ -1,0 +1,150 @@
+"""Diagnosis of failed operations: errors that name the ranks, their calls, and the ways between them that are closed.
+
+Asks the other ranks what they do. Knows what a failure looks like from here, not how operations run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from time import monotonic, sleep
+
+from fleet.collectives.arena import RankMismatch, RankTimeout
+from fleet.collectives.fabric import Fabric
+from fleet.collectives.generations import UNANSWERED, RankActivity
+from fleet.collectives.header import describe_call
+from fleet.collectives.operation import Operation
+from fleet.collectives.recorder import SHOWN_ON_FAILURE, Recorder
+from fleet.errors import Blocked, Called, CollectiveMismatch, CollectiveTimeout, FleetError, Late, Unreachable
+
+COMPLETE_WITHIN_S = 0.4  # for ranks on their way to a collective that has failed, to be named with the others
+
+
+class Diagnosis:
+    """Of one communicator, from one of its ranks. `members` are the world's ranks of the communicator's ranks."""
+
+    def __init__(
+        self, rank: int, members: Sequence[int], communicator_id: int, fabric: Fabric | None, recorder: Recorder
+    ) -> None:
+        self._rank = rank
+        self._members = members
+        self._communicator_id = communicator_id
+        self._inquire = fabric.inquire if fabric is not None else None
+        self._inbox = fabric.inbox if fabric is not None else None
+        self._recorder = recorder
+        # For errors: the world's ranks of all ranks, empty where they are the same numbers.
+        self.numbers = () if tuple(members) == tuple(range(len(members))) else members
+
+    def explain(self, operation: Operation, error: BaseException) -> BaseException:
+        """The error to raise in place of `error`, which ended the operation, with all that is known of its cause."""
+        if isinstance(error, RankMismatch):
+            differing, theirs = operation, error.call
+            if theirs == operation.signature.data and len(self._recorder.operations) > 1:
+                differing, theirs = self._recorder.operations[-2], error.before
+            mine = str(differing.signature)
+            error = CollectiveMismatch(differing.sequence, self._rank, mine, error.rank, describe_call(theirs))
+        elif isinstance(error, TimeoutError):
+            error = self._timed_out(operation, error.rank if isinstance(error, RankTimeout) else None)
+        if isinstance(error, CollectiveMismatch):
+            self._complete(error)
+        if isinstance(error, CollectiveMismatch | CollectiveTimeout):
+            error.members = self.numbers
+            error.recent = self._recorder.lines(SHOWN_ON_FAILURE)
+        return error
+
+    def not_begun(self, operation: Operation) -> CollectiveTimeout:
+        """The error of an operation whose deadline passed while others went on before it."""
+        return CollectiveTimeout(
+            0, str(operation.signature), self._rank, operation.limit_s, (), len(self._members),
+            line=operation.where, behind=str(self._recorder.last),
+        )  # fmt: skip
+
+    def not_formed(self, call: str, waited_s: float) -> CollectiveTimeout:
+        """The error where not all ranks came to form the communicator, or to make memory of it."""
+        activities = self._activities()
+        # All that are on their way look alike; one that does not answer is the one that is missing.
+        late = [a.late for a in activities if a.sequence < 0] or [a.late for a in activities]
+        error = self._timeout(call, waited_s, late)
+        error.blocked = self._blocked(activities)
+        return error
+
+    def not_reached(self, call: str, missing: Sequence[int], within_s: float) -> FleetError:
+        """The error where no greeting came from these ranks of the world."""
+        activities = self._activities()
+        frozen = [a.late for a in activities if a.late.doing == UNANSWERED and self._members[a.late.rank] in missing]
+        if len(frozen) == len(missing):
+            return self._timeout(call, within_s, frozen)
+        silent = {self._members[late.rank] for late in frozen}
+        me = self._members[self._rank]
+        ways = self._ways([(rank, me) for rank in missing if rank not in silent])
+        return Unreachable(call, within_s, [*ways, *(way for way in self._blocked(activities) if way not in ways)])
+
+    def known(self, ranks: Sequence[int]) -> tuple[list[Late], list[Blocked]]:
+        """What `ranks` do, as others wait for them, and which ways between ranks are closed."""
+        activities = self._activities()
+        return [a.late for a in activities if a.late.rank in ranks], self._blocked(activities)
+
+    def _timeout(self, call: str, waited_s: float, late: Sequence[Late]) -> CollectiveTimeout:
+        return CollectiveTimeout(0, call, self._rank, waited_s, late, len(self._members), members=self.numbers)
+
+    def _timed_out(self, operation: Operation, waited_for: int | None) -> FleetError:
+        """A mismatch if another rank is in a different call, else a timeout that names the ranks that have not come."""
+        call, late = str(operation.signature), []
+        activities = self._activities(operation.sequence)
+        for activity in activities:
+            # Also of a rank that has left it: it left with an error.
+            if activity.sequence >= operation.sequence and activity.call and activity.call != call:
+                return CollectiveMismatch(operation.sequence, self._rank, call, activity.late.rank, activity.call)
+            if activity.sequence < operation.sequence:
+                late.append(activity.late)
+        if not late and waited_for is not None and self._inquire is None:
+            late.append(Late(waited_for, "this host", 0, "has not come"))
+        error = self._timeout(call, operation.limit_s, late)
+        error.sequence, error.line, error.blocked = operation.sequence, operation.where, self._blocked(activities)
+        return error
+
+    def _complete(self, error: CollectiveMismatch) -> None:
+        """Adds the calls of all ranks. Ranks that are about to come are waited for, so that all ranks say the same."""
+        if not error.line:
+            found = self._recorder.find(error.sequence)
+            error.line = found.where if found is not None else ""
+        until = monotonic() + COMPLETE_WITHIN_S
+        while True:
+            calls = {(error.call, error.line): [self._rank]}
+            activities = self._activities(error.sequence)
+            for activity in activities:
+                if activity.call:
+                    calls.setdefault((activity.call, activity.line), []).append(activity.late.rank)
+                if activity.late.rank == error.peer and activity.call == error.peer_call:
+                    error.peer_line = activity.line
+            if all(activity.call for activity in activities) or monotonic() > until:
+                break
+            sleep(COMPLETE_WITHIN_S / 4)  # nobody tells when a rank comes to a collective that has failed
+        if not any(error.peer in ranks for ranks in calls.values()):
+            calls.setdefault((error.peer_call, error.peer_line), []).append(error.peer)
+        error.calls = [Called(tuple(sorted(ranks)), call, line) for (call, line), ranks in calls.items()]
+
+    def _blocked(self, activities: Sequence[RankActivity]) -> list[Blocked]:
+        """The ways that are closed between ranks of this communicator that run."""
+        if self._inbox is None:
+            return []
+        me = self._members[self._rank]
+        running = {me, *(self._members[a.late.rank] for a in activities if a.sequence >= 0)}
+        found = [(me, target) for target in self._inbox.unreached()]
+        found += [(self._members[a.late.rank], target) for a in activities for target in a.unreached]
+        return self._ways([(source, target) for source, target in found if target in running])
+
+    def _ways(self, pairs: Sequence[tuple[int, int]]) -> list[Blocked]:
+        where = self._inbox.addresses if self._inbox is not None else ()
+        return [Blocked(source, where[source], target, where[target]) for source, target in pairs]
+
+    def _activities(self, sequence: int = 0) -> list[RankActivity]:
+        """What the other ranks of this communicator do, by their numbers here."""
+        if self._inquire is None:
+            return []
+        number = {member: rank for rank, member in enumerate(self._members)}
+        found = []
+        for activity in self._inquire(self._communicator_id, sequence):
+            if activity.late.rank in number and number[activity.late.rank] != self._rank:
+                found.append(replace(activity, late=replace(activity.late, rank=number[activity.late.rank])))
+        return found

@@ -1,0 +1,202 @@
+"""Endpoint of one rank in a communicator: forms it with the other ranks, and puts its parts together. Knows all paths.
+
+Ranks of one host share memory where they can map the same file; a communicator on one host needs nothing else. On several
+hosts with several ranks each its path is hierarchical; else, and where memory is short, it goes over sockets.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+
+import numpy as np
+
+from fleet.bus.shared import PAGE_BYTES
+from fleet.collectives.arena import Arena, arena_bytes
+from fleet.collectives.buffer import Array
+from fleet.collectives.channel import Channel
+from fleet.collectives.conductor import Conductor
+from fleet.collectives.diagnosis import Diagnosis
+from fleet.collectives.fabric import Fabric, FormingTimeout
+from fleet.collectives.greeting import Unheard, check_addresses, greet, partners
+from fleet.collectives.header import pack_call
+from fleet.collectives.hierarchy import HierarchicalPath
+from fleet.collectives.interruptions import Interruptions
+from fleet.collectives.operation import Check, Operation, Signature
+from fleet.collectives.order import Order
+from fleet.collectives.path import AlonePath, Path
+from fleet.collectives.point_to_point import PointToPoint
+from fleet.collectives.recorder import Recorder
+from fleet.collectives.shared import SharedPath
+from fleet.collectives.sockets import SocketPath
+from fleet.collectives.windows import Windows
+from fleet.world import Member
+
+FORM_WITHIN_S = 30.0  # for a world, once all its ranks have joined
+# Ranks of one host that share memory: the words of the page that they find each other in.
+LOCAL_AT_MOST = PAGE_BYTES // 8
+
+log = logging.getLogger("fleet.collectives")
+
+
+@dataclass(frozen=True)
+class FormingCall:
+    """The call that makes a communicator, and the seconds that it has left."""
+
+    call: str = "fleet.init()"
+    within_s: float = FORM_WITHIN_S
+
+
+INIT_CALL = FormingCall()
+
+
+@dataclass
+class Routes:
+    """How the ranks of one communicator reach each other."""
+
+    path: Path
+    channel: Channel | None = None  # None in a communicator of one rank
+    arena: Arena | None = None  # None where the ranks of this host share no memory
+    windows: Windows = field(default_factory=Windows)
+
+
+class Endpoint:
+    """One rank's end of a communicator. `members` are the world's ranks of its ranks, of which `rank` is this one.
+
+    Made by all of them at the same time. Raises CollectiveTimeout, Unreachable, WorldChanged where it cannot be formed.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric | None,  # None: a process outside of any world
+        members: Sequence[int] = (0,),
+        rank: int = 0,
+        communicator_id: int = 0,
+        timeout_s: float = 30.0,
+        forming: FormingCall = INIT_CALL,
+    ) -> None:
+        self.fabric = fabric
+        self.members = tuple(members)
+        self.rank = rank
+        self.communicator_id = communicator_id
+        self.order = Order()
+        recorder = Recorder()
+        generation = fabric.generation if fabric is not None else None
+        self.interruptions = Interruptions(self.members, communicator_id, generation, self.order, recorder)
+        self.diagnosis = Diagnosis(rank, self.members, communicator_id, fabric, recorder)
+        if fabric is not None:
+            fabric.generation.recorders.append((communicator_id, recorder))
+        routes = Routes(AlonePath())
+        if fabric is not None and len(self.members) > 1:
+            try:
+                routes = find_routes(fabric, communicator_id, self.members, self.interruptions.check, forming)
+            except FormingTimeout:
+                raise self.diagnosis.not_formed(forming.call, forming.within_s) from None
+            except Unheard as missing:
+                raise self.diagnosis.not_reached(forming.call, missing.ranks, missing.within_s) from None
+        self.path, self.windows = routes.path, routes.windows
+        self.channel, self._arena = routes.channel, routes.arena
+        recorder.counts.path = self.path.name
+        self.conductor = Conductor(self.path, timeout_s, self.order, recorder, self.interruptions, self.diagnosis)
+        self.point_to_point = (
+            PointToPoint(self.channel, self.interruptions, self.diagnosis) if self.channel is not None else None
+        )
+
+    def shared_bytes(self, size: int, deadline: float) -> Array:
+        """Zeroed bytes in memory that the ranks of this host share, or ordinary ones where they share none.
+
+        All ranks call it together. Raises CollectiveTimeout after `deadline` (monotonic).
+        """
+        windows, arena = self.windows, self._arena
+        windows.made_count += 1
+        if arena is None or self.fabric is None or not size:
+            return np.zeros(size, np.uint8)
+        name = f"{self.communicator_id:x}-{arena.ranks[0]}-w{windows.made_count}"
+        ranks = [self.members[rank] for rank in arena.ranks]
+        try:
+            memory = self.fabric.share(name, windows.size_of_all(size, arena.count), arena.index, ranks, deadline)
+        except FormingTimeout:
+            raise self.diagnosis.not_formed("empty", self.conductor.timeout_s) from None
+        if memory is None:
+            return np.zeros(size, np.uint8)
+        return windows.add(windows.made_count, memory, arena.index, arena.count, size)
+
+    def close(self, deadline: float) -> None:
+        """Ends this rank's part of the communicator; what is queued has until `deadline` (monotonic)."""
+        broken = self.order.error is not None
+        self.conductor.close(deadline)
+        if self.channel is not None:
+            self.channel.close()
+        if self.communicator_id == 0 and self.fabric is not None:
+            self.fabric.inbox.close(linger=not broken)
+
+
+def find_routes(
+    fabric: Fabric, communicator_id: int, members: Sequence[int], check: Check, forming: FormingCall
+) -> Routes:
+    """The path among `members` (ranks of the world) and what goes with it. All of them call this at the same time.
+
+    `check` is called while its collectives wait, and raises to end the wait. Raises FormingTimeout, and Unheard where ranks
+    of a new world do not reach this one.
+    """
+    deadline = monotonic() + forming.within_s
+    channel = Channel(fabric.inbox, communicator_id, members, check)
+    windows = Windows()
+    world = fabric.generation.world.members
+    hosts = _hosts(world, members)
+    mine = next(host for host in hosts if channel.rank in host)
+    if communicator_id == 0 and len(hosts) > 1:
+        check_addresses(world)
+        addresses = [world[member].address for member in members]
+        greet(channel, partners(channel.rank, addresses, mine), deadline)
+    arena = None
+    if len(mine) > LOCAL_AT_MOST:
+        log.warning("more than %d ranks on one host: their tensors go through sockets, which is slower", LOCAL_AT_MOST)
+    elif len(mine) > 1:
+        index = mine.index(channel.rank)
+        # The first rank tells the arenas of several hosts apart where a test has them on one machine.
+        name = f"{communicator_id:x}-{mine[0]}"
+        memory = fabric.share(name, arena_bytes(len(mine)), index, [members[rank] for rank in mine], deadline)
+        if memory is not None:
+            arena = Arena(memory, index, mine, check if len(hosts) == 1 else looking(check, channel))
+    if len(hosts) == 1 and arena is not None:
+        return Routes(SharedPath(arena, windows), channel, arena, windows)
+    everyone = SocketPath(channel)
+    several = len(hosts) > 1 and max(map(len, hosts)) > 1
+    if not several or not _agreed(everyone, arena is not None or len(mine) == 1, deadline):
+        return Routes(everyone, channel)
+    local = SharedPath(arena, windows) if arena is not None else None
+    return Routes(HierarchicalPath(channel, local, hosts), channel, arena, windows)
+
+
+def looking(check: Check, channel: Channel) -> Check:
+    """`check`, and whether a rank of another host is in another call: for those who wait in shared memory."""
+
+    def both(awaited: int = -1) -> None:
+        check(awaited)
+        channel.look()
+
+    return both
+
+
+def _hosts(world: Sequence[Member], members: Sequence[int]) -> list[list[int]]:
+    """The communicator's ranks by host, each in order, hosts in the order of their first rank."""
+    found: dict[str, list[int]] = {}
+    for rank, member in enumerate(members):
+        # One that shares memory with nobody is a host of its own.
+        found.setdefault(world[member].memory or f"alone {member}", []).append(rank)
+    return list(found.values())
+
+
+def _agreed(everyone: SocketPath, able: bool, deadline: float) -> bool:
+    """Whether the ranks of every host share memory: a host without would leave the others waiting. Raises FormingTimeout."""
+    answers = [np.zeros(1, np.uint8) for _ in range(everyone.count)]
+    operation = Operation(Signature(pack_call("barrier")))
+    operation.deadline = deadline
+    try:
+        everyone.all_gather(operation, answers, np.array([able], np.uint8))
+    except TimeoutError:
+        raise FormingTimeout from None
+    return all(bool(answer[0]) for answer in answers)

@@ -1,0 +1,61 @@
+"""Thread that carries out one communicator's queued operations, in the order of the calls. Knows no tensor and no error."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from time import monotonic
+
+from fleet.collectives.order import Order
+from fleet.collectives.work import Work
+
+_Item = tuple[Work, Callable[[], None]]
+
+
+class ProgressQueue:
+    """Operations of asynchronous calls, and of calls behind them. The thread starts with the first one."""
+
+    def __init__(self, order: Order) -> None:
+        # Of operations that are queued or carried out by the thread. While it is not 0, no other thread may overtake them.
+        self.count = 0
+        self.thread: threading.Thread | None = None
+        self._order = order
+        self._items: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._changing = threading.Lock()  # guards `count` and `thread`
+
+    def put(self, work: Work, act: Callable[[], None]) -> None:
+        """Queues `act`, whose end ends `work`. Raises what makes the communicator unusable."""
+        with self._changing:
+            self._order.check_usable()
+            if self.thread is None:
+                self.thread = threading.Thread(target=self._run, name="fleet-progress", daemon=True)
+                self.thread.start()
+            self.count += 1
+            self._items.put((work, act))
+
+    def close(self, deadline: float) -> None:
+        """Waits until `deadline` (monotonic) for what is queued."""
+        if self.thread is not None:
+            self._items.put(None)
+            if self.thread is not threading.current_thread():  # else a callback of the last work closes
+                self.thread.join(max(0.0, deadline - monotonic()))
+
+    def _run(self) -> None:
+        while (item := self._items.get()) is not None:
+            self._carry_out(*item)
+            del item  # its tensors must not live until the next one comes
+
+    def _carry_out(self, work: Work, act: Callable[[], None]) -> None:
+        error: BaseException | None = None
+        with self._order.running:
+            begins = work.begin()
+            try:
+                if begins:
+                    act()
+            except BaseException as raised:
+                error = raised
+        with self._changing:
+            self.count -= 1
+        if begins:
+            work.end(error)
