@@ -32,7 +32,7 @@ class Answers:
     scheduler: Scheduler
     asked_count: int = 0
 
-    def answer(self, peer: bytes, ask: m.Message) -> None:
+    def answer(self, peer: bytes, ask: m.Question) -> None:
         if isinstance(ask, m.ListWorkers):
             self.clients.send(peer, m.Workers(self._view().workers(), ask.question))
         elif isinstance(ask, m.ListJobs):
@@ -45,7 +45,7 @@ class Answers:
             self._drain(peer, ask)
         elif isinstance(ask, m.Why):
             self._why(peer, ask)
-        elif isinstance(ask, m.ListFiles | m.ReadFile):
+        else:
             self._ask_worker(peer, ask)
 
     def _view(self) -> View:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from fleet import messages as m
 from fleet.deadlines import earliest
+from fleet.orchestrator import state
 from fleet.orchestrator.answers import Answers
 from fleet.orchestrator.assignments import Assignments
 from fleet.orchestrator.clients import Clients
@@ -19,29 +20,16 @@ from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.membership import Membership
 from fleet.orchestrator.placement import DEFAULT
 from fleet.orchestrator.scheduler import CLIENT_AWAY, CLIENT_GONE, KEEP_JOBS, KEEP_S, Scheduler
-from fleet.orchestrator.state import (
-    BundleRefused,
-    BundleStored,
-    Counts,
-    Effect,
-    Event,
-    PeerBehind,
-    PeerDied,
-    PeerLost,
-    Received,
-    Saved,
-    SaveFailed,
-    SavesAgain,
-    ServeBundle,
-    StoodStill,
-    Worker,
-)
 from fleet.orchestrator.submissions import Submissions
 from fleet.orchestrator.uploads import Uploads
 
+AboutAttempt = (  # what a worker says of its share of an attempt
+    m.Assigned | m.AssignFailed | m.Join | m.Ask | m.Answer | m.Output | m.Repeated | m.RankExited | m.HandBack
+)
+
 
 class Core:
-    """All parts of the orchestrator that decide. `durable`: jobs are written down, by whoever carries out the effects."""
+    """All parts of the orchestrator that decide. `durable`: the shell writes jobs down, and says so."""
 
     def __init__(
         self,
@@ -55,16 +43,15 @@ class Core:
         numbering: str = "",
     ) -> None:
         self.versions = versions
-        self.counts = Counts()
         self.effects = Effects(durable, epoch)
-        self.membership = Membership(self.effects, self.counts, versions, cluster_id)
+        self.counts = self.effects.counts
+        self.membership = Membership(self.effects, versions, cluster_id)
         self.clients = Clients(self.effects, versions, numbering)
         self.uploads = Uploads()
         self.assignments = Assignments(self.effects, self.membership, self.clients, policy)
         self.output = JobOutput(self.effects, self.membership, self.clients)
         self.scheduler = Scheduler(
             self.effects,
-            self.counts,
             self.membership,
             self.clients,
             self.assignments,
@@ -79,32 +66,32 @@ class Core:
             *self.membership.deadlines(), *self.clients.deadlines(), *self.scheduler.deadlines(), self.uploads.until
         )  # fmt: skip
 
-    def step(self, event: Event, now: float) -> list[Effect]:
+    def step(self, event: state.Event, now: float) -> list[state.Effect]:
         """What to do about one event."""
         self.effects.begin(now)
-        if isinstance(event, Received):
+        if isinstance(event, state.Received):
             self._received(event.peer, event.message)
-        elif isinstance(event, PeerLost):
+        elif isinstance(event, state.PeerLost):
             self._lost(event.peer)
-        elif isinstance(event, PeerBehind):
+        elif isinstance(event, state.PeerBehind):
             self._behind(event.peer)
-        elif isinstance(event, PeerDied):
+        elif isinstance(event, state.PeerDied):
             if event.peer in self.clients.away:  # lost, and not back
                 self._client_gone(event.peer, CLIENT_GONE)
-        elif isinstance(event, BundleStored):
+        elif isinstance(event, state.BundleStored):
             self.submissions.stored(event.digest)
-        elif isinstance(event, BundleRefused):
+        elif isinstance(event, state.BundleRefused):
             self.submissions.refused(event.peer, event.digest, event.reason)
-        elif isinstance(event, Saved | SaveFailed | SavesAgain):
+        elif isinstance(event, state.Saved | state.SaveFailed | state.SavesAgain):
             self.submissions.disk(event)
-        elif isinstance(event, StoodStill):
+        elif isinstance(event, state.StoodStill):
             self._stood_still(event.seconds)
         else:
-            self._expire()  # with a Tick alone: what has arrived was read before, and somebody late may be among it
+            self._expire()  # with a Tick alone: every message that has arrived was read before, also of peers that were late
         return self.effects.decided()
 
     @property
-    def decided(self) -> list[Effect]:
+    def decided(self) -> list[state.Effect]:
         """What the last step has decided; also of one that failed on its way."""
         return self.effects.decided()
 
@@ -113,7 +100,7 @@ class Core:
         return earliest(self._deadlines)
 
     def recall(self, jobs: Iterable[Job], drained: Iterable[str], now: float) -> None:
-        """What an orchestrator that was restarted knew, before its first event. Jobs come in the order of submission."""
+        """Takes over the jobs of an orchestrator before this one, in the order of submission, before the first event."""
         self.effects.begin(now)
         self.membership.drained.update(drained)
         for job in jobs:
@@ -122,13 +109,13 @@ class Core:
         self.scheduler.recall_ended()
 
     def move_epoch(self, epoch: float) -> None:
-        """The wall clock has gone on while this one did not, or was set: what was noted stays at its time of the wall."""
+        """The wall clock has run on while this one stood still, or was set: times that were noted stay where they were on it."""
         moved_s, self.effects.epoch = epoch - self.effects.epoch, epoch
         for job in self.scheduler.jobs.values():
             job.move_times(moved_s)
 
     def relay_to(self, peer: bytes, job_id: str) -> bytes | None:
-        """To whom what a client and its task runner say to each other goes on; None: it is nobody's."""
+        """Receiver of a message between a client and its task runner; None: there is none."""
         job = self.scheduler.jobs.get(job_id)
         if job is None or job.spec.kind != "tasks" or job.state is not JobState.RUNNING:
             return None
@@ -167,11 +154,11 @@ class Core:
             self.assignments.take_room(worker.worker_id)
         self.scheduler.worker_is_back(worker)
 
-    def _from_worker(self, worker: Worker, message: m.Message) -> None:
+    def _from_worker(self, worker: state.Worker, message: m.Message) -> None:
         if isinstance(message, m.Heartbeat):
             self.membership.rooms.set_load(worker.worker_id, message.load)
         elif isinstance(message, m.Want):
-            self.effects.add(ServeBundle(worker.peer, message))
+            self.effects.add(state.ServeBundle(worker.peer, message))
             self.assignments.asked_for_files(worker.worker_id, message.digest)
         elif isinstance(message, m.Leaving):
             self.membership.leaves(worker)
@@ -184,10 +171,7 @@ class Core:
             self.scheduler.stored(worker, message)
         elif isinstance(message, m.Left):
             self.scheduler.left_behind(worker, message)
-        elif isinstance(
-            message,
-            m.Repeated | m.HandBack | m.Assigned | m.AssignFailed | m.RankExited | m.Output | m.Join | m.Ask | m.Answer,
-        ):
+        elif isinstance(message, AboutAttempt):
             job = self.scheduler.jobs.get(message.job_id)
             if job is None or job.attempt != message.attempt or worker.worker_id not in job.seats:
                 self._about_nothing(worker, message)
@@ -198,25 +182,13 @@ class Core:
             else:
                 self._about_nothing(worker, message)
 
-    def _about_nothing(
-        self,
-        worker: Worker,
-        message: m.Repeated
-        | m.HandBack
-        | m.Assigned
-        | m.AssignFailed
-        | m.RankExited
-        | m.Output
-        | m.Join
-        | m.Ask
-        | m.Answer,
-    ) -> None:
-        """It was given up while that worker was away, or heard of too late: whatever it holds, it need not."""
+    def _about_nothing(self, worker: state.Worker, message: AboutAttempt) -> None:
+        """About an attempt that was given up while the worker was away, or that it heard of too late: it drops the attempt."""
         if not isinstance(message, m.Output | m.Ask | m.Answer | m.Repeated):
             self.effects.send(worker.peer, m.Stop(message.job_id, message.attempt, "it was given up", kill=True))
             self.effects.send(worker.peer, m.Forget(message.job_id, message.attempt))
 
-    def _about_job(self, job: Job, worker: Worker, message: m.Message) -> None:
+    def _about_job(self, job: Job, worker: state.Worker, message: AboutAttempt) -> None:
         """About the attempt that is on workers, from one of them."""
         if isinstance(message, m.RankExited | m.Output | m.Join):
             member_id = message.status.member_id if isinstance(message, m.RankExited) else message.member_id
@@ -254,7 +226,7 @@ class Core:
                 self.output.repeat(job, message)
             elif message.member_id < len(job.seats):
                 self.output.acknowledged(job, message)
-        else:
+        elif isinstance(message, m.Question):
             self.answers.answer(peer, message)
 
     # Absences, and time
@@ -265,7 +237,7 @@ class Core:
         self._disconnected(peer)
 
     def _behind(self, peer: bytes) -> None:
-        """As good as lost, and what it has missed it is told as after a lost connection: once it says hello, as it is told to."""
+        """A peer that does not read counts as lost until it says hello; then it is told what it has missed."""
         worker = self.membership.at(peer)
         if worker is not None and worker.lost_since is None:
             self.membership.fell_behind(peer)
@@ -300,7 +272,7 @@ class Core:
         self.submissions.expire()
         self.scheduler.expire()
 
-    def _evict(self, worker: Worker, why: str) -> None:
+    def _evict(self, worker: state.Worker, why: str) -> None:
         self.scheduler.workers_gone([self.membership.evict(worker, why)])
 
     def _client_gone(self, peer: bytes, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Collector of what the parts of the orchestrator decide in one step. Pure."""
+"""Collector of what the parts of the orchestrator decide in one step, and of what they count. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fleet import messages as m
 from fleet.orchestrator.jobs import Job, record
-from fleet.orchestrator.state import Effect, Erase, Log, Save, Send
+from fleet.orchestrator.state import Counts, Effect, Erase, Log, Save, Send
 
 
 @dataclass
@@ -16,6 +16,7 @@ class Effects:
     durable: bool = False  # whether jobs are written down: then a new one counts once it has been
     epoch: float = 0.0  # what the wall clock said at the monotonic clock's 0
     now: float = 0.0  # of the step under way
+    counts: Counts = field(default_factory=Counts)  # of all steps
     # Jobs to be written down, and whether they are new. Each is written once for a step, as it is at the step's end.
     _saved: dict[str, tuple[Job, bool]] = field(default_factory=dict)
     _others: list[Effect] = field(default_factory=list)

@@ -14,7 +14,7 @@ from fleet import messages as m
 from fleet.deadlines import Deadlines
 from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.placement import Rooms
-from fleet.orchestrator.state import Counts, SaveDrained, Worker
+from fleet.orchestrator.state import SaveDrained, Worker
 from fleet.text import some
 
 HEARTBEAT_S = 1.0
@@ -39,7 +39,6 @@ class Membership:
     """Invariant: a worker is part of the cluster if and only if it is a key of `workers`, `heard` and `rooms`."""
 
     effects: Effects
-    counts: Counts
     versions: m.Versions
     cluster_id: str = ""  # see Welcome
     workers: dict[str, Worker] = field(default_factory=dict)
@@ -131,7 +130,7 @@ class Membership:
 
     def spoke(self, worker: Worker) -> None:
         now = self.effects.now
-        self.counts.heartbeats_missed += max(0, round((now - worker.last_seen) / HEARTBEAT_S) - 1)
+        self.effects.counts.heartbeats_missed += max(0, round((now - worker.last_seen) / HEARTBEAT_S) - 1)
         worker.last_seen = now
         self.heard.set(worker.worker_id, now + HEARTBEAT_TIMEOUT_S)
 
@@ -184,7 +183,7 @@ class Membership:
             deadlines.discard(worker_id)
         self.behind.discard(worker.peer)
         self.effects.log("info" if why == "left" else "warning", f"worker {worker_id} {why}")
-        self.counts.workers_lost += why != "left"
+        self.effects.counts.workers_lost += why != "left"
         return Gone(worker_id, worker.hello.host, why)
 
     def stood_still(self) -> None:
@@ -200,7 +199,7 @@ class Membership:
             gone.append(self.evict(self.workers[worker_id], why))
         for worker_id in self.heard.due(now):
             worker = self.workers[worker_id]
-            self.counts.heartbeats_missed += round((now - worker.last_seen) / HEARTBEAT_S)
+            self.effects.counts.heartbeats_missed += round((now - worker.last_seen) / HEARTBEAT_S)
             gone.append(self.evict(worker, f"was lost: no heartbeat for {HEARTBEAT_TIMEOUT_S:g} s"))
         for worker_id in self.missed.due(now):
             why = f"did not come back within {RETURN_WITHIN_S:g} s of the orchestrator's restart"

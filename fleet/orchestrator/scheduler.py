@@ -22,7 +22,7 @@ from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job_output import JobOutput
 from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.membership import Gone, Membership
-from fleet.orchestrator.state import Counts, ReleaseBundle, Worker
+from fleet.orchestrator.state import ReleaseBundle, Worker
 from fleet.orchestrator.uploads import Uploads
 from fleet.text import some
 from fleet.values import ON_WORKER, files_of
@@ -42,7 +42,6 @@ class Scheduler:
     """All jobs that are known. Invariant: their moves are those of jobs.MOVES, and a move that lasts is saved."""
 
     effects: Effects
-    counts: Counts
     membership: Membership
     clients: Clients
     assignments: Assignments
@@ -79,7 +78,7 @@ class Scheduler:
         self.assignments.preparing.discard(job.job_id)
         job.move(JobState.RUNNING)
         job.started_at = self.effects.now if job.started_at is None else job.started_at
-        self.counts.dispatched(self.effects.now - job.queued_at)
+        self.effects.counts.dispatched(self.effects.now - job.queued_at)
         self.effects.save(job)
         self.membership.tell(job.workers, job.launch())
         self.clients.send(job.client, m.Started(job.job_id, job.hosts, job.seats))
@@ -107,7 +106,7 @@ class Scheduler:
     # A job runs
 
     def joined(self, job: Job, worker: Worker, join: m.Join) -> None:
-        self.counts.generations += len(job.joined) == job.world_size - 1 and join.member_id not in job.joined
+        self.effects.counts.generations += len(job.joined) == job.world_size - 1 and join.member_id not in job.joined
         host = worker.hello.host
         job.joined[join.member_id] = Member(join.member_id, worker.worker_id, host, join.pid, join.address, join.memory)
         if len(job.joined) == job.world_size:
@@ -250,7 +249,7 @@ class Scheduler:
     def _begin_again(self, job: Job) -> None:
         self.membership.tell(job.workers, m.Forget(job.job_id, job.attempt))
         self.assignments.release(job)
-        self.counts.failovers += 1
+        self.effects.counts.failovers += 1
         job.begin_again(self.effects.now)
         self.assignments.enqueue(job)
         self.effects.save(job)
@@ -318,7 +317,7 @@ class Scheduler:
         self.assignments.release(job)
         job.end(reason, job.outcome or outcome, self.effects.now)
         self._release_bundle(job)
-        self.counts.jobs[job.outcome] += 1
+        self.effects.counts.jobs[job.outcome] += 1
         self.effects.save(job)
         for peer in {job.client, *job.watchers}:
             self.clients.send(peer, job.result())

@@ -23,33 +23,12 @@ from fleet.bus.process import numbering, watch_end
 from fleet.dropped import Dropped
 from fleet.errors import ConfigError, ProtocolError
 from fleet.exposition import Exposition, Pulse, health_route, metrics_route
+from fleet.orchestrator import state
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.jobs import recalled
 from fleet.orchestrator.journal import Journal
 from fleet.orchestrator.logs import JobLogs
 from fleet.orchestrator.metrics import OrchestratorMetrics
-from fleet.orchestrator.state import (
-    BundleRefused,
-    BundleStored,
-    DropUpload,
-    Effect,
-    Erase,
-    Event,
-    FetchBundle,
-    KeepOutput,
-    Log,
-    PeerBehind,
-    PeerDied,
-    PeerLost,
-    Received,
-    ReleaseBundle,
-    Send,
-    ServeBundle,
-    ServeLog,
-    StoodStill,
-    StorePart,
-    Tick,
-)
 from fleet.orchestrator.store import Store
 from fleet.stillness import LifeClock
 from fleet.transfer import FileStore
@@ -203,14 +182,14 @@ class Service:
                 continue  # there may be more than one batch
             # Peers are read in turn: under a load that never ends, too, each has been heard by now.
             judge_at = self._clock.now() + JUDGE_EVERY_S
-            done = self._step(Tick())
+            done = self._step(state.Tick())
             self._flush()
             for source in (
                 self._poller.wait(self._clock.waits(0.0 if happened else self._wait_s(done))) & self._ends.keys()
             ):
                 self._poller.remove(source)
                 os.close(source)
-                self._step(PeerDied(self._ends.pop(source)))
+                self._step(state.PeerDied(self._ends.pop(source)))
             self._wake.clear()
 
     def _wait_s(self, done: bool) -> float:
@@ -224,7 +203,7 @@ class Service:
     def _keep_time(self, still_s: float) -> None:
         """Tells the core of a stillness, and when its clock and the wall's have gone apart: by that, or by a suspend."""
         if still_s:
-            self._step(StoodStill(still_s))
+            self._step(state.StoodStill(still_s))
         epoch = time() - self._clock.now()
         if abs(epoch - self._core.effects.epoch) > EPOCH_TOLERATED_S:
             with self._core_lock:
@@ -238,7 +217,7 @@ class Service:
 
     def _lost(self, peer: bytes) -> None:
         """A client of this machine that has died need not be waited for."""
-        self._step(PeerLost(peer))
+        self._step(state.PeerLost(peer))
         pid = self._core.clients.pids.get(peer)
         if pid is None or len(self._ends) >= ENDS_AT_MOST:
             return
@@ -247,7 +226,7 @@ class Service:
         except OSError:
             return  # its grace ends all the same
         if end is None:
-            self._step(PeerDied(peer))
+            self._step(state.PeerDied(peer))
         else:
             self._ends[end] = peer
             self._poller.add(end)
@@ -264,9 +243,9 @@ class Service:
             if self._core.membership.at(arrived.peer) is None:  # a worker runs jobs, and need not end for one message
                 self._router.send(arrived.peer, m.encode(m.Refused(str(error))))
             return
-        self._step(Received(arrived.peer, message))
+        self._step(state.Received(arrived.peer, message))
 
-    def _step(self, event: Event) -> bool:
+    def _step(self, event: state.Event) -> bool:
         """Decides. The journal holds all effects until they have been written down: see _flush.
 
         False: the core failed at this event. Its effects until then are carried out, so that its peers know what it knows.
@@ -282,18 +261,18 @@ class Service:
             self._failed_at(event, failure)
         return failure is None
 
-    def _failed_at(self, event: Event, error: Exception) -> None:
+    def _failed_at(self, event: state.Event, error: Exception) -> None:
         """The sender of a question that the core failed at gets an answer."""
-        if not isinstance(event, Received):
+        if not isinstance(event, state.Received):
             self._dropped.failed(type(event).__name__, error)
             return
         peer, message = event.peer, event.message
         self._dropped.failed(f"{type(message).__name__} of peer {peer[:40]!r}", error)
         reason = f"the orchestrator failed at it ({type(error).__name__}); its log says where"
         if isinstance(message, m.Submit) and message.job_id not in self._core.scheduler.jobs:
-            self._journal.decided([Send(peer, m.Rejected(message.job_id, reason))])
+            self._journal.decided([state.Send(peer, m.Rejected(message.job_id, reason))])
         elif isinstance(message, m.Question):
-            self._journal.decided([Send(peer, m.Unanswered(message.question, reason))])
+            self._journal.decided([state.Send(peer, m.Unanswered(message.question, reason))])
 
     def _flush(self) -> None:
         """Writes down what was decided, then carries it out, and does the same with the events that come of it."""
@@ -309,7 +288,7 @@ class Service:
             for event in events:
                 self._step(event)
 
-    def _write_down(self) -> list[Event]:
+    def _write_down(self) -> list[state.Event]:
         if self._store is None or not self._journal.unsaved:
             return []
         try:
@@ -318,29 +297,29 @@ class Service:
             return self._journal.refused(str(error))
         return self._journal.written()
 
-    def _perform(self, effect: Effect) -> list[Event]:
+    def _perform(self, effect: state.Effect) -> list[state.Event]:
         """Carries out one effect; returns the events that came of it at once."""
-        if isinstance(effect, Send):
+        if isinstance(effect, state.Send):
             self._sent(effect.peer, self._router.send(effect.peer, self._encoded(effect.message)))
-        elif isinstance(effect, Log):
+        elif isinstance(effect, state.Log):
             log.log(logging.getLevelNamesMapping()[effect.level.upper()], effect.text)
-        elif isinstance(effect, ServeBundle):
+        elif isinstance(effect, state.ServeBundle):
             self._sent(effect.peer, self._router.send(effect.peer, m.encode(self._bundles.read(effect.want))))
-        elif isinstance(effect, FetchBundle):
+        elif isinstance(effect, state.FetchBundle):
             return self._fetched(
                 effect.digest, effect.peer, lambda: self._bundles.fetch(effect.digest, effect.size_bytes, effect.peer)
             )
-        elif isinstance(effect, StorePart):
+        elif isinstance(effect, state.StorePart):
             return self._fetched(effect.part.digest, effect.peer, lambda: self._bundles.store(effect.part, effect.peer))
-        elif isinstance(effect, DropUpload):
+        elif isinstance(effect, state.DropUpload):
             self._bundles.drop(effect.digest, effect.peer)
-        elif isinstance(effect, ReleaseBundle):
+        elif isinstance(effect, state.ReleaseBundle):
             self._bundles.release(effect.digest)
-        elif isinstance(effect, Erase):
+        elif isinstance(effect, state.Erase):
             self._logs.remove(effect.job_id)
-        elif isinstance(effect, KeepOutput):
+        elif isinstance(effect, state.KeepOutput):
             self._keep_output(effect)
-        elif isinstance(effect, ServeLog):
+        elif isinstance(effect, state.ServeLog):
             self._serve_log(effect)
         return []
 
@@ -353,21 +332,21 @@ class Service:
     def _sent(self, peer: bytes, sent: Sent) -> None:
         """A peer with a full queue does not read. One that is gone is told of by PeerLost."""
         if sent is Sent.FULL:
-            self._step(PeerBehind(peer))
+            self._step(state.PeerBehind(peer))
 
-    def _fetched(self, digest: str, peer: bytes, act: Callable[[], m.Want | None]) -> list[Event]:
+    def _fetched(self, digest: str, peer: bytes, act: Callable[[], m.Want | None]) -> list[state.Event]:
         try:
             want = act()
         except OSError as error:
             log.error("the files of a job cannot be stored: %s", error)
-            return [BundleRefused(peer, digest, f"the orchestrator cannot store its files: {error.strerror}")]
+            return [state.BundleRefused(peer, digest, f"the orchestrator cannot store its files: {error.strerror}")]
         except ValueError as error:
-            return [BundleRefused(peer, digest, f"its bundle was refused: {error}")]
+            return [state.BundleRefused(peer, digest, f"its bundle was refused: {error}")]
         if want is not None:
             self._sent(peer, self._router.send(peer, m.encode(want)))
-        return [BundleStored(digest)] if self._bundles.has(digest) else []
+        return [state.BundleStored(digest)] if self._bundles.has(digest) else []
 
-    def _keep_output(self, kept: KeepOutput) -> None:
+    def _keep_output(self, kept: state.KeepOutput) -> None:
         try:
             self._logs.append(kept.job_id, kept.member_id, kept.data)
         except OSError as error:
@@ -375,7 +354,7 @@ class Service:
                 self._unlogged.add(kept.job_id)
                 log.error("what job %s prints cannot be kept: %s", kept.job_id, error.strerror)
 
-    def _serve_log(self, serve: ServeLog) -> None:
+    def _serve_log(self, serve: state.ServeLog) -> None:
         ask = serve.ask
         try:
             offset, data, at_end = self._logs.read(ask.job_id, ask.member_id, ask.offset)

@@ -16,7 +16,6 @@ from fleet.orchestrator.membership import (
     Gone,
     Membership,
 )
-from fleet.orchestrator.state import Counts
 from tests.pure.test_orchestrator import VERSIONS, cluster, running, sent
 
 NEWCOMER = b"w0/2"
@@ -111,7 +110,7 @@ def test_connections_that_broke_while_the_orchestrator_stood_still_have_as_long_
 
 def members() -> Membership:
     """Two workers that were heard of at 0, without any job."""
-    found = Membership(Effects(durable=True), Counts(), VERSIONS)
+    found = Membership(Effects(durable=True), VERSIONS)
     for worker_id in ("w0", "w1"):
         found.join(f"{worker_id}/1".encode(), m.WorkerHello(worker_id, "1", "h", 2, VERSIONS))
     return found
@@ -131,7 +130,7 @@ def test_a_worker_that_speaks_stays_and_one_that_is_silent_goes_at_the_deadline(
     (gone,) = at(found, HEARTBEAT_TIMEOUT_S)
     assert (gone.worker_id, gone.host, "no heartbeat for 5 s" in gone.why) == ("w1", "h", True)
     assert earliest(found.deadlines()) == 3.0 + HEARTBEAT_TIMEOUT_S
-    assert (found.counts.workers_lost, found.counts.heartbeats_missed) == (1, 2 + 5)
+    assert (found.effects.counts.workers_lost, found.effects.counts.heartbeats_missed) == (1, 2 + 5)
     assert found.rooms.free == 2
 
 
