@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import random
+
+import pytest
+
 from fleet.client import task_scheduler as scheduler
 from fleet.client.task_scheduler import (
+    BACKOFF_S,
+    RECALL_AFTER_S,
     Arriving,
     AskRunner,
     Began,
@@ -13,8 +20,10 @@ from fleet.client.task_scheduler import (
     Give,
     GivenBack,
     NotGiven,
+    Recall,
     RunnerEnded,
     RunnerReady,
+    RunnerRetires,
     Submitted,
     Task,
     TaskScheduler,
@@ -141,3 +150,89 @@ def test_room_is_what_a_further_task_would_be_given_or_asked_for() -> None:
         found.joined(f"r{number}")
         found.step(RunnerEnded(f"r{number}", "killed"), 3.0)
     assert found.has_room  # one is asked for when somebody wants something again
+
+
+def test_what_waits_behind_a_long_task_is_recalled_for_a_runner_that_has_nothing_to_do() -> None:
+    found = running([Task(1), Task(2), Task(3)])
+    found.joined("s")
+    assert not found.step(RunnerReady("s", "there", ()), 0.01)
+    assert found.next_deadline() == RECALL_AFTER_S
+    assert found.step(Tick(), RECALL_AFTER_S) == [Recall("r", (2, 3))]
+    assert found.next_deadline() is None  # it is asked once
+    found.step(GivenBack("r", (2, 3)), 0.03)
+    assert list(found.runners["s"].tasks) == [2]
+
+
+def test_a_task_that_loses_its_runner_again_and_again_waits_longer_each_time() -> None:
+    found = running([Task(1, retries=3)])
+    for attempt, delay_s in enumerate((0.0, 4 * BACKOFF_S, 8 * BACKOFF_S), 1):
+        now = 100.0 * attempt
+        name = "r" if attempt == 1 else f"r{attempt - 1}"
+        assert AskRunner() in found.step(RunnerEnded(name, "killed", 1), now)
+        found.joined(f"r{attempt}")
+        effects = found.step(RunnerReady(f"r{attempt}", "here", ()), now)
+        if delay_s:
+            assert not effects
+            assert found.next_deadline() == now + delay_s
+            effects = found.step(Tick(), now + delay_s)
+        assert given(effects) == [1]
+    [fail] = [effect for effect in found.step(RunnerEnded("r3", "killed", 1), 400.0) if isinstance(effect, Fail)]
+    assert fail.why == "lost"
+    assert [line.partition(":")[0] for line in fail.task.history] == [f"attempt {n} on here" for n in range(1, 5)]
+
+
+def test_tasks_go_by_priority_and_else_in_their_order() -> None:
+    found = running([], mean_s=None)
+    found.step(Submitted([Task(1), Task(2), Task(3, priority=5), Task(4, priority=-1), Task(5, priority=5)]), 0.0)
+    order = list(found.runners["r"].tasks)
+    while found.task_count:
+        order += given(found.step(Finished("r", {order[-1]: 1.0}), 0.0))
+    assert order == [3, 5, 1, 2, 4]
+
+
+def test_what_must_not_run_twice_waits_behind_nothing_and_nothing_behind_it() -> None:
+    found = running([Task(1), Task(2, retries=0), Task(3)])
+    assert list(found.runners["r"].tasks) == [1]
+    assert given(found.step(Finished("r", {1: 1e-4}), 0.1)) == [2]
+    assert given(found.step(Finished("r", {2: 1e-4}), 0.2)) == [3]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_happens_each_task_is_in_one_place_until_it_is_settled(seed: int) -> None:
+    dice = random.Random(seed)
+    found, now, last, settled = TaskScheduler(dice.choice([None, 5])), 0.0, 0, set[int]()
+    asked = sum(isinstance(effect, AskRunner) for effect in found.step(Began(3), now))
+    for _ in range(300):
+        now += dice.choice([0.0, 0.001, 0.03, 1.0])
+        while asked:
+            asked, last = asked - 1, last + 1
+            found.joined(f"r{last}")
+        runner = dice.choice(list(found.runners.values())) if found.runners else None
+        some = dice.sample(list(runner.tasks), dice.randrange(len(runner.tasks) + 1)) if runner else []
+        events: list[scheduler.Event] = [Submitted([Task(dice.randrange(10**9), dice.randrange(3), dice.randrange(4))])]
+        if runner is not None:
+            name = runner.job_id
+            events += [
+                RunnerReady(name, "here", tuple(some)),
+                Finished(name, dict.fromkeys(some, 0.001)),
+                Arriving(name, dict.fromkeys(some, 0.001)),
+                GivenBack(name, tuple(some[1:])),
+                RunnerRetires(name),
+                RunnerEnded(name, "killed", some[0] if some else 0),
+            ]
+        event = dice.choice([*events, Tick()])
+        before = tasks_of(found)
+        effects = found.step(event, now)
+        asked += sum(isinstance(effect, AskRunner) for effect in effects)
+        settled |= {effect.task.task_id for effect in effects if isinstance(effect, Fail)}
+        settled |= event.seconds.keys() if isinstance(event, Finished) else set()
+        after = tasks_of(found)
+        assert len(after) == len(set(after))
+        assert set(before) - set(after) <= settled
+        if (deadline := found.next_deadline()) is not None and deadline <= now:
+            found.step(Tick(), now)
+            assert (found.next_deadline() or math.inf) > now  # the thread does not spin
+
+
+def tasks_of(found: TaskScheduler) -> list[int]:
+    return [*found._queued, *(task_id for runner in found.runners.values() for task_id in runner.tasks)]
