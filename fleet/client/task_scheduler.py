@@ -1,17 +1,18 @@
-"""An Executor's decisions: which task goes to which runner, when it is tried again or given up. Pure.
+"""Task scheduler of an Executor: which runner gets a task, and when a task is tried again or given up; pure.
 
-`step(event, now) -> effects`, as the other cores. A runner is a job of one rank; a task is a number here, its function and
-arguments are the shell's. Runners are given a little more than they can do at once, so that they never wait for the way
-from here: as many short tasks as take PREFETCH_S, but nothing behind a task that must not run twice.
+`step(event, now) -> effects`, as in the other cores. A task is a number here; its call belongs to pending_tasks.py. A runner is
+given as many short tasks as take PREFETCH_S, so that it never waits for the next one, but nothing behind a task that must not
+run twice.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Literal
+
+from msgspec import Struct
 
 PREFETCH_S = 0.01
 IN_FLIGHT_AT_MOST = 64
@@ -23,36 +24,40 @@ Timer = Literal["retry", "timeout", "recall"]
 Why = Literal["lost", "timeout", "no runner"]
 
 
-@dataclass(slots=True)
-class Task:
-    """Invariant: it is in the queue, delayed, or in flight on one runner, until it is settled."""
+class Task(Struct):
+    """Invariant: a task is queued, delayed, or in flight on one runner, until it is settled."""
 
     task_id: int
     priority: int = 0
-    retries: int = 2  # after the loss of a runner
-    timeout_s: float | None = None  # from when it begins
+    retries: int = 2  # after a loss of its runner
+    timeout_s: float | None = None  # from its begin
     attempts: int = 0  # that lost their runner
     history: tuple[str, ...] = ()
 
 
-@dataclass
-class Runner:
-    """`tasks` are in flight, in the order in which it makes the calls."""
+class Runner(Struct):
+    """A job that makes calls, one after the other."""
 
     job_id: str
     ready: bool = False
-    retiring: bool = False  # its worker drains: it finishes what it has begun
-    tasks: dict[int, Task] = field(default_factory=dict)
-    ended: set[int] = field(default_factory=set)  # of them: their results are on the way here
+    retiring: bool = False  # it gets no more tasks, and ends after those that it has begun
+    tasks: dict[int, Task] = {}  # in flight, in the order of their calls
+    ended: set[int] = set()  # of them: their results are on the way
     given: int = 0  # tasks in its life
     spent: bool = False  # it was given all that it may have, and retires
-    head_since: float = 0.0  # when the first of them can have begun
+    head_since: float = 0.0  # earliest begin of its head
     recalling: bool = False
     where: str = ""  # worker and pid, for a person
     verdict: tuple[Why, str] | None = None  # why it is being ended, for its first task
 
     @property
+    def is_open(self) -> bool:
+        """Whether further tasks may go to it."""
+        return self.ready and not self.retiring and self.verdict is None
+
+    @property
     def head(self) -> Task | None:
+        """The task that it is in, as far as is known."""
         if not self.ended:
             return next(iter(self.tasks.values()), None)
         return next((task for task_id, task in self.tasks.items() if task_id not in self.ended), None)
@@ -61,126 +66,101 @@ class Runner:
 # Events
 
 
-@dataclass(frozen=True)
-class Began:
-    """Runners may be asked for: so many."""
+class Began(Struct, frozen=True):
+    """Runners may be asked for, `size` of them."""
 
     size: int
 
 
-@dataclass(frozen=True)
-class Submitted:
+class Submitted(Struct, frozen=True):
     tasks: list[Task]
 
 
-@dataclass(frozen=True)
-class Cancelled:
-    """By whoever submitted them; those that have begun are not affected."""
+class Cancelled(Struct, frozen=True):
+    """Tasks that were cancelled. Those in flight go on."""
 
     task_ids: list[int]
 
 
-@dataclass(frozen=True)
-class RunnerReady:
-    """It is there, perhaps again; `holds` are the tasks that it has and has not ended."""
+class RunnerReady(Struct, frozen=True):
+    """A runner is there, for the first time or again. `holds`: the tasks that it has and has not ended."""
 
     job_id: str
     where: str
     holds: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Finished:
-    """Results that arrived from one runner, with the seconds that each took."""
+class Finished(Struct, frozen=True):
+    """Results of one runner, with the seconds that each task took."""
 
     job_id: str
     seconds: dict[int, float]
 
 
-@dataclass(frozen=True)
-class Arriving:
-    """Results whose large buffers are still on their way, with the seconds that each task took."""
+class Arriving(Struct, frozen=True):
+    """Results whose large buffers are on their way, with the seconds that each task took."""
 
     job_id: str
     seconds: dict[int, float]
 
 
-@dataclass(frozen=True)
-class GivenBack:
+class GivenBack(Struct, frozen=True):
     """Tasks that a runner had not begun."""
 
     job_id: str
     task_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class NotGiven:
-    """Tasks that were cancelled before they could be given to a runner."""
+class NotGiven(Struct, frozen=True):
+    """Tasks that were cancelled between the decision to give them and the giving."""
 
     job_id: str
     task_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class RunnerRetires:
+class RunnerRetires(Struct, frozen=True):
+    """The worker of a runner drains."""
+
     job_id: str
 
 
-@dataclass(frozen=True)
-class RunnerEnded:
+class RunnerEnded(Struct, frozen=True):
     job_id: str
     reason: str
-    task_id: int = 0  # that it was in, where that is known
+    task_id: int = 0  # that it was in; 0: not known
 
 
-@dataclass(frozen=True)
-class Tick:
-    pass
+class Tick(Struct, frozen=True):
+    """Nothing but time has passed."""
 
 
-Event = (
-    Began
-    | Submitted
-    | Cancelled
-    | RunnerReady
-    | Finished
-    | Arriving
-    | GivenBack
-    | NotGiven
-    | RunnerRetires
-    | RunnerEnded
-    | Tick
-)
+RunnerEvent = RunnerReady | Finished | Arriving | GivenBack | NotGiven | RunnerRetires | RunnerEnded
+Event = Began | Submitted | Cancelled | RunnerEvent | Tick
 
 
 # Effects
 
 
-@dataclass(frozen=True)
-class AskRunner:
-    """Submit a job for a further runner."""
+class AskRunner(Struct, frozen=True):
+    """Submit the job of a further runner."""
 
 
-@dataclass(frozen=True)
-class Give:
+class Give(Struct, frozen=True):
     job_id: str
     tasks: list[Task]
 
 
-@dataclass(frozen=True)
-class Recall:
+class Recall(Struct, frozen=True):
     job_id: str
     task_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class EndRunner:
+class EndRunner(Struct, frozen=True):
     job_id: str
     kill: bool
 
 
-@dataclass(frozen=True)
-class Fail:
+class Fail(Struct, frozen=True):
     """The task is settled without a result."""
 
     task: Task
@@ -191,47 +171,38 @@ class Fail:
 Effect = AskRunner | Give | Recall | EndRunner | Fail
 
 
-@dataclass
 class TaskScheduler:
-    """One Executor's tasks and runners."""
+    """Tasks and runners of one Executor."""
 
-    tasks_at_most: int | None = None  # of one runner, which then ends
-    runners: dict[str, Runner] = field(default_factory=dict)
-    mean_s: float | None = None  # of what tasks take, the last ones counting most
-    _queues: dict[int, deque[Task]] = field(default_factory=dict)  # by priority
-    _delayed: list[tuple[float, int, Task]] = field(default_factory=list)
-    _queued: dict[int, Task] = field(default_factory=dict)  # what is queued or delayed, by number
-    _stillborn: int = 0
-    _missing: int = 0  # runners that were not asked for again
-    _effects: list[Effect] = field(default_factory=list)
-    _now: float = 0.0
+    def __init__(self, tasks_at_most: int | None = None) -> None:
+        self.tasks_at_most = tasks_at_most  # of one runner, which then ends
+        self.runners: dict[str, Runner] = {}
+        self.mean_s: float | None = None  # of the time that tasks take, the last ones counting most
+        self._queues: dict[int, deque[Task]] = {}  # by priority
+        self._delayed: list[tuple[float, int, Task]] = []  # a heap
+        # Invariant: of what is in a queue or delayed, only the tasks in here count. A cancelled one is found there later.
+        self._queued: dict[int, Task] = {}
+        self._stillborn = 0  # runners in a row that ended before they were ready
+        self._missing = 0  # runners that were not asked for again
+        self._effects: list[Effect] = []
+        self._now = 0.0
 
     def step(self, event: Event, now: float) -> list[Effect]:
-        """What to do about one event."""
+        """Decides what to do about one event."""
         self._effects, self._now = [], now
         if isinstance(event, Submitted):
             for task in event.tasks:
                 self._queue(task)
-            while self._missing:
-                self._missing, self._stillborn = self._missing - 1, 0
-                self._ask()
-        elif isinstance(event, Finished):
-            self._finished(event)
+            if self._missing:
+                self._effects += [AskRunner()] * self._missing
+                self._missing = self._stillborn = 0
         elif isinstance(event, Began):
             self._effects += [AskRunner()] * event.size
         elif isinstance(event, Cancelled):
             for task_id in event.task_ids:
                 self._queued.pop(task_id, None)
-        elif isinstance(event, RunnerReady):
-            self._ready(event)
-        elif isinstance(event, Arriving):
-            self._arriving(event)
-        elif isinstance(event, GivenBack | NotGiven):
-            self._not_begun(event)
-        elif isinstance(event, RunnerRetires):
-            self._retires(event.job_id)
-        elif isinstance(event, RunnerEnded):
-            self._ended(event)
+        elif not isinstance(event, Tick) and (runner := self.runners.get(event.job_id)) is not None:
+            self._about(runner, event)
         self._dispatch()
         self._expire()
         return self._effects
@@ -241,76 +212,91 @@ class TaskScheduler:
         return min((at for at, _, _ in self._timers()), default=None)
 
     def joined(self, job_id: str) -> None:
-        """The job of a runner that was asked for has this id."""
+        """The runner that was asked for has this id."""
         self.runners[job_id] = Runner(job_id)
 
     @property
     def has_idle(self) -> bool:
-        """Whether a runner has nothing to do, and nothing waits for it."""
-        if self._queued:
-            return False
-        return any(r.ready and not r.tasks and not r.retiring and r.verdict is None for r in self.runners.values())
+        """Whether a runner has nothing to do, and no task waits."""
+        return not self._queued and any(not r.tasks and r.is_open for r in self.runners.values())
 
     @property
     def has_room(self) -> bool:
-        """Whether a further task may be given to a runner now, or have one asked for."""
-        if self._missing:
-            return True
-        room = (r for r in self.runners.values() if r.ready and not r.retiring and r.verdict is None)
-        return any(len(runner.tasks) < self._credit(runner) for runner in room)
-
-    @property
-    def task_count(self) -> int:
-        return len(self._queued) + sum(len(runner.tasks) for runner in self.runners.values())
+        """Whether a further task would be given to a runner now, or have one asked for."""
+        return bool(self._missing) or any(r.is_open and len(r.tasks) < self._credit(r) for r in self.runners.values())
 
     # Runners
 
-    def _ask(self) -> None:
-        self._effects.append(AskRunner())
-
-    def _ready(self, event: RunnerReady) -> None:
-        runner = self.runners.get(event.job_id)
-        if runner is None:
+    def _about(self, runner: Runner, event: RunnerEvent) -> None:
+        head = runner.head
+        if isinstance(event, Finished):
+            for task_id, seconds in event.seconds.items():
+                if runner.tasks.pop(task_id, None) is not None:
+                    self._took(runner, task_id, seconds)
+                    runner.ended.discard(task_id)
+        elif isinstance(event, Arriving):
+            for task_id, seconds in event.seconds.items():
+                if task_id in runner.tasks:
+                    self._took(runner, task_id, seconds)
+                    runner.ended.add(task_id)
+        elif isinstance(event, RunnerReady):
+            self._ready(runner, event)
+        elif isinstance(event, RunnerRetires):
+            self._retires(runner)
+        elif isinstance(event, RunnerEnded):
+            self._ended(runner, event)
             return
+        else:
+            self._not_begun(runner, event)
+        if runner.head is not head:
+            runner.head_since = self._now
+        if runner.retiring and not runner.tasks:
+            self._effects.append(EndRunner(runner.job_id, kill=False))
+
+    def _took(self, runner: Runner, task_id: int, seconds: float) -> None:
+        if task_id not in runner.ended:
+            self.mean_s = seconds if self.mean_s is None else 0.9 * self.mean_s + 0.1 * seconds
+
+    def _ready(self, runner: Runner, event: RunnerReady) -> None:
         self._stillborn = 0
         runner.ready, runner.where, runner.recalling = True, event.where, False
-        # After a lost connection: what it does not hold is on its way back as a result, or never reached it.
+        # After a lost connection: a task that it does not hold is on its way back as a result, or never reached it.
         lost = [task for task_id, task in runner.tasks.items() if task_id not in event.holds]
         held = [runner.tasks[task_id] for task_id in event.holds if task_id in runner.tasks]
         runner.tasks = {task.task_id: task for task in [*held, *lost]}
         if lost:
-            self._effects.append(Give(event.job_id, lost))
+            self._effects.append(Give(runner.job_id, lost))
 
-    def _retires(self, job_id: str) -> None:
-        runner = self.runners.get(job_id)
-        if runner is None or runner.retiring:
-            return
-        runner.retiring = True
-        self._recall(runner)
-        self._ask()  # elsewhere
-        self._end_if_retired(runner)
+    def _not_begun(self, runner: Runner, event: GivenBack | NotGiven) -> None:
+        for task_id in reversed(event.task_ids):
+            task = runner.tasks.pop(task_id, None)
+            if task is not None:
+                runner.given -= 1
+                if isinstance(event, GivenBack):
+                    self._queue(task, first=True)
+        runner.recalling = runner.recalling and isinstance(event, NotGiven)
 
-    def _end_if_retired(self, runner: Runner) -> None:
-        if runner.retiring and not runner.tasks:
-            self._effects.append(EndRunner(runner.job_id, kill=False))
+    def _retires(self, runner: Runner) -> None:
+        if not runner.retiring:
+            runner.retiring = True
+            self._recall(runner)
+            self._effects.append(AskRunner())  # elsewhere
 
-    def _ended(self, event: RunnerEnded) -> None:
-        runner = self.runners.pop(event.job_id, None)
-        if runner is None:
-            return
+    def _ended(self, runner: Runner, event: RunnerEnded) -> None:
+        del self.runners[runner.job_id]
         if not runner.ready:
             self._stillborn += 1
         if self._stillborn >= STILLBORN_AT_MOST:
-            self._missing += 1  # until somebody wants something again
+            self._missing += 1  # until a task is submitted
         elif not runner.retiring or runner.spent:
-            self._ask()
-        # Of those before the one that it was in the results were lost, those after it had not begun.
+            self._effects.append(AskRunner())
+        # Results of tasks before the one that it was in were lost with it; those behind that one had not begun.
         cause = runner.tasks.get(event.task_id, runner.head)
         for task in reversed(runner.tasks.values()):
             if task is not cause and task.retries:
                 self._queue(task, first=True)
-        for task in list(runner.tasks.values()):
-            if task is cause or not task.retries:  # what may not run twice may have run
+        for task in runner.tasks.values():
+            if task is cause or not task.retries:  # a task that may not run twice may have run
                 self._lost(task, runner, event.reason)
         if self._stillborn >= STILLBORN_AT_MOST and not any(r.ready for r in self.runners.values()):
             for task in list(self._queued.values()):
@@ -346,7 +332,7 @@ class TaskScheduler:
             queue.append(task)
 
     def _next(self) -> Task | None:
-        """The task whose turn it is, still queued: what was cancelled is dropped on the way."""
+        """The queued task that is first by priority. Drops cancelled ones on the way."""
         while self._queues:
             priority = max(self._queues) if len(self._queues) > 1 else next(iter(self._queues))
             queue = self._queues[priority]
@@ -357,57 +343,10 @@ class TaskScheduler:
             del self._queues[priority]
         return None
 
-    def _finished(self, event: Finished) -> None:
-        runner = self.runners.get(event.job_id)
-        if runner is None:
-            return
-        head = runner.head
-        for task_id, seconds in event.seconds.items():
-            if runner.tasks.pop(task_id, None) is not None:
-                self._took(runner, task_id, seconds)
-                runner.ended.discard(task_id)
-        self._next_head(runner, head)
-        self._end_if_retired(runner)
-
-    def _arriving(self, event: Arriving) -> None:
-        runner = self.runners.get(event.job_id)
-        if runner is None:
-            return
-        head = runner.head
-        for task_id, seconds in event.seconds.items():
-            if task_id in runner.tasks:
-                self._took(runner, task_id, seconds)
-                runner.ended.add(task_id)
-        self._next_head(runner, head)
-
-    def _took(self, runner: Runner, task_id: int, seconds: float) -> None:
-        if task_id not in runner.ended:
-            self.mean_s = seconds if self.mean_s is None else 0.9 * self.mean_s + 0.1 * seconds
-
-    def _next_head(self, runner: Runner, before: Task | None) -> None:
-        if runner.head is not before:
-            runner.head_since = self._now
-
-    def _not_begun(self, event: GivenBack | NotGiven) -> None:
-        runner = self.runners.get(event.job_id)
-        if runner is None:
-            return
-        head = runner.head
-        for task_id in reversed(event.task_ids):
-            task = runner.tasks.pop(task_id, None)
-            if task is not None:
-                runner.given -= 1
-                if isinstance(event, GivenBack):
-                    self._queue(task, first=True)
-        runner.recalling = runner.recalling and isinstance(event, NotGiven)
-        self._next_head(runner, head)
-        self._end_if_retired(runner)
-
     def _dispatch(self) -> None:
         if not self._queued:
             return
-        room = [r for r in self.runners.values() if r.ready and not r.retiring and r.verdict is None]
-        room = [runner for runner in room if len(runner.tasks) < self._credit(runner)]
+        room = [r for r in self.runners.values() if r.is_open and len(r.tasks) < self._credit(r)]
         if not room:
             return
         room.sort(key=lambda runner: len(runner.tasks))
@@ -416,8 +355,7 @@ class TaskScheduler:
             count = min(share, self._credit(runner) - len(runner.tasks))
             if self.tasks_at_most is not None:
                 count = min(count, self.tasks_at_most - runner.given)
-            given = self._take(runner, count)
-            if given:
+            if given := self._take(runner, count):
                 runner.given += len(given)
                 runner.spent = runner.given == self.tasks_at_most
                 runner.retiring = runner.retiring or runner.spent
@@ -430,7 +368,7 @@ class TaskScheduler:
         given: list[Task] = []
         while len(given) < count and (task := self._next()) is not None:
             if not task.retries and (given or runner.tasks):
-                break  # what must not run twice waits behind nothing, or one could not tell whether it had begun
+                break  # behind another task, whether a task that must not run twice had begun could not be told
             self._queues[task.priority].popleft()
             del self._queued[task.task_id]
             given.append(task)
@@ -439,6 +377,7 @@ class TaskScheduler:
         return given
 
     def _credit(self, runner: Runner) -> int:
+        """How many tasks may be in flight on a runner."""
         head = runner.head
         if head is not None and not head.retries:
             return 0
@@ -458,7 +397,7 @@ class TaskScheduler:
         """Everything that time alone brings about, and when."""
         if self._delayed:
             yield self._delayed[0][0], "retry", None
-        idle = not self._queued and any(r.ready and not r.tasks and not r.retiring for r in self.runners.values())
+        idle = self.has_idle
         for runner in self.runners.values():
             head = runner.head
             if head is not None and head.timeout_s is not None and runner.verdict is None:

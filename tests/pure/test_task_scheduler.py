@@ -185,7 +185,7 @@ def test_tasks_go_by_priority_and_else_in_their_order() -> None:
     found = running([], mean_s=None)
     found.step(Submitted([Task(1), Task(2), Task(3, priority=5), Task(4, priority=-1), Task(5, priority=5)]), 0.0)
     order = list(found.runners["r"].tasks)
-    while found.task_count:
+    while found.runners["r"].tasks:
         order += given(found.step(Finished("r", {order[-1]: 1.0}), 0.0))
     assert order == [3, 5, 1, 2, 4]
 
