@@ -1,6 +1,6 @@
 """`fleet.Executor`: a concurrent.futures.Executor whose processes are slots of this machine, or of a cluster.
 
-Calls are pickled in the caller's thread; all else is done by one thread for each Executor, in executor_thread.py.
+The caller's thread pickles a call. The thread of the Executor does nearly all else, see executor_thread.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from concurrent.futures import Executor as AnyExecutor
 from concurrent.futures import Future
 from concurrent.futures import as_completed as _as_completed
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, islice
 from time import monotonic
 from types import TracebackType
@@ -24,6 +24,7 @@ from fleet import config, pickling
 from fleet.client.caller_code import cluster_place
 from fleet.client.executor_thread import ExecutorSettings, ExecutorThread
 from fleet.client.local_cluster import local_place
+from fleet.client.pending_tasks import TaskOptions
 from fleet.client.target import cluster_target
 from fleet.errors import UsageError
 from fleet.values import JobOptions
@@ -37,26 +38,11 @@ P = ParamSpec("P")
 
 PENDING_TASKS, PENDING_BYTES = 10_000, 256 << 20
 MAX_BUNDLE = 64  # MB
-_open: weakref.WeakSet[ExecutorThread] = weakref.WeakSet()  # a line lives at least as long as its thread
-
-
-@dataclass(frozen=True)
-class TaskOptions:
-    """How each task of a view is treated: see Executor."""
-
-    retries: int = 2
-    timeout: float | None = None
-    priority: int = 0
-
-    def __post_init__(self) -> None:
-        if self.retries < 0:
-            raise UsageError(f"retries is {self.retries}: it must be 0 (never run twice) or more")
-        if self.timeout is not None and self.timeout <= 0:
-            raise UsageError(f"timeout is {self.timeout}: it must be a number of seconds above 0")
+_open: weakref.WeakSet[ExecutorThread] = weakref.WeakSet()  # a running thread keeps its object
 
 
 class SomeOptions(TypedDict, total=False):
-    """Those of TaskOptions that differ."""
+    """Fields of TaskOptions that differ from the Executor's."""
 
     retries: int
     timeout: float | None
@@ -67,14 +53,14 @@ class Executor(AnyExecutor):
     """Runs calls in `max_workers` processes: on this machine, or on the cluster at `addr` (else ORCHESTRATOR_ADDR).
 
     `max_workers` is by default the number of cores, on a cluster that of its slots. Each process takes `slots` slots and
-    `gpus` GPUs of its worker, until the Executor is shut down. `priority` is that of the seats among the cluster's jobs, and
-    of tasks among those of this Executor. A task that loses its process is run again, `retries` times at most: 0 is for
-    what must never run twice. After `timeout` seconds of running, its process is ended and its future raises TimeoutError.
-    Its own exceptions are never retried: the future raises them, with the remote traceback as their cause.
+    `gpus` GPUs of its worker, until the Executor is shut down. `priority` orders its processes among the cluster's jobs, and
+    its tasks among each other. A task that loses its process is run again, `retries` times at most: 0 is for a task that
+    must never run twice. After `timeout` seconds of running, its process is ended and its future raises TimeoutError.
+    An exception of the task is never retried: the future raises it, with the remote traceback as its cause.
 
-    As of ProcessPoolExecutor: the first argument may be `max_workers`; each process calls `initializer(*initargs)` before all
-    tasks, and where that raises no task is run; after `max_tasks_per_child` tasks it is replaced. `mp_context` may be one that
-    does not fork.
+    As with ProcessPoolExecutor, the first argument may be `max_workers`; each process calls `initializer(*initargs)` before all
+    tasks, and no task is run where that raises; a process is replaced after `max_tasks_per_child` tasks. `mp_context` may be
+    one that does not fork.
 
     On a cluster the folder of the caller's script travels to the workers, `max_bundle` MB (2^20 bytes) at most.
     `submit` waits while `max_pending` tasks or 256 MB of arguments are unfinished. No `if __name__ == "__main__"` is needed.
@@ -139,12 +125,12 @@ class Executor(AnyExecutor):
         except KeyboardInterrupt:
             self._thread.finish(True, abandon=True)
             raise
-        # The thread holds the line and nothing holds this: dropped, it ends once its futures are done.
+        # The thread does not hold this object: once that is dropped, the thread ends when its futures are done.
         weakref.finalize(self, self._thread.drop).atexit = False
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """A future of fn(*args, **kwargs). Raises UsageError where it cannot be pickled, RuntimeError after shutdown."""
-        return self._submit(self._options, fn, args, kwargs)
+        return self._thread.submit(fn, args, kwargs, self._options)
 
     def options(self, **options: Unpack[SomeOptions]) -> View:
         """The same processes, with other options for the tasks: pool.options(retries=0, timeout=None).submit(pay, 100)."""
@@ -158,11 +144,12 @@ class Executor(AnyExecutor):
         chunksize: int = 1,
         buffersize: int | None = None,
     ) -> Iterator[T]:
-        """As concurrent.futures: results in order; `chunksize` calls are one task.
+        """Results of calls in order, as with concurrent.futures; `chunksize` calls are one task.
 
-        The arguments are read at once, or, with `buffersize`, while at most so many tasks have results that nobody has taken.
+        The arguments are read at once, or, with `buffersize`, while at most so many tasks have a result that was not taken.
         """
-        return self._map(self._options, fn, iterables, timeout, chunksize, buffersize)
+        view = View(self, self._options)
+        return view.map(fn, *iterables, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """No more tasks are taken; with `wait`, returns when all have ended and every process is gone."""
@@ -175,31 +162,6 @@ class Executor(AnyExecutor):
     ) -> None:
         _end(self._thread, kind)
 
-    def _submit(
-        self, options: TaskOptions, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Future[T]:
-        return self._thread.submit(fn, args, kwargs, options.retries, options.timeout, options.priority)
-
-    def _map(
-        self,
-        options: TaskOptions,
-        fn: Callable[..., T],
-        iterables: tuple[Iterable[Any], ...],
-        timeout: float | None,
-        chunksize: int,
-        buffersize: int | None,
-    ) -> Iterator[T]:
-        if chunksize < 1:
-            raise UsageError(f"chunksize is {chunksize}: it must be at least 1")
-        if buffersize is not None and buffersize < 1:
-            raise UsageError(f"buffersize is {buffersize}: it must be None (no limit) or at least 1")
-        calls = zip(*iterables, strict=False)
-        if chunksize == 1:
-            return _results((self._submit(options, fn, args, {}) for args in calls), timeout, buffersize)
-        chunks = iter(lambda: list(islice(calls, chunksize)), [])
-        futures = (self._submit(options, pickling.call_each, (fn, chunk), {}) for chunk in chunks)
-        return chain.from_iterable(_results(futures, timeout, buffersize))  # type: ignore[arg-type]
-
 
 class View(AnyExecutor):
     """An Executor with other options for its tasks. Shutting it down shuts down nothing."""
@@ -209,7 +171,7 @@ class View(AnyExecutor):
         self._options = options
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        return self._executor._submit(self._options, fn, args, kwargs)
+        return self._executor._thread.submit(fn, args, kwargs, self._options)
 
     def map(
         self,
@@ -219,7 +181,17 @@ class View(AnyExecutor):
         chunksize: int = 1,
         buffersize: int | None = None,
     ) -> Iterator[T]:
-        return self._executor._map(self._options, fn, iterables, timeout, chunksize, buffersize)
+        if chunksize < 1:
+            raise UsageError(f"chunksize is {chunksize}: it must be at least 1")
+        if buffersize is not None and buffersize < 1:
+            raise UsageError(f"buffersize is {buffersize}: it must be None (no limit) or at least 1")
+        calls = zip(*iterables, strict=False)
+        if chunksize == 1:
+            return _results((self.submit(fn, *args) for args in calls), timeout, buffersize)
+        chunks = iter(lambda: list(islice(calls, chunksize)), [])
+        futures = (self.submit(pickling.call_each, fn, chunk) for chunk in chunks)
+        results: Iterator[list[T]] = _results(futures, timeout, buffersize)
+        return chain.from_iterable(results)
 
 
 def as_completed(
@@ -238,7 +210,7 @@ def as_completed(
 
 
 def _results(submitted: Iterator[Future[T]], timeout: float | None, at_once: int | None) -> Iterator[T]:
-    """In order; what is left is cancelled when one raises, times out, or nobody wants more."""
+    """Results in order. Tasks that are left are cancelled when one raises or times out, and when the iterator is closed."""
     deadline = None if timeout is None else monotonic() + timeout
     futures = deque(islice(submitted, at_once))
 
@@ -258,16 +230,16 @@ def _results(submitted: Iterator[Future[T]], timeout: float | None, at_once: int
     return each()
 
 
-def _end(line: ExecutorThread, kind: type[BaseException] | None) -> None:
+def _end(thread: ExecutorThread, kind: type[BaseException] | None) -> None:
     """After Ctrl-C at once, with all that runs; else once everything is done, as the standard library's executors."""
-    line.finish(False, abandon=kind is not None and issubclass(kind, KeyboardInterrupt))
-    line.join()
+    thread.finish(False, abandon=kind is not None and issubclass(kind, KeyboardInterrupt))
+    thread.join()
 
 
 def _end_all() -> None:
     """Before the interpreter ends, perhaps with an error that nobody caught."""
-    for line in list(_open):
-        _end(line, getattr(sys, "last_type", None))
+    for thread in list(_open):
+        _end(thread, getattr(sys, "last_type", None))
 
 
 threading._register_atexit(_end_all)  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from fleet import config, tasks
 from fleet import messages as m
@@ -26,7 +26,7 @@ from fleet.client import task_scheduler as scheduler
 from fleet.client.connection import Connection
 from fleet.client.direct_socket import DirectSocket
 from fleet.client.local_cluster import Place
-from fleet.client.pending_tasks import CallPacker, PendingTasks
+from fleet.client.pending_tasks import CallPacker, PendingTasks, TaskOptions
 from fleet.client.runners import ResultsArrived, Runners, RunnersLost
 from fleet.errors import FleetError, TaskLost
 from fleet.stillness import Deadline, LifeClock
@@ -99,15 +99,13 @@ class ExecutorThread:
 
     # Any thread
 
-    def submit(
-        self, fn: Callable[..., T], args: Any, kwargs: Any, retries: int, timeout_s: float | None, priority: int
-    ) -> Future[T]:
+    def submit(self, fn: Callable[..., T], args: Any, kwargs: Any, options: TaskOptions) -> Future[T]:
         """Raises UsageError where the call cannot be pickled, RuntimeError when no more are taken."""
         if self._forks != forks.count:
             raise RuntimeError("this Executor is that of the process of which this one is a fork: make one here")
-        future = self._pending.add(self._packer.pack(fn, args, kwargs), retries, timeout_s, priority)
+        future = self._pending.add(self._packer.pack(fn, args, kwargs), options)
         self._hand_over()
-        return cast("Future[T]", future)
+        return future
 
     def finish(self, cancel: bool, abandon: bool = False) -> None:
         """Ends once all tasks are done, without those that have not begun, or without any."""

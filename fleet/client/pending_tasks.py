@@ -23,6 +23,21 @@ from fleet.errors import TaskError, UsageError
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class TaskOptions:
+    """How a task is treated, see `fleet.Executor`."""
+
+    retries: int = 2
+    timeout: float | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if self.retries < 0:
+            raise UsageError(f"retries is {self.retries}: it must be 0 (never run twice) or more")
+        if self.timeout is not None and self.timeout <= 0:
+            raise UsageError(f"timeout is {self.timeout}: it must be a number of seconds above 0")
+
+
 class TaskFuture(Future[T]):
     """A future that tells its Executor when it is cancelled."""
 
@@ -99,7 +114,7 @@ class PendingTasks:
 
     # Any thread
 
-    def add(self, packed: PackedCall, retries: int, timeout_s: float | None, priority: int) -> TaskFuture[Any]:
+    def add(self, packed: PackedCall, options: TaskOptions) -> TaskFuture[Any]:
         """Waits for room. Raises RuntimeError when no more are taken."""
         size_bytes = packed.size_bytes
         with self._gate:
@@ -115,7 +130,7 @@ class PendingTasks:
             self.count, self._bytes = self.count + 1, self._bytes + size_bytes
             future: TaskFuture[Any] = TaskFuture(task_id, self._cancel)
             pending = PendingTask(future, packed.call(task_id), packed)
-            self.added.append((Task(task_id, priority, retries, timeout_s), pending))
+            self.added.append((Task(task_id, options.priority, options.retries, options.timeout), pending))
         return future
 
     def _cancel(self, task_id: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fleet import pickling, tasks
 from fleet.client.incoming_results import Whole
-from fleet.client.pending_tasks import CallPacker, PendingTasks
+from fleet.client.pending_tasks import CallPacker, PendingTasks, TaskOptions
 
 
 class Bench:
@@ -25,7 +25,7 @@ class Bench:
         self.woken += 1
 
     def add(self, *args: object) -> tuple[int, pickling.Any]:
-        future = self.pending.add(self.packer.pack(print, args, {}), 2, None, 0)
+        future = self.pending.add(self.packer.pack(print, args, {}), TaskOptions())
         return future._task_id, future
 
     def result(self, task_id: int, value: object) -> Whole:
