@@ -1,7 +1,6 @@
-"""Tensor messages of one communicator, each found at its place (sequence, source, ordinal, segment), or refused.
+"""Channels: the tensor messages of one communicator, each at its place (sequence, source, ordinal, segment).
 
-A Channel wants one particular message next, and has its inbox find that one. A peer's different call becomes
-CollectiveMismatch.
+A channel always waits for one particular message. A peer's message with a different call becomes CollectiveMismatch.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ from fleet.collectives.inbox import Inbox, Key, Payload
 from fleet.errors import CollectiveMismatch, ProtocolError
 
 REMEMBERED_CALLS = 256
-PROBE = 0xFFFFFFFF  # as an ordinal: no data, only "this is what I call, what do you?"
+PROBE = 0xFFFFFFFF  # the ordinal of a message without data, which tells a late rank what this rank has called
 PROBE_AFTER_S = 0.4
 
 
 class Channel:
-    """One communicator's messages: `members` are the world's numbers of its ranks, in the order of their ranks here.
+    """Channel of one communicator. `members` are the world's ranks of the communicator's ranks, in order.
 
-    Its collectives use `communicator_id`, its point-to-point messages the number after it.
+    Collectives use `communicator_id`, point-to-point messages the number after it.
     """
 
     def __init__(self, inbox: Inbox, communicator_id: int, members: Sequence[int], check: Check) -> None:
@@ -36,12 +35,12 @@ class Channel:
         self.inbox = inbox
         self._rank_of = {member: rank for rank, member in enumerate(self.members)}
         self._calls: dict[int, bytes] = {}  # the running collective and the last ones before it
-        self._ahead: dict[int, tuple[int, bytes]] = {}  # what others called in collectives to come
+        self._ahead: dict[int, tuple[int, bytes]] = {}  # by sequence: source and call of a collective to come
         self._sequence = 0
         inbox.add(self)
 
     def begin(self, sequence: int, call: bytes) -> None:
-        """A collective starts: from now on, whatever comes for this sequence number must be the same call."""
+        """Starts a collective. From now on all messages of this sequence number must have the same call."""
         self._calls[sequence] = call
         self._sequence = sequence
         self._calls.pop(sequence - REMEMBERED_CALLS, None)
@@ -63,16 +62,16 @@ class Channel:
         deadline: float,
         track: bool = False,
     ) -> Tracker | None:
-        """Queues one message of a collective. Raises TimeoutError after `deadline`."""
+        """Queues a message of a collective. Raises TimeoutError after `deadline`."""
         key = self.communicator_id, sequence, ordinal, segment
         return self.inbox.send(self.members[peer], key, call, payload, deadline, track, self.check)
 
     def wait_until_sent(self, tracker: Tracker, deadline: float) -> None:
-        """Returns once lent memory may be changed. Raises TimeoutError."""
+        """Waits until lent memory may be changed. Raises TimeoutError."""
         self.inbox.wait_until_sent(tracker, deadline, self.check)
 
     def expect(self, sequence: int, source: int, ordinal: int, segment: int, call: bytes, deadline: float) -> Payload:
-        """The message for one place of a collective. Raises TimeoutError, CollectiveMismatch."""
+        """Waits for the message with one place of a collective. Raises TimeoutError, CollectiveMismatch."""
         inbox = self.inbox
         key = self.communicator_id, sequence, self.members[source], ordinal, segment
         first = min(deadline, monotonic() + PROBE_AFTER_S)
@@ -85,8 +84,8 @@ class Channel:
         except TimeoutError:
             if first == deadline:
                 raise
-            # It is late. If it waits in another call than this one, it will find that out from this message.
-            with contextlib.suppress(TimeoutError):  # its queue is full: what it sent may be here all the same
+            # The source is late. If it waits in another call, the probe tells it so.
+            with contextlib.suppress(TimeoutError):  # its queue may be full, and its message on the way all the same
                 self.send(source, sequence, PROBE, 0, call, b"", 0.0)
             _, theirs, payload = inbox.take(self, find, deadline, self.check, source)
         if theirs != call:
@@ -95,9 +94,9 @@ class Channel:
         return payload
 
     def wants(self, head: Head) -> bool:
-        """Whether a message that arrived is of use now or later; a different call is noted."""
+        """Whether an arrived message is of use now or later. A message with a different call sets `failed`."""
         if head.source not in self._rank_of:
-            return False  # whoever made that up holds the secret, and is no member
+            return False  # a forgery by a holder of the secret
         if head.sequence <= self._sequence:
             self._compare(head.sequence, head.source, head.call)
         elif head.sequence not in self._ahead:
@@ -105,7 +104,7 @@ class Channel:
         return head.sequence >= self._sequence and head.ordinal != PROBE
 
     def look(self) -> None:
-        """For one that waits elsewhere than here: raises CollectiveMismatch if what has arrived tells of one."""
+        """Raises CollectiveMismatch if a message has come that shows one. For waits outside of this channel."""
         self.inbox.receiver.drain()
         if self.failed is not None:
             raise self.failed
@@ -121,7 +120,7 @@ class Channel:
 
 
 class SubChannel:
-    """Some of a channel's ranks, numbered anew: their part of a collective of all. Offers what algorithms need."""
+    """Channel among some ranks of another one, for their part of a collective. The ranks are numbered anew."""
 
     def __init__(self, channel: Channel, ranks: Sequence[int]) -> None:
         self.rank = ranks.index(channel.rank)

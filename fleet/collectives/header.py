@@ -1,4 +1,4 @@
-"""The head of every tensor message, and the call that it belongs to. Knows bytes and names, no socket and no rank's state.
+"""Wire format of tensor messages: their head, and the call that they belong to. Knows bytes and names, no socket.
 
     magic 4 · world id u64 · communicator id u64 · sequence u64 · source u32 · ordinal u32 · segment u32 · call length u16 · call
     call: op u8 · reduction u8 · dtype u8 · dimensions u8 · root, tag or factor i64 · each dimension u64
@@ -36,7 +36,7 @@ _OP, _REDUCTION, _DTYPE = ({name: number for number, name in enumerate(names)} f
 
 
 class Head(NamedTuple):
-    """Where a message belongs. `call` stays bytes."""
+    """Place of a message, and the bytes of its call."""
 
     world_id: int
     communicator_id: int
@@ -54,7 +54,7 @@ def pack_head(
 
 
 def unpack_head(frame: memoryview) -> tuple[Head, memoryview]:
-    """The head, and what follows it in the same frame. Raises ProtocolError for anything that has no head."""
+    """The head of a frame, and the rest of the frame. Raises ProtocolError for a frame without a head."""
     if frame.nbytes < _HEAD.size or frame[:4] != MAGIC:
         raise ProtocolError(f"{frame.nbytes} bytes that are no tensor message of fleet")
     _, world_id, communicator_id, sequence, source, ordinal, segment, length = _HEAD.unpack_from(frame)
@@ -75,7 +75,7 @@ def pack_call(
     factor: float = 1.0,
     wire: str = "",
 ) -> bytes:
-    """What a rank called, such that two ranks called the same if and only if the bytes are equal."""
+    """The bytes of a call. Two ranks have made the same call if and only if the bytes are equal."""
     if reduction == "premul_sum":
         (root,) = struct.unpack("<q", _FACTOR.pack(factor))
     fixed = _CALL.pack(_OP[op], _REDUCTION[reduction], _DTYPE[dtype], len(shape), root)
@@ -83,14 +83,14 @@ def pack_call(
 
 
 def measure_call(call: bytes) -> tuple[str, int]:
-    """The operation, and how many bytes this rank gives or gets."""
+    """The operation of a call, and the number of bytes that this rank gives or gets."""
     op, _, dtype, dimensions, _ = _CALL.unpack_from(call)
     shape = struct.unpack_from(f"<{dimensions}Q", call, _CALL.size)
     return OPS[op], math.prod(shape) * ITEM_BYTES[dtype] if dtype else 0
 
 
 def describe_call(call: bytes) -> str:
-    """The call as a person would write it: all_reduce(float32[1024, 3], op=sum)."""
+    """A call as a person would write it: all_reduce(float32[1024, 3], op=sum)."""
     try:
         op, reduction, dtype, dimensions, root = _CALL.unpack_from(call)
         shape = struct.unpack_from(f"<{dimensions}Q", call, _CALL.size)

@@ -1,10 +1,10 @@
-"""Arrived tensor messages: each is kept for the generation of the world that its head names, and found there by its place.
+"""Inboxes of tensor messages, one for each generation of the world, and the Receiver of the process, which fills them.
 
-The Receiver stands between the mesh of a process, which yields all that arrives, and the Inboxes, one a generation. Any
-thread may wait for a message of any generation: one thread receives for all. Messages of the next generation are kept until
-this process is in it, since a faster member may be there already; those of older generations and of other jobs are dropped.
-Weakness: ranks that run ahead (the roots of broadcasts) are held back by the queues of ZeroMQ only while this rank is
-outside of collectives; inside one, it keeps what they send.
+An inbox finds a message by its place: communicator, sequence, source, ordinal and segment. Any thread may wait for a message
+of any generation: one thread receives for all. Messages of the next generation are kept until this process joins it, since a
+faster member may be there already. Messages of older generations and of other jobs are dropped.
+Weakness: the queues of ZeroMQ hold back ranks that run ahead, such as the roots of broadcasts, only while this rank is
+outside of collectives. Inside a collective, this rank keeps all that they send.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fleet.collectives.channel import Channel
 
 AHEAD_BYTES_AT_MOST = 64 << 20  # of messages of generations that this process is not in yet
-MESSAGE_BYTES = 512  # that each of them takes beside its payload
+MESSAGE_BYTES = 512  # of each of them, beside its payload
 
 log = logging.getLogger("fleet.collectives")
 
@@ -32,14 +32,14 @@ Key = tuple[int, int, int, int, int]  # communicator id, sequence, source, ordin
 
 
 class Payload(NamedTuple):
-    """The bytes that arrived, and what to send on without a copy."""
+    """Bytes of an arrived message."""
 
     view: memoryview | bytearray
-    carrier: Any
+    carrier: Any  # the object to give to Mesh.send, which sends the same bytes on without a copy
 
 
 class Ahead:
-    """Messages of generations that this process is not in yet, AHEAD_BYTES_AT_MOST of all; pure."""
+    """Messages of generations that this process is not in yet, up to AHEAD_BYTES_AT_MOST; pure."""
 
     def __init__(self) -> None:
         self._kept: dict[int, list[tuple[Head, Payload]] | None] = {}  # by world id; None: there were too many
@@ -56,7 +56,7 @@ class Ahead:
             self._kept[head.world_id] = None
 
     def take(self, world_id: int) -> list[tuple[Head, Payload]] | None:
-        """All messages of one generation, None where there were too many. Those of generations before it go."""
+        """All messages of one generation; None if there were too many. Those of earlier generations are dropped."""
         kept = self._kept.get(world_id, [])
         for other in [other for other in self._kept if not follows(other, world_id)]:
             self._drop(other)
@@ -81,9 +81,9 @@ class Receiver:
         self._ahead = Ahead()
 
     def open(self, world: World, rank: int) -> Inbox:
-        """The inbox of a generation, the same one while it is open; `rank` is this member's.
+        """The inbox of a generation, in which this process has `rank`. While the inbox is open, a second call returns it again.
 
-        Raises FleetError where more has come for it already than is kept.
+        Raises FleetError if too many messages of the generation have come before.
         """
         with self.changed:
             if (inbox := self.inboxes.get(world.world_id)) is not None:
@@ -104,20 +104,17 @@ class Receiver:
         return inbox
 
     def close(self, linger: bool = True) -> None:
-        """Closes the sockets. What was sent still goes out if `linger`, unless a collective has failed."""
+        """Closes the sockets. With `linger`, sent messages still go out, unless a collective has failed."""
         self.mesh.close(linger and self._linger)
 
     def leave(self, inbox: Inbox, linger: bool) -> None:
-        """The process has left the generation of this inbox. See Inbox.close."""
+        """Drops an inbox. See Inbox.close."""
         with self.changed:
             self._linger = self._linger and linger
             self.inboxes.pop(inbox.world_id, None)
 
     def receive(self) -> tuple[Inbox, Head, Payload] | None:
-        """The next message of a generation that this process is in; None after a tick without one.
-
-        Called by the thread that has set `receiving`.
-        """
+        """The next message for an open inbox; None after a tick without one. For the thread that has set `receiving`."""
         frames = self.mesh.receive()
         if frames is None:
             return None
@@ -133,7 +130,7 @@ class Receiver:
         if second is not None:
             payload = Payload(second if isinstance(second, bytearray) else second.buffer, second)
         else:
-            own = bytearray(rest)  # a copy, so that what is reduced in place is aligned
+            own = bytearray(rest)  # a copy, which is aligned for reductions in place
             payload = Payload(own, own)
         inbox = self.inboxes.get(head.world_id)
         if inbox is None:
@@ -142,13 +139,13 @@ class Receiver:
         return inbox, head, payload
 
     def drain(self) -> None:
-        """Keeps what has arrived, without waiting; another thread that receives does it in this one's place."""
+        """Keeps all messages that have arrived, without waiting. If another thread receives, that thread keeps them."""
         with self.changed:
             if self.receiving:
                 return
             self.receiving = True
         try:
-            for _ in range(HWM):  # no more: its caller has a deadline, and more may come all the time
+            for _ in range(HWM):  # bounded, since the caller has a deadline and messages may come all the time
                 if not self.mesh.has_message():
                     return
                 arrived = self.receive()
@@ -164,7 +161,7 @@ class Receiver:
     def _keep_ahead(self, head: Head, payload: Payload) -> None:
         with self.changed:
             inbox = self.inboxes.get(head.world_id)
-            if inbox is not None:  # opened by another thread since this one has looked
+            if inbox is not None:  # another thread has opened it meanwhile
                 inbox.keep(head, payload)
                 self.changed.notify_all()
             elif self._newest is not None and follows(head.world_id, self._newest.world_id):
@@ -186,12 +183,12 @@ class Inbox:
         self._early: dict[Key, tuple[bytes, Payload]] = {}
 
     def add(self, channel: Channel) -> None:
-        """Messages of this channel's communicator are its from now on. Two communicators never have one id."""
+        """Passes messages of the channel's communicator to the channel from now on."""
         assert channel.communicator_id not in self._channels, "two communicators have the same id"
         self._channels[channel.communicator_id] = channel
 
     def remove(self, channel: Channel) -> None:
-        """Its messages, early and late, are of no use any more."""
+        """Drops the channel and its messages."""
         with self.receiver.changed:
             self._channels.pop(channel.communicator_id, None)
             for key in [key for key in self._early if key[0] in (channel.communicator_id, channel.communicator_id + 1)]:
@@ -207,21 +204,21 @@ class Inbox:
         track: bool,
         check: Check,
     ) -> Tracker | None:
-        """Queues one message for (communicator id, sequence, ordinal, segment); see Mesh.send. Raises TimeoutError."""
+        """Queues a message with the place (communicator id, sequence, ordinal, segment). See Mesh.send."""
         communicator_id, sequence, ordinal, segment = key
         head = pack_head(self.world_id, communicator_id, sequence, self.rank, ordinal, segment, call)
         return self._mesh.send(self.addresses[peer], head, payload, deadline, track, check)
 
     def wait_until_sent(self, tracker: Tracker, deadline: float, check: Check) -> None:
-        """Returns once lent memory may be changed. Raises TimeoutError."""
+        """Waits until lent memory may be changed. Raises TimeoutError."""
         self._mesh.wait_until_sent(tracker, deadline, check)
 
     def take(
         self, channel: Channel, find: Callable[[], Key | None], deadline: float, check: Check, awaited: int = -1
     ) -> tuple[Key, bytes, Payload]:
-        """The message whose key `find` returns, once it is there. Raises TimeoutError, CollectiveMismatch.
+        """Waits for the message whose key `find` returns. Raises TimeoutError, CollectiveMismatch.
 
-        `check` is called while waiting, with the rank `awaited` while it is silent, and raises to end the wait.
+        `check` is called during the wait, and raises to end it. Its argument is `awaited` while no message comes, else -1.
         """
         receiver = self.receiver
         changed = receiver.changed
@@ -249,8 +246,8 @@ class Inbox:
                         changed.notify_all()
                 _look_up(channel, check, -1 if arrived else awaited)
                 if (now := monotonic()) > deadline:
-                    # What came in time may lie behind other messages, which a process that stood still has not read:
-                    # they are read for a tick more, and no longer, however many come.
+                    # The message may have come in time and lie behind others, if this process stood still and did not read.
+                    # So reading goes on for a tick, and no longer, however many messages come.
                     last_call = last_call or now + TICK_MS / 1000
                     if now > last_call or not self._mesh.has_message():
                         raise TimeoutError
@@ -260,7 +257,7 @@ class Inbox:
                 changed.notify_all()
 
     def unreached(self) -> list[int]:
-        """Ranks that something was sent to, and that there is no connection to."""
+        """Ranks that this process has sent to without having a connection."""
         closed = self._mesh.unreached()
         return [rank for rank, address in enumerate(self.addresses) if address in closed]
 
@@ -268,9 +265,9 @@ class Inbox:
         return key in self._early
 
     def keep(self, head: Head, payload: Payload) -> None:
-        """Keeps a message that is of use, until it is taken. The caller holds the receiver's `changed`."""
+        """Keeps a message of use until it is taken. The caller holds the receiver's `changed`."""
         channel = self._channels.get(head.communicator_id)
-        # That of a communicator that this rank is about to split off is kept too.
+        # A communicator without a channel is one that this rank is about to form.
         if channel is None or channel.wants(head):
             self._early[head.communicator_id, head.sequence, head.source, head.ordinal, head.segment] = (
                 head.call,
@@ -278,15 +275,15 @@ class Inbox:
             )
 
     def close(self, linger: bool = True) -> None:
-        """This process leaves the generation; what was sent in it is still delivered. The sockets stay.
+        """Leaves the generation. The sockets stay open, and messages that were sent are still delivered.
 
-        Without `linger`, what is queued when they close is not waited for.
+        Without `linger`, the end of the process does not wait for messages in the queues.
         """
         self.receiver.leave(self, linger)
 
 
 def _look_up(channel: Channel, check: Check, awaited: int = -1) -> None:
-    """What may end a wait, other than the message and the clock."""
+    """Raises the reason to end a wait for a message, if there is one."""
     if channel.failed is not None:
         raise channel.failed
     check(awaited)

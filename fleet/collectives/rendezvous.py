@@ -62,7 +62,11 @@ def assemble(
     inbox = receiver.open(world, generation.rank)
     inquire = partial(rendezvous.inquire, world) if rendezvous is not None else None
     fabric = Fabric(generation, inbox, directory or Path(), secret, inquire)
-    return Communicator(Endpoint(fabric, range(world.size), generation.rank, timeout_s=timeout_s), local_rank)
+    try:
+        return Communicator(Endpoint(fabric, range(world.size), generation.rank, timeout_s=timeout_s), local_rank)
+    except BaseException:
+        inbox.close(linger=False)
+        raise
 
 
 def meet_again(news: News, receiver: Receiver, rendezvous: Rendezvous, timeout_s: float) -> Generation:
@@ -76,14 +80,17 @@ def meet_again(news: News, receiver: Receiver, rendezvous: Rendezvous, timeout_s
     def check(awaited: int = -1) -> None:
         news.check_forming(world.generation)
 
-    channel = Channel(receiver.open(world, generation.rank), MEETING_ID, range(world.size), check)
+    inbox = receiver.open(world, generation.rank)
+    channel = Channel(inbox, MEETING_ID, range(world.size), check)
     operation = Operation(Signature(pack_call("barrier"), reduce.kernel("max", "uint8", world.size, 1.0)))
     operation.deadline = monotonic() + timeout_s
     try:
         SocketPath(channel).barrier(operation)
-    except TimeoutError:
+        channel.close()
+    except BaseException as error:
+        inbox.close(linger=False)
+        if not isinstance(error, TimeoutError):
+            raise
         late = [found.late for found in rendezvous.inquire(world, 0, 0) if found.sequence < 0]
         raise CollectiveTimeout(0, "fleet.init()", generation.rank, timeout_s, late, world.size) from None
-    finally:
-        channel.close()
     return generation
