@@ -235,11 +235,9 @@ def state_folder(port: int) -> Path | None:
         return Path(text)
     if not port:
         return None
-    if base := os.environ.get("XDG_STATE_HOME"):
-        return Path(base) / "fleet" / str(port)
-    if (own := home()) is None:
+    if (own := _own_folder("XDG_STATE_HOME", ".local/state")) is None:
         raise ConfigError("there is no home folder to keep jobs in: say a folder with --state or FLEET_STATE_DIR")
-    return own / ".local" / "state" / "fleet" / str(port)
+    return own / str(port)
 
 
 def storage_folder() -> Path | None:
@@ -249,9 +247,8 @@ def storage_folder() -> Path | None:
     """
     if text := os.environ.get("FLEET_STORAGE_DIR"):
         return Path(text)
-    if base := os.environ.get("XDG_STATE_HOME"):
-        return Path(base) / "fleet" / "output"
-    return None if (own := home()) is None else own / ".local" / "state" / "fleet" / "output"
+    own = _own_folder("XDG_STATE_HOME", ".local/state")
+    return None if own is None else own / "output"
 
 
 def storage_is_named() -> bool:
@@ -297,9 +294,8 @@ def secret(file: Path | None = None) -> str | None:
         return text
     if path := os.environ.get("FLEET_SECRET_FILE"):
         return read_secret(Path(path))
-    if not os.environ.get("XDG_CONFIG_HOME") and home() is None:
+    if (own := _own_secret()) is None:
         return None
-    own = secret_path()
     try:
         is_there = own.exists()
     except OSError as error:  # another user's home folder, as under su or in a container
@@ -314,10 +310,8 @@ def missing_secret(file: Path | None = None) -> Path | None:
     if file is None and given_secret() is not None:
         return None
     named = file or (Path(os.environ["FLEET_SECRET_FILE"]) if secret_file_is_named() else None)
-    if named is None and not os.environ.get("XDG_CONFIG_HOME") and home() is None:
-        return None
-    path = named or secret_path()
-    return None if path.exists() else path
+    path = named or _own_secret()
+    return None if path is None or path.exists() else path
 
 
 def secret_file_is_named() -> bool:
@@ -333,11 +327,21 @@ def given_secret() -> str | None:
 
 def secret_path() -> Path:
     """The user's own secret file, which `fleet orchestrator` on loopback makes. Raises ConfigError for a user without a home."""
-    if base := os.environ.get("XDG_CONFIG_HOME"):
-        return Path(base) / "fleet" / "secret"
-    if (own := home()) is None:
+    if (own := _own_secret()) is None:
         raise ConfigError("there is no home folder with a cluster secret: set FLEET_SECRET_FILE or FLEET_SECRET")
-    return own / ".config" / "fleet" / "secret"
+    return own
+
+
+def _own_secret() -> Path | None:
+    own = _own_folder("XDG_CONFIG_HOME", ".config")
+    return None if own is None else own / "secret"
+
+
+def _own_folder(variable: str, place: str) -> Path | None:
+    """fleet's folder by the XDG base directory specification: in that of the variable, or in a place of the user's home."""
+    if base := os.environ.get(variable):
+        return Path(base) / "fleet"
+    return None if (own := home()) is None else own / place / "fleet"
 
 
 def home() -> Path | None:

@@ -60,7 +60,7 @@ def orchestrator_command(
     ] = None,
     keep_jobs: Annotated[int, typer.Option(help="Jobs that have ended, to keep at most.")] = 10_000,
     keep_hours: Annotated[
-        float, typer.Option(callback=o.not_negative("hours"), help="Hours to keep jobs that have ended.")
+        float, typer.Option(callback=o.time_in("hours"), help="Hours to keep jobs that have ended.")
     ] = 168.0,
     daemon: o.DaemonOptions,
 ) -> None:
@@ -84,7 +84,7 @@ def worker_command(
     within: Annotated[
         float | None,
         typer.Option(
-            callback=o.not_negative("seconds"),
+            callback=o.time_in("seconds"),
             help="Seconds that what runs here has to end, after SIGTERM.",
             show_default=f"FLEET_DRAIN_S, {config.DRAIN_S}",
         ),
@@ -187,12 +187,9 @@ def run() -> None:
         arguments = ["version"]
     try:
         sys.exit(_carry_out(arguments))
-    except (ConfigError, UsageError) as error:
-        print(f"fleet: {shown_lines(str(error))}", file=sys.stderr)
-        sys.exit(USAGE)
     except FleetError as error:
         print(f"fleet: {shown_lines(str(error))}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(USAGE if isinstance(error, ConfigError | UsageError) else 1)
 
 
 def _carry_out(arguments: list[str]) -> int:

@@ -179,7 +179,7 @@ def wait_command(
 def drain_command(
     worker: Annotated[str, typer.Argument(help="The worker's id, as `fleet workers` shows it.")],
     within: Annotated[
-        float, typer.Option(callback=o.not_negative("seconds"), help="Seconds that what runs there has to end.")
+        float, typer.Option(callback=o.time_in("seconds"), help="Seconds that what runs there has to end.")
     ] = float(config.DRAIN_S),
     undo: Annotated[bool, typer.Option("--undo", help="Give it work again.")] = False,
     as_json: o.AsJson = False,

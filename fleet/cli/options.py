@@ -20,43 +20,37 @@ from fleet.errors import UsageError
 from fleet.values import GRACE_AT_MOST_S, GRACE_S, PRIORITY_AT_MOST, JobOptions
 
 SECONDS_AT_MOST = 1e9  # thirty years; polls count in milliseconds
-PORT_AT_MOST = 65535
 WITH_SCRIPT = "[OPTIONS] SCRIPT [ARGS]..."  # in the line that says how a command is used
 
 
 # Checks, each made as soon as its option is parsed
 
-
-def above_0(param: typer.CallbackParam, value: float) -> float:
-    """A time to wait, in seconds. Raises UsageError for one that is negative, endless or no number."""
-    if not 0 < value <= SECONDS_AT_MOST:
-        raise UsageError(f"{param.opts[0]} is {value:g}: it must be a number of seconds above 0, up to 1e9")
-    return value
+Check = Callable[[typer.CallbackParam, Any], Any]
 
 
-def not_negative(unit: str) -> Callable[[typer.CallbackParam, float | None], float | None]:
-    """A check of a time in `unit`, which may be 0, or left out. UsageError: it is negative, endless or no number."""
+def number(low: float, high: float, meaning: str) -> Check:
+    """Raises UsageError for a number that is not from `low` to `high`, such as nan; `meaning` says so in words."""
 
-    def check(param: typer.CallbackParam, value: float | None) -> float | None:
-        if value is not None and not 0 <= value <= SECONDS_AT_MOST:
-            raise UsageError(f"{param.opts[0]} is {value:g}: it must be a number of {unit} from 0 to 1e9")
+    def check(param: typer.CallbackParam, value: Any) -> Any:
+        if value is not None and not low <= value <= high:
+            shown = f"{value:g}" if isinstance(value, float) else value
+            raise UsageError(f"{param.opts[0]} is {shown}: it must be {meaning}")
         return value
 
     return check
 
 
-def port(param: typer.CallbackParam, value: int | None) -> int | None:
-    """A port to listen on; 0 is any free one. Raises UsageError for a number outside of those."""
-    if value is not None and not 0 <= value <= PORT_AT_MOST:
-        raise UsageError(f"{param.opts[0]} is {value}: it must be a port from 0 (any free one) to {PORT_AT_MOST}")
-    return value
+def from_to(low: int, high: int) -> Check:
+    return number(low, high, f"from {low} to {high}")
 
 
-def above_0_mb(param: typer.CallbackParam, value: int) -> int:
-    """A size in megabytes. Raises UsageError for one that is not above 0."""
-    if value < 1:
-        raise UsageError(f"{param.opts[0]} is {value}: it must be a number of megabytes above 0")
-    return value
+def time_in(unit: str) -> Check:
+    return number(0, SECONDS_AT_MOST, f"a number of {unit} from 0 to 1e9")
+
+
+above_0 = number(5e-324, SECONDS_AT_MOST, "a number of seconds above 0, up to 1e9")  # from the least float
+megabytes = number(1, 1 << 40, "a number of megabytes above 0")
+port = number(0, 65535, "a port from 0 (any free one) to 65535")
 
 
 def known_policy(param: typer.CallbackParam, value: str) -> str:
@@ -85,7 +79,12 @@ Insecure = Annotated[bool, typer.Option("--insecure", help="No secret: whoever r
 Job = Annotated[str, typer.Argument(help="The job's id, or how it begins.")]
 Workers = Annotated[int, typer.Option(help="Number of ranks.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list what would travel to the cluster, and what not.")]
-MaxBundle = Annotated[int, typer.Option(callback=above_0_mb, help="Largest folder to send to a cluster, in MB.")]
+MaxBundle = Annotated[
+    int,
+    typer.Option(
+        callback=number(1, 1 << 40, "a number of megabytes above 0"), help="Largest folder to send to a cluster, in MB."
+    ),
+]
 OutputFolder = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Folder for what the job writes.", show_default="./fleet-output/JOB"),
@@ -144,29 +143,27 @@ class PatientClusterOptions(ClusterOptions):
 class SchedulingOptions:
     """Options about how a job is scheduled."""
 
-    priority: Annotated[int, typer.Option(help="Higher starts earlier; a minute of waiting counts as one.")] = 0
+    priority: Annotated[
+        int,
+        typer.Option(
+            callback=from_to(-PRIORITY_AT_MOST, PRIORITY_AT_MOST),
+            help="Higher starts earlier; a minute of waiting counts as one.",
+        ),
+    ] = 0
     policy: Annotated[
         str, typer.Option(callback=known_policy, help="least-loaded or round-robin.", show_default="the cluster's")
     ] = ""
     max_restarts: Annotated[
         int,
-        typer.Option(help="How often it starts again after a worker was lost. A rank that fails is not run again."),
+        typer.Option(
+            callback=from_to(0, 1000),
+            help="How often it starts again after a worker was lost. A rank that fails is not run again.",
+        ),
     ] = 3
-    slots: Annotated[int, typer.Option(help="Slots that each rank takes.")] = 1
-    gpus: Annotated[int, typer.Option(help="GPUs that each rank takes.")] = 0
+    slots: Annotated[int, typer.Option(callback=from_to(1, 1000), help="Slots that each rank takes.")] = 1
+    gpus: Annotated[int, typer.Option(callback=from_to(0, 1000), help="GPUs that each rank takes.")] = 0
 
     def job_options(self, name: str = "", sweep: str = "", grace_s: float = GRACE_S) -> JobOptions:
-        """Raises UsageError for what no orchestrator would take."""
-        if abs(self.priority) > PRIORITY_AT_MOST:
-            raise UsageError(
-                f"--priority is {self.priority}: it must be from -{PRIORITY_AT_MOST} to {PRIORITY_AT_MOST}"
-            )
-        ranges = (("--max-restarts", self.max_restarts, 0), ("--slots", self.slots, 1), ("--gpus", self.gpus, 0))
-        for option, value, least in ranges:
-            if not least <= value <= 1000:
-                raise UsageError(f"{option} is {value}: it must be from {least} to 1000")
-        if not 0 <= grace_s <= GRACE_AT_MOST_S:
-            raise UsageError(f"--grace is {grace_s:g}: it must be a number of seconds from 0 to {GRACE_AT_MOST_S:g}")
         return JobOptions(
             name, sweep, self.priority, self.policy, self.max_restarts, self.slots, self.gpus, grace_s=grace_s
         )
@@ -206,7 +203,11 @@ class RunOptions:
         typer.Option(help="Who reads standard input: none, 0 (rank 0), or all.", show_default="0; on a cluster none"),
     ] = None
     grace: Annotated[
-        float, typer.Option(help="Seconds that the job goes on without this command, while its connection is cut off.")
+        float,
+        typer.Option(
+            callback=number(0, GRACE_AT_MOST_S, f"a number of seconds from 0 to {GRACE_AT_MOST_S:g}"),
+            help="Seconds that the job goes on without this command, while its connection is cut off.",
+        ),
     ] = GRACE_S
     secret_file: SecretFile = None
     insecure: Insecure = False

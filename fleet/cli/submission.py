@@ -47,7 +47,6 @@ class Submission:
 def submission_of(
     command: CommandLine, workers: int, options: SubmitOptions | RunOptions, name: str = "", sweep: str = ""
 ) -> Submission:
-    """Raises UsageError for options that no orchestrator would take."""
     grace_s = options.grace if isinstance(options, RunOptions) else GRACE_S
     scheduled = options.scheduling.job_options(name, sweep, grace_s)
     return Submission(command, workers, scheduled, options.max_bundle << 20, tuple(options.keep or ()))

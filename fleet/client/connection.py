@@ -87,11 +87,6 @@ class Connection:
         """Nobody waits for the answer to a question of this number, or for this job. Sends nothing."""
         self._handshake.requests.drop(key)
 
-    def repeat(self, number: int) -> None:
-        """Asks again what a worker may not have heard, under the same number."""
-        self._handshake.requests.repeat(number)
-        self._put(self._handshake.due())
-
     # Waiting and receiving
 
     def wait(self, timeout_s: float | None, wake: Wake | None = None) -> None:

@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from fleet import messages as m
@@ -82,7 +82,6 @@ class _Reader:
     def __init__(self, client: JobClient, job_id: str) -> None:
         self._client = client
         self._job_id = job_id
-        self._numbers = count(1)
         self._ahead: dict[tuple[bytes, int], m.FilePart] = {}  # parts of one worker's files, by path and offset
 
     def pages(self, worker_id: str) -> list[m.Files]:
@@ -90,7 +89,7 @@ class _Reader:
         pages: list[m.Files] = []
         after = b""
         while not pages or (pages[-1].more and pages[-1].files):
-            question = m.ListFiles(self._job_id, worker_id, next(self._numbers), after)
+            question = m.ListFiles(self._job_id, worker_id, 0, after)
             (answer,) = self._client.ask_workers([question])
             if answer.error and not (isinstance(answer, m.Files) and answer.files):
                 raise FleetError(answer.error if worker_id in answer.error else f"worker {worker_id}: {answer.error}")
@@ -131,10 +130,7 @@ class _Reader:
 
     def _answers(self, places: Sequence[tuple[Source, int]], within_s: float) -> list[m.Files | m.FilePart]:
         """Waits a while for a worker that is away, as after a restart of the orchestrator. Raises WorkerSilent."""
-        asked = [
-            m.ReadFile(self._job_id, source.worker_id, next(self._numbers), source.info.path, offset)
-            for source, offset in places
-        ]
+        asked = [m.ReadFile(self._job_id, source.worker_id, 0, source.info.path, offset) for source, offset in places]
         for tries in range(AWAY_TRIES):
             if tries:
                 self._client.pause(AWAY_PAUSE_S)

@@ -90,11 +90,6 @@ class Requests:
         self._waiting = self._standing | self._under_way | self._waiting
         self._standing, self._under_way = {}, {}
 
-    def repeat(self, key: Key) -> None:
-        """A request that is under way may be lost behind the orchestrator: it is made again, behind all others."""
-        if key in self._under_way:
-            self._waiting[key] = self._under_way.pop(key)
-
 
 @dataclass
 class Handshake:

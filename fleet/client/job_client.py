@@ -149,26 +149,27 @@ class JobClient:
 
         Asks again what is not answered: a worker's connection that breaks takes questions with it.
         """
-        numbers = {self._connection.ask(question): question.worker_id for question in asked}
+        numbers: dict[int, int] = {}  # of all times that the questions were asked: their places
         answers: dict[int, m.Files | m.FilePart] = {}
 
         def take(message: m.Message) -> None:
             if isinstance(message, m.Files | m.FilePart) and message.question in numbers:
-                answers[message.question] = message
+                answers[numbers[message.question]] = message
 
         try:
-            for tries in range(WORKER_ASKED_TIMES):
-                missing = [number for number in numbers if number not in answers]
-                for number in missing if tries else ():
-                    self._connection.repeat(number)
+            for _ in range(WORKER_ASKED_TIMES):
+                for place in range(len(asked)):
+                    if place not in answers:
+                        numbers[self._connection.ask(asked[place])] = place
                 until = self._clock.now() + within_s / WORKER_ASKED_TIMES
-                self._until(lambda: len(answers) == len(numbers), take, until)
+                self._until(lambda: len(answers) == len(asked), take, until)
         finally:
             for number in numbers:
                 self._connection.drop(number)
-        if missing := [number for number in numbers if number not in answers]:
-            raise FleetError(f"worker {numbers[missing[0]]} did not answer within {within_s:.0f} s")
-        return [answers[number] for number in numbers]
+        for place, question in enumerate(asked):
+            if place not in answers:
+                raise FleetError(f"worker {question.worker_id} did not answer within {within_s:.0f} s")
+        return [answers[place] for place in range(len(asked))]
 
     def pause(self, seconds: float) -> None:
         """Lets time pass, and takes what comes."""

@@ -346,7 +346,7 @@ class Agent:
             list(held.processes).index(spawn.member_id),
             len(assign.member_ids),
         )
-        seat = config.RankPlacement(
+        placement = config.RankPlacement(
             control=self._surroundings.control,
             job_id=assign.job_id,
             attempt=assign.attempt,
@@ -361,7 +361,7 @@ class Agent:
             gpus=held.processes[spawn.member_id].gpus if self._settings.gpus else None,
             output="" if spec.kind == "tasks" else str(self._files.output_folder(assign.job_id)),
         )
-        environment = config.rank_environment(seat, self._surroundings.threads, spec.environment)
+        environment = config.rank_environment(placement, self._surroundings.threads, spec.environment)
         self._oom_kills_before[key] = oom_kill_count()
         try:
             if left() < FILES_TO_START + FILES_OF_A_RANK * (len(self._children) + 1):

@@ -78,6 +78,11 @@ def test_the_version_is_an_option_as_everywhere(
         ("drain w --within nan", "--within is nan: it must be a number of seconds from 0 to 1e9"),
         ("worker --within -1", "--within is -1: it must be a number of seconds from 0 to 1e9"),
         ("orchestrator --keep-hours inf", "--keep-hours is inf: it must be a number of hours from 0 to 1e9"),
+        ("run --priority -1001 t.py", "--priority is -1001: it must be from -1000 to 1000"),
+        ("submit --slots 0 t.py", "--slots is 0: it must be from 1 to 1000"),
+        ("run --gpus -1 t.py", "--gpus is -1: it must be from 0 to 1000"),
+        ("submit --max-restarts 1001 t.py", "--max-restarts is 1001: it must be from 0 to 1000"),
+        ("run --grace -1 t.py", "--grace is -1: it must be a number of seconds from 0 to 604800"),
         ("run --max-bundle 0 t.py", "--max-bundle is 0: it must be a number of megabytes above 0"),
         *(
             (

@@ -120,20 +120,19 @@ def test_a_bounded_weight_is_under_way() -> None:
     requests.drop(2)
     assert requests.due() == [message(3)]  # heavier than all that may be: alone
     requests.answered(3)
-    requests.repeat(4)
-    assert requests.due() == [message(4)]
-    requests.repeat(4)
     assert requests.due() == [message(4)]
 
 
-ACTS = st.lists(st.tuples(st.sampled_from(("add", "stand", "answer", "drop", "lose", "repeat")), st.integers(0, 7)))
+ACTS = st.lists(st.tuples(st.sampled_from(("add", "stand", "answer", "drop", "lose")), st.integers(0, 7)))
 
 
 @given(ACTS)
 def test_every_request_is_made_once_over_each_connection_until_it_is_answered(acts: list[tuple[str, int]]) -> None:
     requests, made, is_open, standing = Requests(at_once=3), list[m.Message](), set[int](), set[int]()
+    used = set[int]()
     for act, key in acts:
-        if act in ("add", "stand") and key not in is_open | standing:
+        if act in ("add", "stand") and key not in used:
+            used.add(key)
             requests.add(key, (message(key),), again=message(key) if act == "stand" else None)
             is_open.add(key)
             standing |= {key} if act == "stand" else set()
@@ -148,9 +147,6 @@ def test_every_request_is_made_once_over_each_connection_until_it_is_answered(ac
         elif act == "lose":
             requests.restart()
             made.clear()
-        elif act == "repeat" and key in is_open and message(key) in made:
-            requests.repeat(key)
-            made.remove(message(key))
         made += requests.due()
         assert len(made) == len({other.question for other in made if isinstance(other, m.ReadLog)})
         under_way = [key for key in is_open if message(key) in made]

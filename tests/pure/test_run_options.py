@@ -28,20 +28,6 @@ def test_a_submission_has_what_the_options_say() -> None:
     assert found == Submission(COMMAND, 3, m.JobOptions(priority=5, slots=2, grace_s=7.0), 64 << 20, ("a", "b"))
 
 
-@pytest.mark.parametrize(
-    ("scheduling", "why"),
-    [
-        ({"priority": -1001}, "--priority is -1001: it must be from -1000 to 1000"),
-        ({"slots": 0}, "--slots is 0: it must be from 1 to 1000"),
-        ({"gpus": -1}, "--gpus is -1: it must be from 0 to 1000"),
-        ({"max_restarts": 1001}, "--max-restarts is 1001: it must be from 0 to 1000"),
-    ],
-)
-def test_numbers_that_no_orchestrator_takes_are_refused(scheduling: dict[str, int], why: str) -> None:
-    with pytest.raises(UsageError, match=why):
-        submission(**scheduling)
-
-
 def test_a_job_of_no_rank_is_refused() -> None:
     with pytest.raises(UsageError, match="--workers is 0: a job needs from 1 to"):
         submission(0).check()
