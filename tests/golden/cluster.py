@@ -7,8 +7,6 @@ signal ends a process, and preparing an attempt takes no time. What is to be wri
 from __future__ import annotations
 
 from collections import Counter, deque
-from pathlib import Path
-from signal import SIGTERM, Signals
 from typing import Any
 
 from fleet import messages as m
@@ -19,8 +17,10 @@ from fleet.orchestrator.jobs import recalled
 from fleet.orchestrator.journal import Journal
 from fleet.worker import state as w
 from fleet.worker.core import Core as Agent
+from tests.golden.effects import of_orchestrator, of_worker
 from tests.golden.text import told
 
+BUNDLE = b"train.py and the files beside it"
 VERSIONS = m.Versions("1.0", "3.11.2", "2.4.0")
 
 
@@ -38,6 +38,8 @@ class Cluster:
         self.deaf: set[w.Key] = set()  # processes that ignore SIGTERM
         self.frozen: dict[str, list[Any]] = {}  # workers that stand still, and what they find when they go on
         self.taken = OutputSequence()  # what clients have of the output of ranks
+        self.bundle = m.Part("", 0, b"")  # that the orchestrator has
+        self.assigned: dict[str, m.Assign] = {}  # what each worker prepares
         self.starts: Counter[str] = Counter()  # of each worker
         self.events: deque[tuple[str, Any]] = deque()  # (to whom, event), in the order in which they happen
 
@@ -64,7 +66,7 @@ class Cluster:
                 self.frozen[name].append(event)
             elif name in self.agents:
                 for effect in self.agents[name].step(event, self.now):
-                    self._perform(name, effect)
+                    of_worker(self, name, effect)
 
     def start(self, name: str, slots: int) -> None:
         self.starts[name] += 1
@@ -117,6 +119,8 @@ class Cluster:
             self.taken.is_next(message)
             for reply in self.taken.replies(message):
                 self.say(to, "orchestrator", reply)
+        elif isinstance(message, m.Want):
+            self.say(to, "orchestrator", m.Part(message.digest, message.offset, BUNDLE))
 
     def say_to_agent(self, key: w.Key, message: m.Message) -> None:
         self.lines.append(f"member {key[2]} -> {self.processes[key]}: {told(message)}")
@@ -131,36 +135,4 @@ class Cluster:
                 self.lines.append(f"orchestrator writes down: {job_id} is {job.outcome or job.state.name.lower()}")
             self.events.extendleft(("orchestrator", written) for written in self.journal.written())
         for effect in self.journal.ready():
-            if isinstance(effect, o.Send) and effect.peer in self.peers.values():
-                self.say("orchestrator", effect.peer.decode().partition("/")[0], effect.message)
-            elif isinstance(effect, o.Log) and effect.level == "warning":
-                self.lines.append(f"orchestrator warns: {effect.text}")
-            elif isinstance(effect, o.KeepOutput):
-                self.lines.append(f"orchestrator keeps what member {effect.member_id} of {effect.job_id} printed")
-
-    def _perform(self, name: str, effect: w.Effect) -> None:
-        if isinstance(effect, w.ToOrchestrator) and name in self.peers:
-            self.say(name, "orchestrator", effect.message)
-        elif isinstance(effect, w.ToRank):
-            self.lines.append(f"{name} -> member {effect.peer.decode().split(' ')[1]}: {told(effect.message)}")
-        elif isinstance(effect, w.WelcomeRank):
-            self.lines.append(f"{name} -> member {effect.member_id}: RankWelcome")
-            key = self.process(effect.job_id, effect.member_id)
-            self.say_to_agent(key, m.Join(*key, 7, f"tcp://host-of-{name}:{50100 + effect.member_id}"))
-        elif isinstance(effect, w.Prepare):
-            self.lines.append(f"{name} prepares {effect.assign.job_id}")
-            self.events.append((name, w.Prepared(effect.assign.job_id, effect.assign.attempt, Path("/work"), 29500)))
-        elif isinstance(effect, w.Spawn):
-            self.lines.append(f"{name} starts member {effect.member_id} of {effect.assign.job_id}")
-            key = effect.assign.job_id, effect.assign.attempt, effect.member_id
-            self.processes[key] = name
-            self.events.append((name, w.Spawned(key, 7)))
-        elif isinstance(effect, w.SignalGroup) and effect.key in self.processes:
-            self.lines.append(
-                f"{name} sends {Signals(effect.signal).name} to member {effect.key[2]} of {effect.key[0]}"
-            )
-            if effect.signal != SIGTERM or effect.key not in self.deaf:
-                self.exit(effect.key, 0, effect.signal)
-        elif isinstance(effect, w.Exit):
-            self.lines.append(f"{name} ends")
-            self.die(name)
+            of_orchestrator(self, effect)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 from msgspec import convert
 
 from fleet import messages as m
 from fleet.worker import state as w
-from tests.golden.cluster import Cluster
+from tests.golden.cluster import BUNDLE, Cluster
 
 
 def run(cluster: Cluster, command: str) -> list[str]:
@@ -38,8 +40,12 @@ def run(cluster: Cluster, command: str) -> list[str]:
         case [name, "submits", job_id, *words]:
             kind, target = ("tasks", "") if "tasks" in words else ("script", "train.py")
             submit = {"job_id": job_id, "world_size": fields.pop("ranks", 1), "spec": {"kind": kind, "target": target}}
+            if "bundle" in words:
+                submit["spec"] |= {"digest": sha256(BUNDLE).hexdigest(), "bundle_bytes": len(BUNDLE), "keep": ["*.pt"]}
             submit |= {"again": "again" in words, "detached": "detached" in words, "options": fields}
             cluster.say(name, "orchestrator", convert(submit, m.Submit, strict=False))
+        case [name, "reads", path, "of", job_id, "on", worker_id]:
+            cluster.say(name, "orchestrator", m.ReadFile(job_id, worker_id, 1, path.encode(), 0))
         case [name, "says", kind, *about]:  # any other message of a client: the first fields by their place
             cluster.peers.setdefault(name, name.encode())
             message = getattr(m, kind)

@@ -66,7 +66,9 @@ def _shown(value: Any) -> str:
     if isinstance(value, m.JobInfo):
         return f"({value.job_id}: {value.status}{f', waits for {value.waits_for}' * bool(value.waits_for)})"
     if isinstance(value, m.Spec):
-        return f"({value.kind} {value.target})".replace(" )", ")")
+        return f"({' '.join(filter(None, (value.kind, value.target, value.digest[:8])))})"
+    if isinstance(value, str) and len(value) == 64:
+        return value[:8]  # of a digest
     if isinstance(value, msgspec.Struct):
         names = [(field.name, field.default) for field in msgspec.structs.fields(value)]
         changed = [(name, getattr(value, name)) for name, default in names if getattr(value, name) not in (default, "")]

@@ -1,0 +1,83 @@
+"""Effects of the cores, carried out as the shells do it: with disks that take everything, and processes that obey."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from signal import SIGTERM, Signals
+from typing import TYPE_CHECKING
+
+from fleet import messages as m
+from fleet.orchestrator import state as o
+from fleet.worker import state as w
+from tests.golden.text import told
+
+if TYPE_CHECKING:
+    from tests.golden.cluster import Cluster
+
+
+def of_orchestrator(cluster: Cluster, effect: o.Effect) -> None:
+    if isinstance(effect, o.Send) and effect.peer in cluster.peers.values():
+        cluster.say("orchestrator", effect.peer.decode().partition("/")[0], effect.message)
+    elif isinstance(effect, o.Log) and effect.level == "warning":
+        cluster.lines.append(f"orchestrator warns: {effect.text}")
+    elif isinstance(effect, o.KeepOutput):
+        cluster.lines.append(f"orchestrator keeps what member {effect.member_id} of {effect.job_id} printed")
+    elif isinstance(effect, o.FetchBundle):
+        cluster.say("orchestrator", effect.peer.decode().partition("/")[0], m.Want(effect.digest, 0))
+    elif isinstance(effect, o.StorePart):
+        cluster.lines.append("orchestrator keeps the bundle")
+        cluster.bundle = effect.part
+        cluster.events.append(("orchestrator", o.BundleStored(effect.part.digest)))
+    elif isinstance(effect, o.ServeBundle):
+        cluster.say("orchestrator", effect.peer.decode().partition("/")[0], cluster.bundle)
+
+
+def of_worker(cluster: Cluster, name: str, effect: w.Effect) -> None:
+    if isinstance(effect, w.ToOrchestrator) and name in cluster.peers:
+        cluster.say(name, "orchestrator", effect.message)
+    elif isinstance(effect, w.ToRank):
+        cluster.lines.append(f"{name} -> member {effect.peer.decode().split(' ')[1]}: {told(effect.message)}")
+    elif isinstance(effect, w.WelcomeRank):
+        cluster.lines.append(f"{name} -> member {effect.member_id}: RankWelcome")
+        key = cluster.process(effect.job_id, effect.member_id)
+        cluster.say_to_agent(key, m.Join(*key, 7, f"tcp://host-of-{name}:{50100 + effect.member_id}"))
+    elif isinstance(effect, w.Prepare):
+        cluster.assigned[name] = effect.assign
+        if effect.assign.spec.digest:
+            cluster.say(name, "orchestrator", m.Want(effect.assign.spec.digest, 0))
+        else:
+            _prepared(cluster, name)
+    elif isinstance(effect, w.TakePart):
+        _prepared(cluster, name)
+    elif isinstance(effect, w.Spawn):
+        cluster.lines.append(f"{name} starts member {effect.member_id} of {effect.assign.job_id}")
+        key = effect.assign.job_id, effect.assign.attempt, effect.member_id
+        cluster.processes[key] = name
+        cluster.events.append((name, w.Spawned(key, 7)))
+    elif isinstance(effect, w.SignalGroup) and effect.key in cluster.processes:
+        cluster.lines.append(f"{name} sends {Signals(effect.signal).name} to member {effect.key[2]} of {effect.key[0]}")
+        if effect.signal != SIGTERM or effect.key not in cluster.deaf:
+            cluster.exit(effect.key, 0, effect.signal)
+    elif isinstance(effect, w.Gather):
+        job_id, attempt = effect.assign.job_id, effect.assign.attempt
+        cluster.lines.append(f"{name} moves kept files of {job_id} from the working folder to the output folder")
+        cluster.events.append((name, w.FromFiles(m.Left(job_id, attempt, 3, 12_000, ("cache/",)))))
+    elif isinstance(effect, w.ServeOutput) and isinstance(effect.ask, m.ListFiles):
+        found = m.Files(*_place(effect.ask), (m.FileInfo(b"model.pt", 5, 0),), asker=effect.ask.asker)
+        cluster.events.append((name, w.FromFiles(found)))
+    elif isinstance(effect, w.ServeOutput):
+        part = m.FilePart(*_place(effect.ask), effect.ask.path, effect.ask.offset, b"model", asker=effect.ask.asker)
+        cluster.events.append((name, w.FromFiles(part)))
+    elif isinstance(effect, w.Exit):
+        cluster.lines.append(f"{name} ends")
+        cluster.die(name)
+
+
+def _prepared(cluster: Cluster, name: str) -> None:
+    assign = cluster.assigned[name]
+    cluster.lines.append(f"{name} prepares {assign.job_id}")
+    cluster.events.append((name, w.Prepared(assign.job_id, assign.attempt, Path("/work"), 29500)))
+
+
+def _place(ask: m.ListFiles | m.ReadFile) -> tuple[str, str, int]:
+    return ask.job_id, ask.worker_id, ask.question
