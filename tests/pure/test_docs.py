@@ -43,6 +43,23 @@ def test_the_tables_of_files_name_each_one_once() -> None:
     assert sorted(files_in_tables()) == sorted(path for path in files if not path.endswith("__init__.py"))
 
 
+def walks() -> list[tuple[str, str]]:
+    """(file, name) of each step of the walks: "collectives/communicator.py  Communicator.all_reduce"."""
+    return re.findall(r"([a-z_]+/[a-z_]+\.py)  +([A-Za-z_][A-Za-z_.]*)", ARCHITECTURE)
+
+
+def test_each_step_of_the_walks_is_where_they_say() -> None:
+    found = walks()
+    assert len(found) > 20
+    gone = []
+    for file, name in found:
+        path = ROOT / "fleet" / file
+        source = path.read_text() if path.is_file() else ""
+        if not all(re.search(rf"^ *(?:def|class) {part}\b", source, re.M) for part in name.split(".")):
+            gone.append(f"{file}: {name}")
+    assert gone == []
+
+
 def test_files_that_contributors_are_sent_to_are_there() -> None:
     named = re.findall(r"`((?:fleet|tests|docs|bench)/[\w/.]+)`", CONTRIBUTING)
     assert named
