@@ -39,7 +39,7 @@ Family = TypeVar("Family", GaugeMetricFamily, CounterMetricFamily)
 
 
 @dataclass(frozen=True)
-class Request:
+class HttpRequest:
     """One GET or HEAD, as a route is given it."""
 
     query: str
@@ -47,7 +47,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class HttpResponse:
     """Content of one route, and of which type it is."""
 
     content_type: str
@@ -56,7 +56,7 @@ class Answer:
     headers: tuple[tuple[str, str], ...] = ()  # beside Content-Type and Content-Length
 
 
-Route = Callable[[Request], Answer]  # called by the server's thread
+Route = Callable[[HttpRequest], HttpResponse]  # called by the server's thread
 
 
 @dataclass(eq=False)
@@ -171,7 +171,7 @@ class Exposition:
         else:
             headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
             try:
-                answer = route(Request(query, headers))
+                answer = route(HttpRequest(query, headers))
             except Exception as error:  # of whatever kind: the thread outlives it, and says it
                 answer = _plain(f"{unquote(path)} cannot be answered: {error}", HTTPStatus.INTERNAL_SERVER_ERROR)
         return _bytes(answer, method == "GET")
@@ -204,7 +204,7 @@ def metrics_route(*collectors: Collector) -> Route:
         registry.register(collector)
     application = make_wsgi_app(registry)
 
-    def answer(request: Request) -> Answer:
+    def answer(request: HttpRequest) -> HttpResponse:
         environ = {
             "REQUEST_METHOD": "GET",
             "PATH_INFO": "/metrics",
@@ -217,7 +217,7 @@ def metrics_route(*collectors: Collector) -> Route:
             body = b"".join(application(environ, lambda _, found: headers.update(found)))
         except Exception as error:  # of whatever kind a collector raises
             return _plain(f"the metrics cannot be collected: {error}", HTTPStatus.INTERNAL_SERVER_ERROR)
-        return Answer(headers.pop("Content-Type"), body, headers=tuple(headers.items()))
+        return HttpResponse(headers.pop("Content-Type"), body, headers=tuple(headers.items()))
 
     return answer
 
@@ -225,7 +225,7 @@ def metrics_route(*collectors: Collector) -> Route:
 def health_route(wrong: Callable[[], str]) -> Route:
     """`wrong` says what is wrong with the process; an empty text: nothing."""
 
-    def answer(_: Request) -> Answer:
+    def answer(_: HttpRequest) -> HttpResponse:
         said = wrong()
         return _plain(said, HTTPStatus.SERVICE_UNAVAILABLE) if said else _plain("ok")
 
@@ -239,8 +239,8 @@ def filled(family: Family, values: Mapping[Label, float], *labels: str) -> Famil
     return family
 
 
-def _plain(text: str, status: HTTPStatus = HTTPStatus.OK) -> Answer:
-    return Answer(TEXT, f"{text}\n".encode(), status)
+def _plain(text: str, status: HTTPStatus = HTTPStatus.OK) -> HttpResponse:
+    return HttpResponse(TEXT, f"{text}\n".encode(), status)
 
 
 _TOO_LONG = _plain(
@@ -248,7 +248,7 @@ _TOO_LONG = _plain(
 )
 
 
-def _bytes(answer: Answer, with_body: bool) -> bytes:
+def _bytes(answer: HttpResponse, with_body: bool) -> bytes:
     headers = [("Content-Type", answer.content_type), *answer.headers, ("Content-Length", str(len(answer.body)))]
     lines = [f"HTTP/1.0 {answer.status.value} {answer.status.phrase}", *(f"{name}: {text}" for name, text in headers)]
     head = "\r\n".join([*lines, "Connection: close", "", ""])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fleet.client.attached_job import say
-from fleet.client.fetch import Fetched, JobOutput, Listing, check_size
+from fleet.client.fetch import Fetched, Listing, RemoteOutput, check_size
 from fleet.client.job_client import JobClient
 from fleet.client.target import Target
 from fleet.errors import ConfigError, FleetError, UsageError
@@ -100,7 +100,7 @@ def bring(target: Target, job_id: str, folder: Path | None, limit_bytes: int) ->
     try:
         with JobClient(target) as client:
             progress = _Progress()
-            output = JobOutput(client, client.job(job_id), progress)
+            output = RemoteOutput(client, client.job(job_id), progress)
             found = output.listing()
             lost = client.job(job_id).left  # after the listing: workers have looked by then
             for sentence in lost[:SAID_AT_MOST]:
@@ -138,7 +138,7 @@ def fetch(
     with JobClient(target) as client:
         job = client.job(prefix)
         progress = _Progress()
-        output = JobOutput(client, job, progress)
+        output = RemoteOutput(client, job, progress)
         found = output.listing(patterns)
         nothing = f"job {job.job_id} wrote nothing into FLEET_OUTPUT_DIR"
         if patterns:
@@ -204,7 +204,7 @@ class _Progress:
         self._all = "", ""  # files and bytes, in words
         self._said_at = 0.0
 
-    def fetch(self, output: JobOutput, found: Listing, into: Path) -> Fetched:
+    def fetch(self, output: RemoteOutput, found: Listing, into: Path) -> Fetched:
         """Brings the files. The line is gone at the end."""
         self._all = f"{len(found.sources)} files", amount_of(found.size_bytes)
         self._said_at = time.monotonic()  # what is quick needs no line

@@ -146,7 +146,7 @@ class _Reader:
         raise WorkerSilent(away[0])
 
 
-class JobOutput:
+class RemoteOutput:
     """Output of one job, as its workers hold it."""
 
     def __init__(

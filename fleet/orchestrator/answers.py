@@ -16,7 +16,7 @@ from fleet.orchestrator.jobs import Job, JobState
 from fleet.orchestrator.membership import Membership
 from fleet.orchestrator.scheduler import Scheduler
 from fleet.orchestrator.state import ServeLog, Worker
-from fleet.orchestrator.view import View
+from fleet.orchestrator.view import ClusterView
 from fleet.text import some
 
 CURIOUS_AT_MOST = 64  # questions about one job whose answers are on the way
@@ -48,8 +48,8 @@ class Answers:
         else:
             self._ask_worker(peer, ask)
 
-    def _view(self) -> View:
-        return View(self.scheduler, self.effects.now)
+    def _view(self) -> ClusterView:
+        return ClusterView(self.scheduler, self.effects.now)
 
     def _watch(self, peer: bytes, watch: m.WatchJob) -> None:
         job = self.scheduler.jobs.get(watch.job_id)

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from fleet.exposition import filled
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.state import DISPATCH_SECONDS
-from fleet.orchestrator.view import View
+from fleet.orchestrator.view import ClusterView
 from fleet.values import cumulative
 
 
@@ -44,7 +44,7 @@ class OrchestratorMetrics(Collector):
 
     def _families(self) -> Iterator[Metric]:
         core, counts = self._core, self._core.counts
-        totals = View(core.scheduler, self._clock()).totals()
+        totals = ClusterView(core.scheduler, self._clock()).totals()
         info = GaugeMetricFamily(
             "fleet_orchestrator_info", "Versions of the orchestrator; always 1.", labels=("version", "python")
         )

@@ -36,8 +36,8 @@ class Totals:
 
 
 @dataclass(frozen=True)
-class View:
-    """The orchestrator's state at one moment. `now` is of the orchestrator's monotonic clock."""
+class ClusterView:
+    """View of the orchestrator at one moment. `now` is of the orchestrator's monotonic clock."""
 
     scheduler: Scheduler
     now: float
@@ -62,7 +62,7 @@ class View:
         )
 
     def job(self, job: Job, alone: bool = True) -> m.JobInfo:
-        """One job. Its turn is counted if it is shown `alone`: for each job of a long queue, that would take too long."""
+        """One job. The jobs before it are counted only if it is shown `alone`: in a long queue, counting takes long."""
         epoch = self.scheduler.effects.epoch
         return m.JobInfo(
             job_id=job.job_id,

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core as Orchestrator
-from fleet.orchestrator.view import View
+from fleet.orchestrator.view import ClusterView
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
 
 
@@ -84,7 +84,7 @@ def test_a_job_remembers_all_workers_that_it_was_on_and_what_they_deleted() -> N
     second = core.scheduler.jobs["j"].seats[0]
     assert tuple(core.scheduler.jobs["j"].held_by) == (first, second)
     core.step(o.Received(f"{first}/1".encode(), m.Left("j", 1, 3, 12_000_000, ("runs/",))), 0.3)
-    told = View(core, 0.3).job(core.scheduler.jobs["j"])
+    told = ClusterView(core.scheduler, 0.3).job(core.scheduler.jobs["j"])
     assert told.held_by == (first, second)
     assert told.left == (f"3 files (12.0 MB) in its working folder on worker {first}: runs/",)
 

@@ -19,9 +19,9 @@ from fleet.errors import ConfigError
 from fleet.exposition import (
     CONNECTIONS_AT_MOST,
     HEAD_AT_MOST_BYTES,
-    Answer,
     Exposition,
-    Request,
+    HttpRequest,
+    HttpResponse,
     health_route,
     metrics_route,
 )
@@ -148,10 +148,12 @@ def test_a_collector_that_fails_is_said_and_survived() -> None:
 
 
 def test_each_route_is_a_row_and_one_that_fails_takes_no_other_with_it() -> None:
-    def page(request: Request) -> Answer:
-        return Answer("text/html", f"{request.query} {request.headers['host'][:9]}".encode(), headers=(("X-A", "b"),))
+    def page(request: HttpRequest) -> HttpResponse:
+        return HttpResponse(
+            "text/html", f"{request.query} {request.headers['host'][:9]}".encode(), headers=(("X-A", "b"),)
+        )
 
-    def broken(_: Request) -> Answer:
+    def broken(_: HttpRequest) -> HttpResponse:
         raise ValueError("no")
 
     exposition = Exposition("127.0.0.1", 0, {"/": page, "/broken": broken})

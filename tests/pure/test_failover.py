@@ -9,7 +9,7 @@ from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.jobs import Job, JobState, recalled, record
 from fleet.orchestrator.membership import RECONNECT_GRACE_S, RETURN_WITHIN_S
-from fleet.orchestrator.view import View
+from fleet.orchestrator.view import ClusterView
 from tests.pure.test_assignments import alive, finish, submit
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
 
@@ -305,9 +305,11 @@ def test_times_stay_where_they_were_on_the_wall_when_that_runs_on() -> None:
     core = cluster(1)
     core.effects.epoch = 1_000_000.0
     running(core, 1)
-    before = View(core, 1.0).job(core.scheduler.jobs["j"])
+    before = ClusterView(core.scheduler, 1.0).job(core.scheduler.jobs["j"])
     core.move_epoch(core.effects.epoch + 8 * 3600)
-    after = View(core, 1.0).job(core.scheduler.jobs["j"])
+    after = ClusterView(core.scheduler, 1.0).job(core.scheduler.jobs["j"])
     assert (after.submitted_at, after.started_at) == (before.submitted_at, before.started_at)
     core.step(o.Received(CLIENT, m.Submit("later", 1, SPEC)), 1.0)
-    assert View(core, 1.0).job(core.scheduler.jobs["later"]).submitted_at == 1_000_000.0 + 8 * 3600 + 1.0
+    assert (
+        ClusterView(core.scheduler, 1.0).job(core.scheduler.jobs["later"]).submitted_at == 1_000_000.0 + 8 * 3600 + 1.0
+    )

@@ -12,7 +12,7 @@ import pytest
 
 from fleet import messages as m
 from fleet.cli.output import LocalOutput
-from fleet.client.fetch import PART_SUFFIX, JobOutput, Listing, Source, _matches, _target
+from fleet.client.fetch import PART_SUFFIX, Listing, RemoteOutput, Source, _matches, _target
 from fleet.errors import FleetError
 from fleet.values import amount_of
 from fleet.worker.storage import Storage
@@ -37,9 +37,9 @@ class Worker:
         return [self.answer(ask) for ask in asked]
 
 
-def output_of(worker: Worker, *names: str) -> JobOutput:
+def output_of(worker: Worker, *names: str) -> RemoteOutput:
     job = SimpleNamespace(job_id="j", held_by=names or ("w",))  # all that is looked at
-    return JobOutput(worker, job)  # type: ignore[arg-type]
+    return RemoteOutput(worker, job)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("paths", [(b"",), (b"a",), (b"b", b"a"), (b"a", b"a")])

@@ -16,7 +16,7 @@ from fleet.cli import jobs, workers
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.metrics import OrchestratorMetrics
-from fleet.orchestrator.view import ARGS_TOLD_CHARS, View
+from fleet.orchestrator.view import ARGS_TOLD_CHARS, ClusterView
 from tests.pure.test_orchestrator import CLIENT, SPEC, cluster, running, sent
 
 NOW = 9.0
@@ -101,7 +101,7 @@ def test_jobs_are_the_same_in_the_table_in_json_and_in_the_metrics(monkeypatch: 
 
 def test_a_job_says_what_it_waits_for_and_its_turn_if_it_is_shown_alone() -> None:
     core = busy()
-    view = View(core, NOW)
+    view = ClusterView(core.scheduler, NOW)
     assert view.waits_for(core.scheduler.jobs["files"]) == "its files"
     assert view.waits_for(core.scheduler.jobs["j"]) == ""
     assert view.job(core.scheduler.jobs["waits too"]).waits_for.endswith("; 1 job has its turn before it")
@@ -116,7 +116,7 @@ def test_a_job_says_what_it_waits_for_and_its_turn_if_it_is_shown_alone() -> Non
 def test_of_many_arguments_the_first_are_shown() -> None:
     core = cluster(1)
     core.step(o.Received(CLIENT, m.Submit("j", 1, m.Spec("script", "t", ("a" * 1000,) * 100, "/"))), 0.0)
-    args = View(core, NOW).job(core.scheduler.jobs["j"]).args
+    args = ClusterView(core.scheduler, NOW).job(core.scheduler.jobs["j"]).args
     assert sum(map(len, args)) <= ARGS_TOLD_CHARS
     assert args[-1] == "... and 35 more"
 
