@@ -1,0 +1,24 @@
+"""Entry points by which torch finds the backend `fleet` without `import fleet`; tiny, since `import torch` runs them.
+
+Group `torch.backends`: torch calls `register` at the end of its own import. An error here would break `import torch`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+NAME = "fleet"
+
+
+def register() -> None:
+    """Makes the name `fleet` known to torch.distributed. The backend itself is imported with the first process group."""
+    from torch import distributed
+
+    if distributed.is_available() and NAME.upper() not in distributed.Backend._plugins:
+        distributed.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
+
+
+def _create(options: Any, backend_options: Any) -> Any:
+    from fleet.torch.registration import create
+
+    return create(options, backend_options)
