@@ -14,7 +14,7 @@ FOR_A_BUS = 20  # a context of ZeroMQ with its first few sockets
 
 
 def require(count: int, what: str) -> None:
-    """Raises ConfigError where the limits leave this process less than `count` open files in all. `what` needs them."""
+    """Raises ConfigError where the hard limit is less than the `count` open files that `what` may need."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < count:
         raise ConfigError(
@@ -23,7 +23,7 @@ def require(count: int, what: str) -> None:
 
 
 def raise_limit(count: int) -> None:
-    """Lets this process have `count` open files, if it may say so itself. What it starts from here on inherits that."""
+    """Raises the soft limit to `count` open files, as far as the hard one allows. Processes started later inherit it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
         resource.setrlimit(
@@ -32,7 +32,7 @@ def raise_limit(count: int) -> None:
 
 
 def has_room(count: int = FOR_A_BUS) -> bool:
-    """Whether this process may open `count` further files now. Finds out by opening them."""
+    """Whether this process may open `count` further files now. It opens them to find out."""
     opened: list[int] = []
     try:
         for _ in range(count):

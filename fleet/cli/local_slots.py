@@ -1,4 +1,4 @@
-"""The process beside a local Executor: a cluster of this machine alone, that ends when its parent closes the pipe to it."""
+"""Process of an Executor's local slots: a cluster of this machine alone. It ends when its parent closes the pipe to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fleet.worker.zygote import RUNNER
 
 
 def main(words: list[str]) -> None:
-    """The process: the words are those of `client/local_cluster.py`, slots, GPUs, modules to preload, and a descriptor."""
+    """Runs the process. `client/local_cluster.py` gives the words: slots, GPUs, modules to preload, a descriptor."""
     slots, gpus, preload, answer = words
     try:
         check_system()
@@ -31,9 +31,9 @@ def main(words: list[str]) -> None:
 
 
 def _serve(answer: int, slots: int, gpus: int, preload: str) -> None:
-    """Says on the descriptor `answer` where its orchestrator listens, and serves until its input ends."""
+    """Writes the orchestrator's endpoint to the descriptor `answer`, and serves until standard input ends."""
     for number in (signal.SIGINT, signal.SIGHUP):
-        # Of a terminal: its parent decides. Not by SIG_IGN, which runners would inherit.
+        # A terminal's signals are the parent's to act on. Not SIG_IGN, which runners would inherit.
         signal.signal(number, lambda number, frame: None)
     names = (*RUNNER, *(name for name in preload.split(",") if name))
     with (
@@ -47,7 +47,7 @@ def _serve(answer: int, slots: int, gpus: int, preload: str) -> None:
 
 
 def _end(failure: Failure) -> None:
-    """At once: the main thread waits for its input, and the Executor will see that this process has ended."""
+    """Ends the process at once, although its main thread waits for input. The Executor sees that."""
     try:
         failure.check()
     except FleetError as error:

@@ -1,4 +1,4 @@
-"""The caller's code: the folder that travels to a cluster, and what is said of a module that did not."""
+"""Code of an Executor's caller: the folder that travels to a cluster, and the note about a module that did not travel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger("fleet.executor")
 
 @contextmanager
 def cluster_place(target: Target, max_bundle_bytes: int) -> Iterator[Place]:
-    """A cluster, to which the folder of the caller's script travels."""
+    """Place on a cluster, to which the folder of the caller's script travels."""
     from fleet.client.bundle import pack  # here: these take 10 ms to import, and local slots need neither
     from fleet.client.selection import select
 
@@ -39,7 +39,7 @@ def cluster_place(target: Target, max_bundle_bytes: int) -> Iterator[Place]:
 
 
 def _folder_of_main() -> Path | None:
-    """The folder of the running script, of a module the current one; None in a notebook, and for what is installed."""
+    """The folder of the running script, for `-m` the current one. None in a notebook, and where the script is installed."""
     main = sys.modules.get("__main__")
     file = getattr(main, "__file__", None)
     if file is None:
@@ -57,7 +57,7 @@ def _is_installed(path: Path) -> bool:
 
 
 def with_hint(error: BaseException) -> BaseException:
-    """The error of a task; one about a module that is only here gets a note that says how it travels."""
+    """The error of a task, with a note about how a module travels where it lacks one that is only here."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return error
     module = sys.modules.get(error.name)

@@ -1,4 +1,4 @@
-"""Connections of an Executor to runners of this machine: two hops less each way than the relay through an orchestrator.
+"""Direct socket of an Executor: its connections to runners of this machine, two hops shorter each way than the relay.
 
 The Executor connects and its runners listen, for the reason in fleet/bus/knock.py.
 """
@@ -14,7 +14,7 @@ from fleet.bus.knock import Door, endpoint_of
 
 
 class DirectSocket:
-    """A runner has the id of its job. Invariant: it is expected, connected or forgotten."""
+    """Runners have the ids of their jobs. Invariant: each is expected, connected or forgotten."""
 
     def __init__(self, bus: Bus, door: str) -> None:
         self._door_path = door
@@ -32,7 +32,7 @@ class DirectSocket:
         self._expected.add(job_id)
 
     def receive(self) -> list[Arrived | Lost]:
-        """Messages of runners. Connects to those that have begun to listen."""
+        """Messages of runners. Connects to runners that have begun to listen."""
         if self._expected:
             for job_id in self._door.names():
                 if job_id in self._expected:
@@ -42,13 +42,13 @@ class DirectSocket:
         return self._router.receive()
 
     def forget(self, job_id: str) -> None:
-        """The runner has ended: connects to it no more."""
+        """Ends the connection to a runner that has ended."""
         self._expected.discard(job_id)
         if job_id in self._connected:
             self._connected.remove(job_id)
             endpoint = endpoint_of(self._door_path, job_id)
             self._router.disconnect(endpoint)
-            with contextlib.suppress(FileNotFoundError):  # one that was killed has left its socket's name
+            with contextlib.suppress(FileNotFoundError):  # a killed runner leaves the name of its socket
                 os.unlink(endpoint.removeprefix("ipc://"))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Threads of a cluster that lives in its client's process, and how the client hears that one has failed."""
+"""Embedded threads: a cluster in its client's process, and the report of a thread that has failed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fleet.errors import FleetError
 
 
 class Failure:
-    """Why an embedded cluster cannot go on. Set by its threads, looked at by its client."""
+    """Failure of an embedded cluster: its threads set the reason, its client looks for one."""
 
     def __init__(self) -> None:
         self._reason = ""
@@ -19,7 +19,7 @@ class Failure:
         self._lock = threading.Lock()
 
     def listen(self, called: Callable[[], None]) -> None:
-        """Calls it, from another thread, once there is a failure; at once if there is one."""
+        """Has `called` called once there is a failure, from the thread that sets it; at once if there is one."""
         with self._lock:
             self._listeners.append(called)
             if not self._reason:
@@ -27,12 +27,12 @@ class Failure:
         called()
 
     def check(self) -> None:
-        """Raises FleetError that says which thread has failed, and of what."""
+        """Raises FleetError where a thread has failed, which names the thread and its error."""
         if self._reason:
             raise FleetError(self._reason)
 
     def set(self, reason: str) -> None:
-        """The first reason is kept: others follow from it."""
+        """Keeps the first reason, of which later ones are consequences."""
         with self._lock:
             self._reason = self._reason or reason
             listeners = list(self._listeners)
@@ -42,7 +42,7 @@ class Failure:
 
 @contextmanager
 def running(what: str, run: Callable[[], None], stop: Callable[[], None], failure: Failure) -> Iterator[None]:
-    """`run` in a thread of its own, and `stop` at the end. Should it fail, `failure` says so of `what`, in words."""
+    """Calls `run` in a thread, and `stop` at the end. An error of `run` becomes a reason that names `what`."""
 
     def body() -> None:
         try:

@@ -1,8 +1,8 @@
-"""Thread of an Executor: carries tasks from the callers' threads to runners, and results to futures.
+"""Thread of an Executor: carries tasks from callers to runners, and results to futures.
 
-A task on its way: `submit` packs the call and adds it to the pending tasks; `_hand_over` has it taken in, here or in the thread;
-the scheduler decides, and `_perform` gives it to a runner. Its result: the thread's `_turn` receives it from the runners, and
-the pending tasks settle its future.
+The way of a task: `submit` packs its call and adds it to the pending tasks. `_hand_over` has it taken in, and the scheduler
+decides when `_give` hands it to a runner. The way of a result: `_turn` receives it through the runners, and `_settle` passes it
+to the pending tasks, which settle the future.
 """
 
 from __future__ import annotations
@@ -23,42 +23,38 @@ from fleet.bus.control import Arrived, Lost
 from fleet.bus.poller import DescriptorPoller, Wake
 from fleet.bus.shared import host_key
 from fleet.client import task_scheduler as scheduler
+from fleet.client.call_packer import CallPacker
 from fleet.client.connection import Connection
 from fleet.client.direct_socket import DirectSocket
 from fleet.client.local_cluster import Place
-from fleet.client.pending_tasks import CallPacker, PendingTasks, TaskOptions
+from fleet.client.pending_tasks import PendingTasks, TaskOptions
 from fleet.client.runners import ResultsArrived, Runners, RunnersLost
 from fleet.errors import FleetError, TaskLost
 from fleet.stillness import Deadline, LifeClock
 
 T = TypeVar("T")
 
-LEAVE_WITHIN_S = 3.0  # for runners to end, once they were told to
-KILLED_WITHIN_S = 3.0  # for those that had not
+LEAVE_WITHIN_S = 3.0  # for runners to end after Leave
+KILLED_WITHIN_S = 3.0  # for runners to end after a kill
 
 
 @dataclass(frozen=True)
 class ExecutorSettings:
-    """What the user of an Executor has asked for."""
+    """Arguments of an Executor that its thread acts on."""
 
     count: int  # of runners; 0: as many as the cluster has room for
     max_pending: int
     max_bytes: int  # of arguments
     tasks_at_most: int | None = None  # of one runner
-    initializer: Callable[..., object] | None = None  # the call that each runner makes before all others
+    initializer: Callable[..., object] | None = None  # each runner calls it before all tasks
     initargs: tuple[Any, ...] = ()
 
 
 class ExecutorThread:
-    """`submit`, `finish` and `drop` may be called from any thread."""
+    """Any thread may call `submit`, `finish` and `drop`."""
 
-    def __init__(
-        self,
-        place: Place,
-        options: m.JobOptions,
-        settings: ExecutorSettings,
-        needed: ExitStack,  # closed by the thread when it ends
-    ) -> None:
+    def __init__(self, place: Place, options: m.JobOptions, settings: ExecutorSettings, needed: ExitStack) -> None:
+        """The thread closes `needed` when it ends."""
         self._place = place
         self._options = options
         self._count = settings.count
@@ -74,17 +70,17 @@ class ExecutorThread:
             self._initializer = self._packer.pack(settings.initializer, settings.initargs, {})
         self._cancel_all = self._abandoned = False
         self._broken: BaseException | None = None
-        self._ready = threading.Event()  # let in, or broken
+        self._ready = threading.Event()  # the orchestrator has let this client in, or the thread has ended
         self._thread = threading.Thread(target=self._run, name="fleet-executor", daemon=True)
         self._pending.never_waits = self._thread
-        # Any thread may act for this one while it sleeps: `_hand_over`.
+        # Callers may act for the thread while it sleeps, see `_hand_over`.
         self._asleep = False
         self._full = False  # no runner has room, until the thread's next turn at least
-        self._wakes_at = math.inf  # when nothing comes
-        self._lock = threading.RLock()  # around what follows
-        self._clock = LifeClock()  # read by the thread, looked at by those who act for it
+        self._wakes_at = math.inf  # the end of its sleep, if nothing comes
+        self._lock = threading.RLock()  # around the fields below
+        self._clock = LifeClock()  # the thread reads it, callers look at it
         self._scheduler = scheduler.TaskScheduler(settings.tasks_at_most)
-        self._runners: Runners  # from the thread's start on
+        self._runners: Runners  # exists once the thread has begun
 
     def start(self) -> None:
         """Returns once the orchestrator has let this client in. Raises ConfigError where it does not in time."""
@@ -100,7 +96,7 @@ class ExecutorThread:
     # Any thread
 
     def submit(self, fn: Callable[..., T], args: Any, kwargs: Any, options: TaskOptions) -> Future[T]:
-        """Raises UsageError where the call cannot be pickled, RuntimeError when no more are taken."""
+        """Raises UsageError where the call cannot be pickled, RuntimeError when no more tasks are taken."""
         if self._forks != forks.count:
             raise RuntimeError("this Executor is that of the process of which this one is a fork: make one here")
         future = self._pending.add(self._packer.pack(fn, args, kwargs), options)
@@ -108,22 +104,22 @@ class ExecutorThread:
         return future
 
     def finish(self, cancel: bool, abandon: bool = False) -> None:
-        """Ends once all tasks are done, without those that have not begun, or without any."""
+        """Ends the thread once all tasks are done; with `cancel` those that have begun, with `abandon` none."""
         self._cancel_all = self._cancel_all or cancel
         self._abandoned = self._abandoned or abandon
         self._pending.close()
         self._wake.set()
 
     def drop(self) -> None:
-        """Nobody can submit any more: ends once all tasks are done. Takes no lock that its caller, a collector, may hold."""
+        """Ends the thread once all tasks are done. Takes no lock, since the garbage collector calls it at any point."""
         self._pending.closed = True
         self._wake.set()
 
     def _hand_over(self) -> None:
-        """Sees to it that a task that was added is taken in: in this thread, for a change of threads costs 0.1 ms.
+        """Has an added task taken in, here if a runner waits for one: a change of threads would cost 0.1 ms.
 
-        That is for a task that a runner waits for. The thread itself takes in what is there before it sleeps, and need not
-        wake where no runner has room: a result will wake it. It is woken, too, for whatever else there is to do.
+        The thread takes in all tasks before it sleeps, so it needs a call only in its sleep. It needs none while no runner has
+        room, since a result will wake it. It is woken where anything but the task is left to do, or another caller is at it.
         """
         if not self._asleep or self._full:
             return
@@ -163,7 +159,7 @@ class ExecutorThread:
                             self._sleep(wait_s)
                     self._leave()
                 finally:
-                    connection.put(m.Goodbye())  # what is left of its runners need not wait for it
+                    connection.put(m.Goodbye())  # the orchestrator ends what is left of the runners at once
         except BaseException as error:
             self._broken = error
         finally:
@@ -183,14 +179,14 @@ class ExecutorThread:
         return not self._abandoned and (not self._pending.closed or bool(self._pending.count))
 
     def _turn(self) -> float | None:
-        """Acts on all that has happened; returns how long to wait for more. None: not at all."""
+        """Acts on all that has happened. Returns how long to sleep; None: more has come already."""
         self._full = False
-        # What was submitted before a result is acted on competes for the runner that the result frees.
+        # A task that was submitted before a result is acted on competes for the runner that the result frees.
         things = self._runners.receive()
         self._take_tasks()
         for thing in things:
             self._take(thing)
-        self._take_tasks()  # of those who waited for a result and have gone on
+        self._take_tasks()  # of callers that waited for a result and have gone on
         self._runners.tick()
         now = self._clock.now()
         if (deadline := self._scheduler.next_deadline()) is not None and now >= deadline:
@@ -203,7 +199,7 @@ class ExecutorThread:
         return min((at for at in deadlines if at is not None), default=math.inf)
 
     def _sleep(self, wait_s: float) -> None:
-        """Outside of the lock: another thread that finds this one asleep may act for it, or wakes it."""
+        """Waits outside of the lock, which callers take meanwhile."""
         self._asleep = True
         pending = self._pending
         if not pending.added and not pending.cancelled and (pending.count or not pending.closed):
@@ -213,7 +209,7 @@ class ExecutorThread:
         self._asleep = False
 
     def _take_tasks(self) -> None:
-        """Those that were added, and those that were cancelled."""
+        """Takes in tasks that were added or cancelled."""
         if added := self._pending.take():
             self._step(scheduler.Submitted(added))
         if self._pending.cancelled or self._cancel_all:
@@ -232,7 +228,7 @@ class ExecutorThread:
                 self._step(event)
 
     def _begin(self, room: int) -> None:
-        """This client was let in; the cluster has room for so many runners (0: that is not known)."""
+        """Asks for runners, once this client was let in. `room`: for how many the cluster has room; 0: not known."""
         count = self._count or room
         if count and not self._ready.is_set():
             self._step(scheduler.Began(count))
@@ -240,7 +236,7 @@ class ExecutorThread:
 
     def _step(self, event: scheduler.Event) -> None:
         if self._abandoned:
-            return  # what is lost now is not tried again
+            return  # a task that is lost now is not tried again
         for effect in self._scheduler.step(event, self._clock.look()):
             self._perform(effect)
 
@@ -265,11 +261,11 @@ class ExecutorThread:
             else:
                 cancelled.append(task.task_id)
         self._runners.give(give.job_id, calls)
-        if cancelled:  # between the decision and now: nothing will come of them
+        if cancelled:
             self._step(scheduler.NotGiven(give.job_id, tuple(cancelled)))
 
     def _settle(self, arrived: ResultsArrived) -> None:
-        """What is no runner's task any more, as after its time-out, has its future already."""
+        """Settles futures. A task that its runner does not have any more, as after its time-out, has a future settled before."""
         held = self._scheduler.runners.get(arrived.job_id)
         mine = [whole for whole in arrived.results if held is not None and whole[0].task_id in held.tasks]
         self._step(
@@ -290,9 +286,9 @@ class ExecutorThread:
     # The end
 
     def _leave(self) -> None:
-        """Ends the runners, as scripts end: what they printed is shown, and their slots are free when this returns.
+        """Ends the runners as scripts end: their output is shown, and their slots are free when this returns.
 
-        Waits for that in a bounded time. After Ctrl-C they are killed.
+        Waits for that in a bounded time. After Ctrl-C the runners are killed.
         """
         self._runners.acknowledge()
         self._runners.end_all(kill=self._abandoned)
@@ -311,7 +307,7 @@ class ExecutorThread:
                     self._take(thing)
 
     def _end_tasks(self) -> None:
-        """Settles those that are left."""
+        """Settles the futures of all tasks that are left."""
         begun = {
             task_id: (task, r.where) for r in self._scheduler.runners.values() for task_id, task in r.tasks.items()
         }

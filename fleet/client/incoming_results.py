@@ -1,4 +1,4 @@
-"""Results of tasks whose large buffers are on their way: mapped where the memory is shared, else fetched in pieces."""
+"""Incoming results of tasks: large buffers are mapped where memory is shared with the runner, else fetched in pieces."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from fleet import tasks
 from fleet.bus.blobs import BlobReader, Gathering
 
-PIECES_UNDER_WAY = 4  # asked of one runner and not here yet
+PIECES_UNDER_WAY = 4  # that one runner was asked for and that are not here
 
 Whole = tuple[tasks.Result, list[Any]]  # a result with its buffers
 
@@ -25,18 +25,18 @@ class _Coming:
 
 
 class IncomingResults:
-    """Of all runners of one client. Asks for pieces by itself."""
+    """Incoming results of all runners of an Executor. Asks for pieces by itself."""
 
     def __init__(self, say: Callable[[str, tasks.TaskMessage], None], memory: str) -> None:
         self._say = say
         self._memory = memory
         self._reader = BlobReader()
-        self._shares: dict[str, bool] = {}  # by job: whether its memory is ours
+        self._shares: dict[str, bool] = {}  # whether a runner's memory is this machine's, by job
         self._coming: dict[str, dict[int, _Coming]] = {}
         self._under_way: dict[str, int] = {}
 
     def results(self, job_id: str, said: tasks.Results) -> list[Whole]:
-        """Those that are whole at once."""
+        """Results that are whole at once."""
         whole: list[Whole] = []
         for result in said.results:
             if not result.buffers:
@@ -75,7 +75,7 @@ class IncomingResults:
         return []
 
     def ask_again(self, job_id: str, memory: str) -> None:
-        """The runner is there, perhaps again: what was asked for may be lost."""
+        """A runner is there, perhaps again: requests for pieces may be lost, and are made again."""
         self._shares[job_id] = bool(memory) and memory == self._memory
         self._under_way[job_id] = 0
         for found in self._coming.get(job_id, {}).values():

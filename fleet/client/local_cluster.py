@@ -17,9 +17,9 @@ from fleet.client.target import Target
 from fleet.errors import FleetError
 from fleet.values import Spec, portable
 
-PRELOADED = ("numpy", "torch")  # in the pool too, where the caller has them: a process then costs a fork
+PRELOADED = ("numpy", "torch")  # where the caller has imported them: a runner then costs a fork
 END_WITHIN_S = 10.0
-ENDED_WITHIN_S = 1.0  # once its connection is down
+ENDED_WITHIN_S = 1.0  # after the loss of its connection
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Place:
 
 @contextmanager
 def local_place(slots: int, gpus: int) -> Iterator[Place]:
-    """A process of its own with an orchestrator, a worker and its slots; it ends with this one, however that ends.
+    """Starts a process with an orchestrator, a worker and its slots. That ends with this process, however this one ends.
 
-    Of its own, so that the caller's module is never imported a second time, and its GIL is its own. The Executor listens
-    beside the orchestrator, which would be two hops more each way. Runners search for modules where the caller does.
+    It is no thread of this process, so that the caller's module is not imported a second time, and each has its own GIL.
+    Runners search for modules where the caller does.
     """
     preload = ",".join(name for name in PRELOADED if name in sys.modules)
     words = ["local-slots", str(slots), str(gpus), preload]
@@ -48,7 +48,7 @@ def local_place(slots: int, gpus: int) -> Iterator[Place]:
             process = subprocess.Popen(
                 interpreter.command(*words, str(write)),
                 stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,  # what a hook of this Python prints at each start was printed here
+                stdout=subprocess.DEVNULL,  # a hook of this Python that prints at each start has printed here
                 pass_fds=[write],
                 start_new_session=True,  # Ctrl-C in a terminal is the caller's to act on
             )
@@ -59,7 +59,7 @@ def local_place(slots: int, gpus: int) -> Iterator[Place]:
     try:
         if not endpoint:
             raise FleetError(f"the pool of local slots did not start: it {_how_it_ended(process)}")
-        # Beside its orchestrator, so in a folder that is this user's alone.
+        # In the folder of its orchestrator, which is this user's alone.
         door = endpoint.removeprefix("ipc://").removesuffix("orchestrator") + "client"
         search = tuple(dict.fromkeys(portable(os.path.abspath(entry)) for entry in sys.path))
         target = Target("this machine", endpoint, Lock(), 60.0, local=True)

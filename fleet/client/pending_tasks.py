@@ -1,20 +1,16 @@
-"""Pending tasks of an Executor: calls that are pickled and kept, futures that are settled. Knows no socket and no runner."""
+"""Pending tasks of an Executor: each from its submission until its future is settled. Knows no socket and no runner."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import BrokenExecutor, Future
 from dataclasses import dataclass
-from pathlib import Path
-from types import FunctionType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from fleet import pickling, tasks
-from fleet.bus.blobs import Blob, Shelf
+from fleet.client.call_packer import PackedCall
 from fleet.client.caller_code import with_hint
 from fleet.client.incoming_results import Whole
 from fleet.client.task_scheduler import Task
@@ -55,30 +51,8 @@ class TaskFuture(Future[T]):
 
 
 @dataclass(slots=True)
-class PackedCall:
-    """A call without its number."""
-
-    name: str  # of the function, for a person
-    function: pickling.Function | None  # None: it is large, and pickled with its arguments
-    data: bytes
-    blobs: tuple[Blob, ...]
-    size_bytes: int  # of data and blobs
-
-    def call(self, task_id: int) -> tasks.Call:
-        digest = self.function.digest if self.function else b""
-        if not self.blobs:
-            return tasks.Call(task_id, digest, self.data)
-        apart = tuple(tasks.LargeBuffer(blob.size_bytes, blob.path) for blob in self.blobs)
-        return tasks.Call(task_id, digest, self.data, apart)
-
-    def release(self) -> None:
-        for blob in self.blobs:
-            blob.release()
-
-
-@dataclass(slots=True)
 class PendingTask:
-    """Invariant: its blobs live until its future is settled."""
+    """A task whose future is not settled. Invariant: the memory of its call lives as long."""
 
     future: TaskFuture[Any]
     call: tasks.Call
@@ -86,28 +60,28 @@ class PendingTask:
     claimed: bool = False  # its future runs
 
     def claim(self) -> bool:
-        """Whether it is to be run. Its future says so from then on; a cancelled one is not run."""
+        """Marks the future as running. False: it was cancelled before."""
         self.claimed = self.claimed or self.future.set_running_or_notify_cancel()
         return self.claimed
 
 
 class PendingTasks:
-    """Tasks of an Executor, each from its submission until its future is settled, in a bounded number.
+    """Pending tasks of one Executor, in a bounded number.
 
-    `add`, `close` and the fields may be used from any thread, the other methods by one thread at a time.
+    Any thread may use the fields, `add` and `close`; the other methods belong to one thread at a time.
     """
 
     def __init__(self, max_count: int, max_bytes: int, wake: Callable[[], None]) -> None:
-        """`wake` is called when a future was cancelled, in the thread that did it."""
+        """`wake` is called after a future was cancelled, in the thread that did it."""
         self._max_count, self._max_bytes = max_count, max_bytes
         self._wake = wake
-        self._gate = threading.RLock()  # around what follows; its own `with` costs less than a condition's
+        self.never_waits: threading.Thread | None = None  # a callback there would wait for room that only it can make
+        self._gate = threading.RLock()  # around the next four lines; its own `with` costs less than a condition's
         self._room = threading.Condition(self._gate)
         self.count, self._bytes, self._last_id = 0, 0, 0
         self.closed = False  # no more are taken
         self._error: BaseException | None = None  # why not
-        self.never_waits: threading.Thread | None = None  # a callback that waited there for room would wait for itself
-        # Invariant: a task is in one of these until its future is settled. An id in `cancelled` may be of none any more.
+        # Invariant: a pending task is in `added` or in `_tasks`. An id in `cancelled` may be of a settled task.
         self.added: deque[tuple[Task, PendingTask]] = deque()
         self._tasks: dict[int, PendingTask] = {}
         self.cancelled: deque[int] = deque()
@@ -115,7 +89,7 @@ class PendingTasks:
     # Any thread
 
     def add(self, packed: PackedCall, options: TaskOptions) -> TaskFuture[Any]:
-        """Waits for room. Raises RuntimeError when no more are taken."""
+        """Adds a task once there is room for it. Raises RuntimeError when no more are taken."""
         size_bytes = packed.size_bytes
         with self._gate:
             if not self._may_add(size_bytes) and threading.current_thread() is not self.never_waits:
@@ -143,19 +117,15 @@ class PendingTasks:
         return self.closed or not self.count
 
     def close(self, error: BaseException | None = None) -> None:
-        """No more are taken; with an error they never will be settled otherwise."""
+        """Takes no more tasks. `error` is the cause of the error that further calls of `add` raise."""
         with self._gate:
             self.closed, self._error = True, error or self._error
             self._room.notify_all()
 
     # One thread at a time
 
-    def __len__(self) -> int:
-        """How many there are that were taken."""
-        return len(self._tasks)
-
     def take(self) -> list[Task]:
-        """Those that were added since the last call."""
+        """Tasks that were added since the last call."""
         taken = []
         while self.added:
             task, pending = self.added.popleft()
@@ -168,7 +138,7 @@ class PendingTasks:
         return None if pending is None else pending.packed
 
     def claim(self, task_id: int) -> tuple[tasks.Call, PackedCall] | None:
-        """The call of a task that is to run now; None: it was cancelled, and is dropped."""
+        """The call of a task that is given to a runner now. None: the task was cancelled, and is dropped."""
         pending = self._tasks[task_id]
         if pending.claim():
             return pending.call, pending.packed
@@ -176,7 +146,7 @@ class PendingTasks:
         return None
 
     def take_cancelled(self, all_of_them: bool) -> list[int]:
-        """Drops those that were cancelled and have not begun; cancels `all_of_them` first."""
+        """Drops cancelled tasks, and returns them. With `all_of_them`, cancels all that have not begun first."""
         if all_of_them:
             found = [task_id for task_id, pending in self._tasks.items() if not pending.claimed]
             self.cancelled.extend(task_id for task_id in found if Future.cancel(self._tasks[task_id].future))
@@ -190,7 +160,7 @@ class PendingTasks:
         return dropped
 
     def settle(self, results: Iterable[Whole]) -> None:
-        """Gives futures their results. There is room for others before the first one is told."""
+        """Gives futures their results. There is room for further tasks before the first future is settled."""
         found = [(self._tasks.pop(result.task_id, None), result, buffers) for result, buffers in results]
         self._drop([pending for pending, _, _ in found if pending is not None])
         for pending, result, buffers in found:
@@ -204,7 +174,7 @@ class PendingTasks:
             pending.future.set_exception(error)
 
     def left(self) -> list[int]:
-        """All that are not settled."""
+        """All pending tasks."""
         self.take()
         return list(self._tasks)
 
@@ -214,90 +184,21 @@ class PendingTasks:
         with self._gate:
             self.count -= len(dropped)
             self._bytes -= sum([pending.packed.size_bytes for pending in dropped])
-            self._room.notify_all()  # there may be room for several, and who comes first may need more
+            self._room.notify_all()  # all that wait: the first may need more room than there is
 
 
-class CallPacker:
-    """Makes calls, in whatever thread asks for it. Calls of equal functions share one pickle."""
-
-    def __init__(self, directory: Path | None) -> None:
-        self._functions = pickling.Functions()
-        self._lock = threading.Lock()  # around them
-        self._by_name: dict[FunctionType, pickling.Function] = {}  # functions whose pickle is only their name
-        self._shelf = Shelf(directory)
-
-    def pack(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> PackedCall:
-        """A copy of the call, as it is now. Raises UsageError that names what cannot be pickled."""
-        function = None
-        if type(fn) is FunctionType:
-            name = fn.__qualname__
-            if not pickling.registered():
-                function = self._by_name.get(fn)
-        else:
-            name = _name(fn)
-        try:
-            if function is None:
-                function = self._function(fn)
-        except Exception as error:
-            raise UsageError(f"the function {name} cannot be pickled: {type(error).__name__}: {error}") from error
-        try:
-            data, views = pickling.dumps((None if function else fn, args, kwargs), tasks.INLINE_BYTES)
-        except Exception as error:
-            raise UsageError(f"the arguments of {name} cannot be pickled: {type(error).__name__}: {error}") from error
-        if not views:
-            return PackedCall(name, function, data, (), len(data))
-        blobs = tuple([self._shelf.blob(view) for view in views])
-        return PackedCall(name, function, data, blobs, len(data) + sum(blob.size_bytes for blob in blobs))
-
-    def _function(self, fn: Callable[..., Any]) -> pickling.Function | None:
-        """None for a large one, which is sent with its arguments."""
-        pickled = pickling.function_bytes(fn)
-        if len(pickled) >= tasks.INLINE_BYTES:
-            return None
-        digest = hashlib.blake2b(pickled, digest_size=16).digest()
-        with self._lock:
-            function = self._functions.get(digest)
-            if function is None:
-                function = pickling.Function(digest, pickled)
-                self._functions.add(function)
-        if pickling.by_reference(fn):
-            if len(self._by_name) >= pickling.FUNCTIONS_AT_MOST:
-                self._by_name.clear()
-            self._by_name[cast(FunctionType, fn)] = function
-        return function
-
-    def close(self) -> None:
-        """Futures outlive it: what calls needed goes now."""
-        with self._lock:
-            self._functions.clear()
-        self._by_name.clear()
-        self._shelf.close()
-
-
-def _name(fn: Any) -> str:
-    if isinstance(fn, functools.partial):
-        return f"partial of {_name(fn.func)}"
-    name = getattr(fn, "__qualname__", None)
-    return name if isinstance(name, str) else type(fn).__qualname__
-
-
-def _settle(work: PendingTask, result: tasks.Result, buffers: list[Any]) -> None:
-    """Gives the future its result or exception."""
-    name = work.packed.name
+def _settle(pending: PendingTask, result: tasks.Result, buffers: list[Any]) -> None:
+    name, future = pending.packed.name, pending.future
     try:
         value = pickling.loads(result.data or buffers.pop(0), buffers) if result.data or buffers else None
-    except (
-        BaseException
-    ) as error:  # SystemExit too, of what its class makes of being read: this is the Executor's thread
+    except BaseException as error:  # SystemExit too: a class may raise it while it is read, in the Executor's thread
         unread = f"cannot be read here: {type(error).__name__}: {error}"
-        text = (
-            f"what task {name} returned {unread}" if result.ok else f"what task {name} raised {unread}\n{result.text}"
-        )
-        work.future.set_exception(TaskError(text))
+        failed = f"what task {name} raised {unread}\n{result.text}"
+        future.set_exception(TaskError(f"what task {name} returned {unread}" if result.ok else failed))
         return
     if result.ok:
-        work.future.set_result(value)
+        future.set_result(value)
     elif isinstance(value, BaseException):
-        work.future.set_exception(with_hint(pickling.with_traceback(value, result.text)))
+        future.set_exception(with_hint(pickling.with_traceback(value, result.text)))
     else:
-        work.future.set_exception(TaskError(f"task {name} failed: {result.text}"))
+        future.set_exception(TaskError(f"task {name} failed: {result.text}"))

@@ -1,6 +1,6 @@
-"""Runners of an Executor: jobs of one rank each, and the conversation with them.
+"""Runners of an Executor: their jobs at the orchestrator, and the conversation with them. Knows no future.
 
-News of the orchestrator and messages of runners become events of the task scheduler. Knows no future.
+Messages of the orchestrator and of runners become events of the task scheduler.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from fleet import messages as m
 from fleet import pickling, tasks
 from fleet.bus.control import Arrived, Lost, Sent
 from fleet.client import task_scheduler as scheduler
+from fleet.client.call_packer import PackedCall
 from fleet.client.connection import Connection
 from fleet.client.direct_socket import DirectSocket
 from fleet.client.incoming_results import IncomingResults, Whole
 from fleet.client.local_cluster import Place
-from fleet.client.pending_tasks import PackedCall
 from fleet.client.task_output import TaskOutput
 from fleet.dropped import Dropped
 from fleet.errors import ConfigError, FleetError, ProtocolError
 from fleet.stillness import LifeClock
 from fleet.transfer import read_part
 
-ASK_AGAIN_S = 0.2  # a runner that did not read
-ACKNOWLEDGE_AFTER_S = 0.05  # results that no further call carries the acknowledgement of
+ASK_AGAIN_S = 0.2  # after a runner did not read
+ACKNOWLEDGE_AFTER_S = 0.05  # after a result, where no further call carries the acknowledgement
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,25 +44,25 @@ log = logging.getLogger("fleet.executor")
 
 
 class RunnersLost(FleetError):
-    """No task will ever run: the process with the local slots has ended, or the initializer fails."""
+    """The process with the local slots has ended, or the initializer fails: no task will ever run."""
 
 
 @dataclass
 class RunnerJob:
-    """A job that is or will be a runner. Something can be said to it once `where` says where it is."""
+    """A job that is or will be a runner. Invariant: `where` is empty until the runner is ready."""
 
-    head: bytes  # first frame of all that is said to it
+    head: bytes  # first frame of all messages to it
     worker: str = ""
     where: str = ""  # its worker and pid, for a person
     peer: bytes = b""  # its name at the direct socket
     started: bool = False
-    initialized: bool = False  # it has made the call that comes before all others
+    initialized: bool = False  # it has called the initializer
     functions: pickling.Functions = field(default_factory=pickling.Functions)  # that it has
     arrived: list[int] = field(default_factory=list)  # tasks whose results are to be acknowledged
 
 
 def differs(worker: str, python: str) -> str:
-    """Why functions cannot travel between a worker with this version and this process; empty: they can."""
+    """Why functions cannot travel between a worker with this version of Python and this process; empty: they can."""
     mine = platform.python_version()
     if python.split(".")[:2] == mine.split(".")[:2]:
         return ""
@@ -96,7 +96,7 @@ class Runners:
         self._jobs: dict[str, RunnerJob] = {}
         self._incoming = IncomingResults(self.say, memory)
         self._output = TaskOutput()
-        # When something is said next by itself: to a runner that did not read, under "" acknowledgements to all.
+        # When a runner that did not read is asked again, by its job; under "" when results are acknowledged.
         self._due: dict[str, float] = {}
         self._said: set[str] = set()  # warnings, each once
         self._dropped = Dropped(log, clock.look)
@@ -124,12 +124,12 @@ class Runners:
         return min(self._due.values(), default=None)
 
     def receive(self) -> Sequence[m.Message | Arrived | Lost]:
-        """What has come. A runner's messages precede news of its job: its last result counts before its end."""
+        """All that has come. A runner's messages precede news of its job: its last result counts before its end."""
         told = self._connection.receive()
         return told if self._direct is None else [*self._direct.receive(), *told]
 
     def tick(self) -> None:
-        """Says what is due by now."""
+        """Sends all messages that are due."""
         if not self._due:
             return
         now = self._clock.look()
@@ -152,7 +152,7 @@ class Runners:
         return job_id
 
     def give(self, job_id: str, calls: Sequence[tuple[tasks.Call, PackedCall]]) -> None:
-        """Has a runner make calls, in this order. Functions that it does not have go along."""
+        """Has a runner make calls, in this order. Functions that it lacks go along."""
         job = self._jobs[job_id]
         run: list[tasks.Call] = []
         functions: dict[bytes, bytes] = {}
@@ -178,13 +178,13 @@ class Runners:
         self.say(job_id, tasks.MakeCalls(tuple(calls), functions or {}, arrived))
 
     def acknowledge(self) -> None:
-        """Results that have arrived, which their runners need not keep."""
+        """Tells runners which results have arrived: they need not keep them."""
         for job_id, job in self._jobs.items():
             if job.arrived:
                 self._make_calls(job_id, job)
 
     def say(self, job_id: str, said: tasks.TaskMessage, piece: bytes | None = None) -> None:
-        """What a runner that is not there yet is not told, it asks for when it comes."""
+        """Sends a message to a runner. One that is not there yet gets none: its Ready will ask for all."""
         job = self._jobs[job_id]
         body = (tasks.encode(said),) if piece is None else (tasks.encode(said), piece)
         if self._direct is None:
@@ -204,19 +204,19 @@ class Runners:
             self.say(job_id, tasks.Leave())
 
     def end_all(self, kill: bool) -> None:
-        """Those that are not there yet are killed in any case."""
+        """Ends all runners. Those that are not there yet are killed in any case."""
         for job_id, job in self._jobs.items():
             self.end(job_id, kill or not job.where)
 
     # From the orchestrator and from runners
 
     def take(self, thing: m.Message | Arrived | Lost) -> Sequence[Event]:
-        """Events for the scheduler that follow from one thing that has come. Raises RunnersLost."""
+        """Events that follow from one thing that has come. Raises RunnersLost."""
         if isinstance(thing, Arrived):
             return self._take_from_runner(thing)
         if isinstance(thing, Lost):
             if thing.peer:
-                return ()  # a runner: its job's end is told by the orchestrator
+                return ()  # of a runner, whose end the orchestrator tells
             if self._place.target.local:
                 raise RunnersLost(f"the process with the slots of this machine {self._place.ended()}")
             log.warning("lost the orchestrator at %s; trying again until it is back", self._place.target.name)
@@ -231,9 +231,9 @@ class Runners:
         return ()
 
     def room(self, found: m.Workers) -> int:
-        """How many runners the cluster has room for. Raises ConfigError where no worker can run this process' functions.
+        """How many runners the cluster has room for. Raises ConfigError where no worker has this process' Python.
 
-        Some may not: the jobs of runners say which Python they need.
+        Some workers may have another: jobs of runners say which Python they need.
         """
         fit = [w for w in found.workers if not differs(w.worker_id, w.versions.python)]
         if found.workers and not fit:
@@ -250,7 +250,7 @@ class Runners:
                 self._warn("a process of the Executor waits: %s", news.reason)
         elif isinstance(news, m.Started):
             job.worker = news.workers[0]
-            if job.started:  # not for the first time: what was said meanwhile may be lost
+            if job.started:  # again, after a lost connection: messages may be lost with it
                 self.say(job_id, tasks.Sync())
             job.started = True
         elif isinstance(news, m.Retire):
@@ -305,7 +305,7 @@ class Runners:
 
     def _ready(self, job_id: str, job: RunnerJob, said: tasks.Ready) -> Sequence[Event]:
         if reason := differs(job.worker, said.python):
-            # Given up. The scheduler asks for others, a bounded number of times.
+            # The scheduler will ask for others, a bounded number of times.
             self._warn("a process of the Executor is not used: %s", reason)
             self._connection.put(m.Cancel(job_id, kill=True))
             return self._ended(job_id, reason)

@@ -1,4 +1,4 @@
-"""Output of tasks on this process' own stdout and stderr, as if they had run here. Characters stay whole."""
+"""Output of tasks on the stdout and stderr of this process, as if the tasks had run here. Characters stay whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TaskOutput:
         self._complained = False
 
     def take(self, output: m.Output) -> list[m.Message]:
-        """Writes it if it is the next; returns what its worker is to know. Never raises."""
+        """Writes the output if it is the next of its runner. Returns replies to its worker. Never raises."""
         if self._sequence.is_next(output):
             self._write(output.job_id, output.stream, output.data)
         return self._sequence.replies(output)
@@ -33,7 +33,7 @@ class TaskOutput:
             del self._decoders[key]
 
     def _write(self, job_id: str, stream: str, data: bytes) -> None:
-        """A stream of the caller's own may raise anything: that is no matter of the tasks."""
+        """A stream that the caller has put there may raise anything, which does not concern the tasks."""
         decoder = self._decoders.get((job_id, stream))
         if decoder is None:
             decoder = self._decoders[job_id, stream] = codecs.getincrementaldecoder("utf-8")("replace")
@@ -49,7 +49,7 @@ class TaskOutput:
             if (flush := getattr(target, "flush", None)) is not None:
                 flush()
         except (OSError, ValueError):
-            return  # nobody reads any more, or it is closed
+            return  # no reader is left, or the stream is closed
         except Exception as error:
             if not self._complained:
                 self._complained = True

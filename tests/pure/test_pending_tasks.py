@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fleet import pickling, tasks
+from fleet.client.call_packer import CallPacker
 from fleet.client.incoming_results import Whole
-from fleet.client.pending_tasks import CallPacker, PendingTasks, TaskOptions
+from fleet.client.pending_tasks import PendingTasks, TaskOptions
 
 
 class Bench:

@@ -12,8 +12,8 @@ from fleet import messages as m
 from fleet import tasks
 from fleet.bus.control import Arrived, Lost, Sent
 from fleet.bus.lock import Lock
+from fleet.client.call_packer import CallPacker, PackedCall
 from fleet.client.local_cluster import Place
-from fleet.client.pending_tasks import CallPacker, PackedCall
 from fleet.client.runners import ACKNOWLEDGE_AFTER_S, ASK_AGAIN_S, ResultsArrived, Runners, RunnersLost, differs
 from fleet.client.target import Target
 from fleet.client.task_scheduler import Arriving, GivenBack, RunnerEnded, RunnerReady, RunnerRetires
