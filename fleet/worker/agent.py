@@ -5,24 +5,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import logging
 import math
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGKILL
 from time import monotonic
 
 from fleet import config
 from fleet import messages as m
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Link, Router, Sent
-from fleet.bus.descriptors import left
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.shared import sweep
@@ -33,19 +28,14 @@ from fleet.errors import FleetError, OtherProtocol, ProtocolError
 from fleet.exposition import Exposition, Pulse, health_route, metrics_route
 from fleet.stillness import LifeClock
 from fleet.values import native
+from fleet.worker.children import Children
 from fleet.worker.core import Core
 from fleet.worker.file_thread import FileThread
-from fleet.worker.guard import Guard
 from fleet.worker.job_files import JobFiles
 from fleet.worker.metrics import WorkerMetrics
-from fleet.worker.oom_kills import oom_kill_count
-from fleet.worker.output_window import Stream
-from fleet.worker.progress import last_task
 from fleet.worker.rank_process import Plan
 from fleet.worker.rank_sockets import RankSockets
-from fleet.worker.signals import signal_group, signal_process
 from fleet.worker.state import (
-    Attempt,
     DiscardOutput,
     Effect,
     Event,
@@ -53,7 +43,6 @@ from fleet.worker.state import (
     FromOrchestrator,
     FromRank,
     Gather,
-    Key,
     LinkDenied,
     LinkDown,
     LinkFull,
@@ -63,7 +52,6 @@ from fleet.worker.state import (
     NotDelivered,
     Prepare,
     PrepareFailed,
-    Printed,
     ProcessExited,
     RankGone,
     ReadOutput,
@@ -75,7 +63,6 @@ from fleet.worker.state import (
     Shutdown,
     SignalGroup,
     Spawn,
-    Spawned,
     TakePart,
     Tick,
     ToOrchestrator,
@@ -84,12 +71,9 @@ from fleet.worker.state import (
 )
 from fleet.worker.storage import Storage
 from fleet.worker.usage import Busyness
-from fleet.worker.zygote import Child, Zygote
+from fleet.worker.zygote import Zygote
 
 REFUSED_MANY = 10  # connections of strangers to a rank, in a second
-READ_BYTES = 64 << 10
-# That a rank takes while it starts, and for its connections, which come later: libzmq aborts a process that has none left.
-FILES_TO_START, FILES_OF_A_RANK = 7, 2
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
 LINKS: dict[Link, Event] = {Link.UP: LinkUp(), Link.DOWN: LinkDown(), Link.DENIED: LinkDenied()}
 
@@ -130,12 +114,8 @@ class Agent:
         self._endpoint = endpoint
         self._lock = lock
         self._folder = surroundings.runtime / "worker"
-        self._children: dict[Key, Child] = {}
-        self._oom_kills_before: dict[Key, int] = {}
-        self._readers: dict[int, tuple[Key, Stream]] = {}  # by descriptor of an open pipe
-        self._sentinels: dict[int, Key] = {}
-        self._early: list[Spawn] | None = []  # while the zygote still imports; then None
         self._wake = Wake()
+        self._poller = Poller([self._wake])
         self._file_thread = FileThread(self._wake)
         self._files = JobFiles(settings.worker_id, self._folder, surroundings.storage, self._file_thread)
         self._stops: deque[Shutdown] = deque()
@@ -172,22 +152,18 @@ class Agent:
     def run(self) -> None:
         """Serves until it has ended. Raises FleetError if that was not because of `stop`."""
         name = f"{self._settings.worker_id}/{self._settings.incarnation}"
-        self._guard = Guard()
+        self._children = Children(self._zygote, self._poller, self._surroundings.control)
         try:
             with Bus(self._lock) as bus, Bus(Lock()) as local:
                 self._orchestrator = Dealer(bus, self._endpoint, name.encode())
                 self._ranks = Router(local, self._surroundings.control)
-                self._poller = Poller([*self._orchestrator.poll_sockets, *self._ranks.poll_sockets, self._wake])
-                self._poller.add(self._zygote.fileno())
+                for socket in (*self._orchestrator.poll_sockets, *self._ranks.poll_sockets):
+                    self._poller.add(socket)
                 while self._reason is None:
                     self._turn()
         finally:
-            for child in self._children.values():
-                signal_group(child.pid, SIGKILL, with_leader=True)
-            self._guard.close()
+            self._children.close()
             self._files.close()
-            for descriptor in self._readers:
-                os.close(descriptor)
             self._wake.close()
             self._pulse.close()
             if self._exposition is not None:
@@ -208,9 +184,7 @@ class Agent:
         while self._stops:
             self._step(self._stops.popleft())
         while self._forwarded:
-            number = self._forwarded.popleft()
-            for child in self._children.values():
-                signal_process(child.pid, number)
+            self._children.forward(self._forwarded.popleft())
         for event in self._file_thread.take():
             self._step(event)
         for link in self._orchestrator.changes():
@@ -232,17 +206,8 @@ class Agent:
                 self._from_rank(thing)
             else:
                 self._step(RankGone(thing.peer))
-        if self._early is not None and self._zygote.fileno() in ready:
-            self._poller.remove(self._zygote.fileno())
-            early, self._early = self._early, None
-            for spawn in early:
-                if (spawn.assign.job_id, spawn.assign.attempt) in self._core.members.attempts:
-                    self._step(self._spawn(spawn))
-        # Output before deaths: what a rank printed last is read before it counts as ended.
-        for descriptor in [source for source in ready if source in self._readers]:
-            self._read(descriptor)
-        for descriptor in [source for source in ready if source in self._sentinels]:
-            self._reap(descriptor)
+        for event in self._children.take(ready):
+            self._step(event)
         if self._core.link.heartbeat_due(self._clock.now()):
             self._step(Measured(self._busyness.read()))
         self._step(Tick())
@@ -307,19 +272,20 @@ class Agent:
             welcome = sockets.welcome(effect.job_id, effect.member_id, effect.slot, advertise)
             return self._perform(ToRank(effect.peer, welcome))
         elif isinstance(effect, ReadOutput):
-            self._listen(effect)
+            self._children.read(effect)
         elif isinstance(effect, SignalGroup):
-            return self._signal(effect)
-        elif isinstance(effect, Spawn) and self._early is not None:
-            self._early.append(effect)  # waiting for it here would keep this agent from its heartbeats
+            return self._children.signal(effect)
         elif isinstance(effect, Spawn):
-            return [self._spawn(effect)]
+            key = effect.assign.job_id, effect.assign.attempt, effect.member_id
+            return self._children.start(key, self._plan(effect), self._surroundings.stdin(effect.member_id))
         elif isinstance(effect, Prepare):
             self._files.prepare(effect.assign)
         elif isinstance(effect, TakePart):
             self._files.store(effect.part)
         elif isinstance(effect, Remove):
-            self._remove(effect.job_id, effect.attempt)
+            self._children.remove(effect.job_id, effect.attempt)
+            self._files.remove(effect.job_id, effect.attempt)
+            self._sweep_memory()
         elif isinstance(effect, Gather):
             self._files.gather(effect.assign, effect.directory)
         elif isinstance(effect, ServeOutput):
@@ -336,16 +302,9 @@ class Agent:
             self._reason = effect.reason
         return []
 
-    # Processes and their output
-
-    def _spawn(self, spawn: Spawn) -> Event:
+    def _plan(self, spawn: Spawn) -> Plan:
         assign, launch, spec = spawn.assign, spawn.launch, spawn.assign.spec
-        key = assign.job_id, assign.attempt, spawn.member_id
-        held: Attempt = self._core.members.attempts[key[:2]]
-        local_rank, local_count = self._surroundings.local or (
-            list(held.processes).index(spawn.member_id),
-            len(assign.member_ids),
-        )
+        local_rank, local_count = self._surroundings.local or (spawn.local_rank, len(assign.member_ids))
         placement = config.RankPlacement(
             control=self._surroundings.control,
             job_id=assign.job_id,
@@ -358,87 +317,17 @@ class Agent:
             group_world_size=assign.group_count,
             master_addr=launch.master_addr,
             master_port=launch.master_port,
-            gpus=held.processes[spawn.member_id].gpus if self._settings.gpus else None,
+            gpus=spawn.gpus if self._settings.gpus else None,
             output="" if spec.kind == "tasks" else str(self._files.output_folder(assign.job_id)),
         )
-        environment = config.rank_environment(placement, self._surroundings.threads, spec.environment)
-        self._oom_kills_before[key] = oom_kill_count()
-        try:
-            if left() < FILES_TO_START + FILES_OF_A_RANK * (len(self._children) + 1):
-                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-            args = tuple(map(native, spec.args))
-            directory = str(spawn.directory)
-            plan = Plan(spec.kind, native(spec.target), args, directory, environment, anywhere=bool(spec.digest))
-            child = self._zygote.spawn(plan, self._surroundings.stdin(spawn.member_id))
-        except (OSError, EOFError) as error:
-            log.error("rank %d of job %s cannot be started: %s", spawn.member_id, assign.job_id, error)
-            return ProcessExited(key, 1, 0, False, reason=f"its worker cannot start it: {error}")
-        self._guard.watch(child.pid)
-        self._children[key] = child
-        self._sentinels[child.sentinel] = key
-        self._poller.add(child.sentinel)
-        self._readers[child.stdout], self._readers[child.stderr] = (key, "stdout"), (key, "stderr")
-        for descriptor in (child.stdout, child.stderr):
-            self._poller.add(descriptor)
-        return Spawned(key, child.pid)
-
-    def _read(self, descriptor: int) -> None:
-        key, stream = self._readers[descriptor]
-        try:
-            data = os.read(descriptor, READ_BYTES)
-        except BlockingIOError:
-            return
-        if not data:
-            self._close(descriptor)
-        self._step(Printed(key, stream, data))
-
-    def _reap(self, sentinel: int) -> None:
-        key = self._sentinels[sentinel]
-        code, signal = self._children[key].status()
-        out_of_memory = signal == SIGKILL and oom_kill_count() > self._oom_kills_before[key]
-        self._drop_child(key)
-        task = last_task(self._surroundings.control, key[0])
-        self._step(ProcessExited(key, code, signal, out_of_memory, task))
-
-    def _drop_child(self, key: Key) -> None:
-        sentinel = self._children.pop(key).sentinel
-        self._poller.remove(sentinel)
-        os.close(sentinel)
-        del self._sentinels[sentinel], self._oom_kills_before[key]
-
-    def _signal(self, effect: SignalGroup) -> list[Event]:
-        reaped = effect.key not in self._children
-        done = signal_group(effect.pid, effect.signal, with_leader=not reaped)
-        if effect.signal != SIGKILL:
-            return []
-        if reaped:
-            self._guard.release(effect.pid)
-        elif not done:
-            self._drop_child(effect.key)
-            reason = f"it runs as another user now (pid {effect.pid}): its worker cannot end it, and it may run on"
-            log.warning("rank %d of job %s: %s", effect.key[2], effect.key[0], reason)
-            return [ProcessExited(effect.key, 1, 0, False, reason=reason)]
-        return []
-
-    def _listen(self, listen: ReadOutput) -> None:
-        for descriptor, (key, _) in self._readers.items():
-            if key == listen.key:
-                if listen.on:
-                    self._poller.add(descriptor)
-                else:
-                    self._poller.remove(descriptor)
-
-    def _close(self, descriptor: int) -> None:
-        with contextlib.suppress(KeyError):
-            self._poller.remove(descriptor)  # not there while a reader is paused
-        del self._readers[descriptor]
-        os.close(descriptor)
-
-    def _remove(self, job_id: str, attempt: int) -> None:
-        for descriptor in [d for d, (key, _) in self._readers.items() if key[:2] == (job_id, attempt)]:
-            self._close(descriptor)
-        self._files.remove(job_id, attempt)
-        self._sweep_memory()
+        return Plan(
+            spec.kind,
+            native(spec.target),
+            tuple(map(native, spec.args)),
+            str(spawn.directory),
+            config.rank_environment(placement, self._surroundings.threads, spec.environment),
+            anywhere=bool(spec.digest),
+        )
 
     def _sweep_memory(self) -> None:
         """Shared memory whose maker was killed before the others had it."""

@@ -77,9 +77,10 @@ class Members:
         if attempt.launched or attempt.prepared is None:
             return
         attempt.launched = True
-        for process in attempt.processes.values():
+        directory = attempt.prepared.directory
+        for local_rank, process in enumerate(attempt.processes.values()):
             if not process.stopped:  # a Stop may have come first
-                self.effects.add(Spawn(attempt.assign, launch, process.member_id, attempt.prepared.directory))
+                self.effects.add(Spawn(attempt.assign, launch, process.member_id, directory, local_rank, process.gpus))
 
     def forget(self, attempt: Attempt) -> None:
         for process in attempt.processes.values():

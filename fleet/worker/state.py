@@ -252,6 +252,8 @@ class Spawn:
     launch: m.Launch
     member_id: int
     directory: Path
+    local_rank: int  # place among those of this worker
+    gpus: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,151 @@
+"""Processes of ranks as the loop of an agent holds them: their starts, pipes, signals and ends. Decides nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from signal import SIGKILL
+
+from fleet.bus.descriptors import left
+from fleet.bus.poller import Poller, Source
+from fleet.worker.guard import Guard
+from fleet.worker.oom_kills import oom_kill_count
+from fleet.worker.output_window import Stream
+from fleet.worker.progress import last_task
+from fleet.worker.rank_process import Plan
+from fleet.worker.signals import signal_group, signal_process
+from fleet.worker.state import Event, Key, Printed, ProcessExited, ReadOutput, SignalGroup, Spawned
+from fleet.worker.zygote import Child, Zygote
+
+READ_BYTES = 64 << 10
+# That a rank takes while it starts, and for its connections, which come later: libzmq aborts a process that has none left.
+FILES_TO_START, FILES_OF_A_RANK = 7, 2
+
+log = logging.getLogger("fleet.worker")
+
+
+class Children:
+    """All that can be read is in `poller`. `control` is the endpoint at which ranks reach the agent."""
+
+    def __init__(self, zygote: Zygote, poller: Poller, control: str) -> None:
+        self._zygote = zygote
+        self._poller = poller
+        self._control = control
+        self._guard = Guard()
+        self._children: dict[Key, tuple[Child, int]] = {}  # with the count of out-of-memory kills before its start
+        self._readers: dict[int, tuple[Key, Stream]] = {}  # by descriptor of an open pipe
+        self._sentinels: dict[int, Key] = {}
+        # To be started once the zygote has its imports; then None. To wait for it would keep the agent from its heartbeats.
+        self._early: list[tuple[Key, Plan, int | None]] | None = []
+        poller.add(zygote.fileno())
+
+    def start(self, key: Key, plan: Plan, stdin: int | None) -> list[Event]:
+        """Starts a process, at once or later. Answered by Spawned, or by ProcessExited where it cannot be started."""
+        if self._early is None:
+            return [self._start(key, plan, stdin)]
+        self._early.append((key, plan, stdin))
+        return []
+
+    def take(self, ready: Iterable[Source]) -> Iterator[Event]:
+        """What has happened to them. Output comes before deaths: what a rank printed last is read before it counts as ended."""
+        if self._early is not None and self._zygote.fileno() in ready:
+            self._poller.remove(self._zygote.fileno())
+            early, self._early = self._early, None
+            for key, plan, stdin in early:
+                yield self._start(key, plan, stdin)
+        for descriptor in [source for source in ready if source in self._readers]:
+            yield from self._read(descriptor)
+        for sentinel in [source for source in ready if source in self._sentinels]:
+            yield self._reap(sentinel)
+
+    def signal(self, effect: SignalGroup) -> list[Event]:
+        reaped = effect.key not in self._children
+        done = signal_group(effect.pid, effect.signal, with_leader=not reaped)
+        if effect.signal != SIGKILL:
+            return []
+        if reaped:
+            self._guard.release(effect.pid)
+        elif not done:
+            self._drop(effect.key)
+            reason = f"it runs as another user now (pid {effect.pid}): its worker cannot end it, and it may run on"
+            log.warning("rank %d of job %s: %s", effect.key[2], effect.key[0], reason)
+            return [ProcessExited(effect.key, 1, 0, False, reason=reason)]
+        return []
+
+    def forward(self, number: int) -> None:
+        """Sends a signal to every rank, and not to what it has started."""
+        for child, _ in self._children.values():
+            signal_process(child.pid, number)
+
+    def read(self, effect: ReadOutput) -> None:
+        for descriptor, (key, _) in self._readers.items():
+            if key == effect.key:
+                if effect.on:
+                    self._poller.add(descriptor)
+                else:
+                    self._poller.remove(descriptor)
+
+    def remove(self, job_id: str, attempt: int) -> None:
+        """Forgets the pipes of an attempt, and what of it has not been started."""
+        for descriptor in [d for d, (key, _) in self._readers.items() if key[:2] == (job_id, attempt)]:
+            self._close(descriptor)
+        if self._early is not None:
+            self._early = [one for one in self._early if one[0][:2] != (job_id, attempt)]
+
+    def close(self) -> None:
+        """Kills them all, and what they have started."""
+        for child, _ in self._children.values():
+            signal_group(child.pid, SIGKILL, with_leader=True)
+        self._guard.close()
+        for descriptor in self._readers:
+            os.close(descriptor)
+
+    def _start(self, key: Key, plan: Plan, stdin: int | None) -> Event:
+        oom_kills_before = oom_kill_count()
+        try:
+            if left() < FILES_TO_START + FILES_OF_A_RANK * (len(self._children) + 1):
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            child = self._zygote.spawn(plan, stdin)
+        except (OSError, EOFError) as error:
+            log.error("rank %d of job %s cannot be started: %s", key[2], key[0], error)
+            return ProcessExited(key, 1, 0, False, reason=f"its worker cannot start it: {error}")
+        self._guard.watch(child.pid)
+        self._children[key] = child, oom_kills_before
+        self._sentinels[child.sentinel] = key
+        self._readers[child.stdout], self._readers[child.stderr] = (key, "stdout"), (key, "stderr")
+        for descriptor in (child.sentinel, child.stdout, child.stderr):
+            self._poller.add(descriptor)
+        return Spawned(key, child.pid)
+
+    def _read(self, descriptor: int) -> Iterator[Event]:
+        key, stream = self._readers[descriptor]
+        try:
+            data = os.read(descriptor, READ_BYTES)
+        except BlockingIOError:
+            return
+        if not data:
+            self._close(descriptor)
+        yield Printed(key, stream, data)
+
+    def _reap(self, sentinel: int) -> Event:
+        key = self._sentinels[sentinel]
+        child, oom_kills_before = self._children[key]
+        code, signal = child.status()
+        self._drop(key)
+        out_of_memory = signal == SIGKILL and oom_kill_count() > oom_kills_before
+        return ProcessExited(key, code, signal, out_of_memory, last_task(self._control, key[0]))
+
+    def _drop(self, key: Key) -> None:
+        sentinel = self._children.pop(key)[0].sentinel
+        self._poller.remove(sentinel)
+        del self._sentinels[sentinel]
+        os.close(sentinel)
+
+    def _close(self, descriptor: int) -> None:
+        with contextlib.suppress(KeyError):
+            self._poller.remove(descriptor)  # not there while a reader is paused
+        del self._readers[descriptor]
+        os.close(descriptor)
