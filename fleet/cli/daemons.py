@@ -129,10 +129,9 @@ def run_worker(
                 "" if insecure else lock.secret,
                 first_port=data_port,
             )
-            # Who may reach this machine need not read what runs on it: others than this machine only where that is said.
-            metrics_at = None if metrics is None else (metrics[0] or "127.0.0.1", metrics[1])
+            at = (metrics[0] or "127.0.0.1", metrics[1]) if metrics else None  # for others only where that is said
             surroundings = Surroundings(
-                runtime, threads, kept, sockets, health_file=config.health_file(), metrics_at=metrics_at
+                runtime, threads, kept, sockets, health_file=config.health_file(), metrics_at=at
             )
             agent = Agent(settings, surroundings, zygote, endpoint(host, port), lock)
             _on_signals(lambda number: agent.stop(drain=number == signal.SIGTERM))

@@ -17,10 +17,12 @@ from fleet import messages as m
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.submission import Submission
 from fleet.cli.table import in_json, table, terminal_width
+from fleet.client.grid import POINTS_AT_MOST
 from fleet.client.job_client import JobClient, refused
 from fleet.client.printer import Printer
 from fleet.client.report import exit_code, report
 from fleet.client.target import Target
+from fleet.errors import UsageError
 from fleet.text import shown
 from fleet.values import ON_WORKER, native, portable
 
@@ -142,10 +144,16 @@ def cancel(target: Target, prefixes: Sequence[str], kill: bool, as_json: bool) -
     return "\n".join(lines)
 
 
+def points_of(client: JobClient, name: str) -> list[m.JobInfo]:
+    """Jobs of a sweep, in the order of submission. Raises UsageError where there are none."""
+    found = client.find(sweep=name, limit=2 * POINTS_AT_MOST)
+    if not found.jobs:
+        raise UsageError(f"there is no job of a sweep {name!r} in this cluster")
+    return list(reversed(found.jobs))
+
+
 def cancel_sweep(target: Target, name: str, kill: bool, as_json: bool) -> str:
     """Cancels the jobs of a sweep. Returns their numbers by outcome. Raises UsageError where no sweep has that name."""
-    from fleet.cli.sweep import points_of
-
     with JobClient(target) as client:
         jobs = points_of(client, name)
         ends = _cancelled(client, jobs, kill)

@@ -13,14 +13,13 @@ from typing import Any
 import msgspec
 
 from fleet import messages as m
-from fleet.cli.jobs import span, submit_each
+from fleet.cli.jobs import points_of, span, submit_each
 from fleet.cli.submission import Submission
 from fleet.cli.table import table, terminal_width
 from fleet.client.attached_job import say
-from fleet.client.grid import POINTS_AT_MOST, Point, arguments
+from fleet.client.grid import Point, arguments
 from fleet.client.job_client import JobClient
 from fleet.client.target import Target
-from fleet.errors import UsageError
 
 TAIL_BYTES = 16 << 10  # in which the result of a job is looked for
 STEPS = 10  # of the count of jobs that have ended, where no terminal shows each
@@ -67,14 +66,6 @@ def again(target: Target, name: str, as_json: bool) -> str:
         tail = tails.get(job.job_id)
         rows.append(row_of(dict(job.options.point), _facts(job), {} if tail is None else result_in(tail.data)))
     return _shown(rows, as_json)
-
-
-def points_of(client: JobClient, name: str) -> list[m.JobInfo]:
-    """Jobs of a sweep, in the order of submission. Raises UsageError where there are none."""
-    found = client.find(sweep=name, limit=2 * POINTS_AT_MOST)
-    if not found.jobs:
-        raise UsageError(f"there is no job of a sweep {name!r} in this cluster")
-    return list(reversed(found.jobs))
 
 
 def _results(client: JobClient, name: str, by_job: Mapping[str, Point]) -> dict[str, Row]:

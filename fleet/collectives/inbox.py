@@ -13,15 +13,12 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fleet.bus.mesh import HWM, TICK_MS, Check, Mesh, Tracker
 from fleet.collectives.header import Head, pack_head, unpack_head
 from fleet.errors import FleetError, ProtocolError
 from fleet.world import World, follows
-
-if TYPE_CHECKING:
-    from fleet.collectives.channel import Channel
 
 AHEAD_BYTES_AT_MOST = 64 << 20  # of messages of generations that this process is not in yet
 MESSAGE_BYTES = 512  # of each of them, beside its payload
@@ -29,6 +26,19 @@ MESSAGE_BYTES = 512  # of each of them, beside its payload
 log = logging.getLogger("fleet.collectives")
 
 Key = tuple[int, int, int, int, int]  # communicator id, sequence, source, ordinal, segment
+
+
+class Subscriber(Protocol):
+    """Receiver of one communicator's messages, such as a Channel."""
+
+    communicator_id: int
+
+    @property
+    def failed(self) -> FleetError | None:
+        """The reason to end all waits for its messages."""
+
+    def wants(self, head: Head) -> bool:
+        """Whether an arrived message is of use now or later."""
 
 
 class Payload(NamedTuple):
@@ -179,15 +189,15 @@ class Inbox:
         self.rank = rank
         self.addresses = addresses  # by rank
         self._mesh = receiver.mesh
-        self._channels: dict[int, Channel] = {}
+        self._channels: dict[int, Subscriber] = {}
         self._early: dict[Key, tuple[bytes, Payload]] = {}
 
-    def add(self, channel: Channel) -> None:
+    def add(self, channel: Subscriber) -> None:
         """Passes messages of the channel's communicator to the channel from now on."""
         assert channel.communicator_id not in self._channels, "two communicators have the same id"
         self._channels[channel.communicator_id] = channel
 
-    def remove(self, channel: Channel) -> None:
+    def remove(self, channel: Subscriber) -> None:
         """Drops the channel and its messages."""
         with self.receiver.changed:
             self._channels.pop(channel.communicator_id, None)
@@ -214,7 +224,7 @@ class Inbox:
         self._mesh.wait_until_sent(tracker, deadline, check)
 
     def take(
-        self, channel: Channel, find: Callable[[], Key | None], deadline: float, check: Check, awaited: int = -1
+        self, channel: Subscriber, find: Callable[[], Key | None], deadline: float, check: Check, awaited: int = -1
     ) -> tuple[Key, bytes, Payload]:
         """Waits for the message whose key `find` returns. Raises TimeoutError, CollectiveMismatch.
 
@@ -282,7 +292,7 @@ class Inbox:
         self.receiver.leave(self, linger)
 
 
-def _look_up(channel: Channel, check: Check, awaited: int = -1) -> None:
+def _look_up(channel: Subscriber, check: Check, awaited: int = -1) -> None:
     """Raises the reason to end a wait for a message, if there is one."""
     if channel.failed is not None:
         raise channel.failed
