@@ -11,6 +11,7 @@ import pickle
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
+from operator import index
 from time import monotonic
 from typing import Any, SupportsIndex
 
@@ -287,24 +288,24 @@ class Communicator:
             raise UsageError(
                 f"color is {color}: it must be a whole number from 0, or None for a rank that joins nobody"
             )
-        deadline = monotonic() + self._limit(timeout_s)
+        forming = FormingCall(f"split(color={color})", self._limit(timeout_s))
         mine = np.array([-1 if color is None else color, key])
         table = np.empty((self.world_size, 2), np.int64)
         self.all_gather(table, mine, timeout_s=timeout_s)
         if color is None:
             return None
         ranks = sorted((int(key), rank) for rank, (other, key) in enumerate(table) if other == color)
-        return self._child(f"split(color={color})", [rank for _, rank in ranks], deadline)
+        return self._child([rank for _, rank in ranks], forming)
 
     def subgroup(self, ranks: Sequence[int], *, timeout_s: float | None = None) -> Communicator:
         """A communicator of these ranks, numbered in the order of the list. Called by them alone, with the same list.
 
         Ranks that are in several subgroups make them in the same order. The new one lives as long as this one.
         """
-        ranks = [int(rank) for rank in ranks]
+        ranks = list(map(index, ranks))
         check_ranks(ranks, self.rank, self.world_size)
         self._endpoint.order.check_usable()
-        return self._child(f"subgroup({ranks})", ranks, monotonic() + self._limit(timeout_s))
+        return self._child(ranks, FormingCall(f"subgroup({ranks})", self._limit(timeout_s)))
 
     def empty(self, shape: int | Sequence[int], dtype: Any = "float32", *, timeout_s: float | None = None) -> Any:
         """A zeroed tensor that lies in memory shared with the ranks of this host: all_reduce of it needs no staging copy.
@@ -353,7 +354,7 @@ class Communicator:
         arguments = buffer.flat, name == "exscan"
         return self._conductor.run(signature, self._path.scan, arguments, buffer, timeout_s, async_op)
 
-    def _child(self, call: str, ranks: Sequence[int], deadline: float) -> Communicator:
+    def _child(self, ranks: Sequence[int], forming: FormingCall) -> Communicator:
         """A communicator of some of these ranks, which all make it at the same time."""
         endpoint = self._endpoint
         members = tuple(endpoint.members[rank] for rank in ranks)
@@ -364,7 +365,7 @@ class Communicator:
             ranks.index(self.rank),
             child_id(endpoint.communicator_id, members, self._child_counts[members]),
             self.timeout_s,
-            FormingCall(call, max(0.0, deadline - monotonic())),
+            forming,
         )
         self._children.append(Communicator(child, self.local_rank))
         return self._children[-1]

@@ -43,13 +43,11 @@ log = logging.getLogger("fleet.collectives")
 
 @dataclass(frozen=True)
 class FormingCall:
-    """The call that makes a communicator, and the seconds that it has left."""
+    """The call that makes a communicator, with the seconds that its caller gives it."""
 
     call: str = "fleet.init()"
     within_s: float = FORM_WITHIN_S
-
-
-INIT_CALL = FormingCall()
+    since: float = field(default_factory=monotonic)
 
 
 @dataclass
@@ -75,7 +73,7 @@ class Endpoint:
         rank: int = 0,
         communicator_id: int = 0,
         timeout_s: float = 30.0,
-        forming: FormingCall = INIT_CALL,
+        forming: FormingCall | None = None,  # None: fleet.init()
     ) -> None:
         self.fabric = fabric
         self.members = tuple(members)
@@ -89,6 +87,7 @@ class Endpoint:
         if fabric is not None:
             fabric.generation.recorders.append((communicator_id, recorder))
         routes = Routes(AlonePath())
+        forming = forming or FormingCall()
         if fabric is not None and len(self.members) > 1:
             try:
                 routes = find_routes(fabric, communicator_id, self.members, self.interruptions.check, forming)
@@ -141,7 +140,7 @@ def find_routes(
     `check` is called while its collectives wait, and raises to end the wait. Raises FormingTimeout, and Unheard where ranks
     of a new world do not reach this one.
     """
-    deadline = monotonic() + forming.within_s
+    deadline = forming.since + forming.within_s
     channel = Channel(fabric.inbox, communicator_id, members, check)
     windows = Windows()
     world = fabric.generation.world.members
