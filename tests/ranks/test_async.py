@@ -205,3 +205,100 @@ def test_messages_from_any_rank(run_world: Any, transport: str | int) -> None:
         comm.barrier()
 
     run_world(n, points, transport=transport)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_done_callbacks_run_in_the_progress_thread_and_may_go_on(run_world: Any, transport: str | int) -> None:
+    """A callback issues the next collective, as a hook does that reduces one bucket after the other."""
+    n, steps = 4, 5
+
+    def chained(comm: Communicator) -> None:
+        seen: list[int] = []
+        threads: set[str] = set()
+        over = threading.Event()
+        x = np.ones(1000, np.int64)
+
+        def on_done(work: Work) -> None:
+            assert work.exception() is None
+            seen.append(int(x[0]))
+            threads.add(threading.current_thread().name)
+            if len(seen) < steps:
+                following = comm.all_reduce(x, async_op=True)
+                assert following is not None
+                following.add_done_callback(on_done)
+            else:
+                over.set()
+
+        with comm._endpoint.order.running:  # so that it is not done before the callback is there
+            first = comm.all_reduce(x, async_op=True)
+            assert first is not None
+            first.add_done_callback(on_done)
+        assert over.wait(20)
+        assert seen == [n**step for step in range(1, steps + 1)]
+        assert threads == {"fleet-progress"}
+        comm.barrier()
+
+    run_world(n, chained, transport=transport)
+
+
+def test_a_callback_may_block_unless_it_would_wait_for_itself(run_world: Any) -> None:
+    def blocking(comm: Communicator) -> None:
+        x, over = np.ones(10), threading.Event()
+        told: list[str] = []
+
+        def waits_for_itself(_: Work) -> None:
+            for wait in (comm.barrier, lambda: comm.all_reduce(x), second.wait):
+                try:
+                    wait()  # type: ignore[operator]
+                except UsageError as error:
+                    told.append(str(error))
+
+        def blocks(_: Work) -> None:
+            comm.all_reduce(x)
+            over.set()
+
+        with comm._endpoint.order.running:
+            first, second = comm.barrier(async_op=True), comm.barrier(async_op=True)
+            assert first is not None
+            assert second is not None
+            first.add_done_callback(waits_for_itself)
+            second.add_done_callback(blocks)
+        assert over.wait(20)
+        assert len(told) == 3
+        assert all("would wait for calls that come after the callback" in one for one in told)
+        assert (x == comm.world_size).all()
+        comm.barrier()
+
+    run_world(3, blocking)
+
+
+def test_callbacks_of_messages_between_two_ranks(run_world: Any) -> None:
+    def messages(comm: Communicator) -> None:
+        over, x = threading.Event(), np.empty(30_000)
+        if comm.rank == 0:
+            sent = comm.send(np.full(30_000, 7.0), 1, async_op=True)
+            assert sent is not None
+            sent.add_done_callback(lambda _: over.set())
+        else:
+            received = comm.recv(x, async_op=True)
+            assert isinstance(received, Work)
+            # A message back, from the thread that received.
+            received.add_done_callback(lambda work: over.set() if work.source == 0 and x[0] == 7 else None)
+        assert over.wait(20)
+        comm.barrier()
+
+    run_world(2, messages)
+
+
+def test_a_communicator_that_a_callback_closes_waits_for_nothing(run_world: Any) -> None:
+    def closes(comm: Communicator) -> None:
+        over, child = threading.Event(), comm.split(0)
+        assert child is not None
+        with child._endpoint.order.running:
+            work = child.barrier(async_op=True)
+            assert work is not None
+            work.add_done_callback(lambda _: (child.close(), over.set()))  # type: ignore[func-returns-value]
+        assert over.wait(20)
+        comm.barrier()
+
+    run_world(2, closes)
