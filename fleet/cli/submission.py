@@ -1,4 +1,4 @@
-"""Preparation of a job that `fleet run`, submit and sweep share."""
+"""Preparation of a job, common to `fleet run`, submit and sweep."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Submission:
         return check_target(self.command)
 
     def bundled(self, runtime: Path) -> tuple[m.Spec, Path]:
-        """What ranks run, and the archive that it travels in. Says in a line what travels. Raises ConfigError."""
+        """The ranks' Spec, and the archive with its files. Prints one line about these. Raises ConfigError."""
         from fleet.cli.travel import spec_of_bundle  # here, for what it imports takes 10 ms
 
         return spec_of_bundle(self.command, runtime, self.max_bundle_bytes, self.keep)

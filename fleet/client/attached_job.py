@@ -1,4 +1,4 @@
-"""One job that its client waits for: submits it, sends its bundle, prints its output, and returns its end.
+"""Client of one job, from submission to end: sends the job and its bundle, prints its output, returns its end.
 
 Decisions are those of attachment.py and connection.py. Lines of fleet's own go to stderr and begin with `fleet:`.
 """
@@ -30,7 +30,7 @@ ADVICE = (
 
 
 class AttachedJob:
-    """One job from submission to its end. `cancel` may be called from a signal handler; twice means at once."""
+    """A job that this client waits for. `cancel` may be called from a signal handler; a second call means at once."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class AttachedJob:
         self._attachment = Attachment(self.job_id, target.name, target.local, target.timeout_s, self._clock.now())
 
     def cancel(self, signal: int = 0) -> None:
-        """`signal` is what ranks are asked to stop by, as this process was; 0: SIGTERM."""
+        """Ranks are asked to stop by `signal`, as this process was; 0: SIGTERM."""
         self._cancels.append(signal)
         self._wake.set()
 
@@ -61,9 +61,9 @@ class AttachedJob:
         return self._attachment.cancelled or bool(self._cancels)
 
     def run(self) -> m.JobEnded:
-        """Returns when the job has ended, and all it printed has been printed. Raises ConfigError if it cannot start.
+        """Returns once the job has ended and all of its output is printed. Raises ConfigError if it cannot start.
 
-        Raises FleetError where a cluster in this process fails, and where nothing can be printed.
+        Raises FleetError where the cluster in this process fails, or nothing can be printed.
         """
         try:
             with Bus(self._target.lock) as bus:
@@ -79,13 +79,13 @@ class AttachedJob:
                             self._target.failure.check()
                     return self._attachment.ended
                 finally:
-                    self._connection.put(m.Goodbye())  # what is left of the job need not wait for this client
+                    self._connection.put(m.Goodbye())  # the job's last ranks need not wait for this client
         finally:
             self._printer.finish(self._clock.now())
             self._wake.close()
 
     def _round(self) -> None:
-        """Acts on all that has happened since the last time."""
+        """Acts on all that has happened since the last round."""
         while self._cancels and self._attachment.ended is None:
             self._perform(self._attachment.cancel(self._cancels.popleft(), self._clock.now()))
         for event in self._connection.receive():
@@ -123,5 +123,5 @@ class AttachedJob:
 
 
 def say(text: str) -> None:
-    """One line to the person at the terminal."""
+    """Prints a line for the person at the terminal."""
     print(f"fleet: {shown(text)}", file=sys.stderr, flush=True)

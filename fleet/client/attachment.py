@@ -1,6 +1,6 @@
 """A client's attachment to its one job, from submission to end; pure.
 
-Decides what is sent, said and printed, and when the job counts as ended. attached_job.py acts.
+Decides which messages are sent, what is printed and said, and when the job counts as ended. attached_job.py acts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Attachment:
     """State of one job as its client knows it."""
 
     def __init__(self, job_id: str, orchestrator: str, local: bool, timeout_s: float, now: float) -> None:
-        """`orchestrator`: its name for the person. `local`: it is embedded here, and nothing is said of it."""
+        """`orchestrator` is its name for the person. A `local` one is embedded here, and nothing is said of it."""
         self.ended: m.JobEnded | None = None
         self.cancelled = False
         self._job_id = job_id
@@ -49,7 +49,7 @@ class Attachment:
         self._leave_at: float | None = None
 
     def cancel(self, signal: int, now: float) -> list[Effect]:
-        """The person wants the job to end; a second time, at once."""
+        """Ends the job for the person; a second time, at once."""
         again, self.cancelled = self.cancelled, True
         if again or not self._welcomed:
             self._end("cancelled")
@@ -83,7 +83,7 @@ class Attachment:
         return min((at for at in (self._say_waiting_at, self._leave_at) if at is not None), default=None)
 
     def tick(self, now: float) -> list[Effect]:
-        """Acts on deadlines that are over, all that arrived before having been taken."""
+        """Acts on deadlines that are over. All that arrived before has been taken."""
         if self._leave_at is not None and now >= self._leave_at and self.ended is None:
             self._end("cancelled; the orchestrator did not answer, it stops the ranks by itself")
         if self._say_waiting_at is None or now < self._say_waiting_at:

@@ -1,7 +1,7 @@
-"""A client's connection to its orchestrator: one ROUTER's DEALER, the handshake, and numbered questions.
+"""Connection of a client to its orchestrator, with the handshake and numbered questions.
 
-A lost connection is made again by itself, and requests without an answer are made again over the new one, so that a restarted
-orchestrator is only a pause. Decisions are those of handshake.py.
+A lost connection is made again, and so is each request without an answer: a restarted orchestrator is only a pause.
+handshake.py decides.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from fleet.versions import versions
 
 
 class Connection:
-    """One client at one orchestrator. Belongs to one thread at a time.
+    """A client's end of the connection. Belongs to one thread at a time.
 
-    Blocking owners `wait`, then `receive`. An owner with a loop of its own waits for `descriptors`, as long as `patience` says,
-    and receives after each wait and before each, as long as `has_event`.
+    A blocking owner calls `wait`, then `receive`. An owner with a loop of its own waits for `descriptors`, at most as long as
+    `patience` says and only while not `has_event`, then calls `receive`.
     """
 
     def __init__(self, bus: Bus, target: Target, clock: LifeClock, advice: str = "") -> None:
-        """`clock` is read by the owner, or by `wait`. `advice` is said where no orchestrator answers in time."""
+        """The owner reads `clock`, or `wait` does. `advice` ends the error where no orchestrator answers in time."""
         self._target = target
         self._clock = clock
         self._dealer = Dealer(bus, target.endpoint, f"client/{uuid.uuid4().hex}".encode())
-        # An orchestrator on the same machine sees when the process of this number has ended.
+        # By the process's number, an orchestrator on the same machine sees its end.
         hello = m.ClientHello(versions(), numbering(), os.getpid())
         self._handshake = Handshake(target.name, hello, target.timeout_s, clock.now() + target.timeout_s, advice)
         self._dropped = Dropped(logging.getLogger("fleet.client"), clock.look)
@@ -59,7 +59,7 @@ class Connection:
         """Sends a message to a task runner, see messages.relay_head."""
         return self._dealer.send(head, body)
 
-    # Requests: made now or once this client is let in, and again after a lost connection, until they are answered
+    # Requests: sent once this client is let in, and again after a lost connection, until they are answered
 
     def ask(
         self, question: m.Question, weight: int = 1, before: Sequence[m.Message] = (), standing: bool = False
@@ -84,20 +84,20 @@ class Connection:
         self._put(self._handshake.due())
 
     def drop(self, key: Key) -> None:
-        """Nobody waits for the answer to a question of this number, or for this job. Sends nothing."""
+        """Gives up the question of this number, or the job of this id. Sends nothing."""
         self._handshake.requests.drop(key)
 
     # Waiting and receiving
 
     def wait(self, timeout_s: float | None, wake: Wake | None = None) -> None:
-        """Until something may have come, at most so long. Of several calls, each has the same `wake`."""
+        """Waits until something may have come, at most so long. Each call has the same `wake`."""
         if self._poller is None:
             self._poller = Poller(self._dealer.poll_sockets if wake is None else (*self._dealer.poll_sockets, wake))
         self._poller.wait(self._clock.waits(self.patience(timeout_s)))
         self._clock.now()
 
     def patience(self, wait_s: float | None) -> float | None:
-        """How long to wait for messages at most, where nothing else is due within `wait_s`."""
+        """The longest wait for messages, where nothing else is due within `wait_s`."""
         if (deadline := self._handshake.deadline) is not None:
             left_s = max(0.0, deadline - self._clock.look())
             wait_s = left_s if wait_s is None else min(wait_s, left_s)

@@ -1,6 +1,6 @@
-"""Client's side of the protocol with an orchestrator: the handshake, and requests that outlive a connection. Pure.
+"""Handshake of a client with its orchestrator, and its requests, which outlive a connection; pure.
 
-Knows neither what a request means nor who waits for its answer. Messages to send are returned, in their order.
+Knows no request's meaning, and not its asker. Returns the messages to send, in their order.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ANSWERS = m.Jobs | m.LogPart | m.Drained | m.Workers | m.Because | m.Files | m.
 class _Request:
     messages: tuple[m.Message, ...]
     weight: int
-    again: m.Message | None  # what is said over each further connection, once the answer has come; None: nothing
+    again: m.Message | None  # sent over each further connection once the answer has come; None: nothing is
 
 
 class Requests:
@@ -53,11 +53,11 @@ class Requests:
         return key in self._waiting or key in self._under_way
 
     def add(self, key: Key, messages: tuple[m.Message, ...], weight: int = 1, again: m.Message | None = None) -> None:
-        """`again`: what is said over each further connection once the answer has come, until the request is dropped."""
+        """Adds a request. `again` is sent over each further connection once the answer has come, until the request is dropped."""
         self._waiting[key] = _Request(messages, weight, again)
 
     def due(self) -> list[m.Message]:
-        """The messages of the requests that have room now. They count as sent."""
+        """Messages of the requests that have room now. They count as sent."""
         found: list[m.Message] = []
         if not self._waiting:
             return found
@@ -72,21 +72,21 @@ class Requests:
         return found
 
     def answered(self, key: Key) -> None:
-        """The answer has come, over this connection or, late, over an earlier one."""
+        """Notes that the answer has come, over this connection or, late, over an earlier one."""
         for requests in (self._under_way, self._waiting):
             if (request := requests.pop(key, None)) is not None and request.again is not None:
-                # What stands is asked over each connection, also where only an earlier one has brought the answer.
+                # A standing request is made over each connection, also where its answer came late over an earlier one.
                 kept = self._standing if requests is self._under_way else self._waiting
                 kept[key] = _Request((request.again,), request.weight, request.again)
                 return
 
     def drop(self, key: Key) -> None:
-        """The answer, or what comes after it, is not needed any more."""
+        """Forgets a request."""
         for requests in (self._waiting, self._under_way, self._standing):
             requests.pop(key, None)
 
     def restart(self) -> None:
-        """What was sent is lost with its connection."""
+        """Takes back all that was sent: it is lost with its connection."""
         self._waiting = self._standing | self._under_way | self._waiting
         self._standing, self._under_way = {}, {}
 
@@ -114,7 +114,7 @@ class Handshake:
         self.requests.restart()
 
     def denied(self) -> None:
-        """A handshake of sockets has failed. Raises ConfigError for one too many."""
+        """Counts a failed handshake of the sockets. Raises ConfigError for one too many."""
         self._denied_count += 1
         if self._denied_count >= DENIALS_UNTIL_FINAL:
             self.state = State.DENIED
@@ -124,7 +124,7 @@ class Handshake:
             )
 
     def take(self, message: m.Message) -> list[m.Message]:
-        """What is sent because of a message. Raises ConfigError where it refuses this client, FleetError a question."""
+        """Messages to send because of one that came. Raises ConfigError for a refusal, FleetError for a failed question."""
         if isinstance(message, m.Welcome):
             self.state, self.deadline = State.WELCOMED, None
         elif isinstance(message, m.Unknown):
@@ -149,6 +149,6 @@ class Handshake:
         return self.requests.due() if self.state is State.WELCOMED else []
 
     def check(self, now: float) -> None:
-        """Raises ConfigError once the deadline is over, all that arrived before having been taken."""
+        """Raises ConfigError once the deadline is over. All that arrived before has been taken."""
         if self.deadline is not None and now >= self.deadline:
             raise ConfigError(f"no orchestrator answered at {self.name} within {self.timeout_s:g} s{self.advice}")

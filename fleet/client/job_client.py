@@ -1,6 +1,6 @@
-"""Requests about jobs to an orchestrator: submit, look, wait, read, cancel, drain. Prints nothing.
+"""Client of an orchestrator's jobs: submits, lists, waits, reads, cancels, drains. Prints nothing.
 
-Each is made again after a lost connection, so that a restarted orchestrator is only a pause.
+Each request is made again after a lost connection, so that a restarted orchestrator is only a pause.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ A = TypeVar("A", m.Jobs, m.LogPart, m.Drained)
 
 
 class JobClient:
-    """Client of one orchestrator. Methods raise ConfigError where none answers in time, or it refuses this client."""
+    """Client of one orchestrator. Methods raise ConfigError where it does not answer in time, or refuses this client."""
 
     def __init__(self, target: Target) -> None:
         self._bus = Bus(target.lock)
@@ -48,7 +48,7 @@ class JobClient:
         self._bus.close()
 
     def submit(self, submits: Iterable[m.Submit], bundle: Path | None) -> dict[str, str]:
-        """Returns once each job is on the orchestrator's disk with its files, or refused: why, by job; empty: taken."""
+        """Returns once each job is on the orchestrator's disk with its files, or refused: the reasons by job, empty if taken."""
         answers: dict[str, str] = {}
         missing = set()
 
@@ -88,9 +88,9 @@ class JobClient:
         return (exact or list(found.jobs))[0]
 
     def ends(self, job_ids: Iterable[str], within_s: float | None = None) -> Iterator[m.JobEnded]:
-        """How each job ended, as it does; until `within_s`, if given. Other questions may be asked between two of them.
+        """The end of each job, as it comes, until `within_s`. Other questions may be asked between two of them.
 
-        One that the orchestrator does not know, or no longer, has ended with UNKNOWN.
+        A job that the orchestrator does not know, or no longer, has ended with UNKNOWN.
         """
         missing = dict.fromkeys(job_ids)
         until = None if within_s is None else self._clock.now() + within_s
@@ -111,25 +111,25 @@ class JobClient:
                 self._connection.drop(number)
 
     def wait(self, job_ids: Iterable[str], within_s: float | None = None) -> dict[str, m.JobEnded]:
-        """How each job ended; those that have not by `within_s` are missing."""
+        """The ends of the jobs; those that run on after `within_s` are missing."""
         return {ended.job_id: ended for ended in self.ends(job_ids, within_s)}
 
     def cancel(self, job_ids: Iterable[str], kill: bool = False) -> None:
-        """Asks the orchestrator to end them; returns once it has read that."""
+        """Asks the orchestrator to end the jobs; returns once it has read that."""
         left = iter(job_ids)
         while some := [m.Cancel(job_id, kill) for job_id in islice(left, AT_ONCE)]:
-            # Answered once what was sent before it has been read.
+            # This is answered once the messages before it have been read.
             self._answers([self._connection.ask(m.ListJobs(limit=0), AT_ONCE, before=some)], m.Jobs)
 
     def log(self, job_id: str, rank: int, offset: int) -> m.LogPart:
-        """A part of what a rank printed; from the end where the offset is negative. Raises UsageError."""
+        """A part of a rank's output, from the end where the offset is negative. Raises UsageError."""
         part = self._answer(m.ReadLog(job_id, rank, offset), m.LogPart)
         if part.error:
             raise UsageError(part.error)
         return part
 
     def logs(self, job_ids: Iterable[str], rank: int, offset: int) -> list[m.LogPart]:
-        """The same of many jobs, at once. A part that cannot be had has an error."""
+        """The same of many jobs, at once. A part that cannot be read has an error."""
         asked = [self._connection.ask(m.ReadLog(job_id, rank, offset), MEGABYTE_WEIGHT) for job_id in job_ids]
         return self._answers(asked, m.LogPart)
 
@@ -145,9 +145,9 @@ class JobClient:
     def ask_workers(
         self, asked: Sequence[m.ListFiles | m.ReadFile], within_s: float = WORKER_ANSWERS_WITHIN_S
     ) -> list[m.Files | m.FilePart]:
-        """What workers say of a job's output, in the order of the questions. Raises FleetError.
+        """Answers of workers about a job's output, in the order of the questions. Raises FleetError.
 
-        Asks again what is not answered: a worker's connection that breaks takes questions with it.
+        Asks again where no answer comes: a worker's connection that breaks takes questions with it.
         """
         numbers: dict[int, int] = {}  # of all times that the questions were asked: their places
         answers: dict[int, m.Files | m.FilePart] = {}
@@ -172,7 +172,7 @@ class JobClient:
         return [answers[place] for place in range(len(asked))]
 
     def pause(self, seconds: float) -> None:
-        """Lets time pass, and takes what comes."""
+        """Lets time pass, and takes messages meanwhile."""
         self._until(lambda: False, until=self._clock.now() + seconds)
 
     def _answer(self, question: m.Question, answer: type[A]) -> A:
@@ -201,7 +201,7 @@ class JobClient:
         take: Callable[[m.Message], None] = lambda message: None,
         until: float | None = None,
     ) -> None:
-        """Lets `take` have all that comes, until it is `done` or the time is over."""
+        """Hands each message to `take`, until `done` or the time is over."""
         while not done() and (until is None or self._clock.now() < until):
             self._connection.wait(None if until is None else max(0.0, until - self._clock.now()))
             for event in self._connection.receive():

@@ -16,7 +16,7 @@ class OutputSequence:
         self._asked: dict[tuple[str, int, int], int] = {}  # for a Repeat, when this was the last one
 
     def is_next(self, output: m.Output) -> bool:
-        """Whether this is the next one to print. It counts as taken then."""
+        """Whether this message is the next one to print. If so, it counts as taken."""
         key = output.job_id, output.attempt, output.member_id
         if output.number != self._last.get(key, 0) + 1:
             return False
@@ -24,9 +24,9 @@ class OutputSequence:
         return True
 
     def replies(self, output: m.Output) -> list[m.Message]:
-        """The acknowledgement, of which its worker need not keep what was taken; where a message before is missing, Repeat too.
+        """The acknowledgement, and a Repeat where an earlier message is missing.
 
-        That is asked for once, since all of them come again.
+        One Repeat is enough, since all messages come again.
         """
         key = output.job_id, output.attempt, output.member_id
         last = self._last.get(key, 0)

@@ -229,7 +229,7 @@ class Printer:
 
 
 def _is_one(stdout: TextIO | None, stderr: TextIO | None) -> bool:
-    """Whether both go to one terminal or file."""
+    """Whether both streams go to one terminal or file."""
     if stdout is None or stderr is None:
         return False
     try:

@@ -17,7 +17,7 @@ from fleet.stillness import Deadline
 
 
 def answers(target: Target, question: m.ListWorkers | m.Why | None, deadline: Deadline) -> Iterator[m.Message]:
-    """The Welcome and what comes after it, until the deadline, which may be moved meanwhile. The question's number is 1.
+    """The Welcome and the messages after it, until the deadline, which may be moved meanwhile. The question's number is 1.
 
     Raises ConfigError where no orchestrator answers, or it refuses this client; FleetError where it fails at the question.
     """
