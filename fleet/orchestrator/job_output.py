@@ -22,9 +22,7 @@ class Owed:
 
     job: Job
     keepers: set[str]  # workers that keep it until then
-    awaited: set[str] | None = (
-        None  # workers that say it all again, before the result follows; None: the result was told
-    )
+    awaited: set[str] | None = None  # workers that say it all again before the result follows; None: not asked for
 
 
 @dataclass

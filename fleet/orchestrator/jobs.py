@@ -91,17 +91,14 @@ class Job:
     waits_for: str = ""  # as last told to the client
     unfit: frozenset[str] = frozenset()  # workers that could not prepare it
     joined: dict[int, m.Member] = field(default_factory=dict)
-    made: dict[int, Made] = field(
-        default_factory=dict
-    )  # by member_id of those that have ended: the collectives that each made
+    # By member_id of those that have ended: the collectives that each made.
+    made: dict[int, Made] = field(default_factory=dict)
     kept: dict[int, int] = field(default_factory=dict)  # by member_id: the number of its last output in the log
     printed: dict[int, int] = field(default_factory=dict)  # by member_id: the number of its last output for the client
-    acked: dict[int, int] = field(
-        default_factory=dict
-    )  # by member_id: the number of the last output that the client has
-    asked: dict[int, int] = field(
-        default_factory=dict
-    )  # by member_id: `kept` at the last request for the output that follows
+    # By member_id: the number of the last output that the client has.
+    acked: dict[int, int] = field(default_factory=dict)
+    # By member_id: `kept` at the last request for the output that follows
+    asked: dict[int, int] = field(default_factory=dict)
     kept_unknown: bool = False  # an orchestrator before this one kept some of the output
     # By the number that ranks were asked with: the client that asked why, and the number of its question. The newest ones.
     curious: dict[int, tuple[bytes, int]] = field(default_factory=dict)

@@ -47,9 +47,7 @@ class Membership:
     heard: Deadlines[str] = field(default_factory=Deadlines)  # when a worker has been silent for too long
     away: Deadlines[str] = field(default_factory=Deadlines)  # their connection is down: when they are given up
     behind: Deadlines[bytes] = field(default_factory=Deadlines)  # they do not read: when they are told to say hello
-    missed: Deadlines[str] = field(
-        default_factory=Deadlines
-    )  # they have not come back after this orchestrator's restart
+    missed: Deadlines[str] = field(default_factory=Deadlines)  # they are not back since this orchestrator's restart
     hand_backs: Deadlines[str] = field(default_factory=Deadlines)  # when what runs on a drained one moves elsewhere
     # By worker id: the connection of a newcomer that wants the id of a worker that is there, and when it first said so.
     claims: dict[str, tuple[bytes, float]] = field(default_factory=dict)

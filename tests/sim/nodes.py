@@ -39,9 +39,7 @@ class Connection:
     number: int = 0
     silent_until: float = 0.0
     late_count: int = 0  # messages that a silence held up
-    full_until: dict[str, float] = field(
-        default_factory=dict
-    )  # by direction: what is sent is lost, and its sender knows
+    full_until: dict[str, float] = field(default_factory=dict)  # by direction: messages are lost, and the sender knows
     last_arrival: dict[str, float] = field(default_factory=dict)  # by direction: messages keep their order
     queued: list[m.Message] = field(default_factory=list)  # a DEALER keeps what is sent while it is not connected
 

@@ -48,9 +48,7 @@ class Simulation:
         self.results: dict[str, list[m.JobEnded]] = {}
         self.cancelled: set[str] = set()
         self.printed: Counter[tuple[str, int, int]] = Counter()  # bytes, by job, attempt and rank
-        self.output_at_risk = (
-            False  # an orchestrator ended: what it had from a worker and not given to a client is lost
-        )
+        self.output_at_risk = False  # an orchestrator ended, and with it output on its way to a client
         self.ended_workers: set[str] = set()  # and with them what their ranks had printed and no client had
         self.live: dict[str, dict[int, list[tuple[Worker, Process]]]] = {}  # processes by job and attempt
         self.exits: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
