@@ -22,7 +22,9 @@ class Effects:
     _others: list[Effect] = field(default_factory=list)
 
     def begin(self, now: float) -> None:
-        self.now, self._saved, self._others = now, {}, []
+        self.now, self._others = now, []
+        if self._saved:  # of a step that failed
+            self._saved = {}
 
     def decided(self) -> list[Effect]:
         """All of the step, what is to be written down before what is to be said."""

@@ -26,10 +26,10 @@ class Uploads:
     def begin(self, peer: bytes, digest: str, now: float) -> bool:
         """A job of this client waits for the bundle. Whether the client must be asked for a part."""
         upload = peer, digest
-        if upload not in self.until:
-            self.until.set(upload, now + NEXT_PART_WITHIN_S)
         if upload in self._asked:
             return False
+        if upload not in self.until:
+            self.until.set(upload, now + NEXT_PART_WITHIN_S)
         self._asked.add(upload)
         return True
 
