@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
-from fleet.bus.mesh import Check, Tracker
+from fleet.bus.mesh import Check
 from fleet.collectives.header import Head, describe_call
 from fleet.collectives.inbox import Inbox, Key, Payload
+from fleet.collectives.operation import Operation
 from fleet.errors import CollectiveMismatch, ProtocolError
 
 REMEMBERED_CALLS = 256
@@ -52,28 +53,28 @@ class Channel:
             raise self.failed
 
     def send(
-        self,
-        peer: int,
-        sequence: int,
-        ordinal: int,
-        segment: int,
-        call: bytes,
-        payload: Any,
-        deadline: float,
-        track: bool = False,
-    ) -> Tracker | None:
-        """Queues a message of a collective. Raises TimeoutError after `deadline`."""
-        key = self.communicator_id, sequence, ordinal, segment
-        return self.inbox.send(self.members[peer], key, call, payload, deadline, track, self.check)
+        self, operation: Operation, peer: int, ordinal: int, segment: int, payload: Any, lent: bool = False
+    ) -> None:
+        """Queues a message of a collective. With `lent`, its memory stays as it is until `finish`. Raises TimeoutError."""
+        key = self.communicator_id, operation.sequence, ordinal, segment
+        call, deadline = operation.signature.data, operation.deadline
+        tracker = self.inbox.send(self.members[peer], key, call, payload, deadline, lent, self.check)
+        if tracker is not None:
+            if operation.lent is None:
+                operation.lent = []
+            operation.lent.append(tracker)
 
-    def wait_until_sent(self, tracker: Tracker, deadline: float) -> None:
-        """Waits until lent memory may be changed. Raises TimeoutError."""
-        self.inbox.wait_until_sent(tracker, deadline, self.check)
+    def finish(self, operation: Operation) -> None:
+        """Waits until all lent memory may be changed. Raises TimeoutError."""
+        for tracker in operation.lent or ():
+            self.inbox.wait_until_sent(tracker, operation.deadline, self.check)
+        operation.lent = None
 
-    def expect(self, sequence: int, source: int, ordinal: int, segment: int, call: bytes, deadline: float) -> Payload:
+    def expect(self, operation: Operation, source: int, ordinal: int, segment: int) -> Payload:
         """Waits for the message with one place of a collective. Raises TimeoutError, CollectiveMismatch."""
-        inbox = self.inbox
-        key = self.communicator_id, sequence, self.members[source], ordinal, segment
+        inbox, sequence, call, deadline = self.inbox, operation.sequence, operation.signature.data, operation.deadline
+        member = self.members[source]
+        key = self.communicator_id, sequence, member, ordinal, segment
         first = min(deadline, monotonic() + PROBE_AFTER_S)
 
         def find() -> Key | None:
@@ -86,10 +87,10 @@ class Channel:
                 raise
             # The source is late. If it waits in another call, the probe tells it so.
             with contextlib.suppress(TimeoutError):  # its queue may be full, and its message on the way all the same
-                self.send(source, sequence, PROBE, 0, call, b"", 0.0)
+                inbox.send(member, (self.communicator_id, sequence, PROBE, 0), call, b"", 0.0, False, self.check)
             _, theirs, payload = inbox.take(self, find, deadline, self.check, source)
         if theirs != call:
-            self._compare(sequence, self.members[source], theirs)
+            self._compare(sequence, member, theirs)
             raise self.failed or ProtocolError(f"{describe_call(theirs)} arrived where {describe_call(call)} belongs")
         return payload
 
@@ -132,20 +133,12 @@ class SubChannel:
         self._channel.begin(sequence, call)
 
     def send(
-        self,
-        peer: int,
-        sequence: int,
-        ordinal: int,
-        segment: int,
-        call: bytes,
-        payload: Any,
-        deadline: float,
-        track: bool = False,
-    ) -> Tracker | None:
-        return self._channel.send(self._ranks[peer], sequence, ordinal, segment, call, payload, deadline, track)
+        self, operation: Operation, peer: int, ordinal: int, segment: int, payload: Any, lent: bool = False
+    ) -> None:
+        self._channel.send(operation, self._ranks[peer], ordinal, segment, payload, lent)
 
-    def wait_until_sent(self, tracker: Tracker, deadline: float) -> None:
-        self._channel.wait_until_sent(tracker, deadline)
+    def finish(self, operation: Operation) -> None:
+        self._channel.finish(operation)
 
-    def expect(self, sequence: int, source: int, ordinal: int, segment: int, call: bytes, deadline: float) -> Payload:
-        return self._channel.expect(sequence, self._ranks[source], ordinal, segment, call, deadline)
+    def expect(self, operation: Operation, source: int, ordinal: int, segment: int) -> Payload:
+        return self._channel.expect(operation, self._ranks[source], ordinal, segment)

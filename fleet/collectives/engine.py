@@ -8,11 +8,10 @@ A chunk travels in segments, each sent on as soon as it is combined, so that all
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from fleet.bus.mesh import Tracker
 from fleet.collectives.buffer import Array
 from fleet.collectives.channel import Channel, SubChannel
 from fleet.collectives.inbox import Payload
@@ -93,34 +92,19 @@ def run(
             _send_chunk(channel, operation, planned, _memory(mine, out, planned.step.send_chunk), kept)
         if planned.step.recv_from is not None:
             _receive_chunk(channel, operation, planned, mine, out, kept)
-    finish(channel, operation)
+    channel.finish(operation)
 
 
 def send(channel: Channel | SubChannel, operation: Operation, peer: int, chunk: Array, ordinal: int = 0) -> None:
-    """Sends this rank's own memory in segments; it is lent until `finish`."""
-    call = operation.signature.data
+    """Sends this rank's own memory in segments; it is lent until the channel's `finish`."""
     for number, piece in enumerate(segments(chunk)):
-        memory = chunk[piece].view(np.uint8)
-        _lend(
-            operation,
-            channel.send(peer, operation.sequence, ordinal, number, call, memory, operation.deadline, track=True),
-        )
+        channel.send(operation, peer, ordinal, number, chunk[piece].view(np.uint8), lent=True)
 
 
 def receive(channel: Channel | SubChannel, operation: Operation, peer: int, into: Array, ordinal: int = 0) -> None:
     """Receives a chunk into `into`."""
     for number, piece in enumerate(segments(into)):
-        payload = channel.expect(
-            operation.sequence, peer, ordinal, number, operation.signature.data, operation.deadline
-        )
-        into[piece] = as_array(payload, into[piece])
-
-
-def finish(channel: Channel | SubChannel, operation: Operation) -> None:
-    """Returns once all memory that was lent may be changed again."""
-    for tracker in operation.lent or ():
-        channel.wait_until_sent(tracker, operation.deadline)
-    operation.lent = None
+        into[piece] = as_array(channel.expect(operation, peer, ordinal, number), into[piece])
 
 
 def as_array(payload: Payload, like: Array) -> Array:
@@ -151,22 +135,8 @@ def _send_chunk(
 def _send_on(
     channel: Channel | SubChannel, operation: Operation, peer: int, ordinal: int, segment: int, payload: Payload
 ) -> None:
-    """Sends what arrived. A frame belongs to libzmq; memory that several were put together in is lent until `finish`."""
-    carrier: Any = payload.carrier
-    own = isinstance(carrier, bytearray)
-    _lend(
-        operation,
-        channel.send(
-            peer, operation.sequence, ordinal, segment, operation.signature.data, carrier, operation.deadline, track=own
-        ),
-    )
-
-
-def _lend(operation: Operation, tracker: Tracker | None) -> None:
-    if tracker is not None:
-        if operation.lent is None:
-            operation.lent = []
-        operation.lent.append(tracker)
+    """Sends an arrived payload. A frame belongs to libzmq; joined frames are memory of this rank, lent until `finish`."""
+    channel.send(operation, peer, ordinal, segment, payload.carrier, lent=isinstance(payload.carrier, bytearray))
 
 
 def _receive_chunk(
@@ -177,7 +147,7 @@ def _receive_chunk(
     out: Chunks,
     kept: dict[int, list[Payload]],
 ) -> None:
-    step, call = planned.step, operation.signature.data
+    step = planned.step
     assert step.recv_from is not None
     assert step.recv_chunk is not None
     chunk = _memory(mine, out, step.recv_chunk)
@@ -185,9 +155,7 @@ def _receive_chunk(
     target = out[step.recv_chunk] if step.action is not Action.REDUCE else None
     after: list[Payload] = []
     for number, piece in enumerate(segments(chunk)):
-        payload = channel.expect(
-            operation.sequence, step.recv_from, planned.recv_ordinal, number, call, operation.deadline
-        )
+        payload = channel.expect(operation, step.recv_from, planned.recv_ordinal, number)
         arrived = as_array(payload, chunk[piece])
         if step.action is not Action.COPY:
             operation.kernel.combine(

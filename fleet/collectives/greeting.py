@@ -12,12 +12,12 @@ from time import monotonic
 from fleet.collectives.channel import Channel
 from fleet.collectives.header import pack_call
 from fleet.collectives.inbox import Key
+from fleet.collectives.operation import Operation, Signature
 from fleet.errors import SameAddress
 from fleet.world import Member
 
 HEARD_WITHIN_S = 20.0  # after all have joined: enough for a lost packet or two, and for a busy machine
 ALL_AT_MOST = 16  # ranks of a world in which each rank greets all others
-_SEQUENCE = 0  # before the first collective
 
 
 class Unheard(Exception):
@@ -58,10 +58,10 @@ def greet(channel: Channel, ranks: Sequence[int], deadline: float) -> None:
     """Exchanges greetings with these ranks of the channel. Raises Unheard."""
     started = monotonic()
     deadline = min(deadline, started + HEARD_WITHIN_S)
-    call = pack_call("barrier")
+    greeting = Operation(Signature(pack_call("barrier")), started, deadline - started)
     for rank in ranks:
-        channel.send(rank, _SEQUENCE, 0, 0, call, b"", deadline)
-    awaited = {(channel.communicator_id, _SEQUENCE, channel.members[rank], 0, 0): rank for rank in ranks}
+        channel.send(greeting, rank, 0, 0, b"")
+    awaited = {(channel.communicator_id, greeting.sequence, channel.members[rank], 0, 0): rank for rank in ranks}
 
     def find() -> Key | None:
         return next((key for key in awaited if channel.inbox.has(key)), None)

@@ -10,15 +10,13 @@ from pathlib import Path
 from time import monotonic
 from typing import Protocol
 
-from fleet.collectives import reduce
 from fleet.collectives.channel import Channel
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.endpoint import Endpoint
 from fleet.collectives.fabric import Fabric
 from fleet.collectives.generations import Generation, News, RankActivity
-from fleet.collectives.header import pack_call
 from fleet.collectives.inbox import Receiver
-from fleet.collectives.operation import Operation, Signature
+from fleet.collectives.operation import Operation, Signatures
 from fleet.collectives.sockets import SocketPath
 from fleet.errors import CollectiveTimeout
 from fleet.world import World, next_world
@@ -82,10 +80,8 @@ def meet_again(news: News, receiver: Receiver, rendezvous: Rendezvous, timeout_s
 
     inbox = receiver.open(world, generation.rank)
     channel = Channel(inbox, MEETING_ID, range(world.size), check)
-    operation = Operation(Signature(pack_call("barrier"), reduce.kernel("max", "uint8", world.size, 1.0)))
-    operation.deadline = monotonic() + timeout_s
     try:
-        SocketPath(channel).barrier(operation)
+        SocketPath(channel).barrier(Operation(Signatures(world.size).barrier, monotonic(), timeout_s))
         channel.close()
     except BaseException as error:
         inbox.close(linger=False)

@@ -80,7 +80,7 @@ class SocketPath:
                 for rank in self._others():
                     engine.receive(self._channel, operation, rank, parts[rank])
                 self._many(operation, parts, flat)
-            engine.finish(self._channel, operation)
+            self._channel.finish(operation)
             return
         chunks = self._chunks(flat)
         mine = np.empty_like(chunks[self.index])
@@ -91,13 +91,13 @@ class SocketPath:
             chunks[root][:] = mine
             for rank in self._others():
                 engine.receive(self._channel, operation, rank, chunks[rank], ordinal=self.count)
-        engine.finish(self._channel, operation)
+        self._channel.finish(operation)
 
     def reduce_scatter(self, operation: Operation, out: Array, parts: Sequence[Array]) -> None:
         """out = the combination of every rank's part for this rank."""
         if operation.kernel.half:
             self._many(operation, self._collect(operation, parts), out)
-            engine.finish(self._channel, operation)
+            self._channel.finish(operation)
             return
         into: list[Array | None] = [None] * self.count
         into[self.index] = out
@@ -116,7 +116,7 @@ class SocketPath:
             for rank in before:
                 parts.append(np.empty_like(flat))
                 engine.receive(channel, operation, rank, parts[-1])
-            engine.finish(self._channel, operation)
+            self._channel.finish(operation)
             if not exclusive:
                 parts.append(flat.copy())
             if parts:
@@ -129,7 +129,7 @@ class SocketPath:
             kernel.combine(flat, inclusive)
         if after:
             engine.send(channel, operation, self.index + 1, inclusive)
-        engine.finish(self._channel, operation)
+        self._channel.finish(operation)
         if before or not exclusive:
             flat[:] = arrived if exclusive else inclusive
             kernel.finish(flat)
@@ -143,7 +143,7 @@ class SocketPath:
             engine.send(self._channel, operation, rank, mine)
         parts = [mine] * self.count
         for rank in others:
-            payload = self._channel.expect(operation.sequence, rank, 0, 0, operation.signature.data, operation.deadline)
+            payload = self._channel.expect(operation, rank, 0, 0)
             parts[rank] = engine.as_array(payload, flat)
         operation.lent = None  # nobody writes to the copy
         return parts
@@ -217,7 +217,7 @@ class SocketPath:
             parts[root][:] = mine
             for rank in self._others():
                 engine.receive(self._channel, operation, rank, parts[rank])
-        engine.finish(self._channel, operation)
+        self._channel.finish(operation)
 
     def scatter(self, operation: Operation, out: Array, parts: Sequence[Array] | None, root: int) -> None:
         """out = root's part for this rank."""
@@ -228,7 +228,7 @@ class SocketPath:
             for rank in self._others():
                 engine.send(self._channel, operation, rank, parts[rank])
             out[:] = parts[root]
-        engine.finish(self._channel, operation)
+        self._channel.finish(operation)
 
     def all_to_all(self, operation: Operation, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
         """out[r] = rank r's part for this rank. Pairwise exchange."""
@@ -237,7 +237,7 @@ class SocketPath:
             to, source = (self.index + step) % self.count, (self.index - step) % self.count
             engine.send(self._channel, operation, to, parts[to], operation.first_ordinal)
             engine.receive(self._channel, operation, source, out[source], operation.first_ordinal)
-        engine.finish(self._channel, operation)
+        self._channel.finish(operation)
 
     def _others(self) -> list[int]:
         """All other ranks, each rank beginning with its right neighbour so that they do not all turn to the same one."""

@@ -11,6 +11,7 @@ from fleet import messages as m
 from fleet.collectives.channel import Channel
 from fleet.collectives.header import pack_call, pack_head
 from fleet.collectives.inbox import AHEAD_BYTES_AT_MOST, Receiver
+from fleet.collectives.operation import Operation, Signature
 from fleet.errors import FleetError
 from fleet.world import World, world_id
 
@@ -60,7 +61,9 @@ def channel_of(receiver: Receiver, number: int) -> Channel:
 
 
 def found(channel: Channel, sequence: int) -> bytes:
-    return bytes(channel.expect(sequence, 1, 0, 0, CALL, 0.0).view)
+    operation = Operation(Signature(CALL))  # its deadline is over
+    operation.sequence = sequence
+    return bytes(channel.expect(operation, 1, 0, 0).view)
 
 
 def test_a_faster_member_is_heard_once_its_generation_has_come(mesh: FakeMesh) -> None:
