@@ -103,20 +103,17 @@ class _Reader:
 
     def read_ahead(self, places: Sequence[tuple[Source, int]]) -> None:
         """Asks for parts of several files at once; the answers are kept for `parts`."""
-        answers = self._answers(places, WORKER_ANSWERS_WITHIN_S) if places else []
-        self._ahead = {(part.path, part.offset): part for part in answers if isinstance(part, m.FilePart)}
+        parts = self._ask(places, WORKER_ANSWERS_WITHIN_S) if places else []
+        self._ahead = {(part.path, part.offset): part for part in parts}
 
     def parts(
         self, source: Source, offsets: Sequence[int], within_s: float = WORKER_ANSWERS_WITHIN_S
     ) -> list[m.FilePart]:
         """Parts of a file. Raises ValueError where the worker cannot read them, WorkerSilent."""
         path = source.info.path
-        found: list[m.Files | m.FilePart] = [
-            self._ahead.pop((path, offset)) for offset in offsets if (path, offset) in self._ahead
-        ]
-        if len(found) != len(offsets):
-            found = self._answers([(source, offset) for offset in offsets], within_s)
-        parts = [part for part in found if isinstance(part, m.FilePart)]
+        parts = [self._ahead.pop((path, offset)) for offset in offsets if (path, offset) in self._ahead]
+        if len(parts) != len(offsets):
+            parts = self._ask([(source, offset) for offset in offsets], within_s)
         if error := next((part.error for part in parts if part.error), ""):
             raise ValueError(error)
         if [(part.path, part.offset) for part in parts] != [(path, offset) for offset in offsets]:
@@ -128,21 +125,21 @@ class _Reader:
         size = source.info.size_bytes
         return self.parts(source, [size], WORKER_ANSWERS_WITHIN_S + size / SLOWEST_BYTES_S)[0].digest
 
-    def _answers(self, places: Sequence[tuple[Source, int]], within_s: float) -> list[m.Files | m.FilePart]:
+    def _ask(self, places: Sequence[tuple[Source, int]], within_s: float) -> list[m.FilePart]:
         """Waits a while for a worker that is away, as after a restart of the orchestrator. Raises WorkerSilent."""
         asked = [m.ReadFile(self._job_id, source.worker_id, 0, source.info.path, offset) for source, offset in places]
         for tries in range(AWAY_TRIES):
             if tries:
                 self._client.pause(AWAY_PAUSE_S)
             try:
-                found = self._client.ask_workers(asked, within_s)
+                parts = [part for part in self._client.ask_workers(asked, within_s) if isinstance(part, m.FilePart)]
             except ConfigError:
                 raise
             except FleetError as error:
                 raise WorkerSilent(str(error)) from None
-            away = [part.error for part in found if isinstance(part, m.FilePart) and part.away]
+            away = [part.error for part in parts if part.away]
             if not away:
-                return found
+                return parts
         raise WorkerSilent(away[0])
 
 
