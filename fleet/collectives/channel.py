@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from time import monotonic
 from typing import Any
 
-from fleet.bus.mesh import Check
+from fleet.bus.mesh import Check, Tracker
 from fleet.collectives.header import Head, describe_call
 from fleet.collectives.inbox import Inbox, Key, Payload
 from fleet.collectives.operation import Operation
@@ -40,9 +40,10 @@ class Channel:
         self._sequence = 0
         inbox.add(self)
 
-    def begin(self, sequence: int, call: bytes) -> None:
-        """Starts a collective. From now on all messages of this sequence number must have the same call."""
-        self._calls[sequence] = call
+    def begin(self, operation: Operation) -> None:
+        """Starts a collective. From now on all messages of its sequence number must have the same call."""
+        sequence = operation.sequence
+        self._calls[sequence] = operation.signature.data
         self._sequence = sequence
         self._calls.pop(sequence - REMEMBERED_CALLS, None)
         if self._ahead:
@@ -53,28 +54,20 @@ class Channel:
             raise self.failed
 
     def send(
-        self, operation: Operation, peer: int, ordinal: int, segment: int, payload: Any, lent: bool = False
-    ) -> None:
-        """Queues a message of a collective. With `lent`, its memory stays as it is until `finish`. Raises TimeoutError."""
-        key = self.communicator_id, operation.sequence, ordinal, segment
-        call, deadline = operation.signature.data, operation.deadline
-        tracker = self.inbox.send(self.members[peer], key, call, payload, deadline, lent, self.check)
-        if tracker is not None:
-            if operation.lent is None:
-                operation.lent = []
-            operation.lent.append(tracker)
+        self, operation: Operation, peer: int, ordinal: int, segment: int, payload: Any, track: bool = False
+    ) -> Tracker | None:
+        """Queues a message of a collective. Raises TimeoutError."""
+        key, call = (self.communicator_id, operation.sequence, ordinal, segment), operation.signature.data
+        return self.inbox.send(self.members[peer], key, call, payload, operation.deadline, track, self.check)
 
-    def finish(self, operation: Operation) -> None:
-        """Waits until all lent memory may be changed. Raises TimeoutError."""
-        for tracker in operation.lent or ():
-            self.inbox.wait_until_sent(tracker, operation.deadline, self.check)
-        operation.lent = None
+    def wait_until_sent(self, operation: Operation, tracker: Tracker) -> None:
+        """Waits until lent memory may be changed. Raises TimeoutError."""
+        self.inbox.wait_until_sent(tracker, operation.deadline, self.check)
 
     def expect(self, operation: Operation, source: int, ordinal: int, segment: int) -> Payload:
         """Waits for the message with one place of a collective. Raises TimeoutError, CollectiveMismatch."""
         inbox, sequence, call, deadline = self.inbox, operation.sequence, operation.signature.data, operation.deadline
-        member = self.members[source]
-        key = self.communicator_id, sequence, member, ordinal, segment
+        key = self.communicator_id, sequence, self.members[source], ordinal, segment
         first = min(deadline, monotonic() + PROBE_AFTER_S)
 
         def find() -> Key | None:
@@ -87,10 +80,11 @@ class Channel:
                 raise
             # The source is late. If it waits in another call, the probe tells it so.
             with contextlib.suppress(TimeoutError):  # its queue may be full, and its message on the way all the same
-                inbox.send(member, (self.communicator_id, sequence, PROBE, 0), call, b"", 0.0, False, self.check)
+                probe = self.communicator_id, sequence, PROBE, 0
+                inbox.send(self.members[source], probe, call, b"", 0.0, False, self.check)
             _, theirs, payload = inbox.take(self, find, deadline, self.check, source)
         if theirs != call:
-            self._compare(sequence, member, theirs)
+            self._compare(sequence, self.members[source], theirs)
             raise self.failed or ProtocolError(f"{describe_call(theirs)} arrived where {describe_call(call)} belongs")
         return payload
 
@@ -129,16 +123,16 @@ class SubChannel:
         self._channel = channel
         self._ranks = tuple(ranks)
 
-    def begin(self, sequence: int, call: bytes) -> None:
-        self._channel.begin(sequence, call)
+    def begin(self, operation: Operation) -> None:
+        self._channel.begin(operation)
 
     def send(
-        self, operation: Operation, peer: int, ordinal: int, segment: int, payload: Any, lent: bool = False
-    ) -> None:
-        self._channel.send(operation, self._ranks[peer], ordinal, segment, payload, lent)
+        self, operation: Operation, peer: int, ordinal: int, segment: int, payload: Any, track: bool = False
+    ) -> Tracker | None:
+        return self._channel.send(operation, self._ranks[peer], ordinal, segment, payload, track)
 
-    def finish(self, operation: Operation) -> None:
-        self._channel.finish(operation)
+    def wait_until_sent(self, operation: Operation, tracker: Tracker) -> None:
+        self._channel.wait_until_sent(operation, tracker)
 
     def expect(self, operation: Operation, source: int, ordinal: int, segment: int) -> Payload:
         return self._channel.expect(operation, self._ranks[source], ordinal, segment)

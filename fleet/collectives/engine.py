@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fleet.bus.mesh import Tracker
 from fleet.collectives.buffer import Array
 from fleet.collectives.channel import Channel, SubChannel
 from fleet.collectives.inbox import Payload
@@ -52,7 +53,7 @@ class PlannedStep(NamedTuple):
     onward: tuple[tuple[int, int], ...]  # (ordinal, peer)
 
 
-def compile(plan: Plan) -> tuple[PlannedStep, ...]:
+def compile_plan(plan: Plan) -> tuple[PlannedStep, ...]:
     """The plan's steps, worked out once for many calls."""
     send_ordinal = _ordinals([step.send_to for step in plan])
     recv_ordinal = _ordinals([step.recv_from for step in plan])
@@ -70,41 +71,98 @@ def compile(plan: Plan) -> tuple[PlannedStep, ...]:
     return tuple(steps)
 
 
-def run(
-    steps: Sequence[PlannedStep],
-    channel: Channel | SubChannel,
-    operation: Operation,
-    mine: Chunks,
-    out: Chunks,
-    first_ordinal: int = 0,
-) -> None:
-    """Carries out the steps: `mine` are this rank's chunks, results go to `out` where that is not None.
+class Exchange:
+    """Messages of one operation in one channel, and the memory that is lent to them.
 
-    `first_turn` tells this plan's messages from those of another part of the same collective.
-    Raises TimeoutError after the deadline, CollectiveMismatch; then `out` is undefined.
+    All methods raise TimeoutError after the operation's deadline, and CollectiveMismatch. Memory that `send` and `run` read
+    may be changed again after `finish`.
     """
-    # Combined pieces that a later step still needs, by chunk. What is sent on at once is never kept.
-    kept: dict[int, list[Payload]] = {}
-    for planned in steps:
-        if first_ordinal:
-            planned = _later(planned, first_ordinal)
-        if planned.step.send_to is not None and not planned.sent:
-            _send_chunk(channel, operation, planned, _memory(mine, out, planned.step.send_chunk), kept)
-        if planned.step.recv_from is not None:
-            _receive_chunk(channel, operation, planned, mine, out, kept)
-    channel.finish(operation)
 
+    def __init__(self, channel: Channel | SubChannel, operation: Operation) -> None:
+        self._channel = channel
+        self._operation = operation
+        self._lent: list[Tracker] = []  # trackers of memory that libzmq may still read
 
-def send(channel: Channel | SubChannel, operation: Operation, peer: int, chunk: Array, ordinal: int = 0) -> None:
-    """Sends this rank's own memory in segments; it is lent until the channel's `finish`."""
-    for number, piece in enumerate(segments(chunk)):
-        channel.send(operation, peer, ordinal, number, chunk[piece].view(np.uint8), lent=True)
+    def send(self, peer: int, chunk: Array, ordinal: int = 0) -> None:
+        """Sends this rank's own memory in segments."""
+        for segment, piece in enumerate(segments(chunk)):
+            memory = chunk[piece].view(np.uint8)
+            self._lend(self._channel.send(self._operation, peer, ordinal, segment, memory, track=True))
 
+    def receive(self, peer: int, into: Array, ordinal: int = 0) -> None:
+        """Receives a chunk into `into`."""
+        for segment, piece in enumerate(segments(into)):
+            into[piece] = as_array(self._channel.expect(self._operation, peer, ordinal, segment), into[piece])
 
-def receive(channel: Channel | SubChannel, operation: Operation, peer: int, into: Array, ordinal: int = 0) -> None:
-    """Receives a chunk into `into`."""
-    for number, piece in enumerate(segments(into)):
-        into[piece] = as_array(channel.expect(operation, peer, ordinal, number), into[piece])
+    def take(self, peer: int, like: Array) -> Array:
+        """Receives a chunk of one segment in the memory that it arrived in."""
+        assert like.nbytes < TWO_SEGMENTS_FROM
+        return as_array(self._channel.expect(self._operation, peer, 0, 0), like)
+
+    def run(self, steps: Sequence[PlannedStep], mine: Chunks, out: Chunks, first_ordinal: int = 0) -> None:
+        """Carries out the steps, and finishes: `mine` are this rank's chunks, results go to `out` where that is not None.
+
+        `first_ordinal` tells this plan's messages from those of another part of the same operation.
+        """
+        # Combined pieces that a later step still needs, by chunk. Pieces that are sent on at once are never kept.
+        kept: dict[int, list[Payload]] = {}
+        for planned in steps:
+            step = planned.step
+            if step.send_to is not None and not planned.sent:
+                assert step.send_chunk is not None
+                ordinal, payloads = planned.send_ordinal + first_ordinal, kept.pop(step.send_chunk, None)
+                if payloads is None:
+                    self.send(step.send_to, _memory(mine, out, step.send_chunk), ordinal)
+                for segment, payload in enumerate(payloads or ()):
+                    self._send_on(step.send_to, ordinal, segment, payload)
+            if step.recv_from is not None:
+                self._receive_chunk(planned, mine, out, kept, first_ordinal)
+        self.finish()
+
+    def finish(self) -> None:
+        """Waits until all lent memory may be changed again."""
+        for tracker in self._lent:
+            self._channel.wait_until_sent(self._operation, tracker)
+        self._lent = []
+
+    def _receive_chunk(
+        self, planned: PlannedStep, mine: Chunks, out: Chunks, kept: dict[int, list[Payload]], first_ordinal: int
+    ) -> None:
+        step, kernel = planned.step, self._operation.signature.kernel
+        assert step.recv_from is not None
+        assert step.recv_chunk is not None
+        chunk = _memory(mine, out, step.recv_chunk)
+        before = kept.pop(step.recv_chunk, None)
+        target = out[step.recv_chunk] if step.action is not Action.REDUCE else None
+        after: list[Payload] = []
+        for segment, piece in enumerate(segments(chunk)):
+            ordinal = planned.recv_ordinal + first_ordinal
+            payload = self._channel.expect(self._operation, step.recv_from, ordinal, segment)
+            arrived = as_array(payload, chunk[piece])
+            if step.action is not Action.COPY:
+                assert kernel is not None
+                own = chunk[piece] if before is None else as_array(before[segment], chunk[piece])
+                kernel.combine(own, arrived)
+                if step.action is Action.REDUCE_LAST:
+                    kernel.finish(arrived)
+            for ordinal, peer in planned.onward:
+                self._send_on(peer, ordinal + first_ordinal, segment, payload)
+            # The result is written after it was sent on: the neighbour's work starts earlier by that much.
+            if target is not None:
+                target[piece] = arrived
+            if not planned.onward:
+                after.append(payload)
+        if not planned.onward:
+            kept[step.recv_chunk] = after
+
+    def _send_on(self, peer: int, ordinal: int, segment: int, payload: Payload) -> None:
+        """Sends what arrived. A frame belongs to libzmq; memory that several were put together in is lent."""
+        own = isinstance(payload.carrier, bytearray)
+        self._lend(self._channel.send(self._operation, peer, ordinal, segment, payload.carrier, track=own))
+
+    def _lend(self, tracker: Tracker | None) -> None:
+        if tracker is not None:
+            self._lent.append(tracker)
 
 
 def as_array(payload: Payload, like: Array) -> Array:
@@ -112,73 +170,6 @@ def as_array(payload: Payload, like: Array) -> Array:
     if len(payload.view) != like.nbytes:
         raise ProtocolError(f"a segment of {len(payload.view)} bytes arrived where {like.nbytes} belong")
     return np.frombuffer(payload.view, dtype=like.dtype)
-
-
-def _send_chunk(
-    channel: Channel | SubChannel,
-    operation: Operation,
-    planned: PlannedStep,
-    chunk: Array,
-    kept: dict[int, list[Payload]],
-) -> None:
-    peer, number = planned.step.send_to, planned.step.send_chunk
-    assert peer is not None
-    assert number is not None
-    payloads = kept.pop(number, None)
-    if payloads is None:
-        send(channel, operation, peer, chunk, planned.send_ordinal)
-        return
-    for segment, payload in enumerate(payloads):
-        _send_on(channel, operation, peer, planned.send_ordinal, segment, payload)
-
-
-def _send_on(
-    channel: Channel | SubChannel, operation: Operation, peer: int, ordinal: int, segment: int, payload: Payload
-) -> None:
-    """Sends an arrived payload. A frame belongs to libzmq; joined frames are memory of this rank, lent until `finish`."""
-    channel.send(operation, peer, ordinal, segment, payload.carrier, lent=isinstance(payload.carrier, bytearray))
-
-
-def _receive_chunk(
-    channel: Channel | SubChannel,
-    operation: Operation,
-    planned: PlannedStep,
-    mine: Chunks,
-    out: Chunks,
-    kept: dict[int, list[Payload]],
-) -> None:
-    step = planned.step
-    assert step.recv_from is not None
-    assert step.recv_chunk is not None
-    chunk = _memory(mine, out, step.recv_chunk)
-    before = kept.pop(step.recv_chunk, None)
-    target = out[step.recv_chunk] if step.action is not Action.REDUCE else None
-    after: list[Payload] = []
-    for number, piece in enumerate(segments(chunk)):
-        payload = channel.expect(operation, step.recv_from, planned.recv_ordinal, number)
-        arrived = as_array(payload, chunk[piece])
-        if step.action is not Action.COPY:
-            operation.kernel.combine(
-                chunk[piece] if before is None else as_array(before[number], chunk[piece]), arrived
-            )
-            if step.action is Action.REDUCE_LAST:
-                operation.kernel.finish(arrived)
-        for ordinal, peer in planned.onward:
-            _send_on(channel, operation, peer, ordinal, number, payload)
-        # The result is written after it was sent on: the neighbour's work starts earlier by that much.
-        if target is not None:
-            target[piece] = arrived
-        if not planned.onward:
-            after.append(payload)
-    if not planned.onward:
-        kept[step.recv_chunk] = after
-
-
-def _later(planned: PlannedStep, ordinals: int) -> PlannedStep:
-    onward = tuple((ordinal + ordinals, peer) for ordinal, peer in planned.onward)
-    return PlannedStep(
-        planned.step, planned.sent, planned.send_ordinal + ordinals, planned.recv_ordinal + ordinals, onward
-    )
 
 
 def _memory(mine: Chunks, out: Chunks, chunk: int | None) -> Array:

@@ -35,6 +35,10 @@ class HierarchicalPath:
         self._host_of = {rank: number for number, host in enumerate(hosts) for rank in host}
         self.index, self.count = everyone.index, everyone.count
         position = hosts[self._host_of[self.index]].index(self.index)
+        # All other collectives, between all ranks.
+        self.reduce, self.reduce_scatter, self.scan = everyone.reduce, everyone.reduce_scatter, everyone.scan
+        self.all_gather, self.all_to_all = everyone.all_gather, everyone.all_to_all
+        self.gather, self.scatter = everyone.gather, everyone.scatter
         self._across: SocketPath | None = None  # those with this one's local number, if it has a share
         if position < self._shares:
             self._across = SocketPath(SubChannel(channel, [host[position] for host in hosts]))
@@ -79,24 +83,3 @@ class HierarchicalPath:
             self._across.barrier(operation)
         if self._local is not None:
             self._local.barrier(operation)
-
-    def reduce(self, operation: Operation, flat: Array, root: int) -> None:
-        self._everyone.reduce(operation, flat, root)
-
-    def reduce_scatter(self, operation: Operation, out: Array, parts: Sequence[Array]) -> None:
-        self._everyone.reduce_scatter(operation, out, parts)
-
-    def scan(self, operation: Operation, flat: Array, exclusive: bool) -> None:
-        self._everyone.scan(operation, flat, exclusive)
-
-    def all_gather(self, operation: Operation, parts: Sequence[Array], mine: Array) -> None:
-        self._everyone.all_gather(operation, parts, mine)
-
-    def gather(self, operation: Operation, parts: Sequence[Array] | None, mine: Array, root: int) -> None:
-        self._everyone.gather(operation, parts, mine, root)
-
-    def scatter(self, operation: Operation, out: Array, parts: Sequence[Array] | None, root: int) -> None:
-        self._everyone.scatter(operation, out, parts, root)
-
-    def all_to_all(self, operation: Operation, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
-        self._everyone.all_to_all(operation, out, parts, longest)

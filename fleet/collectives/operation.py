@@ -90,9 +90,7 @@ class Operation:
     It serves the paths while it runs, and the flight recorder after that: it holds no tensor.
     """
 
-    __slots__ = (
-        "code", "deadline", "ended", "first_ordinal", "lent", "limit_s", "line", "sequence", "signature", "started",
-    )  # fmt: skip
+    __slots__ = ("code", "deadline", "ended", "limit_s", "line", "sequence", "signature", "started")
 
     def __init__(
         self,
@@ -110,8 +108,6 @@ class Operation:
         self.code = code  # of the script's function that called
         self.line = line
         self.sequence = 0  # its number, once it has begun
-        self.first_ordinal = 0  # of the messages of the part that comes next; a collective may have several parts
-        self.lent: list[Any] | None = None  # trackers of the caller's memory that libzmq may still read
 
     @property
     def kernel(self) -> Kernel:

@@ -118,5 +118,4 @@ def all_to_all_uneven(operation: Operation, path: Path, out: Sequence[Array], pa
             f"rank {source} sends {sent[source, dst]} elements to rank {dst}, whose out has room for "
             f"{room[source, dst]}: x_splits of one must be out_splits of the other"
         )
-    operation.first_ordinal = count  # the table's messages had the ordinals before
     path.all_to_all(operation, out, parts, int(sent.max()))

@@ -129,21 +129,24 @@ class SharedPath:
             lies = slice(self.index * per, self.index * per + len(mine))
             operation.kernel.many([half[lies] for half in halves], mine)
 
-    def _staged(self, operation: Operation, flat: Array, out: Array | None) -> None:
+    def _staged(self, operation: Operation, flat: Array, out: Array | None, posted: int | None = None) -> None:
+        """Combines `flat` over all into `out`. `posted` is the word of the first block where that is posted already, for a
+        tensor in shared memory which gives way to staging: the block's slot is written now."""
         arena, kernel, count = self._arena, operation.kernel, self.count
         deadline, folding = operation.deadline, None
         for piece in _pieces(len(flat), arena.slot_bytes // flat.itemsize):
             part = flat[piece]
-            block = arena.block + 1
             slots = arena.slots(flat.dtype, len(part))
             slots[self.index][:] = part
-            arena.await_all(arena.post(), deadline)
+            word = arena.post() if posted is None else arena.give_way(posted)
+            posted = None
+            arena.await_all(word, deadline)
             if folding is None or len(part) != folding[0]:
                 mine = share(len(part), self.index, count)
                 folding = len(part), [slot[mine] for slot in slots[:count]], slots[count][mine]
             kernel.many(folding[1], folding[2])
-            arena.fold(block)
-            arena.await_folded(block, deadline)
+            arena.fold(arena.block)
+            arena.await_folded(arena.block, deadline)
             if out is not None:
                 out[piece] = slots[count]
 
@@ -162,7 +165,7 @@ class SharedPath:
         arena.await_all(word, operation.deadline)
         # Of a window that is not this rank's own, this rank may have let go already.
         if not arena.all_direct(word) or any(arena.window_of(rank)[0] != lies[0] for rank in arena.others):
-            self._give_way(operation, word, flat)
+            self._staged(operation, flat, flat, word)
             return True
         views = [
             self._windows.view(rank, *arena.window_of(rank), like=flat) if rank != self.index else flat
@@ -177,23 +180,6 @@ class SharedPath:
         arena.fold(arena.block)
         arena.await_folded(arena.block, operation.deadline)
         return True
-
-    def _give_way(self, operation: Operation, word: int, flat: Array) -> None:
-        """The staged way, whose first block is posted already, with a tensor that is not in its slot yet."""
-        arena, kernel, count = self._arena, operation.kernel, self.count
-        first = True
-        for piece in _pieces(len(flat), arena.slot_bytes // flat.itemsize):
-            part = flat[piece]
-            slots = arena.slots(flat.dtype, len(part))
-            slots[self.index][:] = part
-            word = arena.give_way(word) if first else arena.post()
-            first = False
-            arena.await_all(word, operation.deadline)
-            mine = share(len(part), self.index, count)
-            kernel.many([slot[mine] for slot in slots[:count]], slots[count][mine])
-            arena.fold(arena.block)
-            arena.await_folded(arena.block, operation.deadline)
-            flat[piece] = slots[count]
 
     # Moves
 

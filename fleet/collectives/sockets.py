@@ -12,10 +12,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from fleet.collectives import engine, schedule
+from fleet.collectives import schedule
 from fleet.collectives.buffer import Array
 from fleet.collectives.channel import Channel, SubChannel
-from fleet.collectives.engine import PlannedStep
+from fleet.collectives.engine import Chunks, Exchange, PlannedStep, compile_plan
 from fleet.collectives.operation import Operation
 from fleet.collectives.reduce import narrow, widen
 from fleet.collectives.shared import share
@@ -35,11 +35,11 @@ def small_limits(world_size: int) -> tuple[int, int]:
 def _steps(
     make: Callable[..., schedule.Plan], rank: int, world_size: int, root: int | None = None
 ) -> tuple[PlannedStep, ...]:
-    return engine.compile(make(rank, world_size) if root is None else make(rank, world_size, root))
+    return compile_plan(make(rank, world_size) if root is None else make(rank, world_size, root))
 
 
 class SocketPath:
-    """The channel's collectives. Ranks here are the channel's own, 0 to count - 1."""
+    """Path over the channel's messages. `index` is this rank's number in the channel, which has `count` ranks."""
 
     name: CollectivePath = "sockets"
 
@@ -50,73 +50,69 @@ class SocketPath:
         self._exchange_at_most, self._tree_at_most = small_limits(self.count)
 
     def begin(self, operation: Operation) -> None:
-        self._channel.begin(operation.sequence, operation.signature.data)
+        self._channel.begin(operation)
 
     # Reductions
 
     def all_reduce(self, operation: Operation, flat: Array) -> None:
         size, half = flat.nbytes, operation.kernel.half
         if size <= self._exchange_at_most or (half and size <= self._tree_at_most):
-            operation.kernel.many(self._exchange(operation, flat), flat)
+            operation.kernel.many(self._all_values(operation, flat), flat)
         elif size <= self._tree_at_most:
-            engine.run(
-                _steps(schedule.tree_all_reduce, self.index, self.count), self._channel, operation, [flat], [flat]
-            )
+            self._run(operation, schedule.tree_all_reduce, [flat], [flat])
         elif half or operation.signature.wire:
             self._pairwise(operation, flat)
         else:
             chunks = self._chunks(flat)
-            engine.run(
-                _steps(schedule.ring_all_reduce, self.index, self.count), self._channel, operation, chunks, chunks
-            )
+            self._run(operation, schedule.ring_all_reduce, chunks, chunks)
 
     def reduce(self, operation: Operation, flat: Array, root: int) -> None:
-        """Small: everybody sends to root. Large: reduce-scatter, then root gathers the shares."""
+        """Small: all ranks send to root. Large: reduce-scatter, then root gathers the shares."""
+        exchange = Exchange(self._channel, operation)
         if flat.nbytes <= self._tree_at_most:
             if self.index != root:
-                engine.send(self._channel, operation, root, flat)
+                exchange.send(root, flat)
             else:
                 parts = [flat if rank == root else np.empty_like(flat) for rank in range(self.count)]
                 for rank in self._others():
-                    engine.receive(self._channel, operation, rank, parts[rank])
+                    exchange.receive(rank, parts[rank])
                 self._many(operation, parts, flat)
-            self._channel.finish(operation)
+            exchange.finish()
             return
         chunks = self._chunks(flat)
         mine = np.empty_like(chunks[self.index])
         self.reduce_scatter(operation, mine, chunks)
         if self.index != root:
-            engine.send(self._channel, operation, root, mine, ordinal=self.count)
+            exchange.send(root, mine, ordinal=self.count)
         else:
             chunks[root][:] = mine
             for rank in self._others():
-                engine.receive(self._channel, operation, rank, chunks[rank], ordinal=self.count)
-        self._channel.finish(operation)
+                exchange.receive(rank, chunks[rank], ordinal=self.count)
+        exchange.finish()
 
     def reduce_scatter(self, operation: Operation, out: Array, parts: Sequence[Array]) -> None:
         """out = the combination of every rank's part for this rank."""
         if operation.kernel.half:
-            self._many(operation, self._collect(operation, parts), out)
-            self._channel.finish(operation)
+            exchange = Exchange(self._channel, operation)
+            self._many(operation, self._collect(exchange, parts), out)
+            exchange.finish()
             return
         into: list[Array | None] = [None] * self.count
         into[self.index] = out
-        engine.run(
-            _steps(schedule.ring_reduce_scatter, self.index, self.count), self._channel, operation, list(parts), into
-        )
+        self._run(operation, schedule.ring_reduce_scatter, list(parts), into)
 
     def scan(self, operation: Operation, flat: Array, exclusive: bool) -> None:
-        """A chain for large tensors; halves and small ones: each rank gets the values of all before it."""
-        channel, kernel = self._channel, operation.kernel
+        """A chain for large tensors; halves and small ones: each rank gets the values of all ranks before it."""
+        exchange, kernel = Exchange(self._channel, operation), operation.kernel
         before, after = range(self.index), range(self.index + 1, self.count)
         if kernel.half or flat.nbytes <= self._tree_at_most:
             for rank in after:
-                engine.send(channel, operation, rank, flat)
+                exchange.send(rank, flat)
             parts = []
             for rank in before:
                 parts.append(np.empty_like(flat))
-                engine.receive(channel, operation, rank, parts[-1])
-            self._channel.finish(operation)
+                exchange.receive(rank, parts[-1])
+            exchange.finish()
             if not exclusive:
                 parts.append(flat.copy())
             if parts:
@@ -124,62 +120,52 @@ class SocketPath:
             return
         arrived, inclusive = np.empty_like(flat), flat.copy()
         if before:
-            engine.receive(channel, operation, self.index - 1, arrived)
+            exchange.receive(self.index - 1, arrived)
             inclusive[:] = arrived
             kernel.combine(flat, inclusive)
         if after:
-            engine.send(channel, operation, self.index + 1, inclusive)
-        self._channel.finish(operation)
+            exchange.send(self.index + 1, inclusive)
+        exchange.finish()
         if before or not exclusive:
             flat[:] = arrived if exclusive else inclusive
             kernel.finish(flat)
 
-    def _exchange(self, operation: Operation, flat: Array) -> list[Array]:
+    def _all_values(self, operation: Operation, flat: Array) -> list[Array]:
         """Every rank's values, in the order of the ranks: one step, N-1 messages out and in."""
-        assert flat.nbytes < engine.TWO_SEGMENTS_FROM
-        others = self._others()
-        mine = flat.copy()  # on its way to all while the result is written
+        exchange, others = Exchange(self._channel, operation), self._others()
+        mine = flat.copy()  # on its way to all while the result is written; nobody writes to it, hence no `finish`
         for rank in others:
-            engine.send(self._channel, operation, rank, mine)
+            exchange.send(rank, mine)
         parts = [mine] * self.count
         for rank in others:
-            payload = self._channel.expect(operation, rank, 0, 0)
-            parts[rank] = engine.as_array(payload, flat)
-        operation.lent = None  # nobody writes to the copy
+            parts[rank] = exchange.take(rank, flat)
         return parts
 
     def _pairwise(self, operation: Operation, flat: Array) -> None:
-        """Reduce-scatter by pairwise exchange, then a ring all-gather; on the wire as halves where the signature's
-        `wire` says so."""
-        chunks = self._chunks(flat)
+        """Reduce-scatter by pairwise exchange, then a ring all-gather; on the wire as halves if the signature says so."""
+        exchange, chunks = Exchange(self._channel, operation), self._chunks(flat)
+        gather = _steps(schedule.ring_all_gather, self.index, self.count)
         if not operation.signature.wire:
-            self._many(operation, self._collect(operation, chunks), chunks[self.index])
-            self._gather_ring(operation, chunks)
+            self._many(operation, self._collect(exchange, chunks), chunks[self.index])
+            exchange.run(gather, chunks, chunks, first_ordinal=1)  # the exchange before had ordinal 0
             return
         halves = [to_bfloat16(chunk) for chunk in chunks]
-        parts = [from_bfloat16(part) for part in self._collect(operation, halves)]
+        parts = [from_bfloat16(part) for part in self._collect(exchange, halves)]
         parts[self.index] = chunks[self.index].copy()
         operation.kernel.many(parts, chunks[self.index])
         halves[self.index] = to_bfloat16(chunks[self.index])
-        self._gather_ring(operation, halves)
+        exchange.run(gather, halves, halves, first_ordinal=1)
         for chunk, part in zip(chunks, halves, strict=True):
             chunk[:] = from_bfloat16(part)
 
-    def _collect(self, operation: Operation, parts: Sequence[Array]) -> list[Array]:
-        """Every rank's parts[index]. In step k, rank r sends to r+k and receives from r-k: no rank is overrun."""
+    def _collect(self, exchange: Exchange, parts: Sequence[Array]) -> list[Array]:
+        """Every rank's part for this rank. In step k, rank r sends to r+k and receives from r-k: no rank is overrun."""
         found = [parts[self.index]] * self.count
-        for step in range(1, self.count):
-            to, source = (self.index + step) % self.count, (self.index - step) % self.count
-            engine.send(self._channel, operation, to, parts[to])
+        for to, source in self._pairs():
+            exchange.send(to, parts[to])
             found[source] = np.empty_like(parts[self.index])
-            engine.receive(self._channel, operation, source, found[source])
+            exchange.receive(source, found[source])
         return found
-
-    def _gather_ring(self, operation: Operation, chunks: list[Array]) -> None:
-        steps = _steps(schedule.ring_all_gather, self.index, self.count)
-        engine.run(
-            steps, self._channel, operation, chunks, chunks, first_ordinal=1
-        )  # the exchange before used ordinal 0
 
     def _many(self, operation: Operation, parts: list[Array], out: Array) -> None:
         """As kernel.many where `out` may be any of the parts."""
@@ -190,58 +176,64 @@ class SocketPath:
     # Moves
 
     def barrier(self, operation: Operation) -> None:
-        """A byte to everybody and from everybody, or a tree of empty messages where that would be many."""
+        """A byte from every rank to every rank, or a tree of such messages in a larger world."""
         token = np.zeros(1, np.uint8)
         if self._exchange_at_most >= 4096:
-            self._exchange(operation, token)
+            self._all_values(operation, token)
         else:
-            steps = _steps(schedule.tree_all_reduce, self.index, self.count)
-            engine.run(steps, self._channel, operation, [token], [None])
+            self._run(operation, schedule.tree_all_reduce, [token], [None])
 
     def broadcast(self, operation: Operation, flat: Array, root: int) -> None:
-        engine.run(
-            _steps(schedule.tree_broadcast, self.index, self.count, root), self._channel, operation, [flat], [flat]
+        Exchange(self._channel, operation).run(
+            _steps(schedule.tree_broadcast, self.index, self.count, root), [flat], [flat]
         )
 
     def all_gather(self, operation: Operation, parts: Sequence[Array], mine: Array) -> None:
         """parts[r] = rank r's `mine`."""
         parts[self.index][:] = mine
-        engine.run(_steps(schedule.ring_all_gather, self.index, self.count), self._channel, operation, parts, parts)
+        self._run(operation, schedule.ring_all_gather, parts, parts)
 
     def gather(self, operation: Operation, parts: Sequence[Array] | None, mine: Array, root: int) -> None:
         """At root, parts[r] = rank r's `mine`."""
-        if self.index != root:
-            engine.send(self._channel, operation, root, mine)
+        exchange = Exchange(self._channel, operation)
+        if parts is None:
+            exchange.send(root, mine)
         else:
-            assert parts is not None
             parts[root][:] = mine
             for rank in self._others():
-                engine.receive(self._channel, operation, rank, parts[rank])
-        self._channel.finish(operation)
+                exchange.receive(rank, parts[rank])
+        exchange.finish()
 
     def scatter(self, operation: Operation, out: Array, parts: Sequence[Array] | None, root: int) -> None:
         """out = root's part for this rank."""
-        if self.index != root:
-            engine.receive(self._channel, operation, root, out)
+        exchange = Exchange(self._channel, operation)
+        if parts is None:
+            exchange.receive(root, out)
         else:
-            assert parts is not None
             for rank in self._others():
-                engine.send(self._channel, operation, rank, parts[rank])
+                exchange.send(rank, parts[rank])
             out[:] = parts[root]
-        self._channel.finish(operation)
+        exchange.finish()
 
     def all_to_all(self, operation: Operation, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
         """out[r] = rank r's part for this rank. Pairwise exchange."""
+        exchange = Exchange(self._channel, operation)
         out[self.index][:] = parts[self.index]
-        for step in range(1, self.count):
-            to, source = (self.index + step) % self.count, (self.index - step) % self.count
-            engine.send(self._channel, operation, to, parts[to], operation.first_ordinal)
-            engine.receive(self._channel, operation, source, out[source], operation.first_ordinal)
-        self._channel.finish(operation)
+        for to, source in self._pairs():  # an all_gather of lengths may have had the ordinals before
+            exchange.send(to, parts[to], ordinal=self.count)
+            exchange.receive(source, out[source], ordinal=self.count)
+        exchange.finish()
+
+    def _run(self, operation: Operation, make: Callable[..., schedule.Plan], mine: Chunks, out: Chunks) -> None:
+        Exchange(self._channel, operation).run(_steps(make, self.index, self.count), mine, out)
 
     def _others(self) -> list[int]:
-        """All other ranks, each rank beginning with its right neighbour so that they do not all turn to the same one."""
+        """All other ranks, from the right neighbour on, so that the ranks do not all begin with the same one."""
         return [(self.index + step) % self.count for step in range(1, self.count)]
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        """(to, from) of each step of a pairwise exchange."""
+        return [((self.index + step) % self.count, (self.index - step) % self.count) for step in range(1, self.count)]
 
     def _chunks(self, flat: Array) -> list[Array]:
         return [flat[share(len(flat), rank, self.count)] for rank in range(self.count)]
