@@ -27,7 +27,7 @@ def recorder(*names: str, inside: bool = False) -> Recorder:
     """The records of these collectives; `inside`: the last one has not ended."""
     made = Recorder()
     for sequence, name in enumerate(names, start=1):
-        operation = Operation(Signature(pack_call(name)), HERE, sequence * 10)
+        operation = Operation(Signature(pack_call(name)), code=HERE, line=sequence * 10)
         operation.sequence, operation.ended = sequence, float(sequence < len(names) or not inside)
         made.operations.append(operation)
     return made
