@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Any
+from zlib import crc32
 
-from fleet.collectives.buffer import Array, Buffer
+from fleet.collectives.buffer import Array, Buffer, Parts, as_buffer, as_parts
 from fleet.collectives.header import DTYPES
 from fleet.errors import UsageError
 
@@ -39,6 +42,32 @@ def check_tag(tag: int) -> None:
         raise UsageError(f"tag is {tag}: it must be from 0 to {TAGS - 1}")
 
 
+def whole_of(
+    x: Any, name: str, part: Buffer, part_name: str, world_size: int, rank: int = -1, *, written: bool
+) -> tuple[Buffer | Parts, int]:
+    """The argument that has one part for each rank: one array, or a list of arrays; and 0, or a digest of uneven lengths.
+
+    `part` is this rank's own one. Parts of a list may differ in length where `rank` is given, which all ranks then do
+    alike. Raises UsageError for shapes and dtypes that do not go together.
+    """
+    if not isinstance(x, list | tuple):
+        whole = as_buffer(x, name, written)
+        check_parts(name, whole, part_name, part, world_size)
+        return whole, 0
+    parts = as_parts(x, name, world_size, written)
+    if parts.dtype != part.dtype:
+        raise UsageError(f"{name} has dtype {parts.dtype} and {part_name} has {part.dtype}: they must be the same")
+    lengths = [len(flat) for flat in parts.flats]
+    is_even = lengths == [len(part.flat)] * world_size
+    if not is_even and (rank < 0 or lengths[rank] != len(part.flat)):
+        wanted = "each part" if rank < 0 else f"{name}[{rank}]"
+        raise UsageError(
+            f"{name} has parts of {lengths} elements: with {part_name} of shape {list(part.shape)}, {wanted} must have "
+            f"{len(part.flat)}"
+        )
+    return parts, 0 if is_even else crc32(struct.pack(f"<{world_size}Q", *lengths))
+
+
 def check_parts(name: str, whole: Buffer, part_name: str, part: Buffer, world_size: int) -> None:
     """`whole` must hold one `part` per rank, joined along dimension 0 or stacked."""
     if whole.dtype != part.dtype:
@@ -59,9 +88,11 @@ def check_empty(shape: Sequence[int], dtype: str) -> None:
         raise UsageError(f"dtype is {dtype}: it must be one of {', '.join(filter(None, DTYPES))}")
 
 
-def parts_of(flat: Array, world_size: int) -> list[Array]:
-    """One equal part per rank."""
-    return list(flat.reshape(world_size, -1)) if flat.size else [flat] * world_size
+def parts_of(whole: Buffer | Parts, world_size: int) -> list[Array]:
+    """One part per rank, flat."""
+    if isinstance(whole, Parts):
+        return whole.flats
+    return list(whole.flat.reshape(world_size, -1)) if whole.flat.size else [whole.flat] * world_size
 
 
 def splits_of(name: str, buffer: Buffer, splits: Sequence[int] | None, world_size: int) -> list[Array]:

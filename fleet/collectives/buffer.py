@@ -8,6 +8,7 @@ copy and written back. torch is never imported here: only a caller that has it c
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,14 +36,56 @@ class Buffer:
         if self.source is not None:
             self.source[...] = self.flat.reshape(self.shape)
 
-    def apart_from(self, out: Buffer | None) -> Buffer:
+    def apart_from(self, out: Buffer | Parts | None) -> Buffer:
         """This argument, or a copy of it where it shares memory with `out`, which is written while others still need this.
 
         A caller's array that is not contiguous shares none: it is read before, and written after, all else.
         """
-        if out is None or not np.may_share_memory(self.flat, out.flat):  # exact, since both are contiguous
-            return self
-        return Buffer(self.flat.copy(), self.dtype, self.shape)
+        written = () if out is None else (out.flat,) if isinstance(out, Buffer) else out.flats
+        for flat in written:
+            if np.may_share_memory(self.flat, flat):  # exact, since both are contiguous
+                return Buffer(self.flat.copy(), self.dtype, self.shape)
+        return self
+
+
+class Parts:
+    """An argument with a part for each rank, in the order of the ranks: a list of arrays or tensors."""
+
+    __slots__ = ("buffers", "dtype", "flats", "shape", "source")
+
+    def __init__(self, buffers: list[Buffer], dtype: str) -> None:
+        self.buffers = buffers
+        self.dtype = dtype
+        self.flats = [buffer.flat for buffer in buffers]
+        # As one array of the same bytes would have it.
+        first = buffers[0].shape
+        is_even = all(buffer.shape == first for buffer in buffers)
+        self.shape = (
+            (len(buffers) * (first[0] if first else 1), *first[1:]) if is_even else (sum(map(len, self.flats)),)
+        )
+        self.source = next((buffer.source for buffer in buffers if buffer.source is not None), None)
+
+    def write_back(self) -> None:
+        """Gives arguments that are not contiguous the values of their contiguous copies."""
+        for buffer in self.buffers:
+            buffer.write_back()
+
+    def apart_from(self, out: Buffer | Parts | None) -> Parts:
+        """As Buffer.apart_from, for each part."""
+        return Parts([buffer.apart_from(out) for buffer in self.buffers], self.dtype)
+
+
+def as_parts(x: Sequence[Any], name: str, world_size: int, written: bool) -> Parts:
+    """The parts of `x`. Raises UsageError for a list that has not one for each rank, or parts of several dtypes."""
+    if len(x) != world_size:
+        raise UsageError(f"{name} has {len(x)} parts: it must have one for each of the {world_size} ranks")
+    buffers = [as_buffer(part, f"{name}[{rank}]", written) for rank, part in enumerate(x)]
+    for rank, buffer in enumerate(buffers):
+        if buffer.dtype != buffers[0].dtype:
+            raise UsageError(
+                f"{name}[{rank}] has dtype {buffer.dtype} and {name}[0] has {buffers[0].dtype}: they must be the same"
+            )
+    return Parts(buffers, buffers[0].dtype)
 
 
 def as_buffer(x: Any, name: str, written: bool) -> Buffer:

@@ -19,15 +19,15 @@ import numpy as np
 
 from fleet.collectives.arguments import (
     check_empty,
-    check_parts,
     check_peer,
     check_rank,
     check_ranks,
     check_tag,
     parts_of,
     splits_of,
+    whole_of,
 )
-from fleet.collectives.buffer import as_buffer
+from fleet.collectives.buffer import as_buffer, as_parts
 from fleet.collectives.endpoint import Endpoint, FormingCall
 from fleet.collectives.operation import Signatures
 from fleet.collectives.path import all_to_all_uneven
@@ -110,12 +110,13 @@ class Communicator:
     ) -> Work | None:
         """Combines x over all ranks and leaves this rank's share, along dimension 0, in out; x stays as it is.
 
-        out: shape (k, ...); x: (world_size * k, ...), or (world_size, *out.shape) for the same bytes. op: see all_reduce.
+        out: shape (k, ...); x: (world_size * k, ...), or (world_size, *out.shape) for the same bytes, or a list with a part
+        for each rank, whose lengths may differ. op: see all_reduce.
         """
-        target, whole = as_buffer(out, "out", written=True), as_buffer(x, "x", written=False)
-        check_parts("x", whole, "out", target, self.world_size)
-        signature = self._signatures.reduction("reduce_scatter", op, whole)
-        parts = parts_of(whole.apart_from(target).flat, self.world_size)
+        target = as_buffer(out, "out", written=True)
+        whole, uneven = whole_of(x, "x", target, "out", self.world_size, self.rank, written=False)
+        signature = self._signatures.reduction("reduce_scatter", op, whole, uneven)
+        parts = parts_of(whole.apart_from(target), self.world_size)
         return self._conductor.run(
             signature, self._path.reduce_scatter, (target.flat, parts), target, timeout_s, async_op
         )
@@ -142,25 +143,24 @@ class Communicator:
     def all_gather(self, out: Any, x: Any, *, timeout_s: float | None = None, async_op: bool = False) -> Work | None:
         """Puts every rank's x into out, one after the other along dimension 0, in the order of the ranks.
 
-        x: shape (k, ...); out: (world_size * k, ...), or (world_size, *x.shape) for the same bytes.
+        x: shape (k, ...); out: (world_size * k, ...), or (world_size, *x.shape) for the same bytes, or a list with a part for
+        each rank, whose lengths may differ.
         """
-        target, mine = as_buffer(out, "out", written=True), as_buffer(x, "x", written=False)
-        check_parts("out", target, "x", mine, self.world_size)
-        signature = self._signatures.move("all_gather", mine.dtype, mine.shape)
-        arguments = parts_of(target.flat, self.world_size), mine.apart_from(target).flat
+        mine = as_buffer(x, "x", written=False)
+        target, uneven = whole_of(out, "out", mine, "x", self.world_size, self.rank, written=True)
+        signature = self._signatures.move("all_gather", mine.dtype, target.shape if uneven else mine.shape, uneven)
+        arguments = parts_of(target, self.world_size), mine.apart_from(target).flat
         return self._conductor.run(signature, self._path.all_gather, arguments, target, timeout_s, async_op)
 
     def gather(
         self, out: Any, x: Any, root: int = 0, *, timeout_s: float | None = None, async_op: bool = False
     ) -> Work | None:
-        """As all_gather, at root only; elsewhere out is not looked at and may be None."""
+        """As all_gather with equal parts, at root only; elsewhere out is not looked at and may be None."""
         check_rank(root, "root", self.world_size)
         mine = as_buffer(x, "x", written=False)
-        target = as_buffer(out, "out", written=True) if self.rank == root else None
-        if target is not None:
-            check_parts("out", target, "x", mine, self.world_size)
+        target = whole_of(out, "out", mine, "x", self.world_size, written=True)[0] if self.rank == root else None
         signature = self._signatures.move("gather", mine.dtype, mine.shape, root)
-        parts = parts_of(target.flat, self.world_size) if target is not None else None
+        parts = parts_of(target, self.world_size) if target is not None else None
         arguments = parts, mine.apart_from(target).flat, root
         return self._conductor.run(signature, self._path.gather, arguments, target, timeout_s, async_op)
 
@@ -169,16 +169,13 @@ class Communicator:
     ) -> Work | None:
         """Gives each rank its share of root's x, along dimension 0; elsewhere x is not looked at and may be None.
 
-        out: shape (k, ...); x: (world_size * k, ...), or (world_size, *out.shape) for the same bytes.
+        out: shape (k, ...); x: (world_size * k, ...), or (world_size, *out.shape) for the same bytes, or a list of parts.
         """
         check_rank(root, "root", self.world_size)
         target = as_buffer(out, "out", written=True)
-        whole = as_buffer(x, "x", written=False) if self.rank == root else None
-        if whole is not None:
-            check_parts("x", whole, "out", target, self.world_size)
-            whole = whole.apart_from(target)
+        whole = whole_of(x, "x", target, "out", self.world_size, written=False)[0] if self.rank == root else None
         signature = self._signatures.move("scatter", target.dtype, target.shape, root)
-        parts = parts_of(whole.flat, self.world_size) if whole is not None else None
+        parts = parts_of(whole.apart_from(target), self.world_size) if whole is not None else None
         arguments = target.flat, parts, root
         return self._conductor.run(signature, self._path.scatter, arguments, target, timeout_s, async_op)
 
@@ -196,8 +193,10 @@ class Communicator:
 
         The splits are the rows of each part, None: equal ones. What one rank sends to another must be what that one
         expects: each rank's x_splits[r] is rank r's out_splits for it, or all ranks raise UsageError. Shapes may differ
-        but for dimension 0.
+        but for dimension 0. out and x may be lists with a part for each rank instead, on all ranks, without splits.
         """
+        if isinstance(out, list | tuple):
+            return self._all_to_all_lists(out, x, timeout_s, async_op)
         target, whole = as_buffer(out, "out", written=True), as_buffer(x, "x", written=False)
         if target.dtype != whole.dtype or target.shape[1:] != whole.shape[1:]:
             raise UsageError(
@@ -213,6 +212,15 @@ class Communicator:
         signature = self._signatures.move("all_to_all", whole.dtype, whole.shape[1:])
         uneven = self._path, into, parts
         return self._conductor.run(signature, all_to_all_uneven, uneven, target, timeout_s, async_op)
+
+    def _all_to_all_lists(self, out: Any, x: Any, timeout_s: float | None, async_op: bool) -> Work | None:
+        target = as_parts(out, "out", self.world_size, written=True)
+        whole = as_parts(x, "x", self.world_size, written=False)
+        if target.dtype != whole.dtype:
+            raise UsageError(f"out has dtype {target.dtype} and x has {whole.dtype}: they must be the same")
+        signature = self._signatures.move("all_to_all", whole.dtype, (self.world_size,))
+        arguments = self._path, target.flats, whole.apart_from(target).flats
+        return self._conductor.run(signature, all_to_all_uneven, arguments, target, timeout_s, async_op)
 
     def barrier(self, *, timeout_s: float | None = None, async_op: bool = False) -> Work | None:
         """Returns once every rank has called it."""

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import TypeVarTuple
 
 from fleet.bus import forks
-from fleet.collectives.buffer import Buffer
+from fleet.collectives.buffer import Buffer, Parts
 from fleet.collectives.diagnosis import Diagnosis
 from fleet.collectives.interruptions import Interruptions
 from fleet.collectives.operation import Operation, Signature
@@ -51,7 +51,7 @@ class Conductor:
         signature: Signature,
         method: Callable[[Operation, *Arguments], None],
         arguments: tuple[*Arguments],
-        written: Buffer | None = None,
+        written: Buffer | Parts | None = None,
         timeout_s: float | None = None,
         async_op: bool = False,
     ) -> Work | None:
@@ -90,7 +90,7 @@ class Conductor:
         operation: Operation,
         method: Callable[[Operation, *Arguments], None],
         arguments: tuple[*Arguments],
-        written: Buffer | None,
+        written: Buffer | Parts | None,
         async_op: bool,
     ) -> Work | None:
         def act() -> None:
@@ -115,7 +115,7 @@ class Conductor:
         operation: Operation,
         method: Callable[[Operation, *Arguments], None],
         arguments: tuple[*Arguments],
-        written: Buffer | None,
+        written: Buffer | Parts | None,
     ) -> None:
         order, recorder = self._order, self.recorder
         if order.error is not None:

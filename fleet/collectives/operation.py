@@ -11,7 +11,7 @@ from typing import Any
 
 from fleet.collectives import reduce
 from fleet.collectives.arena import digest
-from fleet.collectives.buffer import Buffer
+from fleet.collectives.buffer import Buffer, Parts
 from fleet.collectives.header import describe_call, measure_call, pack_call
 from fleet.collectives.reduce import Kernel, PremulSum
 from fleet.errors import UsageError
@@ -59,7 +59,9 @@ class Signatures:
         self._found: dict[Any, Signature] = {}
         self.barrier = Signature(pack_call("barrier"), reduce.kernel("max", "uint8", world_size, 1.0))
 
-    def reduction(self, name: str, op: str | PremulSum, buffer: Buffer, root: int = 0, wire: str = "") -> Signature:
+    def reduction(
+        self, name: str, op: str | PremulSum, buffer: Buffer | Parts, root: int = 0, wire: str = ""
+    ) -> Signature:
         """The signature of a call that combines. Raises UsageError for an op or a wire that does not go with the dtype."""
         key = name, op, buffer.dtype, buffer.shape, root, wire
         found = self._found.get(key)
