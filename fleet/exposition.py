@@ -8,14 +8,12 @@ has waited longest. Each request has WITHIN_S, from its connection to the last b
 from __future__ import annotations
 
 import contextlib
-import os
 import selectors
 import socket
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 from urllib.parse import unquote
@@ -30,7 +28,6 @@ CONNECTIONS_AT_MOST = 32
 WITHIN_S = 5.0
 HEAD_AT_MOST_BYTES = 16 << 10
 READ_BYTES = 16 << 10
-TOUCH_EVERY_S = 1.0
 ACCEPT_AGAIN_S = 0.2  # after the process had no descriptor left, and no connection here that could give one
 TEXT = "text/plain; charset=utf-8"
 
@@ -253,40 +250,3 @@ def _bytes(answer: HttpResponse, with_body: bool) -> bytes:
     lines = [f"HTTP/1.0 {answer.status.value} {answer.status.phrase}", *(f"{name}: {text}" for name, text in headers)]
     head = "\r\n".join([*lines, "Connection: close", "", ""])
     return head.encode("latin-1") + (answer.body if with_body else b"")
-
-
-class Pulse:
-    """Sign of life of a loop: the loop calls `beat`, another thread asks `wrong`, another process looks at `file`.
-
-    The file is touched once a second at most, while all is well. The file means nothing else, and is gone after `close`.
-    """
-
-    def __init__(self, clock: Callable[[], float], late_after_s: float, file: Path | None = None) -> None:
-        self._clock = clock
-        self._late_after_s = late_after_s
-        self._file = file
-        self._beat_at = self._touch_at = clock()
-        self.close()  # what a killed predecessor left
-
-    def beat(self, well: bool = True) -> None:
-        self._beat_at = self._clock()
-        if self._file is not None and well and self._beat_at >= self._touch_at:
-            self._touch_at = self._beat_at + TOUCH_EVERY_S
-            with contextlib.suppress(OSError):  # the check will find it old, and say so
-                self._touch(self._file)
-
-    def wrong(self) -> str:
-        silent_s = self._clock() - self._beat_at
-        return f"the main loop has not turned for {silent_s:.1f} s" if silent_s > self._late_after_s else ""
-
-    def close(self) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.unlink()
-
-    def _touch(self, file: Path) -> None:
-        try:
-            os.utime(file, follow_symlinks=False)
-        except FileNotFoundError:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            os.close(os.open(file, flags, 0o600))

@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"bus"}),
     frozenset({"messages", "tasks", "pickling"}),
     frozenset({"questions", "versions"}),
-    frozenset({"values", "exposition", "dropped", "stillness", "deadlines"}),
+    frozenset({"values", "exposition", "pulse", "dropped", "stillness", "deadlines"}),
     frozenset({"world"}),
     frozenset({"config"}),
     frozenset({"secret"}),

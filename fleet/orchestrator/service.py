@@ -22,7 +22,7 @@ from fleet.bus.poller import Poller, Wake
 from fleet.bus.process import numbering, watch_end
 from fleet.dropped import Dropped
 from fleet.errors import ConfigError, ProtocolError
-from fleet.exposition import Exposition, Pulse, health_route, metrics_route
+from fleet.exposition import Exposition, health_route, metrics_route
 from fleet.orchestrator import state
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.jobs import recalled
@@ -30,6 +30,7 @@ from fleet.orchestrator.journal import Journal
 from fleet.orchestrator.logs import JobLogs
 from fleet.orchestrator.metrics import OrchestratorMetrics
 from fleet.orchestrator.store import Store
+from fleet.pulse import Pulse
 from fleet.stillness import LifeClock
 from fleet.transfer import FileStore
 

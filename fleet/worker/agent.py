@@ -25,7 +25,8 @@ from fleet.bus.strangers import LOG_EVERY_S
 from fleet.bus.trees import remove_tree
 from fleet.dropped import Dropped
 from fleet.errors import FleetError, OtherProtocol, ProtocolError
-from fleet.exposition import Exposition, Pulse, health_route, metrics_route
+from fleet.exposition import Exposition, health_route, metrics_route
+from fleet.pulse import Pulse
 from fleet.stillness import LifeClock
 from fleet.values import native
 from fleet.worker.children import Children

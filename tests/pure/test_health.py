@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fleet.exposition import TOUCH_EVERY_S, Pulse
+from fleet.pulse import TOUCH_EVERY_S, Pulse
 
 ROOT = Path(__file__).resolve().parents[2]
 LATE_S = 20.0

@@ -17,9 +17,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from fleet import config
 from fleet import messages as m
 from fleet.errors import ConfigError
-from fleet.exposition import Exposition, Pulse, health_route, metrics_route
+from fleet.exposition import Exposition, health_route, metrics_route
 from fleet.orchestrator import state as o
 from fleet.orchestrator.metrics import OrchestratorMetrics
+from fleet.pulse import Pulse
 from fleet.worker import state as w
 from fleet.worker import usage
 from fleet.worker.metrics import SERIES_AT_MOST, WorkerMetrics
