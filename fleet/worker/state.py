@@ -7,6 +7,8 @@ from pathlib import Path
 from secrets import token_hex
 from signal import SIGTERM
 
+import msgspec
+
 from fleet import messages as m
 from fleet.bounds import Made
 from fleet.versions import versions
@@ -91,83 +93,70 @@ class Attempt:
 # Events
 
 
-@dataclass(frozen=True)
-class FromOrchestrator:
+class FromOrchestrator(msgspec.Struct, frozen=True):
     message: m.Message
 
 
-@dataclass(frozen=True)
-class FromRank:
+class FromRank(msgspec.Struct, frozen=True):
     peer: bytes
     message: m.Message
 
 
-@dataclass(frozen=True)
-class RankGone:
+class RankGone(msgspec.Struct, frozen=True):
     """The connection of a rank has ended."""
 
     peer: bytes
 
 
-@dataclass(frozen=True)
-class LinkUp:
+class LinkUp(msgspec.Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True)
-class LinkDown:
+class LinkDown(msgspec.Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True)
-class LinkDenied:
+class LinkDenied(msgspec.Struct, frozen=True):
     pass
 
 
-@dataclass(frozen=True)
-class LinkFull:
+class LinkFull(msgspec.Struct, frozen=True):
     """A message was lost, since the queue to the orchestrator, or to a task runner, is full."""
 
 
-@dataclass(frozen=True)
-class NotDelivered:
+class NotDelivered(msgspec.Struct, frozen=True):
     """A rank is there and does not read: this did not reach it."""
 
     peer: bytes
     message: m.Message
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True):
     job_id: str
     attempt: int
     directory: Path
     port: int
 
 
-@dataclass(frozen=True)
-class PrepareFailed:
+class PrepareFailed(msgspec.Struct, frozen=True):
     job_id: str
     attempt: int
     reason: str
     permanent: bool = False  # see AssignFailed
 
 
-@dataclass(frozen=True)
-class Spawned:
+class Spawned(msgspec.Struct, frozen=True):
     key: Key
     pid: int
 
 
-@dataclass(frozen=True)
-class Printed:
+class Printed(msgspec.Struct, frozen=True):
     key: Key
     stream: Stream
     data: bytes  # empty: the stream is closed
 
 
-@dataclass(frozen=True)
-class ProcessExited:
+class ProcessExited(msgspec.Struct, frozen=True):
     key: Key
     code: int
     signal: int
@@ -176,29 +165,25 @@ class ProcessExited:
     reason: str = ""  # why it was never started, where that is how it ended
 
 
-@dataclass(frozen=True)
-class Shutdown:
+class Shutdown(msgspec.Struct, frozen=True):
     """End this agent: the first time politely, with `drain` after what it runs; each further time faster."""
 
     drain: bool = False
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(msgspec.Struct, frozen=True):
     """How busy this machine or container is: 1.0 is all of its cores."""
 
     load: float
 
 
-@dataclass(frozen=True)
-class FromFiles:
+class FromFiles(msgspec.Struct, frozen=True):
     """What the file thread has for the orchestrator."""
 
     message: m.Message
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     pass
 
 
@@ -211,19 +196,16 @@ Event = (
 # Effects
 
 
-@dataclass(frozen=True)
-class ToOrchestrator:
+class ToOrchestrator(msgspec.Struct, frozen=True):
     message: m.Message
 
 
-@dataclass(frozen=True)
-class ToRank:
+class ToRank(msgspec.Struct, frozen=True):
     peer: bytes
     message: m.Message
 
 
-@dataclass(frozen=True)
-class WelcomeRank:
+class WelcomeRank(msgspec.Struct, frozen=True):
     """Tell a rank where its inbox goes, and how the ranks of its job know each other."""
 
     peer: bytes
@@ -232,20 +214,17 @@ class WelcomeRank:
     slot: int
 
 
-@dataclass(frozen=True)
-class Prepare:
+class Prepare(msgspec.Struct, frozen=True):
     """Get and unpack the bundle, find a free port; answered by Prepared or PrepareFailed, unless Remove comes before."""
 
     assign: m.Assign
 
 
-@dataclass(frozen=True)
-class TakePart:
+class TakePart(msgspec.Struct, frozen=True):
     part: m.Part
 
 
-@dataclass(frozen=True)
-class Spawn:
+class Spawn(msgspec.Struct, frozen=True):
     """Start one rank; answered by Spawned, or by ProcessExited if it cannot be started."""
 
     assign: m.Assign
@@ -256,8 +235,7 @@ class Spawn:
     gpus: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class SignalGroup:
+class SignalGroup(msgspec.Struct, frozen=True):
     """Send a signal to the rank's whole process group."""
 
     key: Key
@@ -265,62 +243,53 @@ class SignalGroup:
     signal: int
 
 
-@dataclass(frozen=True)
-class ReadOutput:
+class ReadOutput(msgspec.Struct, frozen=True):
     """Go on reading a rank's output, or leave it in the pipe so that the rank feels it."""
 
     key: Key
     on: bool
 
 
-@dataclass(frozen=True)
-class Remove:
+class Remove(msgspec.Struct, frozen=True):
     """Forget all files and pipes of an attempt, also those that are still made."""
 
     job_id: str
     attempt: int
 
 
-@dataclass(frozen=True)
-class Gather:
+class Gather(msgspec.Struct, frozen=True):
     """Move what the attempt wrote into its working folder, and is to be kept, to the output folder of its job."""
 
     assign: m.Assign
     directory: Path
 
 
-@dataclass(frozen=True)
-class ServeOutput:
+class ServeOutput(msgspec.Struct, frozen=True):
     """Answer from the output folder of a job."""
 
     ask: m.ListFiles | m.ReadFile
 
 
-@dataclass(frozen=True)
-class ReportStored:
+class ReportStored(msgspec.Struct, frozen=True):
     """Use the output folders of this cluster from now on, and say which jobs have one; answered by FromFiles."""
 
     cluster_id: str
 
 
-@dataclass(frozen=True)
-class DiscardOutput:
+class DiscardOutput(msgspec.Struct, frozen=True):
     job_ids: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class ResumeDownloads:
+class ResumeDownloads(msgspec.Struct, frozen=True):
     """Ask again for the bundles that are on the way: what was asked for may be lost."""
 
 
-@dataclass(frozen=True)
-class Log:
+class Log(msgspec.Struct, frozen=True):
     level: str
     text: str
 
 
-@dataclass(frozen=True)
-class Exit:
+class Exit(msgspec.Struct, frozen=True):
     """This agent has ended; a reason means that it failed."""
 
     reason: str = ""
