@@ -1,6 +1,6 @@
-"""The agent's shell: sockets, processes, pipes and the clock around the core. Decides nothing, all in one thread.
+"""Shell of an agent: sockets, files and the clock around its core. Decides nothing; one thread.
 
-`run` returns when the agent has ended; every process, socket and file it made is gone then.
+`run` returns when the agent has ended. All processes, sockets and files that it made are gone then.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ from fleet.worker.usage import Busyness
 from fleet.worker.zygote import Zygote
 
 REFUSED_MANY = 10  # connections of strangers to a rank, in a second
-BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
+BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # longest wait of the loop, and the time after which the loop counts as hung
 LINKS: dict[Link, Event] = {Link.UP: LinkUp(), Link.DOWN: LinkDown(), Link.DENIED: LinkDenied()}
 
 log = logging.getLogger("fleet.worker")
@@ -83,16 +83,16 @@ log = logging.getLogger("fleet.worker")
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What an agent uses of its machine."""
+    """Resources of an agent's machine, and its own settings there."""
 
     runtime: Path  # private folder
-    threads: int  # of each rank, for arithmetic
+    threads: int  # for the arithmetic of each rank
     storage: Storage
     sockets: RankSockets
     local: tuple[int, int] | None = (
         None  # LOCAL_RANK, LOCAL_WORLD_SIZE where other agents of this machine have ranks too
     )
-    stdin: Callable[[int], int | None] = lambda member_id: None  # the descriptor of a rank's input; None: it has none
+    stdin: Callable[[int], int | None] = lambda member_id: None  # descriptor of the input of a rank; None: empty input
     health_file: Path | None = None  # touched once a second while the agent is well, from its first welcome on
     metrics_at: tuple[str, int] | None = None
 
@@ -103,7 +103,7 @@ class Surroundings:
 
 
 class Agent:
-    """One running agent. `stop` may be called from any thread or signal handler; twice means at once."""
+    """Agent of one worker. `stop` and `forward` may be called from any thread or signal handler."""
 
     def __init__(
         self, settings: Settings, surroundings: Surroundings, zygote: Zygote, endpoint: str, lock: Lock
@@ -124,7 +124,7 @@ class Agent:
         self._reason: str | None = None  # set once ended
         self._clock = LifeClock()
         self._core = Core(settings, self._clock.now())
-        self._turning = threading.Lock()  # held while the core changes, so that a scrape sees it whole
+        self._turning = threading.Lock()  # held while the core changes, so that a scrape sees no half of a change
         self._say_refused_at = 0.0
         self._pulse = Pulse(monotonic, LATE_AFTER_S, surroundings.health_file)
         self._busyness = Busyness()
@@ -141,17 +141,17 @@ class Agent:
         return self._exposition.address if self._exposition else ""
 
     def stop(self, drain: bool = False) -> None:
-        """Ends it: with `drain` after what it runs, within its settings' drain_s; again: sooner, then at once."""
+        """Ends the agent: with `drain` after the jobs that run, within drain_s; a second time sooner, a third time at once."""
         self._stops.append(Shutdown(drain))
         self._wake.set()
 
     def forward(self, number: int) -> None:
-        """Sends a signal on to every rank. May be called from a signal handler."""
+        """Sends a signal on to every rank."""
         self._forwarded.append(number)
         self._wake.set()
 
     def run(self) -> None:
-        """Serves until it has ended. Raises FleetError if that was not because of `stop`."""
+        """Returns when the agent has ended. Raises FleetError if the reason is not `stop`."""
         name = f"{self._settings.worker_id}/{self._settings.incarnation}"
         self._children = Children(self._zygote, self._poller, self._surroundings.control)
         try:
@@ -175,7 +175,7 @@ class Agent:
             raise FleetError(self._reason)
 
     def _turn(self) -> None:
-        """Takes everything that happened, then waits for more."""
+        """Waits for events, and takes all that have come."""
         now = self._clock.now()
         deadline = min(self._core.next_deadline() or math.inf, now + BEAT_EVERY_S)
         ready = self._poller.wait(self._clock.waits(max(0.0, deadline - now)))
@@ -194,11 +194,11 @@ class Agent:
             if (job_id := m.relayed_job(arrived.data)) is not None:
                 peer = self._core.sessions.runner_of(job_id)
                 if peer and self._ranks.send(peer, arrived.data, arrived.rest) is Sent.FULL:
-                    self._step(LinkFull())  # its client says again what the runner may lack, once this worker is back
+                    self._step(LinkFull())  # once this worker is back, the client sends again what the runner may lack
                 continue
             try:
                 self._step(FromOrchestrator(m.decode(arrived.data)))
-            except OtherProtocol as error:  # it cannot be worked with
+            except OtherProtocol as error:  # of an orchestrator of another version
                 self._step(FromOrchestrator(m.Refused(str(error))))
             except ProtocolError as error:
                 self._dropped.malformed("the orchestrator", error)
@@ -234,7 +234,7 @@ class Agent:
     def _say_refused(self, tally: m.CollectiveCounts) -> None:
         if tally.refused_count and monotonic() >= self._say_refused_at:
             self._say_refused_at = monotonic() + LOG_EVERY_S
-            # A few may be ranks that were killed while they connected, which is no news for who runs a job on this machine.
+            # A few may be ranks that were killed while they connected: no news for somebody who runs a job on this machine.
             log.log(
                 logging.WARNING if tally.refused_count >= REFUSED_MANY else logging.INFO,
                 "rank %d of job %s refused %d connections whose other side did not prove that it holds the secret "
@@ -243,7 +243,7 @@ class Agent:
             )  # fmt: skip
 
     def _step(self, first: Event) -> None:
-        """Decides, does what was decided, and what comes of that. An error of this program in it ends no other job."""
+        """Takes an event through the core, carries out the effects, and takes the events that come of them. Errors end no job."""
         events: deque[Event] = deque([first])
         while events:
             event = events.popleft()
@@ -261,7 +261,7 @@ class Agent:
                     events.extend(_given_up(effect, error))
 
     def _perform(self, effect: Effect) -> list[Event]:
-        """Carries out one effect; returns what came of it at once."""
+        """Carries out one effect. Returns the events that come of it at once."""
         if isinstance(effect, ToOrchestrator):
             if self._orchestrator.send(m.encode(effect.message)) is Sent.FULL:
                 return [LinkFull()]
@@ -331,7 +331,7 @@ class Agent:
         )
 
     def _sweep_memory(self) -> None:
-        """Shared memory whose maker was killed before the others had it."""
+        """Removes shared memory whose maker was killed before the other ranks had mapped it."""
         directory = config.shared_memory()
         if directory is not None:
             sweep(directory)
@@ -343,7 +343,7 @@ def _name(thing: Event | Effect) -> str:
 
 
 def _given_up(effect: Effect, error: Exception) -> list[Event]:
-    """What others wait for comes all the same, and says why it is not what they hoped for."""
+    """The events that answer an effect which has failed by an error of this program."""
     reason = f"its worker failed at it: {type(error).__name__}: {error}"
     if isinstance(effect, Prepare):
         return [PrepareFailed(effect.assign.job_id, effect.assign.attempt, reason)]

@@ -1,4 +1,4 @@
-"""Processes of ranks as the loop of an agent holds them: their starts, pipes, signals and ends. Decides nothing."""
+"""Child processes of an agent: starts, pipes, signals and ends of its ranks. Decides nothing."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ from fleet.worker.state import Event, Key, Printed, ProcessExited, ReadOutput, S
 from fleet.worker.zygote import Child, Zygote
 
 READ_BYTES = 64 << 10
-# That a rank takes while it starts, and for its connections, which come later: libzmq aborts a process that has none left.
+# Descriptors for the start of a rank, and for its connections, which come later. libzmq aborts a process without any left.
 FILES_TO_START, FILES_OF_A_RANK = 7, 2
 
 log = logging.getLogger("fleet.worker")
 
 
 class Children:
-    """All that can be read is in `poller`. `control` is the endpoint at which ranks reach the agent."""
+    """Registers pipes and sentinels at `poller`. `control` is the endpoint at which ranks reach the agent."""
 
     def __init__(self, zygote: Zygote, poller: Poller, control: str) -> None:
         self._zygote = zygote
         self._poller = poller
         self._control = control
         self._guard = Guard()
-        self._children: dict[Key, tuple[Child, int]] = {}  # with the count of out-of-memory kills before its start
+        self._children: dict[Key, tuple[Child, int]] = {}  # with the number of out-of-memory kills before the start
         self._readers: dict[int, tuple[Key, Stream]] = {}  # by descriptor of an open pipe
         self._sentinels: dict[int, Key] = {}
-        # To be started once the zygote has its imports; then None. To wait for it would keep the agent from its heartbeats.
+        # To be started once the zygote has done its imports; then None. A wait for the zygote would hold up the heartbeats.
         self._early: list[tuple[Key, Plan, int | None]] | None = []
         poller.add(zygote.fileno())
 
     def start(self, key: Key, plan: Plan, stdin: int | None) -> list[Event]:
-        """Starts a process, at once or later. Answered by Spawned, or by ProcessExited where it cannot be started."""
+        """Starts a process, at once or later. Answered by Spawned, or by ProcessExited if it cannot be started."""
         if self._early is None:
             return [self._start(key, plan, stdin)]
         self._early.append((key, plan, stdin))
         return []
 
     def take(self, ready: Iterable[Source]) -> Iterator[Event]:
-        """What has happened to them. Output comes before deaths: what a rank printed last is read before it counts as ended."""
+        """The events of the descriptors that are ready. Output comes before exits: the last output of a rank is read first."""
         if self._early is not None and self._zygote.fileno() in ready:
             self._poller.remove(self._zygote.fileno())
             early, self._early = self._early, None
@@ -76,7 +76,7 @@ class Children:
         return []
 
     def forward(self, number: int) -> None:
-        """Sends a signal to every rank, and not to what it has started."""
+        """Sends a signal to every rank, not to the children of ranks."""
         for child, _ in self._children.values():
             signal_process(child.pid, number)
 
@@ -89,14 +89,14 @@ class Children:
                     self._poller.remove(descriptor)
 
     def remove(self, job_id: str, attempt: int) -> None:
-        """Forgets the pipes of an attempt, and what of it has not been started."""
+        """Closes the pipes of an attempt. Processes of it that wait for the zygote are not started."""
         for descriptor in [d for d, (key, _) in self._readers.items() if key[:2] == (job_id, attempt)]:
             self._close(descriptor)
         if self._early is not None:
             self._early = [one for one in self._early if one[0][:2] != (job_id, attempt)]
 
     def close(self) -> None:
-        """Kills them all, and what they have started."""
+        """Kills all ranks and the processes that they have started."""
         for child, _ in self._children.values():
             signal_group(child.pid, SIGKILL, with_leader=True)
         self._guard.close()

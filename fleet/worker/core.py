@@ -1,7 +1,7 @@
-"""The agent's decisions: `step(event, now) -> effects`. Reads no clock, starts no process, opens no socket.
+"""Core of an agent: `step(event, now) -> effects`. Pure.
 
-The core hands each event to the part that it concerns, and decides nothing itself. Everything that arrives may arrive twice,
-since the orchestrator repeats itself to a worker that was away.
+The core hands each event to one of its parts, and decides nothing itself. Every message may arrive twice, since the orchestrator
+repeats itself to a worker that was away.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from fleet.worker.state import (
 
 
 class Core:
-    """All parts of an agent that decide."""
+    """The parts that decide, over one collector of effects."""
 
     def __init__(self, settings: Settings, started_at: float) -> None:
         self.settings = settings
@@ -58,7 +58,7 @@ class Core:
         self._deadlines = tuple(part.deadlines for part in self._parts)
 
     def step(self, event: Event, now: float) -> list[Effect]:
-        """What to do about one event."""
+        """The effects of one event, in their order."""
         self.effects.begin(now)
         if isinstance(event, FromOrchestrator):
             self._from_orchestrator(event.message)
@@ -92,14 +92,14 @@ class Core:
             self.link.load = event.load
         elif isinstance(event, Shutdown):
             self.departure.shutdown(event.drain)
-        elif isinstance(event, Tick):  # all that has happened was told before
+        elif isinstance(event, Tick):  # the shell has told all other events before
             for part in self._parts:
                 part.expire()
         self.departure.end_if_over()
         return self.effects.decided
 
     def next_deadline(self) -> float | None:
-        """When to send a Tick if nothing else happens."""
+        """The time of the next Tick, if no other event comes before. None: none is needed."""
         return None if self.departure.ended else earliest(self._deadlines)
 
     def _from_orchestrator(self, message: m.Message) -> None:

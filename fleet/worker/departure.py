@@ -1,4 +1,4 @@
-"""Departure of an agent: it drains, hands back what does not end in time, and ends. Pure."""
+"""Departure of an agent: drain, hand-back of jobs that do not end in time, and the end. Pure."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ class Departure:
     settings: Settings
     effects: Effects
     members: Members
-    draining: bool = False  # it takes no new work, and what it runs may end by itself
-    stopping: bool = False  # what runs has been told to stop
+    draining: bool = False  # no new jobs are taken, and those that run may end by themselves
+    stopping: bool = False  # the jobs that run have been told to stop
     ended: bool = False
-    deadlines: Deadlines[Literal["drain"]] = field(default_factory=Deadlines)  # when what still runs is stopped
+    deadlines: Deadlines[Literal["drain"]] = field(
+        default_factory=Deadlines
+    )  # when the jobs that still run are stopped
 
     @property
     def begun(self) -> bool:
@@ -42,13 +44,13 @@ class Departure:
             self._hand_back()
 
     def exit(self, reason: str) -> None:
-        """Ends at once. With a reason it failed."""
+        """Ends the agent at once. A reason means that it failed."""
         self.members.stop_all(kill=True)
         self.ended = True
         self.effects.add(Exit(reason))
 
     def end_if_over(self) -> None:
-        """To be asked after each event."""
+        """To be called after each event."""
         if self.draining and not self.stopping and not self.members.active_count():
             self.effects.log("info", "drained: nothing runs here any more")
             self._stop()
@@ -65,7 +67,7 @@ class Departure:
             self._hand_back()
 
     def _hand_back(self) -> None:
-        """Stops what runs here; what had not ended by itself starts again elsewhere."""
+        """Stops all jobs that run here. The orchestrator starts them again elsewhere."""
         self._stop()
         for attempt in self.members.attempts.values():
             if attempt.active:
@@ -75,4 +77,4 @@ class Departure:
     def _stop(self) -> None:
         self.stopping = True
         self.deadlines.discard("drain")
-        self.members.unread_s = 0.0  # nobody reads from an agent that has ended
+        self.members.unread_s = 0.0  # no client can read from an agent that has ended

@@ -1,4 +1,4 @@
-"""Collector of what the parts of an agent decide in one step. Pure."""
+"""Collector of the effects that the parts of an agent decide in one step. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Effects:
 
     now: float  # of the step under way
     welcomed: bool = False  # by this orchestrator, on this connection
-    decided: list[Effect] = field(default_factory=list)  # by the last step, also by one that failed on its way
+    decided: list[Effect] = field(default_factory=list)  # by the last step, also if that step has failed halfway
 
     def begin(self, now: float) -> None:
         self.now, self.decided = now, []
@@ -23,7 +23,7 @@ class Effects:
         self.decided.append(effect)
 
     def send(self, message: m.Message) -> None:
-        """To the orchestrator, once it has welcomed this worker: until then nothing is sent, and then all that matters again."""
+        """Sends to the orchestrator. Dropped until this worker is welcome: then the parts send again all that matters."""
         if self.welcomed:
             self.decided.append(ToOrchestrator(message))
 

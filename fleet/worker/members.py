@@ -1,4 +1,4 @@
-"""Members on this worker: the processes of each attempt, from their launch to the end of their output. Pure."""
+"""Members of jobs on this worker: their processes, from launch to the end of their output. Pure."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from fleet.worker.state import (
     Spawned,
 )
 
-WORLD_CHANGED_GRACE_S = 0.5  # for a rank that was told whom it has lost to say so, before SIGTERM
+WORLD_CHANGED_GRACE_S = 0.5  # for a rank to raise WorldChanged, before SIGTERM
 STOP_GRACE_S = 1.2  # between SIGTERM and SIGKILL: Ctrl-C promises an end within 2 s
-DRAIN_S = 0.5  # for what a process has started to end and to close its output, once the process has ended
-UNREAD_S = 2.0  # for a client to read the output of a process that has ended since, when the job is to end
+DRAIN_S = 0.5  # for the children of a process to end and to close its output, once the process has ended
+UNREAD_S = 2.0  # for a client to read the output of a process that has ended, if the job is to end
 
 What = Literal["term", "kill", "end"]
 
@@ -44,8 +44,8 @@ class Members:
     attempts: dict[AttemptKey, Attempt] = field(default_factory=dict)
     jobs_done: int = 0
     unread_s: float = UNREAD_S
-    # When a process is asked to end, when what is left of its group is killed, and when one that has ended, with output that is
-    # held open or not read, counts as ended all the same.
+    # term: a process is asked to end. kill: its group is killed. end: a process that has exited counts as ended, though its
+    # output is held open or not read.
     deadlines: Deadlines[tuple[Key, What]] = field(default_factory=Deadlines)
 
     # Attempts
@@ -79,7 +79,7 @@ class Members:
         attempt.launched = True
         directory = attempt.prepared.directory
         for local_rank, process in enumerate(attempt.processes.values()):
-            if not process.stopped:  # a Stop may have come first
+            if not process.stopped:  # Stop may have come before Launch
                 self.effects.add(Spawn(attempt.assign, launch, process.member_id, directory, local_rank, process.gpus))
 
     def forget(self, attempt: Attempt) -> None:
@@ -93,7 +93,7 @@ class Members:
         self.effects.add(Remove(*attempt.key))
 
     def say_again(self) -> None:
-        """All that an orchestrator which welcomes this worker may have missed."""
+        """Sends again all that the orchestrator may have missed before its welcome."""
         for process in self.processes():
             self._send_output(process, again=True)
             if process.status is not None:
@@ -112,7 +112,7 @@ class Members:
             self._signal(process, SIGKILL)
 
     def stop(self, process: Process, kill: bool, signal: int = 0) -> None:
-        """Ends a process, or keeps it from its start: politely, with `kill` at once."""
+        """Ends a process, or prevents its start: with SIGTERM (or `signal`) and a grace, with `kill` at once."""
         process.hurried = True
         if process.exit is not None:
             self._await_end(process)
@@ -121,7 +121,7 @@ class Members:
             process.stop_signal = signal
         first, process.stopped = not process.stopped, True
         if not process.pid:
-            # `spawned` will see that it is to stop. A process that is never spawned has ended here.
+            # A process that is being started is killed by `spawned`. One that is never started has ended here.
             if first and not self.attempts[process.key[:2]].launched:
                 process.status = self._status(process, ProcessExited(process.key, 0, 0, False))
                 self.tell_exit(process)
@@ -146,8 +146,8 @@ class Members:
         self.deadlines.discard((process.key, "term"))
         self.deadlines.discard((process.key, "kill"))
         if process.pid:
-            # What it has started goes with it. Politely first: the resource tracker of multiprocessing does not heed SIGTERM, and
-            # removes the shared memory that a script has left once all processes of the script have gone.
+            # Its children end too. SIGTERM comes first: the resource tracker of multiprocessing ignores it, and removes shared
+            # memory that the script has left, once all processes of the script have ended.
             self._signal(process, SIGTERM)
             self.deadlines.set((process.key, "kill"), self.effects.now + DRAIN_S)
         process.drained_at = self.effects.now + DRAIN_S
@@ -185,7 +185,7 @@ class Members:
             self.effects.add(ReadOutput(process.key, True))
 
     def repeat(self, attempt: Attempt) -> None:
-        """Sends again what the client has not acknowledged, and says that this was all."""
+        """Sends again all output that the client has not acknowledged, and Repeated behind it."""
         for process in attempt.processes.values():
             self._send_output(process, again=True)
         self.effects.send(m.Repeated(*attempt.key))
@@ -203,7 +203,7 @@ class Members:
     def expire(self) -> None:
         for key, what in self.deadlines.due(self.effects.now):
             process = self._find(key)
-            assert process is not None, "its deadlines were taken back with it"
+            assert process is not None, "an attempt is forgotten with its deadlines"
             if what == "term":
                 self._terminate(process)
             elif what == "kill":
@@ -216,13 +216,13 @@ class Members:
         self._signal(process, process.stop_signal)
 
     def _put_off_end(self, process: Process) -> None:
-        """A process that has ended prints on: something that it started does."""
+        """For a child of a process that has exited, which prints on."""
         if process.exit is not None and process.status is None:
             process.drained_at = self.effects.now + DRAIN_S
             self._await_end(process)
 
     def _end_if_drained(self, process: Process) -> None:
-        """A process has ended when it is dead and all that it printed has been read."""
+        """A process has ended when it has exited and its client has all of its output on the way."""
         if process.exit is None or process.status is not None:
             return
         if process.open_streams or process.output.unsent:
@@ -251,7 +251,7 @@ class Members:
         attempt = self.attempts[process.key[:2]]
         if not attempt.active:
             self.jobs_done += 1
-            self._gather(attempt)  # first: a client that hears of the end may ask at once
+            self._gather(attempt)  # before RankExited: a client that hears of the end may ask for files at once
         self.tell_exit(process)
 
     def _status(self, process: Process, exit: ProcessExited) -> m.RankStatus:
@@ -284,7 +284,7 @@ class Members:
         return [process for attempt in self.attempts.values() for process in attempt.processes.values()]
 
     def active_count(self) -> int:
-        """Attempts that have a process which has not ended."""
+        """The number of attempts with a process that has not ended."""
         return sum(attempt.active for attempt in self.attempts.values())
 
     def find(self, job_id: str, attempt: int, member_id: int) -> Process | None:

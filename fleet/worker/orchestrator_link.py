@@ -1,4 +1,4 @@
-"""Link of an agent to its orchestrator: hello and welcome, heartbeats, and how long it waits for one that is not there. Pure."""
+"""Link of an agent to its orchestrator: hello, welcome, heartbeats, and the wait for an orchestrator that is away. Pure."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class OrchestratorLink:
     up: bool = False
     denied_count: int = 0  # in a row
     heartbeat_s: float = 1.0
-    load: float = 0.0  # of this machine or container, for the next heartbeat
+    load: float = 0.0  # of this machine or container, told by the next heartbeat
     ever_welcomed: bool = False
-    # When the next heartbeat is due, and when an orchestrator that is not there is said to be missing, or is given up: one that
-    # never came, or one that went.
+    # heartbeat: the next one is sent. missing: a log line says that no orchestrator answers. never came, gone: the worker of a
+    # cluster that lasts for one job ends.
     deadlines: Deadlines[Literal["heartbeat", "missing", "never came", "gone"]] = field(default_factory=Deadlines)
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class OrchestratorLink:
 
     def lost(self) -> None:
         if self.settings.join_within_s is not None and self.ever_welcomed:
-            # The cluster lasts for one job. If that is over, so is this worker; else its connection may have been cut.
+            # The cluster lasts for one job. If no attempt is left, the job has ended; else the connection may have been cut.
             self.deadlines.set("gone", self.effects.now + (RECONNECT_WITHIN_S if self.members.attempts else 0.0))
         if self.up and not self.departure.stopping:
             self.effects.log(
@@ -99,7 +99,7 @@ class OrchestratorLink:
         self.departure.exit(f"the orchestrator at {self.settings.orchestrator} refused this worker: {reason}")
 
     def full(self) -> None:
-        """A message was lost. It says hello until it is welcome, and then all that may be lost is said again."""
+        """A message was lost. The worker says hello until it is welcome, and then sends again all that may be lost."""
         self.effects.welcomed = False
 
     def pong(self) -> m.Pong:

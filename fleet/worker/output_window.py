@@ -1,6 +1,7 @@
-"""Output of one process on its way to the job's client: what waits, what is under way, what was read. Pure.
+"""Window of the output of one process: messages on their way to the client, and output that waits behind them. Pure.
 
-A bounded number of messages is under way. The process feels that nobody reads once WINDOW_BYTES are not acknowledged.
+A bounded number of messages is under way. Once WINDOW_BYTES are not acknowledged, the agent reads no more from the process, which
+then waits as it would for any reader of a pipe.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Stream = Literal["stdout", "stderr"]
 
 WINDOW_BYTES = 1 << 20
 UNDER_WAY, UNDER_WAY_OF_JOB = 64, 8192  # messages, of a process and of all processes of a job: queues hold 10 000
-MESSAGE_BYTES = 64 << 10  # output that waits goes together, up to this
+MESSAGE_BYTES = 64 << 10  # output that waits is sent together, up to this size
 STDERR_TAIL_BYTES = 8 << 10
 
 
@@ -32,11 +33,11 @@ class OutputWindow:
     unsent: deque[tuple[Stream, bytearray]] = field(default_factory=deque)  # printed since too much is under way
     sent_count: int = 0  # all in all
     unread_bytes: int = 0
-    paused: bool = False  # nothing is read from the process, since its client does not read
+    paused: bool = False  # nothing is read from the process, since the client does not read
     stderr_tail: bytes = b""
 
     def add(self, stream: Stream, data: bytes) -> None:
-        """Takes in what the process printed."""
+        """Adds output that was read from the process."""
         if stream == "stderr":
             self.stderr_tail = (self.stderr_tail + data)[-STDERR_TAIL_BYTES:]
         if self.unsent and self.unsent[-1][0] == stream and len(self.unsent[-1][1]) < MESSAGE_BYTES:
@@ -55,19 +56,19 @@ class OutputWindow:
             yield output
 
     def acknowledge(self, number: int) -> None:
-        """The client has read all messages up to this number."""
+        """The client has all messages up to this number."""
         while self.sent and self.sent[0].number <= number:
             self.unread_bytes -= len(self.sent.popleft().data)
 
     def is_to_pause(self) -> bool:
-        """Whether reading from the process stops now. Counts as done."""
+        """Whether reading from the process is to stop. The answer True marks it as stopped."""
         if self.paused or self.unread_bytes < WINDOW_BYTES:
             return False
         self.paused = True
         return True
 
     def is_to_go_on(self) -> bool:
-        """Whether reading from the process begins again now. Counts as done."""
+        """Whether reading from the process is to begin again. The answer True marks it as begun."""
         if not self.paused or self.unread_bytes > WINDOW_BYTES // 2:
             return False
         self.paused = False

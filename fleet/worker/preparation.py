@@ -1,4 +1,4 @@
-"""Preparation of attempts: their bundle and their working folder, until both are there or cannot be made. Pure."""
+"""Preparation of attempts: bundle and working folder, until both exist or cannot be made. Pure."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from fleet.worker.effects import Effects
 from fleet.worker.members import Members
 from fleet.worker.state import Attempt, AttemptKey, Prepare, Prepared, PrepareFailed, TakePart
 
-STUCK_AFTER_S = 600.0  # without a part of its files meanwhile
+STUCK_AFTER_S = 600.0  # since the last part of its bundle
 
 
 @dataclass
 class Preparation:
-    """Invariant: an attempt is in `deadlines` as long as it is neither prepared nor has failed to be."""
+    """Invariant: an attempt is in `deadlines` from its Assign until it is prepared, cannot be prepared, or is forgotten."""
 
     effects: Effects
     members: Members
-    # When an attempt counts as stuck. Put off while there is no orchestrator, from which the files come.
+    # When an attempt counts as stuck. No part of a bundle comes without an orchestrator: then the deadlines are put off.
     deadlines: Deadlines[AttemptKey] = field(default_factory=Deadlines)
 
     def assign(self, assign: m.Assign) -> None:
-        """Begins with an attempt, or says again what came of it."""
+        """Begins the preparation of an attempt, or tells its result again."""
         key = assign.job_id, assign.attempt
         known = self.members.attempts.get(key)
         if known is None:
@@ -41,7 +41,7 @@ class Preparation:
         self._put_off(part.digest)
 
     def welcomed(self) -> None:
-        """No part came while there was no orchestrator."""
+        """No part could come before."""
         self._put_off()
 
     def prepared(self, event: Prepared) -> None:

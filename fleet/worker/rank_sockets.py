@@ -1,4 +1,4 @@
-"""Addresses and secrets that an agent gives to its ranks."""
+"""Sockets of an agent's ranks: endpoints of their inboxes and secrets of their jobs."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fleet.config import Security
 
 @dataclass(frozen=True)
 class RankSockets:
-    """Where the inboxes of an agent's ranks listen, and how they are secured."""
+    """Endpoints at which ranks bind their inboxes, and the security of these."""
 
     host: str  # the interface, `*` for all
     security: Security
-    secret: str  # of the cluster, from which each job's is derived; empty: the cluster has none
-    first_port: int = 0  # of the first slot, the next slot has the next one; 0: any free ports
-    folder: Path | None = None  # of sockets of this machine, instead of a port
+    secret: str  # of the cluster; each job has a secret derived from it; empty: the cluster has none
+    first_port: int = 0  # of the first slot; each next slot has the next port; 0: any free ports
+    folder: Path | None = None  # of ipc sockets, which replace ports
 
     def welcome(self, job_id: str, member_id: int, slot: int, advertise: str) -> m.RankWelcome:
         """`advertise`: the host at which ranks elsewhere reach this machine."""

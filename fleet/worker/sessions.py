@@ -1,4 +1,4 @@
-"""Sessions of ranks: their messages to the orchestrator and its messages to them, which pass through the agent. Pure."""
+"""Sessions of ranks: messages between ranks and the orchestrator, which pass through the agent. Pure."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ FromSession = m.RankHello | m.Join | m.Ask | m.Answer | m.CollectiveCounts
 
 @dataclass
 class Sessions:
-    """Invariant: a process is in `deadlines` if and only if it is owed something."""
+    """Invariant: a process is in `deadlines` if and only if messages are owed to it."""
 
     settings: Settings
     effects: Effects
     members: Members
-    deadlines: Deadlines[Key] = field(default_factory=Deadlines)  # when what a process is owed is sent again
+    deadlines: Deadlines[Key] = field(default_factory=Deadlines)  # when owed messages are sent again
 
     def runner_of(self, job_id: str) -> bytes:
-        """The connection of the task runner that a job is; empty: there is none here."""
-        process = self.members.find(job_id, 1, 0)  # a runner does not start again: its client asks for another
+        """The connection of the task runner of a job. Empty: the job has no runner here."""
+        process = self.members.find(job_id, 1, 0)  # a runner has one attempt: its client asks for another runner
         return process.runner if process is not None else b""
 
     def receive(self, peer: bytes, message: FromSession) -> None:
@@ -38,7 +38,7 @@ class Sessions:
             process.inside_since = self.effects.now - message.inside_s if message.inside_s else None
             if message.made is not None:
                 process.made = message.made
-                if process.status is not None:  # its end was seen before its last word
+                if process.status is not None:  # the exit was seen before the last message
                     self.members.tell_exit(process)
         elif isinstance(message, m.RankHello):
             self._hello(process, peer, message.pid)
@@ -58,7 +58,7 @@ class Sessions:
     def _hello(self, process: Process, peer: bytes, pid: int) -> None:
         spec = self.members.attempts[process.key[:2]].assign.spec
         if spec.kind == "tasks" and not process.runner:
-            process.runner = peer  # later ones are tasks that call fleet.init()
+            process.runner = peer  # later connections are of tasks that call fleet.init()
             return
         if process.holder not in (0, pid):
             reason = (
@@ -72,7 +72,7 @@ class Sessions:
         self.effects.add(WelcomeRank(peer, process.key[0], process.member_id, process.slot))
 
     def send(self, attempt: Attempt, message: m.Formed | m.MemberLost | m.Answer) -> None:
-        """To all ranks of an attempt; an answer to the rank that asked."""
+        """Sends a message to all ranks of an attempt, an answer only to the rank that asked."""
         failed = isinstance(message, m.MemberLost) and message.status.failed
         for process in attempt.processes.values():
             process.warned = process.warned or (failed and process.join is not None)
@@ -100,14 +100,14 @@ class Sessions:
             )
 
     def not_delivered(self, peer: bytes, message: m.Message) -> None:
-        """Keeps what a rank must know, to send it again in its order. A rank that asks for something else asks again, or not."""
+        """Keeps a message that the rank must have, to send it again. Any other one is dropped: its asker may ask again."""
         for process in self.members.processes():
             if process.peer == peer and isinstance(message, m.RankWelcome | m.Formed | m.MemberLost):
                 process.owed.append(message)
                 self.deadlines.set(process.key, self.effects.now + RETRY_S)
 
     def say_again(self) -> None:
-        """All that an orchestrator which welcomes this worker may have missed."""
+        """Sends again all that the orchestrator may have missed before its welcome."""
         for process in self.members.processes():
             if process.join is not None and process.status is None:
                 self.effects.send(process.join)
@@ -119,7 +119,7 @@ class Sessions:
     def expire(self) -> None:
         for key in self.deadlines.due(self.effects.now):
             process = self.members.find(*key)
-            assert process is not None, "its deadline was taken back with it"
+            assert process is not None, "an attempt is forgotten with its deadlines"
             owed, process.owed = process.owed, []
             for message in owed:
                 self.effects.add(ToRank(process.peer, message))

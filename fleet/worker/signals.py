@@ -6,10 +6,10 @@ import os
 
 
 def signal_group(pid: int, number: int, with_leader: bool) -> bool:
-    """Signals the process group that a rank leads. False: the rank runs as another user, which this process may not signal.
+    """Signals the process group that a rank leads. False: the rank runs as another user, and may not be signalled.
 
-    `with_leader`: the rank has not been reaped. It is signalled alone as long as it does not lead a group of its own, and the
-    answer is about the rank itself. Without it, the number may be another process' by now, and only the group is signalled.
+    `with_leader`: the rank has not been reaped. A rank that does not lead a group yet is signalled alone. Without it, another
+    process may have the number by now, so only the group is signalled.
     """
     try:
         os.killpg(pid, number)
@@ -21,8 +21,8 @@ def signal_group(pid: int, number: int, with_leader: bool) -> bool:
 
 
 def signal_process(pid: int, number: int) -> bool:
-    """Signals a process; 0 only asks. False: it runs as another user. A process that has ended is no error: its parent reaps it,
-    perhaps before this process is told."""
+    """Signals a process; 0 only asks. False: the process runs as another user. A process that has ended is no error: its parent
+    may have reaped it before this process is told."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

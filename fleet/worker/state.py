@@ -1,4 +1,4 @@
-"""What an agent knows: its settings and attempts, events in and effects out. Plain values."""
+"""State of an agent's core: settings, attempts and processes; events and effects. Plain values."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ Key = tuple[str, int, int]  # (job_id, attempt, member_id)
 
 @dataclass(frozen=True)
 class Settings:
-    """An agent's own facts, fixed for its life."""
+    """Facts about an agent, fixed for its life."""
 
     worker_id: str
     slots: int
-    orchestrator: str  # as a person wrote it, for messages
-    advertise: str  # host that ranks elsewhere reach this machine at; empty: the bound endpoint itself
+    orchestrator: str  # the address as a person wrote it, for messages
+    advertise: str  # the host at which ranks elsewhere reach this machine; empty: the bound endpoint itself
     versions: m.Versions = field(default_factory=versions)
     incarnation: str = field(default_factory=lambda: token_hex(8))  # of this process under that id
-    join_within_s: float | None = None  # of a cluster that lasts for one job: to find it, and this worker ends with it
+    # Of a cluster that lasts for one job: the time to find its orchestrator. The worker ends with the cluster.
+    join_within_s: float | None = None
     gpus: int = 0
     storage_id: str = ""  # see WorkerHello
-    drain_s: float = 0.0  # that what runs is given to end by itself, once this worker was told to leave
+    drain_s: float = 0.0  # for jobs to end by themselves, once the worker has been told to leave
 
 
 @dataclass
@@ -40,26 +41,26 @@ class Process:
 
     key: Key
     slot: int
-    gpus: tuple[int, ...]  # that are its own
+    gpus: tuple[int, ...]  # for this process alone
     output: OutputWindow
     pid: int = 0  # 0: not started yet
     open_streams: set[Stream] = field(default_factory=set)
-    stopped: bool = False  # it was told to end, or is not to begin
-    stop_signal: int = SIGTERM  # that asks it to end
-    hurried: bool = False  # its job is to end: what nobody reads is given up
+    stopped: bool = False  # the process was told to end, or is not to begin
+    stop_signal: int = SIGTERM  # the signal that asks the process to end
+    hurried: bool = False  # the job is to end, so output that nobody reads is given up
     exit: ProcessExited | None = None
-    drained_at: float = 0.0  # since its exit: when output that something it started holds open is given up
+    drained_at: float = 0.0  # once it has exited: when output that its own children hold open is given up
     status: m.RankStatus | None = None
-    # Of its session, which begins with fleet.init()
-    peer: bytes = b""  # its connection
-    holder: int = 0  # the pid that the connection comes from; 0: it has ended
+    # The session of a rank, which begins with fleet.init()
+    peer: bytes = b""  # the connection
+    holder: int = 0  # the pid at the other end of the connection; 0: the connection has ended
     join: m.Join | None = None
-    warned: bool = False  # it was told that another member has failed
-    owed: list[m.Message] = field(default_factory=list)  # that it did not read
-    runner: bytes = b""  # a task runner's connection, to its client
-    # By its last CollectiveCounts, see there
+    warned: bool = False  # the rank was told that another member has failed
+    owed: list[m.Message] = field(default_factory=list)  # messages that the rank did not read
+    runner: bytes = b""  # the connection of a task runner
+    # The last CollectiveCounts
     made: Made | None = None
-    inside_since: float | None = None  # when the collective began that it is in
+    inside_since: float | None = None  # when the collective began in which the rank is now
 
     @property
     def member_id(self) -> int:
@@ -77,9 +78,9 @@ class Attempt:
     assign: m.Assign
     processes: dict[int, Process]  # by member_id
     prepared: Prepared | None = None
-    failure: m.AssignFailed | None = None  # why it cannot be prepared
+    failure: m.AssignFailed | None = None  # why the attempt cannot be prepared
     launched: bool = False
-    gathered: bool = False  # what it wrote into its working folder has been looked at, or is about to be
+    gathered: bool = False  # a Gather was decided
 
     @property
     def key(self) -> AttemptKey:
@@ -125,7 +126,7 @@ class LinkFull(msgspec.Struct, frozen=True):
 
 
 class NotDelivered(msgspec.Struct, frozen=True):
-    """A rank is there and does not read: this did not reach it."""
+    """A message did not reach a rank, which is connected and does not read."""
 
     peer: bytes
     message: m.Message
@@ -162,23 +163,23 @@ class ProcessExited(msgspec.Struct, frozen=True):
     signal: int
     out_of_memory: bool
     task: int = -1  # see RankStatus
-    reason: str = ""  # why it was never started, where that is how it ended
+    reason: str = ""  # why the process was never started, if so
 
 
 class Shutdown(msgspec.Struct, frozen=True):
-    """End this agent: the first time politely, with `drain` after what it runs; each further time faster."""
+    """End this agent: with `drain` after the jobs that run here, a second time sooner, a third time at once."""
 
     drain: bool = False
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """How busy this machine or container is: 1.0 is all of its cores."""
+    """Load of this machine or container: 1.0 is all of its cores."""
 
     load: float
 
 
 class FromFiles(msgspec.Struct, frozen=True):
-    """What the file thread has for the orchestrator."""
+    """A message of the file thread for the orchestrator."""
 
     message: m.Message
 
@@ -206,7 +207,7 @@ class ToRank(msgspec.Struct, frozen=True):
 
 
 class WelcomeRank(msgspec.Struct, frozen=True):
-    """Tell a rank where its inbox goes, and how the ranks of its job know each other."""
+    """Send RankWelcome to a rank. The shell knows the endpoint of the rank's inbox and the secret of its job."""
 
     peer: bytes
     job_id: str
@@ -215,7 +216,7 @@ class WelcomeRank(msgspec.Struct, frozen=True):
 
 
 class Prepare(msgspec.Struct, frozen=True):
-    """Get and unpack the bundle, find a free port; answered by Prepared or PrepareFailed, unless Remove comes before."""
+    """Get and unpack the bundle, and find a free port. Answered by Prepared or PrepareFailed, unless Remove comes before."""
 
     assign: m.Assign
 
@@ -225,18 +226,18 @@ class TakePart(msgspec.Struct, frozen=True):
 
 
 class Spawn(msgspec.Struct, frozen=True):
-    """Start one rank; answered by Spawned, or by ProcessExited if it cannot be started."""
+    """Start one rank. Answered by Spawned, or by ProcessExited if the rank cannot be started."""
 
     assign: m.Assign
     launch: m.Launch
     member_id: int
     directory: Path
-    local_rank: int  # place among those of this worker
+    local_rank: int  # place among the members on this worker
     gpus: tuple[int, ...]
 
 
 class SignalGroup(msgspec.Struct, frozen=True):
-    """Send a signal to the rank's whole process group."""
+    """Send a signal to the process group of a rank: to the rank and to all that it has started."""
 
     key: Key
     pid: int
@@ -244,34 +245,34 @@ class SignalGroup(msgspec.Struct, frozen=True):
 
 
 class ReadOutput(msgspec.Struct, frozen=True):
-    """Go on reading a rank's output, or leave it in the pipe so that the rank feels it."""
+    """Go on reading the output of a rank, or leave it in the pipe, so that the rank waits."""
 
     key: Key
     on: bool
 
 
 class Remove(msgspec.Struct, frozen=True):
-    """Forget all files and pipes of an attempt, also those that are still made."""
+    """Remove all files and pipes of an attempt, and break off its preparation."""
 
     job_id: str
     attempt: int
 
 
 class Gather(msgspec.Struct, frozen=True):
-    """Move what the attempt wrote into its working folder, and is to be kept, to the output folder of its job."""
+    """Move files of an attempt that are to be kept from its working folder to the output folder of its job."""
 
     assign: m.Assign
     directory: Path
 
 
 class ServeOutput(msgspec.Struct, frozen=True):
-    """Answer from the output folder of a job."""
+    """Answer a question about the output folder of a job."""
 
     ask: m.ListFiles | m.ReadFile
 
 
 class ReportStored(msgspec.Struct, frozen=True):
-    """Use the output folders of this cluster from now on, and say which jobs have one; answered by FromFiles."""
+    """Use the output folders of this cluster from now on, and tell which jobs have one. Answered by FromFiles."""
 
     cluster_id: str
 
@@ -281,7 +282,7 @@ class DiscardOutput(msgspec.Struct, frozen=True):
 
 
 class ResumeDownloads(msgspec.Struct, frozen=True):
-    """Ask again for the bundles that are on the way: what was asked for may be lost."""
+    """Ask again for the bundles that have not arrived whole: the first question may be lost."""
 
 
 class Log(msgspec.Struct, frozen=True):
@@ -290,7 +291,7 @@ class Log(msgspec.Struct, frozen=True):
 
 
 class Exit(msgspec.Struct, frozen=True):
-    """This agent has ended; a reason means that it failed."""
+    """End this agent. A reason means that it failed."""
 
     reason: str = ""
 
