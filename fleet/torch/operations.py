@@ -6,6 +6,8 @@ Knows neither how torch calls them (process_group.py), nor how the communicator 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,46 +21,118 @@ Tensors = list[torch.Tensor]
 
 
 class Operations:
-    """The operations of one process group."""
+    """The operations of one process group. All raise DistBackendError with the text of fleet's error."""
 
-    def __init__(self, comm: Communicator, timeout_s: float) -> None:
+    def __init__(self, comm: Communicator) -> None:
         self.comm = comm
-        self.timeout_s = timeout_s
+
+    # Reductions
 
     def all_reduce(self, tensors: Tensors, opts: Any) -> Work:
         op = fleet_op(opts.reduceOp)
-        [x] = tensors
-        return self._call(opts, tensors, lambda **how: self.comm.all_reduce(x, op, **how))
+        return self._each(opts, tensors, lambda x, **how: self.comm.all_reduce(x, op, **how))
+
+    def reduce(self, tensors: Tensors, opts: Any) -> Work:
+        op, root = fleet_op(opts.reduceOp), opts.rootRank
+        return self._each(opts, tensors, lambda x, **how: self.comm.reduce(x, root, op, **how))
+
+    def reduce_scatter(self, outputs: Tensors, inputs: list[Any], opts: Any) -> Work:
+        """outputs[i]: this rank's share of inputs[i], one tensor, or a list with a part for each rank."""
+        op = fleet_op(opts.reduceOp)
+
+        def call(pair: tuple[Any, Any], **how: Any) -> Any:
+            x, out = _whole_and_part(pair[1], pair[0])
+            return self.comm.reduce_scatter(out, x, op, **how)
+
+        return self._each(opts, list(zip(outputs, inputs, strict=True)), call, outputs)
+
+    # Moves
 
     def broadcast(self, tensors: Tensors, opts: Any) -> Work:
-        [x] = tensors
-        return self._call(opts, tensors, lambda **how: self.comm.broadcast(x, opts.rootRank, **how))
+        return self._each(opts, tensors, lambda x, **how: self.comm.broadcast(x, opts.rootRank, **how))
 
-    def all_gather(self, outputs: list[Tensors], inputs: Tensors, opts: Any) -> Work:
-        [out], [x] = outputs, inputs
-        flat = torch.empty((len(out), *x.shape), dtype=x.dtype)
+    def all_gather(self, outputs: list[Any], inputs: Tensors, opts: Any) -> Work:
+        """outputs[i]: every rank's inputs[i], in one tensor, or in a list with a part for each rank."""
 
-        def after() -> None:
-            for target, source in zip(out, flat, strict=True):
-                target.copy_(source)
+        def call(pair: tuple[Any, Any], **how: Any) -> Any:
+            out, x = _whole_and_part(*pair)
+            return self.comm.all_gather(out, x, **how)
 
-        return self._call(opts, out, lambda **how: self.comm.all_gather(flat, x, **how), after)
+        return self._each(opts, list(zip(outputs, inputs, strict=True)), call, outputs)
+
+    def gather(self, outputs: list[Tensors], inputs: Tensors, opts: Any) -> Work:
+        out = outputs[0] if outputs else None
+        return self._call(opts, out or [], lambda **how: self.comm.gather(out, inputs[0], opts.rootRank, **how))
+
+    def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> Work:
+        x = inputs[0] if inputs else None
+        return self._call(opts, outputs, lambda **how: self.comm.scatter(outputs[0], x, opts.rootRank, **how))
+
+    def all_to_all(self, outputs: Tensors, inputs: Tensors, opts: Any) -> Work:
+        return self._call(opts, outputs, lambda **how: self.comm.all_to_all(outputs, inputs, **how))
+
+    def all_to_all_single(
+        self, out: torch.Tensor, x: torch.Tensor, out_splits: list[int], x_splits: list[int], opts: Any
+    ) -> Work:
+        """Splits are rows; empty lists: equal parts."""
+        # What is uneven on one rank is so on all: each must take the same way.
+        splits = (out_splits or None, x_splits or None)
+        return self._call(opts, [out], lambda **how: self.comm.all_to_all(out, x, *splits, **how))
 
     def barrier(self, opts: Any) -> Work:
         return self._call(opts, [], self.comm.barrier)
 
+    # Between two ranks
+
+    def send(self, tensors: Tensors, dst: int, tag: int) -> Work:
+        [x] = tensors
+        return self._made([], lambda: self.comm.send(x, dst, tag, async_op=True))
+
+    def recv(self, tensors: Tensors, src: int | None, tag: int) -> Work:
+        """src None: from any rank."""
+        [x] = tensors
+        return self._made(tensors, lambda: self.comm.recv(x, src, tag, async_op=True))
+
+    def monitored_barrier(self, timeout: timedelta | None, wait_all_ranks: bool) -> None:
+        """Returns once every rank has called it. Rank 0 raises DistBackendError with all ranks that have not in time.
+
+        The others wait for rank 0, and raise where it does not come. `wait_all_ranks` is how fleet does it anyway.
+        """
+        limit_s = (
+            timeout.total_seconds() if timeout is not None and timeout.total_seconds() > 0 else self.comm.timeout_s
+        )
+        try:
+            self.comm.barrier(timeout_s=limit_s)
+        except FleetError as error:
+            raise torch_error(error) from None
+
     def close(self) -> None:
         self.comm.close()
 
-    def _call(
-        self, opts: Any, result: Tensors, call: Callable[..., Any], after: Callable[[], None] | None = None
-    ) -> Work:
-        """Makes one call of fleet as the options say. Raises DistBackendError with fleet's text."""
+    # How a call is made
+
+    def _each(self, opts: Any, items: list[Any], call: Callable[..., Any], result: Any = None) -> Work:
+        """One call for each item, in order. The Work is that of the last one, before which all others are done."""
+        if not items:
+            return Work(None, [])
+        for item in items[:-1]:
+            self._call(opts, [], partial(call, item))
+        return self._call(opts, items if result is None else result, partial(call, items[-1]))
+
+    def _call(self, opts: Any, result: Any, call: Callable[..., Any]) -> Work:
         timeout_s = opts.timeout.total_seconds()
-        how = {"timeout_s": timeout_s if timeout_s > 0 else None, "async_op": getattr(opts, "asyncOp", True)}
-        if after is not None:
-            how["async_op"] = False
+        async_op = getattr(opts, "asyncOp", True)
+        return self._made(result, lambda: call(timeout_s=timeout_s if timeout_s > 0 else None, async_op=async_op))
+
+    def _made(self, result: Any, call: Callable[[], Any]) -> Work:
         try:
-            return Work(call(**how), result, after)
+            return Work(call(), result)
         except FleetError as error:
             raise torch_error(error) from None
+
+
+def _whole_and_part(whole: Any, part: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """One tensor for all ranks and one for this rank, flat: torch compares the numbers of their elements, not their shapes."""
+    if isinstance(whole, torch.Tensor) and whole.is_contiguous() and part.is_contiguous():
+        return whole.view(-1), part.view(-1)
+    return whole, part

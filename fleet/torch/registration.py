@@ -12,5 +12,5 @@ from fleet.torch.process_group import FleetProcessGroup
 def create(options: Any, backend_options: Any) -> FleetProcessGroup:
     """The process group of `options` (torch's _DistributedBackendOptions). Called by its members only."""
     timeout_s = options.timeout.total_seconds()
-    operations = Operations(communicator(options, timeout_s), timeout_s)
+    operations = Operations(communicator(options, timeout_s))
     return FleetProcessGroup(options, operations)

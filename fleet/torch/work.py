@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import distributed as dist
 
 from fleet.collectives.work import Work as FleetWork
-from fleet.errors import FleetError
+from fleet.errors import FleetError, UsageError
 
 
 def torch_error(error: BaseException) -> BaseException:
@@ -23,18 +22,13 @@ def torch_error(error: BaseException) -> BaseException:
 
 
 class Work(dist.Work):
-    """One call under way, or done where `work` is None. `after` copies what came to where it belongs, once."""
+    """One call under way, or done where `work` is None. `tensors` is what its future gives."""
 
-    def __init__(
-        self, work: FleetWork | None, tensors: list[torch.Tensor], after: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, work: FleetWork | None, tensors: Any) -> None:
         super().__init__()
         self._work = work
         self._tensors = tensors
         self._future: torch.futures.Future[Any] | None = None
-        self._after = after
-        if work is None and after is not None:
-            after()
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """True once the call is done. Raises DistBackendError with fleet's text."""
@@ -56,8 +50,17 @@ class Work(dist.Work):
         error = None if self._work is None or not self._work.done() else self._work.exception()
         return None if error is None else torch_error(error)
 
-    def result(self) -> list[torch.Tensor]:
+    def result(self) -> Any:
         return self._tensors
+
+    def _source_rank(self) -> int:
+        """The rank that a receive got its message from, once it is done."""
+        source = self._work.source if self._work is not None else None
+        if source is None:
+            raise UsageError("only a receive that is done has a source rank")
+        return source
+
+    source_rank = _source_rank
 
     def synchronize(self) -> None:
         self.wait()
