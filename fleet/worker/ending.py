@@ -1,7 +1,7 @@
-"""The end of a forked rank: Python's own, without what was imported before the fork.
+"""End of a forked rank: Python's own, except for modules that were imported before the fork.
 
-Python takes every module apart, and C libraries their static objects: 0.3 s for torch, on every rank. What the fork server
-imported is left alone instead. All that came after the fork, so all that is the script's, ends as after `python script.py`.
+Python takes every module apart, and C libraries their static objects: 0.3 s for torch, on every rank. Modules that the fork
+server imported are left alone instead. All that the script made ends as after `python script.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from fleet import config
 
-# Libraries that lose nothing if they are not told of the end. Of packages: all that is in their folders.
+# Libraries that lose nothing if they do not hear of the end. Of packages: all libraries in their folders.
 _PACKAGES = (
     "fleet", "msgpack", "msgspec", "numpy", "nvidia", "pandas", "psutil", "pyzmq", "scipy", "sklearn", "torch", "triton", "zmq",
     "scikit_learn",
@@ -31,11 +31,11 @@ _SYSTEM = re.compile(
     r"resolv|readline|ncursesw?|tinfow?|mpdec|gfortran|quadmath|openblas\w*|lapack|blas|python3[\d.]*))[-.\d]*[^/]*$"
 )
 
-_FILE = io.IOBase.__mro__[1]  # the base of them all; isinstance would run code of things that are no files
+_FILE = io.IOBase.__mro__[1]  # base of all files. isinstance would run code of objects that are none
 
 
 class _StandIn:
-    """Stands for a module that was imported before the fork while Python takes the modules apart: it knows only modules."""
+    """Stands in for a module of before the fork. Python takes apart only modules, and so leaves the real one alone."""
 
     def __init__(self, module: ModuleType) -> None:
         self.__dict__ = module.__dict__
@@ -45,24 +45,24 @@ _kept: dict[str, tuple[ModuleType, _StandIn]] = {}
 
 
 class _FileCloser:
-    """Lies in `sys`, which is cleared last: closes files that only what is kept still refers to."""
+    """Closes files that only the kept modules refer to. Python clears `sys`, where this object lies, last of all."""
 
     def __del__(self) -> None:
         _close_files()
 
 
 def prepare() -> None:
-    """Before anything else is imported: handlers of `atexit` run last to first, and this one is to be the last."""
+    """To be called before all other imports: handlers of `atexit` run last to first, and this one is to be the last."""
     atexit.register(_end)
 
 
 def keep_modules() -> None:
-    """Once all is imported that ranks are to be forked with."""
+    """To be called after the imports, before the first fork."""
     for name, module in sys.modules.items():
         if type(module) is ModuleType and name not in ("__main__", "builtins", "sys"):
             _kept[name] = module, _StandIn(module)
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
-        # torch gives its operators back one by one, 25 ms in each rank.
+        # torch releases its operators one by one, which takes 25 ms in each rank.
         if (alive := finalizer.peek()) is not None and alive[1].__module__.startswith("torch."):
             finalizer.atexit = False
 
@@ -70,8 +70,8 @@ def keep_modules() -> None:
 def _end() -> None:
     """The last handler of `atexit` in a rank."""
     if not _kept:
-        return  # it was not forked
-    # Never freed, whatever Python does to the modules that refer to it.
+        return  # this process was not forked
+    # Never freed, even if Python clears all modules that refer to it.
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(_kept))
     modules: dict[str, Any] = sys.modules
     for name, (module, stand_in) in _kept.items():
@@ -80,13 +80,13 @@ def _end() -> None:
     sys._fleet_last = _FileCloser()  # type: ignore[attr-defined]
     libc = ctypes.CDLL(None)
     if _nothing_to_tell() and hasattr(libc, "on_exit"):
-        # After Python's own end, and before what C libraries have registered: write out C's streams, and be gone.
+        # Runs after Python has ended, and before the handlers of C libraries: writes out the streams of C, and exits.
         libc.on_exit(libc._exit, None)
         libc.on_exit(libc.fcloseall, None)
 
 
 def _nothing_to_tell() -> bool:
-    """Whether only libraries are loaded that lose nothing if they are not told of the end."""
+    """Whether all loaded libraries are known to lose nothing if they do not hear of the end."""
     if config.is_preloading_libraries():
         return False
     files = [getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES]
@@ -99,7 +99,7 @@ def _nothing_to_tell() -> bool:
 
 
 def _mapped() -> frozenset[str]:
-    """The shared libraries of this process; none where the system does not say."""
+    """The shared libraries of this process. Empty where the system does not tell."""
     try:
         lines = Path("/proc/self/maps").read_bytes().splitlines()
     except OSError:
@@ -108,12 +108,12 @@ def _mapped() -> frozenset[str]:
 
 
 def _close_files() -> None:
-    """Ends what was written to files as their finalizers would: the outermost of what wraps what comes first."""
+    """Closes all files as their finalizers would: the outermost wrapper first."""
     ours = (sys.__stdin__, sys.__stdout__, sys.__stderr__)
     files: list[Any] = [thing for thing in gc.get_objects() if _FILE in type(thing).__mro__]
     order = (io.TextIOWrapper, object, io.BufferedRWPair, io.BufferedRandom, io.BufferedWriter, io.FileIO)
     files.sort(key=lambda file: max(index for index, kind in enumerate(order) if kind in type(file).__mro__))
     for file in files:
         if all(file is not one for one in ours):
-            with contextlib.suppress(Exception):  # as finalizers do
+            with contextlib.suppress(Exception):  # as in finalizers
                 file.close()

@@ -1,7 +1,7 @@
-"""The fork server's own process: imports what ranks need once, then forks a rank whenever its agent asks for one.
+"""Fork server: a process that imports what ranks need once, and forks a rank whenever its agent asks for one.
 
-`main` returns in the forked children only, when their script has ended, and so each ends as Python ends after any script.
-What importing printed is kept, and printed again by every rank, which would have printed it itself.
+`main` returns only in forked children, when their script has ended. So each of them ends as Python ends after any script.
+Output of the imports is kept, and printed by every rank.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ ANSWER = struct.Struct("!q")  # a pid, or an errno that is negative
 
 
 def main(words: list[str], at_start: Collection[str]) -> None:
-    """Serves, as the child of an agent at the other end of a socket. `words`: the socket's descriptor, what to import."""
+    """Serves an agent at the other end of a socket. `words`: the descriptor of the socket, and the modules to import."""
     descriptor, *preload = words
-    # A rank gets back what was inherited, so that what the starter ignores stays ignored. Until the imports are done these
-    # signals are blocked, as they were while this process started.
+    # Ranks get back the inherited handlers, so that signals which the starter ignores stay ignored. These signals are blocked
+    # until the imports are done, as they were during the start of this process.
     inherited = {number: signal.getsignal(number) for number in SIGNALS}
     ending.prepare()
     if (failed := _import(preload)) is not None:
-        # Again, without it and what comes after it: half of a module that cannot be imported is not for ranks.
+        # Begins again without this module and those behind it: half of a failed module must not stay for ranks.
         _forget_output()
         os.execv(sys.executable, [*sys.orig_argv[: len(sys.orig_argv) - len(preload)], *preload[:failed]])
     ending.keep_modules()
@@ -46,7 +46,7 @@ def main(words: list[str], at_start: Collection[str]) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    raise_limit(FILES_AT_MOST)  # it has one open for each rank
+    raise_limit(FILES_AT_MOST)  # one file is open for each rank
     link = socket.socket(fileno=int(descriptor))
     link.sendall(READY)
     descriptors = _serve(link)
@@ -57,14 +57,14 @@ def main(words: list[str], at_start: Collection[str]) -> None:
 
 
 def _import(names: Iterable[str]) -> int | None:
-    """The index of the first that cannot be imported."""
-    gc.disable()  # nothing of it is garbage
+    """The index of the first module that cannot be imported, or None."""
+    gc.disable()  # nothing of the imports is garbage
     for index, name in enumerate(names):
         try:
             __import__(name)
-        except BaseException:  # whatever it is, the script's own import will show it
+        except BaseException:  # the import in the script will show it
             return index
-    gc.freeze()  # a collection in a rank, and at its end, need not look at them
+    gc.freeze()  # collections in ranks need not look at these objects
     gc.enable()
     _flush()
     return None
@@ -84,11 +84,11 @@ def _forget_output() -> None:
 
 
 def _serve(link: socket.socket) -> list[int]:
-    """Forks whenever a message comes; returns in a child only, with the descriptors that came with it."""
+    """Forks whenever a message comes. Returns only in a child, with the descriptors that came with the message."""
     wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.set_wakeup_fd(wake_write)
-    children: dict[int, int] = {}  # by pid, where its status is written to
+    children: dict[int, int] = {}  # descriptor for the exit status, by pid
     poll = select.poll()
     poll.register(link, select.POLLIN)
     poll.register(wake_read, select.POLLIN)
@@ -101,8 +101,10 @@ def _serve(link: socket.socket) -> list[int]:
             continue
         message, descriptors, _, _ = socket.recv_fds(link, 1, DESCRIPTORS)
         if not message:
-            os._exit(0)  # the agent has ended; ranks that still run are told by PR_SET_PDEATHSIG
-        pid = _fork() if len(descriptors) == DESCRIPTORS else -errno.EMFILE  # the kernel closes those without room
+            os._exit(0)  # the agent has ended; ranks that still run die by PR_SET_PDEATHSIG
+        pid = (
+            _fork() if len(descriptors) == DESCRIPTORS else -errno.EMFILE
+        )  # the kernel drops those for which there is no room
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -118,9 +120,9 @@ def _serve(link: socket.socket) -> list[int]:
 
 
 def _fork() -> int:
-    """0 in the child; in the parent its pid, or an errno that is negative."""
+    """0 in the child. In the parent the pid of the child, or minus an errno."""
     with warnings.catch_warnings():
-        # Libraries may have started threads, which their own handlers see through a fork; Python 3.12 warns all the same.
+        # Threads of libraries have handlers for a fork. Python 3.12 warns nevertheless.
         warnings.simplefilter("ignore", DeprecationWarning)
         try:
             return os.fork()
@@ -134,6 +136,6 @@ def _reap(children: dict[int, int]) -> None:
         if not pid:
             return
         if (descriptor := children.pop(pid, None)) is not None:
-            with contextlib.suppress(OSError):  # the agent has given it up
+            with contextlib.suppress(OSError):  # the agent has closed the other end
                 os.write(descriptor, struct.pack("!i", status))
             os.close(descriptor)

@@ -1,7 +1,7 @@
-"""Ends what ranks had started when their agent dies without a word. Runs as a process of its own, and imports nothing of fleet.
+"""Guard of an agent: a process that kills the process groups of ranks when the agent dies. Imports nothing of fleet.
 
-PDEATHSIG ends the ranks themselves, but not a shell's children or a data loader's: those would run on, beside the next
-attempt. The guard waits at the end of a pipe that only the agent holds, and kills the process groups that it was told of.
+PDEATHSIG ends the ranks themselves, but not children of a shell or of a data loader, which would run on beside the next
+attempt. The guard reads from a pipe that only the agent holds, and kills all groups that it was told of when the pipe closes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from signal import SIGKILL
 
 
 class Guard:
-    """The agent's side. `watch` and `release` cost a write to a pipe."""
+    """The agent's side. `watch` and `release` cost one write to a pipe."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -24,11 +24,11 @@ class Guard:
         self._say(f"+{group}\n")
 
     def release(self, group: int) -> None:
-        """Once it has been killed, or ended: its number may become another's."""
+        """To be called once the group has been killed: its number may be used again."""
         self._say(f"-{group}\n")
 
     def close(self) -> None:
-        """What is still watched is killed."""
+        """Kills all groups that are still watched."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
@@ -38,12 +38,12 @@ class Guard:
         try:
             os.write(self._process.stdin.fileno(), line.encode())  # short, so it is written whole
         except BrokenPipeError:
-            return  # somebody killed the guard: ranks still die with this process, what they started does not
+            return  # the guard was killed: children of ranks may outlive the agent, ranks do not
 
 
 def main() -> None:
     watched: set[int] = set()
-    for line in sys.stdin:  # ends with the agent, however that ends
+    for line in sys.stdin:  # the pipe closes with the agent, however that ends
         (watched.add if line[0] == "+" else watched.discard)(int(line[1:]))
     for group in watched:
         try:

@@ -1,4 +1,4 @@
-"""Whether the kernel killed for lack of memory: its own count of such kills, before and after."""
+"""Kills by the kernel for lack of memory, as the kernel counts them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _VMSTAT = Path("/proc/vmstat")  # the machine's
 
 
 def oom_kill_count() -> int:
-    """How often the kernel's OOM killer has struck, as far as it tells us."""
+    """The number of kills so far, as far as the kernel tells."""
     total = 0
     for path in (_CGROUP_EVENTS, _VMSTAT):
         with contextlib.suppress(OSError, ValueError):

@@ -1,6 +1,6 @@
-"""Which task a runner is in, told without a message: eight bytes in a file that outlive it, so that a death has its cause.
+"""Current task of a task runner, in eight bytes of a file that outlives the runner.
 
-Results of tasks before that one may be lost with the runner; without this, their innocent tasks would be blamed.
+If the runner dies, that task is to blame. Results of earlier tasks may be lost with the runner, so the last result does not tell.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ IDLE, UNKNOWN = 0, -1
 
 
 class Progress:
-    """The runner's side: writing costs a store to memory."""
+    """The runner's side. A note costs one store to memory."""
 
     def __init__(self, control: str, job_id: str) -> None:
         path = _path(control, job_id)
@@ -25,7 +25,7 @@ class Progress:
 
 
 def last_task(control: str, job_id: str) -> int:
-    """The task that the runner was in, IDLE between tasks, UNKNOWN where it never said. Removes the file."""
+    """The task that the runner was in: IDLE between tasks, UNKNOWN if it never noted any. Removes the file."""
     path = _path(control, job_id)
     try:
         data = path.read_bytes()
@@ -36,5 +36,5 @@ def last_task(control: str, job_id: str) -> int:
 
 
 def _path(control: str, job_id: str) -> Path:
-    """Beside the agent's own endpoint, in its private folder."""
+    """The file lies beside the endpoint of the agent, in its private folder."""
     return Path(control.removeprefix("ipc://")).with_name(f"task-{job_id}")

@@ -1,6 +1,6 @@
-"""A rank's process from fork to exit: its own process group, environment and output, then the user's code.
+"""Process of a rank from fork to exit: process group, environment and output of its own, then the user's code.
 
-Runs in the forked child. Knows nothing of the cluster: what it runs calls fleet.init() or does not.
+Runs in the forked child. Knows nothing of the cluster, which the user's code joins by fleet.init(), if at all.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from fleet.errors import FleetError, WorldChanged
 from fleet.worker.imports import imports_of
 
 PR_SET_PDEATHSIG = 1
-COMMAND_NOT_FOUND, COMMAND_NOT_EXECUTABLE = 127, 126  # the shell's
+COMMAND_NOT_FOUND, COMMAND_NOT_EXECUTABLE = 127, 126  # exit codes, as of a shell
 _OF_ANY_MAIN = ("__annotations__", "__builtins__", "__name__")
-PLAN, STDOUT, STDERR, STATUS, STDIN = range(5)  # of the descriptors that a rank is started with
+PLAN, STDOUT, STDERR, STATUS, STDIN = range(5)  # indices of the descriptors that a rank gets from its agent
 _PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run, and where."""
+    """Program of a rank, with its folder and environment."""
 
     kind: str
     target: str
     args: tuple[str, ...]
     directory: str
     environment: dict[str, str]
-    anywhere: bool = False  # whether the server imported what suits most scripts, rather than what suits this one
+    anywhere: bool = False  # the fork server has imported what suits most scripts; False: what suits this one
 
 
 def main(descriptors: list[int], at_start: Collection[str]) -> None:
-    """Carries out the plan, and returns or raises as the script does: the interpreter ends as after any script."""
+    """Carries out the plan. Returns or raises as the script does, so that the interpreter ends as after any script."""
     server = os.getppid()
-    os.setsid()  # a group of its own, so that a signal reaches all that it starts and a terminal's Ctrl-C does not
+    os.setsid()  # a signal to this group reaches all that the rank starts, and Ctrl-C of a terminal does not reach it
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != server:
-        os._exit(1)  # it died before we asked to be told
+        os._exit(1)  # the server died before this process asked to die with it
     said = [_content(1), _content(2)]
     os.dup2(descriptors[STDIN], 0)
     os.dup2(descriptors[STDOUT], 1)
@@ -77,12 +77,12 @@ def main(descriptors: list[int], at_start: Collection[str]) -> None:
         _run_tasks(plan)
         return
     for descriptor, data in enumerate(said, 1):
-        os.write(descriptor, data)  # what importing printed, which it would have printed here
+        os.write(descriptor, data)  # the imports printed this in the fork server
     _run_python(plan, at_start)
 
 
 def main_afresh(plan_file: int, at_start: Collection[str]) -> None:
-    """Goes on with a rank for which nothing may have been imported before: it runs in a new interpreter."""
+    """Goes on with a rank in a new interpreter, in which nothing was imported before."""
     _, plan = _read_plan(plan_file)
     os.close(plan_file)
     _open_streams()
@@ -90,29 +90,29 @@ def main_afresh(plan_file: int, at_start: Collection[str]) -> None:
 
 
 def _read_plan(descriptor: int) -> tuple[str, Plan]:
-    """The agent's runtime folder, and what to run."""
+    """The runtime folder of the agent, and the plan."""
     runtime, *fields = marshal.loads(_content(descriptor))
     return runtime, Plan(*fields)
 
 
 def _wants_imports_of_its_own(plan: Plan) -> bool:
-    """Whether the script does something before an import that may change it, such as setting a variable."""
+    """Whether the script may change what an import does, such as by a variable, before it imports something."""
     if plan.kind != "script" or "numpy" not in sys.modules:
         return False
     try:
         source = Path(plan.target).read_bytes()
         return bool(imports_of(ast.parse(source), Path(plan.target).resolve().parent).late)
     except (OSError, SyntaxError, ValueError):
-        return False  # running it will say so
+        return False  # the run of the script will tell
 
 
 def _content(descriptor: int) -> bytes:
-    """All of a file in memory. Its position is shared with other processes, so that is left alone."""
+    """The bytes of a file in memory. Its position is shared with other processes, and stays as it is."""
     return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
 
 
 def _open_streams() -> None:
-    """New ones: those inherited from the fork server remember the file, with a position, that their descriptor was then."""
+    """Makes new standard streams. The fork server's remember another file behind their descriptors, and a position in it."""
     for descriptor, name, mode in ((0, "stdin", "rb"), (1, "stdout", "wb"), (2, "stderr", "wb")):
         like = getattr(sys, name)
         raw: Any = io.FileIO(descriptor, mode, closefd=False)
@@ -128,19 +128,19 @@ def _open_streams() -> None:
 
 
 def _begin_anew(runtime: str) -> None:
-    """What a process has of its own is not the fork server's."""
+    """Replaces state of the fork server that each process must have for itself."""
     if (process := sys.modules.get("multiprocessing.process")) is not None:
         process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
         own: dict[str, Any] = process.current_process()._config
         own["authkey"] = process.AuthenticationString(os.urandom(32))
-        own["tempdir"] = runtime  # what it leaves there when it is killed goes with the runtime folder
+        own["tempdir"] = runtime  # the agent removes this folder, also if the rank is killed
     if (random := sys.modules.get("numpy.random")) is not None:
-        random.seed()  # the server's state would give every rank the same "random" numbers
+        random.seed()  # with the state of the fork server all ranks would draw the same numbers
 
 
 def _execute(plan: Plan) -> NoReturn:
     """Replaces this process by the command."""
-    # An ignored signal stays so across exec: Python ignores the first two, and under Slurm the agent the others.
+    # Exec keeps ignored signals ignored. Python ignores the first two, and under Slurm the agent ignores the others.
     for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
     try:
@@ -155,8 +155,8 @@ def _execute(plan: Plan) -> NoReturn:
 
 def _run_python(plan: Plan, at_start: Collection[str]) -> None:
     """Runs the script or module as `__main__`."""
-    options = sys.orig_argv[1 : -len(sys.argv)]  # those of the interpreter
-    # A new one: what the fork server's refers to is kept for good.
+    options = sys.orig_argv[1 : -len(sys.argv)]  # of the interpreter
+    # A new module: the fork server's is never freed, and so would be all that it refers to.
     main = ModuleType("__main__")
     same = {name: value for name, value in vars(sys.modules["__main__"]).items() if name in _OF_ANY_MAIN}
     vars(main).update(same, __doc__=None, __loader__=None, __package__=None, __spec__=None)
@@ -171,7 +171,7 @@ def _run_python(plan: Plan, at_start: Collection[str]) -> None:
             sys.argv = [plan.target, *plan.args]
             sys.orig_argv = [sys.orig_argv[0], *options, *sys.argv]
             _set_first_folder(os.path.dirname(os.path.realpath(plan.target)), at_start)
-            # As Python does: the file's name is absolute, and not the real one behind a link.
+            # As in Python: the path is absolute, and links in it are not followed.
             file = os.path.join(os.getcwd(), plan.target)
             vars(main).update(__file__=file, __cached__=None)
             code = _compiled(file, main) if file.endswith(".pyc") else _source(file, main)
@@ -185,7 +185,7 @@ def _run_python(plan: Plan, at_start: Collection[str]) -> None:
     except SystemExit:
         raise
     except WorldChanged:
-        raise SystemExit(1) from None  # the job's report says whom this rank has lost: no traceback from every rank
+        raise SystemExit(1) from None  # the report of the job names the lost rank: no traceback from every other one
     except BaseException:
         _show_without_our_frames(plan.kind)
         raise
@@ -205,11 +205,11 @@ def _compiled(file: str, main: ModuleType) -> CodeType:
 
 
 def _holds_main(path: str) -> bool:
-    """Whether it is a folder or a zip file, of which Python runs the `__main__` module."""
+    """Whether the path is a folder or a zip file. Python runs the `__main__` module in it."""
     if os.path.isdir(path):
         return True
     with open(path, "rb") as file:
-        if not file.read(2).startswith((b"PK", b"#!")):  # as most scripts do not
+        if not file.read(2).startswith((b"PK", b"#!")):  # most scripts
             return False
     from zipfile import is_zipfile
 
@@ -217,13 +217,13 @@ def _holds_main(path: str) -> bool:
 
 
 def _forget_file() -> None:
-    """As Python does once a script's last line has run."""
+    """Removes the names that Python removes once the last line of a script has run."""
     for name in ("__file__", "__cached__"):
         vars(sys.modules["__main__"]).pop(name, None)
 
 
 def _set_first_folder(folder: str, at_start: Collection[str]) -> None:
-    """Puts it first on the search path, and what it has is found there, though the server has imported others of that name."""
+    """Puts a folder first on the search path. Modules of the fork server that a file there has the name of are forgotten."""
     if sys.flags.safe_path:
         return
     sys.path.insert(0, folder)
@@ -240,11 +240,11 @@ def _set_first_folder(folder: str, at_start: Collection[str]) -> None:
 
 
 def _show_without_our_frames(kind: str) -> None:
-    """An exception that nobody caught is shown without the frames that led to the user's code, or from it into fleet."""
+    """Cuts fleet's frames off the traceback of an uncaught exception, at both ends."""
     hook = sys.excepthook
 
     def show(error_type: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        error.__traceback__ = _users_part(traceback)  # the hook may look at either
+        error.__traceback__ = _users_part(traceback)  # a hook may look here or at its argument
         _end_at_users_code(error)
         hook(error_type, error, error.__traceback__)
         if kind == "script":
@@ -254,14 +254,14 @@ def _show_without_our_frames(kind: str) -> None:
 
 
 def _run_tasks(plan: Plan) -> None:
-    """Calls what its client sends. What the client can import, this process can: by its search path, or from its bundle."""
+    """Makes the calls of a client. This process can import what the client can: from the same search path, or a bundle."""
     from fleet.worker.task_runner import serve
 
     sys.argv = [plan.target]
     sys.path[0:0] = plan.args or (os.getcwd(),)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # its client writes it in its own
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # the client prints it in its own encoding
     serve(plan.target if plan.target.startswith("/") else "")
 
 
@@ -276,8 +276,8 @@ def _users_part(traceback: TracebackType | None) -> TracebackType | None:
 
 
 def _end_at_users_code(error: BaseException) -> None:
-    """Cuts fleet's own frames off the inner end of its errors, also of those that led to this one: they say all in words.
-    Where in a collective Ctrl-C has met a rank is no news either."""
+    """Cuts fleet's frames off the inner end of its errors, and of the errors that led to this one: their text says it all.
+    The same for Ctrl-C inside of a collective."""
     seen: list[BaseException] = []
     ahead: list[BaseException | None] = [error]
     while ahead:

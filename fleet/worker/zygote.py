@@ -1,6 +1,6 @@
-"""Processes by fork after import: a server that has imported torch once, so that a new rank costs a fork.
+"""Agent's side of the fork server: a process that has imported torch once, so that a new rank costs a fork.
 
-This is the agent's side; fork_server.py is the other. Measured: docs/decisions.md.
+The other side is fork_server.py. Measurements are in docs/decisions.md.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fleet import interpreter
 from fleet.worker.fork_server import ANSWER, READY, SIGNALS
 from fleet.worker.rank_process import Plan
 
-RANK = "fleet.collectives.init"  # what fleet.init() needs, with numpy
+RANK = "fleet.collectives.init"  # imports all that fleet.init() needs, with numpy
 RUNNER = (RANK, "fleet.worker.task_runner")
 
 
 @dataclass
 class Child:
-    """A started rank. The descriptors are ready to read when it prints, or (sentinel) when it has ended."""
+    """A started rank. `stdout` and `stderr` can be read when it has printed, `sentinel` when it has ended."""
 
     pid: int
     sentinel: int
@@ -43,7 +43,7 @@ class Child:
 
 
 class Zygote:
-    """Starts with its construction; imports go on in the background. It ends with this process, however that ends."""
+    """The server starts with the construction, and imports in the background. It dies with this process."""
 
     def __init__(self, runtime: Path, preload: Sequence[str] = ()) -> None:
         self._runtime = runtime
@@ -57,16 +57,16 @@ class Zygote:
         self.close()
 
     def fileno(self) -> int:
-        """A descriptor that can be read once the imports are done; a spawn before that waits for them."""
+        """A descriptor that can be read once the imports are done. A spawn before that waits for them."""
         return self._link.fileno()
 
     def close(self) -> None:
-        """Ends the server and waits for it. Children that still run die with it."""
+        """Ends the server and waits for its end. Ranks that still run die with it."""
         self._stop()
         os.close(self._nothing)
 
     def spawn(self, plan: Plan, stdin: int | None = None) -> Child:
-        """A new process that carries out the plan, with `stdin` or nothing as its input. Waits for the imports.
+        """Starts a process that carries out the plan, with `stdin` or an empty input. Waits for the imports.
 
         Raises OSError.
         """
@@ -101,7 +101,7 @@ class Zygote:
         self._link, theirs = socket.socketpair()
         self._errors = os.memfd_create("fleet-stderr", os.MFD_CLOEXEC)
         output = os.memfd_create("fleet-stdout", os.MFD_CLOEXEC)
-        # Blocked while it starts, since ranks get back what it inherits: it cannot have these ignored from the beginning.
+        # Blocked during the start. They cannot be ignored from the beginning, since ranks inherit what the server inherits.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self._process = subprocess.Popen(
@@ -110,7 +110,7 @@ class Zygote:
                 stdout=output,
                 stderr=self._errors,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # what a terminal sends is for this process to act on
+                start_new_session=True,  # signals of a terminal are for this process
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -118,13 +118,13 @@ class Zygote:
             theirs.close()
 
     def _stop(self) -> None:
-        self._process.kill()  # it has nothing to keep
+        self._process.kill()  # the server has nothing to save
         self._process.wait()
         self._link.close()
         os.close(self._errors)
 
     def _settle(self) -> None:
-        """Waits for the imports. A server that died of them, or was killed since, is replaced by one that imports nothing."""
+        """Waits for the imports. A server that has died, of an import or later, is replaced by one that imports nothing."""
         if not self._ready:
             self._ready = self._link.recv(1) == READY
         if self._ready and self._process.poll() is None:
