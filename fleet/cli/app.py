@@ -58,7 +58,9 @@ def orchestrator_command(
     state: Annotated[
         Path | None, typer.Option(help="Folder that keeps jobs.", show_default="FLEET_STATE_DIR, yours")
     ] = None,
-    keep_jobs: Annotated[int, typer.Option(help="Jobs that have ended, to keep at most.")] = 10_000,
+    keep_jobs: Annotated[
+        int, typer.Option(callback=o.not_negative, help="Jobs that have ended, to keep at most.")
+    ] = 10_000,
     keep_hours: Annotated[
         float, typer.Option(callback=o.time_in("hours"), help="Hours to keep jobs that have ended.")
     ] = 168.0,
@@ -67,8 +69,6 @@ def orchestrator_command(
     """Run the orchestrator: workers and clients connect to it."""
     from fleet.cli.daemons import Kept, run_orchestrator
 
-    if keep_jobs < 0:
-        raise UsageError(f"--keep-jobs is {keep_jobs}: it must not be negative")
     kept = Kept(state, keep_jobs, keep_hours)
     run_orchestrator(bind, policy, daemon.secret_file, daemon.insecure, daemon.metrics_at(), kept)
 
@@ -108,7 +108,7 @@ def workers_command(as_json: o.AsJson = False, *, cluster: o.ClusterOptions) -> 
     """List the workers of a cluster: state, slots, versions and jobs."""
     from fleet.cli.workers import list_workers
 
-    typer.echo(list_workers(cluster.address, cluster.secret_file, cluster.insecure, cluster.timeout, as_json))
+    typer.echo(list_workers(cluster.target(), as_json))
 
 
 @o.command(app, "doctor")
@@ -165,7 +165,7 @@ def why_command(
     """Say what each rank of a running job is doing, and its last collectives."""
     from fleet.cli.why import explain
 
-    typer.echo(explain(job, last, cluster.address, cluster.secret_file, cluster.insecure, cluster.timeout, as_json))
+    typer.echo(explain(job, last, cluster.target() if cluster.address else None, as_json))
 
 
 @app.command("version", hidden=True)

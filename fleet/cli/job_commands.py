@@ -76,7 +76,7 @@ def jobs_command(
     sweep: Annotated[
         str, typer.Option(help="The points and results of this sweep instead.", show_default="all jobs")
     ] = "",
-    limit: Annotated[int, typer.Option(help="The newest so many.")] = 50,
+    limit: Annotated[int, typer.Option(callback=o.at_least_1, help="The newest so many.")] = 50,
     as_json: o.AsJson = False,
     *,
     cluster: o.ClusterOptions,
@@ -85,19 +85,12 @@ def jobs_command(
     from fleet.cli.jobs import list_jobs
     from fleet.cli.sweep import again
 
-    if limit < 1:
-        raise UsageError(f"--limit is {limit}: it must be at least 1")
     target = cluster.target()
     typer.echo(again(target, sweep, as_json) if sweep else list_jobs(target, limit, as_json))
 
 
 @o.command(job_commands, "status")
-def status_command(
-    job: o.Job,
-    as_json: o.AsJson = False,
-    *,
-    cluster: o.ClusterOptions,
-) -> None:
+def status_command(job: o.Job, as_json: o.AsJson = False, *, cluster: o.ClusterOptions) -> None:
     """Say all that is known of a job: its state, what it waits for, its attempts."""
     from fleet.cli.jobs import status
 
@@ -132,11 +125,9 @@ def fetch_command(
     cluster: o.ClusterOptions,
 ) -> None:
     """Bring what a job wrote to FLEET_OUTPUT_DIR, from every worker that has a part of it. Overwrites nothing."""
-    from fleet.cli.output import fetch, output_limit
+    from fleet.cli.output import MB, fetch
 
-    target = cluster.target()
-    limit = output_limit(max_output)
-    raise typer.Exit(fetch(target, job, patterns or (), output, limit, only_list, as_json))
+    raise typer.Exit(fetch(cluster.target(), job, patterns or (), output, max_output * MB, only_list, as_json))
 
 
 @o.command(job_commands, "cancel")
@@ -156,10 +147,7 @@ def cancel_command(
     if bool(jobs) == bool(sweep):
         raise UsageError("say what to cancel: fleet cancel JOB [JOB ...], or fleet cancel --sweep NAME")
     target = cluster.target()
-    if sweep:
-        typer.echo(cancel_sweep(target, sweep, kill, as_json))
-    else:
-        typer.echo(cancel(target, jobs or [], kill, as_json))
+    typer.echo(cancel_sweep(target, sweep, kill, as_json) if sweep else cancel(target, jobs or [], kill, as_json))
 
 
 @o.command(job_commands, "wait")
@@ -189,5 +177,4 @@ def drain_command(
     """Give a worker no new work; what does not end there in time starts again on others."""
     from fleet.cli.jobs import drain
 
-    target = cluster.target()
-    typer.echo(shown_lines(drain(target, worker, within, undo, as_json)))
+    typer.echo(shown_lines(drain(cluster.target(), worker, within, undo, as_json)))

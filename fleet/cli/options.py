@@ -29,28 +29,31 @@ Check = Callable[[typer.CallbackParam, Any], Any]
 
 
 def number(low: float, high: float, meaning: str) -> Check:
-    """Raises UsageError for a number that is not from `low` to `high`, such as nan; `meaning` says so in words."""
+    """A check that a number is from `low` to `high`, which nan is not. The error says that the option must `meaning`."""
 
     def check(param: typer.CallbackParam, value: Any) -> Any:
         if value is not None and not low <= value <= high:
             shown = f"{value:g}" if isinstance(value, float) else value
-            raise UsageError(f"{param.opts[0]} is {shown}: it must be {meaning}")
+            raise UsageError(f"{param.opts[0]} is {shown}: it must {meaning}")
         return value
 
     return check
 
 
 def from_to(low: int, high: int) -> Check:
-    return number(low, high, f"from {low} to {high}")
+    return number(low, high, f"be from {low} to {high}")
 
 
 def time_in(unit: str) -> Check:
-    return number(0, SECONDS_AT_MOST, f"a number of {unit} from 0 to 1e9")
+    return number(0, SECONDS_AT_MOST, f"be a number of {unit} from 0 to 1e9")
 
 
-above_0 = number(5e-324, SECONDS_AT_MOST, "a number of seconds above 0, up to 1e9")  # from the least float
-megabytes = number(1, 1 << 40, "a number of megabytes above 0")
-port = number(0, 65535, "a port from 0 (any free one) to 65535")
+above_0 = number(5e-324, SECONDS_AT_MOST, "be a number of seconds above 0, up to 1e9")  # from the least float
+bundle_mb = number(1, 1 << 40, "be a number of megabytes above 0")
+output_mb = number(0, 1 << 40, "be a number of megabytes, 0 for none")
+at_least_1 = number(1, 1 << 40, "be at least 1")
+not_negative = number(0, 1 << 40, "not be negative")
+port = number(0, 65535, "be a port from 0 (any free one) to 65535")
 
 
 def known_policy(param: typer.CallbackParam, value: str) -> str:
@@ -79,17 +82,14 @@ Insecure = Annotated[bool, typer.Option("--insecure", help="No secret: whoever r
 Job = Annotated[str, typer.Argument(help="The job's id, or how it begins.")]
 Workers = Annotated[int, typer.Option(help="Number of ranks.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list what would travel to the cluster, and what not.")]
-MaxBundle = Annotated[
-    int,
-    typer.Option(
-        callback=number(1, 1 << 40, "a number of megabytes above 0"), help="Largest folder to send to a cluster, in MB."
-    ),
-]
+MaxBundle = Annotated[int, typer.Option(callback=bundle_mb, help="Largest folder to send to a cluster, in MB.")]
 OutputFolder = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="Folder for what the job writes.", show_default="./fleet-output/JOB"),
 ]
-MaxOutput = Annotated[int, typer.Option(help="How much of that is brought from a cluster at most, in MB.")]
+MaxOutput = Annotated[
+    int, typer.Option(callback=output_mb, help="How much of that is brought from a cluster at most, in MB.")
+]
 Keep = Annotated[
     list[str] | None,
     typer.Option(
@@ -205,7 +205,7 @@ class RunOptions:
     grace: Annotated[
         float,
         typer.Option(
-            callback=number(0, GRACE_AT_MOST_S, f"a number of seconds from 0 to {GRACE_AT_MOST_S:g}"),
+            callback=number(0, GRACE_AT_MOST_S, f"be a number of seconds from 0 to {GRACE_AT_MOST_S:g}"),
             help="Seconds that the job goes on without this command, while its connection is cut off.",
         ),
     ] = GRACE_S

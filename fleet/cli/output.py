@@ -17,7 +17,7 @@ from fleet.client.attached_job import say
 from fleet.client.fetch import Fetched, Listing, RemoteOutput, check_size
 from fleet.client.job_client import JobClient
 from fleet.client.target import Target
-from fleet.errors import ConfigError, FleetError, UsageError
+from fleet.errors import FleetError, UsageError
 from fleet.text import shown
 from fleet.values import ON_WORKER, amount_of, files_of
 from fleet.worker.storage import Storage
@@ -28,13 +28,6 @@ INSTEAD = "write to FLEET_OUTPUT_DIR, or keep such files with --keep PATTERN"
 PROGRESS_EACH_S = 0.5
 CLOCK_TICK_NS = 50_000_000  # that the times of files may lag
 MB = 1_000_000
-
-
-def output_limit(megabytes: int) -> int:
-    """The --max-output option in bytes."""
-    if megabytes < 0:
-        raise ConfigError(f"--max-output is {megabytes}: it must be a number of megabytes, 0 for none")
-    return megabytes * MB
 
 
 @dataclass

@@ -18,7 +18,7 @@ from fleet import messages as m
 from fleet.cli.command_line import CommandLine
 from fleet.cli.embedded_cluster import Transport, embedded_cluster
 from fleet.cli.options import RunOptions
-from fleet.cli.output import LocalOutput, bring, check_folder, local_output, output_limit
+from fleet.cli.output import MB, LocalOutput, bring, check_folder, local_output
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import preload_for
 from fleet.cli.slurm import serve, step_cluster
@@ -51,7 +51,7 @@ def run_job(command: CommandLine, options: RunOptions) -> int:
     """Runs the job, and returns the exit code of the command. Raises ConfigError, UsageError before anything starts."""
     if options.transport not in ("tcp", "ipc"):
         raise UsageError(f"--transport is {options.transport!r}: it must be tcp or ipc")
-    limit_bytes, task = output_limit(options.max_output), config.slurm_task()
+    limit_bytes, task = options.max_output * MB, config.slurm_task()
     workers = options.workers
     if workers is None:
         workers = config.usable_cores() if task is None else task.task_count

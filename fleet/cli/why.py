@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from fleet import messages as m
 from fleet.bus.folders import own_folders
 from fleet.bus.lock import Lock
 from fleet.client.rank_activity import as_values, ask, described
-from fleet.client.target import Target, cluster_target
+from fleet.client.target import Target
 from fleet.errors import ConfigError, UsageError
 
 LOCAL_WITHIN_S = 2.0
 
 
-def explain(
-    job_id: str,
-    count: int,
-    orchestrator: str | None,
-    secret_file: Path | None,
-    insecure: bool,
-    timeout_s: float,
-    as_json: bool,
-) -> str:
+def explain(job_id: str, count: int, target: Target | None, as_json: bool) -> str:
     """Activity of the ranks of a job, in words or as JSON. Raises ConfigError, UsageError."""
-    if orchestrator is not None:
-        found = [ask(cluster_target(orchestrator, secret_file, insecure, timeout_s), job_id)]
-    else:
-        found = _ask_here(job_id)
+    found = _ask_here(job_id) if target is None else [ask(target, job_id)]
     if as_json:
         return json.dumps([rank for answers, silent in found for rank in as_values(answers, silent, count)], indent=1)
     return "\n".join(described(answers, len(silent), count) for answers, silent in found)

@@ -10,8 +10,8 @@ from fleet import messages as m
 from fleet.cli.runtime import registered
 from fleet.cli.table import in_json, table, terminal_width
 from fleet.client.queries import ping, welcome, workers
-from fleet.client.target import cluster_target
-from fleet.errors import FleetError, UsageError
+from fleet.client.target import Target, cluster_target
+from fleet.errors import FleetError
 from fleet.text import shown, shown_lines, some
 
 HEALTH_WITHIN_S = 3.0
@@ -19,13 +19,9 @@ COLUMNS = ("WORKER", "STATE", "SLOTS", "BUSY", "HOST", "JOBS")
 NAMED_AT_MOST = 3  # workers, in a sentence
 
 
-def list_workers(
-    orchestrator: str | None, secret_file: Path | None, insecure: bool, timeout_s: float, as_json: bool
-) -> str:
-    """All workers, as a table or as JSON. Raises ConfigError, UsageError."""
-    if orchestrator is None:
-        raise UsageError("which cluster? set ORCHESTRATOR_ADDR or --orchestrator to HOST:PORT")
-    return listed(workers(cluster_target(orchestrator, secret_file, insecure, timeout_s)), as_json)
+def list_workers(target: Target, as_json: bool) -> str:
+    """All workers, as a table or as JSON. Raises ConfigError."""
+    return listed(workers(target), as_json)
 
 
 def listed(found: Sequence[m.WorkerState], as_json: bool) -> str:

@@ -83,6 +83,9 @@ def test_the_version_is_an_option_as_everywhere(
         ("run --gpus -1 t.py", "--gpus is -1: it must be from 0 to 1000"),
         ("submit --max-restarts 1001 t.py", "--max-restarts is 1001: it must be from 0 to 1000"),
         ("run --grace -1 t.py", "--grace is -1: it must be a number of seconds from 0 to 604800"),
+        ("jobs --limit 0", "--limit is 0: it must be at least 1"),
+        ("fetch j --max-output -1", "--max-output is -1: it must be a number of megabytes, 0 for none"),
+        ("orchestrator --keep-jobs -1", "--keep-jobs is -1: it must not be negative"),
         ("run --max-bundle 0 t.py", "--max-bundle is 0: it must be a number of megabytes above 0"),
         *(
             (

@@ -306,7 +306,7 @@ def test_why_does_not_ask_a_strangers_orchestrator(temporary: Path) -> None:
     as_stranger(make)
     started = time.monotonic()
     with pytest.raises(UsageError, match="no job runs on this machine"):
-        why.explain("", 1, None, None, False, 10.0, as_json=False)
+        why.explain("", 1, None, as_json=False)
     assert time.monotonic() - started < why.LOCAL_WITHIN_S / 2, "it waited for the stranger"
 
 
