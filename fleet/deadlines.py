@@ -12,7 +12,7 @@ Key = TypeVar("Key", bound=Hashable)
 SPARE_ENTRIES = 64  # of the heap, that may be void before it is built anew
 
 
-@dataclass
+@dataclass(eq=False)
 class Deadlines(Generic[Key]):
     """A deadline can be moved and taken back. To postpone one costs a dict's assignment: a heartbeat does that."""
 

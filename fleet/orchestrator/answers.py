@@ -22,7 +22,7 @@ from fleet.text import some
 CURIOUS_AT_MOST = 64  # questions about one job whose answers are on the way
 
 
-@dataclass
+@dataclass(eq=False)
 class Answers:
     """Has no state but the number of questions that ranks were asked; those on the way are with their jobs."""
 

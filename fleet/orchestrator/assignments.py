@@ -20,7 +20,7 @@ PREPARE_WITHIN_S = 600.0  # since a worker last asked for a part of the job's fi
 BACKOFF_S, BACKOFF_AT_MOST_S = 0.5, 30.0  # after the second loss, doubled with each further one
 
 
-@dataclass
+@dataclass(eq=False)
 class Assignments:
     """Invariant: a job is in state QUEUED if and only if it is in `waits`, and then it is in `queue` or in `backoff`."""
 

@@ -10,7 +10,7 @@ from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.membership import HEARTBEAT_S, RECONNECT_GRACE_S, RETURN_WITHIN_S, TELL_AGAIN_S
 
 
-@dataclass
+@dataclass(eq=False)
 class Clients:
     """Invariants: `away` and `behind` are among the known; one that is not known is told so, and says hello."""
 

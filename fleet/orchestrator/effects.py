@@ -9,7 +9,7 @@ from fleet.orchestrator.jobs import Job, record
 from fleet.orchestrator.state import Counts, Effect, Erase, Log, Save, Send
 
 
-@dataclass
+@dataclass(eq=False)
 class Effects:
     """The effects of the step under way, and its time. Every part of the core holds this same object."""
 

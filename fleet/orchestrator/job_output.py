@@ -16,7 +16,7 @@ from fleet.orchestrator.membership import Membership
 from fleet.orchestrator.state import KeepOutput, Worker
 
 
-@dataclass
+@dataclass(eq=False)
 class Owed:
     """A job that has ended, whose client has not acknowledged all that was printed."""
 
@@ -25,7 +25,7 @@ class Owed:
     awaited: set[str] | None = None  # workers that say it all again before the result follows; None: not asked for
 
 
-@dataclass
+@dataclass(eq=False)
 class JobOutput:
     """Invariant: a job in `owed` has ended, and its client was there then."""
 

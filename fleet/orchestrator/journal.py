@@ -15,7 +15,7 @@ from fleet.orchestrator.state import Effect, Erase, Event, Save, Saved, SaveDrai
 Records = dict[str, tuple[int, bytes] | None]  # by job: its number and its bytes; None: to be erased
 
 
-@dataclass
+@dataclass(eq=False)
 class Journal:
     """Invariant: `ready` is called between `written` or `refused` and the next `decided`, if there is anything `unsaved`."""
 

@@ -34,7 +34,7 @@ class Gone(NamedTuple):
     why: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Membership:
     """Invariant: a worker is part of the cluster if and only if it is a key of `workers`, `heard` and `rooms`."""
 

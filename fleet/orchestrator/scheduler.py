@@ -37,7 +37,7 @@ CLIENT_GONE, CLIENT_AWAY = "its client went away", "its client was cut off for l
 UNWANTED = frozenset({CANCELLED, CLIENT_GONE, CLIENT_AWAY})
 
 
-@dataclass
+@dataclass(eq=False)
 class Scheduler:
     """All jobs that are known. Invariant: their moves are those of jobs.MOVES, and a move that lasts is saved."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
+import msgspec
+
 from fleet import messages as m
 from fleet.values import WorkerStateName
 
@@ -52,40 +54,34 @@ class Counts:
 # Events
 
 
-@dataclass(frozen=True)
-class Received:
+class Received(msgspec.Struct, frozen=True):
     peer: bytes
     message: m.Message
 
 
-@dataclass(frozen=True)
-class PeerLost:
+class PeerLost(msgspec.Struct, frozen=True):
     peer: bytes
 
 
-@dataclass(frozen=True)
-class PeerDied:
+class PeerDied(msgspec.Struct, frozen=True):
     """The process of a lost client has ended: that client does not come back."""
 
     peer: bytes
 
 
-@dataclass(frozen=True)
-class PeerBehind:
+class PeerBehind(msgspec.Struct, frozen=True):
     """A message to a peer was lost, since the peer does not read. Its connection is up."""
 
     peer: bytes
 
 
-@dataclass(frozen=True)
-class BundleStored:
+class BundleStored(msgspec.Struct, frozen=True):
     """A bundle is on the disk, whole and with the right digest."""
 
     digest: str
 
 
-@dataclass(frozen=True)
-class BundleRefused:
+class BundleRefused(msgspec.Struct, frozen=True):
     """The parts of a bundle that this peer sent are dropped."""
 
     peer: bytes
@@ -93,35 +89,30 @@ class BundleRefused:
     reason: str
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(msgspec.Struct, frozen=True):
     """A new job is on the disk."""
 
     job_id: str
 
 
-@dataclass(frozen=True)
-class SaveFailed:
+class SaveFailed(msgspec.Struct, frozen=True):
     """The disk takes nothing now. These new jobs are not saved; all other records are tried again."""
 
     job_ids: tuple[str, ...]
     reason: str
 
 
-@dataclass(frozen=True)
-class SavesAgain:
+class SavesAgain(msgspec.Struct, frozen=True):
     """The disk has taken all records again."""
 
 
-@dataclass(frozen=True)
-class StoodStill:
+class StoodStill(msgspec.Struct, frozen=True):
     """The orchestrator's process stood still for so long, and its clock with it."""
 
     seconds: float
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """Every message that had arrived by now has been read."""
 
 
@@ -143,14 +134,12 @@ Event = (
 # Effects
 
 
-@dataclass(frozen=True)
-class Send:
+class Send(msgspec.Struct, frozen=True):
     peer: bytes
     message: m.Message
 
 
-@dataclass(frozen=True)
-class FetchBundle:
+class FetchBundle(msgspec.Struct, frozen=True):
     """Ask this peer for the missing parts of a bundle. Answered by BundleStored, at once if it is here, or BundleRefused."""
 
     digest: str
@@ -158,35 +147,30 @@ class FetchBundle:
     peer: bytes
 
 
-@dataclass(frozen=True)
-class ServeBundle:
+class ServeBundle(msgspec.Struct, frozen=True):
     peer: bytes
     want: m.Want
 
 
-@dataclass(frozen=True)
-class StorePart:
+class StorePart(msgspec.Struct, frozen=True):
     peer: bytes
     part: m.Part
 
 
-@dataclass(frozen=True)
-class DropUpload:
+class DropUpload(msgspec.Struct, frozen=True):
     """Drop the parts of a bundle that this peer has sent: no job waits for them."""
 
     peer: bytes
     digest: str
 
 
-@dataclass(frozen=True)
-class ReleaseBundle:
+class ReleaseBundle(msgspec.Struct, frozen=True):
     """Let go of a bundle: every job that needed it has ended."""
 
     digest: str
 
 
-@dataclass(frozen=True)
-class Save:
+class Save(msgspec.Struct, frozen=True):
     """Write a job down before any other effect of the step is carried out. `is_new`: answered by Saved or SaveFailed."""
 
     job_id: str
@@ -195,22 +179,19 @@ class Save:
     is_new: bool
 
 
-@dataclass(frozen=True)
-class Erase:
+class Erase(msgspec.Struct, frozen=True):
     """Forget a job, and its log."""
 
     job_id: str
 
 
-@dataclass(frozen=True)
-class SaveDrained:
+class SaveDrained(msgspec.Struct, frozen=True):
     """Write down which workers are drained by a client's word."""
 
     worker_ids: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class KeepOutput:
+class KeepOutput(msgspec.Struct, frozen=True):
     """Append to the log of a member of a detached job."""
 
     job_id: str
@@ -218,8 +199,7 @@ class KeepOutput:
     data: bytes
 
 
-@dataclass(frozen=True)
-class ServeLog:
+class ServeLog(msgspec.Struct, frozen=True):
     """Answer from the log; `ended`: nothing will be added to it."""
 
     peer: bytes
@@ -227,8 +207,7 @@ class ServeLog:
     ended: bool
 
 
-@dataclass(frozen=True)
-class Log:
+class Log(msgspec.Struct, frozen=True):
     level: str
     text: str
 

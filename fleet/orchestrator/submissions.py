@@ -18,7 +18,7 @@ from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S, Uploads
 from fleet.values import BUNDLE_BYTES_AT_MOST
 
 
-@dataclass
+@dataclass(eq=False)
 class Submissions:
     """Invariant: a job in state FETCHING waits for an upload of `uploads`, or to be written down."""
 

@@ -12,7 +12,7 @@ NEXT_PART_WITHIN_S = 60.0
 Upload = tuple[bytes, str]  # (peer, digest)
 
 
-@dataclass
+@dataclass(eq=False)
 class Uploads:
     """Invariant: an upload is here from its first job's submission until it is whole, refused, or wanted by no job."""
 
