@@ -155,7 +155,7 @@ class Submit(Message, frozen=True):
     world_size: WorldSize
     spec: Spec
     again: bool = False  # after a lost connection: a job that is not known is not started
-    detached: bool = False  # it outlives its client, and the orchestrator keeps what it prints
+    detached: bool = False  # it outlives its client, and the orchestrator keeps its output
     options: JobOptions = JobOptions()
 
 
@@ -268,7 +268,7 @@ class Stop(Message, frozen=True):
 
 
 class Forget(Message, frozen=True):
-    """Release of an attempt: the orchestrator has all exits, and the worker drops what it keeps of it."""
+    """Release of an attempt: the orchestrator has all exits, and the worker drops its part of it."""
 
     job_id: JobId
     attempt: Attempt
@@ -296,7 +296,7 @@ class Left(Message, frozen=True):
     names: Annotated[
         tuple[Text, ...], msgspec.Meta(max_length=16)
     ] = ()  # of files and folders at the top, those with the most bytes
-    error: Text = ""  # why some of what was to be kept is lost too
+    error: Text = ""  # why some files that were to be kept are lost too
 
 
 class RankExited(Message, frozen=True):
@@ -438,7 +438,7 @@ _ALL = (
 
 
 _encoder = msgspec.msgpack.Encoder()
-# msgspec finds out what it knows of a Struct at its first use, and two threads that do so at once crash the interpreter.
+# msgspec inspects a Struct at its first use, and two threads that do so at once crash the interpreter.
 # So it is done here, under the lock of the import.
 _decoder = msgspec.msgpack.Decoder(_ALL)
 

@@ -59,7 +59,7 @@ class ListJobs(Message, frozen=True):
 class Jobs(Message, frozen=True):
     jobs: tuple[JobInfo, ...]
     left_out: Number = 0  # older ones, over the limit or on pages to come
-    next: Number = 0  # what to ask for the next page with; 0: there is none
+    next: Number = 0  # `before` of the question for the next page; 0: there is none
     question: Number = 0
 
 
@@ -90,7 +90,7 @@ class LogPart(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
-    """Request to give a worker no new work; what still runs after `within_s` starts again elsewhere. `undo`: the contrary."""
+    """Request to give a worker no new work; jobs there start again elsewhere after `within_s`. `undo`: the contrary."""
 
     worker_id: WorkerId
     within_s: Seconds = 0.0
@@ -119,7 +119,7 @@ class Workers(Message, frozen=True):
 
 
 class Why(Message, frozen=True):
-    """Question for what the ranks of a running job do, and have done. An empty id: the only job that runs."""
+    """Question for the activity of the ranks of a running job, now and before. An empty id: the only job that runs."""
 
     job_id: JobPrefix
     question: Number = 0

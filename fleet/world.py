@@ -20,7 +20,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     host: Host
     pid: Pid
     address: Endpoint  # ZeroMQ endpoint of the inbox, such as tcp://10.0.0.5:50052
-    memory: Word = ""  # equal for ranks that can map the same files; empty: shares memory with nobody
+    memory: Word = ""  # equal for ranks that can map the same files; empty: shares no memory
 
 
 class World(msgspec.Struct, frozen=True):

@@ -1,1 +1,1 @@
-"""Who runs what, where: workers, jobs and gangs. Never touches a tensor."""
+"""Orchestrator: assigns jobs to workers, as gangs. Never touches a tensor."""

@@ -1,4 +1,4 @@
-"""Answers to what clients ask about workers, jobs, ranks and files. Pure; changes no job.
+"""Answers to the questions of clients about workers, jobs, ranks and files. Pure; changes no job.
 
 Some answers come from ranks or workers, through this orchestrator.
 """
@@ -24,7 +24,7 @@ CURIOUS_AT_MOST = 64  # questions about one job whose answers are on the way
 
 @dataclass(eq=False)
 class Answers:
-    """Has no state but the number of questions that ranks were asked; those on the way are with their jobs."""
+    """The questions that ranks still answer are kept with their jobs."""
 
     effects: Effects
     membership: Membership
@@ -109,7 +109,7 @@ class Answers:
         self.membership.tell(job.workers, ask)
 
     def from_rank(self, job: Job, answer: m.Answer) -> None:
-        """To the client that asked, or to the rank."""
+        """The answer goes to the client that asked, or to the rank."""
         if answer.asker < 0:
             if answer.question in job.curious:
                 client, question = job.curious[answer.question]

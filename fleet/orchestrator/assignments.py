@@ -37,7 +37,7 @@ class Assignments:
     held: dict[str, dict[str, Job]] = field(default_factory=dict)
 
     def enqueue(self, job: Job) -> None:
-        """The job waits for slots from now on; after several losses, not at once."""
+        """The job waits for slots; after several losses, it waits for the end of its backoff first."""
         self.waits[job.job_id] = job
         if job.losses > 1:
             delay_s = min(BACKOFF_AT_MOST_S, BACKOFF_S * 2 ** min(job.losses - 1, 9))
@@ -54,7 +54,7 @@ class Assignments:
         self.queue.remove(job.job_id)
 
     def place(self) -> None:
-        """Assigns whatever fits, in the order of job_queue.py."""
+        """Assigns the jobs that fit, in the order of job_queue.py."""
         for job_id in self.backoff.due(self.effects.now):
             self._into_queue(self.waits[job_id])
         passed: set[Shape] = set()
@@ -120,7 +120,7 @@ class Assignments:
                 self.membership.expect(worker_id)
 
     def take_room(self, worker_id: str) -> None:
-        """A worker has joined that jobs were on before this orchestrator was restarted."""
+        """A worker has joined. Jobs of before this orchestrator's restart are on it, and take their slots."""
         for job in self.jobs_on(worker_id):
             self.membership.rooms.hold(worker_id, job.job_id, job.shape, len(job.members_on(worker_id)))
 
@@ -145,12 +145,12 @@ class Assignments:
                     del self.held[worker_id]
 
     def jobs_on(self, worker_id: str) -> list[Job]:
-        """In the order of submission; those that are on workers."""
+        """Jobs that are on this worker, in the order of submission."""
         found = (job for job in self.held.get(worker_id, {}).values() if job.state in ON_WORKERS)
         return sorted(found, key=lambda job: job.number)
 
     def give_up(self, worker_id: str) -> list[Job]:
-        """The worker does not come back: the jobs that were on it."""
+        """The worker does not come back. Returns the jobs that were on it."""
         jobs = self.jobs_on(worker_id)
         self.held.pop(worker_id, None)
         return jobs

@@ -41,9 +41,9 @@ class Clients:
         return client in self.known and client not in self.away
 
     def send(self, client: bytes, message: m.Message) -> None:
-        """Nothing to one that is away, or lacks something: when it is back it asks for all that matters, in its order.
+        """Sends to a client that is there. One that is away, or behind, asks when it is back for all that matters, in its order.
 
-        A detached job has no client, and an empty name for one.
+        A detached job has no client: its name is empty.
         """
         if client and client not in self.away:
             self.effects.send(client, message)
@@ -63,12 +63,12 @@ class Clients:
         self.pids.pop(peer, None)
 
     def stood_still(self) -> None:
-        """This process did. Connections that broke meanwhile are told of from now on, and are waited for longer."""
+        """This process stood still. Connections that broke meanwhile are noticed now, and are waited for longer."""
         self.lenient_until = self.effects.now + RETURN_WITHIN_S
         self.away.postpone(self.lenient_until)
 
     def expired(self) -> list[bytes]:
-        """Those that were away for too long."""
+        """Clients that were away for too long."""
         for peer in self.behind.due(self.effects.now):
             self.behind.set(peer, self.effects.now + TELL_AGAIN_S)
             self.effects.send(peer, m.Unknown())

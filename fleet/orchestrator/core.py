@@ -23,7 +23,7 @@ from fleet.orchestrator.scheduler import CLIENT_AWAY, CLIENT_GONE, KEEP_JOBS, KE
 from fleet.orchestrator.submissions import Submissions
 from fleet.orchestrator.uploads import Uploads
 
-AboutAttempt = (  # what a worker says of its share of an attempt
+AboutAttempt = (  # from a worker, about its share of an attempt
     m.Assigned | m.AssignFailed | m.Join | m.Ask | m.Answer | m.Output | m.Repeated | m.RankExited | m.HandBack
 )
 
@@ -237,7 +237,7 @@ class Core:
         self._disconnected(peer)
 
     def _behind(self, peer: bytes) -> None:
-        """A peer that does not read counts as lost until it says hello; then it is told what it has missed."""
+        """A peer that does not read counts as lost until it says hello; then all that it missed is said again."""
         worker = self.membership.at(peer)
         if worker is not None and worker.lost_since is None:
             self.membership.fell_behind(peer)

@@ -1,4 +1,4 @@
-"""Collector of what the parts of the orchestrator decide in one step, and of what they count. Pure."""
+"""Collector of the effects that the parts of the orchestrator decide in one step, and of their counts. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Effects:
     """The effects of the step under way, and its time. Every part of the core holds this same object."""
 
     durable: bool = False  # whether jobs are written down: then a new one counts once it has been
-    epoch: float = 0.0  # what the wall clock said at the monotonic clock's 0
+    epoch: float = 0.0  # the wall clock's time at the monotonic clock's 0
     now: float = 0.0  # of the step under way
     counts: Counts = field(default_factory=Counts)  # of all steps
     # Jobs to be written down, and whether they are new. Each is written once for a step, as it is at the step's end.
@@ -27,7 +27,7 @@ class Effects:
             self._saved = {}
 
     def decided(self) -> list[Effect]:
-        """All of the step, what is to be written down before what is to be said."""
+        """All effects of the step, the records first."""
         saved, self._saved = self._saved, {}
         if not saved:
             return self._others

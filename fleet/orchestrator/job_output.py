@@ -1,7 +1,7 @@
-"""Output of jobs on its way to their clients and logs: what is acknowledged, what is missing, and which workers keep it. Pure.
+"""Output of jobs on its way to clients and logs: acknowledged, missing, or kept by workers until then. Pure.
 
-A worker keeps what its ranks print until the client has acknowledged it, also after the job's end. The result of a job
-follows what its ranks have printed.
+A worker keeps the output of its ranks until the client has acknowledged it, also after the job's end. The result of a job
+follows its output.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fleet.orchestrator.state import KeepOutput, Worker
 
 @dataclass(eq=False)
 class Owed:
-    """A job that has ended, whose client has not acknowledged all that was printed."""
+    """A job that has ended, and whose client has not acknowledged all of its output."""
 
     job: Job
     keepers: set[str]  # workers that keep it until then
@@ -35,7 +35,7 @@ class JobOutput:
     owed: dict[str, Owed] = field(default_factory=dict)
 
     def printed(self, job: Job, worker: Worker, output: m.Output) -> None:
-        """Goes on to the client. One that is away has it later: until it acknowledges, the worker keeps it."""
+        """Output goes on to the client, or into the log. A client that is away gets it later, since the worker keeps it."""
         member_id = output.member_id
         if job.client:
             job.printed[member_id] = max(output.number, job.printed.get(member_id, 0))
@@ -61,12 +61,12 @@ class JobOutput:
             self.settle(job)
 
     def repeat(self, job: Job, repeat: m.Repeat) -> None:
-        """The client may lack something."""
+        """The client may lack output: workers say again what was not acknowledged."""
         if job.state in ON_WORKERS or job.job_id in self.owed:
             self.membership.tell(job.workers, repeat)
 
     def tell_again(self, job: Job) -> None:
-        """The client of a job that has ended is back: its result, behind what may have been lost of its output."""
+        """The client of a job that has ended is back. The result follows the output that may have been lost."""
         if (owed := self.owed.get(job.job_id)) is not None and owed.keepers:
             self.membership.tell(job.workers, m.Repeat(job.job_id, job.attempt))
             owed.awaited = set(owed.keepers)
@@ -74,14 +74,14 @@ class JobOutput:
             self.clients.send(job.client, job.result())
 
     def ended(self, job: Job) -> None:
-        """Its workers keep what the client lacks, if that may come for it; else they need not."""
+        """Its workers keep the output that the client lacks, unless the client is gone."""
         if job.owes_output and job.client in self.clients.known:
             self.owed[job.job_id] = Owed(job, {w for w in job.workers if w in self.membership.workers})
         else:
             self.membership.tell(job.workers, m.Forget(job.job_id, job.attempt))
 
     def worker_is_back(self, worker: Worker, job: Job) -> None:
-        """It still holds a job that has ended, or has been asked to say all again."""
+        """A worker that still holds a job is asked again for its output, or drops a job that has ended."""
         owed = self.owed.get(job.job_id)
         if owed is not None and worker.worker_id in (owed.awaited or ()):
             self.effects.send(worker.peer, m.Repeat(job.job_id, job.attempt))
@@ -93,7 +93,7 @@ class JobOutput:
         return owed is not None and worker.worker_id in owed.keepers
 
     def from_keeper(self, job: Job, worker: Worker, message: m.Message) -> None:
-        """What a worker says of a job that has ended."""
+        """A message of a worker about a job that has ended, and that it keeps output of."""
         if isinstance(message, m.Output):
             self.clients.send(job.client, message)
         elif isinstance(message, m.Repeated):
@@ -105,7 +105,7 @@ class JobOutput:
             self._repeated(owed, worker_id)
 
     def _repeated(self, owed: Owed, worker_id: str) -> None:
-        """A worker has said all again, or is gone: the result follows once all have."""
+        """A worker has said all again, or is gone. The result follows the last of them."""
         if owed.awaited is not None:
             owed.awaited.discard(worker_id)
             if not owed.awaited:
@@ -113,7 +113,7 @@ class JobOutput:
                 self.clients.send(owed.job.client, owed.job.result())
 
     def settle(self, job: Job) -> None:
-        """Its client has all that was printed, or is gone: workers need not keep it."""
+        """The client has all of the output, or is gone: workers need not keep it."""
         if (owed := self.owed.pop(job.job_id, None)) is not None:
             self.membership.tell(job.workers, m.Forget(job.job_id, job.attempt))
             if owed.awaited is not None:

@@ -31,7 +31,7 @@ class JobQueue:
 
     def __init__(self) -> None:
         self._heaps: dict[Shape, list[QueueKey]] = {}
-        self._keys: dict[str, tuple[Shape, QueueKey]] = {}  # by job: what is not here has left, and its entry is void
+        self._keys: dict[str, tuple[Shape, QueueKey]] = {}  # by job; an entry of the heaps without its key here is void
 
     def __len__(self) -> int:
         return len(self._keys)

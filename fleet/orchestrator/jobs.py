@@ -25,7 +25,7 @@ class JobState(Enum):
     QUEUED = auto()  # waits for slots, or for the end of its backoff
     ASSIGNED = auto()  # workers prepare it
     RUNNING = auto()
-    STOPPING = auto()  # told to stop: a rank failed, a worker was lost or drains, somebody cancelled it
+    STOPPING = auto()  # told to stop: a rank failed, a worker was lost or drains, it was cancelled
     ENDED = auto()
 
 

@@ -1,8 +1,8 @@
-"""Journal of one orchestrator: what was decided is written down before it is said. Pure; knows no disk and no socket.
+"""Journal of an orchestrator: decisions are written down before they are said. Pure; knows no disk and no socket.
 
-What a turn of the loop has decided is split in two: records, which go to the disk in one commit, and effects, which wait for
-it. Where the disk refuses, the new jobs of the turn are dropped and refused in words; everything else is done all the same, and
-stays here until a commit takes it. Only an orchestrator that dies while its disk refuses has done what nobody knows any more.
+The decisions of a turn of the loop are split in two: records, which go to the disk in one commit, and effects, which wait for
+that. If the disk refuses, the new jobs of the turn are refused in words. All other effects are carried out, and their records
+stay here for the next commit: only an orchestrator that dies before that forgets something that it has said.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Journal:
 
     durable: bool = True  # False: nothing is written down, and nothing waits
     records: Records = field(default_factory=dict)  # that no commit has taken
-    drained: tuple[str, ...] | None = None  # the workers that somebody drained; None: no commit is due for them
+    drained: tuple[str, ...] | None = None  # workers drained by a client's word; None: unchanged since the last commit
     _new: list[str] = field(default_factory=list)  # jobs that wait to be written down for the first time
     _failing: bool = False  # the disk refused the last commit
     _waiting: list[Effect] = field(default_factory=list)
@@ -43,10 +43,10 @@ class Journal:
                 self.drained = effect.worker_ids
             else:
                 self.records[effect.job_id] = None
-                self._waiting.append(effect)  # what it printed goes too
+                self._waiting.append(effect)  # its log is removed too
 
     def written(self) -> list[Event]:
-        """A commit took all that was unsaved. What the core is told."""
+        """A commit took all that was unsaved. Returns the events for the core."""
         self.records, self.drained = {}, None
         new, self._new = self._new, []
         recovered: list[Event] = [SavesAgain()] if self._failing else []
@@ -54,7 +54,7 @@ class Journal:
         return [*recovered, *map(Saved, new)]
 
     def refused(self, reason: str) -> list[Event]:
-        """A commit took nothing. What the core is told: once, and of every new job."""
+        """A commit took nothing. Returns the event for the core: the first time, and for new jobs."""
         new, self._new = self._new, []
         for job_id in new:
             self.records.pop(job_id, None)
@@ -62,7 +62,7 @@ class Journal:
         return [SaveFailed(tuple(new), reason)] if new or first else []
 
     def ready(self) -> list[Effect]:
-        """What may be done now, in its order."""
+        """Effects that may be carried out now, in their order."""
         ready, self._waiting = self._waiting, []
         return ready
 

@@ -20,14 +20,14 @@ from fleet.text import some
 HEARTBEAT_S = 1.0
 HEARTBEAT_TIMEOUT_S = 5.0
 SILENT_AFTER_S = 2.5  # so long, and another worker may have its id
-CLAIM_AFTER_S = HEARTBEAT_S / 2  # since a newcomer's first hello: what its rival said before it ended is read by then
+CLAIM_AFTER_S = HEARTBEAT_S / 2  # since a newcomer's first hello: the last words of its rival are read by then
 RECONNECT_GRACE_S = 2.0
 TELL_AGAIN_S = 0.5
 RETURN_WITHIN_S = 6.0  # workers and clients of an orchestrator that was restarted: their backoff is up to 2 s
 
 
 class Gone(NamedTuple):
-    """A worker that is no part of the cluster any more; what its jobs had there is lost."""
+    """A worker that is no part of the cluster any more. Its jobs have lost their ranks there."""
 
     worker_id: str
     host: str  # empty: not known
@@ -48,7 +48,7 @@ class Membership:
     away: Deadlines[str] = field(default_factory=Deadlines)  # their connection is down: when they are given up
     behind: Deadlines[bytes] = field(default_factory=Deadlines)  # they do not read: when they are told to say hello
     missed: Deadlines[str] = field(default_factory=Deadlines)  # they are not back since this orchestrator's restart
-    hand_backs: Deadlines[str] = field(default_factory=Deadlines)  # when what runs on a drained one moves elsewhere
+    hand_backs: Deadlines[str] = field(default_factory=Deadlines)  # when the jobs on a drained one move elsewhere
     # By worker id: the connection of a newcomer that wants the id of a worker that is there, and when it first said so.
     claims: dict[str, tuple[bytes, float]] = field(default_factory=dict)
     lenient_until: float = 0.0  # see stood_still
@@ -135,13 +135,13 @@ class Membership:
     # Draining
 
     def leaves(self, worker: Worker) -> None:
-        """By its own word: it gets no new work."""
+        """The worker drains by its own word: it gets no new work."""
         worker.leaving = True
         self._open_or_close(worker)
         self.effects.log("info", f"worker {worker.worker_id} drains: it gets no new work")
 
     def drain(self, drain: m.Drain) -> str:
-        """By somebody's word, who may take it back. Why it cannot be done, or an empty text."""
+        """Drains a worker by a client's word, or takes that back. Returns an error in words, or an empty text."""
         worker_id, worker = drain.worker_id, self.workers.get(drain.worker_id)
         if worker is None and not (drain.undo and worker_id in self.drained):
             known = some(list(self.workers)) or "none"
@@ -161,7 +161,7 @@ class Membership:
     # Going
 
     def lost(self, worker: Worker) -> None:
-        """Its connection is down. It is given up unless it comes back in time."""
+        """The worker's connection is down. It is given up unless it comes back in time."""
         if worker.lost_since is None:
             worker.lost_since = self.effects.now
             self.away.set(worker.worker_id, max(self.effects.now + RECONNECT_GRACE_S, self.lenient_until))
@@ -185,12 +185,12 @@ class Membership:
         return Gone(worker_id, worker.hello.host, why)
 
     def stood_still(self) -> None:
-        """This process did. Connections that broke meanwhile are told of from now on, and are waited for longer."""
+        """This process stood still. Connections that broke meanwhile are noticed now, and are waited for longer."""
         self.lenient_until = self.effects.now + RETURN_WITHIN_S
         self.away.postpone(self.lenient_until)
 
     def expired(self) -> list[Gone]:
-        """Evicts all that were away or silent for too long, and gives up those that a restart was not survived by."""
+        """Evicts all workers that were away or silent for too long; adds those that never came back after a restart."""
         now, gone = self.effects.now, []
         for worker_id in self.away.due(now):
             why = f"was lost: its connection closed and did not come back in {RECONNECT_GRACE_S:g} s"

@@ -104,7 +104,7 @@ class Rooms:
         self._turn = 0
         self.free = 0  # slots of open workers
         self.total = 0  # and all of their slots
-        # Shapes that did not fit beside what was kept, with the workers that have got more room since: if none of them can take
+        # Shapes that did not fit beside the kept room, with the workers that have got more room since: if none of them can take
         # a rank, they do not fit now either. Else a job that fits nowhere would cost a look at all workers with every job that
         # passes it.
         self._unfit: dict[tuple[Shape, Shape | None], set[str]] = {}
@@ -148,7 +148,7 @@ class Rooms:
             self._push(room)
 
     def hold(self, worker_id: str, job_id: str, shape: Shape, ranks: int = 1) -> None:
-        """Takes room for more ranks of a job, whether it is there or not: what runs already is not asked."""
+        """Takes room for more ranks of a job, whether there is room or not: ranks that run already take it."""
         room = self._rooms[worker_id]
         self._take(room, shape, ranks)
         room.held[job_id] = room.held.get(job_id, (0, shape))[0] + ranks, shape

@@ -30,7 +30,7 @@ from fleet.world import Member
 
 KEEP_JOBS, KEEP_S = 10_000, 7 * 24 * 3600.0  # of jobs that have ended: the largest sweep, a week
 KEEP_POINT_S = 60.0  # of a sweep, however many there are: its client asks for each result once it hears of the end
-LEFT_AT_MOST = 64  # sentences about what one job's workers and attempts left behind
+LEFT_AT_MOST = 64  # sentences about files that the attempts of one job left behind
 TELL_ENDED_AFTER_S = 0.2  # ranks that a rank has ended with 0, where the job goes on
 CANCELLED, RELEASED = "cancelled", "its Executor had no more for it"
 CLIENT_GONE, CLIENT_AWAY = "its client went away", "its client was cut off for longer than its --grace"
@@ -57,7 +57,7 @@ class Scheduler:
     # A job waits, and gets workers
 
     def admit(self, job: Job) -> None:
-        """It is whole, and written down where that is done: from here on it is not lost."""
+        """The job has its files, and is written down where that is done: from here on it is not lost."""
         job.move(JobState.QUEUED)
         self.clients.send(job.client, m.Accepted(job.job_id))
         if job.detached:
@@ -126,7 +126,7 @@ class Scheduler:
             self._stop_to_begin_again(job, "it ran before its start was written down")
             return
         if status.stopped and job.state is JobState.RUNNING:
-            # Its worker leaves, and what it said of that was lost.
+            # Its worker leaves, and its HandBack was lost.
             reason = f"worker {status.worker_id} ({status.host}) leaves"
             if job.spec.kind == "tasks":
                 self.stop(job, reason)
@@ -140,7 +140,7 @@ class Scheduler:
             self.stop(job, f"rank {member_id} failed")
         self._end_if_done(job)
         if job.state in ON_WORKERS:
-            self.effects.save(job)  # after a restart, what has ended must not count as lost
+            self.effects.save(job)  # after a restart, a rank that has ended must not count as lost
 
     def _tell_leavers(self) -> None:
         """Ranks that ended with 0, to those that still run and may wait for them. Most jobs' ranks end together."""
@@ -162,7 +162,7 @@ class Scheduler:
             self._lose(self.jobs[job_id], workers)
 
     def _lose(self, job: Job, gone: Sequence[Gone]) -> None:
-        """Workers are gone, and with them what the job had there. The first of them that had a rank is the reason."""
+        """The job has lost its ranks on these workers. The first of them that had a rank is the reason."""
         if job.state not in ON_WORKERS:
             return
         reason, by_itself = "", not job.reason
@@ -194,7 +194,7 @@ class Scheduler:
         """Counts the loss. A job that takes worker after worker with it gets no further one."""
         job.losses += 1
         if job.spec.kind == "tasks":
-            return False  # its client asks for another runner, and knows what that has to do again
+            return False  # its client asks for another runner, and gives that the tasks again
         if job.losses <= job.options.max_restarts:
             return True
         if job.options.max_restarts:
@@ -205,7 +205,7 @@ class Scheduler:
         return False
 
     def retire(self, worker: Worker) -> None:
-        """The worker gets no new work: what had not started moves now, and clients give its task runners nothing more."""
+        """The worker gets no new work: jobs that have not started move now, and clients give its task runners nothing more."""
         for job in self.assignments.jobs_on(worker.worker_id):
             if job.state is JobState.ASSIGNED:
                 self.hand_back(job, worker)
@@ -217,7 +217,7 @@ class Scheduler:
             self.hand_back(job, worker)
 
     def hand_back(self, job: Job, worker: Worker) -> None:
-        """The job starts again, without this worker; nothing of it is lost but what its ranks had done."""
+        """The job starts again, without this worker. Only the work of its ranks is lost."""
         reason = f"worker {worker.worker_id} ({worker.hello.host}) leaves"
         if job.state not in (JobState.ASSIGNED, JobState.RUNNING):
             return
@@ -227,7 +227,7 @@ class Scheduler:
             self._start_over(job, reason)
 
     def _start_over(self, job: Job, reason: str) -> None:
-        """Stops what runs of the attempt; the next one begins when it has."""
+        """Stops the attempt. The next one begins when all of its ranks have stopped."""
         waiting = f"{reason}: stopping its ranks, then it starts again"
         self.clients.send(job.client, m.JobWaiting(job.job_id, waiting))
         self.effects.log("info", f"job {job.job_id} starts again: {reason}")
@@ -269,7 +269,7 @@ class Scheduler:
             self.stop(job, reason, cancel.kill, cancel.signal)
 
     def client_gone(self, peer: bytes, reason: str) -> None:
-        """Its jobs are stopped, and nobody waits for answers any more."""
+        """The jobs of a client that is gone are stopped, and its questions about other jobs are dropped."""
         for job in list(self.jobs.values()):
             job.curious = {number: asked for number, asked in job.curious.items() if asked[0] != peer}
             job.watchers.discard(peer)
@@ -278,7 +278,7 @@ class Scheduler:
                 self.stop(job, reason)
 
     def stop(self, job: Job, reason: str, kill: bool = False, signal: int = 0) -> None:
-        """Stops what runs of a job; a job that does not run ends at once."""
+        """Stops the ranks of a job. A job without ranks ends at once."""
         if job.state is JobState.STOPPING and job.starts_again and reason in UNWANTED:
             job.starts_again, job.reason = False, reason
             self.effects.save(job)
@@ -334,7 +334,7 @@ class Scheduler:
     # A job is forgotten
 
     def _prune(self) -> None:
-        """Forgets what ended long ago, or before too many others."""
+        """Forgets jobs that ended long ago, or before too many others."""
         while self.ended:
             job = self.jobs[self.ended[0]]
             assert job.ended_at is not None
@@ -347,7 +347,7 @@ class Scheduler:
             self._forget(job)
 
     def forget_refused(self, job: Job) -> None:
-        """One that was never accepted."""
+        """A job that was never accepted."""
         self._release_bundle(job)
         self._forget(job)
 
@@ -355,7 +355,7 @@ class Scheduler:
         self.output.settle(job)
         del self.jobs[job.job_id]
         self.effects.erase(job.job_id)
-        for worker_id in job.held_by:  # one that is away says later what it has: see stored
+        for worker_id in job.held_by:  # a worker that is away says later which jobs it has: see stored
             self.membership.send(worker_id, m.Discard((job.job_id,)))
 
     def stored(self, worker: Worker, stored: m.Stored) -> None:
@@ -371,7 +371,7 @@ class Scheduler:
     # After an absence: a worker's, a client's, this orchestrator's
 
     def worker_is_back(self, worker: Worker) -> None:
-        """It says what it holds: what it need not hold is dropped, and what it may have missed is said again."""
+        """The worker has said which attempts it holds: it drops the old ones, and hears again of the others."""
         for job_id, attempt in worker.hello.running:
             job = self.jobs.get(job_id)
             if job is None or job.attempt != attempt or worker.worker_id not in job.seats:
@@ -385,7 +385,7 @@ class Scheduler:
         self.assignments.place()
 
     def _resend(self, job: Job, worker: Worker) -> None:
-        """What the worker may have missed of a job; it ignores what it has already."""
+        """Says again all that the worker may have missed of a job; it ignores what it has already."""
         worker_id, peer = worker.worker_id, worker.peer
         if job.state is JobState.ASSIGNED:
             self.assignments.tell_assigned(job, worker_id, job.workers.index(worker_id))
@@ -404,7 +404,7 @@ class Scheduler:
                 self.clients.send(job.client, m.Started(job.job_id, job.hosts, job.seats))
 
     def tell_again(self, job: Job) -> None:
-        """What the client of a job may have missed while it was away."""
+        """Says again all that the client of a job may have missed while it was away."""
         if job.state is JobState.ENDED:
             self.output.tell_again(job)
         elif job.state in ON_WORKERS:
@@ -457,7 +457,7 @@ def _ended_by_itself(job: Job, member_id: int) -> m.MemberLost:
 
 
 def _left_in_words(left: m.Left, worker_id: str) -> tuple[str, ...]:
-    """What is lost with a working folder, and what else became of files there, for a person."""
+    """Sentences for a person about files that were lost with a working folder."""
     found = []
     if left.file_count:
         lost = files_of(left.file_count, left.size_bytes)

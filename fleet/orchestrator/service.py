@@ -35,7 +35,7 @@ from fleet.stillness import LifeClock
 from fleet.transfer import FileStore
 
 FAILED_TICK_S = 0.25
-JUDGE_EVERY_S = 1.0  # at least, who is lost and what is due
+JUDGE_EVERY_S = 1.0  # at least: deadlines are looked at
 EPOCH_TOLERATED_S = 1.0  # between the core's clock and the wall's
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # of the loop: how often it turns at least, and when it counts as hung
 KEEP_BUNDLES_BYTES = 256 << 20  # of all bundles that no job needs
@@ -148,7 +148,7 @@ class Service:
         return found
 
     def _recalled(self, versions: m.Versions, policy: str, keeping: Keeping | None) -> Core:
-        """The core, with what an orchestrator before this one wrote down. Raises ConfigError."""
+        """The core, with the jobs of an orchestrator before this one. Raises ConfigError."""
         epoch, store = time() - self._clock.now(), self._store
         if keeping is None or store is None:
             return Core(versions, policy, epoch=epoch, numbering=numbering())

@@ -116,7 +116,7 @@ def _locked(folder: Path) -> int:
 
 
 def _opened(path: Path) -> sqlite3.Connection:
-    # Nobody else writes there (_locked). If somebody does all the same, the orchestrator's only loop waits no longer than this.
+    # No other process writes there (_locked). If one does all the same, the orchestrator's only loop waits no longer than this.
     try:
         database = sqlite3.connect(path, timeout=0.5, isolation_level=None)
     except sqlite3.Error as error:

@@ -67,7 +67,7 @@ class Submissions:
             self._write_down(job)
 
     def _submitted_again(self, peer: bytes, job: Job) -> None:
-        """The client did not hear the answer, or was away."""
+        """The client has not heard the answer, or was away."""
         if job.state is not JobState.FETCHING:
             self.clients.send(peer, m.Accepted(job.job_id))
             if job.client == peer:

@@ -41,7 +41,7 @@ class Uploads:
         return True
 
     def connected_again(self, peer: bytes) -> None:
-        """The client has a new connection: what it was asked for over the one before may be lost."""
+        """The client has a new connection: requests for parts over the one before may be lost."""
         self._asked = {upload for upload in self._asked if upload[0] != peer}
 
     def end(self, peer: bytes, digest: str) -> None:
@@ -54,11 +54,11 @@ class Uploads:
             self.end(peer, digest)
 
     def of(self, peer: bytes) -> list[str]:
-        """The digests of what this client is sending."""
+        """Digests of the bundles that this client is sending."""
         return [digest for other, digest in self.until if other == peer]
 
     def overdue(self, now: float) -> list[Upload]:
-        """Those that are given up. They are none any more."""
+        """Uploads that are given up; they end with this call."""
         found = self.until.due(now)
         self._asked.difference_update(found)
         return found
