@@ -6,9 +6,11 @@ Decides which messages are sent, what is printed and said, and when the job coun
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from fleet import messages as m
 from fleet.client.output_sequence import OutputSequence
+from fleet.deadlines import Deadlines
 
 LEAVE_AFTER_S = 1.8  # after a cancel that nobody answers
 SAY_WAITING_AFTER_S = 2.0
@@ -44,9 +46,9 @@ class Attachment:
         self._timeout_s = timeout_s
         self._welcomed = False
         self._outputs = OutputSequence()
-        # Invariant: a deadline is None once it is over, or cannot come any more.
-        self._say_waiting_at = None if local else now + SAY_WAITING_AFTER_S
-        self._leave_at: float | None = None
+        self._deadlines: Deadlines[Literal["say", "leave"]] = Deadlines()
+        if not local:
+            self._deadlines.set("say", now + SAY_WAITING_AFTER_S)
 
     def cancel(self, signal: int, now: float) -> list[Effect]:
         """Ends the job for the person; a second time, at once."""
@@ -56,7 +58,7 @@ class Attachment:
         cancel = m.Cancel(self._job_id, again, signal)
         if again:
             return [cancel]
-        self._leave_at = now + LEAVE_AFTER_S
+        self._deadlines.set("leave", now + LEAVE_AFTER_S)
         return [Say("stopping all ranks (once more: at once)"), cancel]
 
     def lost(self) -> list[Effect]:
@@ -67,7 +69,8 @@ class Attachment:
 
     def step(self, message: m.Message) -> list[Effect]:
         if isinstance(message, m.Welcome):
-            self._welcomed, self._say_waiting_at = True, None
+            self._welcomed = True
+            self._deadlines.discard("say")
         elif isinstance(message, m.Rejected) and message.job_id == self._job_id:
             self._end(f"not taken: {message.reason}")
         elif isinstance(message, m.JobWaiting) and not self._local:
@@ -80,16 +83,16 @@ class Attachment:
         return []
 
     def next_deadline(self) -> float | None:
-        return min((at for at in (self._say_waiting_at, self._leave_at) if at is not None), default=None)
+        return self._deadlines.next()
 
     def tick(self, now: float) -> list[Effect]:
         """Acts on deadlines that are over. All that arrived before has been taken."""
-        if self._leave_at is not None and now >= self._leave_at and self.ended is None:
+        due = self._deadlines.due(now)
+        if "leave" in due and self.ended is None:
             self._end("cancelled; the orchestrator did not answer, it stops the ranks by itself")
-        if self._say_waiting_at is None or now < self._say_waiting_at:
-            return []
-        self._say_waiting_at = None
-        return [Say(f"no orchestrator answers at {self._orchestrator} yet; trying for {self._timeout_s:g} s")]
+        if "say" in due:
+            return [Say(f"no orchestrator answers at {self._orchestrator} yet; trying for {self._timeout_s:g} s")]
+        return []
 
     def _end(self, reason: str) -> None:
         self.ended = m.JobEnded(self._job_id, reason, -1)
