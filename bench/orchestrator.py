@@ -28,7 +28,7 @@ import orchestrator_sockets
 
 from fleet import messages as m
 from fleet.orchestrator.core import Core
-from fleet.orchestrator.jobs import recalled
+from fleet.orchestrator.job import recalled
 from fleet.orchestrator.state import BundleStored, Received, Save, Saved, Send
 
 VERSIONS = m.Versions("0", "3.11", "2.13")

@@ -81,7 +81,7 @@ class Leave(TaskMessage, frozen=True):
 class Ready(TaskMessage, frozen=True):
     """Sent at the start, in answer to Sync, and when a function is missing. The client sends what `holds` lacks again."""
 
-    memory: Word  # see bus.shared.host_key
+    memory: Word  # see bus.shared_memory.host_key
     python: Word
     pid: Pid
     holds: tuple[TaskId, ...] = ()  # tasks that have not ended, the one that runs first

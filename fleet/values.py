@@ -143,7 +143,7 @@ class JobInfo(msgspec.Struct, frozen=True):
     """State of a job for a person. Times are seconds since the epoch by the orchestrator's clock, 0: not yet."""
 
     job_id: JobId
-    state: str  # in the words of orchestrator.jobs.JobState, lower case
+    state: str  # in the words of orchestrator.job.JobState, lower case
     outcome: str  # succeeded, failed, cancelled, quarantined; empty while it has not ended
     kind: str
     target: str

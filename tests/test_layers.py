@@ -40,15 +40,27 @@ HEIGHT = {part: -depth for depth, parts in enumerate(LAYERS) for part in parts}
 EAGER_IN_INIT = frozenset({"messages", "questions", "values", "world", "bounds", "config", "secret", "errors", "text"})
 
 DECIDERS = (
+    "fleet/cli/command_line.py",
+    "fleet/cli/usage_errors.py",
+    "fleet/client/attachment.py",
+    "fleet/client/blame.py",
+    "fleet/client/fault_dump.py",
+    "fleet/client/grid.py",
+    "fleet/client/handshake.py",
+    "fleet/client/line_folding.py",
+    "fleet/client/output_sequence.py",
+    "fleet/client/task_scheduler.py",
+    "fleet/collectives/generations.py",
+    "fleet/collectives/schedule.py",
+    "fleet/deadlines.py",
     "fleet/orchestrator/answers.py",
     "fleet/orchestrator/assignments.py",
-    "fleet/deadlines.py",
     "fleet/orchestrator/clients.py",
     "fleet/orchestrator/core.py",
     "fleet/orchestrator/effects.py",
+    "fleet/orchestrator/job.py",
     "fleet/orchestrator/job_output.py",
     "fleet/orchestrator/job_queue.py",
-    "fleet/orchestrator/jobs.py",
     "fleet/orchestrator/journal.py",
     "fleet/orchestrator/membership.py",
     "fleet/orchestrator/placement.py",
@@ -58,7 +70,6 @@ DECIDERS = (
     "fleet/orchestrator/uploads.py",
     "fleet/orchestrator/view.py",
     "fleet/worker/core.py",
-    "fleet/collectives/generations.py",
     "fleet/worker/departure.py",
     "fleet/worker/effects.py",
     "fleet/worker/members.py",
@@ -66,13 +77,6 @@ DECIDERS = (
     "fleet/worker/output_window.py",
     "fleet/worker/preparation.py",
     "fleet/worker/sessions.py",
-    "fleet/collectives/schedule.py",
-    "fleet/client/line_folding.py",
-    "fleet/client/grid.py",
-    "fleet/client/attachment.py",
-    "fleet/client/handshake.py",
-    "fleet/client/output_sequence.py",
-    "fleet/client/task_scheduler.py",
 )
 IMPURE = frozenset({"time", "random", "os", "socket", "threading", "subprocess", "zmq", "multiprocessing"})
 
@@ -85,6 +89,10 @@ EXCEPTIONS = (
     "a constructor has 16 parameters",  # fleet.Executor: the public one, whose options are keywords
     "send has",  # point_to_point.py: one message from its queue to its end, in steps that share its state
 )
+
+# Names of classes and files that stand several times, each in the same role.
+ROLES = frozenset({"Core", "Effects", "Log", "Tick", "Work"})
+FILES_OF_ROLES = frozenset({"core.py", "effects.py", "metrics.py", "state.py", "work.py"})
 
 ENVIRONMENT = frozenset({"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"})
 LINES_AT_MOST = 500
@@ -355,6 +363,18 @@ def test_checker_catches(path: str, source: str, why: str) -> None:
 )
 def test_checker_allows(path: str, source: str) -> None:
     assert violations(path, source) == []
+
+
+def test_one_name_means_one_thing() -> None:
+    classes = Counter(
+        node.name
+        for file in SOURCES
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    )
+    files = Counter(file.name for file in SOURCES if file.name != "__init__.py")
+    assert {name for name, count in classes.items() if count > 1} <= ROLES
+    assert {name for name, count in files.items() if count > 1} <= FILES_OF_ROLES
 
 
 def test_no_two_test_files_have_one_name() -> None:

@@ -3,7 +3,7 @@
 The process that makes buffers keeps its files on a shelf and uses them again: new pages of such a file system cost ten times
 as much as the copy into them. So a reader copies a buffer of up to LARGE_BYTES. A file of more serves once, and the reader
 maps it privately: the reader may write there, and no other process sees that. Files of killed processes are removed as those
-of shared.py are.
+of shared_memory.py are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fleet.bus.ownership import open_own
-from fleet.bus.shared import PREFIX
+from fleet.bus.shared_memory import PREFIX
 
 LARGE_BYTES = 32 << 20
 SHELF_BYTES = 64 << 20  # of files that hold no buffer now

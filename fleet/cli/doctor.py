@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fleet import config
 from fleet.bus.address import local_address_towards, obstacle, parse, shown
-from fleet.bus.shared import host_key
+from fleet.bus.shared_memory import host_key
 from fleet.cli.runtime import registered
 from fleet.cli.workers import health
 from fleet.client.queries import welcome

@@ -13,7 +13,7 @@ from pathlib import Path
 from fleet import config
 from fleet.bus.folders import LOCK, held_folder, is_held, own_folders
 from fleet.bus.ownership import open_own
-from fleet.bus.shared import sweep
+from fleet.bus.shared_memory import sweep
 
 WHAT = "what"  # runs there, and where it answers
 WHAT_BYTES = 4096  # at most

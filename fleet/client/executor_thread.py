@@ -21,7 +21,7 @@ from fleet.bus import forks
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Lost
 from fleet.bus.poller import DescriptorPoller, Wake
-from fleet.bus.shared import host_key
+from fleet.bus.shared_memory import host_key
 from fleet.client import task_scheduler as scheduler
 from fleet.client.call_packer import CallPacker
 from fleet.client.connection import Connection

@@ -1,6 +1,6 @@
 """A communicator's shared mapping: a word per rank and phase, and slots for tensor bytes. Knows waiting, no algorithm.
 
-    page 0                     bus.shared's own
+    page 0                     bus.shared_memory's own
     a kilobyte for each rank   posted word · folded word · window, offset · the rank's call
     halves                     2 per rank, used alternately by blocks with one synchronisation
     slots                      1 per rank, and one for results: blocks with two synchronisations
@@ -12,7 +12,7 @@ and a digest of its calls so far, so that one comparison tells "here, and on the
 2. a half is written for block b once all have posted b-1 (nobody reads b-2), a slot once all have folded the last block
    that used slots (nobody reads it any more).
 
-Plain stores and loads, ordered as written: x86-64 only, which bus.shared.host_key checks.
+Plain stores and loads, ordered as written: x86-64 only, which bus.shared_memory.host_key checks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from fleet.bus.shared import PAGE_BYTES
+from fleet.bus.shared_memory import PAGE_BYTES
 from fleet.collectives.buffer import Array
 
 RANK_BYTES = 1024

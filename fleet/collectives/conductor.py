@@ -18,7 +18,7 @@ from fleet.collectives.interruptions import Interruptions
 from fleet.collectives.operation import Operation, Signature
 from fleet.collectives.order import Order
 from fleet.collectives.path import Path
-from fleet.collectives.progress import ProgressQueue
+from fleet.collectives.progress_queue import ProgressQueue
 from fleet.collectives.recorder import Recorder
 from fleet.collectives.script_line import SCRIPT_FILES, calling_frame
 from fleet.collectives.work import Work, check_not_own

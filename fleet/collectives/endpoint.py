@@ -13,7 +13,7 @@ from time import monotonic
 
 import numpy as np
 
-from fleet.bus.shared import PAGE_BYTES
+from fleet.bus.shared_memory import PAGE_BYTES
 from fleet.collectives.arena import Arena, arena_bytes
 from fleet.collectives.buffer import Array
 from fleet.collectives.channel import Channel

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import monotonic
 
 from fleet.bus.lock import derive
-from fleet.bus.shared import DECIDED_WITHIN_S, share
+from fleet.bus.shared_memory import DECIDED_WITHIN_S, share
 from fleet.collectives.generations import Generation, Inquiry
 from fleet.collectives.inbox import Inbox
 from fleet.errors import FleetError

@@ -9,7 +9,7 @@ import threading
 from fleet.bus import address
 from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
-from fleet.bus.shared import host_key
+from fleet.bus.shared_memory import host_key
 from fleet.collectives.communicator import Communicator, alone
 from fleet.collectives.inbox import Receiver
 from fleet.collectives.rendezvous import assemble, meet_again
@@ -18,7 +18,7 @@ from fleet.config import RankSettings, rank_settings, shared_memory
 from fleet.errors import UsageError
 
 
-class Membership:
+class LocalMember:
     """Session and sockets of this process as a member of a job. They outlive its generations."""
 
     def __init__(self, settings: RankSettings) -> None:
@@ -58,13 +58,13 @@ class Membership:
 
 _lock = threading.Lock()
 _pid = 0  # of the process that made what follows
-_membership: Membership | None = None  # None: outside `fleet run`
+_member: LocalMember | None = None  # None: outside `fleet run`
 _comm: Communicator | None = None  # the last one of this process
 
 
 def init(timeout_s: float, join_timeout_s: float) -> Communicator:
     """See fleet.init."""
-    global _comm, _membership, _pid
+    global _comm, _member, _pid
     with _lock:
         if _comm is not None and _pid != os.getpid():
             raise UsageError(
@@ -72,18 +72,18 @@ def init(timeout_s: float, join_timeout_s: float) -> Communicator:
             )
         if _comm is not None and not _comm.closed:
             return _comm
-        if _membership is not None:
-            _comm = _membership.form(timeout_s, join_timeout_s)
+        if _member is not None:
+            _comm = _member.form(timeout_s, join_timeout_s)
         elif (settings := rank_settings()) is None:
             _comm = alone(timeout_s)
         else:
-            membership = Membership(settings)
+            member = LocalMember(settings)
             try:
-                _comm = membership.form(timeout_s, join_timeout_s)
+                _comm = member.form(timeout_s, join_timeout_s)
             except BaseException:
-                membership.close(linger=False)
+                member.close(linger=False)
                 raise
-            _membership = membership
+            _member = member
             atexit.register(_end)
         _pid = os.getpid()
         return _comm
@@ -91,6 +91,6 @@ def init(timeout_s: float, join_timeout_s: float) -> Communicator:
 
 def _end() -> None:
     """Closes all at the end of the process. A forked child inherits this hook, and closes nothing."""
-    if _pid == os.getpid() and _comm is not None and _membership is not None:
+    if _pid == os.getpid() and _comm is not None and _member is not None:
         _comm.close()
-        _membership.close()
+        _member.close()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fleet.bus.shared import PAGE_BYTES
+from fleet.bus.shared_memory import PAGE_BYTES
 from fleet.collectives.buffer import Array
 
 

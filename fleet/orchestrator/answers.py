@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from fleet import messages as m
 from fleet.orchestrator.clients import Clients
 from fleet.orchestrator.effects import Effects
-from fleet.orchestrator.jobs import Job, JobState
+from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.membership import Membership
 from fleet.orchestrator.scheduler import Scheduler
 from fleet.orchestrator.state import ServeLog, Worker

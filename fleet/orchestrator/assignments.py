@@ -11,8 +11,8 @@ from fleet import messages as m
 from fleet.deadlines import Deadlines
 from fleet.orchestrator.clients import Clients
 from fleet.orchestrator.effects import Effects
+from fleet.orchestrator.job import ON_WORKERS, Job, JobState
 from fleet.orchestrator.job_queue import HOLD_AFTER_S, JobQueue, queue_key
-from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.membership import Membership
 from fleet.orchestrator.placement import DEFAULT, Shape
 

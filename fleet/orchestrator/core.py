@@ -15,8 +15,8 @@ from fleet.orchestrator.answers import Answers
 from fleet.orchestrator.assignments import Assignments
 from fleet.orchestrator.clients import Clients
 from fleet.orchestrator.effects import Effects
+from fleet.orchestrator.job import ON_WORKERS, Job, JobState
 from fleet.orchestrator.job_output import JobOutput
-from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.membership import Membership
 from fleet.orchestrator.placement import DEFAULT
 from fleet.orchestrator.scheduler import CLIENT_AWAY, CLIENT_GONE, KEEP_JOBS, KEEP_S, Scheduler

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fleet import messages as m
-from fleet.orchestrator.jobs import Job, record
+from fleet.orchestrator.job import Job, record
 from fleet.orchestrator.state import Counts, Effect, Erase, Log, Save, Send
 
 

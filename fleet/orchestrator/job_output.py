@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from fleet import messages as m
 from fleet.orchestrator.clients import Clients
 from fleet.orchestrator.effects import Effects
-from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
+from fleet.orchestrator.job import ON_WORKERS, Job, JobState
 from fleet.orchestrator.membership import Membership
 from fleet.orchestrator.state import KeepOutput, Worker
 

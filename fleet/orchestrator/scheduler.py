@@ -19,8 +19,8 @@ from fleet.messages import how
 from fleet.orchestrator.assignments import PREPARE_WITHIN_S, Assignments
 from fleet.orchestrator.clients import Clients
 from fleet.orchestrator.effects import Effects
+from fleet.orchestrator.job import ON_WORKERS, Job, JobState
 from fleet.orchestrator.job_output import JobOutput
-from fleet.orchestrator.jobs import ON_WORKERS, Job, JobState
 from fleet.orchestrator.membership import Gone, Membership
 from fleet.orchestrator.state import ReleaseBundle, Worker
 from fleet.orchestrator.uploads import Uploads

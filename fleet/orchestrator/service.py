@@ -25,7 +25,7 @@ from fleet.errors import ConfigError, ProtocolError
 from fleet.exposition import Exposition, health_route, metrics_route
 from fleet.orchestrator import state
 from fleet.orchestrator.core import Core
-from fleet.orchestrator.jobs import recalled
+from fleet.orchestrator.job import recalled
 from fleet.orchestrator.journal import Journal
 from fleet.orchestrator.logs import JobLogs
 from fleet.orchestrator.metrics import OrchestratorMetrics

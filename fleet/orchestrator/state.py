@@ -1,4 +1,4 @@
-"""Workers as the orchestrator knows them, its counts, its events and its effects. Plain values; a job is in jobs.py."""
+"""Workers as the orchestrator knows them, its counts, its events and its effects. Plain values; a job is in job.py."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fleet import messages as m
 from fleet.orchestrator.clients import Clients
 from fleet.orchestrator.effects import Effects
-from fleet.orchestrator.jobs import Job, JobState
+from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.placement import POLICIES
 from fleet.orchestrator.scheduler import Scheduler
 from fleet.orchestrator.state import DropUpload, FetchBundle, Saved, SaveFailed, SavesAgain, StorePart

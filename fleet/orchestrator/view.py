@@ -13,7 +13,7 @@ from typing import get_args
 import msgspec
 
 from fleet import messages as m
-from fleet.orchestrator.jobs import Job, JobState
+from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.scheduler import Scheduler
 from fleet.orchestrator.state import Worker
 from fleet.text import some

@@ -20,7 +20,7 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Link, Router, Sent
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
-from fleet.bus.shared import sweep
+from fleet.bus.shared_memory import sweep
 from fleet.bus.strangers import LOG_EVERY_S
 from fleet.bus.trees import remove_tree
 from fleet.dropped import Dropped

@@ -25,7 +25,7 @@ from fleet.bus.control import Arrived, Dealer, Sent
 from fleet.bus.knock import endpoint_of, knock
 from fleet.bus.lock import Lock
 from fleet.bus.poller import DescriptorPoller
-from fleet.bus.shared import host_key
+from fleet.bus.shared_memory import host_key
 from fleet.errors import ProtocolError
 from fleet.worker.progress import IDLE, Progress
 

@@ -13,7 +13,7 @@ from fleet import messages as m
 from fleet.client.output_sequence import OutputSequence
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core as Orchestrator
-from fleet.orchestrator.jobs import recalled
+from fleet.orchestrator.job import recalled
 from fleet.orchestrator.journal import Journal
 from fleet.worker import state as w
 from fleet.worker.core import Core as Agent

@@ -11,8 +11,8 @@ from fleet.deadlines import earliest
 from fleet.orchestrator import state as o
 from fleet.orchestrator.assignments import BACKOFF_S
 from fleet.orchestrator.core import Core
+from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.job_queue import AGE_S, HOLD_AFTER_S, JobQueue, queue_key
-from fleet.orchestrator.jobs import Job, JobState
 from fleet.orchestrator.placement import Rooms, Shape
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, sent
 

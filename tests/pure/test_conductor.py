@@ -13,7 +13,7 @@ import pytest
 
 from fleet.collectives import script_line
 from fleet.collectives.order import CLOSED, Order
-from fleet.collectives.progress import ProgressQueue
+from fleet.collectives.progress_queue import ProgressQueue
 from fleet.collectives.script_line import LIBRARY_FILES, SCRIPT_FILES, calling_frame
 from fleet.collectives.work import Work, check_not_own
 from fleet.errors import RankEnded, UsageError

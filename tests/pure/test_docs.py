@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
-from fleet.orchestrator.jobs import MOVES, JobState
+from fleet.orchestrator.job import MOVES, JobState
+from tests.test_layers import DECIDERS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 ARCHITECTURE = (DOCS / "ARCHITECTURE.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "fleet").rglob("*.py"))
+
+
+def docstring(path: str) -> str:
+    return ast.get_docstring(ast.parse((ROOT / path).read_text())) or ""
 
 
 def state_diagram() -> str:
@@ -26,21 +35,25 @@ def test_the_diagram_of_states_is_drawn_from_their_table() -> None:
     assert drawn in (DOCS / "JOBS.md").read_text(), f"the table has changed; docs/JOBS.md needs this:\n{drawn}"
 
 
-def files_in_tables() -> list[str]:
-    """Each row of the tables of files, behind the folder that stands above its table."""
+def files_in_tables(having: str = "") -> list[str]:
+    """Each row of the tables of files that has this text, behind the folder that stands above its table."""
     named: list[str] = []
     folder = ""
     for line in ARCHITECTURE.splitlines():
         if heading := re.match(r"#+ (?:`(fleet/[^`]*)`)?", line):
             folder = heading[1] or ""
-        elif folder and (row := re.match(r"\| `([^`]+)` \| \S", line)):
+        elif folder and (row := re.match(r"\| `([^`]+)` \| \S", line)) and having in line:
             named.append(folder + row[1])
     return named
 
 
 def test_the_tables_of_files_name_each_one_once() -> None:
-    files = {str(path.relative_to(ROOT)) for path in (ROOT / "fleet").rglob("*.py")}
-    assert sorted(files_in_tables()) == sorted(path for path in files if not path.endswith("__init__.py"))
+    assert sorted(files_in_tables()) == [path for path in SOURCES if not path.endswith("__init__.py")]
+
+
+def test_what_is_called_pure_is_checked_to_be() -> None:
+    said = {path for path in SOURCES if re.search(r"\bpure\b", docstring(path), re.I)}
+    assert (said | set(files_in_tables("(pure)"))) - set(DECIDERS) == set()
 
 
 def walks() -> list[tuple[str, str]]:

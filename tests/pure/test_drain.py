@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fleet import messages as m
 from fleet.orchestrator import state as o
-from fleet.orchestrator.jobs import JobState
+from fleet.orchestrator.job import JobState
 from fleet.worker import state as w
 from fleet.worker.core import Core as Agent
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent

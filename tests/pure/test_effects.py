@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fleet import messages as m
 from fleet.orchestrator.effects import Effects
-from fleet.orchestrator.jobs import Job, JobState, recalled
+from fleet.orchestrator.job import Job, JobState, recalled
 from fleet.orchestrator.state import Erase, Log, Save, Send
 from tests.pure.test_orchestrator import CLIENT, SPEC
 

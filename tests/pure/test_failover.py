@@ -7,7 +7,7 @@ import pytest
 from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core
-from fleet.orchestrator.jobs import Job, JobState, recalled, record
+from fleet.orchestrator.job import Job, JobState, recalled, record
 from fleet.orchestrator.membership import RECONNECT_GRACE_S, RETURN_WITHIN_S
 from fleet.orchestrator.view import ClusterView
 from tests.pure.test_assignments import alive, finish, submit

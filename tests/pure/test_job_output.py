@@ -5,8 +5,8 @@ from __future__ import annotations
 from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core
+from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.job_output import JobOutput
-from fleet.orchestrator.jobs import Job, JobState
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
 
 

@@ -6,7 +6,7 @@ from fleet import messages as m
 from fleet.deadlines import earliest
 from fleet.orchestrator import state as o
 from fleet.orchestrator.effects import Effects
-from fleet.orchestrator.jobs import JobState
+from fleet.orchestrator.job import JobState
 from fleet.orchestrator.membership import (
     HEARTBEAT_S,
     HEARTBEAT_TIMEOUT_S,

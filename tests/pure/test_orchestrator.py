@@ -5,7 +5,7 @@ from __future__ import annotations
 from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core as Orchestrator
-from fleet.orchestrator.jobs import JobState
+from fleet.orchestrator.job import JobState
 from fleet.orchestrator.membership import RECONNECT_GRACE_S
 from fleet.orchestrator.placement import Rooms, Shape
 

@@ -8,7 +8,7 @@ from fleet.orchestrator import state as o
 from fleet.orchestrator.clients import Clients
 from fleet.orchestrator.core import Core as Orchestrator
 from fleet.orchestrator.effects import Effects
-from fleet.orchestrator.jobs import JobState
+from fleet.orchestrator.job import JobState
 from fleet.orchestrator.membership import (
     RECONNECT_GRACE_S,
     RETURN_WITHIN_S,

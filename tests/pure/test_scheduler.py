@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.assignments import PREPARE_WITHIN_S
-from fleet.orchestrator.jobs import MOVES, TAILS_TOLD_CHARS, Job, JobState
+from fleet.orchestrator.job import MOVES, TAILS_TOLD_CHARS, Job, JobState
 from fleet.orchestrator.membership import (
     HEARTBEAT_TIMEOUT_S,
     RECONNECT_GRACE_S,

@@ -14,7 +14,7 @@ import pytest
 
 from fleet import messages as m
 from fleet.errors import ConfigError
-from fleet.orchestrator.jobs import Job, recalled, record
+from fleet.orchestrator.job import Job, recalled, record
 from fleet.orchestrator.journal import Records
 from fleet.orchestrator.logs import JobLogs
 from fleet.orchestrator.store import FILE, MIGRATIONS, Store

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core
-from fleet.orchestrator.jobs import JobState
+from fleet.orchestrator.job import JobState
 from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S, Uploads
 from tests.pure.test_orchestrator import CLIENT, VERSIONS, cluster, sent
 from tests.pure.test_transfer import digest_of, part

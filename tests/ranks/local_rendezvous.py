@@ -10,7 +10,7 @@ from typing import Any
 from fleet import messages as m
 from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
-from fleet.bus.shared import host_key
+from fleet.bus.shared_memory import host_key
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.generations import Generation, Inquiry, News, RankActivity
 from fleet.collectives.inbox import Receiver

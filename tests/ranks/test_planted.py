@@ -20,7 +20,7 @@ import pytest
 from fleet import config
 from fleet.bus import folders
 from fleet.bus.blobs import BlobReader
-from fleet.bus.shared import PAGE_BYTES, PREFIX, host_key, share, sweep
+from fleet.bus.shared_memory import PAGE_BYTES, PREFIX, host_key, share, sweep
 from fleet.cli import runtime, slurm, why
 from fleet.collectives.fabric import Fabric
 from fleet.collectives.generations import Generation
@@ -159,7 +159,7 @@ def test_a_file_of_another_size_is_not_mapped(folder: Path) -> None:
 
 
 def test_a_maker_that_stands_still_ends_the_wait(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleet.bus.shared.DECIDED_WITHIN_S", 0.2)
+    monkeypatch.setattr("fleet.bus.shared_memory.DECIDED_WITHIN_S", 0.2)
     path = folder / f"{PREFIX}test"
     path.write_bytes(bytes(2 * PAGE_BYTES))
     path.chmod(0o600)

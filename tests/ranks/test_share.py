@@ -15,7 +15,7 @@ import pytest
 
 from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
-from fleet.bus.shared import PAGE_BYTES, PREFIX, host_key, share, sweep
+from fleet.bus.shared_memory import PAGE_BYTES, PREFIX, host_key, share, sweep
 from fleet.collectives.endpoint import LOCAL_AT_MOST, FormingCall, find_routes
 from fleet.collectives.fabric import Fabric
 from fleet.collectives.generations import Generation

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from grid import TRANSPORTS, digest
 
-from fleet.bus.shared import PAGE_BYTES
+from fleet.bus.shared_memory import PAGE_BYTES
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.windows import Windows
 from tests.wanted import torch

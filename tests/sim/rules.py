@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from fleet.orchestrator.jobs import ON_WORKERS, JobState
+from fleet.orchestrator.job import ON_WORKERS, JobState
 from fleet.worker.output_window import UNDER_WAY
 from tests.sim.simulation import Simulation
 

@@ -16,7 +16,7 @@ from typing import Any
 from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core as Orchestrator
-from fleet.orchestrator.jobs import recalled
+from fleet.orchestrator.job import recalled
 from fleet.orchestrator.journal import Journal
 from tests.sim.nodes import SILENCE_S, VERSIONS, Client, Node, Process, Worker, lived
 
