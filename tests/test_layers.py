@@ -227,6 +227,12 @@ def violations(path: str, source: str) -> list[str]:
             found.append((line, "only fleet/bus imports zmq"))
         if package in IMPURE and path in DECIDERS:
             found.append((line, f"a decider imports {package}"))
+    for node in ast.walk(tree) if path in DECIDERS else ():
+        if isinstance(node, ast.ClassDef):
+            fields = (field for field in node.body if isinstance(field, ast.AnnAssign))
+            found.extend(
+                (f.lineno, "a decider keeps a callable") for f in fields if "Callable" in ast.unparse(f.annotation)
+            )
     if part_of(path) != "config":
         found.extend((line, f"only config touches os.{name}") for line, name in environment_reads(tree))
     lines = len(source.splitlines())
@@ -324,6 +330,7 @@ def test_every_decider_is_where_the_rules_look_for_it(path: str) -> None:
         (DECIDERS[0], "from time import monotonic", "a decider imports time"),
         (DECIDERS[0], "import os.path", "a decider imports os"),
         (DECIDERS[0], "def f():\n    import random", "a decider imports random"),
+        (DECIDERS[0], "class Core:\n    clock: Callable[[], float]", "a decider keeps a callable"),
         # Shape.
         ("fleet/bus/inbox.py", "from fleet.bus.box import Box\nclass Inbox(Box): pass", "Inbox continues Box"),
         ("fleet/bus/inbox.py", "from .box import Box as B\nclass Inbox(B): pass", "Inbox continues B"),
