@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 SIZES = (8, 1 << 10, 4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 127 << 10)
-# the path's two limits, so that any size is within the first, between both, or beyond
+# The two limits of the path: every size is below the first, between both, or above both.
 FORCED = {"exchange": (1 << 40, 1 << 40), "tree": (-1, 1 << 40), "ring": (-1, -1)}
 
 
