@@ -1,7 +1,7 @@
-"""What an Executor and its task runners say to each other, through a relay that does not read it. Typed values and their bytes.
+"""Messages between an Executor and its task runners, and their codec. The relay between them does not read these.
 
-At least once on the way, once in effect: a runner keeps a result until its client has said that it arrived, and after a
-lost connection the client asks what the runner holds. Numbers of tasks are the client's.
+Messages may travel more than once, and take effect once: a runner keeps a result until the client has said that it arrived, and
+after a lost connection the client asks for the tasks that the runner holds. The client numbers the tasks.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import msgspec
 from fleet.bounds import Pid, Seconds, Size, Word
 from fleet.errors import ProtocolError
 
-PIECE_BYTES = 1 << 20  # of a large buffer, in one frame
+PIECE_BYTES = 1 << 20  # a large buffer travels in frames of this size
 INLINE_BYTES = 64 << 10  # a buffer or pickle from this size on travels apart from its task
-MESSAGE_BYTES = 1 << 20  # how much of them one message takes together
+MESSAGE_BYTES = 1 << 20  # pickles that one message takes together
 
-INITIALIZER = 0  # the number of the call that a runner makes before all others; to its agent, that of no task
+INITIALIZER = 0  # the number of the first call of a runner; for the agent it means no task
 
 TaskId = Annotated[int, msgspec.Meta(ge=-(1 << 62), le=1 << 62)]
 Small = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 
 
 class TaskMessage(msgspec.Struct, frozen=True, tag=True, array_like=True):
-    """Base of all that is said. The class name is the tag on the wire."""
+    """Base of all messages. The class name is the tag on the wire."""
 
 
 class LargeBuffer(msgspec.Struct, frozen=True, array_like=True):
-    """A large buffer: in a file of the memory that both share, or to be fetched in pieces."""
+    """A large buffer: in a file in shared memory, or to be fetched in pieces by ReadBuffer."""
 
     size_bytes: Size
     path: str = ""
@@ -36,43 +36,43 @@ class LargeBuffer(msgspec.Struct, frozen=True, array_like=True):
 
 class Call(msgspec.Struct, frozen=True, array_like=True):
     task_id: TaskId
-    function: bytes  # digest of its pickle; empty: it is large, and pickled with its arguments
-    data: bytes  # pickle of (function, args, kwargs), without the function where it has a digest
+    function: bytes  # digest of the pickled function; empty: a large function, which is pickled with the arguments
+    data: bytes  # pickle of (function, args, kwargs), without a function that has a digest
     buffers: tuple[LargeBuffer, ...] = ()  # of the pickle; where `data` is empty, the first is the pickle itself
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True):
     task_id: TaskId
     ok: bool
-    data: bytes  # pickle of what it returned, or of its exception
+    data: bytes  # pickle of the value that was returned, or of the exception
     seconds: Seconds
-    buffers: tuple[LargeBuffer, ...] = ()  # as those of a call
-    text: str = ""  # the traceback; where there is no pickle, all that is known
+    buffers: tuple[LargeBuffer, ...] = ()  # as in Call
+    text: str = ""  # the traceback; without a pickle, all that is known
 
 
 # Client to runner
 
 
 class MakeCalls(TaskMessage, frozen=True):
-    """Calls to make in this order, after what is there already. `arrived`: results that need not be kept."""
+    """Calls to make in this order, behind those that wait. `arrived`: results that need not be kept any longer."""
 
     calls: tuple[Call, ...] = ()
-    functions: dict[bytes, bytes] = {}  # pickles by digest, of those that the runner has not had yet
+    functions: dict[bytes, bytes] = {}  # pickles by digest, of functions that are new to the runner
     arrived: tuple[TaskId, ...] = ()
 
 
 class ReturnCalls(TaskMessage, frozen=True):
-    """Give these back, if they have not begun. Answered by CallsReturned."""
+    """Give back those of these calls that have not begun. Answered by CallsReturned."""
 
     task_ids: tuple[TaskId, ...]
 
 
 class Sync(TaskMessage, frozen=True):
-    """After a lost connection. Answered by Ready, and by all results that are kept."""
+    """Sent after a lost connection. Answered by Ready, and by all results that are kept."""
 
 
 class Leave(TaskMessage, frozen=True):
-    """No more calls come: end, as a script does at its end, once those that are there were made."""
+    """End once the calls that wait are made, as a script ends: no more calls come."""
 
 
 # Runner to client
@@ -84,7 +84,7 @@ class Ready(TaskMessage, frozen=True):
     memory: Word  # see bus.shared_memory.host_key
     python: Word
     pid: Pid
-    holds: tuple[TaskId, ...] = ()  # tasks that have not ended, the one that runs first
+    holds: tuple[TaskId, ...] = ()  # tasks that have not ended, first the one that runs
 
 
 class Results(TaskMessage, frozen=True):
@@ -99,7 +99,7 @@ class CallsReturned(TaskMessage, frozen=True):
 
 
 class ReadBuffer(TaskMessage, frozen=True):
-    """Send a piece of a buffer: of a task's arguments (asked by a runner) or of its result (asked by a client)."""
+    """Asks for a piece of a buffer: a runner for a piece of arguments, a client for a piece of a result."""
 
     task_id: TaskId
     index: Small
@@ -107,7 +107,7 @@ class ReadBuffer(TaskMessage, frozen=True):
 
 
 class BufferPiece(TaskMessage, frozen=True):
-    """The piece is the frame behind this one; empty where there is no such buffer."""
+    """The piece is in the next frame, which is empty if there is no such buffer."""
 
     task_id: TaskId
     index: Small
@@ -119,14 +119,14 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_ALL)
 
 
-def encode(said: TaskMessage) -> bytes:
-    return _encoder.encode(said)
+def encode(message: TaskMessage) -> bytes:
+    return _encoder.encode(message)
 
 
 def decode(data: bytes | memoryview) -> TaskMessage:
-    """Raises ProtocolError for bytes that are nothing of it."""
+    """Raises ProtocolError for other bytes."""
     try:
-        said: TaskMessage = _decoder.decode(data)
+        message: TaskMessage = _decoder.decode(data)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError
         raise ProtocolError(f"nothing that a task's client or runner says: {error}") from error
-    return said
+    return message

@@ -1,7 +1,7 @@
-"""Archives of bundles, unpacked. Nothing that an archive holds is trusted: neither its names, nor its sizes, nor its end.
+"""Unpacking of bundles. Nothing in an archive is trusted: neither names, nor sizes, nor its end.
 
-fleet packs files and symbolic links that stay in their folder; all else is refused, in words. What unpacking takes is bounded
-by BUNDLE_FILES_AT_MOST and BUNDLE_BYTES_AT_MOST, however small an archive is.
+fleet packs files, and symbolic links that stay in their folder. Anything else is refused, with a reason. However small an archive
+is, its files have at most BUNDLE_FILES_AT_MOST entries and BUNDLE_BYTES_AT_MOST bytes.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fleet.values import BUNDLE_BYTES_AT_MOST, BUNDLE_FILES_AT_MOST
 if not hasattr(tarfile, "data_filter"):  # Python before 3.11.4, such as Debian 12's
     from backports import tarfile  # type: ignore[no-redef]
 
-READ_AT_MOST_BYTES = 1 << 20  # at once: no header of an honest archive is as long
-HEADERS_BYTES = 4096  # of a file, on average at most
+READ_AT_MOST_BYTES = 1 << 20  # at once; no header of an honest archive is as long
+HEADERS_BYTES = 4096  # of one file, on average at most
 
 
 class UnpackCancelled(Exception):
-    """Nobody needs the folder any more."""
+    """The folder is not needed any more."""
 
 
 def unpack(
@@ -32,9 +32,9 @@ def unpack(
     files_at_most: int = BUNDLE_FILES_AT_MOST,
     bytes_at_most: int = BUNDLE_BYTES_AT_MOST,
 ) -> frozenset[str]:
-    """Unpacks a gzipped tar archive into a folder that is there, and returns the names in it.
+    """Unpacks a gzipped tar archive into an existing folder. Returns the names in the archive.
 
-    Asks `dropped` before each file, and raises UnpackCancelled if it is.
+    Calls `dropped` before each file, and raises UnpackCancelled if that is true.
 
     An archive that is refused or cannot be read raises ValueError, OSError, or whatever the libraries raise for such bytes.
     """
@@ -44,7 +44,7 @@ def unpack(
         stream = _ForwardReader(raw, bytes_at_most + files_at_most * HEADERS_BYTES)
         archive: Any = tarfile.open(fileobj=stream, mode="r:")  # type: ignore[call-overload]
         while (member := archive.next()) is not None:
-            archive.members.clear()  # else all headers stay in memory
+            archive.members.clear()  # otherwise all headers stay in memory
             if dropped():
                 raise UnpackCancelled
             count += 1
@@ -56,9 +56,9 @@ def unpack(
                 raise ValueError(f"it has more than {bytes_at_most >> 20} MB")
             if not (member.isreg() or member.isdir() or member.issym()) or member.issparse():
                 raise ValueError(f"{member.name[:200]!r} is neither a file, a folder nor a symbolic link")
-            member.mtime = 0  # as fleet packs it; any other may be more than a clock can show
+            member.mtime = 0  # as fleet packs files; another time may be more than a clock can show
             if member.issym():
-                links.append(member)  # last, so that no file is written through one
+                links.append(member)  # made last, so that no file is written through a link
             else:
                 archive.extract(member, folder, filter="data")
     for link in links:
@@ -67,7 +67,7 @@ def unpack(
 
 
 def _link(member: tarfile.TarInfo, folder: Path) -> None:
-    """Not by the library, which says nothing of a link that cannot be made."""
+    """Makes a link. The library would not raise an error for a link that cannot be made."""
     if not member.linkname:
         raise ValueError(f"{member.name[:200]!r} is a symbolic link to nothing")
     path = folder / member.name
@@ -76,7 +76,7 @@ def _link(member: tarfile.TarInfo, folder: Path) -> None:
 
 
 class _ForwardReader:
-    """The bytes of an archive, in one direction and a bounded number of them: headers may name any size and offset."""
+    """Bytes of an archive, read forwards and in bounded number. Headers may name any size and offset."""
 
     def __init__(self, raw: gzip.GzipFile, bytes_at_most: int) -> None:
         self._raw = raw

@@ -1,6 +1,6 @@
-"""File thread of an agent: carries out what may take as long as the disk does, in order, and hands its events to the loop.
+"""File thread of an agent: does work that may take as long as a disk does, in order, and hands its events to the loop.
 
-Knows no file and no message. What is put first is done first, so that a question about files sees what was gathered before.
+Knows no file and no message. Work is done in the order of `put`, so that a question about files sees all work before it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ log = logging.getLogger("fleet.worker")
 
 
 class FileThread:
-    """One thread, from the first work on. `wake` is set whenever an event is ready to be taken.
+    """One thread, which starts with the first work. `wake` is set whenever an event is ready to be taken.
 
-    `put`, `take` and `close` are for the loop, `put` also for the work itself.
+    The loop calls `put`, `take` and `close`. Work may call `put`.
     """
 
     def __init__(self, wake: Wake) -> None:
@@ -33,9 +33,9 @@ class FileThread:
         self._thread: threading.Thread | None = None
 
     def put(self, work: Work, unless: threading.Event | None = None) -> None:
-        """`work` handles the errors that it expects; any other is logged, and counts as no event.
+        """Adds work, which handles the errors that it expects. Any other error is logged, and there is no event then.
 
-        Once `unless` is set, work that has not begun is left out, and events that were not taken are forgotten.
+        Once `unless` is set, the work is left out if it has not begun, and its events are dropped if they were not taken.
         """
         self._work.put((work, unless or threading.Event()))
         if self._thread is None:
@@ -43,7 +43,7 @@ class FileThread:
             self._thread.start()
 
     def take(self) -> list[Event]:
-        """What has come of the work so far."""
+        """The events of work that is done."""
         found: list[Event] = []
         try:
             while True:
@@ -54,7 +54,7 @@ class FileThread:
             return found
 
     def close(self, within_s: float = CLOSE_WITHIN_S) -> None:
-        """Returns once all work that was put is done, or is given up: a disk that hangs must not keep its agent."""
+        """Returns when all work is done, or is given up, since a disk that hangs must not hold up its agent."""
         if self._thread is not None:
             self._work.put(None)
             self._thread.join(within_s)

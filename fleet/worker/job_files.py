@@ -1,6 +1,6 @@
-"""Files of jobs on a worker: the bundle, the working folder of each attempt, the output folder. None is touched in the loop.
+"""Files of jobs on a worker: bundles, the working folder of each attempt, output folders. The loop of the agent touches none.
 
-Public methods are the loop's; what begins with an underscore runs on the file thread, in the order in which it was asked for.
+The loop calls the public methods. Those that begin with an underscore run on the file thread, in the order of the calls.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fleet.worker.state import Event, FromFiles, Prepared, PrepareFailed
 from fleet.worker.storage import GatherResult, Storage
 
 STORED_AT_ONCE = 4096  # jobs in one message
-# What names in an archive bring about. All other errors of the system are this machine's: it is short of something, or broken.
+# Errors that names in an archive cause. All other errors of the system are this machine's: it is short of something, or broken.
 _OF_NAMES = frozenset(
     {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EINVAL, errno.EILSEQ}
 )
@@ -31,18 +31,18 @@ log = logging.getLogger("fleet.worker")
 
 
 class JobFiles:
-    """The files of all jobs of one agent. An attempt's are there from `prepare` to `remove`."""
+    """The files of all jobs of one agent. Those of an attempt exist from `prepare` to `remove`."""
 
     def __init__(self, worker_id: str, directory: Path, storage: Storage, files: FileThread) -> None:
         self._worker_id = worker_id
         self._files = files
-        self._storage = storage  # the file thread's alone, but for `enter` and `folder`
-        self._dropped: dict[tuple[str, int], threading.Event] = {}  # by attempt: set once it is to be removed
+        self._storage = storage  # for the file thread alone, except `enter` and `folder`
+        self._dropped: dict[tuple[str, int], threading.Event] = {}  # by attempt; set once the attempt is to be removed
         self._bundles = Bundles(directory)
-        self._waiting: list[tuple[m.Assign, threading.Event]] = []  # for their bundle
+        self._waiting: list[tuple[m.Assign, threading.Event]] = []  # attempts whose bundle is on its way
 
     def prepare(self, assign: m.Assign) -> None:
-        """Answered by Prepared or PrepareFailed, unless it is removed before."""
+        """Makes the files of an attempt. Answered by Prepared or PrepareFailed, unless `remove` comes before."""
         dropped = self._dropped[assign.job_id, assign.attempt] = threading.Event()
         self._files.put(partial(self._prepare, assign, dropped), dropped)
 
@@ -50,16 +50,16 @@ class JobFiles:
         self._files.put(partial(self._store, part))
 
     def resume(self) -> None:
-        """Asks again for what was on its way when the connection was lost."""
+        """Asks again for bundles that were on their way when the connection was lost."""
         if self._dropped:
             self._files.put(self._resume)
 
     def gather(self, assign: m.Assign, directory: Path) -> None:
-        """Answered by Left, if anything is."""
+        """Keeps files of a working folder, see Storage.gather. Answered by Left, if files are left."""
         self._files.put(partial(self._gather, assign, directory))
 
     def remove(self, job_id: str, attempt: int) -> None:
-        """Whatever is still done to prepare the attempt is broken off."""
+        """Removes the files of an attempt. Its preparation is broken off."""
         dropped = self._dropped.pop((job_id, attempt), None)
         if dropped is not None:
             dropped.set()
@@ -69,11 +69,11 @@ class JobFiles:
         return self._storage.folder(job_id)
 
     def serve(self, ask: m.ListFiles | m.ReadFile) -> None:
-        """Answered from the output folder of a job."""
+        """Answers a question about the output folder of a job."""
         self._files.put(partial(self._serve, ask))
 
     def report_stored(self, cluster_id: str) -> None:
-        """Uses the output folders of this cluster from now on. Answered by those that there are."""
+        """Uses the output folders of this cluster from now on. Answered by Stored, which names their jobs."""
         self._storage.enter(cluster_id)
         self._files.put(self._stored)
 
@@ -81,7 +81,7 @@ class JobFiles:
         self._files.put(partial(self._discard, job_ids))
 
     def close(self) -> None:
-        """Breaks off what is prepared, and returns once all else that was asked for is done."""
+        """Breaks off all preparations. Returns when all other work on files is done."""
         for dropped in self._dropped.values():
             dropped.set()
         self._files.close()
@@ -102,7 +102,7 @@ class JobFiles:
                     return [] if want is None else [FromFiles(want)]
                 return self._unpack(assign, dropped)
             return [Prepared(assign.job_id, assign.attempt, folder, free_port())]
-        except Exception as error:  # whatever it is, the job is not left waiting for it
+        except Exception as error:  # of any kind: the job must not wait for ever
             return [PrepareFailed(assign.job_id, assign.attempt, f"its folders cannot be made there: {error}")]
 
     def _unpack(self, assign: m.Assign, dropped: threading.Event) -> list[Event]:
@@ -129,7 +129,7 @@ class JobFiles:
         return []
 
     def _arrived(self, digest: str) -> list[tuple[m.Assign, threading.Event]]:
-        """Those that need not wait for that bundle any longer."""
+        """The attempts that waited for this bundle. They wait no longer."""
         found = [(assign, dropped) for assign, dropped in self._waiting if assign.spec.digest == digest]
         self._waiting = [one for one in self._waiting if one not in found]
         return found
@@ -143,7 +143,7 @@ class JobFiles:
         mark = f"{self._worker_id}-{attempt}" if attempt > 1 else self._worker_id
         try:
             found = self._storage.gather(job_id, directory, sent, keep, mark)
-        except Exception as error:  # the folder goes in any case, and what is lost with it is said
+        except Exception as error:  # the folder is removed in any case, and the job is told about the loss
             log.exception("what job %s wrote cannot be gathered", job_id)
             found = GatherResult(error=f"what it wrote could not be looked at: {str(error)[:500]}")
         if not found.left_count and not found.error:
@@ -158,7 +158,7 @@ class JobFiles:
     def _serve(self, ask: m.ListFiles | m.ReadFile) -> list[Event]:
         try:
             return [FromFiles(self._storage.page(ask) if isinstance(ask, m.ListFiles) else self._storage.part(ask))]
-        except Exception as error:  # whatever it is, its asker does not wait for it
+        except Exception as error:  # of any kind: the client must not wait for ever
             log.exception("what job %s wrote cannot be told", ask.job_id)
             reason = f"its worker failed at it: {type(error).__name__}"
             if isinstance(ask, m.ListFiles):
@@ -178,7 +178,7 @@ class JobFiles:
 
 
 def lies_with_archive(error: Exception) -> bool:
-    """Whether every worker would fail at it; else another one may well unpack the same bundle."""
+    """Whether an error is of the archive, so that every worker would fail. If not, another worker may unpack the same bundle."""
     if isinstance(error, MemoryError):
         return False
     number = error.errno if isinstance(error, OSError) else None  # gzip's errors of an archive have none

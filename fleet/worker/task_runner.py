@@ -1,8 +1,8 @@
-"""A task runner: a process that calls what its client sends, one call after the other, and sends back what came of it.
+"""Task runner: a process that makes the calls of an Executor, one after the other, and sends back their results.
 
-The main thread makes the calls, and owns the socket between them, so that a short task waits for no other thread. While one
-call takes long, an attendant thread looks after the socket: what has not begun can then be recalled, and results be fetched.
-Knows its client only as the other end of a relay, see fleet/tasks.py.
+The main thread makes the calls, and owns the socket between them, so that a short task waits for no other thread. During a long
+call an attendant thread owns the socket, so that the client can take calls back and fetch results. The messages are those of
+fleet/tasks.py.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from fleet.errors import ProtocolError
 from fleet.worker.progress import IDLE, Progress
 
 ATTEND_EVERY_S = 0.02
-SEND_AFTER_S, SEND_FROM_BYTES = 0.001, 64 << 10  # results of short calls leave together
-QUIET_AFTER_S = 1.0  # then the attendant sleeps too
-TEXT_CHARS = 16 << 10  # of a traceback, its end
-PIECES_UNDER_WAY = 4  # of arguments that are fetched
+SEND_AFTER_S, SEND_FROM_BYTES = 0.001, 64 << 10  # results of short calls are sent together
+QUIET_AFTER_S = 1.0  # without work: then the attendant sleeps too
+TEXT_CHARS = 16 << 10  # at the end of a traceback
+PIECES_UNDER_WAY = 4  # of arguments
 
 
 def serve(direct: str) -> None:
@@ -45,11 +45,11 @@ def serve(direct: str) -> None:
         TaskRunner(settings, direct).run()
     except BaseException:
         traceback.print_exc()
-        os._exit(1)  # not even the threads of its tasks keep it
+        os._exit(1)  # threads of tasks cannot hold this process up
 
 
 class TaskRunner:
-    """The lock is held by whoever uses the socket and the queues: by the main thread, except while it is inside a call."""
+    """The lock guards the socket and the queues. The main thread holds it, except during a call."""
 
     def __init__(self, settings: config.RankSettings, direct: str) -> None:
         self._pid = os.getpid()
@@ -69,22 +69,22 @@ class TaskRunner:
         self._memory = host_key(directory) if directory is not None else ""
         self._progress = Progress(settings.control, settings.job_id)
         self._lock = threading.Lock()
-        self._active = threading.Event()  # there has been work in the last moments
-        self._active.set()  # work may be here before this process has ever waited for any
+        self._active = threading.Event()  # set while there is work, and for a moment after
+        self._active.set()  # work may come before this process waits for the first time
         self._waiting: deque[tasks.Call] = deque()
         self._running: tasks.Call | None = None
         self._functions = pickling.Functions()
-        self._function_of: dict[int, pickling.Function] = {}  # by task, of those that wait
-        self._kept: OrderedDict[int, tasks.Result] = OrderedDict()  # sent, until they are known to have arrived
+        self._function_of: dict[int, pickling.Function] = {}  # by the number of each task that waits
+        self._kept: OrderedDict[int, tasks.Result] = OrderedDict()  # sent, and not known to have arrived
         self._unsent: list[tasks.Result] = []
         self._unsent_bytes, self._unsent_since = 0, 0.0
-        self._blobs: dict[tuple[int, int], Blob] = {}  # of results
-        self._gathering: dict[tuple[int, int], Gathering] = {}  # of arguments that are in no file here
+        self._blobs: dict[tuple[int, int], Blob] = {}  # of results, by task and index
+        self._gathering: dict[tuple[int, int], Gathering] = {}  # of arguments that are in no file of this machine
         self._under_way = 0
         self._leaving = False
-        self._dropped_count = 0  # messages that were none
-        self._streams = sys.stdout, sys.stderr  # its own, whatever a task puts in their place
-        self._behind = False
+        self._dropped_count = 0  # malformed messages
+        self._streams = sys.stdout, sys.stderr  # tasks may replace those in sys
+        self._behind = False  # a message was lost
 
     def run(self) -> None:
         threading.Thread(target=self._attend, name="fleet-attendant", daemon=True).start()
@@ -121,13 +121,13 @@ class TaskRunner:
     # The socket
 
     def _turn(self, wait: bool) -> None:
-        """Takes in what has arrived; with `wait`, something has."""
+        """Takes all messages that have arrived. With `wait`, there is at least one."""
         while True:
             arrived = self._dealer.receive()
             for message in arrived:
                 self._take(message)
             # After `receive`, which notices that there is a connection, or room in its queue.
-            if self._behind:  # something said was lost: says all of it again, as if it was asked to
+            if self._behind:  # sends all that matters again, as in answer to Sync
                 self._behind = False
                 self._say_all()
                 self._send_results()
@@ -141,7 +141,7 @@ class TaskRunner:
 
     def _take(self, arrived: Arrived) -> None:
         if m.relayed_job(arrived.data) is None or not arrived.rest:
-            return  # the agent's own welcome
+            return  # of the agent itself
         try:
             said = tasks.decode(arrived.rest[0].buffer)
         except ProtocolError as error:
@@ -187,7 +187,7 @@ class TaskRunner:
             if call.function and function is None:
                 pickled = said.functions.get(call.function)
                 if pickled is None:
-                    missing = True  # what brought it was lost with a connection
+                    missing = True  # the message with the function was lost with a connection
                     continue
                 function = pickling.Function(call.function, pickled)
                 self._functions.add(function)
@@ -205,7 +205,7 @@ class TaskRunner:
             self._behind = True
 
     def _say_all(self) -> None:
-        """What is held, what is not known to have arrived, and what is missing."""
+        """Sends again what the runner holds, all results that are kept, and the questions for missing pieces."""
         self._ready()
         self._unsent, self._unsent_bytes = list(self._kept.values()), 0
         self._under_way = 0
@@ -235,7 +235,7 @@ class TaskRunner:
     def _gather(self, call: tasks.Call) -> None:
         for index, buffer in enumerate(call.buffers):
             if not (buffer.path and self._reader.reaches(buffer.path, buffer.size_bytes)):
-                with contextlib.suppress(MemoryError, OverflowError):  # the call will say so
+                with contextlib.suppress(MemoryError, OverflowError):  # the call will fail by it
                     self._gathering[call.task_id, index] = Gathering(buffer.size_bytes, tasks.PIECE_BYTES)
         self._fetch()
 
@@ -267,7 +267,7 @@ class TaskRunner:
                 value = function(*args, **kwargs)
             finally:
                 if os.getpid() != self._pid:
-                    os._exit(0)  # a fork of the user's that came back from the call is not a second runner
+                    os._exit(0)  # the call has forked, and the child has returned from it: it is no second runner
                 self._lock.acquire()
             result = self._succeeded(call.task_id, value, monotonic() - started)
         except BaseException as error:
@@ -286,7 +286,7 @@ class TaskRunner:
 
     def _flush(self) -> None:
         for stream in self._streams:
-            with contextlib.suppress(OSError, ValueError):  # the task has closed it
+            with contextlib.suppress(OSError, ValueError):  # a task has closed the stream
                 stream.flush()
 
     def _prepared(self, call: tasks.Call) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -314,7 +314,7 @@ class TaskRunner:
         return tasks.Result(task_id, True, data, seconds, self._apart(task_id, views) if views else ())
 
     def _apart(self, task_id: int, views: list[pickling.Parts]) -> tuple[tasks.LargeBuffer, ...]:
-        """What is not in the message, and is fetched from here."""
+        """Buffers that stay here, for the client to map or to fetch."""
         buffers = []
         for index, view in enumerate(views):
             blob = self._blobs[task_id, index] = self._shelf.blob(view)
@@ -322,7 +322,7 @@ class TaskRunner:
         return tuple(buffers)
 
     def _failed(self, task_id: int, error: BaseException, seconds: float) -> tasks.Result:
-        # Not by assignment: a frozen class refuses that.
+        # An assignment would fail for a frozen class.
         BaseException.with_traceback(error, pickling.without_runner(error.__traceback__))
         try:
             text = _text("".join(traceback.format_exception(error))[-TEXT_CHARS:])
@@ -337,5 +337,5 @@ class TaskRunner:
 
 
 def _text(text: str) -> str:
-    """The text as it can be sent: a name of a file may have bytes that are no characters."""
+    """The text in a form that can be sent. Names of files may have bytes that are no characters."""
     return text.encode("utf-8", "backslashreplace").decode()
