@@ -1,18 +1,21 @@
-"""A communicator's shared mapping: a word per rank and phase, and slots for tensor bytes. Knows waiting, no algorithm.
+"""Arena of one communicator on one host: shared words for each rank and phase, and slots for tensor bytes.
+
+Knows how ranks wait for each other, and no algorithm.
 
     page 0                     bus.shared_memory's own
     a kilobyte for each rank   posted word · folded word · window, offset · the rank's call
     halves                     2 per rank, used alternately by blocks with one synchronisation
     slots                      1 per rank, and one for results: blocks with two synchronisations
 
-Collectives run as blocks, numbered alike on all ranks. A rank's posted word holds the number of the block it has posted
-and a digest of its calls so far, so that one comparison tells "here, and on the same way". Two rules make the memory safe:
+Collectives run as blocks, numbered alike on all ranks. A rank's posted word holds the number of the last block that the
+rank has posted, and a digest of its calls so far: one comparison tells that a rank is in the same block of the same calls.
+Two rules make the memory safe:
 
-1. posted(b) is written when this rank has finished reading whatever blocks before b published;
-2. a half is written for block b once all have posted b-1 (nobody reads b-2), a slot once all have folded the last block
-   that used slots (nobody reads it any more).
+1. A rank writes posted(b) after it has read all results of the blocks before b.
+2. A half is written for block b once all ranks have posted b-1, since no rank reads b-2 any more. A slot is written once all
+   ranks have folded the last block with slots, since no rank reads that one any more.
 
-Plain stores and loads, ordered as written: x86-64 only, which bus.shared_memory.host_key checks.
+Stores and loads are plain ones, ordered as they are written. That holds on x86-64 only; bus.shared_memory.host_key checks it.
 """
 
 from __future__ import annotations
@@ -31,23 +34,24 @@ from fleet.bus.shared_memory import PAGE_BYTES
 from fleet.collectives.buffer import Array
 
 RANK_BYTES = 1024
-# Words from the start of a rank's kilobyte, each on a cache line of its own. The bell is in the first rank's.
+# Places of words in a rank's kilobyte, in words, each on a cache line of its own. The bell is in the first rank's kilobyte.
 FOLDED, WINDOW, CALLS, ASLEEP, BELL = 8, 16, 24, 104, 112
-CALL_BYTES_AT_MOST = 256  # of the running collective's call, and of the one's before it
+CALL_BYTES_AT_MOST = 256  # of the call of the running operation, and as many of the one before it
 DIGEST_BITS = 21
-DIRECT = 1  # lowest bit of a word: this rank's tensor lies in shared memory already
+DIRECT = 1  # lowest bit of a posted word: this rank's tensor lies in a window
 BLOCK_SHIFT = DIGEST_BITS + 1
 _TAG_MASK = (1 << BLOCK_SHIFT) - 2
 
-# Of all ranks together: measured with 8 ranks on 2 cores, where 4 MB lose to the cost of meeting what they gain in caches.
+# Of all ranks together. Measured with 8 ranks on 2 cores: 4 MB fit the caches better, and lose more by the additional
+# synchronisations.
 SLOTS_BYTES = 8 << 20
 SLOT_BYTES_AT_MOST, SLOT_BYTES_AT_LEAST = 1 << 20, 64 << 10
 
 _SPINS = 2000  # loads before sleeping where every rank has a core of its own: about 0.1 ms
-_YIELDS = 10  # then so many times the core is left to others: with more ranks than cores, most are there by then
-# Then a rank sleeps on a futex, which those who complete what it waits for ring. Compared with yielding on, it costs no
-# CPU, and the ranks that have work run at once even where other programs compete for the cores. A ring may be missed,
-# since Python has no store that is ordered before a load: hence a short first sleep.
+_YIELDS = 10  # yields of the core after the loads: with more ranks than cores, most waits end here
+# Then a rank sleeps on a futex, the bell, which the rank that completes the block rings. Compared with further yields, a
+# sleep costs no CPU, and ranks that have work run at once even where other programs compete for the cores. A rank can miss
+# the bell, since Python has no store that is ordered before a load: hence a short first sleep.
 _FIRST_SLEEP_S, _SLEEP_AT_MOST_S = 0.002, 0.05
 _SYS_FUTEX, _FUTEX_WAIT, _FUTEX_WAKE, _ALL = 202, 0, 1, 0x7FFFFFFF  # x86-64, futex(2); not private: between processes
 _syscall = ctypes.CDLL(None).syscall
@@ -59,7 +63,7 @@ class _Timespec(ctypes.Structure):
 
 
 class RankTimeout(TimeoutError):
-    """The deadline passed while waiting for one local rank."""
+    """The deadline of a wait for one rank of this host has passed. `rank` is its number in the communicator."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(rank)
@@ -67,34 +71,34 @@ class RankTimeout(TimeoutError):
 
 
 class RankMismatch(Exception):
-    """A local rank is in the same block with another call, or came there by another one."""
+    """A rank of this host is in the same block in a different call, or after a different one."""
 
     def __init__(self, rank: int, call: bytes, before: bytes) -> None:
         super().__init__(rank)
         self.rank = rank
         self.call = call
-        self.before = before  # the call of the collective before this one
+        self.before = before  # its call of the operation before
 
 
 def slot_bytes(count: int) -> int:
-    """The size of each slot and of the two halves together, for `count` ranks."""
+    """Size of each slot, and of the two halves of a rank together, for `count` ranks."""
     return min(SLOT_BYTES_AT_MOST, max(SLOT_BYTES_AT_LEAST, SLOTS_BYTES // count & -PAGE_BYTES))
 
 
 def arena_bytes(count: int) -> int:
-    """The size of the whole mapping."""
+    """Size of the mapping for `count` ranks."""
     return PAGE_BYTES + count * RANK_BYTES + (2 * count + 1) * slot_bytes(count) + PAGE_BYTES
 
 
 def digest(call: bytes) -> int:
-    """What goes into a posted word beside the block's number, for one call."""
+    """Digest of one call, at its place in a posted word."""
     return int.from_bytes(blake2b(call, digest_size=4).digest(), "little") % (1 << DIGEST_BITS) << 1
 
 
 class Arena:
-    """This host's end of a communicator: `ranks` are the communicator's numbers of the ranks here, `index` is this one.
+    """Arena of one rank. `ranks` are the communicator's ranks on this host, of which the one at `index` is this rank.
 
-    `check` is called while waiting, with the rank that is waited for, and raises to end the wait.
+    `check` is called during waits, with the rank that is waited for, and raises to end the wait.
     """
 
     def __init__(self, memory: mmap.mmap, index: int, ranks: Sequence[int], check: Callable[[int], None]) -> None:
@@ -104,8 +108,8 @@ class Arena:
         self.others = [other for other in range(count) if other != index]
         self.slot_bytes = slot_bytes(count)
         self.half_bytes = self.slot_bytes // 2
-        self.block = 0  # the last one posted
-        self._seen = 0  # the last one that all are known to have posted
+        self.block = 0  # the last block that this rank has posted
+        self._seen = 0  # the last block that all ranks are known to have posted
         self._check = check
         self._spins = _SPINS if count <= len(os.sched_getaffinity(0)) else 1
         self._memory = memory
@@ -125,13 +129,13 @@ class Arena:
             [whole[start + (parity * count + r) * half :][:half] for r in range(count)] for parity in (0, 1)
         ]
         start += count * size
-        self._slots = [whole[start + r * size :][:size] for r in range(count + 1)]  # the last one is for results
+        self._slots = [whole[start + r * size :][:size] for r in range(count + 1)]  # the last slot is for results
         self._views: dict[Any, list[Array]] = {}
 
     def begin(self, call: bytes, tag: int) -> None:
         """An operation begins: the others can read this rank's call, and find its tag in the words that follow."""
         self._begun_count += 1
-        # Of all calls so far: roots that wait for nobody are told apart by the next collective.
+        # Of all calls so far: a root that waits for no rank finds a different call in its next operation.
         self._tag = (self._tag * 31 + tag) & _TAG_MASK
         parity = self._begun_count & 1
         if self._shown[parity] is not call:
@@ -148,7 +152,7 @@ class Arena:
         return PAGE_BYTES + index * RANK_BYTES + CALLS * 8 + parity * CALL_BYTES_AT_MOST
 
     def halves(self, dtype: Any, length: int) -> list[Array]:
-        """Every rank's half for the next block, as `length` elements."""
+        """The halves of all ranks for the next block, as arrays of `length` elements."""
         key = ((self.block + 1) & 1, dtype, length)
         found = self._views.get(key)
         if found is None:
@@ -156,7 +160,7 @@ class Arena:
         return found
 
     def slots(self, dtype: Any, length: int) -> list[Array]:
-        """Every rank's slot and the slot for results, as `length` elements."""
+        """The slots of all ranks and the slot for results, as arrays of `length` elements."""
         key = (2, dtype, length)
         found = self._views.get(key)
         if found is None:
@@ -170,20 +174,20 @@ class Arena:
         return views
 
     def post(self, direct: int = 0) -> int:
-        """The next block begins for this rank, with what it published; returns the word that all will hold."""
+        """Begins the next block, with the data that this rank has written. Returns the word that all ranks will post."""
         self.block += 1
         word = self.block << BLOCK_SHIFT | self._tag | direct
         self.words[self.at[self.index]] = word
         return word
 
     def post_for_one(self) -> int:
-        """As `post`, where others wait for this rank alone."""
+        """As `post`, for a block in which the other ranks wait for this rank alone."""
         word = self.post()
         self._ring()
         return word
 
     def await_all(self, word: int, deadline: float) -> None:
-        """Until every rank has posted this block, with the same call. Raises Late, Differs."""
+        """Waits until every rank has posted this block, in the same call. Raises RankTimeout, RankMismatch."""
         words, at = self.words, self.at
         waited = False
         for other in self.others:
@@ -191,11 +195,11 @@ class Arena:
                 waited = True
                 self.await_one(other, word, deadline)
         self._seen = self.block
-        if not waited:  # this rank came last
+        if not waited:  # this rank is the last one
             self._ring()
 
     def await_one(self, other: int, word: int, deadline: float) -> None:
-        """Until one rank has posted this block, with the same call. Raises Late, Differs."""
+        """Waits until one rank has posted this block, in the same call. Raises RankTimeout, RankMismatch."""
         at, words = self.at[other], self.words
         block, direct = word >> BLOCK_SHIFT, word & DIRECT
 
@@ -208,15 +212,16 @@ class Arena:
             if (found ^ word) & ~DIRECT:
                 parity = self._begun_count & 1
                 raise RankMismatch(self.ranks[other], self._call_of(other, parity), self._call_of(other, 1 - parity))
-            return bool(direct)  # its tensor is elsewhere than mine; if mine is direct, it is for me to give way
+            return bool(direct)  # only its tensor is an ordinary one, so this rank gives way; else it will
 
         self._wait(there, other, deadline)
 
     def fold(self, block: int) -> None:
-        """This rank's part of the block's results is there."""
+        """Says that this rank's part of the block's results is complete."""
         self.words[self.at[self.index] + FOLDED] = block
 
     def await_folded(self, block: int, deadline: float) -> None:
+        """Waits until every rank has folded this block. Raises RankTimeout."""
         words, waited = self.words, False
         for other in self.others:
             at = self.at[other] + FOLDED
@@ -227,7 +232,7 @@ class Arena:
             self._ring()
 
     def await_idle(self, deadline: float) -> None:
-        """Until a half may be written for the next block: all have posted the last one."""
+        """Waits until a half may be written for the next block: all ranks have posted the last one. Raises RankTimeout."""
         block, words = self.block, self.words
         if self._seen < block:
             for other in self.others:
@@ -237,16 +242,17 @@ class Arena:
             self._seen = block
 
     def give_way(self, word: int) -> int:
-        """This rank's tensor counts as an ordinary one after all, and its slot holds it now."""
+        """Declares this rank's tensor an ordinary one after all. Its slot holds the tensor now. Returns the new word."""
         self.words[self.at[self.index]] = word & ~DIRECT
         self._ring()
         return word & ~DIRECT
 
     def all_direct(self, word: int) -> bool:
-        """Whether all, who have posted this block, have their tensors in shared memory."""
+        """Whether the tensors of all ranks lie in windows. All ranks have posted this block."""
         return all(self.words[self.at[other]] == word for other in self.others)
 
     def tell_window(self, window: int, offset: int) -> None:
+        """Says where this rank's tensor lies."""
         at = self.at[self.index] + WINDOW
         self.words[at], self.words[at + 1] = window, offset
 
@@ -255,7 +261,7 @@ class Arena:
         return self.words[at], self.words[at + 1]
 
     def _ring(self) -> None:
-        """Wakes the ranks that sleep, if any does."""
+        """Wakes all ranks that sleep."""
         words = self.words
         for other in self.others:
             if words[self.at[other] + ASLEEP]:

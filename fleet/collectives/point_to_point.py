@@ -1,6 +1,6 @@
-"""Point-to-point messages of one communicator: matched by source, tag and order. Knows no collective.
+"""Point-to-point messages of one communicator, matched by source, tag and order. Knows no collective.
 
-They do not wait for collectives under way, nor those for them. A send returns when its memory may be changed again.
+They wait for no collective, and no collective waits for them. A send returns when its memory may be changed again.
 """
 
 from __future__ import annotations
@@ -18,25 +18,139 @@ from fleet.collectives.buffer import Buffer
 from fleet.collectives.channel import Channel
 from fleet.collectives.diagnosis import Diagnosis
 from fleet.collectives.header import describe_call, pack_call
-from fleet.collectives.inbox import Key, Payload
+from fleet.collectives.inbox import Key
 from fleet.collectives.interruptions import Interruptions
 from fleet.collectives.operation import SETTLE_S
 from fleet.collectives.work import Work, check_not_own
 from fleet.errors import CollectiveMismatch, CollectiveTimeout, ProtocolError, RankEnded
 
 
+class PointToPoint:
+    """Sends and receives of this rank in one communicator."""
+
+    def __init__(self, channel: Channel, interruptions: Interruptions, diagnosis: Diagnosis) -> None:
+        self.channel = channel
+        self.communicator_id = channel.communicator_id + 1  # that the messages carry
+        self._interruptions = interruptions
+        self._diagnosis = diagnosis
+        self._lanes: dict[tuple[int, int], _Lane] = {}  # by (rank, tag)
+        self._received: dict[tuple[int, int], int] = {}  # counts, by (rank, tag)
+
+    def send(self, buffer: Buffer, dst: int, tag: int, limit_s: float, async_op: bool) -> Work | None:
+        """Sends; returns once the memory may be changed again, or with `async_op` at once.
+
+        Raises CollectiveTimeout. A message that found no room by then was not sent, and the next one takes its number.
+        """
+        lane = self._lanes.get((dst, tag)) or self._lanes.setdefault((dst, tag), _Lane())
+        message = _Message(self, lane, buffer, dst, tag, limit_s)
+        if not async_op:
+            check_not_own(lane)
+        if lane.enter(message.carry_out):
+            try:
+                tracker = message.queue(0.0 if async_op else message.deadline)
+            except TimeoutError:
+                if not async_op:
+                    lane.leave()
+                    raise message.late() from None
+                lane.go_on(message.carry_out)  # there is no room now
+            except BaseException:
+                lane.leave()
+                raise
+            else:
+                lane.leave()
+                message.work.begin()
+                if async_op:
+                    message.settle_later(tracker)
+                else:
+                    message.settle(tracker)
+                    message.work.end()
+        if async_op:
+            return message.work
+        message.work.wait()
+        return None
+
+    def recv(self, buffer: Buffer, src: int | None, tag: int, limit_s: float) -> int:
+        """Receives a message of src, or the first message of any rank (None). Returns the rank that sent it."""
+        channel = self.channel
+        call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
+        sources = [src] if src is not None else [r for r in range(len(channel.members)) if r != channel.rank]
+        claimed: list[int] = []
+        try:
+            key, sent, payload = channel.inbox.take(
+                channel,
+                lambda: self._find(sources, tag, claimed),
+                monotonic() + limit_s,
+                self.checking(call, sources, SETTLE_S),
+            )
+        except TimeoutError:
+            raise self.timeout(call, "from", sources, limit_s) from None
+        (source,) = claimed
+        if sent != call:
+            mine = describe_call(call).replace("send", "recv", 1)
+            raise CollectiveMismatch(key[1], channel.rank, mine, source, describe_call(sent), point_to_point=True)
+        if len(payload.view) != buffer.flat.nbytes:
+            raise ProtocolError(f"a message of {len(payload.view)} bytes arrived where {buffer.flat.nbytes} belong")
+        buffer.flat[:] = np.frombuffer(payload.view, dtype=buffer.flat.dtype)
+        buffer.write_back()
+        return source
+
+    def checking(self, call: bytes, ranks: list[int], settle_s: float) -> Check:
+        """The check of a wait for one of these ranks: raises RankEnded once all of them have ended.
+
+        Messages that they sent before may still be on their way for `settle_s`.
+        """
+        interruptions, since = self._interruptions, monotonic()
+
+        def check(awaited: int = -1) -> None:
+            interruptions.check_world()
+            if not interruptions.ended:
+                return
+            members = [self.channel.members[rank] for rank in ranks]
+            known = [interruptions.ended.get(member) for member in members]
+            ended = [one for one in known if one is not None]
+            if len(ended) < len(known) or monotonic() < max(since, *(one.since for one in ended)) + settle_s:
+                return
+            what = self._described(call, "from" if settle_s else "to", ranks)
+            last = ended[-1]
+            raise RankEnded(members[-1], last.worker_id, last.host, last.pid, what, point_to_point=True)
+
+        return check
+
+    def timeout(self, call: bytes, way: str, ranks: list[int], limit_s: float) -> CollectiveTimeout:
+        """The error of a message that these ranks have not sent (way: from), or not taken (to)."""
+        late, blocked = self._diagnosis.known(ranks)
+        what, rank, numbers = self._described(call, way, ranks), self.channel.rank, self._diagnosis.numbers
+        return CollectiveTimeout(0, what, rank, limit_s, late, members=numbers, blocked=blocked)
+
+    def _find(self, sources: list[int], tag: int, claimed: list[int]) -> Key | None:
+        """The next message of one of the sources. It is claimed at once, since several threads may receive."""
+        for source in sources:
+            count = self._received.get((source, tag), 0) + 1
+            key = self.communicator_id, count, self.channel.members[source], tag, 0
+            if self.channel.inbox.has(key):
+                self._received[source, tag] = count
+                claimed.append(source)
+                return key
+        return None
+
+    def _described(self, call: bytes, way: str, ranks: list[int]) -> str:
+        what = describe_call(call) if way == "to" else describe_call(call).replace("send", "recv", 1)
+        peer = f"rank {self.channel.members[ranks[0]]}" if len(ranks) == 1 else "any rank"
+        return f"{what} {way} {peer}"
+
+
 class _Lane:
-    """What goes to one rank with one tag: how much of it has left, and the sends that wait for the one under way."""
+    """Messages to one rank with one tag: those that wait for the one under way, and the count of those that have left."""
 
     def __init__(self) -> None:
         self.sent_count = 0
-        self.thread: threading.Thread | None = None  # that carries out the sends which wait
+        self.thread: threading.Thread | None = None  # that carries out the messages which wait
         self._lock = threading.Lock()
         self._is_busy = False
         self._waiting: deque[Callable[[], None]] = deque()
 
     def enter(self, act: Callable[[], None]) -> bool:
-        """Whether the caller may send now, and then leaves. If not, `act` does so, behind all that came before."""
+        """Whether the caller may send now, and leave then. If not, `act` sends, after all that came before."""
         with self._lock:
             if self._is_busy:
                 self._waiting.append(act)
@@ -49,7 +163,7 @@ class _Lane:
             self.go_on(act)
 
     def go_on(self, act: Callable[[], None]) -> None:
-        """Has `act` and all that waits carried out, in a thread: each may have to wait for room."""
+        """Carries out `act`, and all that waits, in a thread: each may have to wait for room."""
 
         def run() -> None:
             following: Callable[[], None] | None = act
@@ -68,161 +182,58 @@ class _Lane:
             return None
 
 
-class PointToPoint:
-    """This rank's sends and receives in one communicator."""
+class _Message:
+    """One message on its way, and the Work that ends with it."""
 
-    def __init__(self, channel: Channel, interruptions: Interruptions, diagnosis: Diagnosis) -> None:
-        self._channel = channel
-        self._communicator_id = channel.communicator_id + 1
-        self._interruptions = interruptions
-        self._diagnosis = diagnosis
-        self._lanes: dict[tuple[int, int], _Lane] = {}  # by (rank, tag)
-        self._received: dict[tuple[int, int], int] = {}
+    def __init__(self, owner: PointToPoint, lane: _Lane, buffer: Buffer, dst: int, tag: int, limit_s: float) -> None:
+        self.deadline = monotonic() + limit_s
+        self.work = Work(self.deadline, self.late, lane)
+        self._owner, self._lane, self._memory = owner, lane, buffer.flat.view(np.uint8)
+        self._dst, self._tag, self._limit_s = dst, tag, limit_s
+        self._call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
+        self._check = owner.checking(self._call, [dst], 0.0)
 
-    def send(self, buffer: Buffer, dst: int, tag: int, limit_s: float, async_op: bool) -> Work | None:
-        """Sends; returns once the memory may be changed again, or with `async_op` at once.
+    def late(self) -> CollectiveTimeout:
+        return self._owner.timeout(self._call, "to", [self._dst], self._limit_s)
 
-        Raises CollectiveTimeout. A message that found no room by then was not sent, and the next one takes its number.
-        """
-        call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
-        deadline = monotonic() + limit_s
-        check = self._checking(call, [dst], 0.0)
-        lane = self._lanes.get((dst, tag)) or self._lanes.setdefault((dst, tag), _Lane())
-        inbox = self._channel.inbox
+    def queue(self, until: float) -> Tracker | None:
+        """Hands the message to its outbox. Raises TimeoutError where there is no room `until` then (monotonic)."""
+        channel, lane = self._owner.channel, self._lane
+        key = self._owner.communicator_id, lane.sent_count + 1, self._tag, 0
+        member = channel.members[self._dst]
+        tracker = channel.inbox.send(member, key, self._call, self._memory, until, True, self._check)
+        lane.sent_count += 1
+        return tracker
 
-        def late() -> CollectiveTimeout:
-            return self._timeout(call, "to", [dst], limit_s)
-
-        def queue(until: float) -> Tracker | None:
-            key = self._communicator_id, lane.sent_count + 1, tag, 0
-            memory, member = buffer.flat.view(np.uint8), self._channel.members[dst]
-            tracker = inbox.send(member, key, call, memory, until, True, check)
-            lane.sent_count += 1
-            return tracker
-
-        def settle(tracker: Tracker) -> None:
+    def settle(self, tracker: Tracker | None) -> None:
+        """Waits until the memory may be changed again."""
+        if tracker is not None:
             try:
-                inbox.wait_until_sent(tracker, deadline, check)
+                self._owner.channel.inbox.wait_until_sent(tracker, self.deadline, self._check)
             except TimeoutError:
-                raise late() from None
+                raise self.late() from None
 
-        if not async_op:
-            check_not_own(lane)
-        work = Work(deadline, late, lane)
+    def settle_later(self, tracker: Tracker | None) -> None:
+        """Ends the Work once the memory may be changed again."""
+        if tracker is None:
+            self.work.end()
+        else:
+            in_background(lambda: self.settle(tracker), self.work)
 
-        def carry_out() -> None:
-            if monotonic() > deadline or not work.begin():
-                return
-            try:
-                tracker = queue(deadline)
-            except BaseException as error:
-                work.end(late() if isinstance(error, TimeoutError) else error)
-            else:
-                if tracker is None:
-                    work.end()
-                else:
-                    in_background(lambda: settle(tracker), work)
-
-        if lane.enter(carry_out):
-            try:
-                tracker = queue(0.0 if async_op else deadline)
-            except TimeoutError:
-                if not async_op:
-                    lane.leave()
-                    raise late() from None
-                lane.go_on(carry_out)  # there is no room now
-            except BaseException:
-                lane.leave()
-                raise
-            else:
-                lane.leave()
-                work.begin()
-                if tracker is None:
-                    work.end()
-                elif async_op:
-                    in_background(lambda: settle(tracker), work)
-                else:
-                    settle(tracker)
-                    work.end()
-        if async_op:
-            return work
-        work.wait()
-        return None
-
-    def recv(self, buffer: Buffer, src: int | None, tag: int, limit_s: float) -> int:
-        """Receives from src, or from whoever's message is there first; returns who sent it."""
-        call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
-        sources = (
-            [src] if src is not None else [r for r in range(len(self._channel.members)) if r != self._channel.rank]
-        )
-        claimed: list[int] = []
+    def carry_out(self) -> None:
+        """Sends the message when all before it in its lane have left."""
+        if monotonic() > self.deadline or not self.work.begin():
+            return
         try:
-            key, sent, payload = self._channel.inbox.take(
-                self._channel,
-                lambda: self._find(sources, tag, claimed),
-                monotonic() + limit_s,
-                self._checking(call, sources, SETTLE_S),
-            )
-        except TimeoutError:
-            raise self._timeout(call, "from", sources, limit_s) from None
-        (source,) = claimed
-        if sent != call:
-            mine = describe_call(call).replace("send", "recv", 1)
-            raise CollectiveMismatch(key[1], self._channel.rank, mine, source, describe_call(sent), point_to_point=True)
-        self._store(buffer, payload)
-        return source
-
-    def _find(self, sources: list[int], tag: int, claimed: list[int]) -> Key | None:
-        """The next message of one of the sources; claimed at once, since several threads may receive."""
-        inbox = self._channel.inbox
-        for source in sources:
-            count = self._received.get((source, tag), 0) + 1
-            key = self._communicator_id, count, self._channel.members[source], tag, 0
-            if inbox.has(key):
-                self._received[source, tag] = count
-                claimed.append(source)
-                return key
-        return None
-
-    def _store(self, buffer: Buffer, payload: Payload) -> None:
-        if len(payload.view) != buffer.flat.nbytes:
-            raise ProtocolError(f"a message of {len(payload.view)} bytes arrived where {buffer.flat.nbytes} belong")
-        buffer.flat[:] = np.frombuffer(payload.view, dtype=buffer.flat.dtype)
-        buffer.write_back()
-
-    def _checking(self, call: bytes, ranks: list[int], settle_s: float) -> Check:
-        """What is called while waiting for one of the ranks: raises RankEnded once all of them have ended. What they sent
-        before may still be on its way for `settle_s`."""
-        interruptions, since = self._interruptions, monotonic()
-
-        def check(awaited: int = -1) -> None:
-            interruptions.check_world()
-            if not interruptions.ended:
-                return
-            members = [self._channel.members[rank] for rank in ranks]
-            known = [interruptions.ended.get(member) for member in members]
-            ended = [one for one in known if one is not None]
-            if len(ended) < len(known) or monotonic() < max(since, *(one.since for one in ended)) + settle_s:
-                return
-            what = self._described(call, "from" if settle_s else "to", ranks)
-            last = ended[-1]
-            raise RankEnded(members[-1], last.worker_id, last.host, last.pid, what, point_to_point=True)
-
-        return check
-
-    def _described(self, call: bytes, way: str, ranks: list[int]) -> str:
-        what = describe_call(call) if way == "to" else describe_call(call).replace("send", "recv", 1)
-        peer = f"rank {self._channel.members[ranks[0]]}" if len(ranks) == 1 else "any rank"
-        return f"{what} {way} {peer}"
-
-    def _timeout(self, call: bytes, way: str, ranks: list[int], limit_s: float) -> CollectiveTimeout:
-        late, blocked = self._diagnosis.known(ranks)
-        what, rank, numbers = self._described(call, way, ranks), self._channel.rank, self._diagnosis.numbers
-        return CollectiveTimeout(0, what, rank, limit_s, late, members=numbers, blocked=blocked)
+            tracker = self.queue(self.deadline)
+        except BaseException as error:
+            self.work.end(self.late() if isinstance(error, TimeoutError) else error)
+        else:
+            self.settle_later(tracker)
 
 
 def in_background(act: Callable[[], Any], work: Work) -> None:
-    """Runs `act` in a thread of its own, which is what an open receive is: others must not wait behind it."""
+    """Calls `act` in a thread of its own, so that nothing else waits for it. What it returns is the source of `work`."""
 
     def run() -> None:
         try:
@@ -232,4 +243,4 @@ def in_background(act: Callable[[], Any], work: Work) -> None:
         else:
             work.end()
 
-    threading.Thread(target=run, name="fleet-point", daemon=True).start()
+    threading.Thread(target=run, name="fleet-message", daemon=True).start()

@@ -1,9 +1,9 @@
-"""Collectives among the ranks of one host, through shared memory. Knows the arena and flat arrays, no socket.
+"""Path through the shared memory of one host. Knows the arena and flat arrays, no socket.
 
-Ordinary tensors are staged: each rank copies a cache-sized block into its slot, all synchronise, each works on its own
-share of the block over all slots (reductions) or reads what is meant for it (moves). Tensors that lie in a window of
-shared memory are reduced where they are. Every reduction is done in the order of the ranks, by one rank for each
-element, so all ranks hold the same bits, from run to run. Blocks and their two rules: see arena.py.
+Ordinary tensors are staged: each rank copies a cache-sized block into its slot, and all synchronise. Then each rank combines
+its own share of the block over all slots (reductions), or reads its part (moves). Tensors that lie in a window of shared
+memory are reduced in place. One rank combines each element, in the order of the ranks, so all ranks hold the same bits, from
+run to run. For blocks and their two rules, see arena.py.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from fleet.collectives.operation import Operation
 from fleet.collectives.windows import Windows
 from fleet.values import CollectivePath
 
-# Up to here every rank combines all slots itself, after one synchronisation instead of two. Measured: bench/tune.py.
+# Up to this size every rank combines all slots itself, after one synchronisation instead of two. Measured: bench/tune.py.
 ONE_STEP_BYTES = 16 << 10
-DIRECT_PIECE_BYTES = 128 << 10  # of each rank's window at a time, so that what is combined stays in the caches
+DIRECT_PIECE_BYTES = 128 << 10  # of each rank's window at a time, so that the pieces stay in the caches
 DIRECT_BYTES_AT_LEAST = 256 << 10
 
 
 def share(length: int, index: int, count: int) -> slice:
-    """The nearly equal part of `length` elements that is `index`'s."""
+    """The part with number `index` of `count` nearly equal ones of `length` elements."""
     return slice(length * index // count, length * (index + 1) // count)
 
 
 class SharedPath:
-    """The arena's collectives. Ranks here are positions on this host, 0 to count - 1."""
+    """Path of the arena's ranks. `index` is this rank's number on the host, which has `count` of them."""
 
     name: CollectivePath = "shared"
 
@@ -60,7 +60,7 @@ class SharedPath:
         self._staged(operation, flat, flat if root == self.index else None)
 
     def reduce_to_shares(self, operation: Operation, flat: Array, out: Array | None, shares: int) -> None:
-        """Combines `flat` over all; the first `shares` ranks get one part of the result each, in `out`, unfinished."""
+        """Combines `flat` over all ranks. The first `shares` ranks get one part of the result each, in `out`, unfinished."""
         arena, kernel = self._arena, operation.kernel
         per = self._arena.slot_bytes // flat.itemsize // shares  # elements of each share in one block
         wholes = [flat[share(len(flat), rank, shares)] for rank in range(shares)]
@@ -79,7 +79,7 @@ class SharedPath:
             arena.await_folded(block, operation.deadline)
 
     def spread_shares(self, operation: Operation, flat: Array, mine: Array | None, shares: int) -> None:
-        """Puts the shares of the first `shares` ranks, `mine` among them, into `flat` on all."""
+        """Puts the shares of the first `shares` ranks into `flat` on all ranks. `mine` is this rank's, if it has one."""
         arena = self._arena
         parts = [flat[share(len(flat), rank, shares)] for rank in range(shares)]
         per = arena.half_bytes // flat.itemsize
@@ -110,7 +110,7 @@ class SharedPath:
             source = self.index - 1 if exclusive else self.index
             if source >= 0:
                 part[:] = slots[source]
-            if exclusive:  # a neighbour reads this rank's slot, so it may not be written before all have read
+            if exclusive:  # a neighbour reads this rank's slot, which may not be written before all have read
                 arena.await_all(arena.post(), operation.deadline)
 
     def reduce_scatter(self, operation: Operation, out: Array, parts: Sequence[Array]) -> None:
@@ -130,8 +130,8 @@ class SharedPath:
             operation.kernel.many([half[lies] for half in halves], mine)
 
     def _staged(self, operation: Operation, flat: Array, out: Array | None, posted: int | None = None) -> None:
-        """Combines `flat` over all into `out`. `posted` is the word of the first block where that is posted already, for a
-        tensor in shared memory which gives way to staging: the block's slot is written now."""
+        """Combines `flat` over all ranks into `out`. `posted` is the word of the first block if that is posted already, for
+        a tensor in a window that is staged after all."""
         arena, kernel, count = self._arena, operation.kernel, self.count
         deadline, folding = operation.deadline, None
         for piece in _pieces(len(flat), arena.slot_bytes // flat.itemsize):
@@ -151,9 +151,9 @@ class SharedPath:
                 out[piece] = slots[count]
 
     def _direct(self, operation: Operation, flat: Array) -> bool:
-        """Reduces tensors of one window where they lie; False if this rank's is an ordinary one.
+        """Reduces tensors of one window in place. Returns False if this rank's is an ordinary one.
 
-        Where another rank's is ordinary, or in another window, all go the staged way.
+        If another rank's tensor is an ordinary one, or in another window, all ranks stage theirs.
         """
         arena, kernel = self._arena, operation.kernel
         lies = self._windows.find(flat)
@@ -163,7 +163,7 @@ class SharedPath:
         # The slot must hold the first block before this rank can give way to one with an ordinary tensor.
         word = arena.post(DIRECT)
         arena.await_all(word, operation.deadline)
-        # Of a window that is not this rank's own, this rank may have let go already.
+        # Other windows than this rank's own may be unmapped here.
         if not arena.all_direct(word) or any(arena.window_of(rank)[0] != lies[0] for rank in arena.others):
             self._staged(operation, flat, flat, word)
             return True
@@ -266,6 +266,6 @@ def _length(piece: slice) -> int:
 
 
 def _pieces(length: int, per: int, start: int = 0) -> Iterator[slice]:
-    """At least one, so that ranks meet also over an empty array."""
+    """Slices of `per` elements. At least one, so that ranks synchronise over an empty array too."""
     for begin in range(0, max(length, 1), per):
         yield slice(start + begin, start + min(length, begin + per))
