@@ -212,7 +212,7 @@ class Arena:
             if (found ^ word) & ~DIRECT:
                 parity = self._begun_count & 1
                 raise RankMismatch(self.ranks[other], self._call_of(other, parity), self._call_of(other, 1 - parity))
-            return bool(direct)  # only its tensor is an ordinary one, so this rank gives way; else it will
+            return bool(direct)  # the rank with the direct tensor gives way: this one after its return, else the other
 
         self._wait(there, other, deadline)
 

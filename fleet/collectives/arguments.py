@@ -1,4 +1,4 @@
-"""What a collective call may be given: sentences for what it may not. Knows shapes and ranks, no peers."""
+"""Checks of the arguments of collective calls, with a sentence for each mistake. Knows shapes and ranks, no peers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def check_rank(rank: int, name: str, world_size: int) -> None:
 
 
 def check_ranks(ranks: Sequence[int], rank: int, world_size: int) -> None:
-    """Raises UsageError for ranks that can form no communicator with this one."""
+    """Raises UsageError for ranks that cannot form a communicator with this rank in it."""
     for other in ranks:
         check_rank(other, "a rank of ranks", world_size)
     if len(set(ranks)) < len(ranks):
@@ -69,7 +69,7 @@ def whole_of(
 
 
 def check_parts(name: str, whole: Buffer, part_name: str, part: Buffer, world_size: int) -> None:
-    """`whole` must hold one `part` per rank, joined along dimension 0 or stacked."""
+    """Raises UsageError if `whole` does not hold one `part` per rank, joined along dimension 0 or stacked."""
     if whole.dtype != part.dtype:
         raise UsageError(f"{name} has dtype {whole.dtype} and {part_name} has {part.dtype}: they must be the same")
     stacked = (world_size, *part.shape)
@@ -96,7 +96,7 @@ def parts_of(whole: Buffer | Parts, world_size: int) -> list[Array]:
 
 
 def splits_of(name: str, buffer: Buffer, splits: Sequence[int] | None, world_size: int) -> list[Array]:
-    """The parts of `splits` rows each, None: equal ones."""
+    """Parts of a buffer with as many rows each as `splits` says; None: equal ones."""
     rows = buffer.shape[0] if buffer.shape else 1
     if splits is None:
         if rows % world_size:

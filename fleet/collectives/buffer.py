@@ -1,8 +1,8 @@
-"""A caller's array or tensor as flat memory that the engine works in. Knows NumPy and torch, no peers.
+"""Buffers: arrays and tensors of callers as flat memory. Knows NumPy and torch, no peers.
 
-NumPy arrays and torch CPU tensors share one path: a tensor of a dtype that NumPy has is seen as an array over the same
-memory. bfloat16, which NumPy lacks, is kept as uint16 and reduced by torch. What is not contiguous is worked on as a
-copy and written back. torch is never imported here: only a caller that has it can pass a tensor.
+A torch CPU tensor is taken as a NumPy array over the same memory. bfloat16, which NumPy lacks, is taken as uint16 and reduced
+by torch. An argument that is not contiguous is copied, and the copy is written back. torch is never imported here: only a
+caller that has imported it can pass a tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fleet.collectives.header import DTYPES
 from fleet.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
-LOOKED_AT_BY_ELEMENT = 1 << 20  # elements of an odd view; a larger one counts as overlapping
+LOOKED_AT_BY_ELEMENT = 1 << 20  # elements of an odd view; larger ones count as overlapping
 _NAMES = {np.dtype(name): name for name in DTYPES if name and name != "bfloat16"}  # asking NumPy takes a microsecond
 
 
@@ -32,14 +32,14 @@ class Buffer:
     source: Any = None
 
     def write_back(self) -> None:
-        """Gives a non-contiguous argument the values of its contiguous copy."""
+        """Copies the values of the contiguous copy, if there is one, to the argument."""
         if self.source is not None:
             self.source[...] = self.flat.reshape(self.shape)
 
     def apart_from(self, out: Buffer | Parts | None) -> Buffer:
-        """This argument, or a copy of it where it shares memory with `out`, which is written while others still need this.
+        """This buffer, or a copy of it if it shares memory with `out`, which is written while other ranks still read this.
 
-        A caller's array that is not contiguous shares none: it is read before, and written after, all else.
+        An argument that is not contiguous shares none: it is read before, and written after, all else.
         """
         written = () if out is None else (out.flat,) if isinstance(out, Buffer) else out.flats
         for flat in written:
@@ -49,7 +49,7 @@ class Buffer:
 
 
 class Parts:
-    """An argument with a part for each rank, in the order of the ranks: a list of arrays or tensors."""
+    """Parts of an argument, one for each rank in the order of the ranks: a list of arrays or tensors."""
 
     __slots__ = ("buffers", "dtype", "flats", "shape", "source")
 
@@ -66,7 +66,7 @@ class Parts:
         self.source = next((buffer.source for buffer in buffers if buffer.source is not None), None)
 
     def write_back(self) -> None:
-        """Gives arguments that are not contiguous the values of their contiguous copies."""
+        """Copies the values of the contiguous copies, if there are any, to their arguments."""
         for buffer in self.buffers:
             buffer.write_back()
 
@@ -89,7 +89,7 @@ def as_parts(x: Sequence[Any], name: str, world_size: int, written: bool) -> Par
 
 
 def as_buffer(x: Any, name: str, written: bool) -> Buffer:
-    """The memory of `x`. Raises UsageError that says what is legal, for anything that cannot take part."""
+    """The buffer of `x`. Raises UsageError, which says what is legal, for an object that cannot take part."""
     if type(x) is np.ndarray and x.flags.carray and (dtype := _NAMES.get(x.dtype)):  # the usual one, without detours
         return Buffer(x if x.ndim == 1 else x.reshape(-1), dtype, x.shape)
     if isinstance(x, np.ndarray):
@@ -147,7 +147,7 @@ def overlaps_itself(x: Array) -> bool:
         return False
     if x.size > LOOKED_AT_BY_ELEMENT or 0 in [stride for stride, n in zip(x.strides, x.shape, strict=True) if n > 1]:
         return True
-    # Strides that interleave, which somebody has made by hand: only the elements' places tell.
+    # Interleaved strides, made by hand: only the places of the elements tell.
     places = np.zeros(1, np.int64)
     for stride, count in zip(x.strides, x.shape, strict=True):
         places = np.add.outer(places, np.arange(count) * stride).reshape(-1)

@@ -1,7 +1,9 @@
-"""The communicator: MPI-like collectives over the ranks of one world. Knows calls and buffers, not how a world forms.
+"""Communicator with MPI-like collectives over the ranks of one world. Knows calls and buffers, not how a world forms.
 
-Every call ends by its deadline. Ranks must make the same calls in the same order; what differs is an error that names
-both calls. Results are the same bits on every rank and from run to run. docs/algorithms.md has what runs underneath.
+A collective goes from the method here, which checks its arguments and takes their signature, to the conductor, which orders,
+times and records it, to the path's method (path.py). Every call ends by its deadline. Ranks must make the same calls in the
+same order; a difference is an error that names both calls. Results are the same bits on every rank and from run to run.
+docs/algorithms.md tells the algorithms.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class Communicator:
 
     @property
     def timeout_s(self) -> float:
-        """The deadline of calls that give none of their own."""
+        """Seconds until the deadline of calls that give none of their own."""
         return self._conductor.timeout_s
 
     @timeout_s.setter
@@ -233,7 +235,7 @@ class Communicator:
     ) -> Work | None:
         """Sends x to rank dst; returns when x may be changed again, which may be before dst has received it.
 
-        Messages of one tag arrive in the order they were sent. tag: from 0 to 2**31 - 1. It waits for no collective.
+        Messages of one tag arrive in the order they were sent. tag: from 0 to 2**31 - 1. A send waits for no collective.
         """
         check_peer(dst, "dst", tag, self.rank, self.world_size)
         buffer = as_buffer(x, "x", written=False)
@@ -343,9 +345,9 @@ class Communicator:
         return self._endpoint.order.closed
 
     def close(self) -> None:
-        """Ends this rank's part; what was sent is still delivered. Happens by itself at exit.
+        """Ends this rank's part, and that of its splits and subgroups. Happens by itself at exit.
 
-        What is queued has a second to end, all communicators together.
+        Sent messages are still delivered. Queued calls of all these communicators have one second to end.
         """
         self._close_by(monotonic() + CLOSE_WITHIN_S)
 
@@ -396,5 +398,5 @@ def child_id(parent_id: int, members: Sequence[int], number: int) -> int:
 
 
 def alone(timeout_s: float) -> Communicator:
-    """The communicator of a process outside `fleet run`: a world of one."""
+    """The communicator of a process outside of `fleet run`: a world of one."""
     return Communicator(Endpoint(None, timeout_s=timeout_s))

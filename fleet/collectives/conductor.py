@@ -1,7 +1,7 @@
-"""Conductor of one communicator's operations: each in its order, by its deadline, and recorded. Knows no algorithm.
+"""Conductor of one communicator's operations: it orders, times and records them. Knows no algorithm.
 
-A call runs in its caller's thread while nothing is queued; asynchronous calls, and those that come behind one, run in the
-communicator's own thread, in the order they were made.
+An operation runs in its caller's thread while none is queued. Asynchronous ones, and all that come after one, run in the
+communicator's own thread, in the order of the calls.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Arguments = TypeVarTuple("Arguments")
 
 
 class Conductor:
-    """Begins and ends this rank's operations in one communicator."""
+    """Conductor of this rank in one communicator."""
 
     def __init__(
         self,
@@ -55,9 +55,9 @@ class Conductor:
         timeout_s: float | None = None,
         async_op: bool = False,
     ) -> Work | None:
-        """Calls method(operation, *arguments) as the next operation, or has it called. `written` is then written back.
+        """Calls method(operation, *arguments), a method of the path, as the next operation. `written` is written back then.
 
-        Called by the communicator's public methods, whose caller is the script.
+        Only the communicator's public methods call this: the script's line is that of their caller.
         """
         order = self._order
         if order.forks != forks.count:
@@ -80,7 +80,7 @@ class Conductor:
         return None
 
     def close(self, deadline: float) -> None:
-        """Waits until `deadline` (monotonic) for what is queued; further calls, and what still goes on then, raise UsageError."""
+        """Waits until `deadline` (monotonic) for queued operations. Unfinished ones, and further calls, raise UsageError."""
         if self._order.forks == forks.count:
             self._queue.close(deadline)
         self._order.close()
@@ -107,7 +107,7 @@ class Conductor:
         return None
 
     def _not_begun(self, operation: Operation) -> BaseException:
-        """The error of an operation that comes too late. Other ranks may be in it: this one is out of step with them."""
+        """The error of an operation that has not begun in time. Other ranks may be in it, so this rank is out of step."""
         return self._order.error or self._order.end(self._diagnosis.not_begun(operation))
 
     def _carry_out(

@@ -1,6 +1,6 @@
 """Diagnosis of failed operations: errors that name the ranks, their calls, and the ways between them that are closed.
 
-Asks the other ranks what they do. Knows what a failure looks like from here, not how operations run.
+Asks the other ranks for their calls. Knows no algorithm, and not how operations run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ COMPLETE_WITHIN_S = 0.4  # for ranks on their way to a collective that has faile
 
 
 class Diagnosis:
-    """Of one communicator, from one of its ranks. `members` are the world's ranks of the communicator's ranks."""
+    """Diagnosis by one rank of a communicator. `members` are the world's ranks of the communicator's ranks."""
 
     def __init__(
         self, rank: int, members: Sequence[int], communicator_id: int, fabric: Fabric | None, recorder: Recorder
@@ -32,11 +32,11 @@ class Diagnosis:
         self._inquire = fabric.inquire if fabric is not None else None
         self._inbox = fabric.inbox if fabric is not None else None
         self._recorder = recorder
-        # For errors: the world's ranks of all ranks, empty where they are the same numbers.
+        # The world's ranks of all ranks, for errors; empty if they are the same numbers.
         self.numbers = () if tuple(members) == tuple(range(len(members))) else members
 
     def explain(self, operation: Operation, error: BaseException) -> BaseException:
-        """The error to raise in place of `error`, which ended the operation, with all that is known of its cause."""
+        """The error to raise in place of `error`, by which the operation ended, with all that is known of its cause."""
         if isinstance(error, RankMismatch):
             differing, theirs = operation, error.call
             if theirs == operation.signature.data and len(self._recorder.operations) > 1:
@@ -60,16 +60,16 @@ class Diagnosis:
         )  # fmt: skip
 
     def not_formed(self, call: str, waited_s: float) -> CollectiveTimeout:
-        """The error where not all ranks came to form the communicator, or to make memory of it."""
+        """The error of a call that forms the communicator, or memory of it, and to which not all ranks came."""
         activities = self._activities()
-        # All that are on their way look alike; one that does not answer is the one that is missing.
+        # All ranks on their way look alike. A rank that does not answer is the missing one.
         late = [a.late for a in activities if a.sequence < 0] or [a.late for a in activities]
         error = self._timeout(call, waited_s, late)
         error.blocked = self._blocked(activities)
         return error
 
     def not_reached(self, call: str, missing: Sequence[int], within_s: float) -> FleetError:
-        """The error where no greeting came from these ranks of the world."""
+        """The error of a call that forms a world, if no greeting came from these ranks of the world."""
         activities = self._activities()
         frozen = [a.late for a in activities if a.late.doing == UNANSWERED and self._members[a.late.rank] in missing]
         if len(frozen) == len(missing):
@@ -80,7 +80,7 @@ class Diagnosis:
         return Unreachable(call, within_s, [*ways, *(way for way in self._blocked(activities) if way not in ways)])
 
     def known(self, ranks: Sequence[int]) -> tuple[list[Late], list[Blocked]]:
-        """What `ranks` do, as others wait for them, and which ways between ranks are closed."""
+        """The activity of `ranks`, which this rank waits for, and the closed ways between ranks."""
         activities = self._activities()
         return [a.late for a in activities if a.late.rank in ranks], self._blocked(activities)
 
@@ -92,7 +92,7 @@ class Diagnosis:
         call, late = str(operation.signature), []
         activities = self._activities(operation.sequence)
         for activity in activities:
-            # Also of a rank that has left it: it left with an error.
+            # Also the call of a rank that has left this operation: it left with an error.
             if activity.sequence >= operation.sequence and activity.call and activity.call != call:
                 return CollectiveMismatch(operation.sequence, self._rank, call, activity.late.rank, activity.call)
             if activity.sequence < operation.sequence:
@@ -119,13 +119,13 @@ class Diagnosis:
                     error.peer_line = activity.line
             if all(activity.call for activity in activities) or monotonic() > until:
                 break
-            sleep(COMPLETE_WITHIN_S / 4)  # nobody tells when a rank comes to a collective that has failed
+            sleep(COMPLETE_WITHIN_S / 4)  # no message tells that a rank comes to a collective that has failed
         if not any(error.peer in ranks for ranks in calls.values()):
             calls.setdefault((error.peer_call, error.peer_line), []).append(error.peer)
         error.calls = [Called(tuple(sorted(ranks)), call, line) for (call, line), ranks in calls.items()]
 
     def _blocked(self, activities: Sequence[RankActivity]) -> list[Blocked]:
-        """The ways that are closed between ranks of this communicator that run."""
+        """The closed ways between running ranks of this communicator."""
         if self._inbox is None:
             return []
         me = self._members[self._rank]
@@ -139,7 +139,7 @@ class Diagnosis:
         return [Blocked(source, where[source], target, where[target]) for source, target in pairs]
 
     def _activities(self, sequence: int = 0) -> list[RankActivity]:
-        """What the other ranks of this communicator do, by their numbers here."""
+        """Activities of the other ranks of this communicator, with their numbers here."""
         if self._inquire is None:
             return []
         number = {member: rank for rank, member in enumerate(self._members)}

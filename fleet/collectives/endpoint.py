@@ -1,7 +1,7 @@
-"""Endpoint of one rank in a communicator: forms it with the other ranks, and puts its parts together. Knows all paths.
+"""Endpoint of one rank in a communicator: finds the path to the other ranks, and puts its parts together. Knows all paths.
 
-Ranks of one host share memory where they can map the same file; a communicator on one host needs nothing else. On several
-hosts with several ranks each its path is hierarchical; else, and where memory is short, it goes over sockets.
+Ranks of one host share memory if they can map the same file, and need nothing else if all are there. The path of several hosts
+with several ranks each is hierarchical. All other paths go over sockets, also if memory is short.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fleet.collectives.windows import Windows
 from fleet.world import Member
 
 FORM_WITHIN_S = 30.0  # for a world, once all its ranks have joined
-# Ranks of one host that share memory: the words of the page that they find each other in.
+# Ranks of one host that share memory. They find each other in one page, which has this many words.
 LOCAL_AT_MOST = PAGE_BYTES // 8
 
 log = logging.getLogger("fleet.collectives")
@@ -43,7 +43,7 @@ log = logging.getLogger("fleet.collectives")
 
 @dataclass(frozen=True)
 class FormingCall:
-    """The call that makes a communicator, with the seconds that its caller gives it."""
+    """Call that makes a communicator, with its beginning (monotonic) and the seconds that its caller gives it."""
 
     call: str = "fleet.init()"
     within_s: float = FORM_WITHIN_S
@@ -52,7 +52,7 @@ class FormingCall:
 
 @dataclass
 class Routes:
-    """How the ranks of one communicator reach each other."""
+    """Ways between the ranks of one communicator."""
 
     path: Path
     channel: Channel | None = None  # None in a communicator of one rank
@@ -61,9 +61,9 @@ class Routes:
 
 
 class Endpoint:
-    """One rank's end of a communicator. `members` are the world's ranks of its ranks, of which `rank` is this one.
+    """Endpoint of one rank. `members` are the world's ranks of the communicator's ranks; `rank` is this rank among them.
 
-    Made by all of them at the same time. Raises CollectiveTimeout, Unreachable, WorldChanged where it cannot be formed.
+    All ranks make theirs at the same time. Raises CollectiveTimeout, Unreachable or WorldChanged if they do not meet.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Endpoint:
         )
 
     def shared_bytes(self, size: int, deadline: float) -> Array:
-        """Zeroed bytes in memory that the ranks of this host share, or ordinary ones where they share none.
+        """Zeroed bytes in memory that the ranks of this host share, or in ordinary memory if they share none.
 
         All ranks call it together. Raises CollectiveTimeout after `deadline` (monotonic).
         """
@@ -123,7 +123,7 @@ class Endpoint:
         return windows.add(windows.made_count, memory, arena.index, arena.count, size)
 
     def close(self, deadline: float) -> None:
-        """Ends this rank's part of the communicator; what is queued has until `deadline` (monotonic)."""
+        """Ends this rank's part of the communicator. Queued calls have time until `deadline` (monotonic)."""
         broken = self.order.error is not None
         self.conductor.close(deadline)
         if self.channel is not None:
@@ -135,10 +135,10 @@ class Endpoint:
 def find_routes(
     fabric: Fabric, communicator_id: int, members: Sequence[int], check: Check, forming: FormingCall
 ) -> Routes:
-    """The path among `members` (ranks of the world) and what goes with it. All of them call this at the same time.
+    """The ways between `members` (ranks of the world). All of them call this at the same time.
 
-    `check` is called while its collectives wait, and raises to end the wait. Raises FormingTimeout, and Unheard where ranks
-    of a new world do not reach this one.
+    `check` is called during waits, and raises to end the wait. Raises FormingTimeout, and Unheard if ranks of a new world do
+    not reach this one.
     """
     deadline = forming.since + forming.within_s
     channel = Channel(fabric.inbox, communicator_id, members, check)
@@ -155,7 +155,7 @@ def find_routes(
         log.warning("more than %d ranks on one host: their tensors go through sockets, which is slower", LOCAL_AT_MOST)
     elif len(mine) > 1:
         index = mine.index(channel.rank)
-        # The first rank tells the arenas of several hosts apart where a test has them on one machine.
+        # The first rank tells the arenas of several hosts apart, which a test has on one machine.
         name = f"{communicator_id:x}-{mine[0]}"
         memory = fabric.share(name, arena_bytes(len(mine)), index, [members[rank] for rank in mine], deadline)
         if memory is not None:
@@ -171,7 +171,7 @@ def find_routes(
 
 
 def looking(check: Check, channel: Channel) -> Check:
-    """`check`, and whether a rank of another host is in another call: for those who wait in shared memory."""
+    """A check for waits in shared memory: `check`, and whether a rank of another host is in a different call."""
 
     def both(awaited: int = -1) -> None:
         check(awaited)
@@ -184,13 +184,13 @@ def _hosts(world: Sequence[Member], members: Sequence[int]) -> list[list[int]]:
     """The communicator's ranks by host, each in order, hosts in the order of their first rank."""
     found: dict[str, list[int]] = {}
     for rank, member in enumerate(members):
-        # One that shares memory with nobody is a host of its own.
+        # A rank that shares memory with no other one counts as a host of its own.
         found.setdefault(world[member].memory or f"alone {member}", []).append(rank)
     return list(found.values())
 
 
 def _agreed(everyone: SocketPath, able: bool, deadline: float) -> bool:
-    """Whether the ranks of every host share memory: a host without would leave the others waiting. Raises FormingTimeout."""
+    """Whether the ranks of every host share memory, as all ranks of all hosts then know. Raises FormingTimeout."""
     answers = [np.zeros(1, np.uint8) for _ in range(everyone.count)]
     operation = Operation(Signature(pack_call("barrier")))
     operation.deadline = deadline

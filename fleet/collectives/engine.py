@@ -1,8 +1,8 @@
-"""Carries out one rank's plan: sends, receives, combines. Knows the plan and the channel, not which collective it is.
+"""Engine that carries out one rank's plan: it sends, receives and combines. Knows the plan and the channel, no collective.
 
-Data goes through once. What arrives is combined with this rank's values in the memory it arrived in, and that memory is
-sent on as it is; the caller's memory is read for the first hop and for combining, and written once, with the result.
-A chunk travels in segments, each sent on as soon as it is combined, so that all links and cores work at once.
+Data is touched once. Arrived data is combined with this rank's values in the memory that it arrived in, and that memory is
+sent on. The caller's memory is read for the first hop and for combining, and written once, with the result. A chunk travels
+in segments, each sent on as soon as it is combined, so that all links and cores work at the same time.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from fleet.collectives.operation import Operation
 from fleet.collectives.schedule import Action, Plan, Step
 from fleet.errors import ProtocolError
 
-# Two at least, so that a link is busy while the one before is combined; few, since each costs about 0.1 ms of interpreter
-# that the data has pushed out of the caches. Measured: bench/network.py at 1 MB, bench/allreduce.py at 64 MB.
+# At least two segments, so that a link is busy while the segment before is combined. Few segments, since each costs about
+# 0.1 ms: the data has pushed the interpreter out of the caches. Measured: bench/network.py at 1 MB, bench/allreduce.py at 64 MB.
 TWO_SEGMENTS_FROM = 128 << 10
 SEGMENT_BYTES = 1 << 20
-# Per chunk, well under the mesh's HWM: all that can be under way fits the queues. Up to 256 MB a segment is one frame.
+# Of a chunk, well under the mesh's HWM: all segments that can be under way fit the queues.
 SEGMENTS_AT_MOST = 128
 
 Chunks = Sequence[Array | None]
 
 
 def segments(chunk: Array) -> list[slice]:
-    """The pieces that a chunk travels in; both ends compute the same. An empty chunk still travels, as one message."""
+    """Pieces in which a chunk travels. Both ends compute the same ones. An empty chunk travels as one message."""
     size, size_bytes = len(chunk), chunk.nbytes
     if size_bytes < TWO_SEGMENTS_FROM:
         return [slice(0, size)]
@@ -40,21 +40,21 @@ def segments(chunk: Array) -> list[slice]:
 
 
 class PlannedStep(NamedTuple):
-    """A step with what follows from the whole plan: names of its messages, and who gets each received piece at once.
+    """Step of a plan, with the ordinals of its messages and the peers that get each received segment at once.
 
-    An ordinal is the number of steps before with the same peer. Sender and receiver count alike, so it names a message
-    within a collective even where their plans differ in length, as in a tree.
+    An ordinal is the number of earlier steps with the same peer. Sender and receiver count alike, so an ordinal names a
+    message of a collective even if their plans differ in length, as in a tree.
     """
 
     step: Step
-    sent: bool  # piece by piece, as an earlier step received it
+    sent: bool  # by an earlier step, segment by segment as that one received them
     send_ordinal: int
     recv_ordinal: int
-    onward: tuple[tuple[int, int], ...]  # (ordinal, peer)
+    onward: tuple[tuple[int, int], ...]  # (ordinal, peer) of each step that sends the received segments on
 
 
 def compile_plan(plan: Plan) -> tuple[PlannedStep, ...]:
-    """The plan's steps, worked out once for many calls."""
+    """The planned steps of a plan, made once for many calls."""
     send_ordinal = _ordinals([step.send_to for step in plan])
     recv_ordinal = _ordinals([step.recv_from for step in plan])
     sent: set[int] = set()
@@ -147,7 +147,7 @@ class Exchange:
                     kernel.finish(arrived)
             for ordinal, peer in planned.onward:
                 self._send_on(peer, ordinal + first_ordinal, segment, payload)
-            # The result is written after it was sent on: the neighbour's work starts earlier by that much.
+            # The result is written after it was sent on, so that the neighbour starts earlier.
             if target is not None:
                 target[piece] = arrived
             if not planned.onward:
@@ -156,7 +156,7 @@ class Exchange:
             kept[step.recv_chunk] = after
 
     def _send_on(self, peer: int, ordinal: int, segment: int, payload: Payload) -> None:
-        """Sends what arrived. A frame belongs to libzmq; memory that several were put together in is lent."""
+        """Sends an arrived payload. A frame belongs to libzmq; the memory of several joined frames is lent."""
         own = isinstance(payload.carrier, bytearray)
         self._lend(self._channel.send(self._operation, peer, ordinal, segment, payload.carrier, track=own))
 
@@ -166,14 +166,14 @@ class Exchange:
 
 
 def as_array(payload: Payload, like: Array) -> Array:
-    """What arrived, as elements."""
+    """The payload as elements of the same length and dtype as `like`. Raises ProtocolError for another size."""
     if len(payload.view) != like.nbytes:
         raise ProtocolError(f"a segment of {len(payload.view)} bytes arrived where {like.nbytes} belong")
     return np.frombuffer(payload.view, dtype=like.dtype)
 
 
 def _memory(mine: Chunks, out: Chunks, chunk: int | None) -> Array:
-    """The caller's memory for a chunk, which also tells its length and dtype."""
+    """The caller's memory for a chunk. Its length and dtype are the chunk's."""
     assert chunk is not None
     memory = mine[chunk]
     if memory is None:
@@ -183,7 +183,7 @@ def _memory(mine: Chunks, out: Chunks, chunk: int | None) -> Array:
 
 
 def _followers(plan: Plan, index: int) -> list[int]:
-    """The steps after `index` that send what it receives, and may therefore send each piece as it comes."""
+    """Steps after the one at `index` that send its received chunk, and can therefore send each segment at once."""
     chunk = plan[index].recv_chunk
     found = []
     for later in range(index + 1, len(plan)):

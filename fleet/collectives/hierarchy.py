@@ -1,4 +1,4 @@
-"""Collectives of several hosts with several ranks each: shared memory inside a host, sockets between. Composes the two.
+"""Path between several hosts with several ranks each: shared memory inside a host, sockets between hosts.
 
 all_reduce: reduce-scatter inside each host into as many shares as the smallest host has ranks, one all-reduce per share
 across the hosts, all-gather inside. Each byte crosses the network once per host instead of once per rank, and all ranks
@@ -22,7 +22,10 @@ from fleet.values import CollectivePath
 
 
 class HierarchicalPath:
-    """`local` joins the ranks of this host; `hosts` are the ranks of each, in the order of their first one."""
+    """Path of the channel's ranks. `hosts` are the ranks of each host, in the order of their first ranks.
+
+    `local` is the path of this host's ranks, None if this rank is the only one.
+    """
 
     name: CollectivePath = "hierarchical"
 
@@ -35,11 +38,13 @@ class HierarchicalPath:
         self._host_of = {rank: number for number, host in enumerate(hosts) for rank in host}
         self.index, self.count = everyone.index, everyone.count
         position = hosts[self._host_of[self.index]].index(self.index)
-        # All other collectives, between all ranks.
+        # The other collectives go between all ranks.
         self.reduce, self.reduce_scatter, self.scan = everyone.reduce, everyone.reduce_scatter, everyone.scan
         self.all_gather, self.all_to_all = everyone.all_gather, everyone.all_to_all
         self.gather, self.scatter = everyone.gather, everyone.scatter
-        self._across: SocketPath | None = None  # those with this one's local number, if it has a share
+        self._across: SocketPath | None = (
+            None  # between the ranks with this one's number on their hosts, if it has a share
+        )
         if position < self._shares:
             self._across = SocketPath(SubChannel(channel, [host[position] for host in hosts]))
 
@@ -65,12 +70,11 @@ class HierarchicalPath:
         local.spread_shares(operation, flat, mine, shares)
 
     def broadcast(self, operation: Operation, flat: Array, root: int) -> None:
-        """Between the hosts by the first rank of each, then inside."""
+        """Between the hosts by one rank each, the root or the first one; then inside each host."""
         host = self._hosts[self._host_of[self.index]]
         first = [ranks[0] for ranks in self._hosts]
         leads = root if self._host_of[root] == self._host_of[self.index] else host[0]
         if self.index == leads:
-            # The root stands for its host among the leaders.
             ranks = [root if self._host_of[root] == n else rank for n, rank in enumerate(first)]
             SocketPath(SubChannel(self._channel, ranks)).broadcast(operation, flat, ranks.index(root))
         if self._local is not None:

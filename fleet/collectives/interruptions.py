@@ -13,7 +13,7 @@ from fleet.errors import RankEnded, UsageError
 
 
 class Interruptions:
-    """Of one communicator on this rank. Its checks are called wherever this rank waits, and raise to end the wait."""
+    """Interruptions of one rank in one communicator. The checks are called during waits, and raise to end the wait."""
 
     def __init__(
         self,
@@ -31,26 +31,26 @@ class Interruptions:
         self._recorder = recorder
 
     def check(self, awaited: int = -1) -> None:
-        """For a wait inside an operation, which is for the rank `awaited` where that is known."""
+        """Check of a wait inside an operation. `awaited` is the rank that is waited for, if that is known."""
         self.check_world()
         operation = self._recorder.last
         if self.ended and operation is not None and not operation.ended:
             self._check_ended(operation, awaited)
 
     def check_world(self) -> None:
-        """For any wait: raises WorldChanged where a rank was lost, UsageError where this communicator is closed."""
+        """Check of any wait: raises WorldChanged after the loss of a rank, UsageError after the communicator's close."""
         self.check_lost()
         if self._order.closed:
             raise UsageError(CLOSED)
 
     def _check_ended(self, operation: Operation, awaited: int) -> None:
-        """Raises RankEnded if a rank has ended that has not made this operation. Ranks that do not wait in it go on."""
+        """Raises RankEnded if a rank has ended before this operation."""
         for rank, member in enumerate(self._members):
             if (ended := self.ended.get(member)) is None:
                 continue
             if ended.made is not None:
                 missing = ended.made.get(self._communicator_id, 0) < operation.sequence
-            else:  # only messages that do not come from it can tell
+            else:  # only its missing messages can tell
                 missing = rank == awaited and monotonic() > max(ended.since, operation.started) + SETTLE_S
             if missing:
                 raise RankEnded(

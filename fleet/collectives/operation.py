@@ -26,12 +26,12 @@ SIGNATURES_KEPT = 4096
 
 @dataclass(frozen=True)
 class EndedRank:
-    """A rank that has ended with 0 while the others go on, and the collectives that it made in each communicator."""
+    """Rank that has ended with 0 while others go on, and the number of its collectives in each communicator."""
 
     worker_id: str
     host: str
     pid: int
-    made: Mapping[int, int] | None  # by communicator id; None: not known, since it ended without a word
+    made: Mapping[int, int] | None  # by communicator id; None: not known
     since: float  # when this rank heard of it; monotonic
 
 

@@ -12,7 +12,7 @@ CLOSED = "this communicator is closed"
 
 
 class Order:
-    """Of one communicator on this rank. Its fields are read on the way of every operation, hence no methods around them."""
+    """Order of one communicator's operations on this rank. Each operation reads its fields, hence no methods around them."""
 
     __slots__ = ("closed", "error", "forks", "running", "sequence")
 
@@ -32,7 +32,7 @@ class Order:
         """Raises the error that has ended the communicator, or UsageError in a fork of the process that made it."""
         forks.check(self.forks)
         if isinstance(self.error, FleetError):
-            raise self.error.with_traceback(None)  # that of an earlier call is of no use with this one's
+            raise self.error.with_traceback(None)  # the traceback of an earlier call would mislead
         if self.error is not None:
             raise UsageError(f"an earlier collective was interrupted by {self.error!r}: ranks are no longer in step")
 

@@ -1,4 +1,4 @@
-"""Thread that carries out one communicator's queued operations, in the order of the calls. Knows no tensor and no error."""
+"""Progress queue: the thread that carries out a communicator's queued operations, in the order of the calls."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _Item = tuple[Work, Callable[[], None]]
 
 
 class ProgressQueue:
-    """Operations of asynchronous calls, and of calls behind them. The thread starts with the first one."""
+    """Queue of asynchronous operations, and of all that come after one. Its thread starts with the first operation."""
 
     def __init__(self, order: Order) -> None:
-        # Of operations that are queued or carried out by the thread. While it is not 0, no other thread may overtake them.
+        # Number of operations in the queue and in the thread. While it is not 0, no other thread may overtake them.
         self.count = 0
         self.thread: threading.Thread | None = None
         self._order = order
@@ -25,7 +25,7 @@ class ProgressQueue:
         self._changing = threading.Lock()  # guards `count` and `thread`
 
     def put(self, work: Work, act: Callable[[], None]) -> None:
-        """Queues `act`, whose end ends `work`. Raises what makes the communicator unusable."""
+        """Queues `act`; its end is the end of `work`. Raises the error that has ended the communicator, if there is one."""
         with self._changing:
             self._order.check_usable()
             if self.thread is None:
@@ -35,7 +35,7 @@ class ProgressQueue:
             self._items.put((work, act))
 
     def close(self, deadline: float) -> None:
-        """Waits until `deadline` (monotonic) for what is queued."""
+        """Waits until `deadline` (monotonic) for the queued operations."""
         if self.thread is not None:
             self._items.put(None)
             if self.thread is not threading.current_thread():  # else a callback of the last work closes

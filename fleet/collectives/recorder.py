@@ -1,6 +1,6 @@
-"""The flight recorder: a rank's last few hundred collectives. Recording one is appending it, which costs no copy.
+"""Flight recorder: a rank's last few hundred collectives. To record an operation is to append it, without a copy.
 
-Words are made when somebody asks: on a failure, for `fleet why`, or for a rank that waits for this one.
+Text is made on demand: after a failure, for `fleet why`, or for a rank that waits for this one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHARS_AT_MOST = 1 << 20  # of all records of a rank in words; a message takes 8 
 
 
 class Recorder:
-    """The collectives of one communicator, and what they came to. Appended to by one thread at a time, read by any."""
+    """Collectives of one communicator, and their counts. One thread at a time appends; any thread reads."""
 
     def __init__(self) -> None:
         self.operations: deque[Operation] = deque(maxlen=KEPT)
@@ -30,7 +30,7 @@ class Recorder:
 
     @property
     def made_count(self) -> int:
-        """How many collectives are over."""
+        """Number of collectives that have ended."""
         last = self.last
         return 0 if last is None else last.sequence - (not last.ended)
 
@@ -45,7 +45,7 @@ class Recorder:
 
 
 def text(recorders: Iterable[tuple[str, Recorder]], chars_at_most: int = CHARS_AT_MOST) -> str:
-    """All communicators' records, for a person: the last ones of each, where they are too many for one message."""
+    """Records of all communicators as text. Only the last ones of each, if all are too many for one message."""
     named = list(recorders)
     for count in (KEPT, 64, SHOWN_ON_FAILURE, 1):
         found = _text(named, count)

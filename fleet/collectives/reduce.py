@@ -1,8 +1,8 @@
-"""The arithmetic of a collective: combine flat arrays. Knows dtypes and ops, nothing of peers.
+"""Arithmetic of collectives on flat arrays. Knows dtypes and ops, no peers.
 
 float16 and bfloat16 are accumulated in float32 and rounded once, by `many`. bool follows NumPy: sum is "or", prod is
-"and". mean divides the sum once; of integers and bools it is refused, since it would round. A premultiplied sum scales
-the accumulated sum, which equals scaling each rank's values but for rounding: the factor is the same on all ranks.
+"and". mean divides the sum once. The mean of integers and bools is refused, since it would be rounded. A premultiplied sum
+scales the accumulated sum. But for rounding that equals a sum of scaled values, since all ranks have the same factor.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _UFUNCS: dict[str, Any] = {
     "premul_sum": np.add,
 }
 HALVES = ("float16", "bfloat16")
-SCRATCH_ELEMENTS = 1 << 18  # that halves are widened at a time: longer arrays take no more memory
+SCRATCH_ELEMENTS = 1 << 18  # of halves that are widened at a time, so that longer arrays take no more memory
 
 
 class PremulSum(NamedTuple):
@@ -75,20 +75,19 @@ class Kernel:
         self._ufunc(into, mine, out=into)
 
     def finish(self, done: Array) -> None:
-        """What is still to do once every rank's values are in."""
+        """Divides or scales `done`, which holds every rank's values."""
         if self._divide_by != 1:
             np.divide(done, self._divide_by, out=done, casting="same_kind")
         if self._scale != 1.0:
             np.multiply(done, done.dtype.type(self._scale), out=done)
 
     def finish_alone(self, x: Array) -> None:
-        """As finish, in a world of one, where halves have not been widened."""
+        """As `finish`, in a world of one, in which halves have not been widened."""
         if self.finishes:
             self.many([x], x)
 
     def many(self, parts: Sequence[Array], out: Array, last: bool = True) -> None:
-        """out = parts[0] ∘ parts[1] ∘ ..., finished if `last`. `out` may be the same memory as any one part that is
-        combined no later than second; each element depends on its own position alone."""
+        """out = parts[0] ∘ parts[1] ∘ ..., finished if `last`. `out` may be the memory of one of the first two parts."""
         if self.half:
             self._many_halves(parts, out, last)
             return
@@ -137,12 +136,12 @@ class Kernel:
 
 @lru_cache(maxsize=512)
 def kernel(op: str, dtype: str, world_size: int, factor: float) -> Kernel:
-    """The kernel of one op on one dtype; `world_size` is what a mean divides by."""
+    """The kernel of one op on one dtype. A mean divides by `world_size`."""
     return Kernel(op, dtype, world_size, factor)
 
 
 class _Scratch(threading.local):
-    """Of one thread, and gone with it."""
+    """Memory of one thread for widened halves."""
 
     def __init__(self) -> None:
         self.arrays = np.empty((2, 0), np.float32)
@@ -152,7 +151,7 @@ _of_thread = _Scratch()
 
 
 def _scratch(length: int) -> tuple[Array, Array]:
-    """Two float32 arrays of up to SCRATCH_ELEMENTS, that belong to this thread until its next call."""
+    """Two float32 arrays of up to SCRATCH_ELEMENTS for this thread, until its next call."""
     if _of_thread.arrays.shape[1] < length:
         _of_thread.arrays = np.empty((2, 1 << max(10, (length - 1).bit_length())), np.float32)
     first, second = _of_thread.arrays
@@ -162,9 +161,7 @@ def _scratch(length: int) -> tuple[Array, Array]:
 def widen(half: Array, dtype: str, wide: Array) -> None:
     """wide (float32) = half, exactly."""
     torch = sys.modules.get("torch")
-    if (
-        torch is not None and half.flags.writeable
-    ):  # torch warns of memory that it must not write to, even if it does not
+    if torch is not None and half.flags.writeable:  # torch warns of memory that is not, even if it only reads
         torch.from_numpy(wide).copy_(torch.from_numpy(half).view(getattr(torch, dtype)))
     elif dtype == "float16":
         np.copyto(wide, half)

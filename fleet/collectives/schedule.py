@@ -1,8 +1,8 @@
-"""Who sends which chunk to whom, and when: collectives as data. Knows no socket, no tensor and no clock.
+"""Schedules of collectives as data: which rank sends which chunk to which rank, step by step; pure.
 
-A plan is what one rank does, step by step. Within a step its send and its receive may run at once; a step that sends
-the chunk that the step before received may send each piece as soon as it is there. Correctness is a property of the
-plans of all ranks together (see tests/pure/test_schedule.py).
+A plan is the list of one rank's steps. The send and the receive of a step may run at the same time. A step that sends the
+chunk of the receive before may send each segment as soon as that has come. Correctness is a property of the plans of all
+ranks together (see tests/pure/test_schedule.py).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from enum import Enum, auto
 
 
 class Action(Enum):
-    """What becomes of a received chunk."""
+    """Use of a received chunk."""
 
-    REDUCE = auto()  # combined with this rank's own, and kept for the next step's send
-    REDUCE_LAST = auto()  # combined with this rank's own: now it holds every rank's share
-    COPY = auto()  # it is final already
+    REDUCE = auto()  # combined with this rank's own, for a later step's send
+    REDUCE_LAST = auto()  # combined with this rank's own; then every rank's values are in it
+    COPY = auto()  # final already
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +68,18 @@ def ring_all_gather(rank: int, world_size: int) -> Plan:
 
 
 def ring_all_reduce(rank: int, world_size: int) -> Plan:
-    """Reduce-scatter, then all-gather: 2(N-1) steps and 2(N-1)/N·S bytes per rank, the least there is."""
+    """Reduce-scatter, then all-gather: 2(N-1) steps and 2(N-1)/N·S bytes per rank, which is the minimum."""
     return ring_reduce_scatter(rank, world_size) + ring_all_gather(rank, world_size)
 
 
 def tree_broadcast(rank: int, world_size: int, root: int = 0) -> Plan:
-    """A binomial tree from the root: ⌈log2 N⌉ steps of S bytes, for chunk 0, the whole.
+    """A binomial tree from the root: ⌈log2 N⌉ steps of S bytes. Chunk 0 is the whole tensor.
 
     Source: Thakur, Rabenseifner and Gropp, "Optimization of collective communication operations in MPICH", 2005.
     """
     virtual = (rank - root) % world_size
     plan = []
-    # A rank receives from the one that has its lowest set bit cleared, and serves those that have a lower bit set.
+    # A rank receives from the rank with its own lowest set bit cleared, and sends to ranks with a lower bit set.
     low = virtual & -virtual if virtual else _power_of_two_from(world_size)
     if virtual:
         plan.append(Step(recv_from=(virtual - low + root) % world_size, recv_chunk=0, action=Action.COPY))

@@ -160,7 +160,7 @@ class SharedPath:
         if lies is None:
             return False
         arena.tell_window(*lies)
-        # The slot must hold the first block before this rank can give way to one with an ordinary tensor.
+        # The slot is still empty: `_staged` writes it before this rank gives way to a rank with an ordinary tensor.
         word = arena.post(DIRECT)
         arena.await_all(word, operation.deadline)
         # Other windows than this rank's own may be unmapped here.

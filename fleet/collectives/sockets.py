@@ -1,8 +1,8 @@
-"""Collectives over sockets, for any ranks that reach each other. Knows the channel, schedules and kernels, no shared memory.
+"""Path over sockets, for any ranks that reach each other. Knows the channel, schedules and kernels, no shared memory.
 
-Which algorithm, by bytes and world size, is a small table (bench/tune.py measured it). All of them fix the order in which
-each element is combined, so all ranks hold the same bits, from run to run. Halves are never combined on the way: their
-owner gets every rank's values and accumulates them in float32 (pairwise exchange, as many bytes as the ring).
+A small table chooses the algorithm by bytes and world size (bench/tune.py measured it). Every algorithm combines an element in
+a fixed order, so all ranks hold the same bits, from run to run. Halves are never combined on the way: their owner gets every
+rank's values and accumulates them in float32 (pairwise exchange, with as many bytes as the ring).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fleet.collectives.reduce import narrow, widen
 from fleet.collectives.shared import share
 from fleet.values import CollectivePath
 
-# all_reduce: (world size at most, bytes up to which everybody sends to everybody, bytes up to which a tree is taken);
-# beyond that, the ring. Measured by bench/tune.py on loopback, where each message costs a wake-up.
+# Of all_reduce: (largest world size, largest bytes for an exchange between all ranks, largest bytes for a tree). Larger tensors
+# take the ring. Measured by bench/tune.py on loopback, where each message costs a wake-up.
 SMALL: tuple[tuple[int, int, int], ...] = ((2, 64 << 10, 127 << 10), (1 << 30, 0, 127 << 10))
 
 
 def small_limits(world_size: int) -> tuple[int, int]:
-    """Bytes up to which all_reduce exchanges directly, and up to which it uses a tree."""
+    """The largest bytes for which all_reduce exchanges between all ranks, and for which it uses a tree."""
     return next((exchange, tree) for at_most, exchange, tree in SMALL if world_size <= at_most)
 
 

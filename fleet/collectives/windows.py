@@ -1,7 +1,7 @@
-"""Tensors that lie in shared memory: which of them are alive, and where each local rank's one is. Knows no collective.
+"""Windows of shared memory for tensors: the windows that are alive, and the part of each local rank. Knows no collective.
 
-A window is one mapping with a part of equal size for every local rank. Ranks make windows together, in the same order,
-so a number names the same one on all of them. It is unmapped with the last array that uses it.
+A window is one mapping with a part of equal size for every local rank. Ranks make windows together, in the same order, so a
+number names the same window on all of them. A window is unmapped after the last array that uses it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from fleet.collectives.buffer import Array
 
 
 class Windows:
-    """The windows of one communicator on this rank."""
+    """Windows of one communicator on this rank."""
 
     def __init__(self) -> None:
         self.made_count = 0
         self._parts: dict[int, tuple[int, int, weakref.ref[Any], list[Array]]] = {}
         self._lock = threading.Lock()
-        # Numbers of windows whose arrays have gone. An array may go anywhere, also while `_parts` is looked through.
+        # Numbers of windows without arrays. An array may go at any time, also while `_parts` is searched.
         self._gone: deque[int] = deque()
 
     @staticmethod
@@ -45,7 +45,7 @@ class Windows:
         return mine
 
     def find(self, flat: Array) -> tuple[int, int] | None:
-        """(window, offset in bytes) of an array that lies in one; None: it is an ordinary one."""
+        """(window, offset in bytes) of an array that lies in a window; None for an ordinary array."""
         address = _address(flat)
         with self._lock:
             self._sweep()
@@ -55,13 +55,13 @@ class Windows:
         return None
 
     def view(self, rank: int, number: int, offset: int, like: Array) -> Array:
-        """Another rank's array of the same size and dtype as `like`. Its window is alive here: ours is the same one."""
+        """Another rank's array, with the size and dtype of `like`. This rank has an array in the same window."""
         part = self._parts[number][3][rank]
         return part[offset : offset + like.nbytes].view(like.dtype)
 
     def _let_go(self, number: int) -> None:
         self._gone.append(number)
-        if self._lock.acquire(blocking=False):  # else its holder's next look does it
+        if self._lock.acquire(blocking=False):  # else the next `find` does it
             try:
                 self._sweep()
             finally:

@@ -1,4 +1,4 @@
-"""Handle of a call that goes on while its caller does something else. Knows completion, not what completes."""
+"""Handle of an asynchronous call. Knows completion, and no call."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def check_not_own(queue: CallQueue) -> None:
 
 
 class Work:
-    """What a call with async_op=True returns. The tensors belong to it until it is done.
+    """Handle of a call with async_op=True. The call's tensors belong to it until it is done.
 
-    `late` makes the error of a call that has not begun by `deadline` (monotonic), since others before it still go on. `queue`
-    is where it waits for them.
+    `queue` holds the call until those before it are done. `late` makes the error of a call that has not begun by `deadline`
+    (monotonic).
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Work:
         self.source: int | None = None  # of a recv, once it is done: the rank that sent
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Returns once the call is done; raises what it raised.
+        """Returns once the call is done. Raises the call's error.
 
-        Raises TimeoutError if it still goes on after `timeout_s` (None: as long as the call's own deadline takes);
-        it then goes on all the same. Raises UsageError in a done-callback that waits for a later call of its communicator.
+        Raises TimeoutError after `timeout_s` (None: after the call's own deadline); the call then goes on. Raises UsageError
+        in a done-callback that waits for a later call of the same communicator.
         """
         if self._queue is not None and not self._ended.is_set():
             check_not_own(self._queue)
@@ -68,13 +68,13 @@ class Work:
             raise self._error
 
     def done(self) -> bool:
-        """Whether it has ended, well or not."""
+        """Whether the call has ended, well or not."""
         if self._late is not None and monotonic() > self._deadline:
             self._give_up()
         return self._ended.is_set()
 
     def exception(self) -> BaseException | None:
-        """What it raised; None if it ended well. Raises UsageError while it goes on."""
+        """The call's error; None if it ended well. Raises UsageError while the call goes on."""
         if not self.done():
             raise UsageError("this call still goes on: wait() for it first")
         return self._error
@@ -93,13 +93,13 @@ class Work:
         self._call(function)
 
     def begin(self) -> bool:
-        """Called by the thread that is about to carry it out; False: it is too late for that."""
+        """Called by the thread that carries out the call, before it does. False: the call's deadline has ended it."""
         with self._changing:
             self._late = None
             return not self._ended.is_set()
 
     def end(self, error: BaseException | None = None) -> None:
-        """Called once, by the thread that carries it out."""
+        """Called once, by the thread that has carried out the call."""
         with self._changing:
             self._error = error
             self._ended.set()
@@ -115,7 +115,7 @@ class Work:
         self._call_all()
 
     def _call_all(self) -> None:
-        """Calls the functions that wait for the end. None is added any more: see add_done_callback."""
+        """Calls the functions that wait for the end. None can be added any more: see add_done_callback."""
         for function in self._callbacks:
             self._call(function)
         self._callbacks = []
