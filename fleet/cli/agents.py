@@ -1,4 +1,4 @@
-"""Agents of this machine: the parts that `fleet worker`, the embedded cluster and a task of a Slurm step have in common."""
+"""Agents of this machine: parts that `fleet worker`, the embedded cluster and tasks of Slurm steps have in common."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILES, FILES_OF_A_RANK = 80, 7
 
 @contextmanager
 def fork_server(runtime: Path, what: str, slots: int, threads: int, preload: Sequence[str]) -> Iterator[Zygote]:
-    """The process that ranks are forked from. Raises ConfigError where the limits leave `what` too few open files."""
+    """The process that forks ranks. Raises ConfigError if the limits leave too few open files for `what`."""
     files = FILES + slots * FILES_OF_A_RANK
     descriptors.require(files, what)
     config.limit_threads(threads)
@@ -36,7 +36,7 @@ def fork_server(runtime: Path, what: str, slots: int, threads: int, preload: Seq
 
 
 def embedded_orchestrator(endpoint: str, lock: Lock, runtime: Path, policy: str) -> Service:
-    """The orchestrator of one job or Executor. It tells its client what matters, and logs nothing."""
+    """The orchestrator of one job or Executor. Nothing is logged, since it tells its client all that matters."""
     logging.getLogger("fleet.orchestrator").addHandler(logging.NullHandler())
     bundles = runtime / "orchestrator-bundles"
     bundles.mkdir()
@@ -45,7 +45,7 @@ def embedded_orchestrator(endpoint: str, lock: Lock, runtime: Path, policy: str)
 
 @contextmanager
 def embedded(service: Service, agent: Agent, target: Target) -> Iterator[None]:
-    """Both as threads of this process. All of it has ended when left."""
+    """Runs both in threads of this process. When left, both have ended."""
     with (
         running("orchestrator", service.run, service.stop, target.failure),
         running("worker", agent.run, agent.stop, target.failure),

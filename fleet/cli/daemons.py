@@ -47,7 +47,7 @@ log = logging.getLogger("fleet")
 
 @dataclass(frozen=True)
 class Kept:
-    """What of jobs outlives the orchestrator: where, and how many that have ended for how long."""
+    """Folder of the jobs that outlive the orchestrator, and the limits for those that have ended."""
 
     folder: Path | None  # None: FLEET_STATE_DIR, or the user's own
     jobs: int
@@ -59,13 +59,13 @@ def run_orchestrator(
 ) -> None:
     """Serves until a signal ends it."""
     _log_to_stderr()
-    os.umask(0o077)  # jobs, their files and what they print are their users' alone
+    os.umask(0o077)  # jobs, their files and their output are closed to other users
     host, port = parse(bind, config.ORCHESTRATOR_PORT, "--bind")
     lock = orchestrator_lock(host, secret_file, insecure)
     if insecure and not is_loopback(host):
         log.warning("listening on %s without a secret: whoever reaches it can run code on every worker", bind)
     with runtime_folder() as runtime:
-        # Who lets the system choose a port will get another one next time, and is nobody whose jobs wait for it.
+        # A port that the system chooses is another one at the next start, when no client looks for these jobs.
         folder = kept.folder or config.state_folder(port) or runtime / "state"
         keeping = Keeping(folder, kept.jobs, kept.hours * 3600)
         close_to_others(folder)
@@ -106,11 +106,11 @@ def run_worker(
     with claimed_ports(data_port, slots), runtime_folder() as runtime:
         lock = worker_lock(host, secret_file, insecure, stopping)
         if lock is None:
-            return  # told to end while there was no secret
+            return  # a signal came before the secret
         with fork_server(runtime, what, slots, threads, (*RUNNER, *(config.preload() or ()))) as zygote:
             advertise = config.advertised_host() or _own_address(host, port, stopping)
             if advertise is None:
-                return  # told to end while the orchestrator's name did not resolve
+                return  # a signal came before the name of the orchestrator resolved
             listen = listening_host(advertise)
             _check_ports(listen, data_port, slots)
             kept = _storage(storage, runtime)
@@ -144,33 +144,25 @@ def run_worker(
 
 
 def _storage(given: Path | None, runtime: Path) -> Storage:
-    """What jobs write is kept there. Raises ConfigError where a folder that somebody named cannot be used."""
-    folder = given or config.storage_folder()
-    if folder is None:
-        log.warning(
-            "what jobs write is kept only as long as this worker runs: there is no home folder, --storage names one"
-        )
-        (runtime / "output").mkdir()
-        return Storage(runtime / "output")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        storage = Storage(folder)
-        log.info("keeps what jobs write in %s, storage %s", folder, storage.storage_id)
-        return storage
-    except OSError as error:
-        if given is not None or config.storage_is_named():
-            raise ConfigError(f"what jobs write cannot be kept in {folder} (--storage): {error.strerror}") from None
-        log.warning(
-            "what jobs write is kept only as long as this worker runs, since %s cannot be used (%s): --storage names a folder",
-            folder,
-            error.strerror,
-        )
+    """The storage for output of jobs. Raises ConfigError if a folder that the user named cannot be used."""
+    folder, why = given or config.storage_folder(), ": there is no home folder, --storage names one"
+    if folder is not None:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            storage = Storage(folder)
+            log.info("keeps what jobs write in %s, storage %s", folder, storage.storage_id)
+            return storage
+        except OSError as error:
+            if given is not None or config.storage_is_named():
+                raise ConfigError(f"what jobs write cannot be kept in {folder} (--storage): {error.strerror}") from None
+            why = f", since {folder} cannot be used ({error.strerror}): --storage names a folder"
+    log.warning("what jobs write is kept only as long as this worker runs%s", why)
     (runtime / "output").mkdir()
     return Storage(runtime / "output")
 
 
 def _own_address(host: str, port: int, stopping: threading.Event) -> str | None:
-    """The address of this machine that the orchestrator's network sees. Waits for the orchestrator's name to resolve."""
+    """The address of this machine in the orchestrator's network. Waits until the name of the orchestrator resolves."""
     said = False
     while not stopping.is_set():
         address = local_address_towards(host, port)
@@ -184,7 +176,7 @@ def _own_address(host: str, port: int, stopping: threading.Event) -> str | None:
 
 
 def _check_ports(host: str, first: int, slots: int) -> None:
-    """Raises ConfigError now for what would else fail in a rank."""
+    """Raises ConfigError for ports that ranks could not use."""
     if first + slots - 1 > 65535:
         raise ConfigError(f"WORKER_PORT {first} leaves no room for {slots} slots")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -204,7 +196,7 @@ def _on_signals(stop: Callable[[int], None]) -> None:
 
 
 def _reachable_here(host: str) -> str:
-    """An address of this machine that a listener on `host` has."""
+    """An address at which this machine reaches a listener on `host`."""
     return {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}.get(host, host)
 
 

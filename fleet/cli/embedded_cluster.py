@@ -1,4 +1,4 @@
-"""A whole cluster in this process, for a job or an Executor: orchestrator and agent as threads, ranks as processes."""
+"""Cluster in one process, for a job or an Executor: orchestrator and agent are threads, ranks are child processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def embedded_cluster(
     gpus: int = 0,
     stdin: Callable[[int], int | None] = lambda member_id: None,
 ) -> Iterator[Target]:
-    """Ready when entered; all of it has ended when left. Control goes over sockets in the private runtime folder."""
+    """The cluster runs when entered, and has ended when left. Control messages go over sockets in the runtime folder."""
     threads = max(1, config.usable_cores() // slots)
     what = f"a job of {slots} rank{'s' if slots > 1 else ''} on this machine"
     with fork_server(runtime, what, slots, threads, preload) as zygote:

@@ -1,6 +1,6 @@
-"""The private folder of one local cluster or one worker: sockets, bundles, temporary files; gone when its owner is.
+"""Runtime folders: the private folder of each local cluster, orchestrator or worker, removed when its owner ends.
 
-An owner that was killed cannot clean up: the next one does it.
+A folder whose owner was killed is removed by the next owner of one.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from fleet.bus.folders import LOCK, held_folder, is_held, own_folders
 from fleet.bus.ownership import open_own
 from fleet.bus.shared_memory import sweep
 
-WHAT = "what"  # runs there, and where it answers
+WHAT = "what"  # the file with the role of the owner, and the endpoint at which it answers
 WHAT_BYTES = 4096  # at most
 
 
 @contextlib.contextmanager
 def runtime_folder() -> Iterator[Path]:
-    """A fresh folder that only its owner may enter. Short, since a socket's path has 107 bytes at most."""
+    """A new folder that only this user may enter. Its path is short, since that of a socket has at most 107 bytes."""
     if (memory := config.shared_memory()) is not None:
         sweep(memory)
     with held_folder() as folder:

@@ -1,4 +1,4 @@
-"""What can be known of a script before anything starts: that it is there, that it compiles, what it imports."""
+"""Checks of a script before anything starts: that it exists, compiles, and what it imports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOTHING = Imports((), frozenset())
 
 
 def check_target(command: CommandLine) -> Imports:
-    """What it imports. Raises UsageError where it cannot run."""
+    """The imports of a script or module. Raises UsageError if it cannot run."""
     if command.kind == "script":
         if not os.path.lexists(command.target) and "/" not in command.target:
             _refuse_command(command)
@@ -32,7 +32,7 @@ def check_target(command: CommandLine) -> Imports:
 
 
 def _refuse_command(command: CommandLine) -> None:
-    """Raises UsageError where a command stands in place of a script, as behind mpirun and srun."""
+    """Raises UsageError for a command in place of a script, as it stands behind mpirun and srun."""
     if re.fullmatch(r"python[\d.]*", command.target):
         without = shlex.join([*command.options, *command.args])
         raise UsageError(f"there is no script {command.target}: leave it out (fleet run {without})")
@@ -42,7 +42,7 @@ def _refuse_command(command: CommandLine) -> None:
 
 
 def check_script(path: Path) -> Imports:
-    """What the script imports; as with python, it may be a folder or a zip file with a __main__.py. Raises UsageError."""
+    """The imports of a script, which may be a folder or a zip file with a __main__.py. Raises UsageError."""
     if path.is_dir():
         if not (path / "__main__.py").exists():
             raise UsageError(f"the folder {path} cannot be run: it has no __main__.py")
@@ -54,7 +54,7 @@ def check_script(path: Path) -> Imports:
 
 
 def check_module(name: str) -> Imports:
-    """As check_script, for a module that is found from the current folder. Imports nothing: that is for ranks to do."""
+    """The imports of a module that is found from the current folder. Imports nothing itself. Raises UsageError."""
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
@@ -71,13 +71,13 @@ def _check_module(name: str, folder: Path) -> Imports:
     for count in range(1, len(parts) + 1):
         spec = _find(".".join(parts[:count]), inside)
         if spec is None and packages and b"__path__" in packages[-1].read_bytes():
-            return NOTHING  # its package may make it be found once that runs
+            return NOTHING  # a package that sets __path__ may find it at run time
         if spec is None or (count < len(parts) and spec.submodule_search_locations is None):
             raise UsageError(f"there is no module {name} (looked in {folder} and the installed packages)")
         inside = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
         if inside is not None and spec.has_location and spec.origin is not None:
             packages.append(Path(spec.origin))
-    if inside is not None:  # a package: its __main__ is what runs
+    if inside is not None:  # a package, of which __main__ runs
         spec = _find(f"{name}.__main__", inside)
         if spec is None:
             raise UsageError(f"the package {name} cannot be run: it has no __main__.py")
@@ -87,7 +87,7 @@ def _check_module(name: str, folder: Path) -> Imports:
 
 
 def preload_for(imports: Imports) -> tuple[str, ...]:
-    """What the fork server imports of it, in the script's order."""
+    """The modules that the fork server imports for a script, in their order."""
     return tuple(RANK if name.partition(".")[0] == "fleet" else name for name in imports.early)
 
 
@@ -101,7 +101,7 @@ def _check(path: Path, folder: Path, packages: Sequence[Path] = ()) -> Imports:
     try:
         tree = ast.parse(source, str(path))
     except (SyntaxError, ValueError) as error:
-        lineno = getattr(error, "lineno", None)  # none where the file is no text
+        lineno = getattr(error, "lineno", None)  # None: the file is no text
         where = f"{path}:{lineno}" if lineno else str(path)
         text = f"\n    {error.text.strip()}" if isinstance(error, SyntaxError) and error.text else ""
         raise UsageError(f"{where}: {getattr(error, 'msg', error)}; nothing was started{text}") from None
@@ -109,7 +109,7 @@ def _check(path: Path, folder: Path, packages: Sequence[Path] = ()) -> Imports:
 
 
 def _find(name: str, inside: Sequence[str] | None) -> ModuleSpec | None:
-    """The spec of a module in a package that has been found, or on the search path, by every finder there is."""
+    """The spec of a module in a package that was found, or on the search path. Asks all finders."""
     for finder in sys.meta_path:
         with suppress(ImportError, ValueError):
             if (spec := finder.find_spec(name, inside)) is not None:

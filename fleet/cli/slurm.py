@@ -39,7 +39,7 @@ from fleet.worker.zygote import Zygote
 
 SAY_WAITING_AFTER_S = 5.0
 _POLL_S = 0.05
-_FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # what `sbatch --signal` sends is the script's
+_FORWARDED = (signal.SIGUSR1, signal.SIGUSR2)  # signals of `sbatch --signal`, which are for the script
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -52,14 +52,14 @@ def step_cluster(
     interrupted: Callable[[], bool],
     storage: Storage,
 ) -> Iterator[Target]:
-    """Task 0's side. When entered all tasks are there, or it was interrupted; all of it has ended when left.
+    """The side of task 0. Entered when all tasks are there, or at an interruption. When left, all of the cluster has ended.
 
     Raises ConfigError that names the tasks which do not show up in time.
     """
     with _zygote(task, runtime, preload) as zygote:
         given = config.given_secret()
         lock = Lock("curve", given or secrets.token_urlsafe(32))
-        # All interfaces: which of them the others' names for this machine lead to, only the network knows.
+        # All interfaces: other machines may reach this one at any of them.
         bind = endpoint("127.0.0.1" if task.node_count == 1 else "*", task.port if given else 0)
         service = embedded_orchestrator(bind, lock, runtime, "by-name")
         host, port = own_address(task), int(service.endpoint.rpartition(":")[2])
@@ -72,15 +72,15 @@ def step_cluster(
 
 
 def serve(task: config.SlurmTask, preload: tuple[str, ...], timeout_s: float, storage: Storage) -> int:
-    """The side of any other task: a worker that lasts as long as task 0. Raises ConfigError where that does not show up."""
+    """The side of any other task: a worker that lasts as long as task 0. Raises ConfigError if task 0 does not show up."""
     told: list[int] = []
     agents: list[Agent] = []
 
     def stop(number: int, _: object) -> None:
         told.append(number)
         for agent in agents:
-            with suppress(OSError):  # it has ended by itself
-                # Its rank ends, and with it the job. To hand the job back would have it wait for another worker.
+            with suppress(OSError):  # the agent has ended
+                # The first signal ends the rank, and so the job. A job that was handed back would wait for another worker.
                 agent.forward(signal.SIGTERM) if len(told) == 1 else agent.stop()
 
     for number in _ENDING:
@@ -91,11 +91,11 @@ def serve(task: config.SlurmTask, preload: tuple[str, ...], timeout_s: float, st
             agents.append(_agent(task, runtime, zygote, *met, timeout_s, storage))
             if not told:
                 agents[0].run()
-    return 0  # how the job ended is task 0's to say
+    return 0  # the exit code of the job is that of task 0
 
 
 def own_address(task: config.SlurmTask) -> str:
-    """Where the step's other machines reach this one."""
+    """The host at which the other machines of the step reach this one."""
     if task.node_count == 1:
         return "127.0.0.1"
     if given := config.advertised_host():
@@ -127,7 +127,7 @@ def _agent(
     )
 
     def forward(number: int, _: object) -> None:
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the agent has ended
             agent.forward(number)
 
     for number in _FORWARDED:
@@ -137,18 +137,18 @@ def _agent(
 
 @contextmanager
 def _zygote(task: config.SlurmTask, runtime: Path, preload: tuple[str, ...]) -> Iterator[Zygote]:
-    """The fork server, and what else comes first.
+    """The fork server, and all that comes before it.
 
     Slurm may signal all processes of a task, not only the first (proctrack/linuxproc and pgid do), and ranks die with the zygote:
     it ignores what is not for it. So does a rank with _FORWARDED, until its script says what to do.
     """
-    # A worker that loses task 0 has seen the job end, or ends with an error that says so: only errors are news.
+    # Only errors are logged: a worker that loses task 0 has seen the end of the job, or ends with an error.
     handler = logging.StreamHandler()
     handler.setLevel(logging.ERROR)
     handler.setFormatter(OneLineFormatter(f"fleet: task {task.rank}: %(message)s"))
     logging.getLogger("fleet.worker").addHandler(handler)
     for number in _FORWARDED:
-        signal.signal(number, signal.SIG_IGN)  # and so it stays here until there is an agent to forward it
+        signal.signal(number, signal.SIG_IGN)  # in this process only until there is an agent that forwards it
     with fork_server(runtime, "a task of this step", 1, task.cores, preload) as zygote:
         yield zygote
 
@@ -174,13 +174,13 @@ def _wait_for_all(task: config.SlurmTask, target: Target, interrupted: Callable[
 
 @contextmanager
 def _meeting_file(task: config.SlurmTask, text: str | None) -> Iterator[None]:
-    """The file that tells the other tasks where to go, whole as soon as it has its name."""
+    """The file that tells the other tasks the address and the secret. It has its name only once it is whole."""
     if text is None:
         yield
         return
     draft = task.meeting_file.with_name(f"{task.meeting_file.name}-{os.getpid()}")
     try:
-        # A new one: what somebody else put there under this name would be theirs to read.
+        # A new file: another user could read one that was there before.
         with open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="ascii") as file:
             file.write(text)
         draft.replace(task.meeting_file)
@@ -195,7 +195,7 @@ def _meeting_file(task: config.SlurmTask, text: str | None) -> Iterator[None]:
 
 
 def _meet(task: config.SlurmTask, timeout_s: float, interrupted: Callable[[], bool]) -> tuple[str, int, Lock] | None:
-    """(host, port, lock) of task 0's orchestrator; None: interrupted."""
+    """(host, port, lock) of the orchestrator of task 0. None: interrupted."""
     if (given := config.given_secret()) is not None:
         host, port = parse(shown(task.first_host, task.port), task.port, "SLURM_STEP_NODELIST")
         return ("127.0.0.1" if task.node_count == 1 else host), port, Lock("curve", given)
@@ -208,7 +208,7 @@ def _meet(task: config.SlurmTask, timeout_s: float, interrupted: Callable[[], bo
                 host, text, secret = file.read().split()
             return host, int(text), Lock("curve", secret)
         except FileNotFoundError:
-            sleep(_POLL_S)  # a shared folder sends no event
+            sleep(_POLL_S)  # shared folders send no events
         except PermissionError:
             raise ConfigError(f"{task.meeting_file} belongs to somebody else: remove it, or set FLEET_SECRET") from None
         except OSError as error:

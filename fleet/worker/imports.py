@@ -1,7 +1,7 @@
-"""What a script imports, and which of it may be imported for it before it starts. Reads source, runs nothing of it.
+"""Imports of a script, and those among them that the fork server may do early. Reads the source, and runs none of it.
 
-A module may be imported early if that makes no difference: if nothing that the script does before its own import can change
-what the import does, such as a variable set in the environment.
+An early import must make no difference: before its own import of the module, the script may do nothing that changes what the
+import does, such as setting a variable.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-# Imported once in the fork server where a script names them: slow to import, and safe to fork after that.
+# Modules that are slow to import, and safe to fork once imported.
 PRELOADABLE = ("numpy", "scipy", "pandas", "sklearn", "torch", "fleet")
-OWN_AT_MOST = 40  # of a script's own modules are looked at
+OWN_AT_MOST = 40  # modules of a script's own that are read
 _READS = frozenset({"get", "copy", "items", "keys", "values"})  # of os.environ
-# Whatever these are called on, imports that come later may find other modules, or do something else.
+# After a call of one of these, on any object, later imports may find other modules, or behave otherwise.
 _CHANGES = frozenset(
     {
         "putenv", "unsetenv", "environb", "load_dotenv", "dotenv", "setenv",  # the environment
@@ -31,10 +31,12 @@ _CHANGED_IN_SYS = frozenset({"path", "modules", "stdout", "stderr", "argv"})
 
 @dataclass(frozen=True)
 class Imports:
-    """What is known of one script's imports."""
+    """The imports of one script."""
 
-    early: tuple[str, ...]  # of PRELOADABLE and what belongs to them, in order: these may be imported before it starts
-    late: frozenset[str]  # top-level names of what the script may import after it has changed something
+    early: tuple[
+        str, ...
+    ]  # PRELOADABLE modules and their submodules, in order, that may be imported before the script starts
+    late: frozenset[str]  # top-level names of modules that the script may import after it has changed something
 
 
 def imports_of(tree: ast.Module, folder: Path, packages: Sequence[Path] = ()) -> Imports:
@@ -54,7 +56,7 @@ def imports_of(tree: ast.Module, folder: Path, packages: Sequence[Path] = ()) ->
             late.add(top)
         elif what != "seldom" and top in PRELOADABLE and PathFinder.find_spec(top, [str(folder)]) is None:
             early[name] = None
-    # `import fleet` alone imports none of the others; fleet.init() does.
+    # `import fleet` alone imports no other module of these, fleet.init() does.
     if changes and all(name.partition(".")[0] == "fleet" for name in early):
         late |= {name.partition(".")[0] for name in early}
         early = {}
@@ -62,7 +64,7 @@ def imports_of(tree: ast.Module, folder: Path, packages: Sequence[Path] = ()) ->
 
 
 class _Walk:
-    """Goes through a script, and through those of its own modules that it imports, in the order in which they run."""
+    """Walk through a script and the modules of its own that it imports, in the order in which they run."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -105,13 +107,13 @@ class _Walk:
         except (OSError, SyntaxError, ValueError):
             tree = None
         if tree is None:
-            yield "change", ""  # who knows
+            yield "change", ""  # perhaps
         else:
             yield from self.steps(tree, path.parent)
 
 
 def _own_modules(name: str, folder: Path) -> Iterator[Path]:
-    """The sources that importing a module of the script's runs: its packages', then its own."""
+    """The sources that run when a module of the script's own is imported: those of its packages, then its own."""
     path = folder
     for part in name.split("."):
         path = path / part
@@ -142,7 +144,7 @@ def _in_order(node: ast.AST, when: str) -> Iterator[tuple[ast.AST, str]]:
 
 
 def _is_main(test: ast.expr) -> bool:
-    """Whether it is the test for `__main__` of a script, which passes."""
+    """Whether a test compares `__name__`. In a script, which is `__main__`, it passes."""
     return isinstance(test, ast.Compare) and isinstance(test.left, ast.Name) and test.left.id == "__name__"
 
 
@@ -153,7 +155,7 @@ def _is_environ(node: ast.AST) -> bool:
 
 
 def _only_reads(node: ast.Attribute | ast.Subscript | ast.Call | ast.Compare | ast.Dict) -> bool:
-    """Whether it is an expression that has the environment in it, and leaves it as it is."""
+    """Whether an expression uses the environment without a change."""
     if isinstance(node, ast.Attribute):
         return _is_environ(node.value) and node.attr in _READS
     if isinstance(node, ast.Subscript):
@@ -166,7 +168,7 @@ def _only_reads(node: ast.Attribute | ast.Subscript | ast.Call | ast.Compare | a
 
 
 def _changes(node: ast.AST) -> bool:
-    """Whether it may change what an import that comes later does."""
+    """Whether a node may change what a later import does."""
     if _is_environ(node):
         return True
     if isinstance(node, ast.Attribute):

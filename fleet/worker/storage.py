@@ -1,4 +1,4 @@
-"""Output folders of jobs on a worker's storage: made, listed, read in parts, and removed. Knows files, not ranks.
+"""Output folders of jobs on the storage of a worker: made, listed, read in parts, and removed. Knows files, not ranks.
 
 A job's output folder outlives its attempts and their working folders. Workers that share a storage share the folder.
 Every method may take as long as the disk does: the agent calls them from its file thread.
@@ -25,11 +25,11 @@ from fleet.text import shown
 from fleet.values import free_name, native
 
 PAGE_FILES, PAGE_BYTES = m.FILES_AT_ONCE, 512 << 10  # of one answer to ListFiles
-NAMED_AT_MOST = 3  # folders and files, where the summary of what is left names some
+NAMED_AT_MOST = 3  # folders and files that a summary names
 SHOWN_CHARS = 200  # of a path
-# Caches that a script leaves without its author's doing: nobody misses them.
+# Caches that libraries leave. They are neither kept nor counted.
 CACHES = frozenset({"__pycache__", ".ipynb_checkpoints", ".pytest_cache", ".mypy_cache", ".ruff_cache"})
-LINK, SPECIAL = "a link", "no ordinary file"  # why an entry of a folder is not brought
+LINK, SPECIAL = "a link", "no ordinary file"  # reasons why an entry of a folder does not travel
 _STORAGE_ID = ".fleet-storage"
 _STORAGE_ID_BYTES = 64
 _MTIME_NS_AT_MOST = (1 << 63) - 1  # in the year 2262; file systems know later ones
@@ -37,34 +37,34 @@ _MTIME_NS_AT_MOST = (1 << 63) - 1  # in the year 2262; file systems know later o
 
 @dataclass(frozen=True)
 class GatherResult:
-    """What became of the files that an attempt wrote into its working folder."""
+    """Result of `gather` for the working folder of an attempt."""
 
     kept_count: int = 0
     left_count: int = 0  # deleted with the working folder
     left_bytes: int = 0
-    left_names: tuple[str, ...] = ()  # where most of it lay
-    error: str = ""  # what was to be kept and could not be, or got another name; a sentence
+    left_names: tuple[str, ...] = ()  # the folders and files with most of these bytes
+    error: str = ""  # a sentence about files that were to be kept, and could not be or got another name
 
 
 class Storage:
-    """The output folders under `root`, one for each job of one cluster. Invariant: nothing outside of `root` is removed."""
+    """Output folders under `root`, one for each job of a cluster. Invariant: nothing outside of `root` is removed."""
 
     def __init__(self, root: Path, job_folder: Path | None = None) -> None:
-        """With `job_folder`, the only job writes there, and the folder is the user's own: nothing is ever removed."""
+        """`job_folder` is a folder of the user for the only job. Nothing in it is ever removed."""
         self._root = root
         self._job_folder = job_folder
         self._cluster_id = ""
 
     def enter(self, cluster_id: str) -> None:
-        """Says whose jobs these are: two clusters may use one storage."""
+        """Sets the cluster of the jobs. Several clusters may use one storage."""
         self._cluster_id = cluster_id
 
     def folder(self, job_id: str) -> Path:
-        """Where the ranks of a job write; not made yet."""
+        """The folder of a job. Perhaps not made yet."""
         return self._job_folder or self._root / self._cluster_id / job_id
 
     def make(self, job_id: str) -> Path:
-        """Makes the folder, for nobody else to look into. Raises OSError, also for one that another user has planted there."""
+        """Makes the folder, closed to other users. Raises OSError, also if another user has made a file or folder there."""
         folder = self.folder(job_id)
         if self._job_folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -105,13 +105,13 @@ class Storage:
                 remove_tree(self.folder(job_id))
 
     def page(self, ask: m.ListFiles) -> m.Files:
-        """One page of a job's files, in the order of their paths, from the first behind `ask.after` on."""
+        """One page of the files of a job, in the order of their paths, beginning behind `ask.after`."""
         try:
             folder = self.folder(ask.job_id)
             found: list[m.FileInfo] = []
             left_out: list[str] = []
             unseen: list[str] = []
-            behind: list[str] = []  # the last file that was found
+            behind: list[str] = []  # entries that do not travel, behind the last file that was found
             size = 0
             for path, why in _entries(folder, after=os.fsdecode(ask.after)):
                 if len(found) == PAGE_FILES or size > PAGE_BYTES:
@@ -151,7 +151,7 @@ class Storage:
         )
 
     def amount(self, job_id: str, since_ns: int = 0) -> tuple[int, int]:
-        """How many files a job's folder has that were written since, and their bytes."""
+        """Number and bytes of the files of a job that were written since a time."""
         count = size_bytes = 0
         folder = self.folder(job_id)
         for path, why in _entries(folder):
@@ -164,7 +164,7 @@ class Storage:
         return count, size_bytes
 
     def part(self, ask: m.ReadFile) -> m.FilePart:
-        """One part of a file; at its end the sha256 of the whole instead."""
+        """One part of a file. Behind the last part: the sha256 of the whole file."""
 
         def answer(data: bytes = b"", digest: str = "", error: str = "") -> m.FilePart:
             return m.FilePart(
@@ -184,7 +184,7 @@ class Storage:
     def gather(
         self, job_id: str, folder: Path, sent: frozenset[str], keep: tuple[str, ...], mark: str = ""
     ) -> GatherResult:
-        """Moves what an attempt wrote into its working folder and `keep` names to the output folder, and counts the rest.
+        """Moves files that match `keep` from the working folder of an attempt to the output folder, and counts the others.
 
         `sent`: the paths that were unpacked there. Those have the time 0, so that one with another time was written to.
         `mark`: what is put to a name that another file of the output folder has, be it another rank's or attempt's.
@@ -212,14 +212,14 @@ class Storage:
                 elif not why:
                     left.append((path, status.st_size))
             except OSError as error:
-                # Else something of the job still removes files.
+                # Otherwise a process of the job still removes files.
                 if not isinstance(error, FileNotFoundError) or os.path.lexists(folder / path):
                     failed.append(f"{_short(path)} could not be kept: {_sentence(error)}")
         said = "; ".join(one for one in (_some(failed), _some(renamed)) if one)
         return GatherResult(kept_count, len(left), sum(size for _, size in left), _named(left), said)
 
     def _keep(self, source: Path, job_id: str, path: str, mark: str) -> str:
-        """Moves a file to the output folder; its path there. Nothing is overwritten. Raises OSError: it stays where it is."""
+        """Moves a file to the output folder, and returns its path there. Overwrites nothing. On OSError the file stays."""
         folder = self.make(job_id)
 
         def is_taken(name: str) -> bool:
@@ -241,7 +241,7 @@ class Storage:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Also to another file system. Raises FileExistsError, OSError: there is no target, or it is another's."""
+    """Moves a file, also to another file system. Raises FileExistsError, and OSError, without a half of a target."""
     try:
         return put(source, target)
     except OSError as error:
@@ -262,7 +262,7 @@ def _entries(folder: Path, after: str = "", but: frozenset[str] = frozenset()) -
     Each with the reason why it is no file to bring, empty for a regular file. Links are not followed. With `but`, folders of
     these names are left out, and compiled files. A folder that cannot be read is an entry. Raises OSError for `folder` itself.
     """
-    waiting = [("", "")]  # the next one last
+    waiting = [("", "")]  # a stack
     while waiting:
         path, why = waiting.pop()
         if path and not path.endswith("/"):
@@ -280,7 +280,7 @@ def _entries(folder: Path, after: str = "", but: frozenset[str] = frozenset()) -
             continue
         if but:
             named = [one for one in named if PurePosixPath(one[0]).name not in but and not one[0].endswith(".pyc")]
-        # As if a folder's name ended in its slash: then the order of the entries is that of the paths in them.
+        # With a slash behind the names of folders, entries are in the order of the paths in them.
         behind = (one for one in named if one[0] > after or (one[0].endswith("/") and after.startswith(one[0])))
         waiting += sorted(behind, reverse=True)
 
@@ -296,7 +296,7 @@ def _why(entry: os.DirEntry[str]) -> str:
 
 
 def _short(path: str) -> str:
-    """A path for a sentence."""
+    """A path, shortened for a sentence."""
     return shown(path if len(path) <= SHOWN_CHARS else f"{path[: SHOWN_CHARS // 2]}...{path[-SHOWN_CHARS // 2 :]}")
 
 
@@ -316,7 +316,7 @@ def _make_own(folder: Path) -> None:
 
 
 def _owner_of_new(folder: Path) -> int:
-    """Whose a thing is that this process makes there: a file system of the network may give it to another user."""
+    """The owner of files that this process makes in a folder. Network file systems may choose another user."""
     probe = tempfile.mkdtemp(dir=folder)
     try:
         return os.lstat(probe).st_uid
@@ -325,7 +325,7 @@ def _owner_of_new(folder: Path) -> int:
 
 
 def _read_id(path: Path) -> str:
-    """Raises OSError for what is no storage's id: others may write there too, and a pipe would have its reader wait."""
+    """Reads the id of a storage. Raises OSError for any other content or kind of file, such as a pipe that others put there."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         found = file.read(_STORAGE_ID_BYTES + 1) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b""
@@ -336,7 +336,7 @@ def _read_id(path: Path) -> str:
 
 
 def _named(left: list[tuple[str, int]]) -> tuple[str, ...]:
-    """The folders and files at the top with the most bytes in them."""
+    """The folders and files at the top that have the most bytes."""
     sizes: dict[str, int] = {}
     for path, size in left:
         first = PurePosixPath(path).parts[0]
@@ -346,7 +346,7 @@ def _named(left: list[tuple[str, int]]) -> tuple[str, ...]:
 
 
 def _inside(folder: Path, path: str) -> int:
-    """An open file of the folder, reached without following any link. Raises ValueError, OSError."""
+    """Opens a file in a folder without following any link. Raises ValueError, OSError."""
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\0" in path:
         raise ValueError(f"{path!r} is no path inside of an output folder")
