@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from fleet.bus import descriptors
 from fleet.bus.lock import Lock
 from fleet.client.embedded import running
 from fleet.client.target import Target
+from fleet.errors import ConfigError
 from fleet.orchestrator.service import Service
 from fleet.versions import versions
 from fleet.worker.agent import Agent
@@ -20,18 +22,22 @@ from fleet.worker.zygote import Zygote
 # Open files of a process with an agent, an orchestrator and a client: 54 + 4 for each rank, measured. An agent starts no rank
 # unless all of its ranks have room for two connections.
 FILES, FILES_OF_A_RANK = 80, 7
+ADDRESS_SPACE_KB = 420_000  # measured: with less, libzmq gets no threads and aborts the process
 
 
 @contextmanager
 def fork_server(runtime: Path, what: str, slots: int, threads: int, preload: Sequence[str]) -> Iterator[Zygote]:
-    """The process that forks ranks. Raises ConfigError if the limits leave too few open files for `what`."""
+    """The process that forks ranks. Raises ConfigError if the limits of this process are too low for `what`."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_KB << 10:
+        raise ConfigError(
+            f"{what} needs {ADDRESS_SPACE_KB} kB of address space, and the limit is {limit >> 10}: raise it (ulimit -v)"
+        )
     files = FILES + slots * FILES_OF_A_RANK
     descriptors.require(files, what)
     config.limit_threads(threads)
-    with Zygote(
-        runtime, preload
-    ) as zygote:  # first: its imports take longest, and ranks keep the limits that it starts with
-        descriptors.raise_limit(files)
+    with Zygote(runtime, preload) as zygote:
+        descriptors.raise_limit(files)  # after its start, since ranks inherit its limits
         yield zygote
 
 

@@ -66,6 +66,13 @@ def test_few_descriptors_get_a_sentence(tmp_path: Path) -> None:
     assert shell(tmp_path, f"ulimit -Sn 45; {RUN} init.py").stdout.startswith("0| (45, ")
 
 
+def test_little_address_space_gets_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "hello.py").write_text("print('hello')\n")
+    done = shell(tmp_path, f"ulimit -v 300000; {RUN} hello.py; echo $?")
+    assert done.stdout == "2\n"
+    assert done.stderr.endswith("kB of address space, and the limit is 300000: raise it (ulimit -v)\n")
+
+
 def test_a_thread_of_the_embedded_cluster_that_fails_ends_the_run(tmp_path: Path) -> None:
     target = Target("this machine", f"ipc://{tmp_path}/nobody", Lock(), 60.0, local=True)
     run = AttachedJob(
