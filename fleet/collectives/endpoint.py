@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from time import monotonic
 
 import numpy as np
@@ -41,23 +40,13 @@ LOCAL_AT_MOST = PAGE_BYTES // 8
 log = logging.getLogger("fleet.collectives")
 
 
-@dataclass(frozen=True)
 class FormingCall:
-    """Call that makes a communicator, with its beginning (monotonic) and the seconds that its caller gives it."""
+    """Call that makes a communicator, and begins now; `within_s` is the time that its caller gives it."""
 
-    call: str = "fleet.init()"
-    within_s: float = FORM_WITHIN_S
-    since: float = field(default_factory=monotonic)
-
-
-@dataclass
-class Routes:
-    """Ways between the ranks of one communicator."""
-
-    path: Path
-    channel: Channel | None = None  # None in a communicator of one rank
-    arena: Arena | None = None  # None where the ranks of this host share no memory
-    windows: Windows = field(default_factory=Windows)
+    def __init__(self, call: str = "fleet.init()", within_s: float = FORM_WITHIN_S) -> None:
+        self.call = call
+        self.within_s = within_s
+        self.deadline = monotonic() + within_s
 
 
 class Endpoint:
@@ -86,22 +75,17 @@ class Endpoint:
         self.diagnosis = Diagnosis(rank, self.members, communicator_id, fabric, recorder)
         if fabric is not None:
             fabric.generation.recorders.append((communicator_id, recorder))
-        routes = Routes(AlonePath())
-        forming = forming or FormingCall()
+        self.windows = Windows()
+        self.path: Path = AlonePath()
+        self._arena: Arena | None = None  # None if the ranks of this host share no memory
+        self.channel: Channel | None = None  # None in a communicator of one rank, as is what follows
+        self.point_to_point: PointToPoint | None = None
         if fabric is not None and len(self.members) > 1:
-            try:
-                routes = find_routes(fabric, communicator_id, self.members, self.interruptions.check, forming)
-            except FormingTimeout:
-                raise self.diagnosis.not_formed(forming.call, forming.within_s) from None
-            except Unheard as missing:
-                raise self.diagnosis.not_reached(forming.call, missing.ranks, missing.within_s) from None
-        self.path, self.windows = routes.path, routes.windows
-        self.channel, self._arena = routes.channel, routes.arena
+            self.channel = Channel(fabric.inbox, communicator_id, self.members, self.interruptions.check)
+            self.point_to_point = PointToPoint(self.channel, self.interruptions, self.diagnosis)
+            self._find_path(fabric, self.channel, forming or FormingCall())
         recorder.counts.path = self.path.name
         self.conductor = Conductor(self.path, timeout_s, self.order, recorder, self.interruptions, self.diagnosis)
-        self.point_to_point = (
-            PointToPoint(self.channel, self.interruptions, self.diagnosis) if self.channel is not None else None
-        )
 
     def shared_bytes(self, size: int, deadline: float) -> Array:
         """Zeroed bytes in memory that the ranks of this host share, or in ordinary memory if they share none.
@@ -122,6 +106,17 @@ class Endpoint:
             return np.zeros(size, np.uint8)
         return windows.add(windows.made_count, memory, arena.index, arena.count, size)
 
+    def _find_path(self, fabric: Fabric, channel: Channel, forming: FormingCall) -> None:
+        try:
+            self.path, self._arena = find_path(fabric, channel, self.windows, forming.deadline)
+        except BaseException as error:
+            channel.close()
+            if isinstance(error, FormingTimeout):
+                raise self.diagnosis.not_formed(forming.call, forming.within_s) from None
+            if isinstance(error, Unheard):
+                raise self.diagnosis.not_reached(forming.call, error.ranks, error.within_s) from None
+            raise
+
     def close(self, deadline: float) -> None:
         """Ends this rank's part of the communicator. Queued calls have time until `deadline` (monotonic)."""
         broken = self.order.error is not None
@@ -132,21 +127,15 @@ class Endpoint:
             self.fabric.inbox.close(linger=not broken)
 
 
-def find_routes(
-    fabric: Fabric, communicator_id: int, members: Sequence[int], check: Check, forming: FormingCall
-) -> Routes:
-    """The ways between `members` (ranks of the world). All of them call this at the same time.
+def find_path(fabric: Fabric, channel: Channel, windows: Windows, deadline: float) -> tuple[Path, Arena | None]:
+    """The path between the channel's ranks, and the arena of those on this host. All of them call this at the same time.
 
-    `check` is called during waits, and raises to end the wait. Raises FormingTimeout, and Unheard if ranks of a new world do
-    not reach this one.
+    Raises FormingTimeout after `deadline` (monotonic), and Unheard if ranks of a new world do not reach this one.
     """
-    deadline = forming.since + forming.within_s
-    channel = Channel(fabric.inbox, communicator_id, members, check)
-    windows = Windows()
-    world = fabric.generation.world.members
+    members, check, world = channel.members, channel.check, fabric.generation.world.members
     hosts = _hosts(world, members)
     mine = next(host for host in hosts if channel.rank in host)
-    if communicator_id == 0 and len(hosts) > 1:
+    if channel.communicator_id == 0 and len(hosts) > 1:
         check_addresses(world)
         addresses = [world[member].address for member in members]
         greet(channel, partners(channel.rank, addresses, mine), deadline)
@@ -156,18 +145,18 @@ def find_routes(
     elif len(mine) > 1:
         index = mine.index(channel.rank)
         # The first rank tells the arenas of several hosts apart, which a test has on one machine.
-        name = f"{communicator_id:x}-{mine[0]}"
+        name = f"{channel.communicator_id:x}-{mine[0]}"
         memory = fabric.share(name, arena_bytes(len(mine)), index, [members[rank] for rank in mine], deadline)
         if memory is not None:
             arena = Arena(memory, index, mine, check if len(hosts) == 1 else looking(check, channel))
-    if len(hosts) == 1 and arena is not None:
-        return Routes(SharedPath(arena, windows), channel, arena, windows)
+    local = SharedPath(arena, windows) if arena is not None else None
+    if len(hosts) == 1 and local is not None:
+        return local, arena
     everyone = SocketPath(channel)
     several = len(hosts) > 1 and max(map(len, hosts)) > 1
-    if not several or not _agreed(everyone, arena is not None or len(mine) == 1, deadline):
-        return Routes(everyone, channel)
-    local = SharedPath(arena, windows) if arena is not None else None
-    return Routes(HierarchicalPath(channel, local, hosts), channel, arena, windows)
+    if several and _agreed(everyone, local is not None or len(mine) == 1, deadline):
+        return HierarchicalPath(channel, local, hosts), arena
+    return everyone, None
 
 
 def looking(check: Check, channel: Channel) -> Check:

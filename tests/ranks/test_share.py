@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ import pytest
 from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
 from fleet.bus.shared_memory import PAGE_BYTES, PREFIX, host_key, share, sweep
-from fleet.collectives.endpoint import LOCAL_AT_MOST, FormingCall, find_routes
+from fleet.collectives.channel import Channel
+from fleet.collectives.endpoint import LOCAL_AT_MOST, find_path
 from fleet.collectives.fabric import Fabric
 from fleet.collectives.generations import Generation
 from fleet.collectives.inbox import Receiver
+from fleet.collectives.windows import Windows
 from fleet.world import Member, World
 
 SHM = Path("/dev/shm")
@@ -180,8 +183,9 @@ def test_more_ranks_on_one_host_than_can_find_each_other_use_sockets(tmp_path: P
         members = [Member(rank, "w", "h", 0, mesh.endpoint, "same host") for rank in range(count)]
         generation = Generation(World(1, 1, tuple(members)), count - 1)
         inbox = Receiver(mesh).open(generation.world, generation.rank)
-        found = find_routes(Fabric(generation, inbox, SHM), 0, range(count), nothing, FormingCall())
-        assert found.path.name == "sockets"
-        assert found.arena is None
+        channel = Channel(inbox, 0, range(count), nothing)
+        path, arena = find_path(Fabric(generation, inbox, SHM), channel, Windows(), monotonic() + 10)
+        assert path.name == "sockets"
+        assert arena is None
     finally:
         mesh.close(linger=False)
