@@ -19,7 +19,7 @@ from typing import Any
 
 from fleet import config, pickling, tasks
 from fleet import messages as m
-from fleet.bus.blobs import Blob, BlobReader, Gathering, Shelf
+from fleet.bus.blobs import Blob, Shelf
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Sent
 from fleet.bus.knock import endpoint_of, knock
@@ -27,13 +27,13 @@ from fleet.bus.lock import Lock
 from fleet.bus.poller import DescriptorPoller
 from fleet.bus.shared_memory import host_key
 from fleet.errors import ProtocolError
+from fleet.worker.incoming_arguments import IncomingArguments
 from fleet.worker.progress import IDLE, Progress
 
 ATTEND_EVERY_S = 0.02
 SEND_AFTER_S, SEND_FROM_BYTES = 0.001, 64 << 10  # results of short calls are sent together
 QUIET_AFTER_S = 1.0  # without work: then the attendant sleeps too
 TEXT_CHARS = 16 << 10  # at the end of a traceback
-PIECES_UNDER_WAY = 4  # of arguments
 
 
 def serve(direct: str) -> None:
@@ -65,7 +65,7 @@ class TaskRunner:
             self._dealer.send(m.encode(m.RankHello(settings.job_id, settings.attempt, settings.member_id, self._pid)))
         directory = config.shared_memory()
         self._shelf = Shelf(directory if directory is not None and host_key(directory) else None)
-        self._reader = BlobReader()
+        self._arguments = IncomingArguments(self._say)
         self._memory = host_key(directory) if directory is not None else ""
         self._progress = Progress(settings.control, settings.job_id)
         self._lock = threading.Lock()
@@ -79,8 +79,6 @@ class TaskRunner:
         self._unsent: list[tasks.Result] = []
         self._unsent_bytes, self._unsent_since = 0, 0.0
         self._blobs: dict[tuple[int, int], Blob] = {}  # of results, by task and index
-        self._gathering: dict[tuple[int, int], Gathering] = {}  # of arguments that are in no file of this machine
-        self._under_way = 0
         self._leaving = False
         self._dropped_count = 0  # malformed messages
         self._streams = sys.stdout, sys.stderr  # tasks may replace those in sys
@@ -92,7 +90,7 @@ class TaskRunner:
         self._ready()
         while not self._leaving or self._waiting or self._unsent:
             self._turn(wait=not self._waiting and not self._unsent)
-            if self._waiting and self._has_arguments(self._waiting[0]):
+            if self._waiting and self._arguments.are_here(self._waiting[0]):
                 self._call(self._waiting.popleft())
             elif self._waiting:
                 self._send_results()
@@ -159,7 +157,7 @@ class TaskRunner:
             back = set(said.task_ids)
             given = tuple(call.task_id for call in self._waiting if call.task_id in back)
             self._waiting = deque(call for call in self._waiting if call.task_id not in back)
-            self._drop_gathering(given)
+            self._arguments.drop(given)
             for task_id in given:
                 self._function_of.pop(task_id, None)
             self._say(tasks.CallsReturned(given))
@@ -172,11 +170,7 @@ class TaskRunner:
             data = blob.piece(said.offset, tasks.PIECE_BYTES) if blob is not None else b""
             self._say(tasks.BufferPiece(said.task_id, said.index, said.offset), data)
         elif isinstance(said, tasks.BufferPiece) and len(arrived.rest) == 2:
-            gathered = self._gathering.get((said.task_id, said.index))
-            self._under_way = max(0, self._under_way - 1)
-            if gathered is not None:
-                gathered.take(said.offset, arrived.rest[1].buffer)
-            self._fetch()
+            self._arguments.piece(said, arrived.rest[1].buffer)
 
     def _take_calls(self, said: tasks.MakeCalls) -> None:
         known = {call.task_id for call in self._waiting} | self._kept.keys()
@@ -195,7 +189,7 @@ class TaskRunner:
                 if function is not None:
                     self._function_of[call.task_id] = function
                 self._waiting.append(call)
-                self._gather(call)
+                self._arguments.expect(call)
         if missing:
             self._ready()
 
@@ -208,10 +202,7 @@ class TaskRunner:
         """Sends again what the runner holds, all results that are kept, and the questions for missing pieces."""
         self._ready()
         self._unsent, self._unsent_bytes = list(self._kept.values()), 0
-        self._under_way = 0
-        for gathering in self._gathering.values():
-            gathering.ask_again()
-        self._fetch()
+        self._arguments.ask_again()
 
     def _ready(self) -> None:
         held = ([self._running] if self._running else []) + list(self._waiting)
@@ -229,30 +220,6 @@ class TaskRunner:
             for index in range(len(result.buffers) if result else 0):
                 if (blob := self._blobs.pop((task_id, index), None)) is not None:
                     blob.release()
-
-    # Arguments that travel apart
-
-    def _gather(self, call: tasks.Call) -> None:
-        for index, buffer in enumerate(call.buffers):
-            if not (buffer.path and self._reader.reaches(buffer.path, buffer.size_bytes)):
-                with contextlib.suppress(MemoryError, OverflowError):  # the call will fail by it
-                    self._gathering[call.task_id, index] = Gathering(buffer.size_bytes, tasks.PIECE_BYTES)
-        self._fetch()
-
-    def _fetch(self) -> None:
-        for (task_id, index), gathering in self._gathering.items():
-            while self._under_way < PIECES_UNDER_WAY and (offset := gathering.next_offset()) is not None:
-                self._under_way += 1
-                self._say(tasks.ReadBuffer(task_id, index, offset))
-
-    def _has_arguments(self, call: tasks.Call) -> bool:
-        return not self._gathering or all(
-            gathering.complete for (task_id, _), gathering in self._gathering.items() if task_id == call.task_id
-        )
-
-    def _drop_gathering(self, task_ids: tuple[int, ...]) -> None:
-        gone = set(task_ids)
-        self._gathering = {key: value for key, value in self._gathering.items() if key[0] not in gone}
 
     # A call
 
@@ -290,19 +257,10 @@ class TaskRunner:
                 stream.flush()
 
     def _prepared(self, call: tasks.Call) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        buffers = [self._buffer(call.task_id, index, apart) for index, apart in enumerate(call.buffers)]
+        buffers = self._arguments.take(call)
         function, args, kwargs = pickling.loads(call.data or buffers.pop(0), buffers)
         held = self._function_of.pop(call.task_id, None)
         return held.value() if held is not None else function, args, kwargs
-
-    def _buffer(self, task_id: int, index: int, apart: tasks.LargeBuffer) -> Any:
-        gathering = self._gathering.pop((task_id, index), None)
-        if gathering is not None:
-            return gathering.buffer
-        memory = self._reader.take(apart.path, apart.size_bytes)
-        if memory is None:
-            raise MemoryError(f"the argument of {apart.size_bytes} bytes does not fit into the memory of this process")
-        return memory
 
     def _succeeded(self, task_id: int, value: Any, seconds: float) -> tasks.Result:
         try:
