@@ -1,6 +1,6 @@
-"""How many files this process may open.
+"""Limits of open files, of this process and of those it starts.
 
-libzmq aborts a process that has no descriptor left for its sockets, so fleet looks before it makes them.
+libzmq aborts a process that has no descriptor left for its sockets, so fleet looks before it makes sockets.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def has_room(count: int = FOR_A_BUS) -> bool:
 
 
 def left() -> int:
-    """How many further files this process may open. Takes one descriptor to find out, so that no other thread runs short."""
+    """The number of files that this process may still open. Takes only one descriptor to find out."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if soft == resource.RLIM_INFINITY:
         return 1 << 30
@@ -57,7 +57,7 @@ def left() -> int:
 
 
 def check_room() -> None:
-    """Raises ConfigError where too few descriptors are left for a Bus."""
+    """Raises ConfigError if too few descriptors are left for a Bus."""
     if not has_room():
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         raise ConfigError(

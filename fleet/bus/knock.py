@@ -1,8 +1,8 @@
-"""Knocks over ipc: a process that listens says so to another process, which then connects to it. Knows names only.
+"""Knocks over ipc: a process that listens sends its name to another process, which then connects to it. Knows names only.
 
-libzmq 4.3 aborts a process that accepts a connection over ipc when it may open no further file (EMFILE, ipc_listener.cpp). It
-survives the same where it connects. So a process with a user's script in it accepts none: it hears a knock, and connects.
-A knock is a datagram, and receiving one takes no descriptor.
+libzmq 4.3 aborts a process that accepts a connection over ipc while it may open no further file (EMFILE, ipc_listener.cpp). A
+process that connects survives this. So a process with a user's script accepts no connection: it receives a knock, and
+connects. A knock is a datagram, and receiving a datagram takes no descriptor.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ NAME_BYTES = 64  # at most
 
 
 def endpoint_of(door: str, name: str) -> str:
-    """Where `name`, which knocks at `door`, listens: in the same folder."""
+    """The endpoint of the process `name`, which knocks at `door`: a socket in the folder of the door."""
     return f"ipc://{os.path.dirname(door)}/runner-{name}"
 
 
 class Door:
-    """Where a process hears knocks: a socket at the path `door`, in a folder that is its user's alone."""
+    """Socket that receives knocks, at the path `door` in a folder of this user alone."""
 
     def __init__(self, door: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -30,7 +30,7 @@ class Door:
         return self._socket.fileno()
 
     def names(self) -> list[str]:
-        """Names of those that have knocked since the last call."""
+        """The names that have knocked since the last call."""
         found = []
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -42,6 +42,6 @@ class Door:
 
 
 def knock(door: str, name: str) -> None:
-    """Says at `door` that `name` listens. Waits while too many others knock; raises OSError where no door is."""
+    """Sends `name` to `door`. Waits while the door's queue is full. Raises OSError if there is no door."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.sendto(name.encode(), door)
