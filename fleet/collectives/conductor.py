@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import TypeVarTuple
 
@@ -68,7 +69,8 @@ class Conductor:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         operation = Operation(signature, monotonic(), limit_s, frame.f_code, frame.f_lineno)
         if async_op or self._queue.count:
-            return self._enqueue(operation, method, arguments, written, async_op)
+            act = partial(self._carry_out, operation, method, arguments, written)
+            return self._enqueue(operation, act, async_op)
         if not order.running.acquire(False):
             if not order.wait(operation.deadline):
                 raise self._not_begun(operation)
@@ -85,22 +87,15 @@ class Conductor:
             self._queue.close(deadline)
         self._order.close()
 
-    def _enqueue(
-        self,
-        operation: Operation,
-        method: Callable[[Operation, *Arguments], None],
-        arguments: tuple[*Arguments],
-        written: Buffer | Parts | None,
-        async_op: bool,
-    ) -> Work | None:
-        def act() -> None:
+    def _enqueue(self, operation: Operation, act: Callable[[], None], async_op: bool) -> Work | None:
+        def begin() -> None:
             operation.started = monotonic()
-            self._carry_out(operation, method, arguments, written)
+            act()
 
         if not async_op:
             check_not_own(self._queue)
         work = Work(operation.deadline, lambda: self._not_begun(operation), self._queue)
-        self._queue.put(work, act)
+        self._queue.put(work, begin)
         if async_op:
             return work
         work.wait()
