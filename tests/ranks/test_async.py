@@ -302,3 +302,32 @@ def test_a_communicator_that_a_callback_closes_waits_for_nothing(run_world: Any)
         comm.barrier()
 
     run_world(2, closes)
+
+
+def test_a_callback_of_a_message_that_waited_may_not_wait_for_the_next_ones(run_world: Any) -> None:
+    count, go = 3000, threading.Event()  # more than the queues of both ends take
+
+    def messages(comm: Communicator) -> None:
+        x, told = np.ones(1), []
+        if comm.rank == 1:
+            go.wait(20)
+            for _ in range(count):
+                comm.recv(x, 0)
+            return
+        works = [comm.send(x, 1, async_op=True) for _ in range(count)]
+        waiting = [work for work in works if work is not None and not work.done()]
+        assert len(waiting) > 2
+
+        def waits_for_itself(_: Work) -> None:
+            try:
+                comm.send(x, 1)
+            except UsageError as error:
+                told.append(str(error))
+
+        waiting[1].add_done_callback(waits_for_itself)
+        go.set()
+        waiting[-1].wait()
+        assert len(told) == 1
+        assert "make it with async_op=True" in told[0]
+
+    run_world(2, messages)

@@ -1,4 +1,4 @@
-"""What goes wrong is told to whoever must act: the caller, the script, or nobody, where a stranger sent garbage."""
+"""Errors that tell the caller or the script what to change, and garbage of strangers that ends no rank."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def agreed_file(path: Path, size_bytes: int) -> None:
-    """A file that says to whoever maps it that all have it."""
+    """A file that tells any process which maps it that all have it."""
     with path.open("wb") as file:
         file.truncate(size_bytes)
         file.write((1).to_bytes(8, "little"))

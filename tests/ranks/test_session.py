@@ -1,4 +1,4 @@
-"""A rank's line to its agent: questions of several threads at once, each answered to whoever asked it."""
+"""A member's session with its agent: questions of several threads at once, each answered to the thread that asked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that ranks share: all get the same one or none does, and no file stays behind, whoever was killed."""
+"""Memory that ranks share: all ranks get the same memory or none does, and no file stays behind a killed rank."""
 
 from __future__ import annotations
 
