@@ -29,6 +29,7 @@ from fleet.exposition import Exposition, health_route, metrics_route
 from fleet.pulse import Pulse
 from fleet.stillness import LifeClock
 from fleet.values import native
+from fleet.worker import state as w
 from fleet.worker.children import Children
 from fleet.worker.core import Core
 from fleet.worker.file_thread import FileThread
@@ -36,47 +37,14 @@ from fleet.worker.job_files import JobFiles
 from fleet.worker.metrics import WorkerMetrics
 from fleet.worker.rank_process import Plan
 from fleet.worker.rank_sockets import RankSockets
-from fleet.worker.state import (
-    DiscardOutput,
-    Effect,
-    Event,
-    Exit,
-    FromOrchestrator,
-    FromRank,
-    Gather,
-    LinkDenied,
-    LinkDown,
-    LinkFull,
-    LinkUp,
-    Log,
-    Measured,
-    NotDelivered,
-    Prepare,
-    PrepareFailed,
-    ProcessExited,
-    RankGone,
-    ReadOutput,
-    Remove,
-    ReportStored,
-    ResumeDownloads,
-    ServeOutput,
-    Settings,
-    Shutdown,
-    SignalGroup,
-    Spawn,
-    TakePart,
-    Tick,
-    ToOrchestrator,
-    ToRank,
-    WelcomeRank,
-)
+from fleet.worker.state import Effect, Event, Settings
 from fleet.worker.storage import Storage
 from fleet.worker.usage import Busyness
 from fleet.worker.zygote import Zygote
 
 REFUSED_MANY = 10  # connections of strangers to a rank, in a second
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # longest wait of the loop, and the time after which the loop counts as hung
-LINKS: dict[Link, Event] = {Link.UP: LinkUp(), Link.DOWN: LinkDown(), Link.DENIED: LinkDenied()}
+LINKS: dict[Link, Event] = {Link.UP: w.LinkUp(), Link.DOWN: w.LinkDown(), Link.DENIED: w.LinkDenied()}
 
 log = logging.getLogger("fleet.worker")
 
@@ -119,7 +87,7 @@ class Agent:
         self._poller = Poller([self._wake])
         self._file_thread = FileThread(self._wake)
         self._files = JobFiles(settings.worker_id, self._folder, surroundings.storage, self._file_thread)
-        self._stops: deque[Shutdown] = deque()
+        self._stops: deque[w.Shutdown] = deque()
         self._forwarded: deque[int] = deque()
         self._reason: str | None = None  # set once ended
         self._clock = LifeClock()
@@ -142,7 +110,7 @@ class Agent:
 
     def stop(self, drain: bool = False) -> None:
         """Ends the agent: with `drain` after the jobs that run, within drain_s; a second time sooner, a third time at once."""
-        self._stops.append(Shutdown(drain))
+        self._stops.append(w.Shutdown(drain))
         self._wake.set()
 
     def forward(self, number: int) -> None:
@@ -194,30 +162,31 @@ class Agent:
             if (job_id := m.relayed_job(arrived.data)) is not None:
                 peer = self._core.sessions.runner_of(job_id)
                 if peer and self._ranks.send(peer, arrived.data, arrived.rest) is Sent.FULL:
-                    self._step(LinkFull())  # once this worker is back, the client sends again what the runner may lack
+                    # The client sends again what the runner may lack, once this worker is back.
+                    self._step(w.LinkFull())
                 continue
             try:
-                self._step(FromOrchestrator(m.decode(arrived.data)))
+                self._step(w.FromOrchestrator(m.decode(arrived.data)))
             except OtherProtocol as error:  # of an orchestrator of another version
-                self._step(FromOrchestrator(m.Refused(str(error))))
+                self._step(w.FromOrchestrator(m.Refused(str(error))))
             except ProtocolError as error:
                 self._dropped.malformed("the orchestrator", error)
         for thing in self._ranks.receive():
             if isinstance(thing, Arrived):
                 self._from_rank(thing)
             else:
-                self._step(RankGone(thing.peer))
+                self._step(w.RankGone(thing.peer))
         for event in self._children.take(ready):
             self._step(event)
         if self._core.link.heartbeat_due(self._clock.now()):
-            self._step(Measured(self._busyness.read()))
-        self._step(Tick())
+            self._step(w.Measured(self._busyness.read()))
+        self._step(w.Tick())
 
     def _from_rank(self, arrived: Arrived) -> None:
         if (job_id := m.relayed_job(arrived.data)) is not None:
             is_runner = self._core.sessions.runner_of(job_id) == arrived.peer
             if is_runner and self._orchestrator.send(arrived.data, arrived.rest) is Sent.FULL:
-                self._step(LinkFull())
+                self._step(w.LinkFull())
             return
         try:
             message = m.decode(arrived.data)
@@ -229,7 +198,7 @@ class Agent:
                 self._metrics.add(message.rows)
                 self._metrics.refused_count += message.refused_count
             self._say_refused(message)
-        self._step(FromRank(arrived.peer, message))
+        self._step(w.FromRank(arrived.peer, message))
 
     def _say_refused(self, tally: m.CollectiveCounts) -> None:
         if tally.refused_count and monotonic() >= self._say_refused_at:
@@ -262,48 +231,48 @@ class Agent:
 
     def _perform(self, effect: Effect) -> list[Event]:
         """Carries out one effect. Returns the events that come of it at once."""
-        if isinstance(effect, ToOrchestrator):
+        if isinstance(effect, w.ToOrchestrator):
             if self._orchestrator.send(m.encode(effect.message)) is Sent.FULL:
-                return [LinkFull()]
-        elif isinstance(effect, ToRank):
+                return [w.LinkFull()]
+        elif isinstance(effect, w.ToRank):
             if self._ranks.send(effect.peer, m.encode(effect.message)) is Sent.FULL:
-                return [NotDelivered(effect.peer, effect.message)]
-        elif isinstance(effect, WelcomeRank):
+                return [w.NotDelivered(effect.peer, effect.message)]
+        elif isinstance(effect, w.WelcomeRank):
             sockets, advertise = self._surroundings.sockets, self._settings.advertise
             welcome = sockets.welcome(effect.job_id, effect.member_id, effect.slot, advertise)
-            return self._perform(ToRank(effect.peer, welcome))
-        elif isinstance(effect, ReadOutput):
+            return self._perform(w.ToRank(effect.peer, welcome))
+        elif isinstance(effect, w.ReadOutput):
             self._children.read(effect)
-        elif isinstance(effect, SignalGroup):
+        elif isinstance(effect, w.SignalGroup):
             return self._children.signal(effect)
-        elif isinstance(effect, Spawn):
+        elif isinstance(effect, w.Spawn):
             key = effect.assign.job_id, effect.assign.attempt, effect.member_id
             return self._children.start(key, self._plan(effect), self._surroundings.stdin(effect.member_id))
-        elif isinstance(effect, Prepare):
+        elif isinstance(effect, w.Prepare):
             self._files.prepare(effect.assign)
-        elif isinstance(effect, TakePart):
+        elif isinstance(effect, w.TakePart):
             self._files.store(effect.part)
-        elif isinstance(effect, Remove):
+        elif isinstance(effect, w.Remove):
             self._children.remove(effect.job_id, effect.attempt)
             self._files.remove(effect.job_id, effect.attempt)
             self._sweep_memory()
-        elif isinstance(effect, Gather):
+        elif isinstance(effect, w.Gather):
             self._files.gather(effect.assign, effect.directory)
-        elif isinstance(effect, ServeOutput):
+        elif isinstance(effect, w.ServeOutput):
             self._files.serve(effect.ask)
-        elif isinstance(effect, ReportStored):
+        elif isinstance(effect, w.ReportStored):
             self._files.report_stored(effect.cluster_id)
-        elif isinstance(effect, ResumeDownloads):
+        elif isinstance(effect, w.ResumeDownloads):
             self._files.resume()
-        elif isinstance(effect, DiscardOutput):
+        elif isinstance(effect, w.DiscardOutput):
             self._files.discard_output(effect.job_ids)
-        elif isinstance(effect, Log):
+        elif isinstance(effect, w.Log):
             log.log(logging.getLevelNamesMapping()[effect.level.upper()], effect.text)
-        elif isinstance(effect, Exit):
+        elif isinstance(effect, w.Exit):
             self._reason = effect.reason
         return []
 
-    def _plan(self, spawn: Spawn) -> Plan:
+    def _plan(self, spawn: w.Spawn) -> Plan:
         assign, launch, spec = spawn.assign, spawn.launch, spawn.assign.spec
         local_rank, local_count = self._surroundings.local or (spawn.local_rank, len(assign.member_ids))
         placement = config.RankPlacement(
@@ -345,10 +314,10 @@ def _name(thing: Event | Effect) -> str:
 def _given_up(effect: Effect, error: Exception) -> list[Event]:
     """The events that answer an effect which has failed by an error of this program."""
     reason = f"its worker failed at it: {type(error).__name__}: {error}"
-    if isinstance(effect, Prepare):
-        return [PrepareFailed(effect.assign.job_id, effect.assign.attempt, reason)]
-    if isinstance(effect, Spawn):
+    if isinstance(effect, w.Prepare):
+        return [w.PrepareFailed(effect.assign.job_id, effect.assign.attempt, reason)]
+    if isinstance(effect, w.Spawn):
         return [
-            ProcessExited((effect.assign.job_id, effect.assign.attempt, effect.member_id), 1, 0, False, reason=reason)
+            w.ProcessExited((effect.assign.job_id, effect.assign.attempt, effect.member_id), 1, 0, False, reason=reason)
         ]
     return []

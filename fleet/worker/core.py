@@ -8,39 +8,14 @@ from __future__ import annotations
 
 from fleet import messages as m
 from fleet.deadlines import earliest
+from fleet.worker import state as w
 from fleet.worker.departure import Departure
 from fleet.worker.effects import Effects
 from fleet.worker.members import Members
 from fleet.worker.orchestrator_link import OrchestratorLink
 from fleet.worker.preparation import Preparation
 from fleet.worker.sessions import FromSession, Sessions
-from fleet.worker.state import (
-    DiscardOutput,
-    Effect,
-    Event,
-    FromFiles,
-    FromOrchestrator,
-    FromRank,
-    LinkDenied,
-    LinkDown,
-    LinkFull,
-    LinkUp,
-    Measured,
-    NotDelivered,
-    Prepared,
-    PrepareFailed,
-    Printed,
-    ProcessExited,
-    RankGone,
-    ReportStored,
-    ResumeDownloads,
-    ServeOutput,
-    Settings,
-    Shutdown,
-    Spawned,
-    Tick,
-    ToRank,
-)
+from fleet.worker.state import Effect, Event, Settings
 
 
 class Core:
@@ -60,39 +35,39 @@ class Core:
     def step(self, event: Event, now: float) -> list[Effect]:
         """The effects of one event, in their order."""
         self.effects.begin(now)
-        if isinstance(event, FromOrchestrator):
+        if isinstance(event, w.FromOrchestrator):
             self._from_orchestrator(event.message)
-        elif isinstance(event, FromRank):
+        elif isinstance(event, w.FromRank):
             self._from_rank(event.peer, event.message)
-        elif isinstance(event, Printed):
+        elif isinstance(event, w.Printed):
             self.members.printed(event)
-        elif isinstance(event, Spawned):
+        elif isinstance(event, w.Spawned):
             self.members.spawned(event)
-        elif isinstance(event, ProcessExited):
+        elif isinstance(event, w.ProcessExited):
             self.members.exited(event)
-        elif isinstance(event, Prepared):
+        elif isinstance(event, w.Prepared):
             self.preparation.prepared(event)
-        elif isinstance(event, PrepareFailed):
+        elif isinstance(event, w.PrepareFailed):
             self.preparation.failed(event)
-        elif isinstance(event, LinkUp):
+        elif isinstance(event, w.LinkUp):
             self.link.connected()
-        elif isinstance(event, LinkDown):
+        elif isinstance(event, w.LinkDown):
             self.link.lost()
-        elif isinstance(event, LinkDenied):
+        elif isinstance(event, w.LinkDenied):
             self.link.denied()
-        elif isinstance(event, LinkFull):
+        elif isinstance(event, w.LinkFull):
             self.link.full()
-        elif isinstance(event, FromFiles):
+        elif isinstance(event, w.FromFiles):
             self.effects.send(event.message)
-        elif isinstance(event, RankGone):
+        elif isinstance(event, w.RankGone):
             self.sessions.gone(event.peer)
-        elif isinstance(event, NotDelivered):
+        elif isinstance(event, w.NotDelivered):
             self.sessions.not_delivered(event.peer, event.message)
-        elif isinstance(event, Measured):
+        elif isinstance(event, w.Measured):
             self.link.load = event.load
-        elif isinstance(event, Shutdown):
+        elif isinstance(event, w.Shutdown):
             self.departure.shutdown(event.drain)
-        elif isinstance(event, Tick):  # the shell has told all other events before
+        elif isinstance(event, w.Tick):  # the shell has told all other events before
             for part in self._parts:
                 part.expire()
         self.departure.end_if_over()
@@ -114,9 +89,9 @@ class Core:
         elif isinstance(message, m.Assign):
             self.preparation.assign(message)
         elif isinstance(message, m.ListFiles | m.ReadFile):
-            self.effects.add(ServeOutput(message))
+            self.effects.add(w.ServeOutput(message))
         elif isinstance(message, m.Discard):
-            self.effects.add(DiscardOutput(message.job_ids))
+            self.effects.add(w.DiscardOutput(message.job_ids))
         elif isinstance(message, m.OutputAck):
             self.members.acknowledged(message)
         elif isinstance(message, m.Launch | m.Stop | m.Forget | m.Formed | m.MemberLost | m.Ask | m.Answer | m.Repeat):
@@ -126,8 +101,8 @@ class Core:
         if not self.effects.welcomed:
             self.preparation.welcomed()
         self.link.welcome(welcome)
-        self.effects.add(ReportStored(welcome.cluster_id))
-        self.effects.add(ResumeDownloads())
+        self.effects.add(w.ReportStored(welcome.cluster_id))
+        self.effects.add(w.ResumeDownloads())
         self.sessions.say_again()
         self.members.say_again()
 
@@ -154,6 +129,6 @@ class Core:
 
     def _from_rank(self, peer: bytes, message: m.Message) -> None:
         if isinstance(message, m.Ping):
-            self.effects.add(ToRank(peer, self.link.pong()))
+            self.effects.add(w.ToRank(peer, self.link.pong()))
         elif isinstance(message, FromSession):
             self.sessions.receive(peer, message)

@@ -9,23 +9,10 @@ from typing import Literal, get_args
 
 from fleet import messages as m
 from fleet.deadlines import Deadlines
+from fleet.worker import state as w
 from fleet.worker.effects import Effects
 from fleet.worker.output_window import UNDER_WAY, UNDER_WAY_OF_JOB, OutputWindow
-from fleet.worker.state import (
-    Attempt,
-    AttemptKey,
-    Gather,
-    Key,
-    Printed,
-    Process,
-    ProcessExited,
-    ReadOutput,
-    Remove,
-    Settings,
-    SignalGroup,
-    Spawn,
-    Spawned,
-)
+from fleet.worker.state import Attempt, AttemptKey, Key, Process, Settings
 
 WORLD_CHANGED_GRACE_S = 0.5  # for a rank to raise WorldChanged, before SIGTERM
 STOP_GRACE_S = 1.2  # between SIGTERM and SIGKILL: Ctrl-C promises an end within 2 s
@@ -80,7 +67,9 @@ class Members:
         directory = attempt.prepared.directory
         for local_rank, process in enumerate(attempt.processes.values()):
             if not process.stopped:  # Stop may have come before Launch
-                self.effects.add(Spawn(attempt.assign, launch, process.member_id, directory, local_rank, process.gpus))
+                self.effects.add(
+                    w.Spawn(attempt.assign, launch, process.member_id, directory, local_rank, process.gpus)
+                )
 
     def forget(self, attempt: Attempt) -> None:
         for process in attempt.processes.values():
@@ -90,7 +79,7 @@ class Members:
                 self.deadlines.discard((process.key, what))
         self._gather(attempt)
         del self.attempts[attempt.key]
-        self.effects.add(Remove(*attempt.key))
+        self.effects.add(w.Remove(*attempt.key))
 
     def say_again(self) -> None:
         """Sends again all that the orchestrator may have missed before its welcome."""
@@ -101,10 +90,10 @@ class Members:
 
     # Processes
 
-    def spawned(self, event: Spawned) -> None:
+    def spawned(self, event: w.Spawned) -> None:
         process = self._find(event.key)
         if process is None:
-            self.effects.add(SignalGroup(event.key, event.pid, SIGKILL))
+            self.effects.add(w.SignalGroup(event.key, event.pid, SIGKILL))
             return
         process.pid = event.pid
         process.open_streams = {"stdout", "stderr"}
@@ -123,7 +112,7 @@ class Members:
         if not process.pid:
             # A process that is being started is killed by `spawned`. One that is never started has ended here.
             if first and not self.attempts[process.key[:2]].launched:
-                process.status = self._status(process, ProcessExited(process.key, 0, 0, False))
+                process.status = self._status(process, w.ProcessExited(process.key, 0, 0, False))
                 self.tell_exit(process)
         elif kill:
             self.deadlines.discard((process.key, "term"))
@@ -138,7 +127,7 @@ class Members:
         for process in self.processes():
             self.stop(process, kill)
 
-    def exited(self, event: ProcessExited) -> None:
+    def exited(self, event: w.ProcessExited) -> None:
         process = self._find(event.key)
         if process is None:
             return
@@ -159,7 +148,7 @@ class Members:
 
     # Output
 
-    def printed(self, event: Printed) -> None:
+    def printed(self, event: w.Printed) -> None:
         process = self._find(event.key)
         if process is None:
             return
@@ -171,7 +160,7 @@ class Members:
         self._send_output(process)
         self._put_off_end(process)
         if process.output.is_to_pause():
-            self.effects.add(ReadOutput(event.key, False))
+            self.effects.add(w.ReadOutput(event.key, False))
 
     def acknowledged(self, ack: m.OutputAck) -> None:
         process = self._find((ack.job_id, ack.attempt, ack.member_id))
@@ -182,7 +171,7 @@ class Members:
         self._end_if_drained(process)
         if process.output.is_to_go_on():
             self._put_off_end(process)
-            self.effects.add(ReadOutput(process.key, True))
+            self.effects.add(w.ReadOutput(process.key, True))
 
     def repeat(self, attempt: Attempt) -> None:
         """Sends again all output that the client has not acknowledged, and Repeated behind it."""
@@ -254,7 +243,7 @@ class Members:
             self._gather(attempt)  # before RankExited: a client that hears of the end may ask for files at once
         self.tell_exit(process)
 
-    def _status(self, process: Process, exit: ProcessExited) -> m.RankStatus:
+    def _status(self, process: Process, exit: w.ProcessExited) -> m.RankStatus:
         return m.RankStatus(
             member_id=process.member_id,
             worker_id=self.settings.worker_id,
@@ -273,10 +262,10 @@ class Members:
         """Once for each attempt that has a working folder of its own."""
         if attempt.launched and not attempt.gathered and attempt.assign.spec.digest and attempt.prepared is not None:
             attempt.gathered = True
-            self.effects.add(Gather(attempt.assign, attempt.prepared.directory))
+            self.effects.add(w.Gather(attempt.assign, attempt.prepared.directory))
 
     def _signal(self, process: Process, number: int) -> None:
-        self.effects.add(SignalGroup(process.key, process.pid, number))
+        self.effects.add(w.SignalGroup(process.key, process.pid, number))
 
     # Looking up
 

@@ -68,21 +68,11 @@ class OrchestratorLink:
 
     def hello(self) -> None:
         s = self.settings
-        self.effects.add(
-            ToOrchestrator(
-                m.WorkerHello(
-                    s.worker_id,
-                    s.incarnation,
-                    s.advertise,
-                    s.slots,
-                    s.versions,
-                    tuple(self.members.attempts),
-                    self.departure.begun,
-                    s.gpus,
-                    s.storage_id,
-                )
-            )
-        )
+        hello = m.WorkerHello(
+            s.worker_id, s.incarnation, s.advertise, s.slots, s.versions, tuple(self.members.attempts), self.departure.begun,
+            s.gpus, s.storage_id,
+        )  # fmt: skip
+        self.effects.add(ToOrchestrator(hello))
 
     def welcome(self, welcome: m.Welcome) -> None:
         self.heartbeat_s = welcome.heartbeat_s
