@@ -280,7 +280,7 @@ def test_a_rank_that_was_stopped_before_its_launch_is_not_started() -> None:
     assert kinds(core.step(w.FromOrchestrator(m.Launch("j", 1, "h", 5)), 1.1), w.Spawn) == []
 
 
-def test_ranks_get_seats_whatever_the_agent_still_holds() -> None:
+def test_ranks_get_slots_whatever_the_agent_still_holds() -> None:
     """Found by tests/sim: attempts that had ended, and were not forgotten yet, took all slots, and a rank was left out."""
     core = Agent(agent().settings, 0.0)
     core.step(w.LinkUp(), 0.0)
