@@ -22,7 +22,7 @@ from fleet.collectives.path import Path
 from fleet.collectives.progress_queue import ProgressQueue
 from fleet.collectives.recorder import Recorder
 from fleet.collectives.script_line import SCRIPT_FILES, calling_frame
-from fleet.collectives.work import Work, check_not_own
+from fleet.collectives.work import Work
 
 Arguments = TypeVarTuple("Arguments")
 
@@ -92,8 +92,6 @@ class Conductor:
             operation.started = monotonic()
             act()
 
-        if not async_op:
-            check_not_own(self._queue)
         work = Work(operation.deadline, lambda: self._not_begun(operation), self._queue)
         self._queue.put(work, begin)
         if async_op:

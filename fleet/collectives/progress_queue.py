@@ -1,9 +1,14 @@
-"""Progress queue: the thread that carries out a communicator's queued operations, in the order of the calls."""
+"""Progress queue: the thread that carries out a communicator's queued operations, in the order of the calls.
+
+Operations that a done-callback calls come right after that operation, before all that wait: where ranks differ in how far their
+scripts are ahead of the callback, they still agree on the order.
+"""
 
 from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from time import monotonic
 
@@ -22,6 +27,7 @@ class ProgressQueue:
         self.thread: threading.Thread | None = None
         self._order = order
         self._items: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._of_callbacks: deque[_Item] = deque()  # of the thread alone
         self._changing = threading.Lock()  # guards `count` and `thread`
 
     def put(self, work: Work, act: Callable[[], None]) -> None:
@@ -32,7 +38,18 @@ class ProgressQueue:
                 self.thread = threading.Thread(target=self._run, name="fleet-progress", daemon=True)
                 self.thread.start()
             self.count += 1
-            self._items.put((work, act))
+            if self.thread is threading.current_thread():
+                self._of_callbacks.append((work, act))
+            else:
+                self._items.put((work, act))
+
+    def advance(self, work: Work) -> bool:
+        """See CallQueue."""
+        while not work.done():
+            if not self._of_callbacks:
+                return False
+            self._carry_out(*self._of_callbacks.popleft())
+        return True
 
     def close(self, deadline: float) -> None:
         """Waits until `deadline` (monotonic) for the queued operations."""
@@ -45,6 +62,8 @@ class ProgressQueue:
         while (item := self._items.get()) is not None:
             self._carry_out(*item)
             del item  # its tensors must not live until the next one comes
+            while self._of_callbacks:
+                self._carry_out(*self._of_callbacks.popleft())
 
     def _carry_out(self, work: Work, act: Callable[[], None]) -> None:
         error: BaseException | None = None
@@ -55,7 +74,8 @@ class ProgressQueue:
                     act()
             except BaseException as raised:
                 error = raised
-        with self._changing:
-            self.count -= 1
         if begins:
             work.end(error)
+        # After the callbacks: until then no other thread may come between.
+        with self._changing:
+            self.count -= 1

@@ -18,13 +18,19 @@ class CallQueue(Protocol):
 
     thread: threading.Thread | None  # None: it has not started
 
+    def advance(self, work: Work) -> bool:
+        """Called by the queue's thread, in a done-callback: carries out calls of callbacks until `work` is done.
+
+        False: `work` comes after the callback, so the thread would wait for itself.
+        """
+
 
 def check_not_own(queue: CallQueue) -> None:
     """Raises UsageError in the queue's own thread, which would wait for itself."""
     if queue.thread is threading.current_thread():
         raise UsageError(
-            "this call of a done-callback would wait for calls that come after the callback: make it with async_op=True, and "
-            "do not wait for its Work in the callback"
+            "a done-callback would wait for a call that comes after the callback: wait for it elsewhere, or make the call in "
+            "the callback"
         )
 
 
@@ -54,9 +60,9 @@ class Work:
         """Returns once the call is done. Raises the call's error.
 
         Raises TimeoutError after `timeout_s` (None: after the call's own deadline); the call then goes on. Raises UsageError
-        in a done-callback that waits for a later call of the same communicator.
+        in a done-callback that waits for a later call of the same communicator which no callback has made.
         """
-        if self._queue is not None and not self._ended.is_set():
+        if self._queue is not None and not self.advance():
             check_not_own(self._queue)
         until = None if timeout_s is None else monotonic() + timeout_s
         by_deadline = self._late is not None and (until is None or until > self._deadline)
@@ -66,6 +72,12 @@ class Work:
             raise TimeoutError(f"still under way after {timeout_s:g} s")
         if self._error is not None:
             raise self._error
+
+    def advance(self) -> bool:
+        """Whether the call has ended. In a done-callback, a call that a callback has made is carried out first."""
+        if not self._ended.is_set() and self._queue is not None and self._queue.thread is threading.current_thread():
+            self._queue.advance(self)
+        return self._ended.is_set()
 
     def done(self) -> bool:
         """Whether the call has ended, well or not."""
@@ -83,8 +95,8 @@ class Work:
         """Calls function(work) once the call is done, well or not: at once if it is done already.
 
         As with concurrent.futures, functions are called in the order they were added, in the thread that ends the call, and
-        an exception of one is logged and goes no further. Later calls of the communicator may wait for that thread, so
-        collectives that a function makes should have async_op=True; one that would wait for itself raises UsageError.
+        an exception of one is logged and goes no further. Collectives that a function makes come before all that were
+        called later, on every rank; a function may wait for them. Later calls wait until it returns.
         """
         with self._changing:
             if not self._ended.is_set():

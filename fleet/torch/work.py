@@ -1,4 +1,8 @@
-"""torch's Work and Future of a call of fleet."""
+"""torch's Work and Future of a call of fleet.
+
+Functions that a script adds to a future (`then`) run in the communicator's progress thread, or at once where the call is done
+already. They may make collectives and wait for them: see fleet/collectives/progress_queue.py.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,8 @@ from fleet.errors import FleetError, UsageError
 
 
 def torch_error(error: BaseException) -> BaseException:
-    """A fleet error as torch's users expect it, with fleet's text; any other as it is."""
-    if not isinstance(error, FleetError):
+    """An error of fleet as torch's users expect it, with its text; any other as it is."""
+    if not isinstance(error, FleetError | TimeoutError):
         return error
     raised = dist.DistBackendError(str(error))
     raised.__cause__ = error
@@ -31,12 +35,12 @@ class Work(dist.Work):
         self._future: torch.futures.Future[Any] | None = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        """True once the call is done. Raises DistBackendError with fleet's text."""
+        """True once the call is done. Raises DistBackendError with fleet's text, also after `timeout`; the call goes on then."""
         if self._work is not None:
-            seconds = timeout.total_seconds() if timeout else 0.0
+            seconds = timeout.total_seconds() if timeout is not None else 0.0
             try:
                 self._work.wait(seconds if seconds > 0 else None)
-            except FleetError as error:
+            except (FleetError, TimeoutError) as error:
                 raise torch_error(error) from None
         return True
 
@@ -66,18 +70,19 @@ class Work(dist.Work):
         self.wait()
 
     def get_future(self) -> torch.futures.Future[Any]:
-        """Of the list of tensors."""
+        """Of the list of tensors. An error comes out of it as RuntimeError, with fleet's text."""
         if self._future is None:
-            future: torch.futures.Future[Any] = torch.futures.Future()
-            self._future = future
-            if self._work is None:
-                future.set_result(self._tensors)
+            # What a function of `then` raises is the only error that C++ sees as one: DDP would take an exception that
+            # `set_exception` leaves for tensors, and crash.
+            done: torch.futures.Future[None] = torch.futures.Future()
+            self._future = done.then(self._settled)
+            if self._work is None or self._work.advance():
+                done.set_result(None)
             else:
-                self._work.add_done_callback(lambda work: self._settle(future, work.exception()))
+                self._work.add_done_callback(lambda _: done.set_result(None))
         return self._future
 
-    def _settle(self, future: torch.futures.Future[Any], error: BaseException | None) -> None:
-        if error is None:
-            future.set_result(self._tensors)
-        else:
-            future.set_exception(torch_error(error))
+    def _settled(self, _: Any) -> Any:
+        if (error := self.exception()) is not None:
+            raise error
+        return self._tensors

@@ -15,7 +15,7 @@ from fleet.collectives import script_line
 from fleet.collectives.order import CLOSED, Order
 from fleet.collectives.progress_queue import ProgressQueue
 from fleet.collectives.script_line import LIBRARY_FILES, SCRIPT_FILES, calling_frame
-from fleet.collectives.work import Work, check_not_own
+from fleet.collectives.work import Work
 from fleet.errors import RankEnded, UsageError
 
 SOON = 1e18  # a deadline that never comes
@@ -184,10 +184,9 @@ def test_a_callback_that_waits_for_its_own_thread_is_told_so(progress: ProgressQ
     later = Work(queue=progress)
 
     def waits(_: Work) -> None:
-        for wait in (later.wait, lambda: check_not_own(progress)):
-            with pytest.raises(UsageError, match="make it with async_op=True"):
-                wait()
-            seen.append("told")
+        with pytest.raises(UsageError, match="would wait for a call that comes after the callback"):
+            later.wait()
+        seen.append("told")
 
     with order.running:
         first = Work(queue=progress)
@@ -195,7 +194,27 @@ def test_a_callback_that_waits_for_its_own_thread_is_told_so(progress: ProgressQ
         progress.put(first, lambda: None)
         progress.put(later, lambda: None)
     later.wait(5)
-    assert seen == ["told", "told"]
+    assert seen == ["told"]
+
+
+def test_operations_of_a_callback_come_before_those_that_wait(progress: ProgressQueue, order: Order) -> None:
+    seen: list[str] = []
+
+    def put(name: str) -> Work:
+        work = Work(queue=progress)
+        progress.put(work, lambda: seen.append(name))
+        return work
+
+    def calls(_: Work) -> None:
+        put("not waited for").add_done_callback(lambda _: put("of a callback of its own"))
+        put("waited for").wait()
+        seen.append("callback")
+
+    with order.running:
+        put("first").add_done_callback(calls)
+        last = put("last")
+    last.wait(5)
+    assert seen == ["first", "not waited for", "waited for", "callback", "of a callback of its own", "last"]
 
 
 # The script's line

@@ -241,35 +241,45 @@ def test_done_callbacks_run_in_the_progress_thread_and_may_go_on(run_world: Any,
     run_world(n, chained, transport=transport)
 
 
-def test_a_callback_may_block_unless_it_would_wait_for_itself(run_world: Any) -> None:
-    def blocking(comm: Communicator) -> None:
-        x, over = np.ones(10), threading.Event()
+def test_collectives_of_a_callback_come_before_later_ones_however_far_the_script_is(run_world: Any) -> None:
+    """Rank 0 has made its next call before the callback runs, rank 1 makes it after, and rank 2 calls the callback itself."""
+
+    def hooked(comm: Communicator) -> None:
+        x, y, over = np.full(10, 2), np.full(1000, 3), threading.Event()
         told: list[str] = []
 
-        def waits_for_itself(_: Work) -> None:
-            for wait in (comm.barrier, lambda: comm.all_reduce(x), second.wait):
-                try:
-                    wait()  # type: ignore[operator]
-                except UsageError as error:
-                    told.append(str(error))
-
-        def blocks(_: Work) -> None:
+        def on_done(_: Work) -> None:
+            if comm.rank == 0:
+                with pytest.raises(UsageError, match="comes after the callback"):
+                    later[0].wait()
+                told.append("told")
             comm.all_reduce(x)
+            inner = comm.all_reduce(x, async_op=True)
+            assert inner is not None
+            inner.wait()
             over.set()
 
-        with comm._endpoint.order.running:
-            first, second = comm.barrier(async_op=True), comm.barrier(async_op=True)
+        later: list[Work] = []
+        held = comm._endpoint.order.running if comm.rank < 2 else threading.Lock()
+        with held:
+            first = comm.barrier(async_op=True)
             assert first is not None
-            assert second is not None
-            first.add_done_callback(waits_for_itself)
-            second.add_done_callback(blocks)
+            if comm.rank == 2:
+                first.wait()
+            first.add_done_callback(on_done)
+            if comm.rank == 0:
+                later.append(comm.all_reduce(y, async_op=True))  # type: ignore[arg-type]
+        if comm.rank == 0:
+            later[0].wait()
+        else:
+            comm.all_reduce(y)
         assert over.wait(20)
-        assert len(told) == 3
-        assert all("would wait for calls that come after the callback" in one for one in told)
-        assert (x == comm.world_size).all()
+        assert (x == 2 * comm.world_size**2).all()
+        assert (y == 3 * comm.world_size).all()
+        assert len(told) == (comm.rank == 0)
         comm.barrier()
 
-    run_world(3, blocking)
+    run_world(3, hooked)
 
 
 def test_callbacks_of_messages_between_two_ranks(run_world: Any) -> None:
