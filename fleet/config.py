@@ -24,6 +24,7 @@ DEFAULT_ORCHESTRATOR = "orchestrator:50051"
 ORCHESTRATOR_PORT = 50051
 WORKER_PORT = 50052
 DRAIN_S = 20
+TORCH_BACKEND = "FLEET_TORCH_BACKEND"
 CGROUP = Path("/sys/fs/cgroup")
 
 Security = Literal["open", "plain", "curve"]
@@ -121,6 +122,9 @@ def rank_environment(place: RankPlacement, threads: int, extra: Mapping[str, str
     if place.output:
         environment["FLEET_OUTPUT_DIR"] = place.output
     environment.setdefault("PYTHONUNBUFFERED", "1")  # so that output is seen at once
+    if not (gpu_count() if place.gpus is None else place.gpus):
+        # Without it, Accelerate on a machine without a GPU trains a model of its own in every rank.
+        environment.setdefault("ACCELERATE_USE_CPU", "true")
     if place.gpus is not None:
         mine = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
         # Where the agent may see some GPUs only, the numbers count those.
@@ -265,6 +269,11 @@ def preload() -> tuple[str, ...] | None:
     """FLEET_PRELOAD: modules, separated by commas, that are imported once and forked. None: fleet chooses."""
     text = os.environ.get("FLEET_PRELOAD")
     return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def torch_backend() -> str:
+    """FLEET_TORCH_BACKEND: the backend of torch.distributed that scripts get in place of gloo. Empty: what they ask for."""
+    return os.environ.get(TORCH_BACKEND, "")
 
 
 def data_security(default: Security) -> Security:

@@ -66,6 +66,13 @@ def known_policy(param: typer.CallbackParam, value: str) -> str:
     return value
 
 
+def known_backend(param: typer.CallbackParam, value: str | None) -> str | None:
+    """The backend of torch.distributed that fleet has. Raises UsageError for another name."""
+    if value not in (None, "fleet"):
+        raise UsageError(f"{param.opts[0]} is {value!r}: it must be fleet; without it scripts get what they ask for")
+    return value
+
+
 # Options of several commands
 
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
@@ -95,6 +102,14 @@ Keep = Annotated[
     typer.Option(
         help="On a cluster: files in the working folder that are output too, as in .gitignore; may be given again.",
         show_default="none",
+    ),
+]
+TorchBackend = Annotated[
+    str | None,
+    typer.Option(
+        callback=known_backend,
+        help="fleet: torch scripts that ask for gloo, or for nothing, get fleet on CPU.",
+        show_default="FLEET_TORCH_BACKEND, what they ask for",
     ),
 ]
 
@@ -176,6 +191,7 @@ class SubmitOptions:
     scheduling: SchedulingOptions
     max_bundle: MaxBundle = 64
     keep: Keep = None
+    torch_backend: TorchBackend = None
     dry_run: DryRun = False
     as_json: AsJson = False
     cluster: PatientClusterOptions
@@ -197,6 +213,7 @@ class RunOptions:
     output: OutputFolder = None
     max_output: MaxOutput = 1024
     keep: Keep = None
+    torch_backend: TorchBackend = None
     dry_run: DryRun = False
     stdin: Annotated[
         str | None,

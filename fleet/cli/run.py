@@ -142,7 +142,13 @@ def _on_this_machine(
             )
         target = stack.enter_context(cluster)
         args = tuple(map(portable, command.args))
-        spec = m.Spec(command.kind, portable(command.target), args, portable(_current_folder()))
+        spec = m.Spec(
+            command.kind,
+            portable(command.target),
+            args,
+            portable(_current_folder()),
+            environment=submission.environment,
+        )
         yield _Place(target, spec, None, job, output)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
+from fleet import config
 from fleet import messages as m
 from fleet.bounds import RANKS_AT_MOST
 from fleet.cli.command_line import CommandLine
@@ -24,6 +27,12 @@ class Submission:
     options: m.JobOptions
     max_bundle_bytes: int
     keep: tuple[str, ...] = ()
+    torch_backend: str | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of its ranks, beside those of their worker."""
+        return {} if self.torch_backend is None else {config.TORCH_BACKEND: self.torch_backend}
 
     def check(self) -> Imports:
         """The imports of the script. Raises UsageError for a number of ranks, or a script, that cannot be."""
@@ -35,7 +44,8 @@ class Submission:
         """The ranks' Spec, and the archive with its files. Prints one line about these. Raises ConfigError."""
         from fleet.cli.travel import spec_of_bundle  # here, for what it imports takes 10 ms
 
-        return spec_of_bundle(self.command, runtime, self.max_bundle_bytes, self.keep)
+        spec, bundle = spec_of_bundle(self.command, runtime, self.max_bundle_bytes, self.keep)
+        return msgspec.structs.replace(spec, environment=self.environment), bundle
 
     def listed(self) -> str:
         """For --dry-run: the files that would travel, and those that would not. Raises ConfigError as the real thing does."""
@@ -49,4 +59,5 @@ def submission_of(
 ) -> Submission:
     grace_s = options.grace if isinstance(options, RunOptions) else GRACE_S
     scheduled = options.scheduling.job_options(name, sweep, grace_s)
-    return Submission(command, workers, scheduled, options.max_bundle << 20, tuple(options.keep or ()))
+    keep = tuple(options.keep or ())
+    return Submission(command, workers, scheduled, options.max_bundle << 20, keep, options.torch_backend)

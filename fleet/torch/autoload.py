@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fleet import config
+
 NAME = "fleet"
 
 
@@ -14,8 +16,14 @@ def register() -> None:
     """Makes the name `fleet` known to torch.distributed. The backend itself is imported with the first process group."""
     from torch import distributed
 
-    if distributed.is_available() and NAME.upper() not in distributed.Backend._plugins:
+    if not distributed.is_available():
+        return
+    if NAME.upper() not in distributed.Backend._plugins:
         distributed.Backend.register_backend(NAME, _create, extended_api=True, devices=["cpu"])
+    if config.torch_backend() == NAME:
+        from fleet.torch.substitution import substitute
+
+        substitute()
 
 
 def _create(options: Any, backend_options: Any) -> Any:
