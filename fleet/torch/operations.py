@@ -106,6 +106,15 @@ class Operations:
         except FleetError as error:
             raise torch_error(error) from None
 
+    def of_ranks(self, ranks: list[int], timeout: timedelta | None) -> Operations:
+        """Operations among some of these ranks. Called by them alone."""
+        try:
+            comm = self.comm.subgroup(ranks)
+        except FleetError as error:
+            raise torch_error(error) from None
+        comm.timeout_s = timeout.total_seconds() if timeout is not None else self.comm.timeout_s
+        return Operations(comm)
+
     def close(self) -> None:
         self.comm.close()
 

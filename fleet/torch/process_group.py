@@ -24,9 +24,14 @@ class FleetProcessGroup(dist.ProcessGroup):
     Signatures differ from the stub's, which also has forms that only C++ callers use.
     """
 
-    def __init__(self, options: Any, operations: Operations) -> None:
-        super().__init__(options.group_rank, options.group_size)  # type: ignore[call-arg] # its stub wants a store
+    def __init__(self, operations: Operations) -> None:
+        rank, size = operations.comm.rank, operations.comm.world_size
+        super().__init__(rank, size)  # type: ignore[call-arg] # its stub wants a store
         self._operations = operations
+        # The group's name is kept there, and DeviceMesh and FSDP ask for it.
+        kind = dist.ProcessGroup.BackendType.CUSTOM
+        self._register_backend(torch.device("cpu"), kind, _stand_in(rank, size))
+        self._set_default_backend(kind)
 
     def getBackendName(self) -> str:
         return NAME
@@ -104,6 +109,25 @@ class FleetProcessGroup(dist.ProcessGroup):
     def set_timeout(self, timeout: timedelta) -> None:
         self._operations.comm.timeout_s = timeout.total_seconds()
 
+    def split_group(
+        self,
+        ranks: list[int],
+        timeout: timedelta | None = None,
+        opts: Any = None,
+        group_name: str | None = None,
+        group_desc: str | None = None,
+        device_types: Any = None,
+    ) -> FleetProcessGroup | None:
+        """The group of these ranks of this group, in ascending order; None on the others. `opts` are of other backends."""
+        comm = self._operations.comm
+        if comm.rank not in ranks:
+            return None
+        made = FleetProcessGroup(self._operations.of_ranks(sorted(ranks), timeout))
+        name: Any = group_name or f"{self.group_name}:split:{sorted(ranks)}"
+        made._set_group_name(name)
+        made._set_group_desc(group_desc or f"{self.group_desc}:split")
+        return made
+
     def shutdown(self) -> None:
         self._operations.close()
 
@@ -116,6 +140,14 @@ class FleetProcessGroup(dist.ProcessGroup):
     allgather_into_tensor_coalesced = all_gather_single_coalesced
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced  # type: ignore[assignment]
     alltoall_base = all_to_all_single  # type: ignore[assignment]
+
+
+def _stand_in(rank: int, size: int) -> Any:
+    """A backend in C++ that carries out nothing: operations that a caller in C++ finds there, past this class, raise."""
+    fake: Any = c10d.FakeProcessGroup
+    options = fake.Options()
+    options.error_on_collective = True
+    return fake._create_internal(rank, size, options)
 
 
 def _listed(tensors: torch.Tensor | Tensors) -> Tensors:

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+from functools import wraps
 from typing import Any
+
+from torch import distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from fleet.torch.groups import communicator
 from fleet.torch.operations import Operations
-from fleet.torch.process_group import FleetProcessGroup
+from fleet.torch.process_group import NAME, FleetProcessGroup
 
 
 def create(options: Any, backend_options: Any) -> FleetProcessGroup:
     """The process group of `options` (torch's _DistributedBackendOptions). Called by its members only."""
     timeout_s = options.timeout.total_seconds()
     operations = Operations(communicator(options, timeout_s))
-    return FleetProcessGroup(options, operations)
+    return FleetProcessGroup(operations)
+
+
+def _offer_monitored_barrier() -> None:
+    """Makes torch's function call groups of fleet: it refuses all backends but Gloo, by their names."""
+    of_torch = c10d.monitored_barrier
+
+    @wraps(of_torch)
+    def monitored_barrier(group: Any = None, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
+        called: Any = c10d.GroupMember.WORLD if group is None else group
+        if called is not c10d.GroupMember.NON_GROUP_MEMBER and c10d.get_backend(called) == NAME:
+            called.monitored_barrier(timeout, wait_all_ranks)
+        else:
+            of_torch(group, timeout, wait_all_ranks)
+
+    for module in (c10d, dist):
+        vars(module)["monitored_barrier"] = monitored_barrier
+
+
+_offer_monitored_barrier()

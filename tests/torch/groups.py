@@ -1,0 +1,152 @@
+"""Process groups of the backend fleet, on four ranks of one `fleet run`: names, meshes, errors, and a second beginning."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import fleet
+from fleet.torch import autoload
+
+autoload.register()
+dist.init_process_group("fleet")
+RANK, SIZE = dist.get_rank(), dist.get_world_size()
+SHORT = datetime.timedelta(seconds=1)
+
+
+def names() -> None:
+    world = dist.group.WORLD
+    assert (dist.get_backend(), world.name(), world.group_desc) == ("fleet", "fleet", "default_pg")
+    assert (world.rank(), world.size(), world.bound_device_id) == (RANK, SIZE, None)
+    pair = dist.new_group([0, 3])
+    if RANK in (0, 3):
+        assert pair.group_name != world.group_name
+        x = torch.ones(2)
+        dist.all_reduce(x, group=pair)
+        assert x.tolist() == [2, 2]
+    half = world.split_group([1, 0], group_name="half", group_desc="the lower")
+    assert (half is None) == (RANK > 1)
+    if half is not None:
+        assert (half.group_name, half.group_desc, half.rank(), half.size()) == ("half", "the lower", RANK, 2)
+        x = torch.ones(2)
+        half.allreduce(x).wait()
+        assert x.tolist() == [2, 2]
+
+
+def meshes() -> None:
+    """What asks a group for its name and its backend in C++."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    x = torch.arange(12.0).reshape(4, 3)
+    sharded = distribute_tensor(x, mesh, [Replicate(), Shard(0)])
+    assert torch.equal(sharded.full_tensor(), x)
+    assert sharded.sum().full_tensor() == x.sum()
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 4)
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    fully_shard(model, mesh=mesh["shards"])
+    model(torch.full((2, 8), float(mesh.get_local_rank("shards")))).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    # Gradients, averaged over two ranks: of the weight (2 * 0 + 2 * 1) / 2, of the bias 2.
+    assert torch.allclose(model.weight.full_tensor(), weight - 1)
+    assert torch.allclose(model.bias.full_tensor(), bias - 2)
+
+
+def beside_fleet_itself() -> None:
+    """The script's own calls of fleet and those of torch do not meet, in other threads either."""
+    comm = fleet.init()
+
+    def direct() -> None:
+        for _ in range(50):
+            x = torch.ones(10)
+            comm.all_reduce(x)
+            assert x[0] == SIZE
+
+    groups = [dist.new_group(list(range(SIZE))) for _ in range(2)]
+
+    def in_group(group: dist.ProcessGroup) -> None:
+        for _ in range(50):
+            x = torch.ones(10)
+            dist.all_reduce(x, group=group)
+            assert x[0] == SIZE
+
+    failed: list[BaseException] = []
+    threading.excepthook = lambda raised: failed.append(raised.exc_value)  # type: ignore[arg-type]
+    threads = [threading.Thread(target=direct), *(threading.Thread(target=in_group, args=(g,)) for g in groups)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def a_rank_that_calls_another_thing() -> None:
+    """The error has both calls, and the line of each."""
+    group = dist.new_group(list(range(SIZE)))
+    calls = [lambda: dist.all_reduce(torch.ones(3), group=group), lambda: dist.broadcast(torch.ones(4), 0, group=group)]
+    with pytest.raises(dist.DistBackendError) as found:
+        calls[RANK == 3]()
+    assert "all_reduce(float32[3], op=sum)" in str(found.value)
+    assert "broadcast(float32[4], root=0)" in str(found.value)
+    assert str(found.value).count("groups.py:") == 2, found.value
+
+
+def a_rank_that_is_late() -> None:
+    """The caller's time limit, and the line where the late rank is."""
+    group = dist.new_group([0, 1], timeout=SHORT)
+    store = dist.distributed_c10d._get_default_store()
+    if RANK == 0:
+        with pytest.raises(dist.DistBackendError, match=r"not complete after 1 s.*waiting for rank 1.* at groups.py:"):
+            dist.all_reduce(torch.ones(3), group=group)
+        store.set("late is over", "")
+    elif RANK == 1:
+        store.wait(["late is over"])
+
+
+def a_barrier_that_names_all_missing_ranks() -> None:
+    dist.monitored_barrier()
+    group = dist.new_group(list(range(SIZE)))
+    store = dist.distributed_c10d._get_default_store()
+    if RANK < 2:
+        with pytest.raises(
+            dist.DistBackendError, match=r"not complete after 1 s; ranks 0-1 came, waiting for ranks 2-3"
+        ):
+            dist.monitored_barrier(group, timeout=SHORT)
+        store.set(f"barrier {RANK}", "")
+    else:
+        store.wait(["barrier 0", "barrier 1"])
+
+
+def a_bad_call() -> None:
+    """Nothing was sent, so the group goes on."""
+    for call in (
+        lambda: dist.all_reduce(torch.ones(3, dtype=torch.int64), dist.ReduceOp.AVG),
+        lambda: dist.all_reduce(torch.ones(3), dist.ReduceOp.BAND),
+        lambda: dist.all_gather([torch.ones(3)] * (SIZE - 1), torch.ones(3)),
+    ):
+        with pytest.raises((dist.DistBackendError, ValueError)):
+            call()
+    dist.barrier()
+
+
+for part in (
+    names,
+    meshes,
+    beside_fleet_itself,
+    a_rank_that_calls_another_thing,
+    a_rank_that_is_late,
+    a_barrier_that_names_all_missing_ranks,
+    a_bad_call,
+):
+    part()
+dist.destroy_process_group()
+assert not dist.is_initialized()
+dist.init_process_group("fleet")
+names()
+dist.destroy_process_group()
