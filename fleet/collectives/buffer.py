@@ -19,6 +19,7 @@ from fleet.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 LOOKED_AT_BY_ELEMENT = 1 << 20  # elements of an odd view; larger ones count as overlapping
+_TORCH_DTYPES: dict[Any, tuple[str, str]] = {}  # by torch's dtype: its name, and NumPy's code of it
 _NAMES = {np.dtype(name): name for name in DTYPES if name and name != "bfloat16"}  # asking NumPy takes a microsecond
 
 
@@ -110,16 +111,39 @@ def _from_tensor(torch: Any, x: Any, name: str, written: bool) -> Buffer:
     if x.layout != torch.strided or x.is_quantized or x.is_conj() or x.is_neg():
         raise UsageError(f"{name} is a sparse, quantized or lazily conjugated tensor: pass a plain, dense one")
     try:
-        plain = x.detach()
-        if plain.dtype is torch.bfloat16:
-            return _from_array(plain.view(torch.uint16).numpy(), "bfloat16", name, written)
-        array = plain.numpy()
+        if type(x) not in (torch.Tensor, torch.nn.Parameter):
+            x = x.detach().numpy()  # a subclass says itself whether it is memory
+            return _from_array(x, str(x.dtype), name, written)
+        if x.dtype not in _TORCH_DTYPES:
+            dtype = str(x.dtype).removeprefix("torch.")
+            _TORCH_DTYPES[x.dtype] = (dtype, np.dtype("uint16" if dtype == "bfloat16" else dtype).str)
+        dtype, typestr = _TORCH_DTYPES[x.dtype]
+        return _from_array(np.asarray(_TensorMemory(x, typestr)), dtype, name, written)
     except TypeError:
         raise UsageError(f"{name} has dtype {x.dtype}: it must be one of {_legal()}") from None
     except RuntimeError as error:  # nested tensors, fake ones, those inside a function transform
         kind = type(x).__name__
         raise UsageError(f"{name} is a {kind} that is not plain memory: pass a dense tensor ({error})") from None
-    return _from_array(array, str(array.dtype), name, written)
+
+
+class _TensorMemory:
+    """Memory of a tensor as NumPy takes it; NumPy keeps it as long as the array.
+
+    `Tensor.numpy()` would forbid the tensor's storage to be resized ever again, and FSDP frees its shards so.
+    """
+
+    __slots__ = ("__array_interface__", "_tensor")
+
+    def __init__(self, tensor: Any, typestr: str) -> None:
+        self._tensor = tensor
+        itemsize = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": typestr,
+            "data": (tensor.data_ptr(), False),
+            "shape": tuple(tensor.shape),
+            "strides": None if tensor.is_contiguous() else tuple(n * itemsize for n in tensor.stride()),
+        }
 
 
 def _from_array(x: Array, dtype: str, name: str, written: bool) -> Buffer:

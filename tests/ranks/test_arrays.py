@@ -313,3 +313,20 @@ def test_memory_that_could_not_take_part_is_not_made(run_world: Any, shape: Any,
         assert comm.empty(np.int64(3)).shape == (3,)
 
     run_world(2, run, transport="shared")
+
+
+def test_a_tensor_can_be_resized_after_it_took_part() -> None:
+    """Tensor.numpy() would forbid it for ever: FSDP frees its shards so."""
+    torch = pytest.importorskip("torch")
+    x = torch.ones(5)
+    assert as_buffer(x, "x", written=True).flat.tolist() == [1.0] * 5
+    x.untyped_storage().resize_(0)
+    assert x.untyped_storage().nbytes() == 0
+
+
+def test_a_buffer_keeps_its_tensor() -> None:
+    torch = pytest.importorskip("torch")
+    buffer = as_buffer(torch.arange(1000.0), "x", written=False)
+    others = [torch.full((1000,), -1.0) for _ in range(10)]  # would lie where the tensor was
+    assert buffer.flat[-1] == 999
+    assert len(others) == 10
