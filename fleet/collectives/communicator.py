@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from operator import index
 from time import monotonic
@@ -29,7 +29,7 @@ from fleet.collectives.arguments import (
     splits_of,
     whole_of,
 )
-from fleet.collectives.buffer import as_buffer, as_parts
+from fleet.collectives.buffer import Array, as_buffer, as_parts
 from fleet.collectives.endpoint import Endpoint, FormingCall
 from fleet.collectives.operation import Signatures
 from fleet.collectives.path import all_to_all_uneven
@@ -37,6 +37,7 @@ from fleet.collectives.point_to_point import in_background
 from fleet.collectives.reduce import PremulSum
 from fleet.collectives.work import Work
 from fleet.errors import UsageError
+from fleet.values import CollectivePath
 
 Op = str | PremulSum
 CLOSE_WITHIN_S = 1.0
@@ -97,6 +98,26 @@ class Communicator:
         buffer = as_buffer(x, "x", written=True)
         signature = self._signatures.reduction("all_reduce", op, buffer, wire=wire)
         return self._conductor.run(signature, self._path.all_reduce, (buffer.flat,), buffer, timeout_s, async_op)
+
+    def all_reduce_moving(
+        self,
+        x: Any,
+        op: Op = "sum",
+        move: Callable[[Array], bool] | None = None,
+        *,
+        timeout_s: float | None = None,
+        async_op: bool = False,
+    ) -> Work | None:
+        """As all_reduce, but x moves into shared memory first where every rank of the host gives a `move`.
+
+        move(window): puts what is in x into `window`, which is as many bytes in shared memory, and x there. Returns False
+        for an x that stays where it is. Called before x is combined, in this thread or the communicator's own. All ranks
+        call this method in the same place.
+        """
+        buffer = as_buffer(x, "x", written=True)
+        signature = self._signatures.reduction("all_reduce", op, buffer)
+        arguments = buffer.flat, move
+        return self._conductor.run(signature, self._endpoint.all_reduce_moving, arguments, buffer, timeout_s, async_op)
 
     def reduce(
         self, x: Any, root: int = 0, op: Op = "sum", *, timeout_s: float | None = None, async_op: bool = False
@@ -338,6 +359,11 @@ class Communicator:
         import torch
 
         return torch.from_numpy(data).view(torch_dtype).reshape(shape)
+
+    @property
+    def path(self) -> CollectivePath:
+        """How tensors travel: alone, shared (memory), sockets or hierarchical (both)."""
+        return self._path.name
 
     @property
     def closed(self) -> bool:

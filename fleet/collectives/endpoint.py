@@ -7,7 +7,7 @@ with several ranks each is hierarchical. All other paths go over sockets, also i
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 
 import numpy as np
@@ -105,6 +105,16 @@ class Endpoint:
         if memory is None:
             return np.zeros(size, np.uint8)
         return windows.add(windows.made_count, memory, arena.index, arena.count, size)
+
+    def all_reduce_moving(self, operation: Operation, flat: Array, move: Callable[[Array], bool] | None) -> None:
+        """all_reduce of `flat`, which moves into a window first if it can on all ranks. See Communicator."""
+        answers = np.empty((len(self.members), 1), np.uint8)
+        self.path.all_gather(operation, list(answers), np.array([move is not None], np.uint8))
+        if move is not None and answers.all():
+            window = self.shared_bytes(flat.nbytes, operation.deadline)
+            if move(window):
+                flat = window.view(flat.dtype)  # `flat` may be no memory now
+        self.path.all_reduce(operation, flat)
 
     def _find_path(self, fabric: Fabric, channel: Channel, forming: FormingCall) -> None:
         try:

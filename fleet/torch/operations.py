@@ -15,6 +15,7 @@ import torch
 from fleet.collectives.communicator import Communicator
 from fleet.errors import FleetError
 from fleet.torch.reduce_ops import fleet_op
+from fleet.torch.shared_storage import SharedStorages
 from fleet.torch.work import Work, torch_error
 
 Tensors = list[torch.Tensor]
@@ -25,12 +26,13 @@ class Operations:
 
     def __init__(self, comm: Communicator) -> None:
         self.comm = comm
+        self._storages = SharedStorages(comm)
 
     # Reductions
 
     def all_reduce(self, tensors: Tensors, opts: Any) -> Work:
         op = fleet_op(opts.reduceOp)
-        return self._each(opts, tensors, lambda x, **how: self.comm.all_reduce(x, op, **how))
+        return self._each(opts, tensors, lambda x, **how: self._storages.all_reduce(x, op, **how))
 
     def reduce(self, tensors: Tensors, opts: Any) -> Work:
         op, root = fleet_op(opts.reduceOp), opts.rootRank

@@ -1,0 +1,139 @@
+"""Rank of test_shared_storage.py: tensors that come again move into shared memory, and nobody else notices."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from fleet.torch import autoload
+
+COUNT = 1 << 19  # elements: 2 MB
+
+autoload.register()
+dist.init_process_group("fleet", timeout=timedelta(seconds=20))
+rank, world_size = dist.get_rank(), dist.get_world_size()
+operations: Any = dist.distributed_c10d._get_default_group()._operations
+TOTAL = float(sum(range(1, world_size + 1)))
+
+
+def moved() -> int:
+    return len(operations._storages._windows)
+
+
+def settled() -> None:
+    """Returns once the thread of asynchronous calls has let go of the last one's tensors."""
+    dist.all_reduce(torch.zeros(1), async_op=True).wait()
+
+
+def windows() -> int:
+    found = operations.comm._endpoint.windows
+    found.find(np.zeros(1, np.uint8))
+    return len(found._parts)
+
+
+def reduces(x: torch.Tensor, times: int = 4, async_op: bool = False) -> None:
+    for _ in range(times):
+        x.fill_(rank + 1)
+        work = dist.all_reduce(x, async_op=async_op)
+        if work is not None:
+            work.wait()
+        assert (x == TOTAL).all()
+
+
+def views_follow_a_storage_that_moves() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        x = torch.empty(COUNT, dtype=dtype)
+        part = x[10:20]
+        reduces(x)
+        assert moved() == windows() == 1
+        assert (part == TOTAL).all()
+        part.fill_(rank)
+        assert (x[10:20] == rank).all()
+        assert x.numpy()[10].item() == rank if dtype is not torch.bfloat16 else True
+        # A part is reduced where it lies, too; so is another shape.
+        half = x[COUNT // 2 :].view(2, -1)
+        reduces(half)
+        reduces(x, async_op=True)
+        del x, part, half
+        settled()
+        assert moved() == windows() == 0
+
+
+def a_storage_that_has_moved_keeps_its_size() -> None:
+    x = torch.empty(COUNT)
+    reduces(x)
+    assert moved() == 1
+    with pytest.raises(RuntimeError, match="not resizable"):
+        x.untyped_storage().resize_(0)
+    reduces(x)
+
+
+def memory_of_others_stays() -> None:
+    array = np.empty(COUNT + 1, np.float32)
+    reduces(torch.from_numpy(array))
+    assert (array == TOTAL).all()
+    tensor = torch.empty(COUNT + 2)
+    known = tensor.numpy()
+    reduces(tensor)
+    assert (known == TOTAL).all()
+    shared = torch.empty(COUNT + 3).share_memory_()
+    reduces(shared)
+    assert moved() == 0
+
+
+def ranks_need_not_be_alike() -> None:
+    x = torch.empty(COUNT + 4)
+    reduces(torch.from_numpy(np.empty(COUNT + 4, np.float32)) if rank == 0 else x)  # cannot move on one rank
+    assert moved() == 0
+    reduces(x)
+    assert moved() == 1
+    reduces(torch.empty(COUNT + 4) if rank == 0 else x)  # an ordinary one meets one that has moved
+
+
+def tensors_that_come_once_stay() -> None:
+    x = torch.empty(COUNT + 5)
+    for _ in range(80):
+        y = torch.empty(COUNT + 5)
+        reduces(y, 1)
+        x = y
+    del x
+    assert moved() == 0
+
+
+def ddp_trains_in_shared_memory(**options: bool) -> None:
+    torch.manual_seed(0)
+    whole = torch.nn.Sequential(torch.nn.Linear(600, 600), torch.nn.ReLU(), torch.nn.Linear(600, 600))
+    model = DistributedDataParallel(copy.deepcopy(whole), bucket_cap_mb=1, **options)
+    x = torch.randn(2 * world_size, 600)
+    for one, rows in ((whole, x), (model, x[2 * rank : 2 * rank + 2])):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        for _ in range(6):
+            optimizer.zero_grad()
+            one(rows).pow(2).mean().backward()
+            optimizer.step()
+    for mine, right in zip(model.module.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(mine, right)
+    assert moved() == windows() == 2
+    del one, optimizer, model, mine
+    gc.collect()
+    settled()
+    assert moved() == windows() == 0
+
+
+views_follow_a_storage_that_moves()
+a_storage_that_has_moved_keeps_its_size()
+settled()
+memory_of_others_stays()
+ranks_need_not_be_alike()
+tensors_that_come_once_stay()
+ddp_trains_in_shared_memory()
+ddp_trains_in_shared_memory(gradient_as_bucket_view=True)
+dist.destroy_process_group()
