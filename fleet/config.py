@@ -71,6 +71,26 @@ def rank_settings() -> RankSettings | None:
 
 
 @dataclass(frozen=True)
+class TorchPlace:
+    """This process's place as torchrun, or who starts processes by hand, tells it."""
+
+    local_rank: int
+    local_world_size: int  # 0: not told
+    master_addr: str  # of rank 0; empty: not told
+    master_port: int
+
+
+def torch_place() -> TorchPlace:
+    """LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, none of which must be set."""
+    return TorchPlace(
+        local_rank=_number("LOCAL_RANK", 0, 0, 1 << 20),
+        local_world_size=_number("LOCAL_WORLD_SIZE", 0, 0, 1 << 20),
+        master_addr=os.environ.get("MASTER_ADDR", ""),
+        master_port=_number("MASTER_PORT", 0, 0, 65535),
+    )
+
+
+@dataclass(frozen=True)
 class RankPlacement:
     """One rank's place, as its agent knows it."""
 

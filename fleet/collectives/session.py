@@ -15,10 +15,11 @@ from time import monotonic
 
 from fleet import messages as m
 from fleet.bus.context import Bus
-from fleet.bus.control import Dealer
+from fleet.bus.control import Dealer, Link
 from fleet.bus.descriptors import check_room
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
+from fleet.bus.process import Watch
 from fleet.bus.strangers import Strangers
 from fleet.collectives.flight import Flights
 from fleet.collectives.generations import UNANSWERED, Generation, News, RankActivity
@@ -30,6 +31,7 @@ from fleet.world import World
 ANSWER_WITHIN_S = 1.0
 LOOK_UP_S = 0.1  # between two looks at whether a member has gone, in a wait for the others
 AGENT_WITHIN_S = 10.0  # the agent is on this machine
+AGENT_MEMBER = 0  # the member that relays for the others, where one does
 COUNTS_EVERY_S = 1.0
 ROWS_AT_MOST = 1000  # of one CollectiveCounts
 
@@ -37,10 +39,18 @@ log = logging.getLogger("fleet.session")
 
 
 class Session:
-    """Connection of one member to its agent. The thread starts with the construction and ends with `close`."""
+    """Connection of one member to its agent. The thread starts with the construction and ends with `close`.
 
-    def __init__(self, settings: RankSettings, pid: int) -> None:
+    `lock` is that of the agent's socket. `watch` has the news of the agent's own loss where the agent is a member itself, by
+    that member's id; it belongs to the thread.
+    """
+
+    def __init__(
+        self, settings: RankSettings, pid: int, lock: Lock | None = None, watch: Watch[m.MemberLost] | None = None
+    ) -> None:
         check_room()  # not in the thread, whose errors nobody would see
+        self._lock = lock or Lock()
+        self._watch = watch or Watch({})
         self._settings = settings
         self._pid = pid
         self.news = News(settings.member_id)
@@ -116,6 +126,10 @@ class Session:
             found.append(RankActivity(Late(rank, host, pid, UNANSWERED), -1, False, ""))
         return sorted(found, key=lambda activity: activity.late.rank)
 
+    def end(self, news: m.MemberLost) -> None:
+        """Tells the agent that this member ends. For an agent that does not see the end of the process itself."""
+        self._send(news)
+
     def close(self) -> None:
         self._closing.set()
         self._wake.set()
@@ -128,22 +142,37 @@ class Session:
 
     def _run(self) -> None:
         s = self._settings
-        with Bus(Lock()) as bus:
+        with Bus(self._lock) as bus, contextlib.closing(self._watch) as watch:
             agent = Dealer(bus, s.control, f"{s.job_id}/{s.attempt}/{s.member_id}/{self._pid}".encode())
-            poller = Poller([*agent.poll_sockets, self._wake])
+            poller = Poller([*agent.poll_sockets, self._wake, *watch.descriptors])
             counts_at = 0.0
             while not self._closing.is_set():
                 while not self._out.empty():
                     self._say(agent, self._out.get())
                 for arrived in agent.receive():
                     self._take(arrived.data)
-                agent.changes()  # there is nothing to decide: the end of an agent ends this process
+                self._look_after(agent.changes())
                 if monotonic() >= counts_at:
                     counts_at = monotonic() + COUNTS_EVERY_S
                     self._tell_counts(agent)
-                poller.wait(agent.patience(max(0.0, counts_at - monotonic())))
+                wait_s = agent.patience(watch.patience(max(0.0, counts_at - monotonic())))
+                for ended in watch.descriptors & poller.wait(wait_s):
+                    poller.remove(ended)
+                    watch.ended(ended)
                 self._wake.clear()
+            while not self._out.empty():
+                self._say(agent, self._out.get())
             self._tell_counts(agent, last=True)
+
+    def _look_after(self, changes: list[Link]) -> None:
+        """Hears of the agent's loss, if the agent is a member. The end of any other agent ends this process."""
+        for change in changes:
+            if change is Link.UP:
+                self._watch.connected(AGENT_MEMBER)
+            elif change is Link.DOWN:
+                self._watch.disconnected(AGENT_MEMBER)
+        for news in self._watch.lost():
+            self.news.hear(news, monotonic())
 
     def _say(self, agent: Dealer, message: m.Message) -> None:
         """Sends a message. One that cannot be sent does not end this thread, which has others to send."""

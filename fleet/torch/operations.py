@@ -22,11 +22,15 @@ Tensors = list[torch.Tensor]
 
 
 class Operations:
-    """The operations of one process group. All raise DistBackendError with the text of fleet's error."""
+    """The operations of one process group. All raise DistBackendError with the text of fleet's error.
 
-    def __init__(self, comm: Communicator) -> None:
+    `close` ends the group, and where it is the default one perhaps its world.
+    """
+
+    def __init__(self, comm: Communicator, close: Callable[[], None] | None = None) -> None:
         self.comm = comm
         self._storages = SharedStorages(comm)
+        self.close = close or comm.close
 
     # Reductions
 
@@ -116,9 +120,6 @@ class Operations:
             raise torch_error(error) from None
         comm.timeout_s = timeout.total_seconds() if timeout is not None else self.comm.timeout_s
         return Operations(comm)
-
-    def close(self) -> None:
-        self.comm.close()
 
     # How a call is made
 

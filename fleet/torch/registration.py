@@ -9,15 +9,20 @@ from typing import Any
 from torch import distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from fleet.errors import FleetError
 from fleet.torch.groups import communicator
 from fleet.torch.operations import Operations
 from fleet.torch.process_group import NAME, FleetProcessGroup
+from fleet.torch.work import torch_error
 
 
 def create(options: Any, backend_options: Any) -> FleetProcessGroup:
     """The process group of `options` (torch's _DistributedBackendOptions). Called by its members only."""
     timeout_s = options.timeout.total_seconds()
-    operations = Operations(communicator(options, timeout_s))
+    try:
+        operations = Operations(*communicator(options, timeout_s))
+    except FleetError as error:
+        raise torch_error(error) from None
     return FleetProcessGroup(operations)
 
 
