@@ -7,6 +7,7 @@ Store (store_rendezvous.py), and ends it.
 from __future__ import annotations
 
 import atexit
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -52,5 +53,5 @@ def _world(options: Any, timeout_s: float) -> tuple[Communicator, Callable[[], N
 def _end() -> None:
     """Closes all at the end of the process."""
     for member in _members[::-1]:
-        member.close(at_exit=True)
+        member.close(getattr(sys, "last_value", None), at_exit=True)
         member.end_relay()

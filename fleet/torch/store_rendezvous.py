@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import sys
 from collections.abc import Callable
 from time import sleep
 from typing import Any, TypeVar
@@ -224,13 +223,13 @@ class StoreMember:
             self._close(error, at_exit=True)
             raise
 
-    def close(self, at_exit: bool = False) -> None:
-        """Closes all, once. A forked child closes nothing."""
+    def close(self, error: BaseException | None = None, at_exit: bool = False) -> None:
+        """Closes all, once; `error` is what ends the process. A forked child closes nothing."""
         if self._closed or self._forks != forks.count:
             return
         self._closed = True
         self.comm.close()
-        self._close(getattr(sys, "last_value", None) if at_exit else None, at_exit)
+        self._close(error, at_exit)
 
     def end_relay(self) -> None:
         """Ends what still relays for other ranks after `close`."""

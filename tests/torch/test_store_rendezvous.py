@@ -9,16 +9,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fleet.bus.address import free_port
-from fleet.errors import CollectiveTimeout, FleetError, WorldChanged
+from fleet.errors import CollectiveTimeout, FleetError, RankEnded, WorldChanged
 from tests.chaos.commands import AT_ONCE_S, environment
 from tests.ranks.local_rendezvous import in_threads
+from tests.torch.installed import entry_points
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.chaos
@@ -28,9 +29,7 @@ import json, os, sys
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from fleet.torch import autoload
 
-autoload.register()
 dist.init_process_group("fleet")
 rank, found = dist.get_rank(), {}
 x = torch.full((5,), rank + 1.0)
@@ -67,8 +66,8 @@ with open(f"{sys.argv[1]}/{rank}", "w") as file:
 """
 
 
-def python(*words: str, **changes: str) -> subprocess.Popen[str]:
-    changes = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | changes
+def python(folder: Path, *words: str, **changes: str) -> subprocess.Popen[str]:
+    changes = {"OMP_NUM_THREADS": "1", "PYTHONPATH": entry_points(folder)} | changes
     return subprocess.Popen(
         [sys.executable, *words],
         stdin=subprocess.PIPE,  # open until the end
@@ -99,7 +98,7 @@ def test_torchrun(tmp_path: Path) -> None:
     script.write_text(UNDER_TORCHRUN)
     words = ("-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-port", str(free_port()))
     words = (*words, "--log-dir", str(tmp_path / "logs"), str(script), str(tmp_path))
-    [(code, _, err)] = ends([python(*words, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))])
+    [(code, _, err)] = ends([python(tmp_path, *words, TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))])
     assert code == 0, err
     found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)]
     assert [one["sum"] for one in found] == [[6.0] * 5] * 3
@@ -114,9 +113,7 @@ import os, signal, sys, time
 from datetime import timedelta
 import torch
 import torch.distributed as dist
-from fleet.torch import autoload
 
-autoload.register()
 where, rank, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 dist.init_process_group("fleet", init_method=where, rank=rank, world_size=size)
 
@@ -141,14 +138,14 @@ else:
 def by_hand(tmp_path: Path, text: str, where: str, size: int, **changes: str) -> list[subprocess.Popen[str]]:
     script = tmp_path / "script.py"
     script.write_text(BY_HAND + text)
-    return [python(str(script), where, str(rank), str(size), **changes) for rank in range(size)]
+    return [python(tmp_path, str(script), where, str(rank), str(size), **changes) for rank in range(size)]
 
 
 def test_killed_rank_of_env(tmp_path: Path) -> None:
     port = str(free_port())
-    text = "victim = 2\n" + A_RANK_IS_KILLED
-    ranks = by_hand(tmp_path, text, "env://", 3, MASTER_ADDR="localhost", MASTER_PORT=port)
-    check_that_the_others_are_told(ranks, 2)
+    text = "victim = 1\n" + A_RANK_IS_KILLED
+    ranks = by_hand(tmp_path, text, "env://", 2, MASTER_ADDR="localhost", MASTER_PORT=port)
+    check_that_the_others_are_told(ranks, 1)
 
 
 def test_killed_rank_0_of_file(tmp_path: Path) -> None:
@@ -176,20 +173,6 @@ def check_that_the_others_are_told(ranks: list[subprocess.Popen[str]], victim: i
             assert f"rank {victim} (" in out
             assert f"pid {ranks[victim].pid}) is gone: its process has ended" in out
     assert monotonic() - killed_at < AT_ONCE_S
-
-
-def test_a_rank_that_raises_and_one_that_ends(tmp_path: Path) -> None:
-    text = """
-small = dist.new_group([0, 1])
-x = torch.ones(3)
-if rank == 1:
-    raise ValueError("no such file")
-if rank == 0:
-    told(lambda: dist.all_reduce(x, group=small))
-"""
-    found = ends(by_hand(tmp_path, text, f"file://{tmp_path}/store", 3))
-    assert [code for code, _, _ in found] == [0, 1, 0], found
-    assert "is gone: it has raised ValueError: no such file" in found[0][1]
 
 
 def member(store: Any, rank: int, size: int, timeout_s: float = 20.0) -> Callable[[], Any]:
@@ -222,10 +205,35 @@ def test_members_of_several_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
         assert in_threads([again[0].comm.barrier, again[1].comm.barrier]) == [None, None]
         members += again
     finally:
-        for one in members:
-            one.close()
-        for one in members:
-            one.end_relay()
+        end(members)
+
+
+def test_a_rank_that_ends_and_one_that_raises() -> None:
+    from torch.distributed import HashStore
+
+    store = HashStore()
+    members = in_threads([member(store, rank, 3) for rank in range(3)])
+    try:
+        pair = in_threads([lambda m=m: m.comm.subgroup([0, 1]) for m in members[:2]])
+        members[2].close()
+        news = members[0]._rendezvous._session.news
+        while 2 not in news.gone:  # the test's time limit bounds the wait
+            sleep(0.001)
+        assert in_threads([one.barrier for one in pair]) == [None, None]  # rank 2 is not needed
+        with pytest.raises(RankEnded, match=r"rank 2 .* has ended"):
+            members[0].comm.barrier()
+        members[1].close(ValueError("no such file"), at_exit=True)
+        with pytest.raises(WorldChanged, match=r"rank 1 .* is gone: it has raised ValueError: no such file"):
+            pair[0].barrier()
+    finally:
+        end(members)
+
+
+def end(members: list[Any]) -> None:
+    for one in members:
+        one.close()
+    for one in members:
+        one.end_relay()
 
 
 def test_missing_ranks_are_named() -> None:
@@ -237,7 +245,7 @@ def test_missing_ranks_are_named() -> None:
         member(HashStore(), 1, 2, 0.2)()
 
 
-def test_entry_point() -> None:
+def test_entry_point(tmp_path: Path) -> None:
     points = [point for point in importlib.metadata.entry_points(group="torch.backends") if point.name == "fleet"]
     if not points:
         pytest.skip("fleet's entry points are not installed here")
@@ -245,5 +253,5 @@ def test_entry_point() -> None:
 
     assert points[0].load() is autoload.register
     named = "import torch.distributed as dist; dist.Backend('fleet'); import sys; assert 'fleet.collectives' not in sys.modules"
-    [(code, _, err)] = ends([python("-c", named)])
+    [(code, _, err)] = ends([python(tmp_path, "-c", named)])
     assert code == 0, err
