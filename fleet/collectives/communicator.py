@@ -33,7 +33,6 @@ from fleet.collectives.buffer import Array, as_buffer, as_parts
 from fleet.collectives.endpoint import Endpoint, FormingCall
 from fleet.collectives.operation import Signatures
 from fleet.collectives.path import all_to_all_uneven
-from fleet.collectives.point_to_point import in_background
 from fleet.collectives.reduce import PremulSum
 from fleet.collectives.work import Work
 from fleet.errors import UsageError
@@ -269,8 +268,8 @@ class Communicator:
     ) -> Work | int:
         """Receives into x what rank src (None: any rank) sent with this tag; returns the rank that sent it.
 
-        Shape and dtype must be the sender's. A CollectiveTimeout here breaks nothing: the call may be made again. The
-        rank that sent is `source` of the Work of an asynchronous call.
+        Shape and dtype must be the sender's. Calls with the same src and tag receive in their order. A CollectiveTimeout here
+        breaks nothing: the call may be made again. The rank that sent is `source` of the Work of an asynchronous call.
         """
         if src is not None:
             check_peer(src, "src", tag, self.rank, self.world_size)
@@ -280,11 +279,8 @@ class Communicator:
         point_to_point, limit_s = self._endpoint.point_to_point, self._limit(timeout_s)
         if point_to_point is None:
             raise UsageError("there is no other rank to receive from")
-        if not async_op:
-            return point_to_point.recv(buffer, src, tag, limit_s)
-        work = Work()
-        in_background(lambda: point_to_point.recv(buffer, src, tag, limit_s), work)
-        return work
+        receive = point_to_point.recv_later if async_op else point_to_point.recv
+        return receive(buffer, src, tag, limit_s)
 
     # Objects, communicators, memory
 

@@ -33,7 +33,8 @@ class PointToPoint:
         self.communicator_id = channel.communicator_id + 1  # that the messages carry
         self._interruptions = interruptions
         self._diagnosis = diagnosis
-        self._lanes: dict[tuple[int, int], _Lane] = {}  # by (rank, tag)
+        self._lanes: dict[tuple[int, int], _Lane] = {}  # of what is sent, by (rank, tag)
+        self._receiving: dict[tuple[int | None, int], _Lane] = {}  # of asynchronous calls, by (rank, tag)
         self._received: dict[tuple[int, int], int] = {}  # counts, by (rank, tag)
 
     def send(self, buffer: Buffer, dst: int, tag: int, limit_s: float, async_op: bool) -> Work | None:
@@ -71,9 +72,48 @@ class PointToPoint:
 
     def recv(self, buffer: Buffer, src: int | None, tag: int, limit_s: float) -> int:
         """Receives a message of src, or the first message of any rank (None). Returns the rank that sent it."""
+        lane = self._receiving.get((src, tag))
+        if lane is None or not lane.is_busy:
+            return self._receive(buffer, src, tag, limit_s)
+        work = self.recv_later(buffer, src, tag, limit_s)
+        work.wait()
+        assert work.source is not None
+        return work.source
+
+    def recv_later(self, buffer: Buffer, src: int | None, tag: int, limit_s: float) -> Work:
+        """As recv, in a thread. Calls with the same src and tag receive in their order."""
+        lane = self._receiving.get((src, tag)) or self._receiving.setdefault((src, tag), _Lane())
+        deadline = monotonic() + limit_s
+
+        def late() -> CollectiveTimeout:
+            call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
+            return self.timeout(call, "from", self._sources(src), limit_s)
+
+        work = Work(deadline, late, lane)
+
+        def act() -> None:
+            if work.done() or not work.begin():  # its deadline has passed
+                return
+            try:
+                work.source = self._receive(buffer, src, tag, deadline - monotonic())
+            except BaseException as error:
+                work.end(error)
+            else:
+                work.end()
+
+        if lane.enter(act):
+            lane.go_on(act)
+        return work
+
+    def _sources(self, src: int | None) -> list[int]:
+        if src is not None:
+            return [src]
+        return [rank for rank in range(len(self.channel.members)) if rank != self.channel.rank]
+
+    def _receive(self, buffer: Buffer, src: int | None, tag: int, limit_s: float) -> int:
         channel = self.channel
         call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
-        sources = [src] if src is not None else [r for r in range(len(channel.members)) if r != channel.rank]
+        sources = self._sources(src)
         claimed: list[int] = []
         try:
             key, sent, payload = channel.inbox.take(
@@ -146,16 +186,16 @@ class _Lane:
         self.sent_count = 0
         self.thread: threading.Thread | None = None  # that carries out the messages which wait
         self._lock = threading.Lock()
-        self._is_busy = False
+        self.is_busy = False
         self._waiting: deque[Callable[[], None]] = deque()
 
     def enter(self, act: Callable[[], None]) -> bool:
         """Whether the caller may send now, and leave then. If not, `act` sends, after all that came before."""
         with self._lock:
-            if self._is_busy:
+            if self.is_busy:
                 self._waiting.append(act)
                 return False
-            self._is_busy = True
+            self.is_busy = True
             return True
 
     def leave(self) -> None:
@@ -175,14 +215,20 @@ class _Lane:
         self.thread.start()
 
     def advance(self, work: Work) -> bool:
-        """See CallQueue. A message never overtakes others."""
-        return work.done()
+        """See CallQueue. Messages do not overtake others."""
+        while not work.done():
+            with self._lock:
+                act = self._waiting.popleft() if self._waiting else None
+            if act is None:
+                return False
+            act()
+        return True
 
     def _next(self) -> Callable[[], None] | None:
         with self._lock:
             if self._waiting:
                 return self._waiting.popleft()
-            self._is_busy = False
+            self.is_busy = False
             return None
 
 

@@ -29,8 +29,7 @@ def check_not_own(queue: CallQueue) -> None:
     """Raises UsageError in the queue's own thread, which would wait for itself."""
     if queue.thread is threading.current_thread():
         raise UsageError(
-            "a done-callback would wait for a call that comes after the callback: wait for it elsewhere, or make the call in "
-            "the callback"
+            "a done-callback would wait for a call that comes after the callback, and for ever: wait for it elsewhere"
         )
 
 

@@ -5,9 +5,8 @@ Knows neither how torch calls them (process_group.py), nor how the communicator 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,68 +35,60 @@ class Operations:
 
     def all_reduce(self, tensors: Tensors, opts: Any) -> Work:
         op = fleet_op(opts.reduceOp)
-        return self._each(opts, tensors, lambda x, **how: self._storages.all_reduce(x, op, **how))
+        return self._call(opts, tensors, self._storages.all_reduce, [(x, op) for x in tensors])
 
     def reduce(self, tensors: Tensors, opts: Any) -> Work:
         op, root = fleet_op(opts.reduceOp), opts.rootRank
-        return self._each(opts, tensors, lambda x, **how: self.comm.reduce(x, root, op, **how))
+        return self._call(opts, tensors, self.comm.reduce, [(x, root, op) for x in tensors])
 
     def reduce_scatter(self, outputs: Tensors, inputs: list[Any], opts: Any) -> Work:
         """outputs[i]: this rank's share of inputs[i], one tensor, or a list with a part for each rank."""
         op = fleet_op(opts.reduceOp)
-
-        def call(pair: tuple[Any, Any], **how: Any) -> Any:
-            x, out = _whole_and_part(pair[1], pair[0])
-            return self.comm.reduce_scatter(out, x, op, **how)
-
-        return self._each(opts, list(zip(outputs, inputs, strict=True)), call, outputs)
+        pairs = (_whole_and_part(x, out) for out, x in zip(outputs, inputs, strict=True))
+        return self._call(opts, outputs, self.comm.reduce_scatter, [(out, x, op) for x, out in pairs])
 
     # Moves
 
     def broadcast(self, tensors: Tensors, opts: Any) -> Work:
-        return self._each(opts, tensors, lambda x, **how: self.comm.broadcast(x, opts.rootRank, **how))
+        root = opts.rootRank
+        return self._call(opts, tensors, self.comm.broadcast, [(x, root) for x in tensors])
 
     def all_gather(self, outputs: list[Any], inputs: Tensors, opts: Any) -> Work:
         """outputs[i]: every rank's inputs[i], in one tensor, or in a list with a part for each rank."""
-
-        def call(pair: tuple[Any, Any], **how: Any) -> Any:
-            out, x = _whole_and_part(*pair)
-            return self.comm.all_gather(out, x, **how)
-
-        return self._each(opts, list(zip(outputs, inputs, strict=True)), call, outputs)
+        pairs = [_whole_and_part(out, x) for out, x in zip(outputs, inputs, strict=True)]
+        return self._call(opts, outputs, self.comm.all_gather, pairs)
 
     def gather(self, outputs: list[Tensors], inputs: Tensors, opts: Any) -> Work:
         out = outputs[0] if outputs else None
-        return self._call(opts, out or [], lambda **how: self.comm.gather(out, inputs[0], opts.rootRank, **how))
+        return self._call(opts, out or [], self.comm.gather, [(out, inputs[0], opts.rootRank)])
 
     def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> Work:
         x = inputs[0] if inputs else None
-        return self._call(opts, outputs, lambda **how: self.comm.scatter(outputs[0], x, opts.rootRank, **how))
+        return self._call(opts, outputs, self.comm.scatter, [(outputs[0], x, opts.rootRank)])
 
     def all_to_all(self, outputs: Tensors, inputs: Tensors, opts: Any) -> Work:
-        return self._call(opts, outputs, lambda **how: self.comm.all_to_all(outputs, inputs, **how))
+        return self._call(opts, outputs, self.comm.all_to_all, [(outputs, inputs)])
 
     def all_to_all_single(
         self, out: torch.Tensor, x: torch.Tensor, out_splits: list[int], x_splits: list[int], opts: Any
     ) -> Work:
         """Splits are rows; empty lists: equal parts."""
         # What is uneven on one rank is so on all: each must take the same way.
-        splits = (out_splits or None, x_splits or None)
-        return self._call(opts, [out], lambda **how: self.comm.all_to_all(out, x, *splits, **how))
+        return self._call(opts, [out], self.comm.all_to_all, [(out, x, out_splits or None, x_splits or None)])
 
     def barrier(self, opts: Any) -> Work:
-        return self._call(opts, [], self.comm.barrier)
+        return self._call(opts, [], self.comm.barrier, [()])
 
     # Between two ranks
 
     def send(self, tensors: Tensors, dst: int, tag: int) -> Work:
         [x] = tensors
-        return self._made([], lambda: self.comm.send(x, dst, tag, async_op=True))
+        return self._between_two([], self.comm.send, x, dst, tag)
 
     def recv(self, tensors: Tensors, src: int | None, tag: int) -> Work:
         """src None: from any rank."""
         [x] = tensors
-        return self._made(tensors, lambda: self.comm.recv(x, src, tag, async_op=True))
+        return self._between_two(tensors, self.comm.recv, x, src, tag)
 
     def monitored_barrier(self, timeout: timedelta | None, wait_all_ranks: bool) -> None:
         """Returns once every rank has called it. Rank 0 raises DistBackendError with all ranks that have not in time.
@@ -123,22 +114,22 @@ class Operations:
 
     # How a call is made
 
-    def _each(self, opts: Any, items: list[Any], call: Callable[..., Any], result: Any = None) -> Work:
-        """One call for each item, in order. The Work is that of the last one, before which all others are done."""
-        if not items:
-            return Work(None, [])
-        for item in items[:-1]:
-            self._call(opts, [], partial(call, item))
-        return self._call(opts, items if result is None else result, partial(call, items[-1]))
-
-    def _call(self, opts: Any, result: Any, call: Callable[..., Any]) -> Work:
+    def _call(self, opts: Any, result: Any, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -> Work:
+        """Calls `function` with each of `arguments`. The Work is that of the last call, before which all others are done."""
         timeout_s = opts.timeout.total_seconds()
-        async_op = getattr(opts, "asyncOp", True)
-        return self._made(result, lambda: call(timeout_s=timeout_s if timeout_s > 0 else None, async_op=async_op))
-
-    def _made(self, result: Any, call: Callable[[], Any]) -> Work:
+        limit_s = timeout_s if timeout_s > 0 else None  # else torch says that the call gives none
+        async_op = getattr(opts, "asyncOp", True)  # before torch 2.6 there is no such option
+        work = None
         try:
-            return Work(call(), result)
+            for one in arguments:
+                work = function(*one, timeout_s=limit_s, async_op=async_op)
+        except FleetError as error:
+            raise torch_error(error) from None
+        return Work(work, result)
+
+    def _between_two(self, result: Any, function: Callable[..., Any], *arguments: Any) -> Work:
+        try:
+            return Work(function(*arguments, async_op=True), result)
         except FleetError as error:
             raise torch_error(error) from None
 

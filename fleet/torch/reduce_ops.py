@@ -8,8 +8,9 @@ from torch.distributed import ReduceOp
 
 from fleet.collectives.reduce import PremulSum
 from fleet.errors import UsageError
+from fleet.torch.work import torch_error
 
-_NAMES = {
+_OPS = {
     ReduceOp.SUM: "sum",
     ReduceOp.AVG: "mean",
     ReduceOp.PRODUCT: "prod",
@@ -21,11 +22,16 @@ _NAMES = {
 }
 
 
+# By number: an op of torch is slow to hash.
+_NAMES = {op.value: name for op, name in _OPS.items()}
+_PREMUL_SUM = ReduceOp.PREMUL_SUM.value
+
+
 def fleet_op(op: Any) -> str | PremulSum:
-    """The op of a fleet collective. Raises UsageError for what fleet has not."""
+    """The op of a fleet collective. Raises DistBackendError for what fleet has not."""
     kind = getattr(op, "op", op)  # a ReduceOp, or what it is made of
-    if kind == ReduceOp.PREMUL_SUM:
+    if (name := _NAMES.get(kind.value)) is not None:
+        return name
+    if kind.value == _PREMUL_SUM:
         return PremulSum(float(op.factor))
-    if kind not in _NAMES:
-        raise UsageError(f"fleet has no reduction {kind}: use one of {', '.join(str(name) for name in _NAMES)}")
-    return _NAMES[kind]
+    raise torch_error(UsageError(f"fleet has no reduction {kind}: use one of {', '.join(map(str, _OPS))}"))

@@ -61,7 +61,7 @@ class Work(dist.Work):
         """The rank that a receive got its message from, once it is done."""
         source = self._work.source if self._work is not None else None
         if source is None:
-            raise UsageError("only a receive that is done has a source rank")
+            raise torch_error(UsageError("only a receive that is done has a source rank"))
         return source
 
     source_rank = _source_rank

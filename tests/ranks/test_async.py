@@ -282,6 +282,45 @@ def test_collectives_of_a_callback_come_before_later_ones_however_far_the_script
     run_world(3, hooked)
 
 
+def test_asynchronous_receives_of_one_tag_are_in_the_order_of_their_calls(run_world: Any) -> None:
+    def messages(comm: Communicator) -> None:
+        for _ in range(20):
+            if comm.rank == 0:
+                for number in range(6):
+                    comm.send(np.full(3, number), 1)
+                comm.recv(np.empty(3, np.int64), 1)
+            else:
+                got = np.empty((6, 3), np.int64)
+                works = [comm.recv(row, 0, async_op=True) for row in got[:5]]
+                assert comm.recv(got[5], 0) == 0  # after the others, too
+                for work in works:
+                    assert isinstance(work, Work)
+                    work.wait()
+                    assert work.source == 0
+                assert got[:, 0].tolist() == list(range(6))
+                comm.send(got[0], 0)
+
+    run_world(2, messages)
+
+
+def test_an_asynchronous_receive_whose_turn_does_not_come_in_time_says_from_whom(run_world: Any) -> None:
+    def late(comm: Communicator) -> None:
+        if comm.rank == 0:
+            first = comm.recv(np.empty(3), 1, async_op=True)
+            second = comm.recv(np.empty(3), 1, async_op=True, timeout_s=0.1)
+            assert isinstance(first, Work)
+            assert isinstance(second, Work)
+            with pytest.raises(CollectiveTimeout, match="from rank 1"):
+                second.wait()
+            comm.barrier()
+            first.wait()
+        else:
+            comm.barrier()
+            comm.send(np.ones(3), 0)
+
+    run_world(2, late)
+
+
 def test_callbacks_of_messages_between_two_ranks(run_world: Any) -> None:
     def messages(comm: Communicator) -> None:
         over, x = threading.Event(), np.empty(30_000)
@@ -338,6 +377,6 @@ def test_a_callback_of_a_message_that_waited_may_not_wait_for_the_next_ones(run_
         go.set()
         waiting[-1].wait()
         assert len(told) == 1
-        assert "make it with async_op=True" in told[0]
+        assert "would wait for a call that comes after the callback" in told[0]
 
     run_world(2, messages)
