@@ -158,9 +158,9 @@ class Members:
             return
         process.output.add(event.stream, event.data)
         self._send_output(process)
-        self._put_off_end(process)
         if process.output.is_to_pause():
             self.effects.add(w.ReadOutput(event.key, False))
+        self._put_off_end(process)
 
     def acknowledged(self, ack: m.OutputAck) -> None:
         process = self._find((ack.job_id, ack.attempt, ack.member_id))
@@ -222,7 +222,7 @@ class Members:
     def _await_end(self, process: Process) -> None:
         if process.exit is None or process.status is not None:
             return
-        if not process.output.unsent:
+        if not process.output.unsent and not process.output.paused:  # else more may be in the pipes
             self.deadlines.set((process.key, "end"), process.drained_at)
         elif process.hurried:
             self.deadlines.set((process.key, "end"), process.drained_at + self.unread_s)

@@ -7,7 +7,7 @@ from pathlib import Path
 from fleet import messages as m
 from fleet.worker import state as w
 from fleet.worker.core import Core as Agent
-from fleet.worker.members import DRAIN_S, STOP_GRACE_S, WORLD_CHANGED_GRACE_S
+from fleet.worker.members import DRAIN_S, STOP_GRACE_S, UNREAD_S, WORLD_CHANGED_GRACE_S
 from fleet.worker.output_window import WINDOW_BYTES
 from fleet.worker.preparation import STUCK_AFTER_S
 from tests.pure.test_orchestrator import SPEC, VERSIONS
@@ -211,6 +211,31 @@ def test_shutdown_waits_for_the_ranks_and_says_goodbye() -> None:
     assert len(up(effects, m.RankExited)) == 1
     assert up(effects, m.Goodbye) == [m.Goodbye()]
     assert kinds(effects, w.Exit) == [w.Exit("")]
+
+
+def test_what_a_rank_printed_last_is_read_though_its_client_reads_slowly() -> None:
+    """The agent does not read while the window is full: the end of the output is still in the pipe when the rank has exited."""
+    core = started()
+    core.step(w.Printed(KEY, "stdout", b"x" * WINDOW_BYTES), 0.1)
+    core.step(w.ProcessExited(KEY, 0, 0, False), 0.2)
+    assert up(core.step(w.Tick(), 60.0), m.RankExited) == []
+    acked = core.step(w.FromOrchestrator(m.OutputAck("j", 1, 0, 1)), 60.0)
+    assert kinds(acked, w.ReadOutput) == [w.ReadOutput(KEY, True)]
+    assert up(acked, m.RankExited) == []
+    core.step(w.Printed(KEY, "stdout", b"x" * WINDOW_BYTES), 60.1)
+    assert up(core.step(w.Tick(), 120.0), m.RankExited) == []
+    core.step(w.FromOrchestrator(m.OutputAck("j", 1, 0, 2)), 120.0)
+    core.step(w.Printed(KEY, "stderr", b""), 120.0)
+    assert len(up(core.step(w.Printed(KEY, "stdout", b""), 120.0), m.RankExited)) == 1
+
+
+def test_what_a_rank_printed_last_is_given_up_if_its_job_is_to_end() -> None:
+    core = started()
+    core.step(w.Printed(KEY, "stdout", b"x" * WINDOW_BYTES), 0.1)
+    core.step(w.ProcessExited(KEY, 0, 0, False), 0.2)
+    core.step(w.FromOrchestrator(m.Stop("j", 1, "r")), 0.3)
+    assert up(core.step(w.Tick(), 1.0), m.RankExited) == []
+    assert len(up(core.step(w.Tick(), 0.2 + DRAIN_S + UNREAD_S), m.RankExited)) == 1
 
 
 def test_a_lost_connection_takes_acknowledgements_along_and_no_rank_waits_for_them() -> None:
