@@ -51,6 +51,8 @@ class Session:
         check_room()  # not in the thread, whose errors nobody would see
         self._lock = lock or Lock()
         self._watch = watch or Watch({})
+        self._agent_is_member = watch is not None
+        self._agent_is_down = False
         self._settings = settings
         self._pid = pid
         self.news = News(settings.member_id)
@@ -141,32 +143,41 @@ class Session:
         self._wake.set()
 
     def _run(self) -> None:
-        s = self._settings
-        with Bus(self._lock) as bus, contextlib.closing(self._watch) as watch:
-            agent = Dealer(bus, s.control, f"{s.job_id}/{s.attempt}/{s.member_id}/{self._pid}".encode())
-            poller = Poller([*agent.poll_sockets, self._wake, *watch.descriptors])
-            counts_at = 0.0
-            while not self._closing.is_set():
-                while not self._out.empty():
-                    self._say(agent, self._out.get())
-                for arrived in agent.receive():
-                    self._take(arrived.data)
-                self._look_after(agent.changes())
-                if monotonic() >= counts_at:
-                    counts_at = monotonic() + COUNTS_EVERY_S
-                    self._tell_counts(agent)
-                wait_s = agent.patience(watch.patience(max(0.0, counts_at - monotonic())))
-                for ended in watch.descriptors & poller.wait(wait_s):
-                    poller.remove(ended)
-                    watch.ended(ended)
-                self._wake.clear()
+        bus = Bus(self._lock)
+        try:
+            self._serve(bus)
+        finally:
+            self._watch.close()
+            # An agent that is a member may have ended long before this one does, and takes no last message then.
+            bus.close(linger=not (self._agent_is_member and self._agent_is_down))
+
+    def _serve(self, bus: Bus) -> None:
+        s, watch = self._settings, self._watch
+        agent = Dealer(bus, s.control, f"{s.job_id}/{s.attempt}/{s.member_id}/{self._pid}".encode())
+        poller = Poller([*agent.poll_sockets, self._wake, *watch.descriptors])
+        counts_at = 0.0
+        while not self._closing.is_set():
             while not self._out.empty():
                 self._say(agent, self._out.get())
-            self._tell_counts(agent, last=True)
+            for arrived in agent.receive():
+                self._take(arrived.data)
+            self._look_after(agent.changes())
+            if monotonic() >= counts_at:
+                counts_at = monotonic() + COUNTS_EVERY_S
+                self._tell_counts(agent)
+            wait_s = agent.patience(watch.patience(max(0.0, counts_at - monotonic())))
+            for ended in watch.descriptors & poller.wait(wait_s):
+                poller.remove(ended)
+                watch.ended(ended)
+            self._wake.clear()
+        while not self._out.empty():
+            self._say(agent, self._out.get())
+        self._tell_counts(agent, last=True)
 
     def _look_after(self, changes: list[Link]) -> None:
         """Hears of the agent's loss, if the agent is a member. The end of any other agent ends this process."""
         for change in changes:
+            self._agent_is_down = change is not Link.UP
             if change is Link.UP:
                 self._watch.connected(AGENT_MEMBER)
             elif change is Link.DOWN:
