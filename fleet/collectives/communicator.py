@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from operator import index
 from time import monotonic
@@ -29,8 +29,8 @@ from fleet.collectives.arguments import (
     splits_of,
     whole_of,
 )
-from fleet.collectives.buffer import Array, as_buffer, as_parts
-from fleet.collectives.endpoint import Endpoint, FormingCall
+from fleet.collectives.buffer import as_buffer, as_parts
+from fleet.collectives.endpoint import Endpoint, FormingCall, Offer
 from fleet.collectives.operation import Signatures
 from fleet.collectives.path import all_to_all_uneven
 from fleet.collectives.reduce import PremulSum
@@ -99,23 +99,16 @@ class Communicator:
         return self._conductor.run(signature, self._path.all_reduce, (buffer.flat,), buffer, timeout_s, async_op)
 
     def all_reduce_moving(
-        self,
-        x: Any,
-        op: Op = "sum",
-        move: Callable[[Array], bool] | None = None,
-        *,
-        timeout_s: float | None = None,
-        async_op: bool = False,
+        self, x: Any, offer: Offer, op: Op = "sum", *, timeout_s: float | None = None, async_op: bool = False
     ) -> Work | None:
-        """As all_reduce, but x moves into shared memory first where every rank of the host gives a `move`.
+        """As all_reduce, but x moves into shared memory first where every rank of the host offers that.
 
-        move(window): puts what is in x into `window`, which is as many bytes in shared memory, and x there. Returns False
-        for an x that stays where it is. Called before x is combined, in this thread or the communicator's own. All ranks
-        call this method in the same place.
+        All ranks call this method in the same place, with offers for the same signature. Offer.move is called before x is
+        combined, in this thread or the communicator's own.
         """
         buffer = as_buffer(x, "x", written=True)
         signature = self._signatures.reduction("all_reduce", op, buffer)
-        arguments = buffer.flat, move
+        arguments = buffer.flat, offer
         return self._conductor.run(signature, self._endpoint.all_reduce_moving, arguments, buffer, timeout_s, async_op)
 
     def reduce(

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import monotonic
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +40,29 @@ FORM_WITHIN_S = 30.0  # for a world, once all its ranks have joined
 LOCAL_AT_MOST = PAGE_BYTES // 8
 
 log = logging.getLogger("fleet.collectives")
+
+
+_STAYS, _CAN_MOVE, _HAS_MOVED = 0, 1, 2
+SETTLED_COSTS = 8  # questions for one to which all ranks answer that their tensor has moved
+
+
+@dataclass
+class Questions:
+    """Questions that ranks still ask each other about tensors of one signature, each in a call of its own.
+
+    Alike on all ranks, since it changes only while operations are carried out, in their order.
+    """
+
+    left: int
+
+
+class Offer(NamedTuple):
+    """What one rank can do about a tensor that is to be reduced in shared memory."""
+
+    questions: Questions
+    has_moved: bool = False
+    # Puts the tensor into a window of its size, with what is in it; False: it stays where it is. None: it cannot move.
+    move: Callable[[Array], bool] | None = None
 
 
 class FormingCall:
@@ -106,14 +131,18 @@ class Endpoint:
             return np.zeros(size, np.uint8)
         return windows.add(windows.made_count, memory, arena.index, arena.count, size)
 
-    def all_reduce_moving(self, operation: Operation, flat: Array, move: Callable[[Array], bool] | None) -> None:
+    def all_reduce_moving(self, operation: Operation, flat: Array, offer: Offer) -> None:
         """all_reduce of `flat`, which moves into a window first if it can on all ranks. See Communicator."""
-        answers = np.empty((len(self.members), 1), np.uint8)
-        self.path.all_gather(operation, list(answers), np.array([move is not None], np.uint8))
-        if move is not None and answers.all():
-            window = self.shared_bytes(flat.nbytes, operation.deadline)
-            if move(window):
-                flat = window.view(flat.dtype)  # `flat` may be no memory now
+        questions, move = offer.questions, offer.move
+        if questions.left > 0:
+            answers = np.empty((len(self.members), 1), np.uint8)
+            mine = _HAS_MOVED if offer.has_moved else _CAN_MOVE if move is not None else _STAYS
+            self.path.all_gather(operation, list(answers), np.array([mine], np.uint8))
+            questions.left -= SETTLED_COSTS if (answers == _HAS_MOVED).all() else 1
+            if move is not None and (answers == _CAN_MOVE).all():
+                window = self.shared_bytes(flat.nbytes, operation.deadline)
+                if move(window):
+                    flat = window.view(flat.dtype)  # `flat` may be no memory now
         self.path.all_reduce(operation, flat)
 
     def _find_path(self, fabric: Fabric, channel: Channel, forming: FormingCall) -> None:

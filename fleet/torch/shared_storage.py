@@ -10,7 +10,6 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,11 +18,12 @@ import torch
 
 from fleet.collectives.buffer import Array
 from fleet.collectives.communicator import Communicator, Op
+from fleet.collectives.endpoint import Offer, Questions
 from fleet.collectives.work import Work
 
 BYTES_AT_LEAST = 1 << 20  # smaller tensors stay in the caches, where a copy costs little
-# Calls of one signature in which ranks ask each other whether the tensor can move. Each costs a small all_gather. Alike on
-# all ranks, since nothing else tells them that the others ask.
+# Calls of one signature in which ranks ask each other whether the tensor can move, which is a small all_gather. They stop
+# sooner once tensors have moved.
 ASKED_AT_MOST = 64
 SIGNATURES_AT_MOST = 4096
 _MREMAP_MAYMOVE, _MREMAP_FIXED = 1, 2
@@ -39,7 +39,7 @@ class SharedStorages:
 
     def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self._counts: Counter[Any] = Counter()  # of calls, by signature
+        self._questions: dict[Any, Questions] = {}  # by signature
         # By the address of torch's StorageImpl. A storage that ends leaves both.
         self._seen: set[int] = set()
         self._windows: dict[int, torch.Tensor] = {}  # bytes: the same pages, where the communicator finds them
@@ -53,15 +53,19 @@ class SharedStorages:
         if comm.path != "shared" or x.device.type != "cpu" or x.layout != torch.strided or x.nbytes < BYTES_AT_LEAST:
             return comm.all_reduce(x, op, **how)
         signature = x.dtype, x.shape, op
-        if len(self._counts) >= SIGNATURES_AT_MOST:
-            self._counts.clear()
-        self._counts[signature] += 1
+        if signature not in self._questions:
+            if len(self._questions) >= SIGNATURES_AT_MOST:
+                self._questions.clear()
+            self._questions[signature] = Questions(ASKED_AT_MOST)
+        questions = self._questions[signature]
         placed = self._placed(x)
-        if self._counts[signature] > ASKED_AT_MOST:
-            return comm.all_reduce(x if placed is None else placed, op, **how)
-        if placed is None:
-            return comm.all_reduce_moving(x, op, self._mover(x), **how)
-        return comm.all_reduce_moving(placed, op, **how)
+        if placed is not None:
+            return comm.all_reduce_moving(placed, Offer(questions, has_moved=True), op, **how)
+        move = self._mover(x) if questions.left > 0 else None
+        work = comm.all_reduce_moving(x, Offer(questions, move=move), op, **how)
+        if move is not None and work is not None:
+            work.wait()  # a call that came now would take the address of memory that x leaves
+        return work
 
     def _placed(self, x: torch.Tensor) -> torch.Tensor | None:
         """The same elements in a window; None for a tensor that is not in one."""
