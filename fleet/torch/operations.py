@@ -5,6 +5,7 @@ Knows neither how torch calls them (process_group.py), nor how the communicator 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -120,6 +121,8 @@ class Operations:
         limit_s = timeout_s if timeout_s > 0 else None  # else torch says that the call gives none
         async_op = getattr(opts, "asyncOp", True)  # before torch 2.6 there is no such option
         work = None
+        if _not_yet_untraced:
+            _leave_untraced()
         try:
             for one in arguments:
                 work = function(*one, timeout_s=limit_s, async_op=async_op)
@@ -132,6 +135,16 @@ class Operations:
             return Work(function(*arguments, async_op=True), result)
         except FleetError as error:
             raise torch_error(error) from None
+
+
+_not_yet_untraced = [__package__.partition(".")[0]]
+
+
+def _leave_untraced() -> None:
+    """Keeps torch.compile out of fleet's code, once it is imported: it would trace what a compiled DDP calls from C++."""
+    rules = sys.modules.get("torch._dynamo.trace_rules")
+    if rules is not None and hasattr(rules, "add"):  # its import may be under way in another thread
+        rules.add(_not_yet_untraced.pop())
 
 
 def _whole_and_part(whole: Any, part: torch.Tensor) -> tuple[Any, torch.Tensor]:

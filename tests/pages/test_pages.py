@@ -38,7 +38,7 @@ import json, os, sys
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], sys.argv[1:])
 print(json.dumps({"loss": 0.5}))
 """
-NEEDS_TORCH = ("train_digits", "search_digits")
+NEEDS_TORCH = ("train_digits", "search_digits", "ddp", "fsdp")
 HERE = [command for block in blocks_for("here") for command in block.commands]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.distributed.algorithms.join import Join
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 STEPS = 4
 
@@ -163,11 +165,6 @@ def hook_power_sgd() -> Any:
     return trained((settings, powerSGD_hook.powerSGD_hook), steps=6, bucket_mb=25)
 
 
-def hook_batched_power_sgd() -> Any:
-    settings = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=2, start_powerSGD_iter=2)
-    return trained((settings, powerSGD_hook.batched_powerSGD_hook), steps=6, bucket_mb=25)
-
-
 def hook_of_the_script() -> Any:
     """Two collectives; the second starts in the first one's callback. One bucket: of several, each rank has its own order."""
 
@@ -254,6 +251,52 @@ def backward_of_collectives() -> Any:
     return [total.detach(), gathered.detach(), moved.detach(), x.grad]
 
 
+class Rows(Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return torch.full((12,), float(i))
+
+
+def data_loaders() -> Any:
+    """Their workers are forks of a rank that has made collectives. Rank 0's are new processes in the end."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(12, 4))
+    seen = []
+    for epoch in range(3):
+        start = "spawn" if epoch == 2 and dist.get_rank() == 0 else "fork"
+        sampler = DistributedSampler(Rows(), shuffle=True, seed=epoch)
+        loader = DataLoader(Rows(), batch_size=3, sampler=sampler, num_workers=1, multiprocessing_context=start)
+        for x in loader:
+            model(x).mean().backward()
+            seen.append(x[:, 0])
+    return [seen, state(model)]
+
+
+def groups_of_two_threads() -> Any:
+    """Each thread has a group, and calls as it likes."""
+    groups = [dist.new_group(), dist.new_group()]
+    totals: list[list[torch.Tensor]] = [[], []]
+
+    def calls(which: int) -> None:
+        for i in range(40):
+            x = torch.full((50 + 30 * which,), float(i + dist.get_rank()))
+            work = dist.all_reduce(x, group=groups[which], async_op=i % 3 == 0)
+            if work is not None:
+                work.wait()
+            gathered = [torch.empty(2) for _ in range(dist.get_world_size())]
+            dist.all_gather(gathered, x[:2].clone(), group=groups[which])
+            totals[which] += [x[:3], *gathered]
+
+    threads = [threading.Thread(target=calls, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return totals
+
+
 def checkpoint_of_rank_0() -> Any:
     """A model's state travels as an object."""
     torch.manual_seed(dist.get_rank())
@@ -274,4 +317,5 @@ if __name__ == "__main__":
         uneven_inputs_raise, hook_all_reduce, hook_fp16, hook_bf16, hook_fp16_wrapped, hook_of_the_script,
         mixed_dtypes, zero_redundancy, local_sgd, subgroup_of_ranks,
         backward_of_collectives, checkpoint_of_rank_0,
+        data_loaders, groups_of_two_threads, hook_power_sgd,
     )  # fmt: skip
