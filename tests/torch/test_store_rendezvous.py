@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fleet.bus.address import free_port
+from fleet.bus.address import free_port, local_address_towards
+from fleet.config import TorchPlace
 from fleet.errors import CollectiveTimeout, FleetError, RankEnded, WorldChanged
 from tests.chaos.commands import AT_ONCE_S, environment
 from tests.ranks.local_rendezvous import in_threads
@@ -243,6 +244,16 @@ def test_missing_ranks_are_named() -> None:
         member(HashStore(), 0, 2, 0.2)()
     with pytest.raises(FleetError, match=r"waiting for rank 0 "):
         member(HashStore(), 1, 2, 0.2)()
+
+
+def test_the_address_that_other_hosts_reach() -> None:
+    from fleet.torch.store_rendezvous import ANYWHERE, own_host
+
+    assert own_host(TorchPlace(0, 2, "127.0.0.1", 29500), 2) == "127.0.0.1"
+    assert own_host(TorchPlace(0, 0, "", 0), 2) == "127.0.0.1"  # file://
+    # torchrun says that there are other hosts, and MASTER_ADDR is this machine's own name.
+    found = own_host(TorchPlace(0, 1, "127.0.0.1", 29500), 2)
+    assert found == (local_address_towards(ANYWHERE, 1) or "127.0.0.1")
 
 
 def test_entry_point(tmp_path: Path) -> None:
