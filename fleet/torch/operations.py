@@ -16,6 +16,7 @@ from fleet.collectives.communicator import Communicator
 from fleet.errors import FleetError
 from fleet.torch.reduce_ops import fleet_op
 from fleet.torch.shared_storage import SharedStorages
+from fleet.torch.staging import staged
 from fleet.torch.work import Work, torch_error
 
 Tensors = list[torch.Tensor]
@@ -34,14 +35,17 @@ class Operations:
 
     # Reductions
 
+    @staged(reads=0, writes=0)
     def all_reduce(self, tensors: Tensors, opts: Any) -> Work:
         op = fleet_op(opts.reduceOp)
         return self._call(opts, tensors, self._storages.all_reduce, [(x, op) for x in tensors])
 
+    @staged(reads=0, writes=0)
     def reduce(self, tensors: Tensors, opts: Any) -> Work:
         op, root = fleet_op(opts.reduceOp), opts.rootRank
         return self._call(opts, tensors, self.comm.reduce, [(x, root, op) for x in tensors])
 
+    @staged(reads=1, writes=0)
     def reduce_scatter(self, outputs: Tensors, inputs: list[Any], opts: Any) -> Work:
         """outputs[i]: this rank's share of inputs[i], one tensor, or a list with a part for each rank."""
         op = fleet_op(opts.reduceOp)
@@ -50,26 +54,32 @@ class Operations:
 
     # Moves
 
+    @staged(reads=0, writes=0)
     def broadcast(self, tensors: Tensors, opts: Any) -> Work:
         root = opts.rootRank
         return self._call(opts, tensors, self.comm.broadcast, [(x, root) for x in tensors])
 
+    @staged(reads=1, writes=0)
     def all_gather(self, outputs: list[Any], inputs: Tensors, opts: Any) -> Work:
         """outputs[i]: every rank's inputs[i], in one tensor, or in a list with a part for each rank."""
         pairs = [_whole_and_part(out, x) for out, x in zip(outputs, inputs, strict=True)]
         return self._call(opts, outputs, self.comm.all_gather, pairs)
 
+    @staged(reads=1, writes=0)
     def gather(self, outputs: list[Tensors], inputs: Tensors, opts: Any) -> Work:
         out = outputs[0] if outputs else None
         return self._call(opts, out or [], self.comm.gather, [(out, inputs[0], opts.rootRank)])
 
+    @staged(reads=1, writes=0)
     def scatter(self, outputs: Tensors, inputs: list[Tensors], opts: Any) -> Work:
         x = inputs[0] if inputs else None
         return self._call(opts, outputs, self.comm.scatter, [(outputs[0], x, opts.rootRank)])
 
+    @staged(reads=1, writes=0)
     def all_to_all(self, outputs: Tensors, inputs: Tensors, opts: Any) -> Work:
         return self._call(opts, outputs, self.comm.all_to_all, [(outputs, inputs)])
 
+    @staged(reads=1, writes=0)
     def all_to_all_single(
         self, out: torch.Tensor, x: torch.Tensor, out_splits: list[int], x_splits: list[int], opts: Any
     ) -> Work:
@@ -82,10 +92,12 @@ class Operations:
 
     # Between two ranks
 
+    @staged(reads=0, writes=None)
     def send(self, tensors: Tensors, dst: int, tag: int) -> Work:
         [x] = tensors
         return self._between_two([], self.comm.send, x, dst, tag)
 
+    @staged(reads=None, writes=0)
     def recv(self, tensors: Tensors, src: int | None, tag: int) -> Work:
         """src None: from any rank."""
         [x] = tensors

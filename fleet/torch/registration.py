@@ -13,17 +13,22 @@ from fleet.errors import FleetError
 from fleet.torch.groups import communicator
 from fleet.torch.operations import Operations
 from fleet.torch.process_group import NAME, FleetProcessGroup
+from fleet.torch.substitution import takes_one_of_several
 from fleet.torch.work import torch_error
 
 
-def create(options: Any, backend_options: Any) -> FleetProcessGroup:
-    """The process group of `options` (torch's _DistributedBackendOptions). Called by its members only."""
+def create(options: Any, backend_options: Any) -> Any:
+    """The process group, or the backend of one, of `options` (torch's _DistributedBackendOptions). Called by its members only."""
     timeout_s = options.timeout.total_seconds()
     try:
         operations = Operations(*communicator(options, timeout_s))
     except FleetError as error:
         raise torch_error(error) from None
-    return FleetProcessGroup(operations)
+    if not takes_one_of_several():
+        return FleetProcessGroup(operations)
+    from fleet.torch.backend import FleetBackend  # a class that older torch cannot make
+
+    return FleetBackend(options, operations)
 
 
 def _offer_monitored_barrier() -> None:

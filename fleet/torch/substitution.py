@@ -30,7 +30,7 @@ def substitute() -> None:
     def made(group_size: Any, group_rank: Any, ranks: Any, backend: Any, *args: Any, **options: Any) -> Any:
         asked = c10d.BackendConfig(c10d.Backend(backend)).get_device_backend_map()
         world = (group_rank, group_size) if not ranks else (c10d.get_rank(), c10d.get_world_size())
-        wanted, line = choice(asked, _is_of_the_job(*world), _takes_one_of_several())
+        wanted, line = choice(asked, _is_of_the_job(*world), takes_one_of_several())
         if line and world[0] == 0 and line not in _said:
             _said.add(line)
             print(f"fleet: {line}", file=sys.stderr, flush=True)
@@ -61,7 +61,7 @@ def _is_of_the_job(rank: int, world_size: int) -> bool:
     return place is None or (place.member_id, place.world_size) == (rank, world_size)
 
 
-def _takes_one_of_several() -> bool:
+def takes_one_of_several() -> bool:
     """Whether this torch lets a backend in Python stand beside others. Before, its process group replaces all of them."""
     major, minor = torch.__version__.split(".")[:2]
     return (int(major), int(minor)) >= (2, 14)

@@ -6,6 +6,7 @@ already. They may make collectives and wait for them: see fleet/collectives/prog
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -33,6 +34,18 @@ class Work(dist.Work):
         self._work = work
         self._tensors = tensors
         self._future: torch.futures.Future[Any] | None = None
+        self._devices: list[torch.device] = []  # beside the CPU
+        self._bring_back: Callable[[], None] | None = None
+
+    def staged(self, tensors: Any, devices: list[torch.device], bring_back: Callable[[], None]) -> Work:
+        """This Work, for a call on host copies of `tensors`: it is done when `bring_back` has written the results to them.
+
+        `devices` are those of the tensors. `bring_back` may be called often, from any thread.
+        """
+        self._tensors, self._devices, self._bring_back = tensors, devices, bring_back
+        if self._work is None:
+            bring_back()
+        return self
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """True once the call is done. Raises DistBackendError with fleet's text, also after `timeout`; the call goes on then."""
@@ -42,10 +55,15 @@ class Work(dist.Work):
                 self._work.wait(seconds if seconds > 0 else None)
             except (FleetError, TimeoutError) as error:
                 raise torch_error(error) from None
+        if self._bring_back is not None:
+            self._bring_back()
         return True
 
     def is_completed(self) -> bool:
-        return self._work is None or self._work.done()
+        is_done = self._work is None or self._work.done()
+        if is_done and self._bring_back is not None and self.exception() is None:
+            self._bring_back()
+        return is_done
 
     def is_success(self) -> bool:
         return self._work is None or (self._work.done() and self._work.exception() is None)
@@ -74,7 +92,7 @@ class Work(dist.Work):
         if self._future is None:
             # What a function of `then` raises is the only error that C++ sees as one: DDP would take an exception that
             # `set_exception` leaves for tensors, and crash.
-            done: torch.futures.Future[None] = torch.futures.Future()
+            done: torch.futures.Future[None] = torch.futures.Future(devices=[*self._devices])
             self._future = done.then(self._settled)
             if self._work is None or self._work.advance():
                 done.set_result(None)
@@ -85,4 +103,6 @@ class Work(dist.Work):
     def _settled(self, _: Any) -> Any:
         if (error := self.exception()) is not None:
             raise error
+        if self._bring_back is not None:
+            self._bring_back()
         return self._tensors
