@@ -30,7 +30,7 @@ class Shape(NamedTuple):
         return f"{self.world_size} rank{'s' * (self.world_size > 1)}" + (f" of {' and '.join(each)}" if each else "")
 
 
-@dataclass
+@dataclass(slots=True)
 class Room:
     """Slots of one worker. Invariant: `held` says which job has how many ranks here, and `taken` is their sum."""
 

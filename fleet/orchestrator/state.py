@@ -14,7 +14,7 @@ OUTCOMES = ("succeeded", "failed", "cancelled", "quarantined")
 DISPATCH_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0, 600.0)
 
 
-@dataclass
+@dataclass(slots=True)
 class Worker:
     """One agent, with its current connection and its latest hello."""
 
