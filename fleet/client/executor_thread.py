@@ -187,11 +187,12 @@ class ExecutorThread:
         for thing in things:
             self._take(thing)
         self._take_tasks()  # of callers that waited for a result and have gone on
-        self._runners.tick()
         now = self._clock.now()
-        if (deadline := self._scheduler.next_deadline()) is not None and now >= deadline:
-            self._step(scheduler.Tick())
         self._wakes_at = self._next_deadline()
+        if now >= self._wakes_at:
+            self._runners.tick()
+            self._step(scheduler.Tick())
+            self._wakes_at = self._next_deadline()
         return None if self._runners.has_event() else max(0.0, self._wakes_at - now)
 
     def _next_deadline(self) -> float:
@@ -210,8 +211,8 @@ class ExecutorThread:
 
     def _take_tasks(self) -> None:
         """Takes in tasks that were added or cancelled."""
-        if added := self._pending.take():
-            self._step(scheduler.Submitted(added))
+        if self._pending.added:
+            self._step(scheduler.Submitted(self._pending.take()))
         if self._pending.cancelled or self._cancel_all:
             cancelled = self._pending.take_cancelled(self._cancel_all)
             self._cancel_all = False
@@ -254,12 +255,7 @@ class ExecutorThread:
             self._fail(effect)
 
     def _give(self, give: scheduler.Give) -> None:
-        calls, cancelled = [], []
-        for task in give.tasks:
-            if (claimed := self._pending.claim(task.task_id)) is not None:
-                calls.append(claimed)
-            else:
-                cancelled.append(task.task_id)
+        calls, cancelled = self._pending.claim(give.tasks)
         self._runners.give(give.job_id, calls)
         if cancelled:
             self._step(scheduler.NotGiven(give.job_id, tuple(cancelled)))

@@ -137,13 +137,18 @@ class PendingTasks:
         pending = self._tasks.get(task_id)
         return None if pending is None else pending.packed
 
-    def claim(self, task_id: int) -> tuple[tasks.Call, PackedCall] | None:
-        """The call of a task that is given to a runner now. None: the task was cancelled, and is dropped."""
-        pending = self._tasks[task_id]
-        if pending.claim():
-            return pending.call, pending.packed
-        self._drop([self._tasks.pop(task_id)])
-        return None
+    def claim(self, given: Iterable[Task]) -> tuple[list[tuple[tasks.Call, PackedCall]], list[int]]:
+        """The calls of tasks that are given to a runner now. Drops the tasks that were cancelled, and returns their ids."""
+        calls, cancelled = [], []
+        for task in given:
+            pending = self._tasks[task.task_id]
+            if pending.claim():
+                calls.append((pending.call, pending.packed))
+            else:
+                cancelled.append(task.task_id)
+        if cancelled:
+            self._drop([self._tasks.pop(task_id) for task_id in cancelled])
+        return calls, cancelled
 
     def take_cancelled(self, all_of_them: bool) -> list[int]:
         """Drops cancelled tasks, and returns them. With `all_of_them`, cancels all that have not begun first."""

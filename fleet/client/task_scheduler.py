@@ -325,7 +325,8 @@ class TaskScheduler:
 
     def _queue(self, task: Task, first: bool = False) -> None:
         self._queued[task.task_id] = task
-        queue = self._queues.setdefault(task.priority, deque())
+        if (queue := self._queues.get(task.priority)) is None:
+            queue = self._queues[task.priority] = deque()
         if first:
             queue.appendleft(task)
         else:
@@ -397,13 +398,16 @@ class TaskScheduler:
         """Everything that time alone brings about, and when."""
         if self._delayed:
             yield self._delayed[0][0], "retry", None
-        idle = self.has_idle
+        idle: bool | None = None  # computed once a runner has tasks behind its head: every event comes here
         for runner in self.runners.values():
-            head = runner.head
-            if head is not None and head.timeout_s is not None and runner.verdict is None:
+            if not runner.tasks:
+                continue
+            if runner.verdict is None and (head := runner.head) is not None and head.timeout_s is not None:
                 yield runner.head_since + head.timeout_s, "timeout", runner
-            if idle and len(runner.tasks) > 1 and not runner.recalling:
-                yield runner.head_since + RECALL_AFTER_S, "recall", runner
+            if len(runner.tasks) > 1 and not runner.recalling:
+                idle = self.has_idle if idle is None else idle
+                if idle:
+                    yield runner.head_since + RECALL_AFTER_S, "recall", runner
 
     def _expire(self) -> None:
         for _, timer, runner in [found for found in self._timers() if found[0] <= self._now]:

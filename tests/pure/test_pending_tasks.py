@@ -12,6 +12,7 @@ from fleet import pickling, tasks
 from fleet.client.call_packer import CallPacker
 from fleet.client.incoming_results import Whole
 from fleet.client.pending_tasks import PendingTasks, TaskOptions
+from fleet.client.task_scheduler import Task
 
 
 class Bench:
@@ -42,11 +43,11 @@ def test_a_task_is_taken_claimed_and_settled_once(bench: Bench) -> None:
     task_id, future = bench.add("x")
     assert [task.task_id for task in bench.pending.take()] == [task_id]
     assert bench.pending.take() == []
-    claimed = bench.pending.claim(task_id)
-    assert claimed is not None
-    assert claimed[0].task_id == task_id
+    [(call, packed)], cancelled = bench.pending.claim([Task(task_id)])
+    assert call.task_id == task_id
+    assert cancelled == []
     assert future.running()
-    assert bench.pending.claim(task_id) == claimed  # again, after a lost runner
+    assert bench.pending.claim([Task(task_id)]) == ([(call, packed)], [])  # again, after a lost runner
     bench.pending.settle([bench.result(task_id, "y"), bench.result(task_id, "again")])
     assert future.result() == "y"
     assert bench.pending.count == 0
@@ -61,9 +62,10 @@ def test_a_cancelled_task_is_dropped_before_or_when_it_is_claimed(bench: Bench) 
     assert bench.woken == 1
     assert bench.pending.take_cancelled(all_of_them=False) == [first]
     assert second_future.cancel()
-    assert bench.pending.claim(second) is None
+    calls, cancelled = bench.pending.claim([Task(second), Task(third)])
+    assert [call.task_id for call, _ in calls] == [third]
+    assert cancelled == [second]
     assert bench.pending.take_cancelled(all_of_them=False) == []
-    assert bench.pending.claim(third) is not None
     assert not third_future.cancel()
     assert bench.pending.count == 1
 
@@ -71,7 +73,7 @@ def test_a_cancelled_task_is_dropped_before_or_when_it_is_claimed(bench: Bench) 
 def test_all_that_have_not_begun_are_cancelled(bench: Bench) -> None:
     (first, first_future), (second, second_future), (third, third_future) = bench.add(1), bench.add(2), bench.add(3)
     bench.pending.take()
-    assert bench.pending.claim(first) is not None
+    bench.pending.claim([Task(first)])
     assert second_future.cancel()
     assert sorted(bench.pending.take_cancelled(all_of_them=True)) == [second, third]
     with pytest.raises(CancelledError):
@@ -100,7 +102,7 @@ def test_one_waits_for_room_and_a_task_alone_may_be_larger() -> None:
     bench = Bench(max_count=2, max_bytes=1000)
     task_id, _ = bench.add(b"x" * 2000)
     bench.pending.take()
-    bench.pending.claim(task_id)
+    bench.pending.claim([Task(task_id)])
     added: list[int] = []
     waiting = threading.Thread(target=lambda: added.append(bench.add(b"y")[0]))
     waiting.start()
