@@ -67,6 +67,17 @@ def views_follow_a_storage_that_moves() -> None:
         assert moved() == windows() == 0
 
 
+def calls_that_follow_without_a_wait_find_the_memory() -> None:
+    x = torch.full((COUNT + 6,), 1.0)
+    works = [dist.all_reduce(x, async_op=True) for _ in range(4)]
+    works.append(dist.broadcast(x, 0, async_op=True))
+    others = [torch.full((COUNT + 6,), -1.0) for _ in range(3)]  # may lie where x was
+    for work in works:
+        work.wait()
+    assert (x == float(world_size**4)).all()
+    assert all((other == -1).all() for other in others)
+
+
 def a_storage_that_has_moved_keeps_its_size() -> None:
     x = torch.empty(COUNT)
     reduces(x)
@@ -129,6 +140,8 @@ def ddp_trains_in_shared_memory(**options: bool) -> None:
 
 
 views_follow_a_storage_that_moves()
+calls_that_follow_without_a_wait_find_the_memory()
+settled()
 a_storage_that_has_moved_keeps_its_size()
 settled()
 memory_of_others_stays()
