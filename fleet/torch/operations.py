@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fleet.collectives.communicator import Communicator
-from fleet.errors import FleetError
+from fleet.collectives.communicator import Communicator, Op
+from fleet.errors import FleetError, UsageError
 from fleet.torch.reduce_ops import fleet_op
 from fleet.torch.shared_storage import SharedStorages
 from fleet.torch.staging import staged
@@ -38,6 +38,8 @@ class Operations:
     @staged(reads=0, writes=0)
     def all_reduce(self, tensors: Tensors, opts: Any) -> Work:
         op = fleet_op(opts.reduceOp)
+        if any(x.is_sparse for x in tensors):
+            return self._call(opts, tensors, self._all_reduce_sparse, [(x, op) for x in tensors])
         return self._call(opts, tensors, self._storages.all_reduce, [(x, op) for x in tensors])
 
     @staged(reads=0, writes=0)
@@ -124,6 +126,22 @@ class Operations:
             raise torch_error(error) from None
         comm.timeout_s = timeout.total_seconds() if timeout is not None else self.comm.timeout_s
         return Operations(comm)
+
+    def _all_reduce_sparse(self, x: torch.Tensor, op: Op, timeout_s: float | None, async_op: bool) -> None:
+        """Sums sparse tensors (COO) of any number of elements, which every rank gathers. Done when it returns."""
+        if op != "sum":
+            raise UsageError(f"sparse tensors are reduced with SUM, not with {op}")
+        mine = x.detach().coalesce()
+        indices, values = mine.indices().t().contiguous(), mine.values()
+        counts = torch.empty(self.comm.world_size, dtype=torch.int64)
+        self.comm.all_gather(counts, torch.tensor([len(values)]), timeout_s=timeout_s)
+        parts = []
+        for part in (indices, values):
+            gathered = [part.new_empty((count, *part.shape[1:])) for count in counts.tolist()]
+            self.comm.all_gather(gathered, part, timeout_s=timeout_s)
+            parts.append(torch.cat(gathered))
+        with torch.no_grad():
+            x.copy_(torch.sparse_coo_tensor(parts[0].t(), parts[1], x.shape, check_invariants=True).coalesce())
 
     # How a call is made
 

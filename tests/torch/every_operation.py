@@ -204,7 +204,13 @@ def uneven() -> Iterator[tuple[str, Case]]:
         dist.all_to_all_single(out, values((sum(x_rows), 2), torch.float32), x_rows, x_rows, group=group)
         return out
 
-    yield from named(all_gather_uneven, all_to_all_uneven, all_to_all_single_uneven)
+    def all_reduce_sparse(group: Any) -> Any:
+        rows = torch.tensor([[0, RANK, RANK + 1, 0]])
+        x = torch.sparse_coo_tensor(rows[:, : 4 - RANK % 2], values((4 - RANK % 2, 3), torch.float32), (SIZE + 1, 3))
+        dist.all_reduce(x, group=group)
+        return x.to_dense()
+
+    yield from named(all_gather_uneven, all_to_all_uneven, all_to_all_single_uneven, all_reduce_sparse)
 
 
 def named(*cases: Case) -> Iterator[tuple[str, Case]]:
