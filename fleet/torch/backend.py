@@ -5,12 +5,17 @@ Names only: see operations.py. torch calls a Backend by each operation's new nam
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
+import torch
+from torch import distributed as dist
 from torch._C import _distributed_c10d as c10d
+from torch.distributed import distributed_c10d
 
-from fleet.torch.operations import Operations
+from fleet.torch.operations import Operations, Tensors
 from fleet.torch.process_group import NAME, FleetProcessGroup
+from fleet.torch.work import Work
 
 
 class FleetBackend(c10d.Backend):
@@ -47,7 +52,10 @@ class FleetBackend(c10d.Backend):
     alltoall = FleetProcessGroup.alltoall
     send = FleetProcessGroup.send
     recv = FleetProcessGroup.recv
-    recv_anysource = FleetProcessGroup.recv_anysource
+
+    def recv_anysource(self, tensors: Tensors, tag: int = 0) -> Work:
+        return self._operations.recv(tensors, None, tag)
+
     barrier = FleetProcessGroup.barrier
 
     def monitored_barrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
@@ -56,3 +64,29 @@ class FleetBackend(c10d.Backend):
     set_timeout = FleetProcessGroup.set_timeout
     shutdown = FleetProcessGroup.shutdown
     abort = FleetProcessGroup.abort
+
+
+def _offer_source_of_recv() -> None:
+    """Makes torch's `recv` from any rank ask fleet's Work who sent: torch's cover of a Work in Python does not pass it on."""
+    of_torch = distributed_c10d.recv
+
+    @wraps(of_torch)
+    def recv(
+        tensor: torch.Tensor, src: int | None = None, group: Any = None, tag: int = 0, **others: Any
+    ) -> int | None:
+        called: Any = distributed_c10d.GroupMember.WORLD if group is None else group
+        is_known = src is not None or others.get("group_src") is not None
+        if is_known or called is distributed_c10d.GroupMember.NON_GROUP_MEMBER:
+            return of_torch(tensor, src, group, tag, **others)
+        backend = called._get_backend(tensor.device)
+        if not isinstance(backend, FleetBackend):
+            return of_torch(tensor, src, group, tag, **others)
+        work = backend.recv_anysource([tensor], tag)
+        work.wait()
+        return distributed_c10d.get_global_rank(called, work.source_rank())
+
+    for module in (distributed_c10d, dist):
+        vars(module)["recv"] = recv
+
+
+_offer_source_of_recv()

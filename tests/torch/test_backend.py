@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fleet.torch.substitution import takes_one_of_several
 from tests.chaos.commands import fleet
 
 pytestmark = pytest.mark.chaos
@@ -41,3 +42,31 @@ def test_ddp_trains_the_same_model_on_every_rank(tmp_path: Path) -> None:
     [first, second] = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
     assert first == second
     assert first[0] == "fleet"
+
+
+ONE_OF_TWO = """
+import json, sys
+import torch
+import torch.distributed as dist
+
+dist.init_process_group("cpu:fleet,cuda:gloo")
+x = torch.ones(3)
+dist.all_reduce(x)
+group = dist.group.WORLD
+names = [group._get_backend(torch.device(device)).name() for device in ("cpu", "cuda")]
+source = dist.recv(torch.zeros(1)) if dist.get_rank() == 0 else dist.send(torch.ones(1), 0)
+dist.monitored_barrier()
+with open(f"{sys.argv[1]}/{dist.get_rank()}", "w") as file:
+    json.dump([names, x.tolist(), source], file)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not takes_one_of_several(), reason="before torch 2.14 a backend in Python replaces all others")
+def test_fleet_is_one_backend_of_two(tmp_path: Path) -> None:
+    script = tmp_path / "one_of_two.py"
+    script.write_text(ONE_OF_TWO)
+    ended = fleet("run", "--workers", "2", str(script), str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert ended.returncode == 0, ended.stderr
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    assert found == [[["fleet", "gloo"], [2.0] * 3, 1], [["fleet", "gloo"], [2.0] * 3, None]]
