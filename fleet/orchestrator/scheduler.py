@@ -39,7 +39,7 @@ UNWANTED = frozenset({CANCELLED, CLIENT_GONE, CLIENT_AWAY})
 
 @dataclass(eq=False)
 class Scheduler:
-    """All jobs that are known. Invariant: their moves are those of jobs.MOVES, and a move that lasts is saved."""
+    """All jobs that are known. Invariant: their moves are those of job.MOVES, and a move that lasts is saved."""
 
     effects: Effects
     membership: Membership

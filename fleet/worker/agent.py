@@ -200,15 +200,15 @@ class Agent:
             self._say_refused(message)
         self._step(w.FromRank(arrived.peer, message))
 
-    def _say_refused(self, tally: m.CollectiveCounts) -> None:
-        if tally.refused_count and monotonic() >= self._say_refused_at:
+    def _say_refused(self, counts: m.CollectiveCounts) -> None:
+        if counts.refused_count and monotonic() >= self._say_refused_at:
             self._say_refused_at = monotonic() + LOG_EVERY_S
             # A few may be ranks that were killed while they connected: no news for somebody who runs a job on this machine.
             log.log(
-                logging.WARNING if tally.refused_count >= REFUSED_MANY else logging.INFO,
+                logging.WARNING if counts.refused_count >= REFUSED_MANY else logging.INFO,
                 "rank %d of job %s refused %d connections whose other side did not prove that it holds the secret "
                 "(%d at all ranks so far)",
-                tally.member_id, tally.job_id, tally.refused_count, self._metrics.refused_count,
+                counts.member_id, counts.job_id, counts.refused_count, self._metrics.refused_count,
             )  # fmt: skip
 
     def _step(self, first: Event) -> None:
