@@ -7,10 +7,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test soak bench clean
+.PHONY: help demo check test test-frameworks soak bench clean
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
 
 demo: .venv/.examples ## train the digits example on 8 local workers
 	$(BIN)/fleet run examples/train_digits.py --workers 8
@@ -22,8 +22,11 @@ check: .venv/.test ## format, lint, types, layers
 	$(BIN)/python -m pytest tests/test_layers.py
 
 test: .venv/.test ## every test; those of real clusters last, one at a time, and skipped where there is no Docker or Slurm
-	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/cluster tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal --ignore tests/cluster --ignore tests/frameworks tests
 	$(BIN)/python -m pytest tests/cluster
+
+test-frameworks: .frameworks/.installed ## Lightning, Accelerate and the Hugging Face Trainer on fleet, in an environment of their own
+	.frameworks/bin/python -m pytest tests/frameworks
 
 soak: .venv/.test ## jobs and tasks on a small cluster for SOAK_S seconds, and what each process gains for 1000 jobs
 	FLEET_TEST_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -s tests/soak
@@ -36,7 +39,7 @@ bench: .venv/.bench ## how long a gang takes to start, and to end when it failed
 	$(BIN)/python bench/orchestrator.py
 
 clean: ## remove what the other verbs made
-	rm -rf .venv .peers build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .frameworks .peers build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Who names an interpreter wants that one, whatever made the .venv that is there.
@@ -65,4 +68,11 @@ away:
 .venv/.examples .venv/.test .venv/.bench: .venv/.%: pyproject.toml constraints.txt .venv/.made
 	$(PIP) install --quiet -c constraints.txt hatchling editables
 	$(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# The frameworks would bring their own versions of what the other tests use.
+.frameworks/.installed: pyproject.toml constraints.txt tests/frameworks/requirements.txt
+	$(PYTHON) -m venv --clear .frameworks
+	.frameworks/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt hatchling editables
+	.frameworks/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation -c constraints.txt -r tests/frameworks/requirements.txt -e .
 	@touch $@

@@ -15,26 +15,25 @@ if (
 
 from typing import TYPE_CHECKING, Any
 
-from fleet.config import VERSION as __version__
-from fleet.config import check_system
-from fleet.errors import (
-    CollectiveMismatch,
-    CollectiveTimeout,
-    ConfigError,
-    FleetError,
-    ProtocolError,
-    RankEnded,
-    TaskError,
-    TaskLost,
-    Unreachable,
-    UsageError,
-    WorldChanged,
-)
-
+# Nothing of fleet is imported before its first use: where fleet is installed, `import torch` loads this file.
 if TYPE_CHECKING:
     from fleet.client.executor import Executor, as_completed
     from fleet.collectives.communicator import Communicator
     from fleet.collectives.reduce import PremulSum
+    from fleet.config import VERSION as __version__
+    from fleet.errors import (
+        CollectiveMismatch,
+        CollectiveTimeout,
+        ConfigError,
+        FleetError,
+        ProtocolError,
+        RankEnded,
+        TaskError,
+        TaskLost,
+        Unreachable,
+        UsageError,
+        WorldChanged,
+    )
 
 __all__ = [
     "CollectiveMismatch",
@@ -57,13 +56,24 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Executor and as_completed are imported at their first use, since a rank does not need them."""
-    if name in ("Executor", "as_completed"):
-        check_system()
+    """The public names but for the functions below, each imported at its first use."""
+    if name not in __all__:
+        raise AttributeError(f"module 'fleet' has no attribute {name!r}")
+    from fleet import config
+
+    if name == "__version__":
+        found: Any = config.VERSION
+    elif name in ("Executor", "as_completed"):
+        config.check_system()
         from fleet.client import executor
 
-        return getattr(executor, name)
-    raise AttributeError(f"module 'fleet' has no attribute {name!r}")
+        found = getattr(executor, name)
+    else:
+        from fleet import errors
+
+        found = getattr(errors, name)
+    globals()[name] = found
+    return found
 
 
 def init(timeout_s: float = 30.0, join_timeout_s: float = 300.0) -> Communicator:
@@ -74,6 +84,8 @@ def init(timeout_s: float = 30.0, join_timeout_s: float = 300.0) -> Communicator
     again. Raises CollectiveTimeout, which names the ranks that did not come, and Unreachable, which names the ranks that do
     not reach each other over the network.
     """
+    from fleet.config import check_system
+
     check_system()
     from fleet.collectives.init import init
 

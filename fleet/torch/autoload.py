@@ -6,25 +6,36 @@ Group `torch.distributed.backends`, which torch has from 2.14 on: torch calls `r
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
-
-from fleet import config
 
 NAME = "fleet"
 
 
 def register() -> None:
-    """Makes the name `fleet` known to a torch that does not ask for it by name."""
+    """Makes the name `fleet` known to a torch that does not ask for it by name, and torch ask for zero words."""
     from torch import distributed
 
     if not distributed.is_available():
         return
     if not hasattr(distributed.Backend, "_ensure_backend_registered"):
         register_named()
-    if config.torch_backend() == NAME:
-        from fleet.torch.substitution import substitute
+    make = getattr(distributed.distributed_c10d, "_new_process_group_helper", None)
+    if make is None or hasattr(make, "__wrapped__"):  # a later torch than fleet knows, or done before
+        return
 
-        substitute()
+    @wraps(make)
+    def made(*args: Any, **options: Any) -> Any:
+        # Asked at each process group: a rank gets its environment after its fork, which may come after `import torch`.
+        from fleet import config
+
+        if config.torch_backend() == NAME:
+            from fleet.torch.substitution import substituted
+
+            args = substituted(*args)
+        return make(*args, **options)
+
+    vars(distributed.distributed_c10d)["_new_process_group_helper"] = made
 
 
 def register_named() -> None:

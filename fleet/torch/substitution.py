@@ -1,13 +1,12 @@
 """Zero words: process groups that ask for gloo, or for torch's default on CPU, get fleet (`--torch-backend fleet`).
 
-torch makes every process group in one function, which is wrapped here. Backends by other names stay as they are.
+Backends by other names stay as they are.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from functools import wraps
 from typing import Any
 
 import torch
@@ -20,24 +19,15 @@ GLOO = "gloo"
 _said: set[str] = set()
 
 
-def substitute() -> None:
-    """Makes fleet take gloo's place in this process from here on; once. Says in the output what it does and what not."""
-    make = c10d._new_process_group_helper
-    if hasattr(make, "__wrapped__"):
-        return
-
-    @wraps(make)
-    def made(group_size: Any, group_rank: Any, ranks: Any, backend: Any, *args: Any, **options: Any) -> Any:
-        asked = c10d.BackendConfig(c10d.Backend(backend)).get_device_backend_map()
-        world = (group_rank, group_size) if not ranks else (c10d.get_rank(), c10d.get_world_size())
-        wanted, line = choice(asked, _is_of_the_job(*world), takes_one_of_several())
-        if line and world[0] == 0 and line not in _said:
-            _said.add(line)
-            print(f"fleet: {line}", file=sys.stderr, flush=True)
-        chosen = c10d.Backend(wanted) if wanted else backend
-        return make(group_size, group_rank, ranks, chosen, *args, **options)
-
-    vars(c10d)["_new_process_group_helper"] = made
+def substituted(group_size: Any, group_rank: Any, ranks: Any, backend: Any, *others: Any) -> tuple[Any, ...]:
+    """The arguments of torch's function for a new process group, with fleet in place of gloo. Says in the output what it does."""
+    asked = c10d.BackendConfig(c10d.Backend(backend)).get_device_backend_map()
+    rank, world_size = (c10d.get_rank(), c10d.get_world_size()) if ranks else (group_rank, group_size)
+    wanted, line = choice(asked, _is_of_the_job(rank, world_size), takes_one_of_several())
+    if line and rank == 0 and line not in _said:
+        _said.add(line)
+        print(f"fleet: {line}", file=sys.stderr, flush=True)
+    return group_size, group_rank, ranks, c10d.Backend(wanted) if wanted else backend, *others
 
 
 def choice(asked: Mapping[str, str], of_the_job: bool, one_of_several: bool) -> tuple[str | None, str]:

@@ -136,8 +136,6 @@ def _begin_anew(runtime: str) -> None:
         own["tempdir"] = runtime  # the agent removes this folder, also if the rank is killed
     if (random := sys.modules.get("numpy.random")) is not None:
         random.seed()  # with the state of the fork server all ranks would draw the same numbers
-    if config.torch_backend() and (autoload := sys.modules.get("fleet.torch.autoload")) is not None:
-        autoload.register()  # torch called it in the fork server, which has not this rank's environment
 
 
 def _execute(plan: Plan) -> NoReturn:
