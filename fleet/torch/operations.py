@@ -40,7 +40,16 @@ class Operations:
         op = fleet_op(opts.reduceOp)
         if any(x.is_sparse for x in tensors):
             return self._call(opts, tensors, self._all_reduce_sparse, [(x, op) for x in tensors])
+        if op == "mean" and not any(x.is_floating_point() or x.is_complex() for x in tensors):
+            return self._integer_means(tensors, opts)
         return self._call(opts, tensors, self._storages.all_reduce, [(x, op) for x in tensors])
+
+    def _integer_means(self, tensors: Tensors, opts: Any) -> Work:
+        """AVG of integers, rounded towards zero as by NCCL: Lightning averages counts. Done on return."""
+        self._call(opts, tensors, self.comm.all_reduce, [(x, "sum") for x in tensors]).wait()
+        for x in tensors:
+            x.div_(self.comm.world_size, rounding_mode="trunc")
+        return Work(None, tensors)
 
     @staged(reads=0, writes=0)
     def reduce(self, tensors: Tensors, opts: Any) -> Work:

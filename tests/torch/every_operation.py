@@ -238,6 +238,10 @@ def averages() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         x = values((rows, 3), dtype)
         dist.reduce(x, 0, dist.ReduceOp.AVG)
         yield f"reduce AVG {dtype}", x, mean.to(dtype) if RANK == 0 else values((rows, 3), dtype)
+    counts = torch.tensor([RANK, -RANK - 1, 7])
+    dist.all_reduce(counts, dist.ReduceOp.AVG)
+    means = [sum(range(SIZE)) / SIZE, -sum(range(1, SIZE + 1)) / SIZE, 7]
+    yield "all_reduce AVG of integers", counts, torch.tensor([int(mean) for mean in means])
     x = values((5,), torch.float32)
     dist.all_reduce(x, dist._make_nccl_premul_sum(0.25))
     yield "all_reduce PREMUL_SUM", x, total((5,)) * 0.25

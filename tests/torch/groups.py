@@ -126,7 +126,7 @@ def a_barrier_that_names_all_missing_ranks() -> None:
 def a_bad_call() -> None:
     """Nothing was sent, so the group goes on."""
     for call in (
-        lambda: dist.all_reduce(torch.ones(3, dtype=torch.int64), dist.ReduceOp.AVG),
+        lambda: dist.reduce(torch.ones(3, dtype=torch.int64), 0, dist.ReduceOp.AVG),
         lambda: dist.all_reduce(torch.ones(3), dist.ReduceOp.BAND),
         lambda: dist.all_gather([torch.ones(3)] * (SIZE - 1), torch.ones(3)),
     ):
