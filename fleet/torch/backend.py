@@ -21,6 +21,14 @@ from fleet.torch.work import Work
 class FleetBackend(c10d.Backend):
     """What carries out the operations of a process group on tensors of the devices that it is registered for."""
 
+    # Inherited ones would ask themselves for ever: torch looks these up by name, and takes its own for an answer of Python's.
+    supports_splitting = False
+    supports_coalescing = False
+    supports_time_estimate = False
+    supports_shrinking = False
+    supports_reconfigure = False
+    supports_window = False
+
     def __init__(self, options: Any, operations: Operations) -> None:
         super().__init__(options.group_rank, options.group_size)
         self._operations = operations

@@ -12,6 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from fleet.torch import autoload
+from fleet.torch.substitution import takes_one_of_several
 
 autoload.register()
 dist.init_process_group("fleet")
@@ -83,7 +84,8 @@ def time_limits() -> None:
         dist.barrier()
         work.wait()
         assert x.sum() == 3
-        assert work._source_rank() == 1
+        if not takes_one_of_several():  # torch 2.14 does not pass it on
+            assert work._source_rank() == 1
     else:
         dist.barrier()
         if RANK == 1:

@@ -20,7 +20,9 @@ COUNT = 1 << 19  # elements: 2 MB
 autoload.register()
 dist.init_process_group("fleet", timeout=timedelta(seconds=20))
 rank, world_size = dist.get_rank(), dist.get_world_size()
-operations: Any = dist.distributed_c10d._get_default_group()._operations
+group: Any = dist.distributed_c10d._get_default_group()
+# From torch 2.14 on the group has a backend, which has them.
+operations: Any = getattr(group, "_operations", None) or group._get_backend(torch.device("cpu"))._operations
 TOTAL = float(sum(range(1, world_size + 1)))
 
 
