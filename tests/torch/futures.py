@@ -103,9 +103,10 @@ def errors() -> None:
         work.get_future().wait()
     with pytest.raises(RuntimeError, match=both_calls):
         work.get_future().then(lambda future: future.value()).wait()
-    assert isinstance(work.exception(), dist.DistBackendError)
-    assert work.is_completed()
-    assert not work.is_success()
+    if not takes_one_of_several():
+        assert isinstance(work.exception(), dist.DistBackendError)
+        assert work.is_completed()
+        assert not work.is_success()
 
 
 for part in (functions_that_wait_for_collectives, hooks_of_ddp, time_limits, errors):

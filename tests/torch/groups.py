@@ -14,6 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import fleet
 from fleet.torch import autoload
+from fleet.torch.substitution import takes_one_of_several
 
 autoload.register()
 dist.init_process_group("fleet")
@@ -23,7 +24,8 @@ SHORT = datetime.timedelta(seconds=1)
 
 def names() -> None:
     world = dist.group.WORLD
-    assert (dist.get_backend(), world.name(), world.group_desc) == ("fleet", "fleet", "default_pg")
+    name = "custom" if takes_one_of_several() else "fleet"  # from torch 2.14 on, that of the group's kind of backend
+    assert (dist.get_backend(), world.name(), world.group_desc) == ("fleet", name, "default_pg")
     assert (world.rank(), world.size(), world.bound_device_id) == (RANK, SIZE, None)
     pair = dist.new_group([0, 3])
     if RANK in (0, 3):
@@ -31,6 +33,8 @@ def names() -> None:
         x = torch.ones(2)
         dist.all_reduce(x, group=pair)
         assert x.tolist() == [2, 2]
+    if takes_one_of_several():
+        return  # there torch splits only groups that are bound to a GPU
     half = world.split_group([1, 0], group_name="half", group_desc="the lower")
     assert (half is None) == (RANK > 1)
     if half is not None:
