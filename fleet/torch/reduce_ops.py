@@ -33,5 +33,5 @@ def fleet_op(op: Any) -> str | PremulSum:
     if (name := _NAMES.get(kind.value)) is not None:
         return name
     if kind.value == _PREMUL_SUM:
-        return PremulSum(float(op.factor))
+        return PremulSum(float(op.__getstate__()[1]))  # `factor` is new in torch 2.13
     raise torch_error(UsageError(f"fleet has no reduction {kind}: use one of {', '.join(map(str, _OPS))}"))
