@@ -17,6 +17,9 @@ from fleet.torch.operations import Operations, Tensors
 from fleet.torch.process_group import NAME, FleetProcessGroup
 from fleet.torch.work import Work
 
+# torch's wrapper for TORCH_DISTRIBUTED_DEBUG=DETAIL keeps the C++ half of a backend alone.
+_open: set[FleetBackend] = set()
+
 
 class FleetBackend(c10d.Backend):
     """What carries out the operations of a process group on tensors of the devices that it is registered for."""
@@ -32,6 +35,7 @@ class FleetBackend(c10d.Backend):
     def __init__(self, options: Any, operations: Operations) -> None:
         super().__init__(options.group_rank, options.group_size)
         self._operations = operations
+        _open.add(self)
         self._options = c10d.Backend.Options(NAME, options.timeout)
         self._options.global_ranks_in_group = list(options.global_ranks_in_group)
         self._options.group_name = options.group_id
@@ -69,9 +73,20 @@ class FleetBackend(c10d.Backend):
     def monitored_barrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
         self._operations.monitored_barrier(opts.timeout, wait_all_ranks)
 
+    def _set_sequence_number_for_group(self) -> None:
+        """Nothing: fleet itself compares the calls of the ranks."""
+
+    def _get_sequence_number_for_group(self) -> int:
+        """Of the wrapper's comparison of calls, in which it must be the same on all ranks."""
+        return 0
+
     set_timeout = FleetProcessGroup.set_timeout
-    shutdown = FleetProcessGroup.shutdown
-    abort = FleetProcessGroup.abort
+
+    def shutdown(self) -> None:
+        self._operations.close()
+        _open.discard(self)
+
+    abort = shutdown
 
 
 def _offer_source_of_recv() -> None:
