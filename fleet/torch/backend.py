@@ -71,7 +71,7 @@ class FleetBackend(c10d.Backend):
     barrier = FleetProcessGroup.barrier
 
     def monitored_barrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
-        self._operations.monitored_barrier(opts.timeout, wait_all_ranks)
+        self._operations.monitored_barrier(opts.timeout)
 
     def _set_sequence_number_for_group(self) -> None:
         """Nothing: fleet itself compares the calls of the ranks."""

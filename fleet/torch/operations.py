@@ -114,11 +114,8 @@ class Operations:
         [x] = tensors
         return self._between_two(tensors, self.comm.recv, x, src, tag)
 
-    def monitored_barrier(self, timeout: timedelta | None, wait_all_ranks: bool) -> None:
-        """Returns once every rank has called it. Rank 0 raises DistBackendError with all ranks that have not in time.
-
-        The others wait for rank 0, and raise where it does not come. `wait_all_ranks` is how fleet does it anyway.
-        """
+    def monitored_barrier(self, timeout: timedelta | None) -> None:
+        """Returns once every rank has called it. Raises DistBackendError that names all ranks that have not in time."""
         limit_s = (
             timeout.total_seconds() if timeout is not None and timeout.total_seconds() > 0 else self.comm.timeout_s
         )

@@ -36,7 +36,7 @@ class FleetProcessGroup(dist.ProcessGroup):
     def getBackendName(self) -> str:
         return NAME
 
-    def allreduce(self, tensors: Any, opts: Any = None, *args: Any) -> Work:
+    def allreduce(self, tensors: Any, opts: Any = None) -> Work:  # type: ignore[override]
         return self._operations.all_reduce(_listed(tensors), _reducing(opts, c10d.AllreduceOptions))
 
     def allreduce_coalesced(self, tensors: Tensors, opts: Any = None) -> Work:
@@ -104,7 +104,8 @@ class FleetProcessGroup(dist.ProcessGroup):
         return self._operations.barrier(opts or c10d.BarrierOptions())
 
     def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
-        self._operations.monitored_barrier(timeout, wait_all_ranks)
+        """fleet names all ranks that are missing, whether it is asked to wait for them or not."""
+        self._operations.monitored_barrier(timeout)
 
     def set_timeout(self, timeout: timedelta) -> None:
         self._operations.comm.timeout_s = timeout.total_seconds()
