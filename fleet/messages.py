@@ -2,87 +2,24 @@
 
 A message is one frame: a protocol byte, then MessagePack. A tensor never travels here. Messages between a client and its task
 runner pass through unread, behind a head that names the job: see relay_head.
-To add a message: write its Struct with a bound for each field, add it to `_ALL`, and handle it in the `step` of its receiver.
+To add a message: write its Struct with a bound for each field, and handle it in the `step` of its receiver.
 """
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from typing import Annotated, Literal
 
 import msgspec
 
-from fleet.bounds import (
-    FRAME_LIMIT_BYTES,
-    ONE_A_RANK,
-    REASON_CHARS,
-    Attempt,
-    Count,
-    Digest,
-    Endpoint,
-    Host,
-    Hosts,
-    IdOrNone,
-    Incarnation,
-    JobId,
-    JobIds,
-    Made,
-    MemberId,
-    MemberIdOrNone,
-    MemberIds,
-    Number,
-    NumberOrNone,
-    Pid,
-    Port,
-    Rank,
-    Seconds,
-    Size,
-    SlotCount,
-    StopSignal,
-    Text,
-    Word,
-    WorkerId,
-    WorkerIds,
-    WorldSize,
-)
+from fleet import bounds as b
 from fleet.errors import OtherProtocol, ProtocolError
-from fleet.questions import (
-    FILES_AT_ONCE,
-    LEFT_OUT_NAMED,
-    Because,
-    Drain,
-    Drained,
-    FileInfo,
-    FilePart,
-    Files,
-    Jobs,
-    ListFiles,
-    ListJobs,
-    ListWorkers,
-    LogPart,
-    Ping,
-    Pong,
-    Question,
-    ReadFile,
-    ReadLog,
-    Unanswered,
-    WatchJob,
-    Why,
-    Workers,
-)
-from fleet.values import (
-    COLLECTIVE_SECONDS,
-    CountsRow,
-    JobInfo,
-    JobOptions,
-    Message,
-    RankStatus,
-    Spec,
-    Versions,
-    WorkerState,
-    escaped,
-    how,
-)
-from fleet.world import Member, World
+from fleet.questions import *  # noqa: F403 - other modules read all messages, and what these carry, from this one
+from fleet.values import *  # noqa: F403
+from fleet.values import CountsRow, JobOptions, Message, RankStatus, Spec, Versions, escaped
+from fleet.world import *  # noqa: F403
+from fleet.world import World
 
 PROTOCOL = 6
 PART_BYTES = 1 << 20  # a bundle travels in parts of this size
@@ -90,42 +27,49 @@ _PROTOCOL_BYTE = bytes([PROTOCOL])
 _RELAY = b"\xff"  # in the place of a control message's protocol byte
 
 
+class AttemptMessage(Message, frozen=True):
+    """Base of all messages about one attempt of a job."""
+
+    job_id: b.JobId
+    attempt: b.Attempt
+
+
 # Handshake and liveness
 
 
 class WorkerHello(Message, frozen=True):
-    worker_id: WorkerId
-    incarnation: Incarnation
-    host: Host  # the address that it advertises for its ranks
-    slots: SlotCount
+    worker_id: b.WorkerId
+    incarnation: b.Incarnation
+    host: b.Host  # the address that it advertises for its ranks
+    slots: b.SlotCount
     versions: Versions
     # (job_id, attempt) of each attempt that it still holds
-    running: Annotated[tuple[tuple[JobId, Attempt], ...], ONE_A_RANK] = ()
+    running: Annotated[tuple[tuple[b.JobId, b.Attempt], ...], b.ONE_A_RANK] = ()
     leaving: bool = False  # see Leaving
-    gpus: Count = 0
-    storage_id: IdOrNone = ""  # of the storage of its output folders; workers with the same one share that
+    gpus: b.Count = 0
+    storage_id: b.IdOrNone = ""  # of the storage of its output folders; workers with the same one share that
 
 
 class ClientHello(Message, frozen=True):
     versions: Versions
-    numbering: Word = ""  # of processes, see bus.process: `pid` means the same where this is equal; empty: not known
-    pid: Pid = 0
+    numbering: b.Word = ""  # of processes, see bus.process: `pid` means the same where this is equal; empty: not known
+    pid: b.Pid = 0
 
 
 class Welcome(Message, frozen=True):
     versions: Versions
     heartbeat_s: Annotated[float, msgspec.Meta(ge=0.01, le=3600.0)]
-    cluster_id: IdOrNone = ""  # name of the output folders on each worker; empty: this orchestrator forgets its jobs
+    cluster_id: b.IdOrNone = ""  # name of the output folders on each worker; empty: this orchestrator forgets its jobs
 
 
 class Refused(Message, frozen=True):
     """Final refusal of the receiver, which gives up and says why."""
 
-    reason: Text
+    reason: b.Text
 
 
 class Heartbeat(Message, frozen=True):
-    load: Seconds = 0.0  # of the worker's machine or container: 1.0 is all of its cores busy
+    load: b.Seconds = 0.0  # of the worker's machine or container: 1.0 is all of its cores busy
 
 
 class Unknown(Message, frozen=True):
@@ -136,11 +80,8 @@ class Leaving(Message, frozen=True):
     """Word of a worker that drains: it takes no new work, and leaves when its ranks have ended."""
 
 
-class HandBack(Message, frozen=True):
+class HandBack(AttemptMessage, frozen=True):
     """Word of a worker that leaves: it stops its part of a job. The whole job starts again on other workers."""
-
-    job_id: JobId
-    attempt: Attempt
 
 
 class Goodbye(Message, frozen=True):
@@ -151,8 +92,8 @@ class Goodbye(Message, frozen=True):
 
 
 class Submit(Message, frozen=True):
-    job_id: JobId  # made by the client, so that sending it twice is harmless
-    world_size: WorldSize
+    job_id: b.JobId  # made by the client, so that sending it twice is harmless
+    world_size: b.WorldSize
     spec: Spec
     again: bool = False  # after a lost connection: a job that is not known is not started
     detached: bool = False  # it outlives its client, and the orchestrator keeps its output
@@ -162,285 +103,236 @@ class Submit(Message, frozen=True):
 class Accepted(Message, frozen=True):
     """Acceptance of a job, which is on the orchestrator's disk: from here on it is not lost."""
 
-    job_id: JobId
+    job_id: b.JobId
 
 
 class Rejected(Message, frozen=True):
     """Refusal of a job, which will not run, with the reason."""
 
-    job_id: JobId
-    reason: Text
+    job_id: b.JobId
+    reason: b.Text
 
 
 class JobWaiting(Message, frozen=True):
     """Reason, in words, why a job has not started yet."""
 
-    job_id: JobId
-    reason: Text
+    job_id: b.JobId
+    reason: b.Text
 
 
 class Started(Message, frozen=True):
     """Start of a job's ranks. It is said again when the client or a worker is back, since messages between may be lost."""
 
-    job_id: JobId
-    hosts: Hosts  # by member_id
-    workers: WorkerIds  # by member_id
+    job_id: b.JobId
+    hosts: b.Hosts  # by member_id
+    workers: b.WorkerIds  # by member_id
 
 
 class Cancel(Message, frozen=True):
-    job_id: JobId
+    job_id: b.JobId
     kill: bool = False  # at once, without a grace period
-    signal: StopSignal = 0  # that ended the client
+    signal: b.StopSignal = 0  # that ended the client
 
 
 class JobEnded(Message, frozen=True):
-    job_id: JobId
-    reason: Text  # empty: every rank exited with 0
-    cause: MemberIdOrNone  # the member that failed first, -1: none
-    ranks: Annotated[tuple[RankStatus, ...], ONE_A_RANK] = ()
-    outcome: Word = ""  # see JobInfo; empty: its orchestrator does not know the job
+    job_id: b.JobId
+    reason: b.Text  # empty: every rank exited with 0
+    cause: b.MemberIdOrNone  # the member that failed first, -1: none
+    ranks: Annotated[tuple[RankStatus, ...], b.ONE_A_RANK] = ()
+    outcome: b.Word = ""  # see JobInfo; empty: its orchestrator does not know the job
 
 
 class Retire(Message, frozen=True):
     """Notice to a client: the worker of its task runner drains, so that runner gets nothing new."""
 
-    job_id: JobId
+    job_id: b.JobId
 
 
 # A bundle, in either direction
 
 
 class Want(Message, frozen=True):
-    digest: Digest
-    offset: Size
+    digest: b.Digest
+    offset: b.Size
 
 
 class Part(Message, frozen=True):
-    digest: Digest
-    offset: Size
+    digest: b.Digest
+    offset: b.Size
     data: Annotated[bytes, msgspec.Meta(max_length=PART_BYTES)]
 
 
 # An attempt, orchestrator and worker
 
 
-class Assign(Message, frozen=True):
-    job_id: JobId
-    attempt: Attempt
-    world_size: WorldSize
-    member_ids: MemberIds
-    group_rank: Rank
-    group_count: WorldSize
+class Assign(AttemptMessage, frozen=True):
+    world_size: b.WorldSize
+    member_ids: b.MemberIds
+    group_rank: b.Rank
+    group_count: b.WorldSize
     spec: Spec
-    gpus: Count = 0  # for each of the members
+    gpus: b.Count = 0  # for each of the members
 
 
-class Assigned(Message, frozen=True):
+class Assigned(AttemptMessage, frozen=True):
     """Word of a worker that has prepared its part. `port` is free on its host, for MASTER_PORT."""
 
-    job_id: JobId
-    attempt: Attempt
-    port: Port
+    port: b.Port
 
 
-class AssignFailed(Message, frozen=True):
+class AssignFailed(AttemptMessage, frozen=True):
     """Word of a worker that cannot prepare its part. `permanent`: no other worker could either, the fault is in the bundle."""
 
-    job_id: JobId
-    attempt: Attempt
-    reason: Text
+    reason: b.Text
     permanent: bool = False
 
 
-class Launch(Message, frozen=True):
-    job_id: JobId
-    attempt: Attempt
-    master_addr: Host
-    master_port: Port
+class Launch(AttemptMessage, frozen=True):
+    master_addr: b.Host
+    master_port: b.Port
 
 
-class Stop(Message, frozen=True):
-    job_id: JobId
-    attempt: Attempt
-    reason: Text
+class Stop(AttemptMessage, frozen=True):
+    reason: b.Text
     kill: bool = False
-    signal: StopSignal = 0
+    signal: b.StopSignal = 0
 
 
-class Forget(Message, frozen=True):
+class Forget(AttemptMessage, frozen=True):
     """Release of an attempt: the orchestrator has all exits, and the worker drops its part of it."""
-
-    job_id: JobId
-    attempt: Attempt
 
 
 class Stored(Message, frozen=True):
     """Jobs of which a worker has output folders, in parts. Answered by Discard, for jobs that are forgotten."""
 
-    job_ids: JobIds
+    job_ids: b.JobIds
 
 
 class Discard(Message, frozen=True):
     """Jobs that the cluster has forgotten: the worker removes their output folders."""
 
-    job_ids: JobIds
+    job_ids: b.JobIds
 
 
-class Left(Message, frozen=True):
+class Left(AttemptMessage, frozen=True):
     """Files that an attempt wrote into its working folder on a worker, and that are deleted with that folder."""
 
-    job_id: JobId
-    attempt: Attempt
-    file_count: Number
-    size_bytes: Size
+    file_count: b.Number
+    size_bytes: b.Size
     names: Annotated[
-        tuple[Text, ...], msgspec.Meta(max_length=16)
+        tuple[b.Text, ...], msgspec.Meta(max_length=16)
     ] = ()  # of files and folders at the top, those with the most bytes
-    error: Text = ""  # why some files that were to be kept are lost too
+    error: b.Text = ""  # why some files that were to be kept are lost too
 
 
-class RankExited(Message, frozen=True):
-    job_id: JobId
-    attempt: Attempt
+class RankExited(AttemptMessage, frozen=True):
     status: RankStatus
-    made: Made | None = None  # see CollectiveCounts
+    made: b.Made | None = None  # see CollectiveCounts
 
 
-class Output(Message, frozen=True):
-    job_id: JobId
-    attempt: Attempt
-    member_id: MemberId
+class Output(AttemptMessage, frozen=True):
+    member_id: b.MemberId
     stream: Literal["stdout", "stderr"]
     data: Annotated[bytes, msgspec.Meta(max_length=PART_BYTES)]
     # Counts the messages of a member in an attempt: one that comes twice is dropped, one that is missing comes again.
-    number: Number = 1
+    number: b.Number = 1
 
 
-class OutputAck(Message, frozen=True):
+class OutputAck(AttemptMessage, frozen=True):
     """Acknowledgement of a client: it has printed all output of a member up to this number. The worker keeps what comes after."""
 
-    job_id: JobId
-    attempt: Attempt
-    member_id: MemberId
-    number: Number
+    member_id: b.MemberId
+    number: b.Number
 
 
-class Repeat(Message, frozen=True):
+class Repeat(AttemptMessage, frozen=True):
     """Request of a client that may lack output: a worker sends again what was not acknowledged, and then Repeated."""
 
-    job_id: JobId
-    attempt: Attempt
 
-
-class Repeated(Message, frozen=True):
-    job_id: JobId
-    attempt: Attempt
+class Repeated(AttemptMessage, frozen=True):
+    """Word of a worker: it has sent again all output that was not acknowledged."""
 
 
 # A rank and its agent; Join, Formed, Ask and Answer go on through the orchestrator
 
 
-class RankHello(Message, frozen=True):
-    job_id: JobId
-    attempt: Attempt
-    member_id: MemberId
-    pid: Pid
+class RankHello(AttemptMessage, frozen=True):
+    member_id: b.MemberId
+    pid: b.Pid
 
 
 class RankWelcome(Message, frozen=True):
     """Address that a rank's inbox binds, and the lock of the sockets between the ranks of its job."""
 
-    bind: Endpoint  # endpoint to bind; port 0 lets the system choose
-    advertise: Host  # host that peers connect to; empty: the bound endpoint itself
+    bind: b.Endpoint  # endpoint to bind; port 0 lets the system choose
+    advertise: b.Host  # host that peers connect to; empty: the bound endpoint itself
     security: Literal["open", "plain", "curve"]
-    secret: Word  # of the job; also where sockets are open, for the names of files. Empty: the cluster has none
+    secret: b.Word  # of the job; also where sockets are open, for the names of files. Empty: the cluster has none
 
 
-class Join(Message, frozen=True):
-    job_id: JobId
-    attempt: Attempt
-    member_id: MemberId
-    pid: Pid
-    address: Endpoint
-    memory: Word = ""  # see world.Member
+class Join(AttemptMessage, frozen=True):
+    member_id: b.MemberId
+    pid: b.Pid
+    address: b.Endpoint
+    memory: b.Word = ""  # see world.Member
 
 
-class Formed(Message, frozen=True):
-    job_id: JobId
-    attempt: Attempt
+class Formed(AttemptMessage, frozen=True):
     world: World
 
 
-class MemberLost(Message, frozen=True):
+class MemberLost(AttemptMessage, frozen=True):
     """Loss of a member, with the reason in words: others need not wait for it.
 
     A member whose status is no failure has ended by itself, and ranks that do not need it go on.
     """
 
-    job_id: JobId
-    attempt: Attempt
     status: RankStatus
-    reason: Text
-    made: Made | None = None  # see CollectiveCounts
+    reason: b.Text
+    made: b.Made | None = None  # see CollectiveCounts
 
 
-class Ask(Message, frozen=True):
+class Ask(AttemptMessage, frozen=True):
     """Question to all ranks of a job: what are they doing now? Asked by a rank whose collective is late; by a client: -1."""
 
-    job_id: JobId
-    attempt: Attempt
-    member_id: MemberIdOrNone
-    question: Number
+    member_id: b.MemberIdOrNone
+    question: b.Number
     communicator_id: int = 0
     records: bool = False  # with the contents of their flight recorders
-    sequence: Number = 0  # also what each called as its collective of this number; 0: as its last one
-    generation: NumberOrNone = -1  # that the communicator is of; -1: the last one
+    sequence: b.Number = 0  # also what each called as its collective of this number; 0: as its last one
+    generation: b.NumberOrNone = -1  # that the communicator is of; -1: the last one
 
 
-class Answer(Message, frozen=True):
-    job_id: JobId
-    attempt: Attempt
-    asker: MemberIdOrNone
-    question: Number
-    member_id: MemberId
-    host: Host
-    pid: Pid
-    sequence: NumberOrNone  # of its running or last collective; -1: it has not joined, or is gone
+class Answer(AttemptMessage, frozen=True):
+    asker: b.MemberIdOrNone
+    question: b.Number
+    member_id: b.MemberId
+    host: b.Host
+    pid: b.Pid
+    sequence: b.NumberOrNone  # of its running or last collective; -1: it has not joined, or is gone
     inside: bool  # whether it is inside that collective now
-    doing: Text
-    call: Text = ""  # the collective that was asked for; empty: it made none of that number
-    line: Text = ""  # of the script, where that was called or the rank is now
+    doing: b.Text
+    call: b.Text = ""  # the collective that was asked for; empty: it made none of that number
+    line: b.Text = ""  # of the script, where that was called or the rank is now
     records: str = ""
-    unreached: MemberIds = ()  # that it sent to, and that it has no connection to
+    unreached: b.MemberIds = ()  # that it sent to, and that it has no connection to
 
 
-class CollectiveCounts(Message, frozen=True):
+class CollectiveCounts(AttemptMessage, frozen=True):
     """From a rank to its agent: counts of its collectives since the last such message, one row for an operation and a path."""
 
-    job_id: JobId
-    attempt: Attempt
-    member_id: MemberId
+    member_id: b.MemberId
     rows: Annotated[tuple[CountsRow, ...], msgspec.Meta(max_length=1000)]
-    inside_s: Seconds = 0.0  # how long it has been inside the collective that it is in; 0: in none
-    refused_count: Number = 0  # strangers at its inbox since then
-    made: Made | None = None  # collectives that it made, in its last such message; None: not known
+    inside_s: b.Seconds = 0.0  # how long it has been inside the collective that it is in; 0: in none
+    refused_count: b.Number = 0  # strangers at its inbox since then
+    made: b.Made | None = None  # collectives that it made, in its last such message; None: not known
 
 
-_ALL = (
-    WorkerHello | ClientHello | Welcome | Refused | Heartbeat | Unknown | Leaving | HandBack | Goodbye | Ping | Pong
-    | Submit | Accepted | Rejected | JobWaiting | Started | Cancel | JobEnded | Retire | ListJobs | Jobs | WatchJob | ReadLog
-    | LogPart | Drain | Drained | Want | Part | Assign | Assigned | AssignFailed | Launch | Stop
-    | Forget | RankExited | Output | OutputAck
-    | Repeat | Repeated | RankHello | RankWelcome | Join | Formed | MemberLost | Ask | Answer | CollectiveCounts
-    | ListWorkers | Workers | Why | Because | Unanswered
-    | Stored | Discard | Left | ListFiles | Files | ReadFile | FilePart
-)  # fmt: skip
-
-
+_MESSAGES = {*Message.__subclasses__(), *AttemptMessage.__subclasses__()} - {AttemptMessage}
 _encoder = msgspec.msgpack.Encoder()
 # msgspec inspects a Struct at its first use, and two threads that do so at once crash the interpreter.
 # So it is done here, under the lock of the import.
-_decoder = msgspec.msgpack.Decoder(_ALL)
+_decoder = msgspec.msgpack.Decoder(reduce(or_, _MESSAGES))
 
 
 def relay_head(job_id: str) -> bytes:
@@ -462,8 +354,8 @@ def encode(message: Message) -> bytes:
         data = _PROTOCOL_BYTE + _encoder.encode(message)
     except UnicodeEncodeError:
         data = _PROTOCOL_BYTE + _encoder.encode(escaped(message))
-    if len(data) > FRAME_LIMIT_BYTES:
-        raise ProtocolError(f"{type(message).__name__} of {len(data)} bytes is over the limit of {FRAME_LIMIT_BYTES}")
+    if len(data) > b.FRAME_LIMIT_BYTES:
+        raise ProtocolError(f"{type(message).__name__} of {len(data)} bytes is over the limit of {b.FRAME_LIMIT_BYTES}")
     return data
 
 
@@ -478,19 +370,10 @@ def decode(data: bytes) -> Message:
         raise OtherProtocol(
             f"the peer speaks protocol {data[0]}, this is protocol {PROTOCOL}: run the same version of fleet on both"
         )
-    if len(data) > FRAME_LIMIT_BYTES:
-        raise ProtocolError(f"a message of {len(data)} bytes is over the limit of {FRAME_LIMIT_BYTES}")
+    if len(data) > b.FRAME_LIMIT_BYTES:
+        raise ProtocolError(f"a message of {len(data)} bytes is over the limit of {b.FRAME_LIMIT_BYTES}")
     try:
         message: Message = _decoder.decode(memoryview(data)[1:])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # a ValidationError is a DecodeError
-        raise ProtocolError(f"not a message of fleet: {str(error)[:REASON_CHARS]}") from error
+        raise ProtocolError(f"not a message of fleet: {str(error)[: b.REASON_CHARS]}") from error
     return message
-
-
-__all__ = [name for name, value in list(globals().items()) if isinstance(value, type) and issubclass(value, Message)]
-__all__ += [
-    "COLLECTIVE_SECONDS", "FILES_AT_ONCE", "LEFT_OUT_NAMED", "PART_BYTES", "PROTOCOL", "Because", "CountsRow", "Drain",
-    "Drained", "FileInfo", "FilePart", "Files", "JobInfo", "JobOptions", "Jobs", "ListFiles", "ListJobs", "ListWorkers",
-    "LogPart", "Member", "Message", "Ping", "Pong", "Question", "RankStatus", "ReadFile", "ReadLog", "Spec", "Unanswered",
-    "Versions", "WatchJob", "Why", "WorkerState", "Workers", "World", "decode", "encode", "how", "relay_head", "relayed_job",
-]  # fmt: skip

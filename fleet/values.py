@@ -10,25 +10,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from fleet.bounds import (
-    Attempt,
-    Count,
-    DigestOrNone,
-    Host,
-    JobId,
-    MemberId,
-    Number,
-    NumberOrNone,
-    Pid,
-    Seconds,
-    Size,
-    SlotCount,
-    Text,
-    Word,
-    WorkerId,
-    WorkerIds,
-    WorldSize,
-)
+from fleet import bounds as b
 from fleet.text import shown_lines
 
 _UNDECODED = re.compile("[\ud800-\udfff]")  # by which os.fsdecode replaces bytes that are no UTF-8
@@ -43,9 +25,9 @@ class Message(msgspec.Struct, frozen=True, tag=True):
 class Versions(msgspec.Struct, frozen=True):
     """Versions of the software of one side of a handshake."""
 
-    fleet: Word
-    python: Word
-    torch: Word = ""  # empty: not installed
+    fleet: b.Word
+    python: b.Word
+    torch: b.Word = ""  # empty: not installed
 
     @property
     def python_minor(self) -> str:
@@ -101,14 +83,14 @@ class Spec(msgspec.Struct, frozen=True):
     """Program that each rank of a job runs. Words and paths are `portable`."""
 
     kind: Literal["script", "module", "command", "tasks"]  # tasks: a runner, to which the client sends calls
-    target: Text
+    target: b.Text
     args: Annotated[tuple[str, ...], msgspec.Meta(max_length=1 << 17)] = ()
-    directory: Text = ""  # where it runs; empty: the unpacked bundle
-    digest: DigestOrNone = ""  # of the bundle; empty: no bundle, `directory` exists on every worker
-    bundle_bytes: Size = 0
+    directory: b.Text = ""  # where it runs; empty: the unpacked bundle
+    digest: b.DigestOrNone = ""  # of the bundle; empty: no bundle, `directory` exists on every worker
+    bundle_bytes: b.Size = 0
     environment: Annotated[dict[str, str], msgspec.Meta(max_length=1 << 14)] = {}
     keep: Annotated[
-        tuple[Text, ...], msgspec.Meta(max_length=1000)
+        tuple[b.Text, ...], msgspec.Meta(max_length=1000)
     ] = ()  # of files in its working folder that are kept as output
 
 
@@ -124,38 +106,38 @@ GRACE_S, GRACE_AT_MOST_S = 60.0, 7 * 24 * 3600.0
 class JobOptions(msgspec.Struct, frozen=True):
     """Options of a job: its place in the queue, its workers, and how long it outlives its client's connection."""
 
-    name: Word = ""
-    sweep: Word = msgspec.field(
+    name: b.Word = ""
+    sweep: b.Word = msgspec.field(
         default="", name="group"
     )  # that it is a point of; the key in jobs.sqlite and --json is "group"
     priority: Annotated[int, msgspec.Meta(ge=-PRIORITY_AT_MOST, le=PRIORITY_AT_MOST)] = 0  # higher starts earlier
-    policy: Word = ""  # how its ranks are spread; empty: as the cluster does
+    policy: b.Word = ""  # how its ranks are spread; empty: as the cluster does
     max_restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 3  # after a lost worker, before it is given up
     slots: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 1  # that each rank takes
     gpus: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
-    python: Word = ""  # minor version that its workers must have; empty: any
+    python: b.Word = ""  # minor version that its workers must have; empty: any
     grace_s: Annotated[float, msgspec.Meta(ge=0.0, le=GRACE_AT_MOST_S)] = GRACE_S
     # Its point of that sweep: names and values, in their order.
-    point: Annotated[tuple[tuple[Word, Text], ...], msgspec.Meta(max_length=POINT_NAMES_AT_MOST)] = ()
+    point: Annotated[tuple[tuple[b.Word, b.Text], ...], msgspec.Meta(max_length=POINT_NAMES_AT_MOST)] = ()
 
 
 class JobInfo(msgspec.Struct, frozen=True):
     """State of a job for a person. Times are seconds since the epoch by the orchestrator's clock, 0: not yet."""
 
-    job_id: JobId
+    job_id: b.JobId
     state: str  # in the words of orchestrator.job.JobState, lower case
     outcome: str  # succeeded, failed, cancelled, quarantined; empty while it has not ended
     kind: str
     target: str
     args: tuple[str, ...]
-    world_size: WorldSize
+    world_size: b.WorldSize
     options: JobOptions
     detached: bool
-    attempt: Attempt
+    attempt: b.Attempt
     submitted_at: float
     started_at: float
     ended_at: float
-    workers: WorkerIds  # by member_id
+    workers: b.WorkerIds  # by member_id
     waits_for: str  # the reason, in words, why it waits
     reason: str  # why it ended, if not by itself
     history: tuple[str, ...] = ()  # how earlier attempts ended
@@ -173,17 +155,17 @@ class JobInfo(msgspec.Struct, frozen=True):
 class RankStatus(msgspec.Struct, frozen=True):
     """Exit of a member. Exactly one of code and signal is meaningful: signal is 0 unless one killed the process."""
 
-    member_id: MemberId = msgspec.field(name="rank")  # the key in jobs.sqlite is "rank"
-    worker_id: WorkerId
-    host: Host
-    pid: Pid
+    member_id: b.MemberId = msgspec.field(name="rank")  # the key in jobs.sqlite is "rank"
+    worker_id: b.WorkerId
+    host: b.Host
+    pid: b.Pid
     code: Annotated[int, msgspec.Meta(ge=-(1 << 31), lt=1 << 32)]
     signal: Annotated[int, msgspec.Meta(ge=0, le=255)] = 0
     out_of_memory: bool = False
     stopped: bool = False  # fleet had told it to stop before it ended
-    stderr_tail: Text = ""
-    reason: Text = ""  # set if the exit itself is not known, such as for a lost worker
-    task: NumberOrNone = -1  # of a task runner: the task that it was making; 0: none, -1: not known
+    stderr_tail: b.Text = ""
+    reason: b.Text = ""  # set if the exit itself is not known, such as for a lost worker
+    task: b.NumberOrNone = -1  # of a task runner: the task that it was making; 0: none, -1: not known
 
     @property
     def failed(self) -> bool:
@@ -220,9 +202,9 @@ class CountsRow(msgspec.Struct, frozen=True):
 
     operation: Annotated[str, msgspec.Meta(pattern="^[a-z_]{1,32}$")]
     path: CollectivePath
-    byte_count: Number
-    seconds: Seconds
-    buckets: Annotated[tuple[Number, ...], msgspec.Meta(max_length=64)]
+    byte_count: b.Number
+    seconds: b.Seconds
+    buckets: Annotated[tuple[b.Number, ...], msgspec.Meta(max_length=64)]
 
 
 # lost: its connection is down, for less than the grace period
@@ -232,15 +214,15 @@ WorkerStateName = Literal["ready", "draining", "lost"]
 class WorkerState(msgspec.Struct, frozen=True):
     """State of a worker for a person."""
 
-    worker_id: WorkerId
-    host: Host
+    worker_id: b.WorkerId
+    host: b.Host
     state: WorkerStateName
-    slots: SlotCount
+    slots: b.SlotCount
     busy: Annotated[int, msgspec.Meta(ge=0)]
     versions: Versions
     jobs: tuple[str, ...] = ()
-    gpus: Count = 0
-    load: Seconds = 0.0
+    gpus: b.Count = 0
+    load: b.Seconds = 0.0
 
 
 def how(status: RankStatus) -> str:

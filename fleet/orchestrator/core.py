@@ -23,10 +23,6 @@ from fleet.orchestrator.scheduler import CLIENT_AWAY, CLIENT_GONE, KEEP_JOBS, KE
 from fleet.orchestrator.submissions import Submissions
 from fleet.orchestrator.uploads import Uploads
 
-AboutAttempt = (  # from a worker, about its share of an attempt
-    m.Assigned | m.AssignFailed | m.Join | m.Ask | m.Answer | m.Output | m.Repeated | m.RankExited | m.HandBack
-)
-
 
 class Core:
     """All parts of the orchestrator that decide. `durable`: the shell writes jobs down, and says so."""
@@ -171,7 +167,7 @@ class Core:
             self.scheduler.stored(worker, message)
         elif isinstance(message, m.Left):
             self.scheduler.left_behind(worker, message)
-        elif isinstance(message, AboutAttempt):
+        elif isinstance(message, m.AttemptMessage):
             job = self.scheduler.jobs.get(message.job_id)
             if job is None or job.attempt != message.attempt or worker.worker_id not in job.seats:
                 self._about_nothing(worker, message)
@@ -182,13 +178,13 @@ class Core:
             else:
                 self._about_nothing(worker, message)
 
-    def _about_nothing(self, worker: state.Worker, message: AboutAttempt) -> None:
+    def _about_nothing(self, worker: state.Worker, message: m.AttemptMessage) -> None:
         """About an attempt that was given up while the worker was away, or that it heard of too late: it drops the attempt."""
         if not isinstance(message, m.Output | m.Ask | m.Answer | m.Repeated):
             self.effects.send(worker.peer, m.Stop(message.job_id, message.attempt, "it was given up", kill=True))
             self.effects.send(worker.peer, m.Forget(message.job_id, message.attempt))
 
-    def _about_job(self, job: Job, worker: state.Worker, message: AboutAttempt) -> None:
+    def _about_job(self, job: Job, worker: state.Worker, message: m.AttemptMessage) -> None:
         """About the attempt that is on workers, from one of them."""
         if isinstance(message, m.RankExited | m.Output | m.Join):
             member_id = message.status.member_id if isinstance(message, m.RankExited) else message.member_id

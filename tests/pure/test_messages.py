@@ -14,8 +14,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fleet import messages as m
+from fleet.bounds import FRAME_LIMIT_BYTES
 from fleet.errors import ProtocolError
-from fleet.messages import FRAME_LIMIT_BYTES, PROTOCOL, Message, decode, encode
+from fleet.messages import PROTOCOL, Message, decode, encode
 
 settings.register_profile("repeatable", deadline=None, database=None, derandomize=True)
 settings.load_profile("repeatable")
@@ -134,7 +135,7 @@ def subclasses(cls: type) -> set[type]:
 def test_no_message_is_forgotten_here() -> None:
     """A new Message needs an example above; the round trip then proves that it is in the union that decode knows."""
     assert {type(message) for message in EXAMPLES} == {
-        cls for cls in subclasses(Message) if cls.__module__.startswith("fleet.")
+        cls for cls in subclasses(Message) - {m.AttemptMessage} if cls.__module__.startswith("fleet.")
     }
 
 

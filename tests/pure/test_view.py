@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fleet import messages as m
+from fleet.bounds import FRAME_LIMIT_BYTES
 from fleet.cli import jobs, workers
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core
@@ -141,7 +142,7 @@ def test_large_jobs_come_in_pages_that_fit_a_frame() -> None:
     before = 0
     while True:
         page = listed(core, 50 - len(found), before)
-        assert len(m.encode(page)) < m.FRAME_LIMIT_BYTES / 4
+        assert len(m.encode(page)) < FRAME_LIMIT_BYTES / 4
         found += [job.job_id for job in page.jobs]
         if len(found) == 50:
             break
