@@ -246,26 +246,15 @@ class Agent:
         elif isinstance(effect, w.SignalGroup):
             return self._children.signal(effect)
         elif isinstance(effect, w.Spawn):
-            key = effect.assign.job_id, effect.assign.attempt, effect.member_id
-            return self._children.start(key, self._plan(effect), self._surroundings.stdin(effect.member_id))
-        elif isinstance(effect, w.Prepare):
-            self._files.prepare(effect.assign)
-        elif isinstance(effect, w.TakePart):
-            self._files.store(effect.part)
+            return self._children.start(effect.key, self._plan(effect), self._surroundings.stdin(effect.key[2]))
+        elif isinstance(effect, w.ToFiles):
+            self._files.take(effect.message)
         elif isinstance(effect, w.Remove):
             self._children.remove(effect.job_id, effect.attempt)
             self._files.remove(effect.job_id, effect.attempt)
             self._sweep_memory()
         elif isinstance(effect, w.Gather):
-            self._files.gather(effect.assign, effect.directory)
-        elif isinstance(effect, w.ServeOutput):
-            self._files.serve(effect.ask)
-        elif isinstance(effect, w.ReportStored):
-            self._files.report_stored(effect.cluster_id)
-        elif isinstance(effect, w.ResumeDownloads):
-            self._files.resume()
-        elif isinstance(effect, w.DiscardOutput):
-            self._files.discard_output(effect.job_ids)
+            self._files.gather(effect.job_id, effect.attempt)
         elif isinstance(effect, w.Log):
             log.log(logging.getLevelNamesMapping()[effect.level.upper()], effect.text)
         elif isinstance(effect, w.Exit):
@@ -279,7 +268,7 @@ class Agent:
             control=self._surroundings.control,
             job_id=assign.job_id,
             attempt=assign.attempt,
-            rank=spawn.member_id,
+            rank=spawn.key[2],
             world_size=assign.world_size,
             local_rank=local_rank,
             local_world_size=local_count,
@@ -314,10 +303,8 @@ def _name(thing: Event | Effect) -> str:
 def _given_up(effect: Effect, error: Exception) -> list[Event]:
     """The events that answer an effect which has failed by an error of this program."""
     reason = f"its worker failed at it: {type(error).__name__}: {error}"
-    if isinstance(effect, w.Prepare):
-        return [w.PrepareFailed(effect.assign.job_id, effect.assign.attempt, reason)]
+    if isinstance(effect, w.ToFiles) and isinstance(effect.message, m.Assign):
+        return [m.AssignFailed(effect.message.job_id, effect.message.attempt, reason)]
     if isinstance(effect, w.Spawn):
-        return [
-            w.ProcessExited((effect.assign.job_id, effect.assign.attempt, effect.member_id), 1, 0, False, reason=reason)
-        ]
+        return [w.ProcessExited(effect.key, 1, 0, False, reason=reason)]
     return []

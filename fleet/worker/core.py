@@ -47,7 +47,7 @@ class Core:
             self.members.exited(event)
         elif isinstance(event, w.Prepared):
             self.preparation.prepared(event)
-        elif isinstance(event, w.PrepareFailed):
+        elif isinstance(event, m.AssignFailed):
             self.preparation.failed(event)
         elif isinstance(event, w.LinkUp):
             self.link.connected()
@@ -88,10 +88,8 @@ class Core:
             self.preparation.part(message)
         elif isinstance(message, m.Assign):
             self.preparation.assign(message)
-        elif isinstance(message, m.ListFiles | m.ReadFile):
-            self.effects.add(w.ServeOutput(message))
-        elif isinstance(message, m.Discard):
-            self.effects.add(w.DiscardOutput(message.job_ids))
+        elif isinstance(message, m.ListFiles | m.ReadFile | m.Discard):
+            self.effects.add(w.ToFiles(message))
         elif isinstance(message, m.OutputAck):
             self.members.acknowledged(message)
         elif isinstance(message, m.Launch | m.Stop | m.Forget | m.Formed | m.MemberLost | m.Ask | m.Answer | m.Repeat):
@@ -101,8 +99,7 @@ class Core:
         if not self.effects.welcomed:
             self.preparation.welcomed()
         self.link.welcome(welcome)
-        self.effects.add(w.ReportStored(welcome.cluster_id))
-        self.effects.add(w.ResumeDownloads())
+        self.effects.add(w.ToFiles(welcome))
         self.sessions.say_again()
         self.members.say_again()
 

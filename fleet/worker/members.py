@@ -67,9 +67,7 @@ class Members:
         directory = attempt.prepared.directory
         for local_rank, process in enumerate(attempt.processes.values()):
             if not process.stopped:  # Stop may have come before Launch
-                self.effects.add(
-                    w.Spawn(attempt.assign, launch, process.member_id, directory, local_rank, process.gpus)
-                )
+                self.effects.add(w.Spawn(process.key, attempt.assign, launch, directory, local_rank, process.gpus))
 
     def forget(self, attempt: Attempt) -> None:
         for process in attempt.processes.values():
@@ -260,9 +258,9 @@ class Members:
 
     def _gather(self, attempt: Attempt) -> None:
         """Once for each attempt that has a working folder of its own."""
-        if attempt.launched and not attempt.gathered and attempt.assign.spec.digest and attempt.prepared is not None:
+        if attempt.launched and not attempt.gathered and attempt.assign.spec.digest:
             attempt.gathered = True
-            self.effects.add(w.Gather(attempt.assign, attempt.prepared.directory))
+            self.effects.add(w.Gather(*attempt.key))
 
     def _signal(self, process: Process, number: int) -> None:
         self.effects.add(w.SignalGroup(process.key, process.pid, number))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
 from fleet import messages as m
 from fleet.bounds import REASON_CHARS
 from fleet.deadlines import Deadlines
 from fleet.worker.effects import Effects
 from fleet.worker.members import Members
-from fleet.worker.state import Attempt, AttemptKey, Prepare, Prepared, PrepareFailed, TakePart
+from fleet.worker.state import Attempt, AttemptKey, Prepared, ToFiles
 
 STUCK_AFTER_S = 600.0  # since the last part of its bundle
 
@@ -30,14 +32,14 @@ class Preparation:
         if known is None:
             self.members.hold(assign)
             self.deadlines.set(key, self.effects.now + STUCK_AFTER_S)
-            self.effects.add(Prepare(assign))
+            self.effects.add(ToFiles(assign))
         elif known.failure is not None:
             self.effects.send(known.failure)
         elif known.prepared is not None:
             self.effects.send(m.Assigned(*key, known.prepared.port))
 
     def part(self, part: m.Part) -> None:
-        self.effects.add(TakePart(part))
+        self.effects.add(ToFiles(part))
         self._put_off(part.digest)
 
     def welcomed(self) -> None:
@@ -50,9 +52,9 @@ class Preparation:
             self.deadlines.discard(attempt.key)
             self.effects.send(m.Assigned(event.job_id, event.attempt, event.port))
 
-    def failed(self, event: PrepareFailed) -> None:
-        failure = m.AssignFailed(event.job_id, event.attempt, event.reason[:REASON_CHARS], event.permanent)
-        if attempt := self.members.attempts.get((event.job_id, event.attempt)):
+    def failed(self, failure: m.AssignFailed) -> None:
+        failure = replace(failure, reason=failure.reason[:REASON_CHARS])
+        if attempt := self.members.attempts.get((failure.job_id, failure.attempt)):
             attempt.failure = failure
             self.deadlines.discard(attempt.key)
         self.effects.send(failure)
@@ -64,7 +66,7 @@ class Preparation:
         reason = f"nothing came of preparing it for {STUCK_AFTER_S:g} s: its disk, or a network behind that, may hang"
         for key in self.deadlines.due(self.effects.now):
             if self.effects.welcomed:
-                self.failed(PrepareFailed(*key, reason))
+                self.failed(m.AssignFailed(*key, reason))
             else:
                 self.deadlines.set(key, self.effects.now + STUCK_AFTER_S)
 

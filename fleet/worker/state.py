@@ -16,6 +16,7 @@ from fleet.worker.output_window import OutputWindow, Stream
 
 AttemptKey = tuple[str, int]  # (job_id, attempt)
 Key = tuple[str, int, int]  # (job_id, attempt, member_id)
+ForFiles = m.Assign | m.Part | m.ListFiles | m.ReadFile | m.Discard | m.Welcome
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,6 @@ class Prepared(msgspec.Struct, frozen=True):
     port: int
 
 
-class PrepareFailed(msgspec.Struct, frozen=True):
-    job_id: str
-    attempt: int
-    reason: str
-    permanent: bool = False  # see AssignFailed
-
-
 class Spawned(msgspec.Struct, frozen=True):
     key: Key
     pid: int
@@ -189,7 +183,7 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 Event = (
-    FromOrchestrator | FromRank | RankGone | LinkUp | LinkDown | LinkDenied | LinkFull | NotDelivered | Prepared | PrepareFailed
+    FromOrchestrator | FromRank | RankGone | LinkUp | LinkDown | LinkDenied | LinkFull | NotDelivered | Prepared | m.AssignFailed
     | Spawned | Printed | ProcessExited | Shutdown | Measured | FromFiles | Tick
 )  # fmt: skip
 
@@ -215,22 +209,12 @@ class WelcomeRank(msgspec.Struct, frozen=True):
     slot: int
 
 
-class Prepare(msgspec.Struct, frozen=True):
-    """Get and unpack the bundle, and find a free port. Answered by Prepared or PrepareFailed, unless Remove comes before."""
-
-    assign: m.Assign
-
-
-class TakePart(msgspec.Struct, frozen=True):
-    part: m.Part
-
-
 class Spawn(msgspec.Struct, frozen=True):
     """Start one rank. Answered by Spawned, or by ProcessExited if the rank cannot be started."""
 
+    key: Key
     assign: m.Assign
     launch: m.Launch
-    member_id: int
     directory: Path
     local_rank: int  # place among the members on this worker
     gpus: tuple[int, ...]
@@ -261,28 +245,19 @@ class Remove(msgspec.Struct, frozen=True):
 class Gather(msgspec.Struct, frozen=True):
     """Move files of an attempt that are to be kept from its working folder to the output folder of its job."""
 
-    assign: m.Assign
-    directory: Path
+    job_id: str
+    attempt: int
 
 
-class ServeOutput(msgspec.Struct, frozen=True):
-    """Answer a question about the output folder of a job."""
+class ToFiles(msgspec.Struct, frozen=True):
+    """Do what a message asks for, in the file thread.
 
-    ask: m.ListFiles | m.ReadFile
+    Assign: get and unpack the bundle, and find a free port. Answered by Prepared or AssignFailed, unless Remove comes before.
+    Part: store it, and ask for the next. ListFiles, ReadFile: answer. Discard: remove output folders. Welcome: use the output
+    folders of this cluster from now on, tell which jobs have one, and ask again for the bundles that have not arrived whole.
+    """
 
-
-class ReportStored(msgspec.Struct, frozen=True):
-    """Use the output folders of this cluster from now on, and tell which jobs have one. Answered by FromFiles."""
-
-    cluster_id: str
-
-
-class DiscardOutput(msgspec.Struct, frozen=True):
-    job_ids: tuple[str, ...]
-
-
-class ResumeDownloads(msgspec.Struct, frozen=True):
-    """Ask again for the bundles that have not arrived whole: the first question may be lost."""
+    message: ForFiles
 
 
 class Log(msgspec.Struct, frozen=True):
@@ -297,6 +272,5 @@ class Exit(msgspec.Struct, frozen=True):
 
 
 Effect = (
-    ToOrchestrator | ToRank | WelcomeRank | Prepare | TakePart | Spawn | SignalGroup | ReadOutput | Remove | Gather
-    | ServeOutput | ReportStored | DiscardOutput | ResumeDownloads | Log | Exit
-)  # fmt: skip
+    ToOrchestrator | ToRank | WelcomeRank | ToFiles | Spawn | SignalGroup | ReadOutput | Gather | Remove | Log | Exit
+)

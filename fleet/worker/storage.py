@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import logging
 import os
 import secrets
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from fleet import messages as m
@@ -34,16 +34,7 @@ _STORAGE_ID = ".fleet-storage"
 _STORAGE_ID_BYTES = 64
 _MTIME_NS_AT_MOST = (1 << 63) - 1  # in the year 2262; file systems know later ones
 
-
-@dataclass(frozen=True)
-class GatherResult:
-    """Result of `gather` for the working folder of an attempt."""
-
-    kept_count: int = 0
-    left_count: int = 0  # deleted with the working folder
-    left_bytes: int = 0
-    left_names: tuple[str, ...] = ()  # the folders and files with most of these bytes
-    error: str = ""  # a sentence about files that were to be kept, and could not be or got another name
+log = logging.getLogger("fleet.worker")
 
 
 class Storage:
@@ -104,39 +95,46 @@ class Storage:
             for job_id in job_ids:
                 remove_tree(self.folder(job_id))
 
-    def page(self, ask: m.ListFiles) -> m.Files:
-        """One page of the files of a job, in the order of their paths, beginning behind `ask.after`."""
+    def answer(self, ask: m.ListFiles | m.ReadFile) -> m.Files | m.FilePart:
+        """The answer to a question about the folder of a job, be it an error."""
         try:
-            folder = self.folder(ask.job_id)
-            found: list[m.FileInfo] = []
-            left_out: list[str] = []
-            unseen: list[str] = []
-            behind: list[str] = []  # entries that do not travel, behind the last file that was found
-            size = 0
-            for path, why in _entries(folder, after=os.fsdecode(ask.after)):
-                if len(found) == PAGE_FILES or size > PAGE_BYTES:
-                    return self._page(ask, found, unseen, left_out, more=True)
-                if path.endswith("/"):
-                    unseen.append(f"{_short(path)} cannot be looked into: {why}")
-                    continue
-                if why:
-                    behind.append(f"{_short(path)} ({why})")
-                    continue
-                with contextlib.suppress(FileNotFoundError):
-                    status = (folder / path).lstat()
-                    mtime_ns = min(max(status.st_mtime_ns, -_MTIME_NS_AT_MOST), _MTIME_NS_AT_MOST)
-                    executable = bool(status.st_mode & stat.S_IXUSR)
-                    found.append(m.FileInfo(os.fsencode(path), status.st_size, mtime_ns, executable))
-                    size += len(path) + 32
-                    left_out += behind
-                    behind.clear()
-            return self._page(ask, found, unseen, left_out + behind, more=False)
-        except OSError as error:
-            return m.Files(ask.job_id, ask.worker_id, ask.question, asker=ask.asker, error=_sentence(error))
+            return self._page(ask) if isinstance(ask, m.ListFiles) else self._part(ask)
+        except (OSError, ValueError) as error:
+            why = _sentence(error)
+        except Exception as error:  # of any kind: the client must not wait for ever
+            log.exception("what job %s wrote cannot be told", ask.job_id)
+            why = f"its worker failed at it: {type(error).__name__}"
+        if isinstance(ask, m.ListFiles):
+            return m.Files(ask.job_id, ask.worker_id, ask.question, asker=ask.asker, error=why)
+        return m.FilePart(ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset, error=why, asker=ask.asker)
 
-    def _page(
-        self, ask: m.ListFiles, found: list[m.FileInfo], unseen: list[str], left_out: list[str], more: bool
-    ) -> m.Files:
+    def _page(self, ask: m.ListFiles) -> m.Files:
+        """One page of the files of a job, in the order of their paths, beginning behind `ask.after`."""
+        folder = self.folder(ask.job_id)
+        found: list[m.FileInfo] = []
+        left_out: list[str] = []
+        behind: list[str] = []  # entries that do not travel, behind the last file that was found
+        unseen = ""
+        size, more = 0, False
+        for path, why in _entries(folder, after=os.fsdecode(ask.after)):
+            if len(found) == PAGE_FILES or size > PAGE_BYTES:
+                more, behind = True, []
+                break
+            if path.endswith("/"):
+                unseen = unseen or f"{_short(path)} cannot be looked into: {why}"
+                continue
+            if why:
+                behind.append(f"{_short(path)} ({why})")
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                status = (folder / path).lstat()
+                mtime_ns = min(max(status.st_mtime_ns, -_MTIME_NS_AT_MOST), _MTIME_NS_AT_MOST)
+                executable = bool(status.st_mode & stat.S_IXUSR)
+                found.append(m.FileInfo(os.fsencode(path), status.st_size, mtime_ns, executable))
+                size += len(path) + 32
+                left_out += behind
+                behind.clear()
+        left_out += behind
         return m.Files(
             ask.job_id,
             ask.worker_id,
@@ -145,10 +143,20 @@ class Storage:
             more,
             self.storage_id if found or left_out else "",
             ask.asker,
-            unseen[0] if unseen else "",
+            unseen,
             left_out=tuple(left_out[: m.LEFT_OUT_NAMED]),
             left_out_count=len(left_out),
         )
+
+    def _part(self, ask: m.ReadFile) -> m.FilePart:
+        """One part of a file. Behind the last part: the sha256 of the whole file."""
+        data, digest = b"", ""
+        with open(_inside(self.folder(ask.job_id), os.fsdecode(ask.path)), "rb") as file:
+            file.seek(ask.offset)
+            if not (data := file.read(m.PART_BYTES)):
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return m.FilePart(ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset, data, digest, asker=ask.asker)
 
     def amount(self, job_id: str, since_ns: int = 0) -> tuple[int, int]:
         """Number and bytes of the files of a job that were written since a time."""
@@ -163,36 +171,19 @@ class Storage:
                         count += 1
         return count, size_bytes
 
-    def part(self, ask: m.ReadFile) -> m.FilePart:
-        """One part of a file. Behind the last part: the sha256 of the whole file."""
-
-        def answer(data: bytes = b"", digest: str = "", error: str = "") -> m.FilePart:
-            return m.FilePart(
-                ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset, data, digest, error, ask.asker
-            )
-
-        try:
-            with open(_inside(self.folder(ask.job_id), os.fsdecode(ask.path)), "rb") as file:
-                file.seek(ask.offset)
-                if data := file.read(m.PART_BYTES):
-                    return answer(data)
-                file.seek(0)
-                return answer(digest=hashlib.file_digest(file, "sha256").hexdigest())
-        except (OSError, ValueError) as error:
-            return answer(error=_sentence(error))
-
     def gather(
-        self, job_id: str, folder: Path, sent: frozenset[str], keep: tuple[str, ...], mark: str = ""
-    ) -> GatherResult:
+        self, job_id: str, attempt: int, folder: Path, sent: frozenset[str], keep: tuple[str, ...], mark: str = ""
+    ) -> m.Left:
         """Moves files that match `keep` from the working folder of an attempt to the output folder, and counts the others.
 
         `sent`: the paths that were unpacked there. Those have the time 0, so that one with another time was written to.
-        `mark`: what is put to a name that another file of the output folder has, be it another rank's or attempt's.
+        `mark`: what is put to a name that another file of the output folder has, be it another rank's or attempt's. The error
+        names files that were to be kept, and could not be or got another name.
         """
         import pathspec  # takes 10 ms, and few jobs keep anything: not with the module
 
         wanted = pathspec.GitIgnoreSpec.from_lines(map(native, keep))
-        kept_count, left, failed, renamed = 0, [], [], []
+        left, failed, renamed = [], [], []
         for path, why in _entries(folder, but=CACHES):
             if path.endswith("/"):
                 failed.append(f"{_short(path)} cannot be looked into: {why}")
@@ -206,7 +197,6 @@ class Storage:
                     failed.append(f"{_short(path)} could not be kept: it is {why}")
                 elif is_wanted:
                     name = self._keep(folder / path, job_id, path, mark)
-                    kept_count += 1
                     if name != path:
                         renamed.append(f"{_short(path)} is kept as {_short(name)}, for its name was taken")
                 elif not why:
@@ -216,7 +206,7 @@ class Storage:
                 if not isinstance(error, FileNotFoundError) or os.path.lexists(folder / path):
                     failed.append(f"{_short(path)} could not be kept: {_sentence(error)}")
         said = "; ".join(one for one in (_some(failed), _some(renamed)) if one)
-        return GatherResult(kept_count, len(left), sum(size for _, size in left), _named(left), said)
+        return m.Left(job_id, attempt, len(left), sum(size for _, size in left), _named(left), said)
 
     def _keep(self, source: Path, job_id: str, path: str, mark: str) -> str:
         """Moves a file to the output folder, and returns its path there. Overwrites nothing. On OSError the file stays."""

@@ -41,36 +41,40 @@ def of_worker(cluster: Cluster, name: str, effect: w.Effect) -> None:
         cluster.lines.append(f"{name} -> member {effect.member_id}: RankWelcome")
         key = cluster.process(effect.job_id, effect.member_id)
         cluster.say_to_agent(key, m.Join(*key, 7, f"tcp://host-of-{name}:{50100 + effect.member_id}"))
-    elif isinstance(effect, w.Prepare):
-        cluster.assigned[name] = effect.assign
-        if effect.assign.spec.digest:
-            cluster.say(name, "orchestrator", m.Want(effect.assign.spec.digest, 0))
-        else:
-            _prepared(cluster, name)
-    elif isinstance(effect, w.TakePart):
-        _prepared(cluster, name)
+    elif isinstance(effect, w.ToFiles):
+        _files(cluster, name, effect.message)
     elif isinstance(effect, w.Spawn):
-        cluster.lines.append(f"{name} starts member {effect.member_id} of {effect.assign.job_id}")
-        key = effect.assign.job_id, effect.assign.attempt, effect.member_id
-        cluster.processes[key] = name
-        cluster.events.append((name, w.Spawned(key, 7)))
+        cluster.lines.append(f"{name} starts member {effect.key[2]} of {effect.key[0]}")
+        cluster.processes[effect.key] = name
+        cluster.events.append((name, w.Spawned(effect.key, 7)))
     elif isinstance(effect, w.SignalGroup) and effect.key in cluster.processes:
         cluster.lines.append(f"{name} sends {Signals(effect.signal).name} to member {effect.key[2]} of {effect.key[0]}")
         if effect.signal != SIGTERM or effect.key not in cluster.deaf:
             cluster.exit(effect.key, 0, effect.signal)
     elif isinstance(effect, w.Gather):
-        job_id, attempt = effect.assign.job_id, effect.assign.attempt
-        cluster.lines.append(f"{name} moves kept files of {job_id} from the working folder to the output folder")
-        cluster.events.append((name, w.FromFiles(m.Left(job_id, attempt, 3, 12_000, ("cache/",)))))
-    elif isinstance(effect, w.ServeOutput) and isinstance(effect.ask, m.ListFiles):
-        found = m.Files(*_place(effect.ask), (m.FileInfo(b"model.pt", 5, 0),), asker=effect.ask.asker)
-        cluster.events.append((name, w.FromFiles(found)))
-    elif isinstance(effect, w.ServeOutput):
-        part = m.FilePart(*_place(effect.ask), effect.ask.path, effect.ask.offset, b"model", asker=effect.ask.asker)
-        cluster.events.append((name, w.FromFiles(part)))
+        cluster.lines.append(f"{name} moves kept files of {effect.job_id} from the working folder to the output folder")
+        left = m.Left(effect.job_id, effect.attempt, 3, 12_000, ("cache/",))
+        cluster.events.append((name, w.FromFiles(left)))
     elif isinstance(effect, w.Exit):
         cluster.lines.append(f"{name} ends")
         cluster.die(name)
+
+
+def _files(cluster: Cluster, name: str, message: w.ForFiles) -> None:
+    if isinstance(message, m.Assign):
+        cluster.assigned[name] = message
+        if message.spec.digest:
+            cluster.say(name, "orchestrator", m.Want(message.spec.digest, 0))
+        else:
+            _prepared(cluster, name)
+    elif isinstance(message, m.Part):
+        _prepared(cluster, name)
+    elif isinstance(message, m.ListFiles):
+        found = m.Files(*_place(message), (m.FileInfo(b"model.pt", 5, 0),), asker=message.asker)
+        cluster.events.append((name, w.FromFiles(found)))
+    elif isinstance(message, m.ReadFile):
+        part = m.FilePart(*_place(message), message.path, message.offset, b"model", asker=message.asker)
+        cluster.events.append((name, w.FromFiles(part)))
 
 
 def _prepared(cluster: Cluster, name: str) -> None:

@@ -49,7 +49,7 @@ def test_launch_and_assign_may_arrive_twice() -> None:
     assert core.step(w.FromOrchestrator(m.Launch("j", 1, "h", 5)), 0.1) == []
     again = core.step(w.FromOrchestrator(m.Assign("j", 1, 1, (0,), 0, 1, SPEC)), 0.1)
     assert up(again, m.Assigned) == [m.Assigned("j", 1, 5)]
-    assert kinds(again, w.Prepare) == []
+    assert kinds(again, w.ToFiles) == []
 
 
 def test_a_rank_has_ended_when_it_is_dead_and_read() -> None:
@@ -257,10 +257,10 @@ def test_a_failure_to_prepare_is_told_again_to_an_orchestrator_that_did_not_hear
     core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.0)
     assign = m.Assign("j", 1, 1, (0,), 0, 1, SPEC)
     core.step(w.FromOrchestrator(assign), 0.0)
-    for failed in (w.PrepareFailed("j", 1, "no space left"), w.PrepareFailed("j", 1, "no archive", permanent=True)):
+    for failed in (m.AssignFailed("j", 1, "no space left"), m.AssignFailed("j", 1, "no archive", permanent=True)):
         core.step(failed, 0.1)
         again = core.step(w.FromOrchestrator(assign), 0.2)
-        assert up(again, m.AssignFailed) == [m.AssignFailed("j", 1, failed.reason, failed.permanent)]
+        assert up(again, m.AssignFailed) == [failed]
 
 
 def test_a_job_that_nothing_comes_of_is_given_back_so_that_no_disk_holds_it_for_ever() -> None:

@@ -180,7 +180,7 @@ def test_an_attempt_that_nothing_comes_of_fails_unless_there_is_no_orchestrator(
     found = effects()
     preparation = Preparation(found, Members(SETTINGS, found))
     preparation.assign(ASSIGN)
-    assert found.decided == [w.Prepare(ASSIGN)]
+    assert found.decided == [w.ToFiles(ASSIGN)]
     found.welcomed = False
     found.begin(STUCK_AFTER_S)
     preparation.expire()

@@ -78,12 +78,7 @@ def test_parts_that_were_not_asked_for_are_no_parts(tmp_path: Path, wrong: str) 
 
 def folders(**storages: Storage) -> Worker:
     """Workers with their folders."""
-
-    def answer(ask: Any) -> m.Message:
-        kept = storages[ask.worker_id]
-        return kept.page(ask) if isinstance(ask, m.ListFiles) else kept.part(ask)
-
-    return Worker(answer)
+    return Worker(lambda ask: storages[ask.worker_id].answer(ask))
 
 
 def test_a_name_that_is_a_file_here_and_a_folder_there_brings_both(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fleet.bus.trees import remove_tree
 from fleet.cli.travel import keep_patterns
 from fleet.errors import UsageError
 from fleet.values import portable
-from fleet.worker.storage import GatherResult, Storage, _entries
+from fleet.worker.storage import Storage, _entries
 from tests.disks import small_disk
 
 
@@ -33,7 +33,7 @@ def write(path: Path, text: str = "x") -> None:
 
 
 def names(kept: Storage, after: str = "") -> list[str]:
-    return [os.fsdecode(info.path) for info in kept.page(m.ListFiles("j", "w", 1, os.fsencode(after))).files]
+    return [os.fsdecode(info.path) for info in kept.answer(m.ListFiles("j", "w", 1, os.fsencode(after))).files]
 
 
 def test_files_come_in_pages_in_the_order_of_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_files_come_in_pages_in_the_order_of_their_paths(tmp_path: Path, monkeyp
     monkeypatch.setattr("fleet.worker.storage.PAGE_FILES", 2)
     found: list[m.FileInfo] = []
     while True:
-        page = kept.page(m.ListFiles("j", "w", 1, found[-1].path if found else b""))
+        page = kept.answer(m.ListFiles("j", "w", 1, found[-1].path if found else b""))
         found += page.files
         assert len(page.files) <= 2
         if not page.more:
@@ -74,7 +74,7 @@ def test_one_odd_file_or_folder_costs_none_of_the_others(tmp_path: Path) -> None
     os.utime(folder / "a", (1e11, 1e11))  # more nanoseconds than a message takes
     deep(folder / "b")
     write(folder / "z")
-    page = m.decode(m.encode(kept.page(m.ListFiles("j", "w", 1))))
+    page = m.decode(m.encode(kept.answer(m.ListFiles("j", "w", 1))))
     assert isinstance(page, m.Files)
     assert ([info.path for info in page.files], page.more) == ([b"a", b"z"], False)
     assert page.error.startswith("b/d/d/")
@@ -87,8 +87,8 @@ def test_what_lies_too_deep_is_said_and_the_rest_is_kept(tmp_path: Path) -> None
     kept, folder = storage(tmp_path / "s"), tmp_path / "work"
     deep(folder)
     write(folder / "z")
-    found = kept.gather("j", folder, frozenset(), ("z",))
-    assert (found.kept_count, names(kept)) == (1, ["z"])
+    found = kept.gather("j", 1, folder, frozenset(), ("z",))
+    assert names(kept) == ["z"]
     assert "cannot be looked into" in found.error
     subprocess.run(["rm", "-rf", folder], check=True)  # the library, which recurses, leaves iterators open
 
@@ -136,7 +136,7 @@ def test_a_strangers_folder_in_a_shared_storage_is_not_written_to(tmp_path: Path
 
 def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
     kept = storage(tmp_path)
-    assert kept.page(m.ListFiles("j", "w", 1)) == m.Files("j", "w", 1)
+    assert kept.answer(m.ListFiles("j", "w", 1)) == m.Files("j", "w", 1)
     assert kept.jobs() == ()
 
 
@@ -148,9 +148,9 @@ def test_a_file_is_read_in_parts_and_its_digest_at_the_end(tmp_path: Path, monke
     monkeypatch.setattr(m, "PART_BYTES", 4)
     kept = storage(tmp_path)
     write(kept.make("j") / "d/f", "abcdefg")
-    data = [kept.part(m.ReadFile("j", "w", 1, b"d/f", offset)).data for offset in (0, 4, 7)]
+    data = [kept.answer(m.ReadFile("j", "w", 1, b"d/f", offset)).data for offset in (0, 4, 7)]
     assert data == [b"abcd", b"efg", b""]
-    assert kept.part(m.ReadFile("j", "w", 1, b"d/f", 7)).digest == hashlib.sha256(b"abcdefg").hexdigest()
+    assert kept.answer(m.ReadFile("j", "w", 1, b"d/f", 7)).digest == hashlib.sha256(b"abcdefg").hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_nothing_outside_of_a_jobs_folder_is_read(tmp_path: Path, path: str) -> 
     write(folder / "a/f")
     (folder / "out").symlink_to(kept.folder("other"))
     os.mkfifo(folder / "fifo")
-    part = kept.part(m.ReadFile("j", "w", 1, path.encode(), 0))
+    part = kept.answer(m.ReadFile("j", "w", 1, path.encode(), 0))
     assert part.error
     assert not part.data
     assert names(kept) == ["a/f"]
@@ -204,14 +204,16 @@ def test_what_a_script_wrote_is_kept_as_asked_and_the_rest_is_counted(tmp_path: 
     write(folder / "data.txt", "changed")
     write(folder / "lib/__pycache__/a.pyc", "c")
     (folder / "link").symlink_to("train.py")
-    found = kept.gather("j", folder, sent_along, ("runs/2/", "*.pt"))
-    assert found == GatherResult(2, 2, 17, ("runs/", "data.txt"))
+    found = kept.gather("j", 1, folder, sent_along, ("runs/2/", "*.pt"))
+    assert found == m.Left("j", 1, 2, 17, ("runs/", "data.txt"))
     assert names(kept) == ["model.pt", "runs/2/events"]
-    assert kept.gather("j", folder, sent_along, ()) == GatherResult(0, 2, 17, ("runs/", "data.txt"))
+    assert kept.gather("j", 1, folder, sent_along, ()) == m.Left("j", 1, 2, 17, ("runs/", "data.txt"))
 
 
 def test_a_script_that_wrote_nothing_is_told_nothing(tmp_path: Path) -> None:
-    assert storage(tmp_path / "s").gather("j", tmp_path / "w", unpacked(tmp_path / "w"), ("*",)) == GatherResult()
+    assert storage(tmp_path / "s").gather("j", 1, tmp_path / "w", unpacked(tmp_path / "w"), ("*",)) == m.Left(
+        "j", 1, 0, 0
+    )
 
 
 def test_what_is_kept_overwrites_nothing(tmp_path: Path) -> None:
@@ -221,8 +223,7 @@ def test_what_is_kept_overwrites_nothing(tmp_path: Path) -> None:
         folder = tmp_path / text
         write(folder / "runs/log", text)
         write(folder / "a" if mark == "w0" else folder / "a/f", text)
-        found = kept.gather("j", folder, frozenset(), ("*",), mark)
-        assert found.kept_count == 2
+        found = kept.gather("j", 1, folder, frozenset(), ("*",), mark)
         assert ("log is kept as runs/log@w1" in found.error) == (mark == "w1")
     out = kept.folder("j")
     assert {name: (out / name).read_text() for name in names(kept)} == {
@@ -235,7 +236,7 @@ def test_a_folder_of_one_name_is_no_place_for_a_file_of_it(tmp_path: Path) -> No
     kept, folder = storage(tmp_path / "s"), tmp_path / "work"
     write(folder / "a")
     write(kept.make("j") / "a/f")
-    assert "a is kept as a@w1" in kept.gather("j", folder, frozenset(), ("*",), "w1").error
+    assert "a is kept as a@w1" in kept.gather("j", 1, folder, frozenset(), ("*",), "w1").error
     assert names(kept) == ["a/f", "a@w1"]
 
 
@@ -247,7 +248,7 @@ def test_what_cannot_be_kept_is_said_and_the_rest_is_kept(tmp_path: Path) -> Non
     os.mkfifo(folder / "pipe")
     write(folder / "n" / ("n" * 255))
     write(kept.make("j") / "n" / ("n" * 255))
-    found = kept.gather("j", folder, frozenset(), ("*",), "w1")
+    found = kept.gather("j", 1, folder, frozenset(), ("*",), "w1")
     assert names(kept) == ["a", f"n/{'n' * 255}", "z"]
     assert "latest could not be kept: it is a link" in found.error
     assert "could not be kept: File name too long" in found.error
@@ -259,7 +260,7 @@ def test_a_small_disk_keeps_no_half_file(tmp_path: Path) -> None:
         kept, folder = storage(disk), tmp_path / "work"
         write(folder / "big", "x" * (2 << 20))
         write(folder / "small", "x")
-        found = kept.gather("j", folder, frozenset(), ("*",), "w1")
+        found = kept.gather("j", 1, folder, frozenset(), ("*",), "w1")
         assert found.error == "big could not be kept: No space left on device"
         assert names(kept) == ["small"]
 
@@ -279,7 +280,7 @@ def test_what_vanishes_while_it_is_listed_hides_no_other_file(tmp_path: Path, mo
             yield path, why
 
     monkeypatch.setattr("fleet.worker.storage._entries", lambda folder, after: meanwhile(folder, after))
-    page = kept.page(m.ListFiles("j", "w", 1))
+    page = kept.answer(m.ListFiles("j", "w", 1))
     assert ([info.path for info in page.files], page.more) == ([b"a", b"c", b"d"], True)
 
 
@@ -289,7 +290,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     write(folder / "a/__pycache__/a.pyc")
     (folder / "latest").symlink_to("a")
     os.mkfifo(folder / "pipe")
-    page = kept.page(m.ListFiles("j", "w", 1))
+    page = kept.answer(m.ListFiles("j", "w", 1))
     assert names(kept) == ["a/__pycache__/a.pyc"]
     assert (page.left_out, page.left_out_count) == (("latest (a link)", "pipe (no ordinary file)"), 2)
 
@@ -307,4 +308,5 @@ def test_patterns_mean_what_a_shell_shows(tmp_path: Path) -> None:
     kept = storage(tmp_path / "s")
     write(tmp_path / "w/runs/\udce9")
     patterns = tuple(map(portable, keep_patterns(("./runs/\udce9",))))
-    assert kept.gather("j", tmp_path / "w", frozenset(), patterns, "w1") == GatherResult(1)
+    assert kept.gather("j", 1, tmp_path / "w", frozenset(), patterns, "w1") == m.Left("j", 1, 0, 0)
+    assert names(kept) == ["runs/\udce9"]

@@ -203,11 +203,11 @@ class Worker(Node):
             if process is not None and process.heard is not effect.on:
                 process.heard = effect.on
                 sim.after(0.001, lambda: self._read(process))
-        elif isinstance(effect, w.Prepare):
-            assign = effect.assign
+        elif isinstance(effect, w.ToFiles) and isinstance(effect.message, m.Assign):
+            assign = effect.message
             if source.random() < 0.03:
                 sim.count("prepare failed")
-                failed = w.PrepareFailed(assign.job_id, assign.attempt, "no space left", source.random() < 0.3)
+                failed = m.AssignFailed(assign.job_id, assign.attempt, "no space left", source.random() < 0.3)
                 sim.after(source.uniform(0, 0.5), lambda: self.step(failed))
             else:
                 done = w.Prepared(assign.job_id, assign.attempt, Path("/"), 1)
@@ -228,13 +228,12 @@ class Worker(Node):
 
     def _spawn(self, spawn: w.Spawn) -> w.Event:
         sim, source = self.sim, self.sim.source
-        key = spawn.assign.job_id, spawn.assign.attempt, spawn.member_id
         sim.pid_count += 1
-        process = Process(key, sim.pid_count, 0 if source.random() < 0.93 else 3)
-        self.processes[key] = process
+        process = Process(spawn.key, sim.pid_count, 0 if source.random() < 0.93 else 3)
+        self.processes[spawn.key] = process
         sim.running(self, process)
         if spawn.assign.world_size > 1:
-            join = m.Join(key[0], key[1], key[2], process.pid, "tcp://h:1")
+            join = m.Join(*spawn.key, process.pid, "tcp://h:1")
             sim.after(source.uniform(0, 0.4), lambda: self._from(process, join))
         if source.random() < 0.5:
             count = source.choice([1, 2, 4, 150])
@@ -247,7 +246,7 @@ class Worker(Node):
                 self.end(process, process.wants, 0)
 
         sim.after(source.choice([0.0, 0.3, 1.0, 4.0, 15.0]) * source.random(), ends)
-        return w.Spawned(key, process.pid)
+        return w.Spawned(spawn.key, process.pid)
 
     def _from(self, process: Process, message: m.Message) -> None:
         if self.processes.get(process.key) is process:
