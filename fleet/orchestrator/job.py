@@ -6,7 +6,7 @@ MOVES is the one table of states; tests/pure/test_docs.py draws the diagram in d
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum
 from operator import attrgetter
 from typing import Any
 
@@ -22,45 +22,37 @@ TAIL_KEPT_CHARS = 2000  # of the stderr of a rank whose job has ended
 
 
 class JobState(Enum):
-    FETCHING = auto()  # its files are on the way from the client, or it is being written to the disk
-    QUEUED = auto()  # waits for slots, or for the end of its backoff
-    ASSIGNED = auto()  # workers prepare it
-    RUNNING = auto()
-    STOPPING = auto()  # told to stop: a rank failed, a worker was lost or drains, it was cancelled
-    ENDED = auto()
+    FETCHING = "FETCHING"  # its files are on the way from the client, or it is being written to the disk
+    QUEUED = "QUEUED"  # waits for slots, or for the end of its backoff
+    ASSIGNED = "ASSIGNED"  # workers prepare it
+    RUNNING = "RUNNING"
+    STOPPING = "STOPPING"  # told to stop: a rank failed, a worker was lost or drains, it was cancelled
+    ENDED = "ENDED"
 
 
-MOVES: dict[JobState, dict[JobState, str]] = {  # from where to where, and when
-    JobState.FETCHING: {
-        JobState.QUEUED: "its files are there, and it is on the disk",
-        JobState.ENDED: "refused or cancelled",
-    },
-    JobState.QUEUED: {
-        JobState.ASSIGNED: "there are slots for all its ranks",
-        JobState.ENDED: "cancelled",
-    },
-    JobState.ASSIGNED: {
-        JobState.RUNNING: "all its workers are prepared",
-        JobState.QUEUED: "a worker was lost or leaves",
-        JobState.STOPPING: "it turns out to run already",
-        JobState.ENDED: "cancelled, or a worker cannot run it",
-    },
-    JobState.RUNNING: {
-        JobState.ENDED: "every rank has ended",
-        JobState.STOPPING: "a rank failed, a worker was lost or leaves, or it is cancelled",
-    },
-    JobState.STOPPING: {
-        JobState.QUEUED: "its ranks are gone, and it starts again",
-        JobState.ENDED: "its ranks are gone",
-    },
-    JobState.ENDED: {},
+MOVES = {  # from where to where, and when
+    (JobState.FETCHING, JobState.QUEUED): "its files are there, and it is on the disk",
+    (JobState.FETCHING, JobState.ENDED): "refused or cancelled",
+    (JobState.QUEUED, JobState.ASSIGNED): "there are slots for all its ranks",
+    (JobState.QUEUED, JobState.ENDED): "cancelled",
+    (JobState.ASSIGNED, JobState.RUNNING): "all its workers are prepared",
+    (JobState.ASSIGNED, JobState.QUEUED): "a worker was lost or leaves",
+    (JobState.ASSIGNED, JobState.STOPPING): "it turns out to run already",
+    (JobState.ASSIGNED, JobState.ENDED): "cancelled, or a worker cannot run it",
+    (JobState.RUNNING, JobState.ENDED): "every rank has ended",
+    (JobState.RUNNING, JobState.STOPPING): "a rank failed, a worker was lost or leaves, or it is cancelled",
+    (JobState.STOPPING, JobState.QUEUED): "its ranks are gone, and it starts again",
+    (JobState.STOPPING, JobState.ENDED): "its ranks are gone",
 }
 ON_WORKERS = frozenset({JobState.ASSIGNED, JobState.RUNNING, JobState.STOPPING})
 
 
 @dataclass(slots=True)
 class Job:
-    """One submitted job. `seats` is the worker_id of each member, empty until it is placed. Times are monotonic."""
+    """One submitted job. `seats` is the worker_id of each member, empty until it is placed. Times are monotonic.
+
+    Fields down to `left` are its record on the disk. A new one needs a default, since old records lack it.
+    """
 
     job_id: str
     client: bytes  # that gets its output, and takes it along when leaving; empty: none, the job is detached
@@ -175,7 +167,7 @@ class Job:
         self.ended_at = None if self.ended_at is None else self.ended_at - earlier_s
 
     def move(self, state: JobState) -> None:
-        assert state in MOVES[self.state], f"job {self.job_id}: {self.state.name} -> {state.name}"
+        assert (self.state, state) in MOVES, f"job {self.job_id}: {self.state.name} -> {state.name}"
         self.state = state
 
 
@@ -186,59 +178,27 @@ def _with_tail(status: m.RankStatus, chars: int) -> m.RankStatus:
     return msgspec.structs.replace(status, stderr_tail=status.stderr_tail[len(status.stderr_tail) - chars :])
 
 
-class Record(msgspec.Struct, frozen=True):
-    """Record of a job on the disk. Times are the wall clock's. A new field needs a default, since old records lack it."""
-
-    job_id: str
-    client: bytes
-    world_size: int
-    spec: m.Spec
-    options: m.JobOptions
-    detached: bool
-    number: int
-    submitted_at: float
-    queued_at: float
-    started_at: float | None
-    ended_at: float | None
-    state: str
-    attempt: int
-    seats: tuple[str, ...]
-    hosts: tuple[str, ...]
-    ports: dict[str, int]
-    exits: tuple[m.RankStatus, ...]
-    cause: int
-    reason: str
-    outcome: str
-    starts_again: bool
-    losses: int
-    history: tuple[str, ...]
-    held_by: dict[str, str] = {}
-    left: tuple[str, ...] = ()
-
-
+_KEPT = Job.__match_args__[: Job.__match_args__.index("left") + 1]
 _TIMES = ("submitted_at", "queued_at", "started_at", "ended_at")
-_SAME = tuple(name for name in Record.__struct_fields__ if name not in (*_TIMES, "state", "ports", "exits"))
-_same_of = attrgetter(*_SAME)  # a job is written down three times in its life, at the least
-_decoder = msgspec.msgpack.Decoder(Record)
+_kept_of = attrgetter(*_KEPT)  # a job is written down three times in its life, at the least
 _encoder = msgspec.msgpack.Encoder()
 
 
 def record(job: Job, epoch: float) -> bytes:
-    """Bytes of a job's record."""
-    same: dict[str, Any] = dict(zip(_SAME, _same_of(job), strict=True))
-    same |= {name: None if (at := getattr(job, name)) is None else epoch + at for name in _TIMES}
-    exits = tuple(job.exits.values())
-    return _encoder.encode(Record(state=job.state.name, ports=dict(job.ports), exits=exits, **same))
+    """Bytes of a job's record. Its times are the wall clock's, and its exits are a list."""
+    kept = dict(zip(_KEPT, _kept_of(job), strict=True))
+    kept |= {name: epoch + at for name in _TIMES if (at := kept[name]) is not None}
+    return _encoder.encode(kept | {"exits": tuple(job.exits.values())})
 
 
 def recalled(data: bytes, epoch: float) -> Job:
     """Job of a record. Raises ValueError for bytes that are no record."""
-    found = _decoder.decode(data)  # msgspec's errors are ValueErrors
-    same: dict[str, Any] = {name: getattr(found, name) for name in _SAME}
-    same |= {name: None if (at := getattr(found, name)) is None else at - epoch for name in _TIMES}
-    if found.state not in JobState.__members__:
-        raise ValueError(f"job {found.job_id} is in the state {found.state!r}, which this fleet does not know")
-    exits = {status.member_id: status for status in found.exits}
-    if found.detached:  # its first record, from before its acceptance, still names its client
-        same["client"] = b""
-    return Job(state=JobState[found.state], ports=dict(found.ports), exits=exits, **same)
+    kept = msgspec.msgpack.decode(data, type=dict[str, Any])  # msgspec's errors are ValueErrors
+    exits = msgspec.convert(kept.pop("exits", ()), tuple[m.RankStatus, ...])
+    job = msgspec.convert(kept, Job)
+    job.exits = {status.member_id: status for status in exits}
+    job.move_times(epoch)
+    job.queued_at -= epoch
+    if job.detached:  # its first record, from before its acceptance, still names its client
+        job.client = b""
+    return job

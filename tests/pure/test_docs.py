@@ -25,8 +25,7 @@ def docstring(path: str) -> str:
 def state_diagram() -> str:
     """The table of a job's states as a Mermaid diagram."""
     lines = ["stateDiagram-v2", f"    [*] --> {JobState.FETCHING.name.lower()}: fleet submit, fleet run"]
-    for state, moves in MOVES.items():
-        lines += [f"    {state.name.lower()} --> {to.name.lower()}: {when}" for to, when in moves.items()]
+    lines += [f"    {state.name.lower()} --> {to.name.lower()}: {when}" for (state, to), when in MOVES.items()]
     return "\n".join([*lines, f"    {JobState.ENDED.name.lower()} --> [*]"])
 
 
