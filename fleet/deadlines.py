@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
@@ -21,6 +22,7 @@ class Deadlines(Generic[Key]):
     # keeps entries of one time in their order, and keys from being compared.
     heap: list[tuple[float, int, Key]] = field(default_factory=list)
     _count: int = 0
+    _not_before: float = -math.inf
 
     def __contains__(self, key: Key) -> bool:
         return key in self._when
@@ -36,7 +38,7 @@ class Deadlines(Generic[Key]):
 
     def set(self, key: Key, when: float) -> None:
         before = self._when.get(key)
-        self._when[key] = when
+        when = self._when[key] = max(when, self._not_before)
         if before is None or when < before:
             self._push(key, when)
 
@@ -44,7 +46,8 @@ class Deadlines(Generic[Key]):
         self._when.pop(key, None)
 
     def postpone(self, until: float) -> None:
-        """None comes before then."""
+        """None comes before then, and none that is set from here on."""
+        self._not_before = until
         for key, when in self._when.items():
             self._when[key] = max(when, until)
 
@@ -76,6 +79,11 @@ class Deadlines(Generic[Key]):
         if len(self.heap) > 2 * len(self._when) + SPARE_ENTRIES:
             self.heap = [(when, number, key) for number, (key, when) in enumerate(self._when.items())]
             heapify(self.heap)
+
+
+def deadlines_of(*parts: object) -> list[Deadlines[Any]]:
+    """All deadlines that are fields of these objects: none of them is named a second time, and so none is forgotten."""
+    return [found for part in parts for found in vars(part).values() if isinstance(found, Deadlines)]
 
 
 def earliest(parts: Iterable[Deadlines[Any]]) -> float | None:

@@ -88,16 +88,8 @@ class Assignments:
         self.effects.save(job)
 
     def tell_assigned(self, job: Job, worker_id: str, group_rank: int) -> None:
-        assign = m.Assign(
-            job_id=job.job_id,
-            attempt=job.attempt,
-            world_size=job.world_size,
-            member_ids=job.members_on(worker_id),
-            group_rank=group_rank,
-            group_count=len(job.workers),
-            spec=job.spec,
-            gpus=job.options.gpus,
-        )
+        members, count, gpus = job.members_on(worker_id), len(job.workers), job.options.gpus
+        assign = m.Assign(job.job_id, job.attempt, job.world_size, members, group_rank, count, job.spec, gpus)
         self.membership.send(worker_id, assign)
 
     def say_waiting(self, job: Job, reason: str) -> None:
@@ -154,6 +146,3 @@ class Assignments:
         jobs = self.jobs_on(worker_id)
         self.held.pop(worker_id, None)
         return jobs
-
-    def deadlines(self) -> tuple[Deadlines[str], ...]:
-        return self.backoff, self.preparing

@@ -6,10 +6,10 @@ there are, or on their logarithm only.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fleet import messages as m
-from fleet.deadlines import earliest
+from fleet.deadlines import Deadlines, deadlines_of, earliest
 from fleet.orchestrator import state
 from fleet.orchestrator.answers import Answers
 from fleet.orchestrator.assignments import Assignments
@@ -17,11 +17,13 @@ from fleet.orchestrator.clients import Clients
 from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job import ON_WORKERS, Job, JobState
 from fleet.orchestrator.job_output import JobOutput
-from fleet.orchestrator.membership import Membership
+from fleet.orchestrator.membership import RETURN_WITHIN_S, Membership
 from fleet.orchestrator.placement import DEFAULT
 from fleet.orchestrator.scheduler import CLIENT_AWAY, CLIENT_GONE, KEEP_JOBS, KEEP_S, Scheduler
 from fleet.orchestrator.submissions import Submissions
 from fleet.orchestrator.uploads import Uploads
+
+TELL_AGAIN_S = 0.5  # a peer that does not read to say hello
 
 
 class Core:
@@ -46,21 +48,14 @@ class Core:
         self.uploads = Uploads()
         self.assignments = Assignments(self.effects, self.membership, self.clients, policy)
         self.output = JobOutput(self.effects, self.membership, self.clients)
-        self.scheduler = Scheduler(
-            self.effects,
-            self.membership,
-            self.clients,
-            self.assignments,
-            self.output,
-            self.uploads,
-            keep_jobs,
-            keep_s,
-        )
+        parts = self.effects, self.membership, self.clients, self.assignments, self.output, self.uploads
+        self.scheduler = Scheduler(*parts, keep_jobs, keep_s)
         self.submissions = Submissions(self.effects, self.clients, self.scheduler, self.uploads)
         self.answers = Answers(self.effects, self.membership, self.clients, self.scheduler)
-        self._deadlines = (
-            *self.membership.deadlines(), *self.clients.deadlines(), *self.scheduler.deadlines(), self.uploads.until
-        )  # fmt: skip
+        self.behind: Deadlines[bytes] = Deadlines()  # peers that do not read: when they are told to say hello
+        self._deadlines = deadlines_of(
+            self, self.membership, self.clients, self.uploads, self.assignments, self.scheduler
+        )
 
     def step(self, event: state.Event, now: float) -> list[state.Effect]:
         """What to do about one event."""
@@ -78,7 +73,7 @@ class Core:
             self.submissions.stored(event.digest)
         elif isinstance(event, state.BundleRefused):
             self.submissions.refused(event.peer, event.digest, event.reason)
-        elif isinstance(event, state.Saved | state.SaveFailed | state.SavesAgain):
+        elif isinstance(event, state.Saved):
             self.submissions.disk(event)
         elif isinstance(event, state.StoodStill):
             self._stood_still(event.seconds)
@@ -86,23 +81,16 @@ class Core:
             self._expire()  # with a Tick alone: every message that has arrived was read before, also of peers that were late
         return self.effects.decided()
 
-    @property
-    def decided(self) -> list[state.Effect]:
-        """What the last step has decided; also of one that failed on its way."""
-        return self.effects.decided()
-
     def next_deadline(self) -> float | None:
         """When to send a Tick if nothing else happens."""
         return earliest(self._deadlines)
 
-    def recall(self, jobs: Iterable[Job], drained: Iterable[str], now: float) -> None:
+    def recall(self, jobs: Sequence[Job], drained: Iterable[str], now: float) -> None:
         """Takes over the jobs of an orchestrator before this one, in the order of submission, before the first event."""
         self.effects.begin(now)
         self.membership.drained.update(drained)
-        for job in jobs:
-            self.scheduler.recall(job)
-            self.submissions.submitted_count = max(self.submissions.submitted_count, job.number)
-        self.scheduler.recall_ended()
+        self.scheduler.recall(jobs)
+        self.submissions.submitted_count = max((job.number for job in jobs), default=0)
 
     def move_epoch(self, epoch: float) -> None:
         """The wall clock has run on while this one stood still, or was set: times that were noted stay where they were on it."""
@@ -129,6 +117,7 @@ class Core:
             self.membership.spoke(worker)
             self._from_worker(worker, message)
         elif isinstance(message, m.ClientHello):
+            self.behind.discard(peer)
             self.clients.hello(peer, message)
             self.uploads.connected_again(peer)
         elif peer not in self.clients.known:
@@ -145,6 +134,7 @@ class Core:
         if known is not None and known.hello.incarnation != hello.incarnation:
             self._evict(known, "was restarted")
             known = None
+        self.behind.discard(peer)
         worker = self.membership.join(peer, hello)
         if known is None:
             self.assignments.take_room(worker.worker_id)
@@ -228,19 +218,15 @@ class Core:
     # Absences, and time
 
     def _lost(self, peer: bytes) -> None:
-        self.clients.behind.discard(peer)
-        self.membership.behind.discard(peer)
+        self.behind.discard(peer)
         self._disconnected(peer)
 
     def _behind(self, peer: bytes) -> None:
         """A peer that does not read counts as lost until it says hello; then all that it missed is said again."""
         worker = self.membership.at(peer)
-        if worker is not None and worker.lost_since is None:
-            self.membership.fell_behind(peer)
-        elif self.clients.reaches(peer):
-            self.clients.fell_behind(peer)
-        else:
+        if not (self.clients.reaches(peer) if worker is None else worker.lost_since is None):
             return
+        self.behind.set(peer, self.effects.now + TELL_AGAIN_S)
         name = peer.decode(errors="replace")
         self.effects.log("warning", f"peer {name} does not read what it is sent: it has to say hello again")
         self._disconnected(peer)
@@ -252,19 +238,23 @@ class Core:
             self.clients.lost(peer, self.scheduler.grace_s(peer))
 
     def _stood_still(self, seconds: float) -> None:
-        """This process did, and `now` has not run on."""
+        """This process did, and `now` has not run on. Connections that broke meanwhile are noticed now, and waited for longer."""
         why = "stopped, swapped out or behind a slow disk"
         self.effects.log("warning", f"this orchestrator stood still for {seconds:.1f} s: {why}")
-        self.membership.stood_still()
-        self.clients.stood_still()
+        self.membership.away.postpone(self.effects.now + RETURN_WITHIN_S)
+        self.clients.away.postpone(self.effects.now + RETURN_WITHIN_S)
 
     def _expire(self) -> None:
         if gone := self.membership.expired():
             self.scheduler.workers_gone(gone)
         for worker in self.membership.to_hand_back():
             self.scheduler.hand_back_all(worker)
-        for peer in self.clients.expired():
+        for peer in self.clients.away.due(self.effects.now):
             self._client_gone(peer, CLIENT_AWAY)
+        for peer in self.behind.due(self.effects.now):
+            if self.membership.at(peer) is not None or peer in self.clients.known:
+                self.behind.set(peer, self.effects.now + TELL_AGAIN_S)
+                self.effects.send(peer, m.Unknown())
         self.submissions.expire()
         self.scheduler.expire()
 

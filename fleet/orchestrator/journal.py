@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from fleet.orchestrator.state import Effect, Erase, Event, Save, Saved, SaveDrained, SaveFailed, SavesAgain
+from fleet.orchestrator.state import Effect, Erase, Event, Save, Saved, SaveDrained
 
 Records = dict[str, tuple[int, bytes] | None]  # by job: its number and its bytes; None: to be erased
 
 
 @dataclass(eq=False)
 class Journal:
-    """Invariant: `ready` is called between `written` or `refused` and the next `decided`, if there is anything `unsaved`."""
+    """Invariant: if there is anything `unsaved`, `ready` is called between `committed` and the next `decided`."""
 
     durable: bool = True  # False: nothing is written down, and nothing waits
     records: Records = field(default_factory=dict)  # that no commit has taken
@@ -45,21 +45,16 @@ class Journal:
                 self.records[effect.job_id] = None
                 self._waiting.append(effect)  # its log is removed too
 
-    def written(self) -> list[Event]:
-        """A commit took all that was unsaved. Returns the events for the core."""
-        self.records, self.drained = {}, None
+    def committed(self, error: str = "") -> list[Event]:
+        """A commit took all that was unsaved, or nothing for this reason. The core hears of new jobs, and of a change."""
         new, self._new = self._new, []
-        recovered: list[Event] = [SavesAgain()] if self._failing else []
-        self._failing = False
-        return [*recovered, *map(Saved, new)]
-
-    def refused(self, reason: str) -> list[Event]:
-        """A commit took nothing. Returns the event for the core: the first time, and for new jobs."""
-        new, self._new = self._new, []
-        for job_id in new:
-            self.records.pop(job_id, None)
-        first, self._failing = not self._failing, True
-        return [SaveFailed(tuple(new), reason)] if new or first else []
+        if error:
+            for job_id in new:
+                self.records.pop(job_id, None)
+        else:
+            self.records, self.drained = {}, None
+        changed, self._failing = self._failing != bool(error), bool(error)
+        return [Saved(tuple(new), error)] if new or changed else []
 
     def ready(self) -> list[Effect]:
         """Effects that may be carried out now, in their order."""

@@ -22,7 +22,6 @@ HEARTBEAT_TIMEOUT_S = 5.0
 SILENT_AFTER_S = 2.5  # so long, and another worker may have its id
 CLAIM_AFTER_S = HEARTBEAT_S / 2  # since a newcomer's first hello: the last words of its rival are read by then
 RECONNECT_GRACE_S = 2.0
-TELL_AGAIN_S = 0.5
 RETURN_WITHIN_S = 6.0  # workers and clients of an orchestrator that was restarted: their backoff is up to 2 s
 
 
@@ -46,12 +45,10 @@ class Membership:
     drained: set[str] = field(default_factory=set)  # worker_ids, there now or not
     heard: Deadlines[str] = field(default_factory=Deadlines)  # when a worker has been silent for too long
     away: Deadlines[str] = field(default_factory=Deadlines)  # their connection is down: when they are given up
-    behind: Deadlines[bytes] = field(default_factory=Deadlines)  # they do not read: when they are told to say hello
     missed: Deadlines[str] = field(default_factory=Deadlines)  # they are not back since this orchestrator's restart
     hand_backs: Deadlines[str] = field(default_factory=Deadlines)  # when the jobs on a drained one move elsewhere
     # By worker id: the connection of a newcomer that wants the id of a worker that is there, and when it first said so.
     claims: dict[str, tuple[bytes, float]] = field(default_factory=dict)
-    lenient_until: float = 0.0  # see stood_still
 
     def at(self, peer: bytes) -> Worker | None:
         """The worker that has this connection now."""
@@ -115,7 +112,6 @@ class Membership:
             self.effects.log("info", f"worker {worker_id} is back")
         self.missed.discard(worker_id)
         self.away.discard(worker_id)
-        self.behind.discard(peer)
         self.heard.set(worker_id, now + HEARTBEAT_TIMEOUT_S)
         worker.leaving, worker.drained = hello.leaving, worker_id in self.drained
         self._open_or_close(worker)
@@ -164,13 +160,9 @@ class Membership:
         """The worker's connection is down. It is given up unless it comes back in time."""
         if worker.lost_since is None:
             worker.lost_since = self.effects.now
-            self.away.set(worker.worker_id, max(self.effects.now + RECONNECT_GRACE_S, self.lenient_until))
+            self.away.set(worker.worker_id, self.effects.now + RECONNECT_GRACE_S)
             self._open_or_close(worker)
             self.effects.log("warning", f"worker {worker.worker_id} lost its connection")
-
-    def fell_behind(self, peer: bytes) -> None:
-        """A message to a worker was lost. It counts as lost until it has said hello, which it is told to."""
-        self.behind.set(peer, self.effects.now + TELL_AGAIN_S)
 
     def evict(self, worker: Worker, why: str) -> Gone:
         worker_id = worker.worker_id
@@ -179,15 +171,9 @@ class Membership:
         self.claims.pop(worker_id, None)
         for deadlines in (self.heard, self.away, self.hand_backs):
             deadlines.discard(worker_id)
-        self.behind.discard(worker.peer)
         self.effects.log("info" if why == "left" else "warning", f"worker {worker_id} {why}")
         self.effects.counts.workers_lost += why != "left"
         return Gone(worker_id, worker.hello.host, why)
-
-    def stood_still(self) -> None:
-        """This process stood still. Connections that broke meanwhile are noticed now, and are waited for longer."""
-        self.lenient_until = self.effects.now + RETURN_WITHIN_S
-        self.away.postpone(self.lenient_until)
 
     def expired(self) -> list[Gone]:
         """Evicts all workers that were away or silent for too long; adds those that never came back after a restart."""
@@ -202,17 +188,11 @@ class Membership:
         for worker_id in self.missed.due(now):
             why = f"did not come back within {RETURN_WITHIN_S:g} s of the orchestrator's restart"
             gone.append(Gone(worker_id, "", why))
-        for peer in self.behind.due(now):
-            self.behind.set(peer, now + TELL_AGAIN_S)
-            self.effects.send(peer, m.Unknown())
         return gone
 
     def to_hand_back(self) -> list[Worker]:
         """Drained workers whose time is up."""
         return [self.workers[worker_id] for worker_id in self.hand_backs.due(self.effects.now)]
-
-    def deadlines(self) -> tuple[Deadlines[str] | Deadlines[bytes], ...]:
-        return self.heard, self.away, self.missed, self.hand_backs, self.behind
 
     def _open_or_close(self, worker: Worker) -> None:
         self.rooms.set_open(worker.worker_id, worker.state == "ready")

@@ -7,7 +7,7 @@ loses a worker, or is handed back by one that drains, starts again as its next a
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -307,11 +307,7 @@ class Scheduler:
             self._end(job, job.reason)
 
     def _end(self, job: Job, reason: str) -> None:
-        outcome = "failed" if reason else "succeeded"
-        if reason in UNWANTED:
-            outcome = "cancelled"
-        elif reason == RELEASED:
-            outcome = "succeeded"
+        outcome = "cancelled" if reason in UNWANTED else "failed" if reason not in ("", RELEASED) else "succeeded"
         self.assignments.dequeue(job)
         self.output.ended(job)
         self.assignments.release(job)
@@ -419,23 +415,22 @@ class Scheduler:
         mine = (job for job in self.jobs.values() if job.client == client and job.state is not JobState.ENDED)
         return max((job.options.grace_s for job in mine), default=0.0)
 
-    def recall(self, job: Job) -> None:
-        """A job that an orchestrator before this one wrote down. They come in the order of submission."""
-        self.jobs[job.job_id] = job
-        if job.state is JobState.ENDED:
-            return
-        if job.spec.digest:
-            self.uploads.users[job.spec.digest] += 1
-        job.kept_unknown = job.state in ON_WORKERS
-        if job.state is JobState.FETCHING:  # it was whole when it was written down
-            job.move(JobState.QUEUED)
-        self.assignments.recall(job)
-        if job.client:
-            self.clients.recall(job.client, job.options.grace_s)
-
-    def recall_ended(self) -> None:
-        """All jobs have been recalled."""
-        ended = [job for job in self.jobs.values() if job.state is JobState.ENDED]
+    def recall(self, jobs: Iterable[Job]) -> None:
+        """The jobs that an orchestrator before this one wrote down, in the order of submission."""
+        ended: list[Job] = []
+        for job in jobs:
+            self.jobs[job.job_id] = job
+            if job.state is JobState.ENDED:
+                ended.append(job)
+                continue
+            if job.spec.digest:
+                self.uploads.users[job.spec.digest] += 1
+            job.kept_unknown = job.state in ON_WORKERS
+            if job.state is JobState.FETCHING:  # it was whole when it was written down
+                job.move(JobState.QUEUED)
+            self.assignments.recall(job)
+            if job.client:
+                self.clients.recall(job.client, job.options.grace_s)
         self.ended.extend(job.job_id for job in sorted(ended, key=lambda job: job.ended_at or 0.0))
 
     # Time
@@ -446,9 +441,6 @@ class Scheduler:
             self.assignments.place()
         self._tell_leavers()
         self._prune()
-
-    def deadlines(self) -> tuple[Deadlines[str] | Deadlines[tuple[str, int, int]], ...]:
-        return *self.assignments.deadlines(), self.leavers
 
 
 def _ended_by_itself(job: Job, member_id: int) -> m.MemberLost:

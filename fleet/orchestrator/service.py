@@ -16,7 +16,7 @@ from time import monotonic, time
 
 from fleet import messages as m
 from fleet.bus.context import Bus
-from fleet.bus.control import Arrived, Lost, Router, Sent
+from fleet.bus.control import Arrived, Router, Sent
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.process import numbering, watch_end
@@ -175,7 +175,10 @@ class Service:
             happened = self._router.receive()
             for thing in happened:
                 try:
-                    self._happened(thing)
+                    if isinstance(thing, Arrived):
+                        self._arrived(thing)
+                    else:
+                        self._lost(thing.peer)
                 except Exception as error:
                     self._dropped.failed(f"what peer {thing.peer[:40]!r} sent", error)
             self._flush()
@@ -209,12 +212,6 @@ class Service:
         if abs(epoch - self._core.effects.epoch) > EPOCH_TOLERATED_S:
             with self._core_lock:
                 self._core.move_epoch(epoch)
-
-    def _happened(self, thing: Arrived | Lost) -> None:
-        if isinstance(thing, Arrived):
-            self._arrived(thing)
-        else:
-            self._lost(thing.peer)
 
     def _lost(self, peer: bytes) -> None:
         """A client of this machine that has died need not be waited for."""
@@ -256,7 +253,7 @@ class Service:
             try:
                 effects = self._core.step(event, self._clock.now())
             except Exception as error:
-                effects, failure = self._core.decided, error
+                effects, failure = self._core.effects.decided(), error
         self._journal.decided(effects)
         if failure is not None:
             self._failed_at(event, failure)
@@ -295,8 +292,8 @@ class Service:
         try:
             self._store.commit(self._journal.records, self._journal.drained)
         except OSError as error:
-            return self._journal.refused(str(error))
-        return self._journal.written()
+            return self._journal.committed(str(error))
+        return self._journal.committed()
 
     def _perform(self, effect: state.Effect) -> list[state.Event]:
         """Carries out one effect; returns the events that came of it at once."""

@@ -90,20 +90,10 @@ class BundleRefused(msgspec.Struct, frozen=True):
 
 
 class Saved(msgspec.Struct, frozen=True):
-    """A new job is on the disk."""
-
-    job_id: str
-
-
-class SaveFailed(msgspec.Struct, frozen=True):
-    """The disk takes nothing now. These new jobs are not saved; all other records are tried again."""
+    """New jobs are on the disk. `error`: it takes nothing now; these are not saved, all other records are tried again."""
 
     job_ids: tuple[str, ...]
-    reason: str
-
-
-class SavesAgain(msgspec.Struct, frozen=True):
-    """The disk has taken all records again."""
+    error: str = ""
 
 
 class StoodStill(msgspec.Struct, frozen=True):
@@ -116,19 +106,7 @@ class Tick(msgspec.Struct, frozen=True):
     """Every message that had arrived by now has been read."""
 
 
-Event = (
-    Received
-    | PeerLost
-    | PeerBehind
-    | PeerDied
-    | BundleStored
-    | BundleRefused
-    | Saved
-    | SaveFailed
-    | SavesAgain
-    | StoodStill
-    | Tick
-)
+Event = Received | PeerLost | PeerBehind | PeerDied | BundleStored | BundleRefused | Saved | StoodStill | Tick
 
 
 # Effects
@@ -171,7 +149,7 @@ class ReleaseBundle(msgspec.Struct, frozen=True):
 
 
 class Save(msgspec.Struct, frozen=True):
-    """Write a job down before any other effect of the step is carried out. `is_new`: answered by Saved or SaveFailed."""
+    """Write a job down before any other effect of the step is carried out. `is_new`: answered by Saved."""
 
     job_id: str
     number: int

@@ -13,7 +13,7 @@ from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.placement import POLICIES
 from fleet.orchestrator.scheduler import Scheduler
-from fleet.orchestrator.state import DropUpload, FetchBundle, Saved, SaveFailed, SavesAgain, StorePart
+from fleet.orchestrator.state import DropUpload, FetchBundle, Saved, StorePart
 from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S, Uploads
 from fleet.values import BUNDLE_BYTES_AT_MOST
 
@@ -126,26 +126,24 @@ class Submissions:
 
     def _write_down(self, job: Job) -> None:
         if self.effects.durable:
-            self.effects.save(job, is_new=True)  # answered by Saved or SaveFailed
+            self.effects.save(job, is_new=True)  # answered by Saved
         else:
             self.scheduler.admit(job)
 
-    def disk(self, event: Saved | SaveFailed | SavesAgain) -> None:
-        jobs = self.scheduler.jobs
-        if isinstance(event, Saved):
-            if (job := jobs.get(event.job_id)) is not None and job.state is JobState.FETCHING:
-                self.scheduler.admit(job)
-        elif isinstance(event, SavesAgain):
-            self.disk_error = ""
+    def disk(self, event: Saved) -> None:
+        error, before, self.disk_error = event.error, self.disk_error, event.error
+        if error and not before:
+            self.effects.log("error", f"jobs cannot be written down ({error}): no new ones are taken, known ones go on")
+        elif before and not error:
             self.effects.log("info", "jobs can be written down again: new ones are taken")
-        else:
-            if not self.disk_error:
-                text = f"jobs cannot be written down ({event.reason}): no new ones are taken, known ones go on"
-                self.effects.log("error", text)
-            self.disk_error = event.reason
-            for job_id in event.job_ids:
-                if (job := jobs.get(job_id)) is not None and job.state is JobState.FETCHING:
-                    self._reject(job, f"the orchestrator cannot write it down ({event.reason}), so it is not taken")
+        for job_id in event.job_ids:
+            job = self.scheduler.jobs.get(job_id)
+            if job is None or job.state is not JobState.FETCHING:
+                continue
+            if error:
+                self._reject(job, f"the orchestrator cannot write it down ({error}), so it is not taken")
+            else:
+                self.scheduler.admit(job)
 
     def _reject(self, job: Job, reason: str) -> None:
         self.with_files.pop(job.job_id, None)

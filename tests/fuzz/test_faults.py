@@ -114,14 +114,14 @@ def test_a_client_that_does_not_read_is_told_to_say_hello_again(tmp_path: Path) 
         client.connect(service.endpoint)
         client.send(m.encode(m.ClientHello(VERSIONS)))
         asked = m.encode(m.Why("x" * 64))  # it is told at some length that there is no such job
-        while not len(service._core.clients.behind):
+        while not len(service._core.behind):
             client.send(asked)
         while m.decode(client.recv()) != m.Unknown():
             pass
         client.send(m.encode(m.ClientHello(VERSIONS)))
         while not isinstance(m.decode(client.recv()), m.Welcome):
             pass
-        assert not len(service._core.clients.behind)
+        assert not len(service._core.behind)
 
 
 def test_a_flood_from_a_member_that_is_gone_then_ends_nobody(tmp_path: Path) -> None:

@@ -133,6 +133,6 @@ class Cluster:
                 assert entry is not None, "no scenario is as long as a job is remembered"
                 self.disk[job_id], job = entry, recalled(entry[1], 0.0)
                 self.lines.append(f"orchestrator writes down: {job_id} is {job.outcome or job.state.name.lower()}")
-            self.events.extendleft(("orchestrator", written) for written in self.journal.written())
+            self.events.extendleft(("orchestrator", written) for written in self.journal.committed())
         for effect in self.journal.ready():
             of_orchestrator(self, effect)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 
 from fleet import messages as m
-from fleet.deadlines import earliest
+from fleet.deadlines import deadlines_of, earliest
 from fleet.orchestrator import state as o
 from fleet.orchestrator.assignments import BACKOFF_S
 from fleet.orchestrator.core import Core
@@ -340,7 +340,7 @@ def test_jobs_wait_in_the_queue_or_in_their_backoff_and_leave_both_once_they_are
     unlucky = Job("unlucky", CLIENT, 1, SPEC, number=1, losses=3, attempt=4)
     found.enqueue(unlucky)
     found.enqueue(young)
-    assert (len(found.queue), list(found.backoff), earliest(found.deadlines())) == (1, ["unlucky"], BACKOFF_S * 4)
+    assert (len(found.queue), list(found.backoff), earliest(deadlines_of(found))) == (1, ["unlucky"], BACKOFF_S * 4)
     found.place()
     assert (young.state, unlucky.state, list(found.waits)) == (JobState.ASSIGNED, JobState.QUEUED, ["unlucky"])
     assert (list(found.preparing), list(found.held["w0"])) == (["young"], ["young"])

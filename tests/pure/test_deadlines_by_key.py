@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet.deadlines import SPARE_ENTRIES, Deadlines, earliest
+from fleet.deadlines import SPARE_ENTRIES, Deadlines, deadlines_of, earliest
 
 KEYS = st.sampled_from("abcde")
 TIMES = st.integers(0, 20).map(float)
@@ -15,15 +17,17 @@ TIMES = st.integers(0, 20).map(float)
 def test_they_are_those_of_a_plain_dict(steps: list[tuple[str, str, float]]) -> None:
     deadlines: Deadlines[str] = Deadlines()
     model: dict[str, float] = {}
+    not_before = 0.0
     for what, key, when in steps:
         if what == "set":
             deadlines.set(key, when)
-            model[key] = when
+            model[key] = max(when, not_before)
         elif what == "discard":
             deadlines.discard(key)
             model.pop(key, None)
         elif what == "postpone":
             deadlines.postpone(when)
+            not_before = when
             model = {key: max(until, when) for key, until in model.items()}
         else:
             came = [model.pop(key) for key in deadlines.due(when)]
@@ -45,8 +49,16 @@ def test_what_is_postponed_over_and_over_takes_no_more_memory() -> None:
     assert len(deadlines.heap) <= 2 * SPARE_ENTRIES
 
 
+@dataclass
+class Part:
+    first: Deadlines[str]
+    second: Deadlines[str]
+    third: int = 3
+
+
 def test_the_earliest_of_several() -> None:
     parts: list[Deadlines[str]] = [Deadlines(), Deadlines(), Deadlines()]
+    assert deadlines_of(Part(parts[0], parts[1]), Part(parts[2], parts[0])) == [*parts, parts[0]]
     assert earliest(parts) is None
     parts[1].set("a", 3.0)
     parts[2].set("b", 2.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fleet import messages as m
-from fleet.deadlines import earliest
+from fleet.deadlines import deadlines_of, earliest
 from fleet.orchestrator import state as o
 from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job import JobState
@@ -125,11 +125,11 @@ def test_a_worker_that_speaks_stays_and_one_that_is_silent_goes_at_the_deadline(
     found = members()
     found.effects.begin(3.0)
     found.spoke(found.workers["w0"])
-    assert earliest(found.deadlines()) == HEARTBEAT_TIMEOUT_S
+    assert earliest(deadlines_of(found)) == HEARTBEAT_TIMEOUT_S
     assert at(found, HEARTBEAT_TIMEOUT_S - 0.1) == []
     (gone,) = at(found, HEARTBEAT_TIMEOUT_S)
     assert (gone.worker_id, gone.host, "no heartbeat for 5 s" in gone.why) == ("w1", "h", True)
-    assert earliest(found.deadlines()) == 3.0 + HEARTBEAT_TIMEOUT_S
+    assert earliest(deadlines_of(found)) == 3.0 + HEARTBEAT_TIMEOUT_S
     assert (found.effects.counts.workers_lost, found.effects.counts.heartbeats_missed) == (1, 2 + 5)
     assert found.rooms.free == 2
 
@@ -141,7 +141,7 @@ def test_workers_that_go_together_are_told_together() -> None:
     assert found.rooms.free == 2  # it gets nothing new
     gone = at(found, HEARTBEAT_TIMEOUT_S)
     assert [worker.worker_id for worker in gone] == ["w0", "w1"]
-    assert (found.workers, len(found.rooms), earliest(found.deadlines())) == ({}, 0, None)
+    assert (found.workers, len(found.rooms), earliest(deadlines_of(found))) == ({}, 0, None)
 
 
 def test_a_drain_is_remembered_taken_back_and_refused_for_an_unknown_worker() -> None:

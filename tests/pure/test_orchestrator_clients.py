@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from fleet import messages as m
-from fleet.deadlines import earliest
+from fleet.deadlines import deadlines_of, earliest
 from fleet.orchestrator import state as o
 from fleet.orchestrator.clients import Clients
+from fleet.orchestrator.core import TELL_AGAIN_S
 from fleet.orchestrator.core import Core as Orchestrator
 from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job import JobState
-from fleet.orchestrator.membership import (
-    RECONNECT_GRACE_S,
-    RETURN_WITHIN_S,
-    TELL_AGAIN_S,
-)
+from fleet.orchestrator.membership import RECONNECT_GRACE_S, RETURN_WITHIN_S
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
 
 
@@ -105,7 +102,7 @@ def test_a_peer_that_does_not_read_has_to_say_hello_again() -> None:
     assert [type(x) for x in sent(core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 2.6), CLIENT)] == [m.Welcome]
     again = core.step(o.Received(CLIENT, m.Submit("j", 1, SPEC, again=True)), 2.7)
     assert sent(again, b"w0/1") == [m.Repeat("j", 1)]
-    assert len(core.membership.behind) == 0
+    assert len(core.behind) == 0
 
 
 def test_a_worker_that_does_not_read_gets_no_new_work_until_it_is_back() -> None:
@@ -118,6 +115,17 @@ def test_a_worker_that_does_not_read_gets_no_new_work_until_it_is_back() -> None
     assert [type(x) for x in sent(effects, b"w0/1")] == [m.Welcome, m.Assign]
 
 
+def test_a_peer_that_is_given_up_is_told_no_more() -> None:
+    core = cluster(1)
+    core.step(o.Received(CLIENT, m.ClientHello(VERSIONS)), 0.0)
+    for peer in (CLIENT, b"w0/1"):
+        core.step(o.PeerBehind(peer), 1.0)
+    core.step(o.Tick(), 1.0 + RECONNECT_GRACE_S)
+    assert (core.clients.known, core.membership.workers) == (set(), {})
+    assert core.step(o.Tick(), 1.0 + RECONNECT_GRACE_S + TELL_AGAIN_S) == []
+    assert core.next_deadline() is None
+
+
 def test_a_client_that_is_away_is_sent_nothing_until_it_is_given_up_or_back() -> None:
     clients = Clients(Effects(), VERSIONS)
     clients.hello(CLIENT, m.ClientHello(VERSIONS))
@@ -127,24 +135,12 @@ def test_a_client_that_is_away_is_sent_nothing_until_it_is_given_up_or_back() ->
     clients.send(CLIENT, m.Accepted("j"))
     clients.send(b"", m.Accepted("j"))  # of a detached job
     assert clients.effects.decided() == []
-    assert (clients.reaches(CLIENT), clients.reaches(b""), earliest(clients.deadlines())) == (False, False, 30.0)
+    assert (clients.reaches(CLIENT), clients.reaches(b""), earliest(deadlines_of(clients))) == (False, False, 30.0)
     clients.effects.begin(29.0)
-    clients.stood_still()
+    clients.away.postpone(29.0 + RETURN_WITHIN_S)
     clients.effects.begin(30.0)
-    assert clients.expired() == []
+    assert clients.away.due(clients.effects.now) == []
     clients.effects.begin(29.0 + RETURN_WITHIN_S)
-    assert clients.expired() == [CLIENT]
+    assert clients.away.due(clients.effects.now) == [CLIENT]
     clients.forget(CLIENT)
-    assert (clients.known, earliest(clients.deadlines())) == (set(), None)
-
-
-def test_a_client_that_does_not_read_is_told_over_and_over_to_say_hello() -> None:
-    clients = Clients(Effects(), VERSIONS)
-    clients.hello(CLIENT, m.ClientHello(VERSIONS))
-    clients.fell_behind(CLIENT)
-    for told in (1, 2):
-        clients.effects.begin(told * TELL_AGAIN_S)
-        assert clients.expired() == []
-        assert sent(clients.effects.decided(), CLIENT) == [m.Unknown()]
-    clients.hello(CLIENT, m.ClientHello(VERSIONS))
-    assert earliest(clients.deadlines()) is None
+    assert (clients.known, earliest(deadlines_of(clients))) == (set(), None)

@@ -80,7 +80,7 @@ def _indexes(sim: Simulation) -> None:
     assert len(core.scheduler.ended) == len(ended)
     assert core.output.owed.keys() <= ended
     clients = core.clients
-    assert clients.known >= set(clients.away) | set(clients.behind) | set(clients.pids)
+    assert clients.known >= set(clients.away) | set(clients.pids)
 
 
 def _one_live_attempt(sim: Simulation) -> None:

@@ -210,7 +210,7 @@ class Simulation:
             return []
         if self.disk_refuses:
             self.faults["disk refused"] += 1
-            return journal.refused("disk full")
+            return journal.committed("disk full")
         for job_id, entry in journal.records.items():
             if entry is None:
                 self.disk.pop(job_id, None)
@@ -218,7 +218,7 @@ class Simulation:
                 self.disk[job_id] = entry
         if journal.drained is not None:
             self.disk_drained = journal.drained
-        return journal.written()
+        return journal.committed()
 
     def _arm(self) -> None:
         deadline = self._deadline()
