@@ -90,7 +90,7 @@ EXCEPTIONS = (
 )
 
 # Names of classes and files that stand several times, each in the same role.
-ROLES = frozenset({"Core", "Effects", "Log", "Tick", "Work"})
+ROLES = frozenset({"Core", "Effects", "Log", "Tick", "ToFiles", "Work"})
 FILES_OF_ROLES = frozenset({"core.py", "effects.py", "metrics.py", "state.py", "work.py"})
 
 ENVIRONMENT = frozenset({"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"})

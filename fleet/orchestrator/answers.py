@@ -15,7 +15,7 @@ from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.membership import Membership
 from fleet.orchestrator.scheduler import Scheduler
-from fleet.orchestrator.state import ServeLog, Worker
+from fleet.orchestrator.state import ToFiles, Worker
 from fleet.orchestrator.view import ClusterView
 from fleet.text import some
 
@@ -71,7 +71,7 @@ class Answers:
         elif not 0 <= ask.member_id < job.world_size:
             error = f"job {ask.job_id} has ranks 0 to {job.world_size - 1}, and no rank {ask.member_id}"
         else:
-            self.effects.add(ServeLog(peer, ask, job.state is JobState.ENDED))
+            self.effects.add(ToFiles(peer, ask, job.state is JobState.ENDED))
             return
         self.clients.send(peer, m.LogPart(ask.job_id, ask.member_id, ask.offset, b"", True, error, ask.question))
 

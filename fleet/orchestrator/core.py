@@ -144,7 +144,7 @@ class Core:
         if isinstance(message, m.Heartbeat):
             self.membership.rooms.set_load(worker.worker_id, message.load)
         elif isinstance(message, m.Want):
-            self.effects.add(state.ServeBundle(worker.peer, message))
+            self.effects.add(state.ToFiles(worker.peer, message))
             self.assignments.asked_for_files(worker.worker_id, message.digest)
         elif isinstance(message, m.Leaving):
             self.membership.leaves(worker)
@@ -247,8 +247,8 @@ class Core:
     def _expire(self) -> None:
         if gone := self.membership.expired():
             self.scheduler.workers_gone(gone)
-        for worker in self.membership.to_hand_back():
-            self.scheduler.hand_back_all(worker)
+        for worker_id in self.membership.hand_backs.due(self.effects.now):
+            self.scheduler.hand_back_all(self.membership.workers[worker_id])
         for peer in self.clients.away.due(self.effects.now):
             self._client_gone(peer, CLIENT_AWAY)
         for peer in self.behind.due(self.effects.now):

@@ -11,7 +11,7 @@ import os
 import queue
 import shutil
 import threading
-from collections.abc import Container
+from collections.abc import Iterable
 from pathlib import Path
 
 PART_BYTES = 256 << 10  # read at once
@@ -64,14 +64,15 @@ class JobLogs:
             return  # it has printed nothing
         self._remove_later(gone)
 
-    def remove_others(self, known: Container[str]) -> None:
+    def remove_others(self, known: Iterable[str]) -> None:
         """Removes the logs of jobs that are not known any more: an orchestrator that was killed may leave some.
 
         Raises OSError for a folder that is none.
         """
+        kept = {job_id.encode().hex() for job_id in known}
         with contextlib.suppress(FileNotFoundError):
             for left in os.scandir(self._folder):
-                if _job_of(left.name) not in known:
+                if left.name not in kept:
                     self._remove_later(Path(left.path))
 
     def close(self) -> None:
@@ -92,11 +93,3 @@ class JobLogs:
 
     def _path(self, job_id: str, member_id: int) -> Path:
         return self._folder / job_id.encode().hex() / f"rank-{member_id}.log"
-
-
-def _job_of(name: str) -> str:
-    """The job whose folder has this name; empty: none."""
-    try:
-        return bytes.fromhex(name).decode()
-    except ValueError:
-        return ""

@@ -190,9 +190,5 @@ class Membership:
             gone.append(Gone(worker_id, "", why))
         return gone
 
-    def to_hand_back(self) -> list[Worker]:
-        """Drained workers whose time is up."""
-        return [self.workers[worker_id] for worker_id in self.hand_backs.due(self.effects.now)]
-
     def _open_or_close(self, worker: Worker) -> None:
         self.rooms.set_open(worker.worker_id, worker.state == "ready")

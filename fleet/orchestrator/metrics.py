@@ -35,9 +35,6 @@ class OrchestratorMetrics(Collector):
         self._refused = refused
         self._dropped = dropped
 
-    def describe(self) -> list[Metric]:
-        return []  # nothing to compare before the first scrape
-
     def collect(self) -> Iterator[Metric]:
         with self._lock:
             yield from list(self._families())

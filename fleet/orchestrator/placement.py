@@ -98,7 +98,7 @@ class Rooms:
     """All workers' slots. Every change goes through a method, so that the heaps follow."""
 
     def __init__(self) -> None:
-        self._rooms: dict[str, Room] = {}
+        self.by_worker: dict[str, Room] = {}
         self._heaps: dict[str, list[tuple[Key, int, str]]] = {}  # of each policy that was ever asked for
         self._joined_count = 0
         self._turn = 0
@@ -110,29 +110,20 @@ class Rooms:
         self._unfit: dict[tuple[Shape, Shape | None], set[str]] = {}
         self._could_hold: dict[Shape, bool] = {}  # as long as the same workers are open
 
-    def __contains__(self, worker_id: str) -> bool:
-        return worker_id in self._rooms
-
-    def __len__(self) -> int:
-        return len(self._rooms)
-
-    def __getitem__(self, worker_id: str) -> Room:
-        return self._rooms[worker_id]
-
     def add(self, worker_id: str, slots: int, gpus: int, python: str = "") -> None:
         self._could_hold.clear()
         room = Room(worker_id, self._joined_count, slots, gpus, python=python)
         self._joined_count += 1
-        self._rooms[worker_id] = room
+        self.by_worker[worker_id] = room
         self._count(room, 1)
         self._push(room)
 
     def remove(self, worker_id: str) -> None:
         self._could_hold.clear()
-        self._count(self._rooms.pop(worker_id), -1)
+        self._count(self.by_worker.pop(worker_id), -1)
 
     def set_open(self, worker_id: str, is_open: bool) -> None:
-        room = self._rooms[worker_id]
+        room = self.by_worker[worker_id]
         if room.open is not is_open:
             self._could_hold.clear()
             self._count(room, -1)
@@ -141,7 +132,7 @@ class Rooms:
             self._push(room)
 
     def set_load(self, worker_id: str, load: float) -> None:
-        room = self._rooms[worker_id]
+        room = self.by_worker[worker_id]
         moved = round(room.load, 1) != round(load, 1)
         room.load = load
         if moved:
@@ -149,14 +140,14 @@ class Rooms:
 
     def hold(self, worker_id: str, job_id: str, shape: Shape, ranks: int = 1) -> None:
         """Takes room for more ranks of a job, whether there is room or not: ranks that run already take it."""
-        room = self._rooms[worker_id]
+        room = self.by_worker[worker_id]
         self._take(room, shape, ranks)
         room.held[job_id] = room.held.get(job_id, (0, shape))[0] + ranks, shape
         self._push(room)
 
     def release(self, worker_id: str, job_id: str) -> None:
         """Gives back all that a job holds on a worker; nothing, if it holds nothing there."""
-        room = self._rooms.get(worker_id)
+        room = self.by_worker.get(worker_id)
         if room is None or job_id not in room.held:
             return
         ranks, shape = room.held.pop(job_id)
@@ -219,7 +210,7 @@ class Rooms:
         grown = self._unfit.get((shape, kept_for))
         if grown is None:
             return False
-        rooms = (self._rooms.get(worker_id) for worker_id in grown)
+        rooms = (self.by_worker.get(worker_id) for worker_id in grown)
         if any(room is not None and room.open and room.fits(shape, kept_for) for room in rooms):
             del self._unfit[shape, kept_for]
             return False
@@ -235,13 +226,13 @@ class Rooms:
         if shape not in self._could_hold:
             if len(self._could_hold) >= COULD_HOLD_KEPT:
                 self._could_hold.clear()
-            could = sum(room.could_hold(shape) for room in self._rooms.values() if room.open) >= shape.world_size
+            could = sum(room.could_hold(shape) for room in self.by_worker.values() if room.open) >= shape.world_size
             self._could_hold[shape] = could
         return self._could_hold[shape]
 
     def missing(self, shape: Shape, kept_for: Shape | None = None) -> str:
         """Why a gang that does not fit now does not, for a person."""
-        workers = f"{len(self._rooms)} worker{'' if len(self._rooms) == 1 else 's'}"
+        workers = f"{len(self.by_worker)} worker{'' if len(self.by_worker) == 1 else 's'}"
         needed = shape.world_size * shape.slots
         if self.total < needed:
             return (
@@ -249,8 +240,8 @@ class Rooms:
                 "add workers, or ask for fewer ranks"
             )
         if not self.could_ever_hold(shape):
-            if shape.python and not any(room.python == shape.python for room in self._rooms.values() if room.open):
-                there = ", ".join(sorted({room.python for room in self._rooms.values() if room.open}))
+            if shape.python and not any(room.python == shape.python for room in self.by_worker.values() if room.open):
+                there = ", ".join(sorted({room.python for room in self.by_worker.values() if room.open}))
                 return f"no worker runs Python {shape.python}, as its client does: they run {there}"
             return f"no worker, or not enough of them, has room for {shape}; add workers, or ask for less for each rank"
         if self.free < needed:
@@ -280,13 +271,13 @@ class Rooms:
         if room.open and room.taken < room.slots:
             for policy, heap in self._heaps.items():
                 heappush(heap, (POLICIES[policy](room), room.version, room.worker_id))
-                if len(heap) > 4 * len(self._rooms) + 64:
+                if len(heap) > 4 * len(self.by_worker) + 64:
                     self._rebuild(policy)
 
     def _pop(self, heap: list[tuple[Key, int, str]], key: Policy) -> Room | None:
         while heap:
             _, version, worker_id = heappop(heap)
-            room = self._rooms.get(worker_id)
+            room = self.by_worker.get(worker_id)
             if room is not None and room.version == version:
                 return room
         return None
@@ -301,7 +292,7 @@ class Rooms:
         heap = self._heaps[policy]
         heap[:] = [
             (POLICIES[policy](room), room.version, room.worker_id)
-            for room in self._rooms.values()
+            for room in self.by_worker.values()
             if room.open and room.taken < room.slots
         ]
         heapify(heap)

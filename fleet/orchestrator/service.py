@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, time
 
 from fleet import messages as m
 from fleet.bus.context import Bus
-from fleet.bus.control import Arrived, Router, Sent
+from fleet.bus.control import Arrived, Frame, Router, Sent
 from fleet.bus.lock import Lock
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.process import numbering, watch_end
@@ -232,7 +232,7 @@ class Service:
     def _arrived(self, arrived: Arrived) -> None:
         if (job_id := m.relayed_job(arrived.data)) is not None:
             if (receiver := self._core.relay_to(arrived.peer, job_id)) is not None:
-                self._sent(receiver, self._router.send(receiver, arrived.data, arrived.rest))
+                self._send(receiver, arrived.data, arrived.rest)
             return
         try:
             message = m.decode(arrived.data)
@@ -298,17 +298,14 @@ class Service:
     def _perform(self, effect: state.Effect) -> list[state.Event]:
         """Carries out one effect; returns the events that came of it at once."""
         if isinstance(effect, state.Send):
-            self._sent(effect.peer, self._router.send(effect.peer, self._encoded(effect.message)))
+            self._send(effect.peer, self._encoded(effect.message))
         elif isinstance(effect, state.Log):
             log.log(logging.getLevelNamesMapping()[effect.level.upper()], effect.text)
-        elif isinstance(effect, state.ServeBundle):
-            self._sent(effect.peer, self._router.send(effect.peer, m.encode(self._bundles.read(effect.want))))
         elif isinstance(effect, state.FetchBundle):
-            return self._fetched(
-                effect.digest, effect.peer, lambda: self._bundles.fetch(effect.digest, effect.size_bytes, effect.peer)
-            )
-        elif isinstance(effect, state.StorePart):
-            return self._fetched(effect.part.digest, effect.peer, lambda: self._bundles.store(effect.part, effect.peer))
+            digest, size_bytes, peer = effect.digest, effect.size_bytes, effect.peer
+            return self._fetched(digest, peer, lambda: self._bundles.fetch(digest, size_bytes, peer))
+        elif isinstance(effect, state.ToFiles):
+            return self._to_files(effect.peer, effect.message, effect.ended)
         elif isinstance(effect, state.DropUpload):
             self._bundles.drop(effect.digest, effect.peer)
         elif isinstance(effect, state.ReleaseBundle):
@@ -317,8 +314,13 @@ class Service:
             self._logs.remove(effect.job_id)
         elif isinstance(effect, state.KeepOutput):
             self._keep_output(effect)
-        elif isinstance(effect, state.ServeLog):
-            self._serve_log(effect)
+        return []
+
+    def _to_files(self, peer: bytes, message: m.Want | m.Part | m.ReadLog, ended: bool) -> list[state.Event]:
+        if isinstance(message, m.Part):
+            return self._fetched(message.digest, peer, lambda: self._bundles.store(message, peer))
+        read = self._bundles.read(message) if isinstance(message, m.Want) else self._read_log(message, ended)
+        self._send(peer, m.encode(read))
         return []
 
     def _encoded(self, message: m.Message) -> bytes:
@@ -327,9 +329,9 @@ class Service:
             self._last_encoded = message, m.encode(message)
         return self._last_encoded[1]
 
-    def _sent(self, peer: bytes, sent: Sent) -> None:
+    def _send(self, peer: bytes, data: bytes, rest: Sequence[Frame] = ()) -> None:
         """A peer with a full queue does not read. One that is gone is told of by PeerLost."""
-        if sent is Sent.FULL:
+        if self._router.send(peer, data, rest) is Sent.FULL:
             self._step(state.PeerBehind(peer))
 
     def _fetched(self, digest: str, peer: bytes, act: Callable[[], m.Want | None]) -> list[state.Event]:
@@ -341,7 +343,7 @@ class Service:
         except ValueError as error:
             return [state.BundleRefused(peer, digest, f"its bundle was refused: {error}")]
         if want is not None:
-            self._sent(peer, self._router.send(peer, m.encode(want)))
+            self._send(peer, m.encode(want))
         return [state.BundleStored(digest)] if self._bundles.has(digest) else []
 
     def _keep_output(self, kept: state.KeepOutput) -> None:
@@ -352,12 +354,10 @@ class Service:
                 self._unlogged.add(kept.job_id)
                 log.error("what job %s prints cannot be kept: %s", kept.job_id, error.strerror)
 
-    def _serve_log(self, serve: state.ServeLog) -> None:
-        ask = serve.ask
+    def _read_log(self, ask: m.ReadLog, ended: bool) -> m.LogPart:
         try:
             offset, data, at_end = self._logs.read(ask.job_id, ask.member_id, ask.offset)
-            part = m.LogPart(ask.job_id, ask.member_id, offset, data, serve.ended and at_end, "", ask.question)
         except OSError as error:
             why = f"its log cannot be read: {error.strerror}"
-            part = m.LogPart(ask.job_id, ask.member_id, ask.offset, b"", True, why, ask.question)
-        self._sent(serve.peer, self._router.send(serve.peer, m.encode(part)))
+            return m.LogPart(ask.job_id, ask.member_id, ask.offset, b"", True, why, ask.question)
+        return m.LogPart(ask.job_id, ask.member_id, offset, data, ended and at_end, "", ask.question)

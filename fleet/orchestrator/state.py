@@ -125,14 +125,12 @@ class FetchBundle(msgspec.Struct, frozen=True):
     peer: bytes
 
 
-class ServeBundle(msgspec.Struct, frozen=True):
-    peer: bytes
-    want: m.Want
+class ToFiles(msgspec.Struct, frozen=True):
+    """Do what a message asks for: read a part of a bundle, store one, or answer from a log; `ended`: nothing follows there."""
 
-
-class StorePart(msgspec.Struct, frozen=True):
     peer: bytes
-    part: m.Part
+    message: m.Want | m.Part | m.ReadLog
+    ended: bool = False
 
 
 class DropUpload(msgspec.Struct, frozen=True):
@@ -177,20 +175,9 @@ class KeepOutput(msgspec.Struct, frozen=True):
     data: bytes
 
 
-class ServeLog(msgspec.Struct, frozen=True):
-    """Answer from the log; `ended`: nothing will be added to it."""
-
-    peer: bytes
-    ask: m.ReadLog
-    ended: bool
-
-
 class Log(msgspec.Struct, frozen=True):
     level: str
     text: str
 
 
-Effect = (
-    Send | FetchBundle | ServeBundle | StorePart | DropUpload | ReleaseBundle | Save | Erase | SaveDrained | KeepOutput
-    | ServeLog | Log
-)  # fmt: skip
+Effect = Send | FetchBundle | ToFiles | DropUpload | ReleaseBundle | Save | Erase | SaveDrained | KeepOutput | Log

@@ -13,7 +13,7 @@ from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.placement import POLICIES
 from fleet.orchestrator.scheduler import Scheduler
-from fleet.orchestrator.state import DropUpload, FetchBundle, Saved, StorePart
+from fleet.orchestrator.state import DropUpload, FetchBundle, Saved, ToFiles
 from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S, Uploads
 from fleet.values import BUNDLE_BYTES_AT_MOST
 
@@ -85,7 +85,7 @@ class Submissions:
         if not self.uploads.heard(peer, part.digest, self.effects.now):
             return
         if any(job.client == peer for job in self._fetching(part.digest)):
-            self.effects.add(StorePart(peer, part))
+            self.effects.add(ToFiles(peer, part))
         else:  # they were cancelled
             self._drop(peer, part.digest)
 

@@ -20,9 +20,6 @@ class Uploads:
     until: Deadlines[Upload] = field(default_factory=Deadlines)  # when each is given up
     _asked: set[Upload] = field(default_factory=set)  # on this connection: its next part is on the way
 
-    def __contains__(self, upload: Upload) -> bool:
-        return upload in self.until
-
     def begin(self, peer: bytes, digest: str, now: float) -> bool:
         """A job of this client waits for the bundle. Whether the client must be asked for a part."""
         upload = peer, digest

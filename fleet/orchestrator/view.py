@@ -47,7 +47,7 @@ class ClusterView:
         return tuple(map(self.worker, self.scheduler.membership.workers.values()))
 
     def worker(self, worker: Worker) -> m.WorkerState:
-        hello, room = worker.hello, self.scheduler.membership.rooms[worker.worker_id]
+        hello, room = worker.hello, self.scheduler.membership.rooms.by_worker[worker.worker_id]
         jobs = self.scheduler.assignments.held.get(worker.worker_id, {}).values()
         return m.WorkerState(
             worker_id=worker.worker_id,
@@ -125,7 +125,7 @@ class ClusterView:
         slots = busy = 0
         for worker in membership.workers.values():
             workers[worker.state] += 1
-            room = membership.rooms[worker.worker_id]
+            room = membership.rooms.by_worker[worker.worker_id]
             slots, busy = slots + room.slots, busy + room.taken
         waiting, running, oldest = 0, 0, self.now
         # Looked up once: an attribute of an Enum's class is slow.

@@ -24,11 +24,11 @@ def of_orchestrator(cluster: Cluster, effect: o.Effect) -> None:
         cluster.lines.append(f"orchestrator keeps what member {effect.member_id} of {effect.job_id} printed")
     elif isinstance(effect, o.FetchBundle):
         cluster.say("orchestrator", effect.peer.decode().partition("/")[0], m.Want(effect.digest, 0))
-    elif isinstance(effect, o.StorePart):
+    elif isinstance(effect, o.ToFiles) and isinstance(effect.message, m.Part):
         cluster.lines.append("orchestrator keeps the bundle")
-        cluster.bundle = effect.part
-        cluster.events.append(("orchestrator", o.BundleStored(effect.part.digest)))
-    elif isinstance(effect, o.ServeBundle):
+        cluster.bundle = effect.message
+        cluster.events.append(("orchestrator", o.BundleStored(effect.message.digest)))
+    elif isinstance(effect, o.ToFiles):
         cluster.say("orchestrator", effect.peer.decode().partition("/")[0], cluster.bundle)
 
 

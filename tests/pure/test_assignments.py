@@ -221,7 +221,11 @@ def test_a_rank_may_take_several_slots_and_gpus_of_one_worker() -> None:
     assert sorted(core.scheduler.jobs["wide"].seats) == ["a", "a", "b"]
     submit(core, "more", gpus=1)
     assert "2 slots are free, but not where 1 rank of 1 GPU would fit" in core.scheduler.jobs["more"].waits_for
-    assert (core.membership.rooms.free, core.membership.rooms["c"].taken, core.membership.rooms["c"].taken_gpus) == (
+    assert (
+        core.membership.rooms.free,
+        core.membership.rooms.by_worker["c"].taken,
+        core.membership.rooms.by_worker["c"].taken_gpus,
+    ) == (
         2,
         2,
         2,
@@ -238,7 +242,7 @@ def test_rooms_are_never_overbooked_whatever_comes_and_goes(policy: str) -> None
     for step in range(3000):
         state = state * 48271 % 2147483647  # Park and Miller: the same run every time
         name, kind = f"w{state % 7}", state // 7 % 8
-        if name not in rooms:
+        if name not in rooms.by_worker:
             rooms.add(name, 1 + state % 4, state % 3)
         elif kind == 0:
             rooms.remove(name)
@@ -256,8 +260,8 @@ def test_rooms_are_never_overbooked_whatever_comes_and_goes(policy: str) -> None
                 rooms.release(worker_id, job_id)
         free = 0
         for number in range(7):
-            if (name := f"w{number}") in rooms:
-                room = rooms[name]
+            if (name := f"w{number}") in rooms.by_worker:
+                room = rooms.by_worker[name]
                 assert 0 <= room.taken <= room.slots
                 assert 0 <= room.taken_gpus <= room.gpus
                 assert room.taken == sum(ranks * shape.slots for ranks, shape in room.held.values())
@@ -315,16 +319,16 @@ def test_what_is_remembered_of_jobs_that_did_not_fit_never_hides_room(steps: lis
         if action == 0 and which in placed:
             for seat in set(placed.pop(which)):
                 rooms.release(seat, str(which))
-        elif action == 1 and worker_id in rooms:
+        elif action == 1 and worker_id in rooms.by_worker:
             rooms.set_open(worker_id, number % 2 == 0)
-        elif action == 2 and worker_id in rooms:
+        elif action == 2 and worker_id in rooms.by_worker:
             rooms.remove(worker_id)
         elif action == 2:
             rooms.add(worker_id, 4, 0)
         elif which not in placed:
             shape = Shape(world_size, slots)
-            fits = sum((r.slots - r.taken) // slots for r in rooms._rooms.values() if r.open) >= world_size
-            could = sum(r.could_hold(shape) for r in rooms._rooms.values() if r.open) >= world_size
+            fits = sum((r.slots - r.taken) // slots for r in rooms.by_worker.values() if r.open) >= world_size
+            could = sum(r.could_hold(shape) for r in rooms.by_worker.values() if r.open) >= world_size
             assert rooms.could_ever_hold(shape) == could
             seats = rooms.place(str(which), shape, "least-loaded")
             assert (seats is not None) == fits

@@ -211,7 +211,7 @@ def test_a_restarted_orchestrator_finds_what_waits_what_runs_and_what_has_ended(
     hello = m.WorkerHello(worker_id, "1", "h", 1, VERSIONS, (("runs", 1),))
     effects = again.step(o.Received(peer, hello), 11.0)
     assert [type(x) for x in sent(effects, peer)] == [m.Welcome, m.Launch]
-    assert again.membership.rooms[worker_id].taken == 1
+    assert again.membership.rooms.by_worker[worker_id].taken == 1
     assert again.scheduler.jobs["runs"].state is JobState.RUNNING
     finish(again, "runs", 12.0)
     assert again.scheduler.jobs["runs"].outcome == "succeeded"

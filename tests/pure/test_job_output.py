@@ -24,7 +24,7 @@ def test_a_worker_keeps_what_a_job_printed_until_its_client_has_it() -> None:
     effects = [effect for event in end() for effect in core.step(event, 1.0)]
     assert [type(x) for x in sent(effects, CLIENT)] == [m.Output, m.JobEnded]
     assert sent(effects, b"w0/1") == []
-    assert core.membership.rooms["w0"].taken == 0  # its slot is free meanwhile
+    assert core.membership.rooms.by_worker["w0"].taken == 0  # its slot is free meanwhile
     assert sent(core.step(o.Received(CLIENT, m.OutputAck("j", 1, 0, 1)), 1.1), b"w0/1") == [m.Forget("j", 1)]
     assert core.output.owed == {}
 

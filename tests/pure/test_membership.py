@@ -141,7 +141,7 @@ def test_workers_that_go_together_are_told_together() -> None:
     assert found.rooms.free == 2  # it gets nothing new
     gone = at(found, HEARTBEAT_TIMEOUT_S)
     assert [worker.worker_id for worker in gone] == ["w0", "w1"]
-    assert (found.workers, len(found.rooms), earliest(deadlines_of(found))) == ({}, 0, None)
+    assert (found.workers, len(found.rooms.by_worker), earliest(deadlines_of(found))) == ({}, 0, None)
 
 
 def test_a_drain_is_remembered_taken_back_and_refused_for_an_unknown_worker() -> None:

@@ -20,7 +20,7 @@ def submit(core: Core, job_id: str, peer: bytes = CLIENT, now: float = 0.0) -> l
 
 
 def of_files(effects: list[o.Effect]) -> list[type]:
-    kinds = o.FetchBundle | o.StorePart | o.DropUpload | o.ReleaseBundle
+    kinds = o.FetchBundle | o.ToFiles | o.DropUpload | o.ReleaseBundle
     return [type(effect) for effect in effects if isinstance(effect, kinds)]
 
 
@@ -49,7 +49,7 @@ def test_a_client_that_sends_nothing_more_is_refused_in_time_and_no_other() -> N
     submit(core, "silent")
     submit(core, "slow", OTHER)
     late = NEXT_PART_WITHIN_S - 1
-    assert of_files(core.step(o.Received(OTHER, part(FILES, 0, 10)), late)) == [o.StorePart]
+    assert of_files(core.step(o.Received(OTHER, part(FILES, 0, 10)), late)) == [o.ToFiles]
     effects = core.step(o.Tick(), NEXT_PART_WITHIN_S)
     assert o.DropUpload(CLIENT, SPEC.digest) in effects
     (rejected,) = sent(effects, CLIENT)
@@ -78,7 +78,7 @@ def test_what_a_client_that_went_had_sent_is_dropped() -> None:
     effects = core.step(o.PeerDied(CLIENT), 1.1)
     assert of_files(effects) == [o.DropUpload, o.ReleaseBundle]
     assert core.scheduler.jobs["a"].outcome == "cancelled"
-    assert (CLIENT, SPEC.digest) not in core.uploads
+    assert (CLIENT, SPEC.digest) not in core.uploads.until
 
 
 def test_a_job_that_is_cancelled_while_its_files_come_is_refused_and_its_files_are_dropped() -> None:

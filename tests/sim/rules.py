@@ -30,7 +30,7 @@ def _rooms(sim: Simulation) -> None:
     members, assignments = sim.core.membership, sim.core.assignments
     free = total = 0
     for worker_id, worker in members.workers.items():
-        room = members.rooms[worker_id]
+        room = members.rooms.by_worker[worker_id]
         held: Counter[str] = Counter()
         taken = gpus = 0
         for job_id, job in assignments.held.get(worker_id, {}).items():
@@ -47,7 +47,7 @@ def _rooms(sim: Simulation) -> None:
         if room.open:
             free, total = free + room.slots - room.taken, total + room.slots
     assert (members.rooms.free, members.rooms.total) == (free, total), "the sums over all rooms are wrong"
-    assert len(members.rooms) == len(members.workers) == len(members.heard)
+    assert len(members.rooms.by_worker) == len(members.workers) == len(members.heard)
     lost = {worker_id for worker_id, worker in members.workers.items() if worker.state == "lost"}
     assert set(members.away) == lost, f"{set(members.away)} have a deadline, and {lost} are lost"
 
