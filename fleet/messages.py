@@ -60,6 +60,7 @@ class Welcome(Message, frozen=True):
     versions: Versions
     heartbeat_s: Annotated[float, msgspec.Meta(ge=0.01, le=3600.0)]
     cluster_id: b.IdOrNone = ""  # name of the output folders on each worker; empty: this orchestrator forgets its jobs
+    page_at: b.Word = ""  # HOST:PORT of its page; empty: there is none
 
 
 class Refused(Message, frozen=True):

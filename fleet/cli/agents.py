@@ -15,6 +15,7 @@ from fleet.client.embedded import running
 from fleet.client.target import Target
 from fleet.errors import ConfigError
 from fleet.orchestrator.service import Service
+from fleet.orchestrator.window import Serving
 from fleet.versions import versions
 from fleet.worker.agent import Agent
 from fleet.worker.zygote import Zygote
@@ -41,12 +42,14 @@ def fork_server(runtime: Path, what: str, slots: int, threads: int, preload: Seq
         yield zygote
 
 
-def embedded_orchestrator(endpoint: str, lock: Lock, runtime: Path, policy: str) -> Service:
+def embedded_orchestrator(
+    endpoint: str, lock: Lock, runtime: Path, policy: str, serving: Serving | None = None
+) -> Service:
     """The orchestrator of one job or Executor. Nothing is logged, since it tells its client all that matters."""
     logging.getLogger("fleet.orchestrator").addHandler(logging.NullHandler())
     bundles = runtime / "orchestrator-bundles"
     bundles.mkdir()
-    return Service(endpoint, lock, versions(), bundles, policy)
+    return Service(endpoint, lock, versions(), bundles, policy, serving)
 
 
 @contextmanager

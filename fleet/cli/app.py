@@ -111,6 +111,20 @@ def workers_command(as_json: o.AsJson = False, *, cluster: o.ClusterOptions) -> 
     typer.echo(list_workers(cluster.target(), as_json))
 
 
+@o.command(app, "dashboard")
+def dashboard_command(cluster: o.ClusterOptions) -> None:
+    """Print the address of the cluster's page, with its token: whoever has that may see and cancel jobs."""
+    from fleet.bus.address import parse as parse_address
+    from fleet.cli.page import address_of
+
+    target = cluster.target()
+    host, _ = parse_address(cluster.address or "", config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
+    address, *hints = address_of(target, host)
+    typer.echo(address)
+    for hint in hints:
+        typer.echo(f"fleet: {hint}", err=True)
+
+
 @o.command(app, "doctor")
 def doctor_command(
     health: Annotated[bool, typer.Option("--health", help="Only whether what runs here answers.")] = False,

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from fleet import config
@@ -27,6 +28,7 @@ from fleet.bus.address import (
 from fleet.bus.claims import claimed_ports
 from fleet.cli.agents import fork_server
 from fleet.cli.log_format import OneLineFormatter
+from fleet.cli.page import serving, token_of
 from fleet.cli.runtime import register, runtime_folder
 from fleet.cli.security import orchestrator_lock, worker_lock
 from fleet.cli.state_folder import close_to_others
@@ -69,14 +71,16 @@ def run_orchestrator(
         folder = kept.folder or config.state_folder(port) or runtime / "state"
         keeping = Keeping(folder, kept.jobs, kept.hours * 3600)
         close_to_others(folder)
-        metrics_at = None if metrics is None else (metrics[0] or host, metrics[1])
+        http_host, http_port = metrics or (None, 0)  # the page is there in any case: for this machine, at any free port
+        served = serving(http_host or "127.0.0.1", http_port, lock, token_of(lock), partial(_from_here, host))
         service = Service(
-            endpoint(host, port), lock, versions(), runtime, policy, metrics_at, keeping, config.health_file()
+            endpoint(host, port), lock, versions(), runtime, policy, served, keeping, config.health_file()
         )
         _on_signals(lambda _: service.stop())
-        register(runtime, "orchestrator", endpoint(_reachable_here(host), service.endpoint.rpartition(":")[2]))
+        register(runtime, "orchestrator", _from_here(host, service.endpoint))
         log.info("orchestrator listens on %s and keeps its jobs in %s", service.endpoint, keeping.folder)
         _log_metrics(service.metrics_at)
+        log.info("page at http://%s/; `fleet dashboard` prints its address with the token", service.metrics_at)
         service.run()
     log.info("orchestrator ended")
 
@@ -198,6 +202,11 @@ def _on_signals(stop: Callable[[int], None]) -> None:
 def _reachable_here(host: str) -> str:
     """An address at which this machine reaches a listener on `host`."""
     return {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _from_here(host: str, bound: str) -> str:
+    """The endpoint at which this machine reaches a listener on `host` that is bound there."""
+    return endpoint(_reachable_here(host), bound.rpartition(":")[2])
 
 
 def _log_metrics(metrics_at: str) -> None:

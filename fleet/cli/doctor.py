@@ -57,7 +57,7 @@ def _orchestrator(address: str, secret_file: Path | None, insecure: bool, timeou
             f"the orchestrator's name {host} does not resolve: is ORCHESTRATOR_ADDR right, is the network joined?"
         )
     try:
-        answered = welcome(cluster_target(address, secret_file, insecure, timeout_s))
+        answered = welcome(cluster_target(address, secret_file, insecure, timeout_s)).versions
     except ConfigError as error:
         # Only now: to the orchestrator, this connection is a stranger's.
         wrong = obstacle(host, port, timeout_s)

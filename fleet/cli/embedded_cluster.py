@@ -11,6 +11,7 @@ from typing import Literal
 from fleet import config
 from fleet.bus.lock import Lock
 from fleet.cli.agents import embedded, embedded_orchestrator, fork_server
+from fleet.cli.page import new_token, serving, with_token
 from fleet.client.target import Target
 from fleet.worker.agent import Agent, Surroundings
 from fleet.worker.rank_sockets import RankSockets
@@ -30,6 +31,7 @@ def embedded_cluster(
     storage: Storage,
     gpus: int = 0,
     stdin: Callable[[int], int | None] = lambda member_id: None,
+    page: Callable[[str], None] | None = None,  # is told the address of a page; None: there is none
 ) -> Iterator[Target]:
     """The cluster runs when entered, and has ended when left. Control messages go over sockets in the runtime folder."""
     threads = max(1, config.usable_cores() // slots)
@@ -42,7 +44,11 @@ def embedded_cluster(
             folder=runtime if transport == "ipc" else None,
         )
         here = f"ipc://{runtime}/orchestrator"
-        service = embedded_orchestrator(here, Lock(), runtime, "least-loaded")
+        token = new_token()
+        served = None if page is None else serving(HOST, config.metrics_port() or 0, Lock(), token)
+        service = embedded_orchestrator(here, Lock(), runtime, "least-loaded", served)
+        if page is not None:
+            page(with_token(service.metrics_at, token))
         agent = Agent(
             Settings("local", slots, "this machine", advertise=HOST, gpus=gpus),
             Surroundings(runtime, threads, storage, sockets, stdin=stdin),

@@ -207,6 +207,9 @@ class RunOptions:
     timeout: Timeout = 60.0
     log_dir: Annotated[Path | None, typer.Option(help="Folder for rank-N.log files.", show_default="none")] = None
     max_bundle: MaxBundle = 64
+    dashboard: Annotated[
+        bool, typer.Option("--dashboard", help="Print the address of a page that shows the job as it runs.")
+    ] = False
     transport: Annotated[str, typer.Option(help="Between local ranks: tcp or ipc.")] = "tcp"
     orchestrator: OrThisMachine = None
     scheduling: SchedulingOptions
@@ -237,14 +240,14 @@ class DaemonOptions:
     metrics_port: Annotated[
         int | None,
         typer.Option(
-            callback=port, help="Serve /metrics and /healthz over HTTP there.", show_default="FLEET_METRICS_PORT, none"
+            callback=port,
+            help="Port of /metrics and /healthz, and of an orchestrator's page.",
+            show_default="FLEET_METRICS_PORT, any free one, in a worker none",
         ),
     ] = None
     metrics_host: Annotated[
         str | None,
-        typer.Option(
-            help="Address to serve them at.", show_default="FLEET_METRICS_HOST, that of --bind, in a worker 127.0.0.1"
-        ),
+        typer.Option(help="Address to serve them at.", show_default="FLEET_METRICS_HOST, 127.0.0.1"),
     ] = None
     secret_file: SecretFile = None
     insecure: Insecure = False

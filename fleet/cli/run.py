@@ -15,10 +15,12 @@ import msgspec
 
 from fleet import config
 from fleet import messages as m
+from fleet.bus.address import parse
 from fleet.cli.command_line import CommandLine
 from fleet.cli.embedded_cluster import Transport, embedded_cluster
 from fleet.cli.options import RunOptions
 from fleet.cli.output import MB, LocalOutput, bring, check_folder, local_output
+from fleet.cli.page import address_of
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import preload_for
 from fleet.cli.slurm import serve, step_cluster
@@ -134,7 +136,14 @@ def _on_this_machine(
             gpus = submission.workers * job.gpus
             stdin = stack.enter_context(standard_input(who, submission.workers))
             cluster = embedded_cluster(
-                runtime, submission.workers, cast(Transport, options.transport), preload, output.storage, gpus, stdin
+                runtime,
+                submission.workers,
+                cast(Transport, options.transport),
+                preload,
+                output.storage,
+                gpus,
+                stdin,
+                _say_page if options.dashboard else None,
             )
         else:
             cluster = step_cluster(
@@ -155,7 +164,14 @@ def _on_this_machine(
 def _on_cluster(orchestrator: str, submission: Submission, options: RunOptions, runtime: Path) -> _Place:
     check_folder(options.output)
     target = cluster_target(orchestrator, options.secret_file, options.insecure, options.timeout)
+    if options.dashboard:
+        host, _ = parse(orchestrator, config.ORCHESTRATOR_PORT, "ORCHESTRATOR_ADDR")
+        _say_page("; ".join(address_of(target, host)))
     return _Place(target, *submission.bundled(runtime), submission.options, None)
+
+
+def _say_page(address: str) -> None:
+    say(f"the page is at {address}")
 
 
 def _current_folder() -> str:

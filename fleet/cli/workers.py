@@ -98,7 +98,7 @@ def _health(role: str, reached_at: str, secret_file: Path | None, insecure: bool
         if not pong.ever_welcomed:
             raise FleetError(f"worker {pong.worker_id}: {pong.state}")
         return f"worker {pong.worker_id} answers: {pong.state}"
-    found = welcome(cluster_target(reached_at, secret_file, insecure, timeout_s))
+    found = welcome(cluster_target(reached_at, secret_file, insecure, timeout_s)).versions
     return f"the orchestrator answers, fleet {found.fleet}"
 
 

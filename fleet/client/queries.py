@@ -42,11 +42,11 @@ def workers(target: Target) -> tuple[m.WorkerState, ...]:
     )
 
 
-def welcome(target: Target) -> m.Versions:
-    """The orchestrator's versions: it is there, and its loop turns."""
+def welcome(target: Target) -> m.Welcome:
+    """The orchestrator's welcome: it is there, and its loop turns."""
     for message in answers(target, None, Deadline(target.timeout_s)):
         if isinstance(message, m.Welcome):
-            return message.versions
+            return message
     raise AssertionError("answers() yields a Welcome or raises")
 
 

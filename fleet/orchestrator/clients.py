@@ -17,6 +17,7 @@ class Clients:
     effects: Effects
     versions: m.Versions
     numbering: str = ""  # of processes that can be seen from here, see bus.process
+    page_at: str = ""  # HOST:PORT of the page, empty: there is none
     known: set[bytes] = field(default_factory=set)
     away: Deadlines[bytes] = field(default_factory=Deadlines)  # their connection is down: when they are given up
     pids: dict[bytes, int] = field(default_factory=dict)  # of those whose processes can be seen from here
@@ -32,7 +33,7 @@ class Clients:
         self.away.discard(peer)
         if self.numbering and hello.numbering == self.numbering:
             self.pids[peer] = hello.pid
-        self.effects.send(peer, m.Welcome(self.versions, HEARTBEAT_S))
+        self.effects.send(peer, m.Welcome(self.versions, HEARTBEAT_S, page_at=self.page_at))
 
     def reaches(self, client: bytes) -> bool:
         return client in self.known and client not in self.away

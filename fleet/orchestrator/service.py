@@ -22,7 +22,8 @@ from fleet.bus.poller import Poller, Wake
 from fleet.bus.process import numbering, watch_end
 from fleet.dropped import Dropped
 from fleet.errors import ConfigError, ProtocolError
-from fleet.exposition import Exposition, health_route, metrics_route
+from fleet.exposition import health_route, metrics_route
+from fleet.httpd import HttpServer
 from fleet.orchestrator import state
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.job import recalled
@@ -30,6 +31,7 @@ from fleet.orchestrator.journal import Journal
 from fleet.orchestrator.logs import JobLogs
 from fleet.orchestrator.metrics import OrchestratorMetrics
 from fleet.orchestrator.store import Store
+from fleet.orchestrator.window import Pages, Serving, Window
 from fleet.pulse import Pulse
 from fleet.stillness import LifeClock
 from fleet.transfer import FileStore
@@ -63,7 +65,7 @@ class Service:
         versions: m.Versions,
         runtime: Path,
         policy: str,
-        metrics_at: tuple[str, int] | None = None,
+        serving: Serving | None = None,
         keeping: Keeping | None = None,  # None: jobs end with this process
         health_file: Path | None = None,
     ) -> None:
@@ -78,7 +80,9 @@ class Service:
         self._journal = Journal(durable=keeping is not None)
         runtime = runtime if keeping is None else keeping.folder
         self._logs = JobLogs(runtime / "logs")
-        self._exposition: Exposition | None = None
+        self._http: HttpServer | None = None
+        self._pages: Pages | None = None
+        self._window: Window | None = None  # nobody looks through one where no page is served
         self._core_lock = threading.Lock()  # held while the core changes, so that a scrape sees it whole
         self._pulse = Pulse(monotonic, LATE_AFTER_S, health_file)
         self._dropped = Dropped(log, monotonic)
@@ -87,16 +91,8 @@ class Service:
             if keeping is not None:
                 self._store = Store(keeping.folder)
             self._core = self._recalled(versions, policy, keeping)
-            if metrics_at is not None:
-                metrics = OrchestratorMetrics(
-                    self._core,
-                    self._core_lock,
-                    self._clock.look,
-                    self._dropped.counts,
-                    lambda: self._router.strangers.refused_count,
-                )
-                routes = {"/metrics": metrics_route(metrics), "/healthz": health_route(self._pulse.wrong)}
-                self._exposition = Exposition(*metrics_at, routes)
+            if serving is not None:
+                self._serve(serving)
             self._bundles = self._find_files(runtime, keeping is not None)
         except BaseException:
             self._close()
@@ -109,8 +105,8 @@ class Service:
 
     @property
     def metrics_at(self) -> str:
-        """HOST:PORT of /metrics, empty if it is served nowhere."""
-        return self._exposition.address if self._exposition else ""
+        """HOST:PORT of /metrics and of the page, empty if they are served nowhere."""
+        return self._http.address if self._http else ""
 
     def stop(self) -> None:
         self._stopping.set()
@@ -130,10 +126,30 @@ class Service:
         self._bus.close()
         self._pulse.close()
         self._logs.close()
-        if self._exposition is not None:
-            self._exposition.close()
+        if self._http is not None:
+            self._http.close()
+        if self._pages is not None:
+            self._pages.close()
         if self._store is not None:
             self._store.close()
+
+    def _serve(self, serving: Serving) -> None:
+        """Opens the HTTP port. Raises ConfigError."""
+        metrics = OrchestratorMetrics(
+            self._core,
+            self._core_lock,
+            self._clock.look,
+            self._dropped.counts,
+            lambda: self._router.strangers.refused_count,
+        )
+        routes = {"/metrics": metrics_route(metrics), "/healthz": health_route(self._pulse.wrong)}
+        if serving.pages is not None:
+            self._window = Window(self._core, self._core_lock, self._clock.look, self._logs, self.endpoint)
+            self._pages = serving.pages(self._window)
+            routes |= self._pages.routes
+        self._http = HttpServer(serving.host, serving.port, routes)
+        if serving.pages is not None:
+            self._core.clients.page_at = self._http.address
 
     def _find_files(self, folder: Path, durable: bool) -> FileStore:
         """Bundles of jobs on the disk; logs of forgotten jobs are removed. Raises ConfigError."""
@@ -297,6 +313,8 @@ class Service:
 
     def _perform(self, effect: state.Effect) -> list[state.Event]:
         """Carries out one effect; returns the events that came of it at once."""
+        if self._window is not None:
+            _show(self._window, effect)
         if isinstance(effect, state.Send):
             self._send(effect.peer, self._encoded(effect.message))
         elif isinstance(effect, state.Log):
@@ -361,3 +379,15 @@ class Service:
             why = f"its log cannot be read: {error.strerror}"
             return m.LogPart(ask.job_id, ask.member_id, ask.offset, b"", True, why, ask.question)
         return m.LogPart(ask.job_id, ask.member_id, offset, data, ended and at_end, "", ask.question)
+
+
+def _show(window: Window, effect: state.Effect) -> None:
+    """Keeps what people may want to see of an effect."""
+    if isinstance(effect, state.Send) and isinstance(effect.message, m.Output):
+        window.note_output(effect.message.job_id, effect.message.member_id, effect.message.data)
+    elif isinstance(effect, state.KeepOutput):
+        window.note_output(effect.job_id, effect.member_id, effect.data)
+    elif isinstance(effect, state.Log):
+        window.note_event(effect.level, effect.text)
+    elif isinstance(effect, state.Erase):
+        window.forget(effect.job_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import msgspec
 
@@ -19,6 +19,7 @@ from fleet.orchestrator.state import Worker
 from fleet.text import some
 from fleet.values import WorkerStateName
 
+Health = Literal["good", "attention", "bad"]
 PAGE_BYTES = 1 << 20  # of jobs in one answer: a frame has 8 MB, and the largest job less than 7
 ARGS_TOLD_CHARS = 1 << 16
 
@@ -139,6 +140,28 @@ class ClusterView:
                     oldest = job.queued_at
         return Totals(workers, slots - busy, busy, waiting, self.now - oldest, running)
 
+    def health(self) -> tuple[Health, str]:
+        """The state of the cluster in a sentence, and how much it matters."""
+        totals = self.totals()
+        there = sum(totals.workers.values())
+        if not there:
+            waiting = f", and {_jobs(totals.jobs_waiting)} wait{'s' * (totals.jobs_waiting == 1)}" * bool(
+                totals.jobs_waiting
+            )
+            return "attention", f"no worker is connected{waiting}"
+        lost, draining = totals.workers["lost"], totals.workers["draining"]
+        parts = [f"{totals.workers['ready']} of {there} worker{'s are' if there > 1 else ' is'} ready"]
+        parts += [f"{count} {state}" for count, state in ((lost, "lost"), (draining, "draining")) if count]
+        parts.append(f"{totals.slots_busy} of {totals.slots_busy + totals.slots_free} slots are busy")
+        if totals.jobs_running:
+            parts.append(f"{_jobs(totals.jobs_running)} run{'s' * (totals.jobs_running == 1)}")
+        if totals.jobs_waiting:
+            wait = f"{_jobs(totals.jobs_waiting)} wait{'s' * (totals.jobs_waiting == 1)}"
+            parts.append(f"{wait}, the oldest for {_span(totals.longest_wait_s)}")
+        if not totals.jobs_running and not totals.jobs_waiting:
+            parts.append("no job runs or waits")
+        return "attention" if lost else "good", "; ".join(parts)
+
     def _matching(self, ask: m.ListJobs) -> Iterator[Job]:
         jobs = self.scheduler.jobs
         newest_first: Iterable[Job] = (jobs[ask.job_id],) if ask.job_id in jobs else reversed(jobs.values())
@@ -149,6 +172,18 @@ class ClusterView:
                 and (not ask.before or job.number < ask.before)
             ):
                 yield job
+
+
+def _jobs(count: int) -> str:
+    return f"{count} job{'s' * (count != 1)}"
+
+
+def _span(seconds: float) -> str:
+    """Duration for a person, by its largest unit or two."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if minutes < 60 else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} days"
 
 
 def _cut(args: tuple[str, ...]) -> tuple[str, ...]:

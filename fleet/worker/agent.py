@@ -25,7 +25,8 @@ from fleet.bus.strangers import LOG_EVERY_S
 from fleet.bus.trees import remove_tree
 from fleet.dropped import Dropped
 from fleet.errors import FleetError, OtherProtocol, ProtocolError
-from fleet.exposition import Exposition, health_route, metrics_route
+from fleet.exposition import health_route, metrics_route
+from fleet.httpd import HttpServer
 from fleet.pulse import Pulse
 from fleet.stillness import LifeClock
 from fleet.values import native
@@ -98,10 +99,10 @@ class Agent:
         self._busyness = Busyness()
         self._dropped = Dropped(log, monotonic)
         self._metrics = WorkerMetrics(self._core, self._turning, self._clock.look, self._dropped.counts)
-        self._exposition: Exposition | None = None
+        self._exposition: HttpServer | None = None
         if surroundings.metrics_at is not None:
             routes = {"/metrics": metrics_route(self._metrics), "/healthz": health_route(self._pulse.wrong)}
-            self._exposition = Exposition(*surroundings.metrics_at, routes)
+            self._exposition = HttpServer(*surroundings.metrics_at, routes)
 
     @property
     def metrics_at(self) -> str:

@@ -16,15 +16,8 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fleet.errors import ConfigError
-from fleet.exposition import (
-    CONNECTIONS_AT_MOST,
-    HEAD_AT_MOST_BYTES,
-    Exposition,
-    HttpRequest,
-    HttpResponse,
-    health_route,
-    metrics_route,
-)
+from fleet.exposition import health_route, metrics_route
+from fleet.httpd import CONNECTIONS_AT_MOST, HEAD_AT_MOST_BYTES, HttpRequest, HttpResponse, HttpServer
 from fleet.worker import usage
 
 
@@ -44,8 +37,8 @@ class Gauge(Collector):
 
 
 @contextmanager
-def served(within_s: float = 5.0, gauge: Gauge | None = None, host: str = "127.0.0.1") -> Iterator[Exposition]:
-    exposition = Exposition(
+def served(within_s: float = 5.0, gauge: Gauge | None = None, host: str = "127.0.0.1") -> Iterator[HttpServer]:
+    exposition = HttpServer(
         host, 0, {"/metrics": metrics_route(gauge or Gauge()), "/healthz": health_route(lambda: "")}, within_s
     )
     try:
@@ -156,7 +149,7 @@ def test_each_route_is_a_row_and_one_that_fails_takes_no_other_with_it() -> None
     def broken(_: HttpRequest) -> HttpResponse:
         raise ValueError("no")
 
-    exposition = Exposition("127.0.0.1", 0, {"/": page, "/broken": broken})
+    exposition = HttpServer("127.0.0.1", 0, {"/": page, "/broken": broken})
     try:
         answer = raw(exposition.port, b"GET /?q HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
         assert answer.startswith(b"HTTP/1.0 200 OK\r\nContent-Type: text/html\r\nX-A: b\r\nContent-Length: 11\r\n")
@@ -184,7 +177,7 @@ def test_it_listens_where_it_is_told() -> None:
     with served(host="*") as exposition:
         assert get(exposition.port, host="127.0.0.4")[0] == 200
     with pytest.raises(ConfigError, match="FLEET_METRICS_HOST"):
-        Exposition("no.such.host.invalid", 0, {})
+        HttpServer("no.such.host.invalid", 0, {})
 
 
 def test_figures_that_cannot_be_read_end_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

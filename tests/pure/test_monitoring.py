@@ -17,7 +17,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from fleet import config
 from fleet import messages as m
 from fleet.errors import ConfigError
-from fleet.exposition import Exposition, health_route, metrics_route
+from fleet.exposition import health_route, metrics_route
+from fleet.httpd import HttpServer
 from fleet.orchestrator import state as o
 from fleet.orchestrator.metrics import OrchestratorMetrics
 from fleet.pulse import Pulse
@@ -178,7 +179,7 @@ def get(port: int, path: str) -> tuple[int, str]:
 def test_it_is_served_over_http_and_tells_when_the_loop_hangs() -> None:
     now = [0.0]
     pulse = Pulse(lambda: now[0], 15.0)
-    exposition = Exposition(
+    exposition = HttpServer(
         "127.0.0.1", 0, {"/metrics": metrics_route(worker_metrics()), "/healthz": health_route(pulse.wrong)}
     )
     try:
@@ -192,7 +193,7 @@ def test_it_is_served_over_http_and_tells_when_the_loop_hangs() -> None:
         assert get(exposition.port, "/healthz")[0] == 200
         assert get(exposition.port, "/")[0] == 404
         with pytest.raises(ConfigError, match=f"127.0.0.1:{exposition.port} cannot be used for /metrics: Address"):
-            Exposition("127.0.0.1", exposition.port, {})
+            HttpServer("127.0.0.1", exposition.port, {})
     finally:
         exposition.close()
     with pytest.raises(urllib.error.URLError):

@@ -1,0 +1,72 @@
+"""Errands of the page: what it asks the orchestrator as any client does, in threads of its own. Knows no HTTP.
+
+An action of the page is the command of that name: it goes over a client's connection, and the core hears of it as of any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from fleet.client.job_client import JobClient
+from fleet.client.rank_activity import as_values, ask
+from fleet.client.target import Target
+from fleet.errors import FleetError
+
+THREADS = 2
+PENDING_AT_MOST = 32
+COLLECTIVES_TOLD = 20  # of each rank
+
+T = TypeVar("T")
+
+
+class Errands:
+    """Threads that ask. `close` waits for what they are at."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._threads = ThreadPoolExecutor(THREADS, "fleet-page")
+        self._pending_count = 0  # of the HTTP server's thread, and of callbacks: a number off by one does no harm
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def cancel(self, job_id: str, kill: bool) -> Future[str]:
+        def act() -> str:
+            with JobClient(self._target) as client:
+                client.cancel([client.job(job_id).job_id], kill)
+            return f"job {job_id} is told to end"
+
+        return self._later(act)
+
+    def drain(self, worker_id: str, within_s: float, undo: bool) -> Future[str]:
+        def act() -> str:
+            with JobClient(self._target) as client:
+                jobs = client.drain(worker_id, within_s, undo)
+            if undo:
+                return f"worker {worker_id} takes work again"
+            return f"worker {worker_id} gets no new work" + (f"; {len(jobs)} jobs run there still" if jobs else "")
+
+        return self._later(act)
+
+    def ranks(self, job_id: str) -> Future[list[dict[str, object]]]:
+        """What each rank does now, as `fleet why --json` says it."""
+
+        def act() -> list[dict[str, object]]:
+            answered, silent = ask(self._target, job_id)
+            return as_values(answered, silent, COLLECTIVES_TOLD)
+
+        return self._later(act)
+
+    def _later(self, act: Callable[[], T]) -> Future[T]:
+        """Raises FleetError if too much is under way."""
+        if self._pending_count >= PENDING_AT_MOST:
+            raise FleetError("too much is being asked at once: try again in a moment")
+        self._pending_count += 1
+        future = self._threads.submit(act)
+        future.add_done_callback(self._done)
+        return future
+
+    def _done(self, _: object) -> None:
+        self._pending_count -= 1

@@ -1,0 +1,216 @@
+"""Routes of the page. All run in the HTTP server's thread; what waits for the orchestrator's answer is an errand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import cache, partial
+from hashlib import sha256
+from http import HTTPStatus
+from pathlib import Path
+from time import monotonic
+from typing import TypeVar
+from urllib.parse import parse_qs
+
+import msgspec
+
+from fleet.client.report import report
+from fleet.client.target import Target
+from fleet.errors import FleetError
+from fleet.httpd import Answer, EventStream, HttpRequest, HttpResponse, Route
+from fleet.orchestrator.window import Window
+from fleet.page.access import GUARDED, NOT_KEPT, Access
+from fleet.page.errands import Errands
+from fleet.page.feed import Feed
+from fleet.page.rows import Rows
+
+STATIC = Path(__file__).parent / "static"
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain; charset=utf-8",
+}
+CHANGES_EVERY_S = 0.25
+SHARE_AT_MOST = 0.04  # of a core, for reading the tables: where that takes long, it is done less often
+BEAT_EVERY_S = 5.0  # a viewer that hears nothing for longer has lost its connection
+JSON = "application/json"
+
+T = TypeVar("T")
+
+
+class ClusterPages:
+    """Pages of one orchestrator. An empty token: there is no secret. `target` is how a client reaches this orchestrator."""
+
+    def __init__(self, window: Window, token: str, target: Target) -> None:
+        self._window = window
+        self._access = Access(token)
+        self._errands = Errands(target)
+        self._rows = Rows(window)
+        self._feed = Feed(window.instance)
+        self._read_at = 0.0
+        guarded: dict[str, Route] = {
+            "/": partial(_static, "index.html"),
+            "/events": self._events,
+            "/api/job": self._job,
+            "/api/output": self._output,
+            "/api/log": self._log,
+            "/api/ranks": self._ranks,
+            "POST /api/cancel": self._cancel,
+            "POST /api/drain": self._drain,
+        }
+        for path in STATIC.iterdir():
+            if path.name != "index.html":
+                guarded[f"/{path.name}"] = partial(_static, path.name)
+        self.routes: Mapping[str, Route] = {path: self._guarded(route) for path, route in guarded.items()}
+
+    def close(self) -> None:
+        self._errands.close()
+
+    def _guarded(self, route: Route) -> Route:
+        def answer(request: HttpRequest) -> Answer:
+            entry = self._access.entry(request) if request.method == "GET" else None
+            refusal = entry or self._access.refusal(request)
+            if refusal is not None:
+                return refusal
+            try:
+                return route(request)
+            except (FleetError, msgspec.DecodeError) as error:
+                return _said(str(error), HTTPStatus.BAD_REQUEST)
+
+        return answer
+
+    # What is live
+
+    def _events(self, request: HttpRequest) -> EventStream:
+        revision = self._feed.revision_of(request.headers.get("last-event-id", ""))
+        beat_at = monotonic() + BEAT_EVERY_S
+
+        def more() -> bytes:
+            nonlocal revision, beat_at
+            self._read()
+            found, now = self._feed.since(revision), monotonic()
+            revision = self._feed.revision
+            if not found and now >= beat_at:
+                found = b"event: beat\ndata: \n\n"
+            if found:
+                beat_at = now + BEAT_EVERY_S
+            return found
+
+        return EventStream(more, (*GUARDED, NOT_KEPT))
+
+    def _read(self) -> None:
+        """Reads the tables for all viewers, at most four times a second."""
+        begun = monotonic()
+        if begun >= self._read_at:
+            self._feed.take(self._rows.tables())
+            took_s = monotonic() - begun
+            self._read_at = begun + max(CHANGES_EVERY_S * 0.9, took_s / SHARE_AT_MOST)
+
+    # What a viewer opens
+
+    def _job(self, request: HttpRequest) -> HttpResponse:
+        """One job as `fleet status --json` says it, how its ranks have ended, and the report of its end."""
+        job_id = _words(request)("id")
+        with self._window.look() as view:
+            job = view.scheduler.jobs.get(job_id)
+            if job is None:
+                return _said(f"there is no job {job_id!r} here, or not any more", HTTPStatus.NOT_FOUND)
+            info, ended = view.job(job), job.result()
+        said = report(ended, info.world_size, ()) if info.outcome else ""
+        return _json({"job": info, "ranks": ended.ranks, "cause": ended.cause, "report": said})
+
+    def _output(self, request: HttpRequest) -> HttpResponse:
+        """What a job has printed since a chunk's number, in the order in which it came."""
+        words = _words(request)
+        found = self._window.output(words("id"), _number(words("after")))
+        return _json(found._asdict() | {"instance": self._window.instance})
+
+    def _log(self, request: HttpRequest) -> HttpResponse:
+        """The log of one rank of a submitted job, from an offset on; a negative one counts from the end."""
+        words = _words(request)
+        job_id, rank = words("id"), _number(words("rank"))
+        with self._window.look() as view:
+            job = view.scheduler.jobs.get(job_id)
+            if job is None or not 0 <= rank < job.world_size:
+                return _said(f"there is no rank {rank} of a job {job_id!r} here", HTTPStatus.NOT_FOUND)
+            if not job.detached:
+                return _said("only what `fleet submit` started has a log", HTTPStatus.NOT_FOUND)
+        offset, data, at_end = self._window.logs.read(job_id, rank, _number(words("offset")))
+        return _json({"offset": offset, "data": data, "at_end": at_end})
+
+    def _ranks(self, request: HttpRequest) -> Future[HttpResponse]:
+        return _then(self._errands.ranks(_words(request)("id")), lambda ranks: _json({"ranks": ranks}))
+
+    # What a viewer does
+
+    def _cancel(self, request: HttpRequest) -> Future[HttpResponse]:
+        asked = msgspec.json.decode(request.body, type=_Cancel)
+        return _then(self._errands.cancel(asked.job, asked.kill), _said)
+
+    def _drain(self, request: HttpRequest) -> Future[HttpResponse]:
+        asked = msgspec.json.decode(request.body, type=_Drain)
+        return _then(self._errands.drain(asked.worker, asked.within_s, asked.undo), _said)
+
+
+class _Cancel(msgspec.Struct):
+    job: str
+    kill: bool = False
+
+
+class _Drain(msgspec.Struct):
+    worker: str
+    within_s: float = 20.0
+    undo: bool = False
+
+
+@cache
+def _read(name: str) -> tuple[bytes, str]:
+    data = (STATIC / name).read_bytes()
+    return data, f'"{sha256(data).hexdigest()[:20]}"'
+
+
+def _static(name: str, request: HttpRequest) -> HttpResponse:
+    data, tag = _read(name)
+    headers = (*GUARDED, ("Cache-Control", "no-cache"), ("ETag", tag))
+    if request.headers.get("if-none-match") == tag:
+        return HttpResponse(TYPES[Path(name).suffix], b"", HTTPStatus.NOT_MODIFIED, headers)
+    return HttpResponse(TYPES[Path(name).suffix], data, headers=headers)
+
+
+def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> HttpResponse:
+    return HttpResponse(JSON, msgspec.json.encode(value), status, (*GUARDED, NOT_KEPT))
+
+
+def _said(text: str, status: HTTPStatus = HTTPStatus.OK) -> HttpResponse:
+    """An answer in words."""
+    return _json({"said": text}, status)
+
+
+def _then(asked: Future[T], answer: Callable[[T], HttpResponse]) -> Future[HttpResponse]:
+    """The answer, once what was asked is there; what fails is said."""
+    given: Future[HttpResponse] = Future()
+
+    def give(done: Future[T]) -> None:
+        if done.cancelled():
+            given.set_result(_said("the orchestrator ends", HTTPStatus.SERVICE_UNAVAILABLE))
+        elif (error := done.exception()) is not None:
+            given.set_result(_said(str(error), HTTPStatus.BAD_REQUEST))
+        else:
+            given.set_result(answer(done.result()))
+
+    asked.add_done_callback(give)
+    return given
+
+
+def _words(request: HttpRequest) -> Callable[[str], str]:
+    query = parse_qs(request.query)
+    return lambda name: query.get(name, [""])[0]
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text or "0"[:20])
+    except ValueError:
+        raise FleetError(f"{text[:40]!r} is no number") from None

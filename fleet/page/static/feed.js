@@ -1,0 +1,71 @@
+// The live tables: a snapshot, then differences. Says when the connection is lost, and since when.
+
+const SILENT_S = 12; // the server says something every 5 s
+
+export class Feed {
+  constructor(changed) {
+    this.tables = { cluster: new Map(), workers: new Map(), jobs: new Map(), events: new Map() };
+    this.instance = "";
+    this.state = "loading"; // or "live", "lost"
+    this.heardAt = Date.now();
+    this.lostAt = 0;
+    this.changed = changed;
+    this.connect();
+    setInterval(() => this.look(), 1000);
+    document.addEventListener("visibilitychange", () => this.look());
+  }
+
+  connect() {
+    this.source = new EventSource("/events");
+    this.source.addEventListener("snapshot", (event) => this.take(event, true));
+    this.source.addEventListener("change", (event) => this.take(event, false));
+    this.source.addEventListener("beat", () => this.heard());
+    this.source.addEventListener("error", () => this.lost());
+  }
+
+  take(event, whole) {
+    const told = JSON.parse(event.data);
+    const anew = this.instance !== "" && told.instance !== this.instance;
+    this.instance = told.instance;
+    const changed = new Set();
+    for (const [name, change] of Object.entries(told.tables)) {
+      const table = (this.tables[name] ??= new Map());
+      if (whole) table.clear();
+      for (const key of change.gone ?? []) table.delete(key);
+      for (const [key, row] of change.put ?? []) table.set(key, row);
+      changed.add(name);
+    }
+    this.heard();
+    this.changed(whole ? new Set(Object.keys(this.tables)) : changed, anew);
+  }
+
+  heard() {
+    const back = this.state !== "live";
+    this.heardAt = Date.now();
+    this.state = "live";
+    if (back) this.changed(new Set(["link"]), false);
+  }
+
+  lost() {
+    if (this.state !== "lost") {
+      this.state = "lost";
+      this.lostAt = this.heardAt;
+    }
+    this.changed(new Set(["link"]), false);
+  }
+
+  look() {
+    const silent = (Date.now() - this.heardAt) / 1000;
+    if (this.state === "live" && silent > SILENT_S) this.lost();
+    // A browser gives up after some errors, and a connection may break without a word: then a new one.
+    if (this.state === "lost" && (this.source.readyState === EventSource.CLOSED || silent > SILENT_S)) {
+      this.source.close();
+      this.connect();
+    }
+    this.changed(new Set(["link"]), false);
+  }
+
+  get cluster() {
+    return this.tables.cluster.get("");
+  }
+}

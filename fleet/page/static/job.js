@@ -1,0 +1,155 @@
+// One job: its state, its first failure, its ranks, what it prints, and what can be done about it.
+
+import { act, ask, confirmed, tell } from "./ask.js";
+import { byId, clock, el, hue, many, rankSet, say, span, visible } from "./dom.js";
+import { isOver, sign, took } from "./jobs.js";
+import { Logs } from "./logs.js";
+
+const ASK_EVERY_MS = 1000, RANKS_SHOWN = 512;
+
+export class Job {
+  constructor(feed, close) {
+    this.feed = feed;
+    this.close = close;
+    this.id = null;
+    this.place = byId("job");
+    setInterval(() => this.look(), ASK_EVERY_MS);
+  }
+
+  show(id) {
+    if (id === this.id) return;
+    this.id = id;
+    this.found = null;
+    this.place.hidden = id === null;
+    this.logs?.stop();
+    if (id === null) return this.place.replaceChildren();
+    const part = (name, ...more) => (this[name] = el("div", { class: `part ${name}` }, ...more));
+    this.place.replaceChildren(
+      el("div", { class: "head" }, this.title = el("h2", { id: "job-head", tabIndex: -1 }, `Job ${id}`), this.state = el("span", { class: "state" }),
+        el("span", { class: "buttons" }, this.stop = el("button", { onclick: () => this.cancel() }, "Cancel job"),
+          el("button", { onclick: () => this.close(), "aria-label": "Close this job" }, "Close"))),
+      this.summary = el("p", { class: "summary" }, "Loading …"),
+      part("failure"), part("ranks"),
+      el("h3", {}, "Ranks and their stacks"), part("doing"),
+      el("h3", {}, "Output"), part("output"), part("history"));
+    this.failure.hidden = true;
+    this.doing.append(this.askButton = el("button", { onclick: () => this.stacks() }, "Ask each rank what it is doing"), this.answers = el("div"));
+    this.logs = new Logs(this.output, id);
+    this.render();
+    this.look(true);
+    this.place.scrollIntoView({ block: "nearest" });
+    this.title.focus({ preventScroll: true });
+  }
+
+  async look(now = false) {
+    const id = this.id;
+    if (id === null || document.hidden || this.asking) return;
+    const row = this.feed.tables.jobs.get(id);
+    if (!now && this.found && this.row === row && row && isOver(row.status)) return; // nothing changes any more
+    this.asking = true;
+    try {
+      const found = await ask("/api/job", { id });
+      if (id === this.id) {
+        this.found = found;
+        this.row = row;
+        this.render();
+      }
+    } catch (error) {
+      if (id === this.id && this.feed.state === "live") say(this.summary, error.message);
+    } finally {
+      this.asking = false;
+    }
+  }
+
+  render() {
+    if (!this.found) return;
+    const { job, ranks, cause, report } = this.found;
+    const status = job.outcome || job.state, over = isOver(status);
+    say(this.title, `Job ${job.job_id}${job.options.name ? ` (${job.options.name})` : ""}`);
+    say(this.state, sign(status));
+    this.place.dataset.status = status;
+    this.stop.hidden = over;
+    const spread = new Set(job.workers).size;
+    say(this.summary, [
+      visible([job.target, ...job.args].join(" ")),
+      many(job.world_size, "rank") + (spread ? ` on ${many(spread, "worker")}` : ""),
+      `submitted ${clock(job.submitted_at)}`,
+      job.started_at ? `${over ? "ran" : "runs"} for ${took({ ...job, submitted_at: job.submitted_at })}` : `waits for ${job.waits_for || "its start"}`,
+      job.attempt > 1 ? `attempt ${job.attempt} of at most ${job.options.max_restarts + 1}` : "",
+    ].filter(Boolean).join(" · "));
+    this.renderFailure(job, ranks, cause, report);
+    this.renderRanks(job, ranks);
+    this.renderHistory(job);
+  }
+
+  renderFailure(job, ranks, cause, report) {
+    const first = ranks.find((rank) => rank.rank === cause);
+    const words = report || (first ? `rank ${cause} failed` : "");
+    this.failure.hidden = !words;
+    const key = `${words}${first?.stderr_tail ?? ""}`;
+    if (!words || this.failure.key === key) return;
+    this.failure.key = key;
+    this.failure.replaceChildren(el("h3", {}, "First failure"), ...words.split("\n").map((line) => el("p", {}, visible(line.replace(/^fleet: /, "")))));
+    if (first?.stderr_tail) {
+      this.failure.append(el("pre", { tabIndex: 0, "aria-label": `The end of stderr of rank ${cause}` }, visible(lastTraceback(first.stderr_tail))));
+    }
+  }
+
+  renderRanks(job, ranks) {
+    const ended = new Map(ranks.map((rank) => [rank.rank, rank]));
+    const key = JSON.stringify([job.workers, job.state, ranks.length, job.attempt]);
+    if (this.ranks.key === key) return;
+    this.ranks.key = key;
+    const shown = Math.min(job.world_size, RANKS_SHOWN);
+    const cells = [];
+    for (let rank = 0; rank < shown; rank++) {
+      const end = ended.get(rank), worker = job.workers[rank];
+      const state = !worker ? "waiting" : !end ? job.state : end.stopped ? "stopped" : end.code || end.signal || end.reason ? "failed" : "succeeded";
+      const mark = { failed: "✗", succeeded: "✓", stopped: "■" }[state] ?? "";
+      const why = end ? (end.reason || (end.signal ? `signal ${end.signal}` : `exit code ${end.code}`)) : state;
+      cells.push(el("li", { class: "cell busy", data: { hue: hue(job.job_id), state }, title: `rank ${rank}${worker ? ` on ${worker}` : ""}: ${why}` }, `${rank}${mark}`));
+    }
+    const byWorker = new Map();
+    job.workers.forEach((worker, rank) => byWorker.set(worker, [...(byWorker.get(worker) ?? []), rank]));
+    this.ranks.replaceChildren(el("ul", { class: "cells", "aria-label": "Ranks" }, ...cells),
+      el("p", { class: "note" }, [shown < job.world_size ? `shown: ${shown} of ${job.world_size} ranks` : "",
+        ...[...byWorker].slice(0, 8).map(([worker, some]) => `${rankSet(some)} on ${worker}`), byWorker.size > 8 ? `and ${byWorker.size - 8} more workers` : ""].filter(Boolean).join("; ")));
+  }
+
+  renderHistory(job) {
+    const key = JSON.stringify([job.history, job.left]);
+    if (this.history.key === key) return;
+    this.history.key = key;
+    this.history.replaceChildren();
+    if (job.history.length) this.history.append(el("h3", {}, "Earlier attempts"), el("ol", {}, ...job.history.map((line) => el("li", {}, visible(line)))));
+    if (job.left?.length) this.history.append(el("h3", {}, "Files"), el("ul", {}, ...job.left.map((line) => el("li", {}, visible(line)))));
+  }
+
+  cancel() {
+    const id = this.id;
+    confirmed(`Cancel job ${id}? All its ranks are told to end.`, "Cancel the job", () => act("/api/cancel", { job: id }));
+  }
+
+  async stacks() {
+    const id = this.id;
+    this.askButton.disabled = true;
+    say(this.answers, "Asking …");
+    try {
+      const { ranks } = await ask("/api/ranks", { id });
+      if (id !== this.id) return;
+      this.answers.replaceChildren(el("p", { class: "note" }, `As of ${clock(Date.now() / 1000)}:`), ...ranks.slice(0, RANKS_SHOWN).map((rank) =>
+        el("details", {}, el("summary", {}, el("b", {}, `rank ${rank.rank}`), ` ${visible(rank.host ?? "")} ${rank.pid ? `pid ${rank.pid}` : ""}: ${visible(rank.doing)}`),
+          el("pre", { tabIndex: 0 }, visible([rank.stacks || "", (rank.recent ?? []).length ? `last collectives:\n${rank.recent.join("\n")}` : "it has made no collective yet"].filter(Boolean).join("\n\n"))))));
+    } catch (error) {
+      say(this.answers, error.message);
+    } finally {
+      this.askButton.disabled = false;
+    }
+  }
+}
+
+// The last traceback of a text, or its last lines.
+function lastTraceback(text) {
+  const begin = text.lastIndexOf("Traceback (most recent call last):");
+  return begin < 0 ? text.split("\n").slice(-30).join("\n") : text.slice(text.lastIndexOf("\n", begin) + 1);
+}

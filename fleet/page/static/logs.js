@@ -1,0 +1,135 @@
+// What a job prints: in the order in which it came, equal lines of many ranks folded into one, searched, and followed.
+
+import { ask } from "./ask.js";
+import { el, hue, note, rankSet, say, visible } from "./dom.js";
+
+const LINES_KEPT = 5000, LINES_SHOWN = 1000, FOLD_OVER = 200, LINE_CHARS = 4000, FOLLOW_EVERY_MS = 1000;
+
+export class Logs {
+  constructor(place, job) {
+    this.job = job;
+    this.next = 0;
+    this.instance = "";
+    this.lines = []; // { text, ranks, element }
+    this.rest = new Map(); // by rank: the line that is not whole yet
+    this.decoders = new Map();
+    this.dropped = false;
+    this.top = 0;
+    place.append(
+      el("div", { class: "head" },
+        el("label", { class: "filter" }, "Search ", this.search = el("input", { type: "search", autocomplete: "off", placeholder: "text, or a rank: r3", oninput: () => this.show() })),
+        el("label", {}, this.follow = el("input", { type: "checkbox", checked: true }), " follow"), this.said = el("span", { class: "note" })),
+      this.text = el("pre", { class: "log", tabIndex: 0, "aria-label": "Output of the ranks" }));
+    say(this.said, "Loading …");
+    this.text.addEventListener("scroll", () => {
+      if (this.text.scrollTop < this.top - 4 && !this.atEnd()) this.follow.checked = false; // a person looks further up
+      this.top = this.text.scrollTop;
+    });
+    this.timer = setInterval(() => this.look(), FOLLOW_EVERY_MS);
+    this.look();
+  }
+
+  stop() {
+    clearInterval(this.timer);
+    this.job = null;
+  }
+
+  async look() {
+    if (this.asking || document.hidden || this.job === null) return;
+    this.asking = true;
+    try {
+      let more = true;
+      while (more && this.job !== null) {
+        const found = await ask("/api/output", { id: this.job, after: this.next });
+        if (this.instance && found.instance !== this.instance) this.clear();
+        this.instance = found.instance;
+        if (found.missing) this.dropped = true;
+        this.next = found.next;
+        for (const [rank, data] of found.chunks) this.take(rank, data);
+        more = found.more;
+      }
+      this.show();
+    } catch {
+      // The connection's state is said at the head of the page; the next look goes on from here.
+    } finally {
+      this.asking = false;
+    }
+  }
+
+  clear() {
+    this.next = 0;
+    this.lines = [];
+    this.rest.clear();
+    this.decoders.clear();
+    this.dropped = true;
+    this.text.replaceChildren();
+  }
+
+  take(rank, base64) {
+    if (!this.decoders.has(rank)) this.decoders.set(rank, new TextDecoder("utf-8"));
+    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+    const parts = ((this.rest.get(rank) ?? "") + this.decoders.get(rank).decode(bytes, { stream: true })).split("\n");
+    let rest = parts.pop();
+    if (rest.length > LINE_CHARS) parts.push(rest), rest = "";
+    this.rest.set(rank, rest);
+    for (const part of parts) this.fold(rank, visible(drawn(part)).slice(0, LINE_CHARS));
+  }
+
+  // A line that other ranks have printed a moment ago joins theirs, if this rank has printed nothing since.
+  fold(rank, text) {
+    for (let at = this.lines.length - 1; at >= 0 && at >= this.lines.length - FOLD_OVER; at--) {
+      const line = this.lines[at];
+      if (line.ranks.has(rank)) break;
+      if (line.text === text) {
+        line.ranks.add(rank);
+        line.changed = true;
+        return;
+      }
+    }
+    this.lines.push({ text, ranks: new Set([rank]), changed: true, element: null });
+    while (this.lines.length > LINES_KEPT) {
+      this.lines.shift().element?.remove();
+      this.dropped = true;
+    }
+  }
+
+  show() {
+    const wanted = this.search.value.trim().toLowerCase(), ofRank = /^r(\d+)$/.exec(wanted);
+    const found = !wanted ? this.lines : this.lines.filter((line) => (ofRank ? line.ranks.has(Number(ofRank[1])) : line.text.toLowerCase().includes(wanted)));
+    const shown = found.slice(-LINES_SHOWN), keep = new Set(shown);
+    for (const line of this.lines) if (line.element && !keep.has(line)) line.element.remove(), (line.element = null);
+    let at = this.text.firstElementChild;
+    for (const line of shown) {
+      if (!line.element) line.element = el("span", { class: "line" }, el("b"), el("span", {}, line.text + "\n")), (line.changed = true);
+      if (line.changed) {
+        line.changed = false;
+        const ranks = [...line.ranks].sort((a, b) => a - b);
+        say(line.element.firstElementChild, ranks.length > 4 ? `${ranks.length} ranks` : `r${rankSet(ranks)}`);
+        line.element.firstElementChild.title = `ranks ${rankSet(ranks)}`;
+        line.element.dataset.hue = ranks.length > 1 ? "" : hue(`rank ${ranks[0]}`);
+      }
+      if (line.element === at) at = at.nextElementSibling;
+      else this.text.insertBefore(line.element, at);
+    }
+    const parts = [];
+    if (!this.lines.length) parts.push(this.dropped ? "What it printed is not kept here any more: `fleet logs` shows that of submitted jobs." : "Nothing yet: no rank has printed a line.");
+    else if (!found.length) parts.push(`No match among ${this.lines.length} lines.`);
+    else if (shown.length < this.lines.length) parts.push(`shown: ${shown.length} of ${this.lines.length} lines`);
+    if (this.lines.length && this.dropped) parts.push("earlier ones are not kept here");
+    note(this.said, parts.join("; "));
+    if (this.follow.checked) {
+      this.text.scrollTop = this.text.scrollHeight;
+      this.top = this.text.scrollTop;
+    }
+  }
+
+  atEnd() {
+    return this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 24;
+  }
+}
+
+// The last state of a line that draws over itself with carriage returns, as progress bars do. Colours are left out.
+function drawn(line) {
+  const states = line.replace(/\r+$/, "").split("\r");
+  return states[states.length - 1].replace(/\u001b\[[0-9;]*m/g, "");
+}

@@ -1,0 +1,75 @@
+// The page of a cluster: what changes comes from the feed, and each part draws what is its own.
+
+import { act, confirmed } from "./ask.js";
+import { byId, say, span } from "./dom.js";
+import { Feed } from "./feed.js";
+import { Job } from "./job.js";
+import { Jobs } from "./jobs.js";
+import { Workers } from "./workers.js";
+
+const due = new Set();
+let drawing = false;
+
+const feed = new Feed((tables, anew) => {
+  for (const name of tables) due.add(name);
+  if (anew) due.add("anew");
+  if (!drawing) {
+    drawing = true;
+    setTimeout(draw, 0);
+  }
+});
+const open = (id) => (location.hash = `#job/${encodeURIComponent(id)}`);
+const workers = new Workers(feed, open, drain);
+const jobs = new Jobs(feed, open);
+const job = new Job(feed, () => {
+  history.replaceState(null, "", location.pathname);
+  route();
+  byId("jobs").focus({ preventScroll: true });
+});
+
+function draw() {
+  drawing = false;
+  const now = new Set(due);
+  due.clear();
+  link();
+  if (now.has("cluster")) health();
+  if (now.has("workers") || now.has("jobs")) workers.render();
+  if (now.has("jobs") || now.has("cluster")) jobs.render();
+  if (now.has("events")) workers.events();
+  if (now.has("anew")) job.look(true);
+}
+
+function health() {
+  const told = feed.cluster;
+  if (!told) return;
+  say(byId("health"), `${told.sentence[0].toUpperCase()}${told.sentence.slice(1)}.`);
+  byId("health").dataset.level = told.level;
+  document.title = `${told.jobs_running ? `${told.jobs_running} ▶ ` : ""}fleet`;
+}
+
+function link() {
+  const place = byId("link");
+  place.dataset.state = feed.state;
+  document.body.classList.toggle("stale", feed.state === "lost");
+  if (feed.state === "live") say(place, "live");
+  else if (feed.state === "lost") say(place, `connection lost since ${span((Date.now() - feed.lostAt) / 1000)}; trying again`);
+}
+
+function drain(id, worker) {
+  if (worker.state === "draining") return confirmed(`Give worker ${id} work again?`, "Give it work", () => act("/api/drain", { worker: id, undo: true }));
+  confirmed(`Drain worker ${id}? It gets no new work, and what does not end there within 20 s starts again on others.`, "Drain it", () => act("/api/drain", { worker: id }));
+}
+
+function route() {
+  const found = /^#job\/(.+)$/.exec(location.hash);
+  jobs.opened = found ? decodeURIComponent(found[1]) : null;
+  job.show(jobs.opened);
+  document.body.classList.toggle("has-job", jobs.opened !== null);
+  if (feed.cluster) jobs.render();
+}
+
+addEventListener("hashchange", route);
+addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && jobs.opened !== null && !byId("confirm").open) job.close();
+});
+route();

@@ -1,0 +1,129 @@
+// Workers by host: a cell a slot. A cell's state is its colour, its shape and its text; of many hosts, one cell each.
+
+import { byId, clock, el, hue, many, note, percent, rankSet, say, set, shownOf } from "./dom.js";
+
+const HOSTS_SHOWN = 300, CELLS_SHOWN = 4000, SLOTS_DRAWN = 64, EVENTS_SHOWN = 100;
+const ORDER = { lost: 0, draining: 1, ready: 2 };
+
+export class Workers {
+  constructor(feed, open, menu) {
+    this.feed = feed;
+    this.open = open;
+    this.menu = menu;
+    this.made = new Map(); // elements of hosts
+    this.filter = byId("workers-filter");
+    this.filter.addEventListener("input", () => this.render());
+  }
+
+  render() {
+    const all = this.feed.tables.workers;
+    const wanted = this.filter.value.trim().toLowerCase();
+    const hosts = new Map();
+    let found = 0;
+    for (const [id, worker] of all) {
+      if (wanted && !`${id} ${worker.host} ${worker.state}`.toLowerCase().includes(wanted)) continue;
+      found++;
+      if (!hosts.has(worker.host)) hosts.set(worker.host, []);
+      hosts.get(worker.host).push([id, worker]);
+    }
+    say(byId("workers-count"), all.size ? `${all.size}` : "");
+    const compact = hosts.size > HOSTS_SHOWN;
+    const sorted = [...hosts].sort((a, b) => worst(a[1]) - worst(b[1]) || (a[0] < b[0] ? -1 : 1));
+    const shown = sorted.slice(0, compact ? CELLS_SHOWN : HOSTS_SHOWN);
+    const list = byId("hosts");
+    list.classList.toggle("compact", compact);
+    if (compact !== this.compact) {
+      this.compact = compact;
+      this.made.clear();
+      list.replaceChildren();
+    }
+    this.put(list, shown, compact ? this.cell : this.host);
+    const missing = shownOf(shown.length, hosts.size, "hosts");
+    note(byId("workers-note"), all.size === 0 ? "Nothing yet: no worker is connected. `fleet worker` on a machine adds its slots."
+      : found === 0 ? `No match: none of ${many(all.size, "worker")} has “${wanted}” in its name, host or state.`
+      : compact ? `A square a host, those with trouble first; ${missing || `${hosts.size} hosts`}.` : missing);
+  }
+
+  // Elements by host, in their order; those that stay are not touched.
+  put(list, shown, make) {
+    const kept = new Set(shown.map(([host]) => host));
+    for (const [host, element] of this.made) if (!kept.has(host)) element.remove(), this.made.delete(host);
+    let at = list.firstElementChild;
+    for (const [host, workers] of shown) {
+      let element = this.made.get(host);
+      if (!element) this.made.set(host, element = el("li"));
+      const key = JSON.stringify(workers);
+      if (element.key !== key) {
+        element.key = key;
+        make.call(this, element, host, workers);
+      }
+      if (element === at) at = at.nextElementSibling;
+      else list.insertBefore(element, at);
+    }
+  }
+
+  host(element, host, workers) {
+    const load = Math.max(...workers.map(([, worker]) => worker.load));
+    const focused = element.contains(document.activeElement) ? document.activeElement.dataset.key : null;
+    element.replaceChildren(
+      el("div", { class: "host" }, el("span", { class: "name" }, host), meter(load, "CPU")),
+      ...workers.map(([id, worker]) => this.worker(id, worker)));
+    if (focused) element.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
+  }
+
+  worker(id, worker) {
+    const cells = el("span", { class: "cells" });
+    const said = [];
+    let drawn = 0;
+    for (const [job, ranks, count] of worker.jobs ?? []) {
+      said.push(`${many(count, "rank")} of job ${job}`);
+      const row = this.feed.tables.jobs.get(job);
+      for (const rank of ranks) {
+        if (drawn++ >= SLOTS_DRAWN) break;
+        cells.append(el("button", {
+          class: "cell busy", data: { hue: hue(job), state: row?.status ?? "", key: `${job}/${rank}` },
+          title: `rank ${rank} of job ${job}, ${row?.status ?? ""}`, onclick: () => this.open(job),
+        }, `${rank}`));
+      }
+    }
+    for (let free = worker.busy; free < worker.slots && drawn < SLOTS_DRAWN; free++, drawn++)
+      cells.append(el("span", { class: "cell free", title: "free" }));
+    if (worker.slots > drawn) cells.append(el("span", { class: "more" }, `+${worker.slots - drawn}`));
+    const words = [worker.state, `${worker.busy} of ${worker.slots} slots busy`, ...said].join(", ");
+    return el("div", { class: "worker", data: { state: worker.state } },
+      el("span", { class: "name", title: worker.version ?? "" }, id), worker.state === "ready" ? null : el("span", { class: "state" }, worker.state),
+      el("span", { class: "unseen" }, words), cells,
+      el("button", { class: "small", "aria-label": `Drain worker ${id}`, data: { key: `drain/${id}` }, onclick: () => this.menu(id, worker) },
+        worker.state === "draining" ? "undo" : "drain"));
+  }
+
+  cell(element, host, workers) {
+    const state = Object.keys(ORDER)[worst(workers)];
+    const slots = sum(workers, "slots"), busy = sum(workers, "busy");
+    element.className = "square";
+    element.dataset.state = state;
+    element.dataset.full = Math.min(4, Math.ceil(4 * busy / Math.max(1, slots)));
+    const words = `${host}: ${many(workers.length, "worker")}, ${state}, ${busy} of ${slots} slots busy`;
+    set(element, "title", words);
+    element.replaceChildren(el("span", { class: "unseen" }, words));
+  }
+
+  events() {
+    const events = [...this.feed.tables.events].sort((a, b) => b[0] - a[0]);
+    say(byId("events-count"), events.length ? `${events.length}` : "");
+    const list = byId("events");
+    const newest = list.firstElementChild?.dataset.number ?? "";
+    if (newest === (events[0]?.[0] ?? "") && !events.length === !list.childElementCount) return;
+    list.replaceChildren(...events.slice(0, EVENTS_SHOWN).map(([number, event]) =>
+      el("li", { data: { number, level: event.level } }, el("time", {}, clock(event.at)), " ", event.text)));
+    if (!events.length) list.append(el("li", {}, "Nothing yet: no worker has come or gone, and no job, since this orchestrator started."));
+  }
+}
+
+const sum = (workers, name) => workers.reduce((total, [, worker]) => total + worker[name], 0);
+const worst = (workers) => Math.min(...workers.map(([, worker]) => ORDER[worker.state] ?? 2));
+
+export function meter(share, what) {
+  return el("span", { class: "meter", title: `${what} ${percent(share)}` },
+    el("meter", { min: 0, max: 1, high: 0.95, value: Math.min(1, share), "aria-label": what }), el("span", { class: "figure" }, percent(share)));
+}
