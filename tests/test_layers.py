@@ -68,7 +68,6 @@ DECIDERS = (
     "fleet/orchestrator/scheduler.py",
     "fleet/orchestrator/state.py",
     "fleet/orchestrator/submissions.py",
-    "fleet/orchestrator/uploads.py",
     "fleet/orchestrator/view.py",
     "fleet/page/access.py",
     "fleet/page/feed.py",

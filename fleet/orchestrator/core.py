@@ -21,7 +21,6 @@ from fleet.orchestrator.membership import RETURN_WITHIN_S, Membership
 from fleet.orchestrator.placement import DEFAULT
 from fleet.orchestrator.scheduler import CLIENT_AWAY, CLIENT_GONE, KEEP_JOBS, KEEP_S, Scheduler
 from fleet.orchestrator.submissions import Submissions
-from fleet.orchestrator.uploads import Uploads
 
 TELL_AGAIN_S = 0.5  # a peer that does not read to say hello
 
@@ -45,16 +44,15 @@ class Core:
         self.counts = self.effects.counts
         self.membership = Membership(self.effects, versions, cluster_id)
         self.clients = Clients(self.effects, versions, numbering)
-        self.uploads = Uploads()
         self.assignments = Assignments(self.effects, self.membership, self.clients, policy)
         self.output = JobOutput(self.effects, self.membership, self.clients)
-        parts = self.effects, self.membership, self.clients, self.assignments, self.output, self.uploads
+        parts = self.effects, self.membership, self.clients, self.assignments, self.output
         self.scheduler = Scheduler(*parts, keep_jobs, keep_s)
-        self.submissions = Submissions(self.effects, self.clients, self.scheduler, self.uploads)
+        self.submissions = Submissions(self.effects, self.clients, self.scheduler)
         self.answers = Answers(self.effects, self.membership, self.clients, self.scheduler)
         self.behind: Deadlines[bytes] = Deadlines()  # peers that do not read: when they are told to say hello
         self._deadlines = deadlines_of(
-            self, self.membership, self.clients, self.uploads, self.assignments, self.scheduler
+            self, self.membership, self.clients, self.submissions, self.assignments, self.scheduler
         )
 
     def step(self, event: state.Event, now: float) -> list[state.Effect]:
@@ -119,7 +117,7 @@ class Core:
         elif isinstance(message, m.ClientHello):
             self.behind.discard(peer)
             self.clients.hello(peer, message)
-            self.uploads.connected_again(peer)
+            self.submissions.connected_again(peer)
         elif peer not in self.clients.known:
             self.effects.send(peer, m.Unknown())
         elif isinstance(message, m.Goodbye):
@@ -189,7 +187,7 @@ class Core:
         elif isinstance(message, m.Join):
             self.scheduler.joined(job, worker, message)
         elif isinstance(message, m.RankExited):
-            self.scheduler.exited(job, message.status, message.made)
+            self.scheduler.exited(job, worker, message)
         elif isinstance(message, m.HandBack):
             self.scheduler.hand_back(job, worker)
         elif isinstance(message, m.Ask):

@@ -6,14 +6,14 @@ loses a worker, or is handed back by one that drains, starts again as its next a
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from fleet import messages as m
-from fleet.bounds import REASON_CHARS, Made
+from fleet.bounds import REASON_CHARS
 from fleet.deadlines import Deadlines
 from fleet.messages import how
 from fleet.orchestrator.assignments import PREPARE_WITHIN_S, Assignments
@@ -23,7 +23,6 @@ from fleet.orchestrator.job import ON_WORKERS, Job, JobState
 from fleet.orchestrator.job_output import JobOutput
 from fleet.orchestrator.membership import Gone, Membership
 from fleet.orchestrator.state import ReleaseBundle, Worker
-from fleet.orchestrator.uploads import Uploads
 from fleet.text import some
 from fleet.values import ON_WORKER, files_of
 from fleet.world import Member
@@ -46,10 +45,10 @@ class Scheduler:
     clients: Clients
     assignments: Assignments
     output: JobOutput
-    uploads: Uploads
     keep_jobs: int = KEEP_JOBS
     keep_s: float = KEEP_S
     jobs: dict[str, Job] = field(default_factory=dict)  # in the order of submission
+    bundle_users: Counter[str] = field(default_factory=Counter)  # by digest: jobs that have not ended
     # Members that have ended with 0, as (job_id, attempt, member_id): when the others are told, if the job still runs.
     leavers: Deadlines[tuple[str, int, int]] = field(default_factory=Deadlines)
     ended: deque[str] = field(default_factory=deque)  # jobs that have ended, in the order in which they did
@@ -112,10 +111,10 @@ class Scheduler:
         if len(job.joined) == job.world_size:
             self.membership.tell(job.workers, job.formed())
 
-    def exited(self, job: Job, status: m.RankStatus, made: Made | None) -> None:
-        member_id = status.member_id
-        if made is not None:
-            job.made[member_id] = made
+    def exited(self, job: Job, worker: Worker, exited: m.RankExited) -> None:
+        status, member_id = exited.status, exited.status.member_id
+        if exited.made is not None:
+            job.made[member_id] = exited.made
         if member_id in job.exits:
             return
         job.exits[member_id] = status
@@ -125,14 +124,9 @@ class Scheduler:
             # An orchestrator before this one had launched it, and its disk did not take that: nobody knows its world.
             self._stop_to_begin_again(job, "it ran before its start was written down")
             return
-        if status.stopped and job.state is JobState.RUNNING:
-            # Its worker leaves, and its HandBack was lost.
-            reason = f"worker {status.worker_id} ({status.host}) leaves"
-            if job.spec.kind == "tasks":
-                self.stop(job, reason)
-                self._end_if_done(job)
-            else:
-                self._stop_to_begin_again(job, reason)
+        if status.stopped and job.state is JobState.RUNNING:  # its worker leaves, and its HandBack was lost
+            self.hand_back(job, worker)
+            self._end_if_done(job)
             return
         if status.failed and not status.stopped and job.cause < 0 and not job.reason:
             job.cause = member_id
@@ -324,8 +318,11 @@ class Scheduler:
         self.assignments.place()
 
     def _release_bundle(self, job: Job) -> None:
-        if job.spec.digest and self.uploads.release(job.spec.digest):
-            self.effects.add(ReleaseBundle(job.spec.digest))
+        if digest := job.spec.digest:
+            self.bundle_users[digest] -= 1
+            if not self.bundle_users[digest]:
+                del self.bundle_users[digest]
+                self.effects.add(ReleaseBundle(digest))
 
     # A job is forgotten
 
@@ -424,7 +421,7 @@ class Scheduler:
                 ended.append(job)
                 continue
             if job.spec.digest:
-                self.uploads.users[job.spec.digest] += 1
+                self.bundle_users[job.spec.digest] += 1
             job.kept_unknown = job.state in ON_WORKERS
             if job.state is JobState.FETCHING:  # it was whole when it was written down
                 job.move(JobState.QUEUED)

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, time
@@ -31,7 +32,7 @@ from fleet.orchestrator.journal import Journal
 from fleet.orchestrator.logs import JobLogs
 from fleet.orchestrator.metrics import OrchestratorMetrics
 from fleet.orchestrator.store import Store
-from fleet.orchestrator.window import Pages, Serving, Window
+from fleet.orchestrator.window import Serving, Window
 from fleet.pulse import Pulse
 from fleet.stillness import LifeClock
 from fleet.transfer import FileStore
@@ -69,44 +70,29 @@ class Service:
         keeping: Keeping | None = None,  # None: jobs end with this process
         health_file: Path | None = None,
     ) -> None:
-        self._bus = Bus(lock)
-        try:
-            self._router = Router(self._bus, endpoint)
-        except BaseException:
-            self._bus.close()
-            raise
-        self.endpoint = self._router.endpoint
-        self._store: Store | None = None
         self._journal = Journal(durable=keeping is not None)
-        runtime = runtime if keeping is None else keeping.folder
-        self._logs = JobLogs(runtime / "logs")
-        self._http: HttpServer | None = None
-        self._pages: Pages | None = None
         self._window: Window | None = None  # nobody looks through one where no page is served
         self._core_lock = threading.Lock()  # held while the core changes, so that a scrape sees it whole
-        self._pulse = Pulse(monotonic, LATE_AFTER_S, health_file)
         self._dropped = Dropped(log, monotonic)
         self._clock = LifeClock()
-        try:
-            if keeping is not None:
-                self._store = Store(keeping.folder)
+        runtime = runtime if keeping is None else keeping.folder
+        with ExitStack() as opened:
+            bus = opened.enter_context(closing(Bus(lock)))
+            self._router = Router(bus, endpoint)
+            self.endpoint = self._router.endpoint
+            self._logs = opened.enter_context(closing(JobLogs(runtime / "logs")))
+            self._pulse = opened.enter_context(closing(Pulse(monotonic, LATE_AFTER_S, health_file)))
+            self._store = None if keeping is None else opened.enter_context(closing(Store(keeping.folder)))
             self._core = self._recalled(versions, policy, keeping)
-            if serving is not None:
-                self._serve(serving)
+            # HOST:PORT of /metrics and of the page; empty: they are served nowhere
+            self.metrics_at = "" if serving is None else self._serve(serving, opened)
             self._bundles = self._find_files(runtime, keeping is not None)
-        except BaseException:
-            self._close()
-            raise
+            self._wake = opened.enter_context(closing(Wake()))
+            self._opened = opened.pop_all()
         self._unlogged: set[str] = set()  # jobs whose output the disk refused
         self._last_encoded: tuple[m.Message | None, bytes] = None, b""
-        self._wake = Wake()
         self._ends: dict[int, bytes] = {}  # by descriptor that tells the end of a process: its client, which is lost
         self._stopping = threading.Event()
-
-    @property
-    def metrics_at(self) -> str:
-        """HOST:PORT of /metrics and of the page, empty if they are served nowhere."""
-        return self._http.address if self._http else ""
 
     def stop(self) -> None:
         self._stopping.set()
@@ -114,27 +100,15 @@ class Service:
 
     def run(self) -> None:
         """Serves until `stop`."""
-        try:
-            self._loop()
-        finally:
-            self._close()
-            self._wake.close()
-            for descriptor in self._ends:
-                os.close(descriptor)
+        with self._opened:
+            try:
+                self._loop()
+            finally:
+                for descriptor in self._ends:
+                    os.close(descriptor)
 
-    def _close(self) -> None:
-        self._bus.close()
-        self._pulse.close()
-        self._logs.close()
-        if self._http is not None:
-            self._http.close()
-        if self._pages is not None:
-            self._pages.close()
-        if self._store is not None:
-            self._store.close()
-
-    def _serve(self, serving: Serving) -> None:
-        """Opens the HTTP port. Raises ConfigError."""
+    def _serve(self, serving: Serving, opened: ExitStack) -> str:
+        """Opens the HTTP port, and returns its HOST:PORT. Raises ConfigError."""
         metrics = OrchestratorMetrics(
             self._core,
             self._core_lock,
@@ -145,16 +119,17 @@ class Service:
         routes = {"/metrics": metrics_route(metrics), "/healthz": health_route(self._pulse.wrong)}
         if serving.pages is not None:
             self._window = Window(self._core, self._core_lock, self._clock.look, self._logs, self.endpoint)
-            self._pages = serving.pages(self._window)
-            routes |= self._pages.routes
-        self._http = HttpServer(serving.host, serving.port, routes)
+            pages = opened.enter_context(closing(serving.pages(self._window)))
+            routes |= pages.routes
+        address = opened.enter_context(closing(HttpServer(serving.host, serving.port, routes))).address
         if serving.pages is not None:
-            self._core.clients.page_at = self._http.address
+            self._core.clients.page_at = address
+        return address
 
     def _find_files(self, folder: Path, durable: bool) -> FileStore:
         """Bundles of jobs on the disk; logs of forgotten jobs are removed. Raises ConfigError."""
         try:
-            found = FileStore(folder / "bundles", KEEP_BUNDLES_BYTES, durable, self._core.uploads.users)
+            found = FileStore(folder / "bundles", KEEP_BUNDLES_BYTES, durable, self._core.scheduler.bundle_users)
             self._logs.remove_others(self._core.scheduler.jobs)
         except OSError as error:
             raise ConfigError(

@@ -8,25 +8,31 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fleet import messages as m
+from fleet.deadlines import Deadlines
 from fleet.orchestrator.clients import Clients
 from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.placement import POLICIES
 from fleet.orchestrator.scheduler import Scheduler
 from fleet.orchestrator.state import DropUpload, FetchBundle, Saved, ToFiles
-from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S, Uploads
 from fleet.values import BUNDLE_BYTES_AT_MOST
+
+NEXT_PART_WITHIN_S = 60.0
+
+Upload = tuple[bytes, str]  # (peer, digest)
 
 
 @dataclass(eq=False)
 class Submissions:
-    """Invariant: a job in state FETCHING waits for an upload of `uploads`, or to be written down."""
+    """Invariants: a job in state FETCHING waits for a bundle in `uploads`, or to be written down. A bundle is there from its
+    first job's submission until it is whole, refused, or wanted by no job."""
 
     effects: Effects
     clients: Clients
     scheduler: Scheduler
-    uploads: Uploads
     submitted_count: int = 0
+    uploads: Deadlines[Upload] = field(default_factory=Deadlines)  # bundles on the way: when each is given up
+    asked: set[Upload] = field(default_factory=set)  # of these, on this connection: the next part is on the way
     with_files: dict[str, Job] = field(default_factory=dict)  # whose files may be on the way, in order; see _fetching
     disk_error: str = ""  # why nothing could be written down the last time
 
@@ -45,22 +51,12 @@ class Submissions:
     def _begin(self, peer: bytes, submit: m.Submit) -> None:
         now = self.effects.now
         self.submitted_count += 1
-        job = Job(
-            submit.job_id,
-            peer,
-            submit.world_size,
-            submit.spec,
-            submit.options,
-            submit.detached,
-            self.submitted_count,
-            submitted_at=now,
-            queued_at=now,
-            state=JobState.FETCHING,
-        )
+        told = submit.world_size, submit.spec, submit.options, submit.detached
+        job = Job(submit.job_id, peer, *told, self.submitted_count, now, now, state=JobState.FETCHING)
         self.scheduler.jobs[job.job_id] = job
         self.effects.log("info", f"job {job.job_id} submitted: {submit.spec.target}, {job.shape}")
         if submit.spec.digest:
-            self.uploads.users[submit.spec.digest] += 1
+            self.scheduler.bundle_users[submit.spec.digest] += 1
             self.with_files[job.job_id] = job
             self._fetch(job)
         else:
@@ -78,40 +74,57 @@ class Submissions:
     # Its files
 
     def _fetch(self, job: Job) -> None:
-        if self.uploads.begin(job.client, job.spec.digest, self.effects.now):
-            self.effects.add(FetchBundle(job.spec.digest, job.spec.bundle_bytes, job.client))
+        upload = job.client, job.spec.digest
+        if upload in self.asked:
+            return
+        self.asked.add(upload)
+        if upload not in self.uploads:
+            self.uploads.set(upload, self.effects.now + NEXT_PART_WITHIN_S)
+        self.effects.add(FetchBundle(job.spec.digest, job.spec.bundle_bytes, job.client))
 
     def part(self, peer: bytes, part: m.Part) -> None:
-        if not self.uploads.heard(peer, part.digest, self.effects.now):
+        upload = peer, part.digest
+        if upload not in self.uploads:
             return
         if any(job.client == peer for job in self._fetching(part.digest)):
+            self.uploads.set(upload, self.effects.now + NEXT_PART_WITHIN_S)
             self.effects.add(ToFiles(peer, part))
         else:  # they were cancelled
-            self._drop(peer, part.digest)
+            self._drop(upload)
 
     def stored(self, digest: str) -> None:
-        self.uploads.end_all(digest)
+        """The bundle is here, whichever client sent it."""
+        for upload in [upload for upload in self.uploads if upload[1] == digest]:
+            self._ended(upload)
         for job in self._fetching(digest):
             self._write_down(job)
 
     def refused(self, peer: bytes, digest: str, reason: str) -> None:
-        self.uploads.end(peer, digest)
+        self._ended((peer, digest))
         for job in self._fetching(digest):
             if job.client == peer:
                 self._reject(job, reason)
 
+    def connected_again(self, peer: bytes) -> None:
+        """The client has a new connection: requests for parts over the one before may be lost."""
+        self.asked = {upload for upload in self.asked if upload[0] != peer}
+
     def client_gone(self, peer: bytes) -> None:
-        for digest in self.uploads.of(peer):
-            self._drop(peer, digest)
+        for upload in [upload for upload in self.uploads if upload[0] == peer]:
+            self._drop(upload)
 
     def expire(self) -> None:
-        for peer, digest in self.uploads.overdue(self.effects.now):
-            self._drop(peer, digest)
-            self.refused(peer, digest, f"nothing came of its files for {NEXT_PART_WITHIN_S:g} s")
+        for upload in self.uploads.due(self.effects.now):
+            self._drop(upload)
+            self.refused(*upload, f"nothing came of its files for {NEXT_PART_WITHIN_S:g} s")
 
-    def _drop(self, peer: bytes, digest: str) -> None:
-        self.uploads.end(peer, digest)
-        self.effects.add(DropUpload(peer, digest))
+    def _drop(self, upload: Upload) -> None:
+        self._ended(upload)
+        self.effects.add(DropUpload(*upload))
+
+    def _ended(self, upload: Upload) -> None:
+        self.uploads.discard(upload)
+        self.asked.discard(upload)
 
     def _fetching(self, digest: str) -> list[Job]:
         found = []

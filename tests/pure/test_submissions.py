@@ -6,7 +6,7 @@ from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.job import JobState
-from fleet.orchestrator.uploads import NEXT_PART_WITHIN_S, Uploads
+from fleet.orchestrator.submissions import NEXT_PART_WITHIN_S
 from tests.pure.test_orchestrator import CLIENT, VERSIONS, cluster, sent
 from tests.pure.test_transfer import digest_of, part
 
@@ -56,7 +56,7 @@ def test_a_client_that_sends_nothing_more_is_refused_in_time_and_no_other() -> N
     assert isinstance(rejected, m.Rejected)
     assert "nothing came of its files for 60 s" in rejected.reason
     assert list(core.scheduler.jobs) == ["slow"]
-    assert core.uploads.until.next() == late + NEXT_PART_WITHIN_S
+    assert core.submissions.uploads.next() == late + NEXT_PART_WITHIN_S
 
 
 def test_a_damaged_bundle_is_refused_for_its_sender_alone() -> None:
@@ -78,7 +78,7 @@ def test_what_a_client_that_went_had_sent_is_dropped() -> None:
     effects = core.step(o.PeerDied(CLIENT), 1.1)
     assert of_files(effects) == [o.DropUpload, o.ReleaseBundle]
     assert core.scheduler.jobs["a"].outcome == "cancelled"
-    assert (CLIENT, SPEC.digest) not in core.uploads.until
+    assert (CLIENT, SPEC.digest) not in core.submissions.uploads
 
 
 def test_a_job_that_is_cancelled_while_its_files_come_is_refused_and_its_files_are_dropped() -> None:
@@ -99,18 +99,7 @@ def test_the_bundle_of_jobs_that_have_ended_is_released() -> None:
     assert of_files(core.step(o.Received(CLIENT, m.Cancel("a")), 1.0)) == [o.ReleaseBundle]
     again = Core(VERSIONS)
     again.recall(core.scheduler.jobs.values(), (), 2.0)
-    assert not again.uploads.users
-
-
-def test_the_most_silent_upload_is_overdue_first() -> None:
-    uploads = Uploads()
-    uploads.begin(b"a", "1", 0.0)
-    uploads.begin(b"b", "1", 5.0)
-    uploads.heard(b"a", "1", 10.0)
-    assert not uploads.heard(b"c", "1", 10.0)
-    assert uploads.overdue(NEXT_PART_WITHIN_S + 5.0) == [(b"b", "1")]
-    uploads.end_all("1")
-    assert uploads.until.next() is None
+    assert not again.scheduler.bundle_users
 
 
 def test_too_large_a_bundle_is_refused_before_it_is_asked_for() -> None:
