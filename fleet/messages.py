@@ -17,7 +17,7 @@ from fleet import bounds as b
 from fleet.errors import OtherProtocol, ProtocolError
 from fleet.questions import *  # noqa: F403 - other modules read all messages, and what these carry, from this one
 from fleet.values import *  # noqa: F403
-from fleet.values import CountsRow, JobOptions, Message, RankStatus, Spec, Versions, escaped
+from fleet.values import CountsRow, JobMessage, JobOptions, Message, RankStatus, Spec, Versions, escaped
 from fleet.world import *  # noqa: F403
 from fleet.world import World
 
@@ -27,10 +27,9 @@ _PROTOCOL_BYTE = bytes([PROTOCOL])
 _RELAY = b"\xff"  # in the place of a control message's protocol byte
 
 
-class AttemptMessage(Message, frozen=True):
+class AttemptMessage(JobMessage, frozen=True):
     """Base of all messages about one attempt of a job."""
 
-    job_id: b.JobId
     attempt: b.Attempt
 
 
@@ -101,52 +100,43 @@ class Submit(Message, frozen=True):
     options: JobOptions = JobOptions()
 
 
-class Accepted(Message, frozen=True):
+class Accepted(JobMessage, frozen=True):
     """Acceptance of a job, which is on the orchestrator's disk: from here on it is not lost."""
 
-    job_id: b.JobId
 
-
-class Rejected(Message, frozen=True):
+class Rejected(JobMessage, frozen=True):
     """Refusal of a job, which will not run, with the reason."""
 
-    job_id: b.JobId
     reason: b.Text
 
 
-class JobWaiting(Message, frozen=True):
+class JobWaiting(JobMessage, frozen=True):
     """Reason, in words, why a job has not started yet."""
 
-    job_id: b.JobId
     reason: b.Text
 
 
-class Started(Message, frozen=True):
+class Started(JobMessage, frozen=True):
     """Start of a job's ranks. It is said again when the client or a worker is back, since messages between may be lost."""
 
-    job_id: b.JobId
     hosts: b.Hosts  # by member_id
     workers: b.WorkerIds  # by member_id
 
 
-class Cancel(Message, frozen=True):
-    job_id: b.JobId
+class Cancel(JobMessage, frozen=True):
     kill: bool = False  # at once, without a grace period
     signal: b.StopSignal = 0  # that ended the client
 
 
-class JobEnded(Message, frozen=True):
-    job_id: b.JobId
+class JobEnded(JobMessage, frozen=True):
     reason: b.Text  # empty: every rank exited with 0
     cause: b.MemberIdOrNone  # the member that failed first, -1: none
     ranks: Annotated[tuple[RankStatus, ...], b.ONE_A_RANK] = ()
     outcome: b.Word = ""  # see JobInfo; empty: its orchestrator does not know the job
 
 
-class Retire(Message, frozen=True):
+class Retire(JobMessage, frozen=True):
     """Notice to a client: the worker of its task runner drains, so that runner gets nothing new."""
-
-    job_id: b.JobId
 
 
 # A bundle, in either direction
@@ -329,11 +319,15 @@ class CollectiveCounts(AttemptMessage, frozen=True):
     made: b.Made | None = None  # collectives that it made, in its last such message; None: not known
 
 
-_MESSAGES = {*Message.__subclasses__(), *AttemptMessage.__subclasses__()} - {AttemptMessage}
+def kinds_of(base: type[Message]) -> list[type[Message]]:
+    """All messages of a base: the classes that are no base themselves."""
+    return [kind for found in base.__subclasses__() for kind in (kinds_of(found) or [found])]
+
+
 _encoder = msgspec.msgpack.Encoder()
 # msgspec inspects a Struct at its first use, and two threads that do so at once crash the interpreter.
 # So it is done here, under the lock of the import.
-_decoder = msgspec.msgpack.Decoder(reduce(or_, _MESSAGES))
+_decoder = msgspec.msgpack.Decoder(reduce(or_, kinds_of(Message)))
 
 
 def relay_head(job_id: str) -> bytes:

@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 
 from fleet import bounds as b
-from fleet.values import JobInfo, Message, WorkerState
+from fleet.values import JobInfo, JobMessage, Message, WorkerState
 
 LOG_PART_BYTES = 1 << 20  # at most, in one answer
 FILES_AT_ONCE = 1000
@@ -45,24 +45,21 @@ class Jobs(Message, frozen=True):
     question: b.Number = 0
 
 
-class WatchJob(Message, frozen=True):
+class WatchJob(JobMessage, frozen=True):
     """Request to be told of a job's end. Answered by Jobs at once (empty: there is no such job), and by JobEnded then."""
 
-    job_id: b.JobId
     question: b.Number = 0
 
 
-class ReadLog(Message, frozen=True):
+class ReadLog(JobMessage, frozen=True):
     """Question for the output of one member of a detached job, from an offset on; negative: from the end. Answered by LogPart."""
 
-    job_id: b.JobId
     member_id: b.MemberId
     offset: b.Offset
     question: b.Number = 0
 
 
-class LogPart(Message, frozen=True):
-    job_id: b.JobId
+class LogPart(JobMessage, frozen=True):
     member_id: b.MemberId
     offset: b.Offset
     data: Annotated[bytes, msgspec.Meta(max_length=LOG_PART_BYTES)]
@@ -125,20 +122,21 @@ class FileInfo(msgspec.Struct, frozen=True):
     executable: bool = False  # by its owner
 
 
-class ListFiles(Message, frozen=True):
-    """Question to one worker for the files of a job's output folder, behind the path `after`. Answered by Files."""
+class FilesMessage(JobMessage, frozen=True):
+    """Base of all messages about files that a job has on a worker."""
 
-    job_id: b.JobId
     worker_id: b.WorkerId
     question: b.Number
+
+
+class ListFiles(FilesMessage, frozen=True):
+    """Question to one worker for the files of a job's output folder, behind the path `after`. Answered by Files."""
+
     after: b.Path = b""
     asker: b.Peer = b""  # the client's connection; the orchestrator fills it in
 
 
-class Files(Message, frozen=True):
-    job_id: b.JobId
-    worker_id: b.WorkerId
-    question: b.Number
+class Files(FilesMessage, frozen=True):
     files: Annotated[tuple[FileInfo, ...], msgspec.Meta(max_length=FILES_AT_ONCE)] = ()  # in the order of their paths
     more: bool = False  # there are others behind the last one
     storage_id: b.IdOrNone = ""  # workers with the same one share the folder
@@ -149,23 +147,17 @@ class Files(Message, frozen=True):
     left_out_count: b.Number = 0
 
 
-class ReadFile(Message, frozen=True):
+class ReadFile(FilesMessage, frozen=True):
     """Question for a part of a file in a job's output folder. Answered by FilePart."""
 
-    job_id: b.JobId
-    worker_id: b.WorkerId
-    question: b.Number
     path: b.Path
     offset: b.Size
     asker: b.Peer = b""
 
 
-class FilePart(Message, frozen=True):
+class FilePart(FilesMessage, frozen=True):
     """Answer to ReadFile. At the end of the file `data` is empty, and `digest` is the sha256 of the whole."""
 
-    job_id: b.JobId
-    worker_id: b.WorkerId
-    question: b.Number
     path: b.Path
     offset: b.Size
     data: bytes = b""

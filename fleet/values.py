@@ -22,6 +22,12 @@ class Message(msgspec.Struct, frozen=True, tag=True):
     """Base of all control messages. The class name is the tag on the wire."""
 
 
+class JobMessage(Message, frozen=True):
+    """Base of all messages about one job."""
+
+    job_id: b.JobId
+
+
 class Versions(msgspec.Struct, frozen=True):
     """Versions of the software of one side of a handshake."""
 

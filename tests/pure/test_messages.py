@@ -128,15 +128,9 @@ EXAMPLES: list[Message] = [
 ]
 
 
-def subclasses(cls: type) -> set[type]:
-    return {found for direct in cls.__subclasses__() for found in {direct, *subclasses(direct)}}
-
-
 def test_no_message_is_forgotten_here() -> None:
-    """A new Message needs an example above; the round trip then proves that it is in the union that decode knows."""
-    assert {type(message) for message in EXAMPLES} == {
-        cls for cls in subclasses(Message) - {m.AttemptMessage} if cls.__module__.startswith("fleet.")
-    }
+    """A new Message needs an example above."""
+    assert {type(message) for message in EXAMPLES} == set(m.kinds_of(Message))
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
