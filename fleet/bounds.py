@@ -14,6 +14,7 @@ from msgspec import Meta
 RANKS_AT_MOST = 1 << 14  # of a job, and slots of a worker
 ID_CHARS, WORKER_ID_CHARS = 64, 128
 TEXT_CHARS = 1 << 16
+WORD_CHARS = 256
 REASON_CHARS = 2000  # of a reason that becomes part of other texts; its maker cuts it
 NUMBER_AT_MOST = (1 << 63) - 1  # the largest number that SQLite and file offsets take
 FRAME_LIMIT_BYTES = 8 << 20  # of one frame on a control socket
@@ -28,7 +29,7 @@ Host = Annotated[str, Meta(pattern=r"^[!-~]{0,255}\Z")]  # empty: not known, or 
 Endpoint = Annotated[str, Meta(pattern=r"^[!-~]{0,300}\Z")]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 DigestOrNone = Annotated[str, Meta(pattern=r"^([0-9a-f]{64})?\Z")]
-Word = Annotated[str, Meta(max_length=256)]
+Word = Annotated[str, Meta(max_length=WORD_CHARS)]
 Text = Annotated[str, Meta(max_length=TEXT_CHARS)]
 
 WorldSize = Annotated[int, Meta(ge=1, le=RANKS_AT_MOST)]

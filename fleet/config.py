@@ -315,6 +315,16 @@ def shared_memory() -> Path | None:
     return Path(os.environ.get("FLEET_SHM_DIR") or "/dev/shm") if wanted == "on" else None
 
 
+def keeps_pace() -> bool:
+    """Whether this rank finds out who holds the others up."""
+    wanted = os.environ.get("FLEET_PACE") or "on"
+    if wanted not in ("on", "off"):
+        raise ConfigError(
+            f"FLEET_PACE is {wanted!r}: it must be on, or off to find out nothing of who holds the others up"
+        )
+    return wanted == "on"
+
+
 def secret(file: Path | None = None) -> str | None:
     """The cluster secret from `file`, FLEET_SECRET, FLEET_SECRET_FILE or the user's own file, in this order."""
     if file is not None:

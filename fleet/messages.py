@@ -17,11 +17,22 @@ from fleet import bounds as b
 from fleet.errors import OtherProtocol, ProtocolError
 from fleet.questions import *  # noqa: F403 - other modules read all messages, and what these carry, from this one
 from fleet.values import *  # noqa: F403
-from fleet.values import CountsRow, JobMessage, JobOptions, Message, RankStatus, Spec, Versions, escaped
+from fleet.values import (
+    CountsRow,
+    JobMessage,
+    JobOptions,
+    Message,
+    PaceRow,
+    RankStatus,
+    Spec,
+    Straggler,
+    Versions,
+    escaped,
+)
 from fleet.world import *  # noqa: F403
 from fleet.world import World
 
-PROTOCOL = 6
+PROTOCOL = 7
 PART_BYTES = 1 << 20  # a bundle travels in parts of this size
 _PROTOCOL_BYTE = bytes([PROTOCOL])
 _RELAY = b"\xff"  # in the place of a control message's protocol byte
@@ -133,6 +144,7 @@ class JobEnded(JobMessage, frozen=True):
     cause: b.MemberIdOrNone  # the member that failed first, -1: none
     ranks: Annotated[tuple[RankStatus, ...], b.ONE_A_RANK] = ()
     outcome: b.Word = ""  # see JobInfo; empty: its orchestrator does not know the job
+    straggler: Straggler | None = None
 
 
 class Retire(JobMessage, frozen=True):
@@ -317,6 +329,7 @@ class CollectiveCounts(AttemptMessage, frozen=True):
     inside_s: b.Seconds = 0.0  # how long it has been inside the collective that it is in; 0: in none
     refused_count: b.Number = 0  # strangers at its inbox since then
     made: b.Made | None = None  # collectives that it made, in its last such message; None: not known
+    pace: PaceRow | None = None  # since it was told last; goes on to the orchestrator, without the rest
 
 
 def kinds_of(base: type[Message]) -> list[type[Message]]:

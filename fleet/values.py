@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from fleet import bounds as b
+from fleet.errors import rank_set
 from fleet.text import shown_lines
 
 _UNDECODED = re.compile("[\ud800-\udfff]")  # by which os.fsdecode replaces bytes that are no UTF-8
@@ -127,6 +128,22 @@ class JobOptions(msgspec.Struct, frozen=True):
     point: Annotated[tuple[tuple[b.Word, b.Text], ...], msgspec.Meta(max_length=POINT_NAMES_AT_MOST)] = ()
 
 
+class Straggler(msgspec.Struct, frozen=True):
+    """Ranks that hold the others up: one rank, or all ranks of one worker."""
+
+    ranks: Annotated[tuple[b.MemberId, ...], b.ONE_A_RANK]
+    share: b.Seconds  # of the time, that the others wait for them
+    line: b.Word = ""  # where most of that time goes, such as 'train.py:41 in load_batch'; empty: nowhere in particular
+    worker_id: b.Word = ""  # empty: it is one rank among others on its worker
+
+    def __str__(self) -> str:
+        several = len(self.ranks) > 1
+        ranks = f"ranks {rank_set(self.ranks, len(self.ranks) + 1)}" if several else f"rank {self.ranks[0]}"
+        who = f"worker {self.worker_id} ({ranks})" if self.worker_id else ranks
+        where = f", mostly {'at' if ':' in self.line else 'in'} {self.line}" if self.line else ""
+        return f"{who} held the others up for {100 * self.share:.0f} % of the time{where}"
+
+
 class JobInfo(msgspec.Struct, frozen=True):
     """State of a job for a person. Times are seconds since the epoch by the orchestrator's clock, 0: not yet."""
 
@@ -151,6 +168,7 @@ class JobInfo(msgspec.Struct, frozen=True):
     held_by: tuple[str, ...] = ()  # workers of any attempt: each may hold some of its output
     # Files that were deleted with its working folders, in words; sentences about other files begin with ON_WORKER.
     left: tuple[str, ...] = ()
+    straggler: Straggler | None = None  # lately; of a job that has ended, in all
 
     @property
     def status(self) -> str:
@@ -211,6 +229,17 @@ class CountsRow(msgspec.Struct, frozen=True):
     byte_count: b.Number
     seconds: b.Seconds
     buckets: Annotated[tuple[b.Number, ...], msgspec.Meta(max_length=64)]
+
+
+class PaceRow(msgspec.Struct, frozen=True):
+    """Pace of one rank over some time. `lines` are those with most of its main thread's time outside of collectives."""
+
+    elapsed_s: b.Seconds
+    waited_s: b.Seconds  # in collectives, for the rank that had worked longest before each
+    waited_squares: b.Seconds  # the sum of the squares of each wait
+    meeting_count: b.Number  # collectives of all ranks, but for those in a tight loop
+    queued_s: b.Seconds = 0.0  # that its main thread was ready to run, and had no core
+    lines: Annotated[tuple[tuple[b.Word, b.Seconds], ...], msgspec.Meta(max_length=16)] = ()
 
 
 # lost: its connection is down, for less than the grace period

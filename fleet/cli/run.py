@@ -109,6 +109,8 @@ def _run(
         return INTERRUPTED if interruption.number == signal.SIGINT else 128 + interruption.number
     if text := report(ended, workers, printer.recent):
         print(text, file=sys.stderr, flush=True)
+    elif ended.straggler is not None:
+        say(str(ended.straggler))
     try:
         with interruption.raised():
             came = place.output is not None or bring(place.target, job.job_id, folder, limit_bytes)

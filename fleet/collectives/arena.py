@@ -3,7 +3,7 @@
 Knows how ranks wait for each other, and no algorithm.
 
     page 0                     bus.shared_memory's own
-    a kilobyte for each rank   posted word · folded word · window, offset · the rank's call
+    a kilobyte for each rank   posted word · folded word · window, offset · the rank's call and work
     halves                     2 per rank, used alternately by blocks with one synchronisation
     slots                      1 per rank, and one for results: blocks with two synchronisations
 
@@ -35,7 +35,10 @@ from fleet.collectives.buffer import Array
 
 RANK_BYTES = 1024
 # Places of words in a rank's kilobyte, in words, each on a cache line of its own. The bell is in the first rank's kilobyte.
-FOLDED, WINDOW, CALLS, ASLEEP, BELL = 8, 16, 24, 104, 112
+FOLDED, WINDOW, CALLS, WORK, ASLEEP, BELL = 8, 16, 24, 88, 104, 112
+WORKS = 8  # the last works that a rank has told, each a word: low bits of the sequence, and nanoseconds
+_WORK_NS_BITS = 40
+_WORK_NS = (1 << _WORK_NS_BITS) - 1
 CALL_BYTES_AT_MOST = 256  # of the call of the running operation, and as many of the one before it
 DIGEST_BITS = 21
 DIRECT = 1  # lowest bit of a posted word: this rank's tensor lies in a window
@@ -142,6 +145,20 @@ class Arena:
             self._shown[parity] = call
             at, size = self._call_at(self.index, parity), min(len(call), CALL_BYTES_AT_MOST - 2)
             self._memory[at : at + size + 2] = size.to_bytes(2, "little") + call[:size]
+
+    def tell_work(self, sequence: int, work_s: float) -> None:
+        """Says how long this rank has worked before the operation of this number. Called before its first block is posted."""
+        word = sequence << _WORK_NS_BITS & 0xFFFFFFFFFFFFFFFF | min(int(work_s * 1e9), _WORK_NS)
+        self.words[self.at[self.index] + WORK + sequence % WORKS] = word
+
+    def longest_work(self, sequence: int) -> float:
+        """The longest work in seconds that a rank has told before the operation of this number; 0: none has."""
+        place, mark, longest = WORK + sequence % WORKS, sequence & 0xFFFFFFFFFFFFFFFF >> _WORK_NS_BITS, 0
+        for at in self.at:
+            word = self.words[at + place]
+            if word >> _WORK_NS_BITS == mark and (word & _WORK_NS) > longest:
+                longest = word & _WORK_NS
+        return longest / 1e9
 
     def _call_of(self, index: int, parity: int) -> bytes:
         at = self._call_at(index, parity)

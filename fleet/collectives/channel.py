@@ -37,6 +37,9 @@ class Channel:
         self._rank_of = {member: rank for rank, member in enumerate(self.members)}
         self._calls: dict[int, bytes] = {}  # the running collective and the last ones before it
         self._ahead: dict[int, tuple[int, bytes]] = {}  # by sequence: source and call of a collective to come
+        # By sequence: the longest work before a collective that this rank knows of; see pace.py. The message that brings a
+        # longer one may come while it is sent: then it is told with the next message.
+        self._works: dict[int, float] = {}
         self._sequence = 0
         inbox.add(self)
 
@@ -46,6 +49,7 @@ class Channel:
         self._calls[sequence] = operation.signature.data
         self._sequence = sequence
         self._calls.pop(sequence - REMEMBERED_CALLS, None)
+        self._works.pop(sequence - 1, None)
         if self._ahead:
             ahead = self._ahead.pop(sequence, None)
             if ahead is not None:
@@ -58,7 +62,16 @@ class Channel:
     ) -> Tracker | None:
         """Queues a message of a collective. Raises TimeoutError."""
         key, call = (self.communicator_id, operation.sequence, ordinal, segment), operation.signature.data
-        return self.inbox.send(self.members[peer], key, call, payload, operation.deadline, track, self.check)
+        work_s = self._works.get(operation.sequence, 0.0)
+        return self.inbox.send(self.members[peer], key, call, payload, operation.deadline, track, self.check, work_s)
+
+    def tell_work(self, sequence: int, work_s: float) -> None:
+        """Tells the other ranks, with the messages of this collective, of a rank's work before it."""
+        if work_s > self._works.get(sequence, 0.0):
+            self._works[sequence] = work_s
+
+    def longest_work(self, sequence: int) -> float:
+        return self._works.get(sequence, 0.0)
 
     def wait_until_sent(self, operation: Operation, tracker: Tracker) -> None:
         """Waits until lent memory may be changed. Raises TimeoutError."""
@@ -96,6 +109,8 @@ class Channel:
             self._compare(head.sequence, head.source, head.call)
         elif head.sequence not in self._ahead:
             self._ahead[head.sequence] = head.source, head.call
+        if head.sequence >= self._sequence:
+            self.tell_work(head.sequence, head.work_s)
         return head.sequence >= self._sequence and head.ordinal != PROBE
 
     def look(self) -> None:
@@ -125,6 +140,12 @@ class SubChannel:
 
     def begin(self, operation: Operation) -> None:
         self._channel.begin(operation)
+
+    def tell_work(self, sequence: int, work_s: float) -> None:
+        self._channel.tell_work(sequence, work_s)
+
+    def longest_work(self, sequence: int) -> float:
+        return self._channel.longest_work(sequence)
 
     def send(
         self, operation: Operation, peer: int, ordinal: int, segment: int, payload: Any, track: bool = False

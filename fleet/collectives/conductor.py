@@ -18,6 +18,7 @@ from fleet.collectives.diagnosis import Diagnosis
 from fleet.collectives.interruptions import Interruptions
 from fleet.collectives.operation import Operation, Signature
 from fleet.collectives.order import Order
+from fleet.collectives.pace import Pace
 from fleet.collectives.path import Path
 from fleet.collectives.progress_queue import ProgressQueue
 from fleet.collectives.recorder import Recorder
@@ -38,9 +39,12 @@ class Conductor:
         recorder: Recorder,
         interruptions: Interruptions,
         diagnosis: Diagnosis,
+        pace: Pace,
     ) -> None:
         self.timeout_s = timeout_s  # of calls that give none of their own
+        self._path = path
         self._begin = path.begin
+        self._pace = pace
         self._order = order
         self.recorder = recorder
         self._check_lost = interruptions.check_lost
@@ -110,14 +114,17 @@ class Conductor:
         arguments: tuple[*Arguments],
         written: Buffer | Parts | None,
     ) -> None:
-        order, recorder = self._order, self.recorder
+        order, recorder, pace = self._order, self.recorder, self._pace
         if order.error is not None:
             order.check_usable()
         self._check_lost()
         order.sequence = operation.sequence = order.sequence + 1
         recorder.operations.append(operation)
+        work_s = operation.started - pace.left
         try:
             self._begin(operation)
+            if work_s > pace.notable_s:
+                self._path.tell_work(operation, work_s)
             method(operation, *arguments)
             if written is not None and written.source is not None:
                 written.write_back()
@@ -125,6 +132,8 @@ class Conductor:
             order.error = self._diagnosis.explain(operation, error)
             raise order.error from None
         finally:
-            operation.ended = ended = monotonic()
-            signature = operation.signature
-            recorder.counts.add(signature.name, signature.byte_count, ended - operation.started)
+            operation.ended = pace.left = ended = monotonic()
+            signature, took_s = operation.signature, ended - operation.started
+            recorder.counts.add(signature.name, signature.byte_count, took_s)
+        if took_s > pace.notable_s or work_s > pace.notable_s:
+            pace.ended(operation, work_s, self._path.longest_work(operation))

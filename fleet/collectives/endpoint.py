@@ -27,6 +27,7 @@ from fleet.collectives.hierarchy import HierarchicalPath
 from fleet.collectives.interruptions import Interruptions
 from fleet.collectives.operation import Check, Operation, Signature
 from fleet.collectives.order import Order
+from fleet.collectives.pace import Pace
 from fleet.collectives.path import AlonePath, Path
 from fleet.collectives.point_to_point import PointToPoint
 from fleet.collectives.recorder import Recorder
@@ -100,6 +101,7 @@ class Endpoint:
         self.diagnosis = Diagnosis(rank, self.members, communicator_id, fabric, recorder)
         if fabric is not None:
             fabric.generation.recorders.append((communicator_id, recorder))
+        pace = generation.pace if generation is not None else Pace(is_kept=False)
         self.windows = Windows()
         self.path: Path = AlonePath()
         self._arena: Arena | None = None  # None if the ranks of this host share no memory
@@ -107,10 +109,10 @@ class Endpoint:
         self.point_to_point: PointToPoint | None = None
         if fabric is not None and len(self.members) > 1:
             self.channel = Channel(fabric.inbox, communicator_id, self.members, self.interruptions.check)
-            self.point_to_point = PointToPoint(self.channel, self.interruptions, self.diagnosis)
+            self.point_to_point = PointToPoint(self.channel, self.interruptions, self.diagnosis, pace)
             self._find_path(fabric, self.channel, forming or FormingCall())
         recorder.counts.path = self.path.name
-        self.conductor = Conductor(self.path, timeout_s, self.order, recorder, self.interruptions, self.diagnosis)
+        self.conductor = Conductor(self.path, timeout_s, self.order, recorder, self.interruptions, self.diagnosis, pace)
 
     def shared_bytes(self, size: int, deadline: float) -> Array:
         """Zeroed bytes in memory that the ranks of this host share, or in ordinary memory if they share none.

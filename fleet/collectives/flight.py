@@ -6,27 +6,18 @@ The session's thread asks for them while other threads record. This module knows
 from __future__ import annotations
 
 import sys
-import sysconfig
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 
 from fleet import messages as m
 from fleet.bounds import TEXT_CHARS
 from fleet.collectives.generations import Generation, News
 from fleet.collectives.recorder import Recorder, text
+from fleet.collectives.script_line import described, users_frame
 from fleet.config import RankSettings
 
 MADE_AT_MOST = 1000  # communicators in the last message of a member
-
-_NOT_THE_USERS = tuple(
-    {
-        str(Path(__file__).resolve().parent.parent),
-        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-        "<frozen",
-    }
-)
 
 
 class Flights:
@@ -90,10 +81,7 @@ class Flights:
 def main_thread_line() -> str:
     """The line of the user's code that the main thread is in: 'train.py:41 in load_batch'."""
     frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
-    innermost = frame
-    while frame is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
-        frame = frame.f_back
-    frame = frame or innermost
     if frame is None:
         return "an unknown line"
-    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+    frame = users_frame(frame)
+    return described(frame.f_code, frame.f_lineno)

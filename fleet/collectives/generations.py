@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from fleet import messages as m
 from fleet.collectives.operation import EndedRank
+from fleet.collectives.pace import Pace
 from fleet.collectives.recorder import Recorder
 from fleet.errors import Late, RankEnded, WorldChanged
 from fleet.world import World
@@ -44,6 +45,7 @@ class Generation:
     recorders: list[tuple[int, Recorder]] = field(default_factory=list)  # of its communicators, with their ids
     ended: dict[int, EndedRank] = field(default_factory=dict)  # by rank: members that have ended with 0
     lost: WorldChanged | None = None  # of the first member that was lost
+    pace: Pace = field(default_factory=Pace)  # of this member, in all of its generations
 
     def check(self, awaited: int = -1) -> None:
         """Raises WorldChanged if a member was lost. Called during every wait for other ranks."""
@@ -71,6 +73,7 @@ class News:
     generations: list[Generation] = field(default_factory=list)  # the last ones of this member, oldest first
     # By member, with the time of the news. Invariant: each generation has been told of all of these.
     gone: dict[int, tuple[m.MemberLost, float]] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
 
     def hear(self, news: m.MemberLost, now: float) -> None:
         """Takes the news that a member was lost or has ended. The first news of each member counts."""
@@ -81,7 +84,7 @@ class News:
 
     def form(self, world: World) -> Generation:
         """Enters a generation. All but the generation before it are forgotten."""
-        generation = Generation(world, world.rank_of(self.member_id))
+        generation = Generation(world, world.rank_of(self.member_id), pace=self.pace)
         self.generations = [
             *self.generations[-1:],
             generation,

@@ -1,6 +1,7 @@
 """Wire format of tensor messages: their head, and the call that they belong to. Knows bytes and names, no socket.
 
-    magic 4 · world id u64 · communicator id u64 · sequence u64 · source u32 · ordinal u32 · segment u32 · call length u16 · call
+    magic 4 · world id u64 · communicator id u64 · sequence u64 · source u32 · ordinal u32 · segment u32 · work f64
+        · call length u16 · call
     call: op u8 · reduction u8 · dtype u8 · dimensions u8 · root, tag or factor i64 · each dimension u64
 
 Little-endian. Calls are compared as bytes, which costs nothing on the hot path; only a mismatch is ever decoded.
@@ -14,8 +15,8 @@ from typing import NamedTuple
 
 from fleet.errors import ProtocolError
 
-MAGIC = b"flt2"
-_HEAD = struct.Struct("<4sQQQIIIH")
+MAGIC = b"flt3"
+_HEAD = struct.Struct("<4sQQQIIIdH")
 _CALL = struct.Struct("<BBBBq")
 _FACTOR = struct.Struct("<d")
 
@@ -36,7 +37,7 @@ _OP, _REDUCTION, _DTYPE = ({name: number for number, name in enumerate(names)} f
 
 
 class Head(NamedTuple):
-    """Place of a message, and the bytes of its call."""
+    """Place of a message, the bytes of its call, and the longest work that its sender knows of (see pace.py)."""
 
     world_id: int
     communicator_id: int
@@ -45,25 +46,32 @@ class Head(NamedTuple):
     ordinal: int
     segment: int
     call: bytes
+    work_s: float = 0.0
 
 
 def pack_head(
-    world_id: int, communicator_id: int, sequence: int, source: int, ordinal: int, segment: int, call: bytes
+    world_id: int,
+    communicator_id: int,
+    sequence: int,
+    source: int,
+    ordinal: int,
+    segment: int,
+    call: bytes,
+    work_s: float = 0.0,
 ) -> bytes:
-    return _HEAD.pack(MAGIC, world_id, communicator_id, sequence, source, ordinal, segment, len(call)) + call
+    return _HEAD.pack(MAGIC, world_id, communicator_id, sequence, source, ordinal, segment, work_s, len(call)) + call
 
 
 def unpack_head(frame: memoryview) -> tuple[Head, memoryview]:
     """The head of a frame, and the rest of the frame. Raises ProtocolError for a frame without a head."""
     if frame.nbytes < _HEAD.size or frame[:4] != MAGIC:
         raise ProtocolError(f"{frame.nbytes} bytes that are no tensor message of fleet")
-    _, world_id, communicator_id, sequence, source, ordinal, segment, length = _HEAD.unpack_from(frame)
+    _, world_id, communicator_id, sequence, source, ordinal, segment, work_s, length = _HEAD.unpack_from(frame)
     end = _HEAD.size + length
     if frame.nbytes < end:
         raise ProtocolError("a tensor message was cut short")
-    return Head(world_id, communicator_id, sequence, source, ordinal, segment, bytes(frame[_HEAD.size : end])), frame[
-        end:
-    ]
+    call = bytes(frame[_HEAD.size : end])
+    return Head(world_id, communicator_id, sequence, source, ordinal, segment, call, work_s), frame[end:]
 
 
 def pack_call(

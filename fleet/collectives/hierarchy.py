@@ -53,6 +53,15 @@ class HierarchicalPath:
             self._local.begin(operation)
         self._everyone.begin(operation)
 
+    def tell_work(self, operation: Operation, work_s: float) -> None:
+        if self._local is not None:
+            self._local.tell_work(operation, work_s)
+        self._everyone.tell_work(operation, work_s)
+
+    def longest_work(self, operation: Operation) -> float:
+        here = self._local.longest_work(operation) if self._local is not None else 0.0
+        return max(here, self._everyone.longest_work(operation))
+
     def all_reduce(self, operation: Operation, flat: Array) -> None:
         local, shares = self._local, self._shares
         if not flat.nbytes:
@@ -66,7 +75,9 @@ class HierarchicalPath:
         local.reduce_to_shares(operation, flat, mine, shares)
         if mine is not None:
             assert self._across is not None
+            self._everyone.tell_work(operation, local.longest_work(operation))
             self._across.all_reduce(operation, mine)
+            local.tell_work(operation, self._across.longest_work(operation))
         local.spread_shares(operation, flat, mine, shares)
 
     def broadcast(self, operation: Operation, flat: Array, root: int) -> None:
@@ -83,7 +94,11 @@ class HierarchicalPath:
     def barrier(self, operation: Operation) -> None:
         if self._local is not None:
             self._local.barrier(operation)
-        if self._across is not None and (self._local is None or self._local.index == 0):
+        if self._local is not None and self._local.index == 0 and self._across is not None:
+            self._everyone.tell_work(operation, self._local.longest_work(operation))
+            self._across.barrier(operation)
+            self._local.tell_work(operation, self._across.longest_work(operation))
+        elif self._local is None and self._across is not None:
             self._across.barrier(operation)
         if self._local is not None:
             self._local.barrier(operation)

@@ -213,10 +213,11 @@ class Inbox:
         deadline: float,
         track: bool,
         check: Check,
+        work_s: float = 0.0,
     ) -> Tracker | None:
-        """Queues a message with the place (communicator id, sequence, ordinal, segment). See Mesh.send."""
+        """Queues a message with the place (communicator id, sequence, ordinal, segment). See Mesh.send, and pace.py."""
         communicator_id, sequence, ordinal, segment = key
-        head = pack_head(self.world_id, communicator_id, sequence, self.rank, ordinal, segment, call)
+        head = pack_head(self.world_id, communicator_id, sequence, self.rank, ordinal, segment, call, work_s)
         return self._mesh.send(self.addresses[peer], head, payload, deadline, track, check)
 
     def wait_until_sent(self, tracker: Tracker, deadline: float, check: Check) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from time import monotonic
 from types import CodeType
 from typing import Any
@@ -14,6 +13,7 @@ from fleet.collectives.arena import digest
 from fleet.collectives.buffer import Buffer, Parts
 from fleet.collectives.header import describe_call, measure_call, pack_call
 from fleet.collectives.reduce import Kernel, PremulSum
+from fleet.collectives.script_line import described
 from fleet.errors import UsageError
 
 # Called between pieces of work and while waiting; raises the error that ends the wait, such as the loss of a rank. May be
@@ -22,6 +22,8 @@ Check = Callable[..., None]
 
 SETTLE_S = 0.5  # for messages that a rank sent before it ended, which may still be on their way
 SIGNATURES_KEPT = 4096
+# Collectives that every rank enters before any rank leaves them, on all paths.
+MEETINGS = frozenset({"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier"})
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class EndedRank:
 class Signature:
     """Name, dtype, shape and options of a call: ranks called the same if and only if `data` is equal."""
 
-    __slots__ = ("byte_count", "data", "kernel", "name", "tag", "wire")
+    __slots__ = ("byte_count", "data", "kernel", "meets", "name", "tag", "wire")
 
     def __init__(self, data: bytes, kernel: Kernel | None = None, wire: str = "") -> None:
         self.data = data
@@ -46,6 +48,7 @@ class Signature:
         self.kernel = kernel  # None: nothing is combined
         self.wire = wire
         self.name, self.byte_count = measure_call(data)
+        self.meets = self.name in MEETINGS
 
     def __str__(self) -> str:
         return describe_call(self.data)
@@ -121,7 +124,7 @@ class Operation:
         """The script's line that called: 'train.py:41 in load_batch'."""
         if self.code is None:
             return "an unknown line"
-        return f"{Path(self.code.co_filename).name}:{self.line} in {self.code.co_name}"
+        return described(self.code, self.line)
 
     def __str__(self) -> str:
         state = f"took {(self.ended - self.started) * 1e3:.3f} ms" if self.ended else "has not ended"

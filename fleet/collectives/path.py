@@ -28,6 +28,12 @@ class Path(Protocol):
     def begin(self, operation: Operation) -> None:
         """Lets the other ranks find out which operation this rank is in. Called once before the other methods."""
 
+    def tell_work(self, operation: Operation, work_s: float) -> None:
+        """Tells the other ranks how long this rank has worked before the operation. Called between `begin` and its method."""
+
+    def longest_work(self, operation: Operation) -> float:
+        """The longest work before the operation of any rank that has told it, as far as this rank has heard; else 0."""
+
     def all_reduce(self, operation: Operation, flat: Array) -> None:
         """flat = the combination of every rank's `flat`."""
 
@@ -66,6 +72,12 @@ class AlonePath:
 
     def begin(self, operation: Operation) -> None:
         pass
+
+    def tell_work(self, operation: Operation, work_s: float) -> None:
+        pass
+
+    def longest_work(self, operation: Operation) -> float:
+        return 0.0
 
     def all_reduce(self, operation: Operation, flat: Array) -> None:
         if operation.kernel.finishes:

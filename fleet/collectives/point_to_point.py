@@ -21,6 +21,7 @@ from fleet.collectives.header import describe_call, pack_call
 from fleet.collectives.inbox import Key
 from fleet.collectives.interruptions import Interruptions
 from fleet.collectives.operation import SETTLE_S
+from fleet.collectives.pace import Pace
 from fleet.collectives.work import Work, check_not_own
 from fleet.errors import CollectiveMismatch, CollectiveTimeout, ProtocolError, RankEnded
 
@@ -28,11 +29,12 @@ from fleet.errors import CollectiveMismatch, CollectiveTimeout, ProtocolError, R
 class PointToPoint:
     """Sends and receives of this rank in one communicator."""
 
-    def __init__(self, channel: Channel, interruptions: Interruptions, diagnosis: Diagnosis) -> None:
+    def __init__(self, channel: Channel, interruptions: Interruptions, diagnosis: Diagnosis, pace: Pace) -> None:
         self.channel = channel
         self.communicator_id = channel.communicator_id + 1  # that the messages carry
         self._interruptions = interruptions
         self._diagnosis = diagnosis
+        self._pace = pace
         self._lanes: dict[tuple[int, int], _Lane] = {}  # of what is sent, by (rank, tag)
         self._receiving: dict[tuple[int | None, int], _Lane] = {}  # of asynchronous calls, by (rank, tag)
         self._received: dict[tuple[int, int], int] = {}  # counts, by (rank, tag)
@@ -74,7 +76,10 @@ class PointToPoint:
         """Receives a message of src, or the first message of any rank (None). Returns the rank that sent it."""
         lane = self._receiving.get((src, tag))
         if lane is None or not lane.is_busy:
-            return self._receive(buffer, src, tag, limit_s)
+            began = monotonic()
+            source = self._receive(buffer, src, tag, limit_s)
+            self._pace.pause(monotonic() - began)
+            return source
         work = self.recv_later(buffer, src, tag, limit_s)
         work.wait()
         assert work.source is not None

@@ -1,13 +1,18 @@
-"""Line of the script in which a collective is called: the innermost one that is neither in fleet nor in torch."""
+"""Lines of the script: where it calls a collective, and where it is outside of collectives."""
 
 from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 _FLEET = str(Path(__file__).resolve().parent.parent) + os.sep
+_NOT_THE_USERS = tuple(
+    {_FLEET, *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")), "<frozen"}
+)
+_WAITING = f"{_FLEET}collectives{os.sep}", f"{_FLEET}torch{os.sep}work.py"
 KEPT = 4096
 
 # Names of files as `calling_frame` has seen them. Every collective looks whether its caller is in the first of these.
@@ -29,6 +34,45 @@ def calling_frame(frame: FrameType) -> FrameType:
             return found
         found = found.f_back
     return frame
+
+
+_USERS, _OTHERS, _WAITS = range(3)
+_kinds: dict[str, int] = {}  # of files, by name
+
+
+def users_frame(frame: FrameType) -> FrameType:
+    """The innermost frame of the user's own code, from `frame` on; `frame` itself where there is none."""
+    found: FrameType | None = frame
+    while found is not None:
+        if _kind(found.f_code.co_filename) == _USERS:
+            return found
+        found = found.f_back
+    return frame
+
+
+def waits(frame: FrameType) -> bool:
+    """Whether a thread that is in this frame waits in a call of fleet."""
+    found: FrameType | None = frame
+    while found is not None and (kind := _kind(found.f_code.co_filename)) != _USERS:
+        if kind == _WAITS:
+            return True
+        found = found.f_back
+    return False
+
+
+def _kind(name: str) -> int:
+    kind = _kinds.get(name)
+    if kind is None:
+        if len(_kinds) >= KEPT:
+            _kinds.clear()
+        kind = _WAITS if name.startswith(_WAITING) else _OTHERS if name.startswith(_NOT_THE_USERS) else _USERS
+        _kinds[name] = kind
+    return kind
+
+
+def described(code: CodeType, line: int) -> str:
+    """A line for a person: 'train.py:41 in load_batch'."""
+    return f"{Path(code.co_filename).name}:{line} in {code.co_name}"
 
 
 def _libraries() -> tuple[str, ...]:

@@ -23,9 +23,12 @@ from fleet.bus.process import Watch
 from fleet.bus.strangers import Strangers
 from fleet.collectives.flight import Flights
 from fleet.collectives.generations import UNANSWERED, Generation, News, RankActivity
-from fleet.config import RankSettings
+from fleet.collectives.pace import Pace
+from fleet.collectives.sampler import Sampler
+from fleet.config import RankSettings, keeps_pace
 from fleet.errors import CollectiveTimeout, FleetError, Late, ProtocolError, UsageError
 from fleet.stillness import Deadline
+from fleet.values import PaceRow
 from fleet.world import World
 
 ANSWER_WITHIN_S = 1.0
@@ -33,6 +36,7 @@ LOOK_UP_S = 0.1  # between two looks at whether a member has gone, in a wait for
 AGENT_WITHIN_S = 10.0  # the agent is on this machine
 AGENT_MEMBER = 0  # the member that relays for the others, where one does
 COUNTS_EVERY_S = 1.0
+PACES_A_SECOND = 64  # of all ranks of one job: the orchestrator reads them all
 ROWS_AT_MOST = 1000  # of one CollectiveCounts
 
 log = logging.getLogger("fleet.session")
@@ -55,7 +59,10 @@ class Session:
         self._agent_is_down = False
         self._settings = settings
         self._pid = pid
-        self.news = News(settings.member_id)
+        keeps = keeps_pace()
+        self.news = News(settings.member_id, pace=Pace(keeps))
+        self._sampler = Sampler(self.news.pace) if keeps else None
+        self._pace_at = 0.0  # when it is told next
         self.flights = Flights(settings, pid, self.news)
         self._wake = Wake()
         self._closing = threading.Event()
@@ -136,6 +143,8 @@ class Session:
         self._closing.set()
         self._wake.set()
         self._thread.join()
+        if self._sampler is not None:
+            self._sampler.close()
         self._wake.close()
 
     def _send(self, message: m.Message) -> None:
@@ -203,15 +212,25 @@ class Session:
         inside_s = inside_s if inside_s >= COUNTS_EVERY_S else 0.0
         refused_count = self.strangers.refused_count - self._told_refused
         self._told_refused += refused_count
-        if rows or inside_s or self._told_inside or refused_count or last:
+        pace = self._pace(last)
+        if rows or inside_s or self._told_inside or refused_count or last or pace is not None:
             while len(rows) > ROWS_AT_MOST:
                 self._say(agent, m.CollectiveCounts(s.job_id, s.attempt, s.member_id, tuple(rows[:ROWS_AT_MOST])))
                 del rows[:ROWS_AT_MOST]
             self._say(
                 agent,
-                m.CollectiveCounts(s.job_id, s.attempt, s.member_id, tuple(rows), inside_s, refused_count, made),
+                m.CollectiveCounts(s.job_id, s.attempt, s.member_id, tuple(rows), inside_s, refused_count, made, pace),
             )
         self._told_inside = bool(inside_s)
+
+    def _pace(self, last: bool) -> PaceRow | None:
+        """The pace since it was told last; None: it is not time to tell it, or there is none."""
+        now = monotonic()
+        if self._sampler is None or (now < self._pace_at and not last):
+            return None
+        self._pace_at = now + max(COUNTS_EVERY_S / 2, self._settings.world_size / PACES_A_SECOND)
+        row = self._sampler.take()
+        return row if self.news.pace.has_begun else None
 
     def _take(self, data: bytes) -> None:
         try:

@@ -41,6 +41,12 @@ class SharedPath:
     def begin(self, operation: Operation) -> None:
         self._arena.begin(operation.signature.data, operation.signature.tag)
 
+    def tell_work(self, operation: Operation, work_s: float) -> None:
+        self._arena.tell_work(operation.sequence, work_s)
+
+    def longest_work(self, operation: Operation) -> float:
+        return self._arena.longest_work(operation.sequence)
+
     # Reductions
 
     def all_reduce(self, operation: Operation, flat: Array) -> None:

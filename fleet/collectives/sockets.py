@@ -52,6 +52,12 @@ class SocketPath:
     def begin(self, operation: Operation) -> None:
         self._channel.begin(operation)
 
+    def tell_work(self, operation: Operation, work_s: float) -> None:
+        self._channel.tell_work(operation.sequence, work_s)
+
+    def longest_work(self, operation: Operation) -> float:
+        return self._channel.longest_work(operation.sequence)
+
     # Reductions
 
     def all_reduce(self, operation: Operation, flat: Array) -> None:

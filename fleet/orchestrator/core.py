@@ -168,18 +168,21 @@ class Core:
 
     def _about_nothing(self, worker: state.Worker, message: m.AttemptMessage) -> None:
         """About an attempt that was given up while the worker was away, or that it heard of too late: it drops the attempt."""
-        if not isinstance(message, m.Output | m.Ask | m.Answer | m.Repeated):
+        if not isinstance(message, m.Output | m.Ask | m.Answer | m.Repeated | m.CollectiveCounts):
             self.effects.send(worker.peer, m.Stop(message.job_id, message.attempt, "it was given up", kill=True))
             self.effects.send(worker.peer, m.Forget(message.job_id, message.attempt))
 
     def _about_job(self, job: Job, worker: state.Worker, message: m.AttemptMessage) -> None:
         """About the attempt that is on workers, from one of them."""
-        if isinstance(message, m.RankExited | m.Output | m.Join):
+        if isinstance(message, m.RankExited | m.Output | m.Join | m.CollectiveCounts):
             member_id = message.status.member_id if isinstance(message, m.RankExited) else message.member_id
             if job.seats[member_id : member_id + 1] != (worker.worker_id,):
                 return  # there is no such member, or not there
         if isinstance(message, m.Output):
             self.output.printed(job, worker, message)
+        elif isinstance(message, m.CollectiveCounts):
+            if message.pace is not None:
+                job.paces.add(message.member_id, message.pace)
         elif isinstance(message, m.Assigned):
             self.scheduler.prepared(job, worker.worker_id, message.port)
         elif isinstance(message, m.AssignFailed):

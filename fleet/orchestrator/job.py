@@ -15,6 +15,8 @@ import msgspec
 from fleet import messages as m
 from fleet.bounds import Made
 from fleet.orchestrator.placement import Shape
+from fleet.orchestrator.stragglers import Paces, straggler
+from fleet.values import Straggler
 from fleet.world import world_id
 
 TAILS_TOLD_CHARS = 1 << 20  # of all ranks together
@@ -80,6 +82,7 @@ class Job:
     # By worker of any attempt, each of which may hold some of the output: the storage that it is in.
     held_by: dict[str, str] = field(default_factory=dict)
     left: tuple[str, ...] = ()  # files that were deleted with its working folders, in words
+    straggler: Straggler | None = None  # once it has ended
     # Facts that a restarted orchestrator need not know
     waits_for: str = ""  # as last told to the client
     unfit: frozenset[str] = frozenset()  # workers that could not prepare it
@@ -95,6 +98,7 @@ class Job:
     kept_unknown: bool = False  # an orchestrator before this one kept some of the output
     # By the number that ranks were asked with: the client that asked why, and the number of its question. The newest ones.
     curious: dict[int, tuple[bytes, int]] = field(default_factory=dict)
+    paces: Paces = field(default_factory=Paces)  # of the ranks of this attempt
     watchers: set[bytes] = field(default_factory=set)  # clients that are told when it has ended
     _shares: tuple[tuple[str, ...], dict[str, tuple[int, ...]]] = field(default=((), {}), repr=False, compare=False)
 
@@ -138,7 +142,7 @@ class Job:
         """Result of the job, which fits one frame: of long last words of its ranks, the ends are told."""
         kept = TAILS_TOLD_CHARS // max(1, len(self.exits))
         ranks = tuple(_with_tail(self.exits[member_id], kept) for member_id in sorted(self.exits))
-        return m.JobEnded(self.job_id, self.reason, self.cause, ranks, self.outcome)
+        return m.JobEnded(self.job_id, self.reason, self.cause, ranks, self.outcome, self.straggler)
 
     def begin_again(self, now: float) -> None:
         """Back into the queue, as the next attempt. Messages about the one before are dropped from now on."""
@@ -149,12 +153,14 @@ class Job:
         self.seats, self.hosts, self.waits_for, self.reason, self.cause = (), (), "", "", -1
         self.starts_again = False
         self.kept_unknown = False
+        self.paces = Paces()
         for kept in (self.ports, self.joined, self.made, self.exits, self.kept, self.asked, self.printed, self.acked):
             kept.clear()
 
     def end(self, reason: str, outcome: str, now: float) -> None:
         self.move(JobState.ENDED)
         self.reason, self.outcome, self.ended_at = reason, outcome, now
+        self.straggler, self.paces = straggler(self.paces.since_start, self.seats), Paces()
         for kept in (self.ports, self.joined, self.made, self.curious, self.kept, self.asked):
             kept.clear()
         for member_id, status in self.exits.items():
@@ -178,7 +184,7 @@ def _with_tail(status: m.RankStatus, chars: int) -> m.RankStatus:
     return msgspec.structs.replace(status, stderr_tail=status.stderr_tail[len(status.stderr_tail) - chars :])
 
 
-_KEPT = Job.__match_args__[: Job.__match_args__.index("left") + 1]
+_KEPT = Job.__match_args__[: Job.__match_args__.index("straggler") + 1]
 _TIMES = ("submitted_at", "queued_at", "started_at", "ended_at")
 _kept_of = attrgetter(*_KEPT)  # a job is written down three times in its life, at the least
 _encoder = msgspec.msgpack.Encoder()

@@ -16,6 +16,7 @@ from fleet import messages as m
 from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.scheduler import Scheduler
 from fleet.orchestrator.state import Worker
+from fleet.orchestrator.stragglers import straggler
 from fleet.text import some
 from fleet.values import WorkerStateName
 
@@ -86,6 +87,7 @@ class ClusterView:
             exit_codes=tuple(-s.signal or s.code for _, s in sorted(job.exits.items())),
             held_by=tuple(job.held_by),
             left=job.left,
+            straggler=job.straggler or straggler(job.paces.lately, job.seats),
         )
 
     def jobs(self, ask: m.ListJobs) -> m.Jobs:

@@ -36,6 +36,8 @@ class Sessions:
             return
         if isinstance(message, m.CollectiveCounts):
             process.inside_since = self.effects.now - message.inside_s if message.inside_s else None
+            if message.pace is not None:
+                self.effects.send(replace(message, rows=(), refused_count=0, made=None))
             if message.made is not None:
                 process.made = message.made
                 if process.status is not None:  # the exit was seen before the last message

@@ -41,13 +41,12 @@ HEADS = st.builds(
     ordinal=U32,
     segment=U32,
     call=st.binary(max_size=300),
+    work_s=st.floats(0, 1e6),
 )
 
 
 def packed(head: Head) -> bytes:
-    return pack_head(
-        head.world_id, head.communicator_id, head.sequence, head.source, head.ordinal, head.segment, head.call
-    )
+    return pack_head(*head)
 
 
 @given(HEADS, st.binary(max_size=100))

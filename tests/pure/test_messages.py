@@ -17,6 +17,7 @@ from fleet import messages as m
 from fleet.bounds import FRAME_LIMIT_BYTES
 from fleet.errors import ProtocolError
 from fleet.messages import PROTOCOL, Message, decode, encode
+from fleet.values import PaceRow
 
 settings.register_profile("repeatable", deadline=None, database=None, derandomize=True)
 settings.load_profile("repeatable")
@@ -63,6 +64,7 @@ EXAMPLES: list[Message] = [
     m.Ping(),
     m.Pong("worker-0", True, "draining"),
     m.CollectiveCounts("job", 2, 1, (m.CountsRow("all_reduce", "shared", 4096, 0.25, (0,) * 16 + (1,)),), 1.5),
+    m.CollectiveCounts("job", 2, 1, (), pace=PaceRow(1.0, 0.5, 0.01, 40, 0.1, (("train.py:41 in load_batch", 0.3),))),
     m.ListWorkers(),
     m.Workers((m.WorkerState("worker-0", "10.0.0.5", "draining", 4, 1, VERSIONS, ("job",)),)),
     m.Submit("job", 4, SPEC, True),
