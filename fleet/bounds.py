@@ -20,11 +20,14 @@ NUMBER_AT_MOST = (1 << 63) - 1  # the largest number that SQLite and file offset
 FRAME_LIMIT_BYTES = 8 << 20  # of one frame on a control socket
 ONE_A_RANK = Meta(max_length=RANKS_AT_MOST)  # of a tuple
 
-JobId = Annotated[str, Meta(pattern=rf"^[A-Za-z0-9_-]{{1,{ID_CHARS}}}\Z")]
+_ID = re.compile(rf"^[A-Za-z0-9_-]{{1,{ID_CHARS}}}\Z")
+_WORKER_ID = re.compile(rf"^[A-Za-z0-9_.:@+-]{{1,{WORKER_ID_CHARS}}}\Z")
+
+JobId = Annotated[str, Meta(pattern=_ID.pattern)]
 JobPrefix = Annotated[str, Meta(pattern=rf"^[A-Za-z0-9_-]{{0,{ID_CHARS}}}\Z")]  # empty: any job, or no sweep
 Incarnation = JobId
 IdOrNone = JobPrefix  # of a cluster or of a storage: safe as the name of a folder
-WorkerId = Annotated[str, Meta(pattern=rf"^[A-Za-z0-9_.:@+-]{{1,{WORKER_ID_CHARS}}}\Z")]
+WorkerId = Annotated[str, Meta(pattern=_WORKER_ID.pattern)]
 Host = Annotated[str, Meta(pattern=r"^[!-~]{0,255}\Z")]  # empty: not known, or the bound endpoint itself
 Endpoint = Annotated[str, Meta(pattern=r"^[!-~]{0,300}\Z")]
 Digest = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
@@ -58,9 +61,6 @@ Path = Annotated[bytes, Meta(max_length=4096)]  # of a file, in the bytes that i
 Peer = Annotated[bytes, Meta(max_length=255)]  # a connection's name
 StopSignal = Annotated[int, Meta(ge=0, le=15)]  # that asks ranks to stop; 0: SIGTERM
 Seconds = Annotated[float, Meta(ge=0.0, le=1e12)]  # no infinity, and no NaN
-
-_ID = re.compile(rf"[A-Za-z0-9_-]{{1,{ID_CHARS}}}\Z")
-_WORKER_ID = re.compile(rf"[A-Za-z0-9_.:@+-]{{1,{WORKER_ID_CHARS}}}\Z")
 
 
 def is_id(text: str) -> bool:

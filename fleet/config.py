@@ -158,9 +158,9 @@ def replace_environment(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
 
 
-def is_preloading_libraries() -> bool:
-    """Whether LD_PRELOAD has put a library into every process: a profiler, perhaps, that writes its file at the end."""
-    return bool(os.environ.get("LD_PRELOAD"))
+def is_set(variable: str) -> bool:
+    """Whether a variable of the environment is set, and not empty."""
+    return bool(os.environ.get(variable))
 
 
 def leave_job() -> None:
@@ -208,11 +208,6 @@ def gpu_count() -> int:
     return len(list(itertools.takewhile(lambda name: name.strip() not in ("", "-1"), visible.split(","))))
 
 
-def no_colour() -> bool:
-    """NO_COLOR (no-color.org): set to anything, it switches colour off."""
-    return bool(os.environ.get("NO_COLOR"))
-
-
 def worker_port() -> int:
     """WORKER_PORT: the data port of a worker's first slot, the next slot has the next one. 0: any free ports."""
     return _number("WORKER_PORT", WORKER_PORT, 0, 65535)
@@ -234,7 +229,7 @@ def worker_id(port: int) -> str | None:
 
 def metrics_port() -> int | None:
     """FLEET_METRICS_PORT: where /metrics and /healthz are served over HTTP. None: unset, nowhere. 0: any free port."""
-    return _number("FLEET_METRICS_PORT", 0, 0, 65535) if os.environ.get("FLEET_METRICS_PORT") else None
+    return _number("FLEET_METRICS_PORT", 0, 0, 65535) if is_set("FLEET_METRICS_PORT") else None
 
 
 def health_file() -> Path | None:
@@ -273,11 +268,6 @@ def storage_folder() -> Path | None:
         return Path(text)
     own = _own_folder("XDG_STATE_HOME", ".local/state")
     return None if own is None else own / "output"
-
-
-def storage_is_named() -> bool:
-    """Whether FLEET_STORAGE_DIR is set: then no other folder will do."""
-    return bool(os.environ.get("FLEET_STORAGE_DIR"))
 
 
 def advertised_host() -> str | None:
@@ -348,14 +338,9 @@ def missing_secret(file: Path | None = None) -> Path | None:
     """The file that `secret` would read, if it is not there; None if there is a secret, or no such file could be."""
     if file is None and given_secret() is not None:
         return None
-    named = file or (Path(os.environ["FLEET_SECRET_FILE"]) if secret_file_is_named() else None)
+    named = file or (Path(os.environ["FLEET_SECRET_FILE"]) if is_set("FLEET_SECRET_FILE") else None)
     path = named or _own_secret()
     return None if path is None or path.exists() else path
-
-
-def secret_file_is_named() -> bool:
-    """Whether FLEET_SECRET_FILE is set."""
-    return bool(os.environ.get("FLEET_SECRET_FILE"))
 
 
 def given_secret() -> str | None:

@@ -46,9 +46,14 @@ def rank_set(ranks: Sequence[int], world_size: int) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
 
 
+def _numbers(ranks: Sequence[int], members: Sequence[int]) -> list[int]:
+    """Numbers in the job of ranks of a communicator; no members: the same ones."""
+    return [members[rank] if rank < len(members) else rank for rank in ranks]
+
+
 def _named(ranks: Sequence[int], members: Sequence[int]) -> str:
     """Ranks as text, by their numbers in the job: 'rank 3', 'ranks 0-2,5'."""
-    numbers = [members[rank] if rank < len(members) else rank for rank in ranks]
+    numbers = _numbers(ranks, members)
     return f"{'rank' if len(numbers) == 1 else 'ranks'} {rank_set(numbers, 0)}"
 
 
@@ -96,8 +101,7 @@ class CollectiveMismatch(FleetError):
         first, *others = self.groups
         if any(len(group.ranks) == len(first.ranks) for group in others):
             return []
-        ranks = sorted(rank for group in others for rank in group.ranks)
-        return [self.members[rank] for rank in ranks] if self.members else ranks
+        return _numbers(sorted(rank for group in others for rank in group.ranks), self.members)
 
     def __str__(self) -> str:
         groups = self.groups
@@ -209,8 +213,7 @@ class CollectiveTimeout(FleetError):
     @property
     def culprits(self) -> list[int]:
         """The ranks that did not come, by their numbers in the job."""
-        ranks = sorted({late.rank for late in self.late})
-        return [self.members[rank] for rank in ranks] if self.members else ranks
+        return _numbers(sorted({late.rank for late in self.late}), self.members)
 
     def __str__(self) -> str:
         number = f" #{self.sequence}" if self.sequence else ""

@@ -157,7 +157,7 @@ def _storage(given: Path | None, runtime: Path) -> Storage:
             log.info("keeps what jobs write in %s, storage %s", folder, storage.storage_id)
             return storage
         except OSError as error:
-            if given is not None or config.storage_is_named():
+            if given is not None or config.is_set("FLEET_STORAGE_DIR"):
                 raise ConfigError(f"what jobs write cannot be kept in {folder} (--storage): {error.strerror}") from None
             why = f", since {folder} cannot be used ({error.strerror}): --storage names a folder"
     log.warning("what jobs write is kept only as long as this worker runs%s", why)

@@ -255,4 +255,4 @@ def _interruptions() -> Iterator[_Interruption]:
 
 
 def _coloured(stream: TextIO) -> bool:
-    return stream.isatty() and not config.no_colour()
+    return stream.isatty() and not config.is_set("NO_COLOR")  # no-color.org

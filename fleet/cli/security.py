@@ -41,7 +41,7 @@ def worker_lock(host: str, secret_file: Path | None, insecure: bool, stopping: t
     any other missing secret.
     """
     missing = None if insecure else config.missing_secret(secret_file)
-    named = secret_file is not None or config.secret_file_is_named()
+    named = secret_file is not None or config.is_set("FLEET_SECRET_FILE")
     if missing is not None and (named or is_loopback(host)):
         log.warning("the cluster secret is not in %s yet; trying again until it is (`fleet secret` makes one)", missing)
         while not missing.exists():

@@ -87,7 +87,7 @@ def _end() -> None:
 
 def _nothing_to_tell() -> bool:
     """Whether all loaded libraries are known to lose nothing if they do not hear of the end."""
-    if config.is_preloading_libraries():
+    if config.is_set("LD_PRELOAD"):  # into every process: a profiler, perhaps, that writes its file at the end
         return False
     files = [getattr(sys.modules.get(name), "__file__", None) for name in _PACKAGES]
     parents = {os.path.dirname(os.path.dirname(file)) for file in files if file}
