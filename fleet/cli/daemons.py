@@ -71,7 +71,7 @@ def run_orchestrator(
         folder = kept.folder or config.state_folder(port) or runtime / "state"
         keeping = Keeping(folder, kept.jobs, kept.hours * 3600)
         close_to_others(folder)
-        http_host, http_port = metrics or (None, 0)  # the page is there in any case: for this machine, at any free port
+        http_host, http_port = metrics or (None, _page_port(port))  # the page is there in any case, for this machine
         served = serving(http_host or "127.0.0.1", http_port, lock, token_of(lock), partial(_from_here, host))
         service = Service(
             endpoint(host, port), lock, versions(), runtime, policy, served, keeping, config.health_file()
@@ -202,6 +202,20 @@ def _on_signals(stop: Callable[[int], None]) -> None:
 def _reachable_here(host: str) -> str:
     """An address at which this machine reaches a listener on `host`."""
     return {"0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}.get(host, host)
+
+
+def _page_port(control_port: int) -> int:
+    """Port of the page where none is named: the one before the orchestrator's own, so that it is the same after a restart.
+
+    0, any free one, where that is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", max(0, control_port - 1)))
+        except OSError:
+            return 0
+        return int(probe.getsockname()[1])
 
 
 def _from_here(host: str, bound: str) -> str:

@@ -242,7 +242,7 @@ class DaemonOptions:
         typer.Option(
             callback=port,
             help="Port of /metrics and /healthz, and of an orchestrator's page.",
-            show_default="FLEET_METRICS_PORT, any free one, in a worker none",
+            show_default="FLEET_METRICS_PORT, that before --bind's, in a worker none",
         ),
     ] = None
     metrics_host: Annotated[

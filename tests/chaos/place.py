@@ -15,13 +15,15 @@ SECRET = "a secret for this test alone"
 class Place:
     """An orchestrator and workers that a test kills, and starts again with the same names, port and state."""
 
-    def __init__(self, stack: ExitStack, folder: Path) -> None:
+    def __init__(self, stack: ExitStack, folder: Path, **variables: str) -> None:
+        """`variables` are the orchestrator's alone."""
         secret = folder / "secret"
         secret.write_text(SECRET)
         secret.chmod(0o600)
         self._stack = stack
         self._state = str(folder / "state")
         self._variables = {"FLEET_SECRET_FILE": str(secret), "WORKER_PORT": "0"}
+        self._orchestrators = variables
         self.workers: dict[str, Popen[str]] = {}
         # Not where other tests' connections leave from: the port must be free for the next orchestrator.
         self.address = "127.0.0.2:0"
@@ -29,7 +31,7 @@ class Place:
 
     def start_orchestrator(self, keep_jobs: int = 100_000) -> None:
         words = "orchestrator", "--bind", self.address, "--state", self._state, "--keep-jobs", str(keep_jobs)
-        self.orchestrator = self._stack.enter_context(started(*words, **self._variables))
+        self.orchestrator = self._stack.enter_context(started(*words, **self._variables | self._orchestrators))
         self.address = wait_for(self.orchestrator, r"listens on tcp://(\S+)", "stderr")
 
     def start_worker(self, name: str, slots: int = 2, storage: Path | None = None, **changes: str) -> None:
