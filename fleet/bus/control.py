@@ -23,6 +23,7 @@ from fleet.bus.strangers import BROKEN_HANDSHAKE, WATCHED, Strangers, happened
 Frame = zmq.Frame | bytes | bytearray | memoryview  # the memory of a view must not change until the frame has left
 _FURTHER = zmq.DONTWAIT | zmq.SNDMORE
 FRAMES_AT_MOST = 66  # of one message, with its sender's name
+BATCH = 256  # messages of one `receive`
 HWM = 10_000  # messages; a peer so far behind counts as lost, see Router.send
 BACKLOG_EVERY_S = 0.05
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 3000
@@ -104,43 +105,56 @@ class _Glance:
         return False
 
 
-class _Monitor:
-    """Monitor of one socket: its events in order, as (event, file descriptor)."""
+class _ControlSocket:
+    """Socket with its monitor. A thread waits for both, and looks at both."""
 
-    def __init__(self, bus: Bus, socket: zmq.Socket[bytes], events: int) -> None:
-        self.socket = socket.get_monitor_socket(events)
-        self.glance = _Glance(self.socket)
-        bus.own(self.socket)
+    def __init__(self, bus: Bus, kind: int, events: int) -> None:
+        self._bus = bus
+        self._socket = bus.socket(kind, HWM, FRAME_LIMIT_BYTES)
+        self._monitor: zmq.Socket[bytes] = self._socket.get_monitor_socket(events)
+        bus.own(self._monitor)
+        self._glance, self._glance_at_monitor = _Glance(self._socket), _Glance(self._monitor)
+        self.poll_sockets = (self._socket, self._monitor)
 
-    def events(self) -> list[tuple[int, int]]:
+    def descriptors(self) -> list[int]:
+        """Descriptors to wait for instead of `poll_sockets`, in a thread that does not use the socket. See `has_event`."""
+        return [self._glance.descriptor(), self._glance_at_monitor.descriptor()]
+
+    def has_event(self) -> bool:
+        """Whether `receive` may return something. To be called between each use and the next wait for the descriptors: a use
+        may have taken the signal from them."""
+        return self._glance.has_event() or self._glance_at_monitor.has_event()
+
+    def _next(self) -> list[zmq.Frame] | None:
+        """The next message. None: there is none."""
+        try:
+            return self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
+        except zmq.Again:
+            self._glance.found_empty()
+            return None
+
+    def _events(self) -> list[tuple[int, int]]:
+        """The events of the monitor since the last call, in order, as (event, file descriptor)."""
         found: list[tuple[int, int]] = []
-        if self.glance.nothing():
-            return found
-        while self.socket.poll(0):
-            found.append(happened(self.socket))
-        self.glance.found_empty()
+        if not self._glance_at_monitor.nothing():
+            while self._monitor.poll(0):
+                found.append(happened(self._monitor))
+            self._glance_at_monitor.found_empty()
         return found
 
 
-class Router:
-    """One socket for many peers. It is bound to `endpoint`; without one it connects to each peer, see fleet/bus/knock.py.
-
-    `receive` returns messages and losses of peers; `poll_sockets` are the sockets to wait for.
-    """
+class Router(_ControlSocket):
+    """One socket for many peers. It is bound to `endpoint`; without one it connects to each peer, see fleet/bus/knock.py."""
 
     def __init__(self, bus: Bus, endpoint: str = "") -> None:
-        self._bus = bus
-        self._socket = bus.socket(zmq.ROUTER, HWM, FRAME_LIMIT_BYTES)
+        super().__init__(bus, zmq.ROUTER, WATCHED | zmq.EVENT_CONNECTED)
         self._socket.router_mandatory = True  # an unknown peer is an error, never a silent drop
         self._socket.router_handover = True  # the same peer on a new connection wins over its ghost
-        self._monitor = _Monitor(bus, self._socket, WATCHED | zmq.EVENT_CONNECTED)
         self.endpoint = bus.bind(self._socket, endpoint) if endpoint else ""
         self.strangers = Strangers(self.endpoint, hears=True, says=bool(endpoint))
         self._peer_of: dict[int, bytes] = {}  # by file descriptor of its connection
         self._descriptor_of: dict[bytes, int] = {}
         self._open: set[int] = set()  # descriptors of connections
-        self.poll_sockets = (self._socket, self._monitor.socket)
-        self._glance = _Glance(self._socket)
 
     def connect(self, endpoint: str) -> None:
         """Connects to a peer that listens. Connects again, for ever, when the connection is lost."""
@@ -155,33 +169,29 @@ class Router:
     def receive(self) -> list[Arrived | Lost]:
         """Messages and losses since the last call, at most a batch. Never waits."""
         found: list[Arrived | Lost] = []
-        if self._glance.nothing():
-            found.extend(self._losses())
-            self.strangers.thin_out()
-            return found
-        self._glance.used()
-        for _ in range(256):
-            try:
-                frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
-                self._glance.found_empty()
+        if not self._glance.nothing():
+            self._glance.used()
+            for _ in range(BATCH):
+                if (frames := self._next()) is None:
+                    break
+                # Between the message and the note of its sender: the descriptor may have belonged to another peer before.
                 found.extend(self._losses())
-                self.strangers.thin_out()
-                break
-            # Between the message and the note of its sender: the descriptor may have belonged to another peer before.
-            found.extend(self._losses())
-            if not 2 <= len(frames) <= FRAMES_AT_MOST:
-                continue
-            peer = frames[0].bytes
-            descriptor = frames[1].get(zmq.SRCFD)
-            found.append(Arrived(peer, frames[1].bytes, tuple(frames[2:])))
-            if descriptor not in self._open:
-                found.append(Lost(peer))  # the peer sent its message and left before this look
-            elif self._descriptor_of.get(peer) != descriptor:
-                self.strangers.heard(descriptor)
-                self._peer_of.pop(self._descriptor_of.get(peer, -1), None)
-                self._peer_of[descriptor] = peer
-                self._descriptor_of[peer] = descriptor
+                if not 2 <= len(frames) <= FRAMES_AT_MOST:
+                    continue
+                peer = frames[0].bytes
+                descriptor = frames[1].get(zmq.SRCFD)
+                found.append(Arrived(peer, frames[1].bytes, tuple(frames[2:])))
+                if descriptor not in self._open:
+                    found.append(Lost(peer))  # the peer sent its message and left before this look
+                elif self._descriptor_of.get(peer) != descriptor:
+                    self.strangers.heard(descriptor)
+                    self._peer_of.pop(self._descriptor_of.get(peer, -1), None)
+                    self._peer_of[descriptor] = peer
+                    self._descriptor_of[peer] = descriptor
+            else:
+                return found
+        found.extend(self._losses())
+        self.strangers.thin_out()
         return found
 
     def send(self, peer: bytes, data: bytes, rest: Sequence[Frame] = ()) -> Sent:
@@ -198,18 +208,9 @@ class Router:
             raise
         return Sent.YES
 
-    def descriptors(self) -> list[int]:
-        """Descriptors to wait for instead of `poll_sockets`, in a thread that does not use the socket. See `has_event`."""
-        return [self._glance.descriptor(), self._monitor.glance.descriptor()]
-
-    def has_event(self) -> bool:
-        """Whether `receive` may return something. To be called between each use and the next wait for the descriptors: a use
-        may have taken the signal from them."""
-        return self._glance.has_event() or self._monitor.glance.has_event()
-
     def _losses(self) -> list[Arrived | Lost]:
         found: list[Arrived | Lost] = []
-        for event, descriptor in self._monitor.events():
+        for event, descriptor in self._events():
             self.strangers.saw(event, descriptor)
             if event in (zmq.EVENT_ACCEPTED, zmq.EVENT_CONNECTED):
                 self._open.add(descriptor)
@@ -222,11 +223,12 @@ class Router:
         return found
 
 
-class Dealer:
+class Dealer(_ControlSocket):
     """One connection to one Router, made again for ever. With `listens` the Router is the side that connects."""
 
     def __init__(self, bus: Bus, endpoint: str, identity: bytes, listens: bool = False) -> None:
-        self._socket = bus.socket(zmq.DEALER, HWM, FRAME_LIMIT_BYTES)
+        watched = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | BROKEN_HANDSHAKE
+        super().__init__(bus, zmq.DEALER, watched)
         self._socket.routing_id = identity
         # Only this side pings, and its pings say after which silence the Router ends the connection. libzmq 4.3 aborts a
         # process ("!_io_error") if a socket that pings has a full receive queue and its peer goes: a member could end an
@@ -235,24 +237,12 @@ class Dealer:
         if endpoint.startswith("tcp:"):
             self._socket.heartbeat_ivl = HEARTBEAT_MS
             self._socket.heartbeat_timeout = self._socket.heartbeat_ttl = HEARTBEAT_TIMEOUT_MS
-        watched = zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | BROKEN_HANDSHAKE
-        self._monitor = _Monitor(bus, self._socket, watched)
         self._shaking_hands = False
         self._backlog: deque[bytes] = deque()  # messages of `put` that found the queue full
         if listens:
             bus.bind(self._socket, endpoint)
         else:
             bus.connect(self._socket, endpoint)
-        self.poll_sockets = (self._socket, self._monitor.socket)
-        self._glance = _Glance(self._socket)
-
-    def descriptors(self) -> list[int]:
-        """See Router.descriptors."""
-        return [self._glance.descriptor(), self._monitor.glance.descriptor()]
-
-    def has_event(self) -> bool:
-        """See Router.has_event."""
-        return self._glance.has_event() or self._monitor.glance.has_event()
 
     def put(self, data: bytes) -> None:
         """Sends a message as soon as the queue has room: now, or during a later `receive`. Keeps the order of messages."""
@@ -270,7 +260,7 @@ class Dealer:
     def changes(self) -> list[Link]:
         """Changes of the connection since the last call."""
         found = []
-        for event, value in self._monitor.events():
+        for event, value in self._events():
             if event == zmq.EVENT_CONNECTED:
                 self._shaking_hands = True
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
@@ -288,16 +278,10 @@ class Dealer:
         """The messages that have arrived, at most a batch. Never waits."""
         self._send_backlog()
         found: list[Arrived] = []
-        if self._glance.nothing():
-            return found
-        self._glance.used()
-        for _ in range(256):
-            try:
-                frames = self._socket.recv_multipart(zmq.DONTWAIT, copy=False)
-            except zmq.Again:
-                self._glance.found_empty()
-                break
-            found.append(Arrived(b"", frames[0].bytes, tuple(frames[1:])))
+        if not self._glance.nothing():
+            self._glance.used()
+            while len(found) < BATCH and (frames := self._next()) is not None:
+                found.append(Arrived(b"", frames[0].bytes, tuple(frames[1:])))
         return found
 
     def send(self, data: bytes, rest: Sequence[Frame] = ()) -> Sent:
