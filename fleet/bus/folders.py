@@ -31,9 +31,7 @@ def held_folder(prefix: str = PREFIX) -> Iterator[Path]:
     draft = folder / f".{LOCK}"
     descriptor = os.open(draft, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    draft.rename(
-        folder / LOCK
-    )  # locked before it has its name, or the sweep of another process would remove the folder
+    draft.rename(folder / LOCK)  # it is locked before, or the sweep of another process would remove the folder
     try:
         yield folder
     finally:

@@ -27,7 +27,7 @@ ADDRESS_SPACE_KB = 420_000  # measured: with less, libzmq gets no threads and ab
 
 
 @contextmanager
-def fork_server(runtime: Path, what: str, slots: int, threads: int, preload: Sequence[str]) -> Iterator[Zygote]:
+def fork_server(what: str, slots: int, threads: int, preload: Sequence[str]) -> Iterator[Zygote]:
     """The process that forks ranks. Raises ConfigError if the limits of this process are too low for `what`."""
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE_KB << 10:
@@ -37,7 +37,7 @@ def fork_server(runtime: Path, what: str, slots: int, threads: int, preload: Seq
     files = FILES + slots * FILES_OF_A_RANK
     descriptors.require(files, what)
     config.limit_threads(threads)
-    with Zygote(runtime, preload) as zygote:
+    with Zygote(preload) as zygote:
         descriptors.raise_limit(files)  # after its start, since ranks inherit its limits
         yield zygote
 

@@ -111,7 +111,7 @@ def run_worker(
         lock = worker_lock(host, secret_file, insecure, stopping)
         if lock is None:
             return  # a signal came before the secret
-        with fork_server(runtime, what, slots, threads, (*RUNNER, *(config.preload() or ()))) as zygote:
+        with fork_server(what, slots, threads, (*RUNNER, *(config.preload() or ()))) as zygote:
             advertise = config.advertised_host() or _own_address(host, port, stopping)
             if advertise is None:
                 return  # a signal came before the name of the orchestrator resolved

@@ -36,7 +36,7 @@ def embedded_cluster(
     """The cluster runs when entered, and has ended when left. Control messages go over sockets in the runtime folder."""
     threads = max(1, config.usable_cores() // slots)
     what = f"a job of {slots} rank{'s' if slots > 1 else ''} on this machine"
-    with fork_server(runtime, what, slots, threads, preload) as zygote:
+    with fork_server(what, slots, threads, preload) as zygote:
         sockets = RankSockets(
             HOST,
             "open" if transport == "ipc" else config.data_security("plain"),

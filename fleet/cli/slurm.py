@@ -56,7 +56,7 @@ def step_cluster(
 
     Raises ConfigError that names the tasks which do not show up in time.
     """
-    with _zygote(task, runtime, preload) as zygote:
+    with _zygote(task, preload) as zygote:
         given = config.given_secret()
         lock = Lock("curve", given or secrets.token_urlsafe(32))
         # All interfaces: other machines may reach this one at any of them.
@@ -85,7 +85,7 @@ def serve(task: config.SlurmTask, preload: tuple[str, ...], timeout_s: float, st
 
     for number in _ENDING:
         signal.signal(number, stop)
-    with runtime_folder() as runtime, _zygote(task, runtime, preload) as zygote:
+    with runtime_folder() as runtime, _zygote(task, preload) as zygote:
         met = _meet(task, timeout_s, lambda: bool(told))
         if met is not None:
             agents.append(_agent(task, runtime, zygote, *met, timeout_s, storage))
@@ -136,7 +136,7 @@ def _agent(
 
 
 @contextmanager
-def _zygote(task: config.SlurmTask, runtime: Path, preload: tuple[str, ...]) -> Iterator[Zygote]:
+def _zygote(task: config.SlurmTask, preload: tuple[str, ...]) -> Iterator[Zygote]:
     """The fork server, and all that comes before it.
 
     Slurm may signal all processes of a task, not only the first (proctrack/linuxproc and pgid do), and ranks die with the zygote:
@@ -149,7 +149,7 @@ def _zygote(task: config.SlurmTask, runtime: Path, preload: tuple[str, ...]) -> 
     logging.getLogger("fleet.worker").addHandler(handler)
     for number in _FORWARDED:
         signal.signal(number, signal.SIG_IGN)  # in this process only until there is an agent that forwards it
-    with fork_server(runtime, "a task of this step", 1, task.cores, preload) as zygote:
+    with fork_server("a task of this step", 1, task.cores, preload) as zygote:
         yield zygote
 
 

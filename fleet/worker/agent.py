@@ -40,7 +40,6 @@ from fleet.worker.rank_process import Plan
 from fleet.worker.rank_sockets import RankSockets
 from fleet.worker.state import Effect, Event, Settings
 from fleet.worker.storage import Storage
-from fleet.worker.usage import Busyness
 from fleet.worker.zygote import Zygote
 
 REFUSED_MANY = 10  # connections of strangers to a rank, in a second
@@ -58,9 +57,7 @@ class Surroundings:
     threads: int  # for the arithmetic of each rank
     storage: Storage
     sockets: RankSockets
-    local: tuple[int, int] | None = (
-        None  # LOCAL_RANK, LOCAL_WORLD_SIZE where other agents of this machine have ranks too
-    )
+    local: tuple[int, int] | None = None  # LOCAL_RANK, LOCAL_WORLD_SIZE where other agents here have ranks too
     stdin: Callable[[int], int | None] = lambda member_id: None  # descriptor of the input of a rank; None: empty input
     health_file: Path | None = None  # touched once a second while the agent is well, from its first welcome on
     metrics_at: tuple[str, int] | None = None
@@ -96,7 +93,6 @@ class Agent:
         self._turning = threading.Lock()  # held while the core changes, so that a scrape sees no half of a change
         self._say_refused_at = 0.0
         self._pulse = Pulse(monotonic, LATE_AFTER_S, surroundings.health_file)
-        self._busyness = Busyness()
         self._dropped = Dropped(log, monotonic)
         self._metrics = WorkerMetrics(self._core, self._turning, self._clock.look, self._dropped.counts)
         self._exposition: HttpServer | None = None
@@ -180,7 +176,7 @@ class Agent:
         for event in self._children.take(ready):
             self._step(event)
         if self._core.link.heartbeat_due(self._clock.now()):
-            self._step(w.Measured(self._busyness.read()))
+            self._step(w.Measured(self._metrics.meter.load()))
         self._step(w.Tick())
 
     def _from_rank(self, arrived: Arrived) -> None:
@@ -286,6 +282,7 @@ class Agent:
             tuple(map(native, spec.args)),
             str(spawn.directory),
             config.rank_environment(placement, self._surroundings.threads, spec.environment),
+            str(self._surroundings.runtime),
             anywhere=bool(spec.digest),
         )
 

@@ -12,12 +12,11 @@ from signal import SIGKILL
 from fleet.bus.descriptors import left
 from fleet.bus.poller import Poller, Source
 from fleet.worker.guard import Guard
-from fleet.worker.oom_kills import oom_kill_count
 from fleet.worker.output_window import Stream
 from fleet.worker.progress import last_task
 from fleet.worker.rank_process import Plan
-from fleet.worker.signals import signal_group, signal_process
 from fleet.worker.state import Event, Key, Printed, ProcessExited, ReadOutput, SignalGroup, Spawned
+from fleet.worker.usage import oom_kill_count
 from fleet.worker.zygote import Child, Zygote
 
 READ_BYTES = 64 << 10
@@ -149,3 +148,30 @@ class Children:
             self._poller.remove(descriptor)  # not there while a reader is paused
         del self._readers[descriptor]
         os.close(descriptor)
+
+
+def signal_group(pid: int, number: int, with_leader: bool) -> bool:
+    """Signals the process group that a rank leads. False: the rank runs as another user, and may not be signalled.
+
+    `with_leader`: the rank has not been reaped. A rank that does not lead a group yet is signalled alone. Without it, another
+    process may have the number by now, so only the group is signalled.
+    """
+    try:
+        os.killpg(pid, number)
+    except ProcessLookupError:
+        return not with_leader or signal_process(pid, number)
+    except PermissionError:  # of each process in the group
+        return False
+    return not with_leader or signal_process(pid, 0)
+
+
+def signal_process(pid: int, number: int) -> bool:
+    """Signals a process; 0 only asks. False: the process runs as another user. A process that has ended is no error: its parent
+    may have reaped it before this process is told."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return True

@@ -20,9 +20,8 @@ class Departure:
     draining: bool = False  # no new jobs are taken, and those that run may end by themselves
     stopping: bool = False  # the jobs that run have been told to stop
     ended: bool = False
-    deadlines: Deadlines[Literal["drain"]] = field(
-        default_factory=Deadlines
-    )  # when the jobs that still run are stopped
+    # When the jobs that still run are stopped.
+    deadlines: Deadlines[Literal["drain"]] = field(default_factory=Deadlines)
 
     @property
     def begun(self) -> bool:
@@ -37,9 +36,8 @@ class Departure:
             self.draining = True
             self.deadlines.set("drain", self.effects.now + self.settings.drain_s)
             self.effects.send(m.Leaving())
-            self.effects.log(
-                "info", f"draining: {active} jobs have {self.settings.drain_s:g} s to end (once more: stop them now)"
-            )
+            within = f"{self.settings.drain_s:g} s"
+            self.effects.log("info", f"draining: {active} jobs have {within} to end (once more: stop them now)")
         else:
             self._hand_back()
 
@@ -61,9 +59,8 @@ class Departure:
 
     def expire(self) -> None:
         for _ in self.deadlines.due(self.effects.now):
-            self.effects.log(
-                "warning", f"still running after {self.settings.drain_s:g} s: stopping it, to start elsewhere"
-            )
+            after = f"{self.settings.drain_s:g} s"
+            self.effects.log("warning", f"still running after {after}: stopping it, to start elsewhere")
             self._hand_back()
 
     def _hand_back(self) -> None:

@@ -102,9 +102,8 @@ def _serve(link: socket.socket) -> list[int]:
         message, descriptors, _, _ = socket.recv_fds(link, 1, DESCRIPTORS)
         if not message:
             os._exit(0)  # the agent has ended; ranks that still run die by PR_SET_PDEATHSIG
-        pid = (
-            _fork() if len(descriptors) == DESCRIPTORS else -errno.EMFILE
-        )  # the kernel drops those for which there is no room
+        # The kernel drops descriptors for which there is no room.
+        pid = _fork() if len(descriptors) == DESCRIPTORS else -errno.EMFILE
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)

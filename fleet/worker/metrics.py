@@ -15,7 +15,7 @@ from prometheus_client.registry import Collector
 from fleet.exposition import filled
 from fleet.values import COLLECTIVE_SECONDS, CountsRow, cumulative
 from fleet.worker.core import Core
-from fleet.worker.usage import Meter
+from fleet.worker.usage import Meter, Usage
 
 SERIES_AT_MOST = 64  # operations times paths; what a script makes up beyond that is dropped
 
@@ -41,16 +41,15 @@ class WorkerMetrics(Collector):
         self._lock = lock
         self._clock = clock
         self._dropped = dropped
-        self._meter = Meter()
+        self.meter = Meter()
         self._sums: dict[tuple[str, str], _Sum] = {}  # by operation and path
         self.refused_count = 0  # connections without the secret, at the inboxes of ranks
 
     def add(self, rows: tuple[CountsRow, ...]) -> None:
         for row in rows:
             key = row.operation, row.path
-            if len(row.buckets) != len(COLLECTIVE_SECONDS) + 1 or (
-                key not in self._sums and len(self._sums) >= SERIES_AT_MOST
-            ):
+            full = key not in self._sums and len(self._sums) >= SERIES_AT_MOST
+            if full or len(row.buckets) != len(COLLECTIVE_SECONDS) + 1:
                 continue
             total = self._sums.setdefault(key, _Sum())
             total.byte_count += row.byte_count
@@ -61,67 +60,48 @@ class WorkerMetrics(Collector):
         return []  # nothing to compare before the first scrape
 
     def collect(self) -> Iterator[Metric]:
-        usage = self._meter.read()
+        usage = self.meter.read()
         with self._lock:
-            found = list(self._families())
+            found = list(self._families(usage))
         yield from found
-        yield from self._gauges(
-            (
-                "worker_cpu_usage",
-                "Share of the cores it may use that this worker and its ranks use, 0 to 1.",
-                usage.cpu,
-            ),
-            ("worker_memory_usage", "Bytes of memory that this worker and its ranks use.", usage.memory_bytes),
-            ("fleet_worker_cores", "Cores that this worker may use.", usage.cores),
-            ("fleet_worker_memory_limit_bytes", "Bytes of memory that this worker may use.", usage.memory_limit_bytes),
-        )
 
-    def _gauges(self, *gauges: tuple[str, str, float]) -> Iterator[Metric]:
-        for name, text, value in gauges:
-            family = GaugeMetricFamily(name, text, labels=("worker",))
-            yield filled(family, {self._core.settings.worker_id: value})
-
-    def _families(self) -> Iterator[Metric]:
+    def _families(self, usage: Usage) -> Iterator[Metric]:
         core, settings = self._core, self._core.settings
         worker_id, versions = settings.worker_id, settings.versions
-        info = GaugeMetricFamily(
-            "fleet_worker_info", "Versions of this worker; always 1.", labels=("worker", "version", "python", "torch")
-        )
+        labels: tuple[str, ...] = "worker", "version", "python", "torch"
+        info = GaugeMetricFamily("fleet_worker_info", "Versions of this worker; always 1.", labels=labels)
         info.add_metric((worker_id, versions.fleet, versions.python, versions.torch), 1)
         yield info
-        dropped = CounterMetricFamily(
-            "fleet_worker_messages_dropped", "Messages that were dropped, by why.", labels=("worker", "why")
-        )
+        text = "Messages that were dropped, by why."
+        dropped = CounterMetricFamily("fleet_worker_messages_dropped", text, labels=("worker", "why"))
         yield filled(dropped, self._dropped, worker_id)
         ranks = [process for process in core.members.processes() if process.status is None]
         inside = (self._clock() - rank.inside_since for rank in ranks if rank.inside_since is not None)
-        yield from self._gauges(
+        cpu_text = "Share of the cores it may use that this worker and its ranks use, 0 to 1."
+        inside_text = "How long a rank here has been inside one collective, the longest."
+        for name, text, value in (
+            ("worker_cpu_usage", cpu_text, usage.cpu),
+            ("worker_memory_usage", "Bytes of memory that this worker and its ranks use.", usage.memory_bytes),
+            ("fleet_worker_cores", "Cores that this worker may use.", usage.cores),
+            ("fleet_worker_memory_limit_bytes", "Bytes of memory that this worker may use.", usage.memory_limit_bytes),
             ("worker_jobs_active", "Jobs that this worker runs a part of now.", core.members.active_count()),
             ("fleet_worker_slots", "Ranks that may run here at once.", settings.slots),
             ("fleet_worker_ranks", "Ranks that run here now.", len(ranks)),
             ("fleet_worker_connected", "1 while the orchestrator answers this worker.", core.effects.welcomed),
-            (
-                "fleet_collective_running_seconds",
-                "How long a rank here has been inside one collective, the longest.",
-                max(inside, default=0.0),
-            ),
-        )
+            ("fleet_collective_running_seconds", inside_text, max(inside, default=0.0)),
+        ):
+            yield filled(GaugeMetricFamily(name, text, labels=("worker",)), {worker_id: value})
+        refused_text = "Connections to this worker's ranks that did not prove that they hold the secret."
         for name, text, count in (
             ("worker_jobs", "Jobs that this worker had a part in, and that have ended.", core.members.jobs_done),
-            (
-                "fleet_worker_strangers_refused",
-                "Connections to this worker's ranks that did not prove that they hold the secret.",
-                self.refused_count,
-            ),
+            ("fleet_worker_strangers_refused", refused_text, self.refused_count),
         ):
             yield filled(CounterMetricFamily(name, text, labels=("worker",)), {worker_id: count})
-        labels = ("worker", "operation", "path")
-        seconds = HistogramMetricFamily(
-            "fleet_collective_seconds", "Collectives of this worker's ranks.", labels=labels
-        )
-        moved = CounterMetricFamily(
-            "fleet_collective_bytes", "Bytes that ranks gave to or got from collectives.", labels=labels
-        )
+        labels = "worker", "operation", "path"
+        text = "Collectives of this worker's ranks."
+        seconds = HistogramMetricFamily("fleet_collective_seconds", text, labels=labels)
+        text = "Bytes that ranks gave to or got from collectives."
+        moved = CounterMetricFamily("fleet_collective_bytes", text, labels=labels)
         for key, total in sorted(self._sums.items()):
             seconds.add_metric((worker_id, *key), cumulative(COLLECTIVE_SECONDS, total.buckets), total.seconds)
             moved.add_metric((worker_id, *key), total.byte_count)

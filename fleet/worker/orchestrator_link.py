@@ -52,9 +52,8 @@ class OrchestratorLink:
             # The cluster lasts for one job. If no attempt is left, the job has ended; else the connection may have been cut.
             self.deadlines.set("gone", self.effects.now + (RECONNECT_WITHIN_S if self.members.attempts else 0.0))
         if self.up and not self.departure.stopping:
-            self.effects.log(
-                "warning", f"lost the orchestrator at {self.settings.orchestrator}; trying again until it is back"
-            )
+            at = self.settings.orchestrator
+            self.effects.log("warning", f"lost the orchestrator at {at}; trying again until it is back")
         self.up = self.effects.welcomed = False
         self.deadlines.discard("heartbeat")
 
@@ -78,9 +77,8 @@ class OrchestratorLink:
         self.heartbeat_s = welcome.heartbeat_s
         self._next_heartbeat()
         if not self.effects.welcomed:
-            self.effects.log(
-                "info", f"joined the orchestrator at {self.settings.orchestrator}, {self.settings.slots} slots"
-            )
+            at, slots = self.settings.orchestrator, self.settings.slots
+            self.effects.log("info", f"joined the orchestrator at {at}, {slots} slots")
         self.effects.welcomed = self.ever_welcomed = True
         self.deadlines.discard("missing")
         self.deadlines.discard("never came")

@@ -41,6 +41,7 @@ class Plan:
     args: tuple[str, ...]
     directory: str
     environment: dict[str, str]
+    runtime: str  # the agent's folder, which the agent removes, also if the rank is killed
     anywhere: bool = False  # the fork server has imported what suits most scripts; False: what suits this one
 
 
@@ -58,7 +59,7 @@ def main(descriptors: list[int], at_start: Collection[str]) -> None:
     plan_file = os.dup(descriptors[PLAN])
     for descriptor in descriptors:
         os.close(descriptor)
-    runtime, plan = _read_plan(plan_file)
+    plan = Plan(*marshal.loads(_content(plan_file)))
     _open_streams()
     config.replace_environment(plan.environment)
     try:
@@ -72,7 +73,7 @@ def main(descriptors: list[int], at_start: Collection[str]) -> None:
         os.set_inheritable(plan_file, True)
         os.execv(sys.executable, interpreter.command("rank", str(plan_file)))
     os.close(plan_file)
-    _begin_anew(runtime)
+    _begin_anew(plan.runtime)
     if plan.kind == "tasks":
         _run_tasks(plan)
         return
@@ -83,16 +84,10 @@ def main(descriptors: list[int], at_start: Collection[str]) -> None:
 
 def main_afresh(plan_file: int, at_start: Collection[str]) -> None:
     """Goes on with a rank in a new interpreter, in which nothing was imported before."""
-    _, plan = _read_plan(plan_file)
+    plan = Plan(*marshal.loads(_content(plan_file)))
     os.close(plan_file)
     _open_streams()
     _run_python(plan, at_start)
-
-
-def _read_plan(descriptor: int) -> tuple[str, Plan]:
-    """The runtime folder of the agent, and the plan."""
-    runtime, *fields = marshal.loads(_content(descriptor))
-    return runtime, Plan(*fields)
 
 
 def _wants_imports_of_its_own(plan: Plan) -> bool:
@@ -133,7 +128,7 @@ def _begin_anew(runtime: str) -> None:
         process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
         own: dict[str, Any] = process.current_process()._config
         own["authkey"] = process.AuthenticationString(os.urandom(32))
-        own["tempdir"] = runtime  # the agent removes this folder, also if the rank is killed
+        own["tempdir"] = runtime
     if (random := sys.modules.get("numpy.random")) is not None:
         random.seed()  # with the state of the fork server all ranks would draw the same numbers
 

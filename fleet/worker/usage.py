@@ -20,13 +20,8 @@ from fleet import config
 SAMPLE_AT_LEAST_S = 1.0  # CPU usage is taken over at least this long
 _V2 = Path("/sys/fs/cgroup")
 _V1_CPU, _V1_MEMORY = _V2 / "cpuacct", _V2 / "memory"
-_UNREADABLE = (
-    OSError,
-    psutil.Error,
-    ValueError,
-    LookupError,
-    RuntimeError,
-)  # psutil, of a /proc that is not as it knows it
+# psutil raises the last three of a /proc that is not as it knows it.
+_UNREADABLE = OSError, psutil.Error, ValueError, LookupError, RuntimeError
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,8 @@ class Meter:
         self._lock = threading.Lock()
         self._container = in_container()
         self._cpu_s, self._at, self._cpu = self._cpu_seconds(), monotonic(), 0.0
+        self._load = 0.0
+        self.load()  # the first answer means nothing
 
     def read(self) -> Usage:
         with self._lock:
@@ -57,6 +54,12 @@ class Meter:
                 self._cpu = max(0.0, (cpu_s - self._cpu_s) / (now - self._at) / cores)
                 self._cpu_s, self._at = cpu_s, now
             return Usage(self._cpu, cores, self._memory_bytes(), memory_limit())
+
+    def load(self) -> float:
+        """How busy the machine is, in a container that container: 1.0 is all of its cores, since the last time it was asked."""
+        with contextlib.suppress(*_UNREADABLE):
+            self._load = self.read().cpu if self._container else psutil.cpu_percent() / 100
+        return self._load
 
     def _cpu_seconds(self) -> float:
         if self._container:
@@ -88,20 +91,6 @@ class Meter:
         return total
 
 
-class Busyness:
-    """How busy the machine is, in a container that container: 1.0 is all of its cores, since the last time it was asked."""
-
-    def __init__(self) -> None:
-        self._meter = Meter() if in_container() else None
-        self._last = 0.0
-        self.read()  # the first answer means nothing
-
-    def read(self) -> float:
-        with contextlib.suppress(*_UNREADABLE):
-            self._last = self._meter.read().cpu if self._meter is not None else psutil.cpu_percent() / 100
-        return self._last
-
-
 def in_container() -> bool:
     """Whether this process' cgroup is its own, so that its figures are this worker's."""
     return (_V2 / "cgroup.type").exists() or Path("/.dockerenv").exists()
@@ -113,6 +102,11 @@ def memory_limit() -> int:
     with contextlib.suppress(*_UNREADABLE):
         limits.append(int(psutil.virtual_memory().total))
     return min((limit for limit in limits if limit), default=0)
+
+
+def oom_kill_count() -> int:
+    """The number of kills for lack of memory so far, as far as the kernel tells: in this container, and on this machine."""
+    return sum(_keyed(path, "oom_kill") or 0 for path in (_V2 / "memory.events", Path("/proc/vmstat")))
 
 
 def _family() -> list[psutil.Process]:

@@ -14,7 +14,6 @@ import struct
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from fleet import interpreter
 from fleet.worker.fork_server import ANSWER, READY, SIGNALS
@@ -45,8 +44,7 @@ class Child:
 class Zygote:
     """The server starts with the construction, and imports in the background. It dies with this process."""
 
-    def __init__(self, runtime: Path, preload: Sequence[str] = ()) -> None:
-        self._runtime = runtime
+    def __init__(self, preload: Sequence[str] = ()) -> None:
         self._nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._start(preload)
 
@@ -73,7 +71,7 @@ class Zygote:
         self._settle()
         ours: list[int] = []
         with contextlib.ExitStack() as theirs:
-            descriptors = [_memory(marshal.dumps((str(self._runtime), *vars(plan).values())))]
+            descriptors = [_memory(marshal.dumps(tuple(vars(plan).values())))]
             theirs.callback(os.close, descriptors[0])
             try:
                 for _ in ("stdout", "stderr", "status"):

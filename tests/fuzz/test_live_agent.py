@@ -35,7 +35,7 @@ ENDS = (m.Refused, m.Launch)
 @contextmanager
 def agent(folder: Path, endpoint: str) -> Iterator[Agent]:
     """Running when entered. When left it has ended, and not by itself."""
-    zygote = Zygote(folder, ())
+    zygote = Zygote()
     settings = Settings("w0", 4, "a test", "127.0.0.1", VERSIONS, "1")
     surroundings = Surroundings(folder, 1, Storage(folder / "storage"), RankSockets("127.0.0.1", "open", ""))
     found = Agent(settings, surroundings, zygote, endpoint, Lock())

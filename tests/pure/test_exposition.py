@@ -186,10 +186,10 @@ def test_figures_that_cannot_be_read_end_nobody(monkeypatch: pytest.MonkeyPatch)
     def fails(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    busyness, meter = usage.Busyness(), usage.Meter()
+    meter = usage.Meter()
     for name in ("cpu_percent", "virtual_memory", "Process"):
         monkeypatch.setattr(usage.psutil, name, fails)
     monkeypatch.setattr(usage.Path, "read_text", fails)
-    assert 0.0 <= busyness.read() <= 1.0
+    assert 0.0 <= meter.load() <= 1.0
     assert meter.read().memory_bytes == 0
     assert usage.Meter().read().cpu == 0.0

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from fleet.worker.signals import signal_group, signal_process
+from fleet.worker.children import signal_group, signal_process
 
 OTHER = 65534
 
