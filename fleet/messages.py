@@ -329,7 +329,7 @@ class CollectiveCounts(AttemptMessage, frozen=True):
     inside_s: b.Seconds = 0.0  # how long it has been inside the collective that it is in; 0: in none
     refused_count: b.Number = 0  # strangers at its inbox since then
     made: b.Made | None = None  # collectives that it made, in its last such message; None: not known
-    pace: PaceRow | None = None  # since it was told last; goes on to the orchestrator, without the rest
+    pace: PaceRow | None = None  # since it was told last; goes on to the orchestrator, with the rows
 
 
 def kinds_of(base: type[Message]) -> list[type[Message]]:

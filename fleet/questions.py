@@ -11,7 +11,7 @@ from typing import Annotated
 import msgspec
 
 from fleet import bounds as b
-from fleet.values import JobInfo, JobMessage, Message, WorkerState
+from fleet.values import JobInfo, JobMessage, Message, Straggler, WorkerState
 
 LOG_PART_BYTES = 1 << 20  # at most, in one answer
 FILES_AT_ONCE = 1000
@@ -111,6 +111,7 @@ class Because(Message, frozen=True):
     error: b.Text
     rank_count: b.Count = 0
     question: b.Number = 0
+    straggler: Straggler | None = None  # lately
 
 
 class FileInfo(msgspec.Struct, frozen=True):

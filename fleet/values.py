@@ -137,11 +137,31 @@ class Straggler(msgspec.Struct, frozen=True):
     worker_id: b.Word = ""  # empty: it is one rank among others on its worker
 
     def __str__(self) -> str:
+        return self.told()
+
+    def told(self, is_over: bool = True) -> str:
+        """A sentence about a job that is over, or that runs."""
         several = len(self.ranks) > 1
         ranks = f"ranks {rank_set(self.ranks, len(self.ranks) + 1)}" if several else f"rank {self.ranks[0]}"
         who = f"worker {self.worker_id} ({ranks})" if self.worker_id else ranks
         where = f", mostly {'at' if ':' in self.line else 'in'} {self.line}" if self.line else ""
-        return f"{who} held the others up for {100 * self.share:.0f} % of the time{where}"
+        holds = "held" if is_over else "hold" if several and not self.worker_id else "holds"
+        return f"{who} {holds} the others up for {100 * self.share:.0f} % of the time{where}"
+
+
+class RankTimes(msgspec.Struct, frozen=True):
+    """Time of one rank of a running job lately, in shares of it."""
+
+    rank: b.MemberId
+    waited: b.Seconds  # in collectives, for the rank that had worked longest
+    collective: b.Seconds  # in collectives, with those waits
+    queued: b.Seconds  # that its main thread was ready to run, and had no core
+    phases: tuple[tuple[b.Word, b.Seconds], ...] = ()  # of its steps, and spans of the script's own
+    lines: tuple[
+        tuple[b.Word, b.Seconds], ...
+    ] = ()  # where its main thread was outside of collectives, most of it first
+    step_count: b.Number = 0  # in all
+    steps_per_s: b.Seconds = 0.0
 
 
 class JobInfo(msgspec.Struct, frozen=True):
@@ -169,6 +189,9 @@ class JobInfo(msgspec.Struct, frozen=True):
     # Files that were deleted with its working folders, in words; sentences about other files begin with ON_WORKER.
     left: tuple[str, ...] = ()
     straggler: Straggler | None = None  # lately; of a job that has ended, in all
+    times: tuple[
+        RankTimes, ...
+    ] = ()  # of a job that runs, if it is shown alone; in the order of the ranks that have told
 
     @property
     def status(self) -> str:
@@ -240,6 +263,8 @@ class PaceRow(msgspec.Struct, frozen=True):
     meeting_count: b.Number  # collectives of all ranks, but for those in a tight loop
     queued_s: b.Seconds = 0.0  # that its main thread was ready to run, and had no core
     lines: Annotated[tuple[tuple[b.Word, b.Seconds], ...], msgspec.Meta(max_length=16)] = ()
+    phases: Annotated[tuple[tuple[b.Word, b.Seconds], ...], msgspec.Meta(max_length=16)] = ()  # of steps, and spans
+    step_count: b.Number = 0
 
 
 # lost: its connection is down, for less than the grace period

@@ -93,6 +93,8 @@ def described(job: m.JobInfo) -> str:
         ("ranks", f"{job.world_size}{_each(o)}"),
         ("submitted", strftime("%Y-%m-%d %H:%M:%S", local(job.submitted_at))),
         ("waits for", job.waits_for),
+        ("slow", "" if job.straggler is None else job.straggler.told(is_over=bool(job.outcome))),
+        ("steps", _steps(job)),
         ("why", job.reason),
         ("ran", span(_ran_s(job)) if job.started_at else ""),
         ("attempt", f"{job.attempt} of at most {o.max_restarts + 1}"),
@@ -225,6 +227,13 @@ def span(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}m{int(seconds) % 60:02}s"
     return f"{minutes // 60}h{minutes % 60:02}m" if minutes < 24 * 60 else f"{minutes // 1440}d{minutes // 60 % 24:02}h"
+
+
+def _steps(job: m.JobInfo) -> str:
+    """The steps of the rank that has made fewest, if they are counted."""
+    if not job.times or not (least := min(job.times, key=lambda times: times.step_count)).step_count:
+        return ""
+    return f"{least.step_count}, {least.steps_per_s:.3g} a second"
 
 
 def _each(options: m.JobOptions) -> str:

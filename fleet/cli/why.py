@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 
-from fleet import messages as m
 from fleet.bus.folders import own_folders
 from fleet.bus.lock import Lock
-from fleet.client.rank_activity import as_values, ask, described
+from fleet.client.rank_activity import Activity, as_values, ask, described
 from fleet.client.target import Target
 from fleet.errors import ConfigError, UsageError
 
@@ -18,11 +17,12 @@ def explain(job_id: str, count: int, target: Target | None, as_json: bool) -> st
     """Activity of the ranks of a job, in words or as JSON. Raises ConfigError, UsageError."""
     found = _ask_here(job_id) if target is None else [ask(target, job_id)]
     if as_json:
-        return json.dumps([rank for answers, silent in found for rank in as_values(answers, silent, count)], indent=1)
-    return "\n".join(described(answers, len(silent), count) for answers, silent in found)
+        told = [rank for f in found for rank in as_values(f.answers, f.silent, count, f.straggler)]
+        return json.dumps(told, indent=1)
+    return "\n".join(described(f.answers, len(f.silent), count, f.straggler) for f in found)
 
 
-def _ask_here(job_id: str) -> list[tuple[list[m.Answer], list[int]]]:
+def _ask_here(job_id: str) -> list[Activity]:
     """Answers of the ranks of this user's jobs on this machine."""
     found, reasons = [], []
     for folder in own_folders():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import msgspec
+
 from fleet import messages as m
 from fleet.bounds import is_id
 from fleet.client.queries import answers
@@ -9,12 +13,21 @@ from fleet.client.target import Target
 from fleet.errors import ConfigError, UsageError
 from fleet.stillness import Deadline
 from fleet.text import shown
+from fleet.values import Straggler
 
 ANSWER_WITHIN_S = 2.0
 
 
-def ask(target: Target, job_id: str) -> tuple[list[m.Answer], list[int]]:
-    """The answers, by rank, and the ranks that did not answer. An empty id means the only job that runs.
+class Activity(NamedTuple):
+    """Activity of a job's ranks."""
+
+    answers: list[m.Answer]  # by rank
+    silent: list[int]  # ranks that did not answer
+    straggler: Straggler | None  # lately
+
+
+def ask(target: Target, job_id: str) -> Activity:
+    """The activity of the ranks of a job. An empty id means the only job that runs.
 
     Raises ConfigError where no orchestrator answers, UsageError where there is no such job.
     """
@@ -22,12 +35,13 @@ def ask(target: Target, job_id: str) -> tuple[list[m.Answer], list[int]]:
         raise UsageError(f"there is no job {job_id!r} in this cluster; `fleet jobs` lists them")
     found: dict[int, m.Answer] = {}
     expected: int | None = None
+    straggler = None
     deadline = Deadline(target.timeout_s)
     for message in answers(target, m.Why(job_id), deadline):
         if isinstance(message, m.Because) and message.question == 1:
             if message.error:
                 raise UsageError(message.error)
-            expected = message.rank_count
+            expected, straggler = message.rank_count, message.straggler
             deadline.within(ANSWER_WITHIN_S)
         elif isinstance(message, m.Answer) and message.question == 1:
             found[message.member_id] = message
@@ -35,12 +49,13 @@ def ask(target: Target, job_id: str) -> tuple[list[m.Answer], list[int]]:
             break
     if expected is None:
         raise ConfigError(f"no orchestrator answered at {target.name} within {target.timeout_s:g} s")
-    return [found[rank] for rank in sorted(found)], [rank for rank in range(expected) if rank not in found]
+    silent = [rank for rank in range(expected) if rank not in found]
+    return Activity([found[rank] for rank in sorted(found)], silent, straggler)
 
 
-def described(answered: list[m.Answer], silent_count: int, count: int) -> str:
+def described(answered: list[m.Answer], silent_count: int, count: int, straggler: Straggler | None = None) -> str:
     """The answers in words, with the last `count` collectives of each rank."""
-    lines = []
+    lines = [] if straggler is None else [shown(straggler.told(is_over=False))]
     for answer in answered:
         lines.append(shown(f"rank {answer.member_id} ({answer.host}, pid {answer.pid}) {answer.doing}"))
         if answer.unreached:
@@ -52,12 +67,16 @@ def described(answered: list[m.Answer], silent_count: int, count: int) -> str:
     return "\n".join(lines)
 
 
-def as_values(answered: list[m.Answer], silent: list[int], count: int) -> list[dict[str, object]]:
+def as_values(
+    answered: list[m.Answer], silent: list[int], count: int, straggler: Straggler | None = None
+) -> list[dict[str, object]]:
     """The answers as plain values, one object for each rank. A silent rank has its number and a sentence."""
+    slow = straggler.ranks if straggler is not None else ()
     told: list[dict[str, object]] = [
         {"job_id": answer.job_id, "attempt": answer.attempt, "rank": answer.member_id}
         | {name: getattr(answer, name) for name in ("host", "pid", "doing", "call", "line", "inside", "unreached")}
         | {"recent": answer.records.split("\n")[-count:] if answer.records else []}
+        | {"holds_up": msgspec.to_builtins(straggler) if answer.member_id in slow else None}
         for answer in answered
     ]
     return told + [{"rank": rank, "doing": "did not answer: stopped, frozen or cut off"} for rank in silent]

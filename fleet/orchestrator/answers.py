@@ -16,6 +16,7 @@ from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.membership import Membership
 from fleet.orchestrator.scheduler import Scheduler
 from fleet.orchestrator.state import ToFiles, Worker
+from fleet.orchestrator.stragglers import straggler
 from fleet.orchestrator.view import ClusterView
 from fleet.text import some
 
@@ -104,7 +105,8 @@ class Answers:
         job.curious[self.asked_count] = peer, why.question
         if len(job.curious) > CURIOUS_AT_MOST:
             del job.curious[next(iter(job.curious))]
-        self.clients.send(peer, m.Because(job_id, "", job.world_size, why.question))
+        lately = straggler(job.paces.lately, job.seats)
+        self.clients.send(peer, m.Because(job_id, "", job.world_size, why.question, lately))
         ask = m.Ask(job.job_id, job.attempt, -1, self.asked_count, records=True)
         self.membership.tell(job.workers, ask)
 

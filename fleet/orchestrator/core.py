@@ -182,7 +182,7 @@ class Core:
             self.output.printed(job, worker, message)
         elif isinstance(message, m.CollectiveCounts):
             if message.pace is not None:
-                job.paces.add(message.member_id, message.pace)
+                job.paces.add(message.member_id, message.pace, sum(row.seconds for row in message.rows))
         elif isinstance(message, m.Assigned):
             self.scheduler.prepared(job, worker.worker_id, message.port)
         elif isinstance(message, m.AssignFailed):

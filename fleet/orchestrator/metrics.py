@@ -54,6 +54,8 @@ class OrchestratorMetrics(Collector):
             ("fleet_queue_length", "Jobs that wait for slots or for their files.", totals.jobs_waiting),
             ("fleet_queue_oldest_seconds", "How long the oldest of them has waited.", totals.longest_wait_s),
             ("fleet_jobs_running", "Jobs that run.", totals.jobs_running),
+            ("fleet_jobs_held_up", "Jobs that run, and of which some ranks hold the others up.", totals.jobs_held_up),
+            ("fleet_held_up_share", "Share of the time of the one held up most, 0 to 1.", totals.held_up_share),
         ):
             yield GaugeMetricFamily(name, text, value)
         yield filled(

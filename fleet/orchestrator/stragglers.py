@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import nsmallest
+from heapq import nlargest, nsmallest
 from math import sqrt
 from statistics import median
 
-from fleet.values import PaceRow, Straggler
+from fleet.values import PaceRow, RankTimes, Straggler
 
 SHARE_AT_LEAST = 0.05  # of the time
 ERRORS_AT_LEAST = 4.0  # standard errors: the same rank has held the others up in at least 16 meetings
@@ -27,7 +27,8 @@ ELAPSED_AT_LEAST_S = 1.0
 TOGETHER = 0.7  # of the share of the slowest rank, to be one of a worker whose ranks are all slow
 LOOKED_AT = 8  # ranks, and workers, of those that wait least
 MOSTLY = 0.5  # of the share that one line explains
-LINES_AT_MOST = 32  # of a rank
+LINES_AT_MOST = 32  # of a rank; and names of phases
+LINES_TOLD = 4
 HALF_LIFE_S = 30.0  # of what is told of a running job
 
 
@@ -40,22 +41,21 @@ class PaceSum:
     waited_squares: float = 0.0
     meeting_count: float = 0.0
     queued_s: float = 0.0
+    collective_s: float = 0.0
+    step_count: float = 0.0
     lines: dict[str, float] = field(default_factory=dict)  # seconds
+    phases: dict[str, float] = field(default_factory=dict)
 
-    def add(self, row: PaceRow, keep: float = 1.0) -> None:
-        """Adds a row. Of what was there before, a share of `keep` counts from now on."""
+    def add(self, row: PaceRow, collective_s: float = 0.0, keep: float = 1.0) -> None:
+        """Adds a row, and time in collectives. Of what was there before, a share of `keep` counts from now on."""
         self.elapsed_s = self.elapsed_s * keep + row.elapsed_s
         self.waited_s = self.waited_s * keep + row.waited_s
         self.waited_squares = self.waited_squares * keep + row.waited_squares
         self.meeting_count = self.meeting_count * keep + row.meeting_count
         self.queued_s = self.queued_s * keep + row.queued_s
-        if keep < 1.0:
-            self.lines = {line: seconds * keep for line, seconds in self.lines.items()}
-        for line, seconds in row.lines:
-            self.lines[line] = self.lines.get(line, 0.0) + seconds
-        if len(self.lines) > LINES_AT_MOST:
-            most = sorted(self.lines.items(), key=lambda item: item[1], reverse=True)[: LINES_AT_MOST // 2]
-            self.lines = dict(most)
+        self.collective_s = self.collective_s * keep + collective_s
+        self.step_count = self.step_count * keep + row.step_count
+        self.lines, self.phases = _sum(self.lines, row.lines, keep), _sum(self.phases, row.phases, keep)
 
     @property
     def waited(self) -> float:
@@ -74,15 +74,18 @@ class Paces:
 
     since_start: dict[int, PaceSum] = field(default_factory=dict)
     lately: dict[int, PaceSum] = field(default_factory=dict)
-    _lines: dict[str, str] = field(default_factory=dict)  # one text for all ranks that are in a line
 
-    def add(self, rank: int, row: PaceRow) -> None:
-        self.since_start.setdefault(rank, PaceSum()).add(row)
-        self.lately.setdefault(rank, PaceSum()).add(row, 0.5 ** (row.elapsed_s / HALF_LIFE_S))
+    def add(self, rank: int, row: PaceRow, collective_s: float = 0.0) -> None:
+        self.since_start.setdefault(rank, PaceSum()).add(row, collective_s)
+        self.lately.setdefault(rank, PaceSum()).add(row, collective_s, 0.5 ** (row.elapsed_s / HALF_LIFE_S))
 
-    def clear(self) -> None:
-        self.since_start.clear()
-        self.lately.clear()
+    def times(self) -> tuple[RankTimes, ...]:
+        """What is told of each rank lately."""
+        return tuple(
+            _times(rank, pace, int(self.since_start[rank].step_count))
+            for rank, pace in sorted(self.lately.items())
+            if pace.elapsed_s > 0.0
+        )
 
 
 def straggler(paces: Mapping[int, PaceSum], seats: Sequence[str]) -> Straggler | None:
@@ -90,6 +93,9 @@ def straggler(paces: Mapping[int, PaceSum], seats: Sequence[str]) -> Straggler |
     known = {rank: pace for rank, pace in paces.items() if pace.elapsed_s >= ELAPSED_AT_LEAST_S}
     if len(known) < len(seats) or len(known) < 2:
         return None  # too early to tell
+    waited = [pace.waited for pace in known.values()]
+    if max(waited) - min(waited) < SHARE_AT_LEAST:
+        return None  # as of most jobs, hence first
     by_worker: dict[str, set[int]] = {}
     for rank, worker_id in enumerate(seats):
         by_worker.setdefault(worker_id, set()).add(rank)
@@ -103,6 +109,25 @@ def straggler(paces: Mapping[int, PaceSum], seats: Sequence[str]) -> Straggler |
     if share_of_all >= TOGETHER * share:
         share, ranks, worker_id = share_of_all, by_worker.get(worker, set()), worker
     return Straggler(tuple(sorted(ranks)), share, _where(known, ranks, share), worker_id) if share else None
+
+
+def _sum(seconds: dict[str, float], more: Sequence[tuple[str, float]], keep: float) -> dict[str, float]:
+    found = seconds if keep == 1.0 else {name: before * keep for name, before in seconds.items()}
+    for name, some in more:
+        found[name] = found.get(name, 0.0) + some
+    return found if len(found) <= LINES_AT_MOST else dict(_most(found, LINES_AT_MOST // 2))
+
+
+def _most(seconds: Mapping[str, float], count: int) -> list[tuple[str, float]]:
+    return nlargest(count, seconds.items(), lambda item: item[1])
+
+
+def _times(rank: int, pace: PaceSum, step_count: int) -> RankTimes:
+    whole = pace.elapsed_s
+    phases = tuple((name, seconds / whole) for name, seconds in pace.phases.items())
+    lines = tuple((line, seconds / whole) for line, seconds in _most(pace.lines, LINES_TOLD))
+    collective, queued = pace.collective_s / whole, pace.queued_s / whole
+    return RankTimes(rank, pace.waited, collective, queued, phases, lines, step_count, pace.step_count / whole)
 
 
 def _share(paces: Mapping[int, PaceSum], ranks: set[int]) -> float:

@@ -35,6 +35,8 @@ class Totals:
     jobs_waiting: int  # for slots, or for their files
     longest_wait_s: float  # of the jobs that wait now
     jobs_running: int
+    jobs_held_up: int  # of those, by some of their ranks
+    held_up_share: float  # of the time lately, of the job that is held up most
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class ClusterView:
             held_by=tuple(job.held_by),
             left=job.left,
             straggler=job.straggler or straggler(job.paces.lately, job.seats),
+            times=job.paces.times() if alone else (),
         )
 
     def jobs(self, ask: m.ListJobs) -> m.Jobs:
@@ -131,16 +134,20 @@ class ClusterView:
             room = membership.rooms.by_worker[worker.worker_id]
             slots, busy = slots + room.slots, busy + room.taken
         waiting, running, oldest = 0, 0, self.now
+        shares = []
         # Looked up once: an attribute of an Enum's class is slow.
         runs, queued, fetching = JobState.RUNNING, JobState.QUEUED, JobState.FETCHING
         for job in self.scheduler.jobs.values():
             if job.state is runs:
                 running += 1
+                if (found := straggler(job.paces.lately, job.seats)) is not None:
+                    shares.append(found.share)
             elif job.state is queued or job.state is fetching:
                 waiting += 1
                 if job.queued_at < oldest:
                     oldest = job.queued_at
-        return Totals(workers, slots - busy, busy, waiting, self.now - oldest, running)
+        held_up_share = max(shares, default=0.0)
+        return Totals(workers, slots - busy, busy, waiting, self.now - oldest, running, len(shares), held_up_share)
 
     def health(self) -> tuple[Health, str]:
         """The state of the cluster in a sentence, and how much it matters."""

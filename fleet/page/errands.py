@@ -54,8 +54,8 @@ class Errands:
         """What each rank does now, as `fleet why --json` says it."""
 
         def act() -> list[dict[str, object]]:
-            answered, silent = ask(self._target, job_id)
-            return as_values(answered, silent, COLLECTIVES_TOLD)
+            found = ask(self._target, job_id)
+            return as_values(found.answers, found.silent, COLLECTIVES_TOLD, found.straggler)
 
         return self._later(act)
 

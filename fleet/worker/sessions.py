@@ -37,7 +37,7 @@ class Sessions:
         if isinstance(message, m.CollectiveCounts):
             process.inside_since = self.effects.now - message.inside_s if message.inside_s else None
             if message.pace is not None:
-                self.effects.send(replace(message, rows=(), refused_count=0, made=None))
+                self.effects.send(replace(message, refused_count=0, made=None))
             if message.made is not None:
                 process.made = message.made
                 if process.status is not None:  # the exit was seen before the last message

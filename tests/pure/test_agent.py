@@ -345,3 +345,13 @@ def test_a_job_that_runs_in_the_users_own_folder_loses_nothing() -> None:
     core.step(w.FromOrchestrator(m.Launch("j", 1, "h", 5)), 0.0)
     core.step(w.Spawned(KEY, 42), 0.0)
     assert kinds(core.step(w.FromOrchestrator(m.Forget("j", 1)), 0.3), w.Gather) == []
+
+
+def test_the_pace_of_a_rank_goes_on_to_the_orchestrator() -> None:
+    core = joined()
+    pace = m.PaceRow(1.0, 0.2, 0.01, 20)
+    told = m.CollectiveCounts("j", 1, 0, (), refused_count=3, made=((1, 0, 5),), pace=pace)
+    assert up(core.step(w.FromRank(RANK, told), 1.0), m.CollectiveCounts) == [
+        m.CollectiveCounts("j", 1, 0, (), pace=pace)
+    ]
+    assert up(core.step(w.FromRank(RANK, m.CollectiveCounts("j", 1, 0, ())), 1.0), m.CollectiveCounts) == []

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fleet import messages as m
 from fleet.bounds import FRAME_LIMIT_BYTES
 from fleet.cli import jobs, workers
+from fleet.client import rank_activity
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.metrics import OrchestratorMetrics
@@ -165,3 +166,57 @@ def test_a_job_with_more_arguments_than_a_frame_holds_is_listed_all_the_same() -
 def test_a_watch_of_a_job_that_is_not_known_is_answered_with_its_number() -> None:
     core = cluster(1)
     assert sent(core.step(o.Received(CLIENT, m.WatchJob("gone", 5)), 0.0), CLIENT) == [m.Jobs((), question=5)]
+
+
+def test_a_rank_that_holds_the_others_up_is_told_everywhere() -> None:
+    core = cluster(1, 2)
+    running(core, 3)
+    rows = (m.CountsRow("all_reduce", "shared", 4096, 0.4, (0,) * 17),)
+    for second in range(5):
+        for rank, seat in enumerate(core.scheduler.jobs["j"].seats):
+            slow = rank == 1
+            line = (("train.py:41 in \x1b[31mload_batch", 0.9 if slow else 0.5),)
+            pace = m.PaceRow(
+                1.0,
+                0.0 if slow else 0.2,
+                0.0 if slow else 0.002,
+                20,
+                lines=line,
+                phases=(("data", 0.5),),
+                step_count=20,
+            )
+            counts = m.CollectiveCounts("j", 1, rank, rows, pace=pace)
+            core.step(o.Received(f"{seat}/1".encode(), counts), float(second))
+            core.step(
+                o.Received(b"w0/1", m.CollectiveCounts("j", 1, 2, rows, pace=pace)), float(second)
+            )  # not its rank
+    found = asked(core, m.ListJobs("j"))
+    assert isinstance(found, m.Jobs)
+    (job,) = found.jobs
+    sentence = "rank 1 holds the others up for 20 % of the time, mostly at train.py:41 in \\x1b[31mload_batch"
+    assert f"slow:        {sentence}\n" in jobs.described(job)
+    assert "steps:       100, 20 a second\n" in jobs.described(job)
+    told = json.loads(jobs.listed(found, True))[0]
+    assert (told["straggler"]["ranks"], len(told["times"])) == ([1], 3)
+    assert told["times"][0]["waited"] == pytest.approx(0.2)
+    assert told["times"][0]["collective"] == pytest.approx(0.4)
+    assert told["times"][0]["phases"] == [["data", 0.5]]
+    metric = metrics(core)
+    assert (metric("fleet_jobs_held_up"), metric("fleet_held_up_share")) == (1.0, pytest.approx(0.2))
+    (because,) = sent(core.step(o.Received(CLIENT, m.Why("j", 1)), NOW), CLIENT)
+    assert isinstance(because, m.Because)
+    assert rank_activity.described([], 0, 5, because.straggler) == f"{sentence}"
+    (told_of_rank,) = rank_activity.as_values(
+        [m.Answer("j", 1, 0, 0, 1, "h", 7, 5, True, "")], [], 5, because.straggler
+    )
+    assert isinstance(told_of_rank["holds_up"], dict)
+    for rank, seat in enumerate(core.scheduler.jobs["j"].seats):
+        effects = core.step(
+            o.Received(f"{seat}/1".encode(), m.RankExited("j", 1, m.RankStatus(rank, seat, "h", 7, 0))), 9.0
+        )
+    ended = next(message for message in sent(effects, CLIENT) if isinstance(message, m.JobEnded))
+    assert ended.straggler is not None
+    assert ended.straggler.told().startswith("rank 1 held the others up for 20 % of the time")
+    found = asked(core, m.ListJobs("j"))
+    assert isinstance(found, m.Jobs)
+    assert "slow:        rank 1 held the others up" in jobs.described(found.jobs[0])
