@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-frameworks soak bench clean
+.PHONY: help demo check test test-frameworks test-torch test-newer-torch soak bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -28,6 +28,12 @@ test: .venv/.test ## every test; those of real clusters last, one at a time, and
 test-frameworks: .frameworks/.installed ## Lightning, Accelerate and the Hugging Face Trainer on fleet, in an environment of their own
 	.frameworks/bin/python -m pytest tests/frameworks
 
+test-torch: .frameworks/.installed ## torch's own distributed tests on fleet, with a table at the end
+	.frameworks/bin/python tests/torch/torchs_own.py
+
+test-newer-torch: .newer-torch/.installed ## what stands on torch, with a later one than constraints.txt has
+	.newer-torch/bin/python -m pytest tests/torch
+
 soak: .venv/.test ## jobs and tasks on a small cluster for SOAK_S seconds, and what each process gains for 1000 jobs
 	FLEET_TEST_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -s tests/soak
 
@@ -39,7 +45,7 @@ bench: .venv/.bench ## how long a gang takes to start, and to end when it failed
 	$(BIN)/python bench/orchestrator.py
 
 clean: ## remove what the other verbs made
-	rm -rf .venv .frameworks .peers build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .frameworks .newer-torch .peers build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Who names an interpreter wants that one, whatever made the .venv that is there.
@@ -75,4 +81,12 @@ away:
 	$(PYTHON) -m venv --clear .frameworks
 	.frameworks/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt hatchling editables
 	.frameworks/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation -c constraints.txt -r tests/frameworks/requirements.txt -e .
+	@touch $@
+
+# torch 2.14 has a Backend that Python can make, and hooks around the collectives of others.
+.newer-torch/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .newer-torch
+	grep -v '^torch==' constraints.txt >.newer-torch/constraints.txt
+	.newer-torch/bin/python -m pip --disable-pip-version-check install --quiet -c .newer-torch/constraints.txt hatchling editables
+	.newer-torch/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation -c .newer-torch/constraints.txt torch==2.14.1 -e '.[test]'
 	@touch $@

@@ -10,9 +10,9 @@ from dataclasses import replace
 from time import monotonic, sleep
 
 from fleet.collectives.arena import RankMismatch, RankTimeout
-from fleet.collectives.fabric import Fabric
-from fleet.collectives.generations import UNANSWERED, RankActivity
+from fleet.collectives.generations import UNANSWERED, Inquiry, RankActivity
 from fleet.collectives.header import describe_call
+from fleet.collectives.inbox import Inbox
 from fleet.collectives.operation import Operation
 from fleet.collectives.recorder import SHOWN_ON_FAILURE, Recorder
 from fleet.errors import Blocked, Called, CollectiveMismatch, CollectiveTimeout, FleetError, Late, Unreachable
@@ -24,13 +24,19 @@ class Diagnosis:
     """Diagnosis by one rank of a communicator. `members` are the world's ranks of the communicator's ranks."""
 
     def __init__(
-        self, rank: int, members: Sequence[int], communicator_id: int, fabric: Fabric | None, recorder: Recorder
+        self,
+        rank: int,
+        members: Sequence[int],
+        communicator_id: int,
+        recorder: Recorder,
+        inquire: Inquiry | None = None,  # None: nobody can be asked
+        inbox: Inbox | None = None,  # None: the communicator has no messages of its own
     ) -> None:
         self._rank = rank
         self._members = members
         self._communicator_id = communicator_id
-        self._inquire = fabric.inquire if fabric is not None else None
-        self._inbox = fabric.inbox if fabric is not None else None
+        self._inquire = inquire
+        self._inbox = inbox
         self._recorder = recorder
         # The world's ranks of all ranks, for errors; empty if they are the same numbers.
         self.numbers = () if tuple(members) == tuple(range(len(members))) else members

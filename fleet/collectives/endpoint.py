@@ -98,7 +98,8 @@ class Endpoint:
         recorder = Recorder()
         generation = fabric.generation if fabric is not None else None
         self.interruptions = Interruptions(self.members, communicator_id, generation, self.order, recorder)
-        self.diagnosis = Diagnosis(rank, self.members, communicator_id, fabric, recorder)
+        inquire, inbox = (fabric.inquire, fabric.inbox) if fabric is not None else (None, None)
+        self.diagnosis = Diagnosis(rank, self.members, communicator_id, recorder, inquire, inbox)
         if fabric is not None:
             fabric.generation.recorders.append((communicator_id, recorder))
         pace = generation.pace if generation is not None else Pace(is_kept=False)

@@ -28,6 +28,8 @@ class Flights:
         self._pid = pid
         self._news = news
         self.unreached: Callable[[], Sequence[str]] = tuple  # addresses that it sent to without having a connection
+        # Of groups that fleet does not carry: id, name and recorder of each, newest last.
+        self.others: list[tuple[int, str, Recorder]] = []
 
     def recorders(self) -> list[Recorder]:
         return [recorder for generation in self._news.generations for _, recorder in generation.recorders]
@@ -47,8 +49,12 @@ class Flights:
         generations = self._news.generations
         asked_for = [g for g in generations if ask.generation in (-1, g.world.generation)]
         told = (asked_for or generations)[-1:]
-        recorders = [found for g in told for cid, found in g.recorders if cid == ask.communicator_id]
-        recorder = recorders[0] if recorders else Recorder()
+        known = [(cid, found) for g in told for cid, found in g.recorders]
+        known += [(cid, found) for cid, _, found in reversed(self.others)]
+        if ask.records:  # of a person
+            recorder = _latest([found for _, found in known])
+        else:
+            recorder = next((found for cid, found in known if cid == ask.communicator_id), None) or Recorder()
         last, call, sequence = recorder.last, "", 0
         inside = last is not None and not last.ended
         doing = f"is at {line}, before its first collective"
@@ -75,7 +81,14 @@ class Flights:
         for generation in self._news.generations:
             of = f"generation {generation.world.generation}, " if several else ""
             named += [(f"{of}communicator {place}", found) for place, (_, found) in enumerate(generation.recorders)]
-        return text(named)
+        return text([*named, *((name, found) for _, name, found in self.others)])
+
+
+def _latest(recorders: Sequence[Recorder]) -> Recorder:
+    """The one with the collective that began last; the first of all where none has."""
+    if not recorders:
+        return Recorder()
+    return max(recorders, key=lambda recorder: recorder.last.started if recorder.last is not None else -1.0)
 
 
 def main_thread_line() -> str:

@@ -23,13 +23,13 @@ class LocalMember:
 
     def __init__(self, settings: RankSettings) -> None:
         self._settings = settings
-        self._session = Session(settings, os.getpid())
+        self._session = _open_session(settings)
         try:
             welcome = self._session.welcome()
             lock = Lock(welcome.security, welcome.secret if welcome.security != "open" else "")
             mesh = Mesh(lock, welcome.bind, self._session.strangers)
         except BaseException:
-            self._session.close()
+            _close_session()
             raise
         self._session.flights.unreached = mesh.unreached
         self._receiver = Receiver(mesh)
@@ -53,11 +53,12 @@ class LocalMember:
 
     def close(self, linger: bool = True) -> None:
         self._receiver.close(linger)
-        self._session.close()
+        _close_session()
 
 
 _lock = threading.Lock()
 _pid = 0  # of the process that made what follows
+_session: Session | None = None
 _member: LocalMember | None = None  # None: outside `fleet run`
 _comm: Communicator | None = None  # the last one of this process
 
@@ -84,13 +85,49 @@ def init(timeout_s: float, join_timeout_s: float) -> Communicator:
                 member.close(linger=False)
                 raise
             _member = member
-            atexit.register(_end)
         _pid = os.getpid()
         return _comm
 
 
+def session(settings: RankSettings) -> Session | None:
+    """The session of this rank's process, which its agent has welcomed; None in a fork of it. Forms no world.
+
+    Raises FleetError if the agent refuses this process, or does not answer.
+    """
+    with _lock:
+        if _session is not None:
+            return _session if _pid == os.getpid() else None
+        made = _open_session(settings)
+        try:
+            made.welcome()
+        except BaseException:
+            _close_session()
+            raise
+        return made
+
+
+def _open_session(settings: RankSettings) -> Session:
+    global _pid, _session
+    if _session is None or _pid != os.getpid():
+        _session, _pid = Session(settings, os.getpid()), os.getpid()
+        atexit.register(_end)
+    return _session
+
+
+def _close_session() -> None:
+    global _session
+    if _session is not None:
+        _session.close()
+        _session = None
+        atexit.unregister(_end)
+
+
 def _end() -> None:
     """Closes all at the end of the process. A forked child inherits this hook, and closes nothing."""
-    if _pid == os.getpid() and _comm is not None and _member is not None:
+    if _pid != os.getpid():
+        return
+    if _comm is not None and _member is not None:
         _comm.close()
         _member.close()
+    else:
+        _close_session()

@@ -22,6 +22,7 @@ Check = Callable[..., None]
 
 SETTLE_S = 0.5  # for messages that a rank sent before it ended, which may still be on their way
 SIGNATURES_KEPT = 4096
+END_UNKNOWN = -1.0  # in place of the time at which an operation ended, where nobody tells it
 # Collectives that every rank enters before any rank leaves them, on all paths.
 MEETINGS = frozenset({"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier"})
 
@@ -40,18 +41,19 @@ class EndedRank:
 class Signature:
     """Name, dtype, shape and options of a call: ranks called the same if and only if `data` is equal."""
 
-    __slots__ = ("byte_count", "data", "kernel", "meets", "name", "tag", "wire")
+    __slots__ = ("byte_count", "data", "kernel", "meets", "name", "tag", "text", "wire")
 
-    def __init__(self, data: bytes, kernel: Kernel | None = None, wire: str = "") -> None:
+    def __init__(self, data: bytes, kernel: Kernel | None = None, wire: str = "", text: str = "") -> None:
         self.data = data
         self.tag = digest(data)  # for the word that is posted in shared memory
         self.kernel = kernel  # None: nothing is combined
         self.wire = wire
         self.name, self.byte_count = measure_call(data)
         self.meets = self.name in MEETINGS
+        self.text = text  # for a person, where `data` does not say it
 
     def __str__(self) -> str:
-        return describe_call(self.data)
+        return self.text or describe_call(self.data)
 
 
 class Signatures:
@@ -90,7 +92,7 @@ class Signatures:
 
 
 class Operation:
-    """One collective, under way or over. Times are monotonic seconds; `ended` is 0 until it has.
+    """One collective, under way or over. Times are monotonic seconds; `ended` is 0 until it has, or END_UNKNOWN.
 
     It serves the paths while it runs, and the flight recorder after that: it holds no tensor.
     """
@@ -128,4 +130,6 @@ class Operation:
 
     def __str__(self) -> str:
         state = f"took {(self.ended - self.started) * 1e3:.3f} ms" if self.ended else "has not ended"
+        if self.ended == END_UNKNOWN:
+            state = "and nobody tells its end"
         return f"#{self.sequence} {self.signature} at {self.where}, started {monotonic() - self.started:.3f} s ago, {state}"

@@ -36,6 +36,28 @@ def register() -> None:
         return make(*args, **options)
 
     vars(distributed.distributed_c10d)["_new_process_group_helper"] = made
+    if hasattr(distributed.ProcessGroup, "register_pre_hook"):
+        _watch_other_backends(distributed.distributed_c10d)
+
+
+def _watch_other_backends(of_torch: Any) -> None:
+    """Makes the collectives of every process group known to `fleet why`, whatever its backend (torch 2.14 and later)."""
+    enter = getattr(of_torch, "_register_pg_in_world", None)
+    if enter is None:  # a later torch than fleet knows
+        return
+
+    @wraps(enter)
+    def entered(group: Any, backend_name: str, *args: Any, **options: Any) -> Any:
+        made = enter(group, backend_name, *args, **options)
+        from fleet import config
+
+        if backend_name != NAME and config.rank_settings() is not None:
+            from fleet.torch.other_backends import watch
+
+            watch(group)
+        return made
+
+    vars(of_torch)["_register_pg_in_world"] = entered
 
 
 def register_named() -> None:

@@ -17,7 +17,7 @@ from fleet.errors import FleetError, UsageError
 from fleet.torch.reduce_ops import fleet_op
 from fleet.torch.shared_storage import SharedStorages
 from fleet.torch.staging import staged
-from fleet.torch.work import Work, torch_error
+from fleet.torch.work import Work, seconds, torch_error
 
 Tensors = list[torch.Tensor]
 
@@ -114,23 +114,20 @@ class Operations:
         [x] = tensors
         return self._between_two(tensors, self.comm.recv, x, src, tag)
 
-    def monitored_barrier(self, timeout: timedelta | None) -> None:
+    def monitored_barrier(self, timeout: timedelta | float | None) -> None:
         """Returns once every rank has called it. Raises DistBackendError that names all ranks that have not in time."""
-        limit_s = (
-            timeout.total_seconds() if timeout is not None and timeout.total_seconds() > 0 else self.comm.timeout_s
-        )
         try:
-            self.comm.barrier(timeout_s=limit_s)
+            self.comm.barrier(timeout_s=seconds(timeout) or None)
         except FleetError as error:
             raise torch_error(error) from None
 
-    def of_ranks(self, ranks: list[int], timeout: timedelta | None) -> Operations:
+    def of_ranks(self, ranks: list[int], timeout: timedelta | float | None) -> Operations:
         """Operations among some of these ranks. Called by them alone."""
         try:
             comm = self.comm.subgroup(ranks)
         except FleetError as error:
             raise torch_error(error) from None
-        comm.timeout_s = timeout.total_seconds() if timeout is not None else self.comm.timeout_s
+        comm.timeout_s = seconds(timeout) or self.comm.timeout_s
         return Operations(comm)
 
     def _all_reduce_sparse(self, x: torch.Tensor, op: Op, timeout_s: float | None, async_op: bool) -> None:

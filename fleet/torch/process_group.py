@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch._C import _distributed_c10d as c10d
 
 from fleet.torch.operations import Operations, Tensors
-from fleet.torch.work import Work
+from fleet.torch.work import Work, seconds
 
 NAME = "fleet"
 
@@ -103,12 +103,12 @@ class FleetProcessGroup(dist.ProcessGroup):
     def barrier(self, opts: Any = None) -> Work:
         return self._operations.barrier(opts or c10d.BarrierOptions())
 
-    def monitored_barrier(self, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
+    def monitored_barrier(self, timeout: timedelta | float | None = None, wait_all_ranks: bool = False) -> None:
         """fleet names all ranks that are missing, whether it is asked to wait for them or not."""
         self._operations.monitored_barrier(timeout)
 
-    def set_timeout(self, timeout: timedelta) -> None:
-        self._operations.comm.timeout_s = timeout.total_seconds()
+    def set_timeout(self, timeout: timedelta | float) -> None:
+        self._operations.comm.timeout_s = seconds(timeout)
 
     def split_group(
         self,

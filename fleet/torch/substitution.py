@@ -23,7 +23,7 @@ def substituted(group_size: Any, group_rank: Any, ranks: Any, backend: Any, *oth
     """The arguments of torch's function for a new process group, with fleet in place of gloo. Says in the output what it does."""
     asked = c10d.BackendConfig(c10d.Backend(backend)).get_device_backend_map()
     rank, world_size = (c10d.get_rank(), c10d.get_world_size()) if ranks else (group_rank, group_size)
-    wanted, line = choice(asked, _is_of_the_job(rank, world_size), takes_one_of_several())
+    wanted, line = choice(asked, is_of_the_job(rank, world_size), takes_one_of_several())
     if line and rank == 0 and line not in _said:
         _said.add(line)
         print(f"fleet: {line}", file=sys.stderr, flush=True)
@@ -45,7 +45,7 @@ def choice(asked: Mapping[str, str], of_the_job: bool, one_of_several: bool) -> 
     return mine, f"process groups get {mine} in place of {pairs} (--torch-backend fleet)"
 
 
-def _is_of_the_job(rank: int, world_size: int) -> bool:
+def is_of_the_job(rank: int, world_size: int) -> bool:
     """Whether torch's world is that of the job. A script may start further processes, which form a world of their own."""
     place = config.rank_settings()
     return place is None or (place.member_id, place.world_size) == (rank, world_size)

@@ -26,6 +26,13 @@ def torch_error(error: BaseException) -> BaseException:
     return raised
 
 
+def seconds(timeout: timedelta | float | None) -> float:
+    """A time limit of torch, which takes seconds as well, as a number; 0: it gives none."""
+    if timeout is None:
+        return 0.0
+    return max(0.0, timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout))
+
+
 class Work(dist.Work):
     """One call under way, or done where `work` is None. `tensors` is what its future gives."""
 
@@ -47,12 +54,11 @@ class Work(dist.Work):
             bring_back()
         return self
 
-    def wait(self, timeout: timedelta | None = None) -> bool:
+    def wait(self, timeout: timedelta | float | None = None) -> bool:
         """True once the call is done. Raises DistBackendError with fleet's text, also after `timeout`; the call goes on then."""
         if self._work is not None:
-            seconds = timeout.total_seconds() if timeout is not None else 0.0
             try:
-                self._work.wait(seconds if seconds > 0 else None)
+                self._work.wait(seconds(timeout) or None)
             except (FleetError, TimeoutError) as error:
                 raise torch_error(error) from None
         if self._bring_back is not None:

@@ -47,9 +47,8 @@ class Case:
             return activities
 
         addresses = [f"tcp://10.0.0.{rank}:50052" for rank in range(8)]
-        inbox = SimpleNamespace(unreached=lambda: unreached, addresses=addresses)
-        fabric: Any = SimpleNamespace(inquire=inquire, inbox=inbox)
-        self.diagnosis = Diagnosis(0, MEMBERS, 12, fabric, self.recorder)
+        inbox: Any = SimpleNamespace(unreached=lambda: unreached, addresses=addresses)
+        self.diagnosis = Diagnosis(0, MEMBERS, 12, self.recorder, inquire, inbox)
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +96,7 @@ def test_a_word_in_shared_memory_that_differs_tells_of_this_call_or_of_the_one_b
 
 def test_without_answers_the_rank_that_was_waited_for_is_named() -> None:
     recorder = Recorder()
-    error = Diagnosis(0, (0, 1), 0, None, recorder).explain(begun(recorder, BARRIER), RankTimeout(1))
+    error = Diagnosis(0, (0, 1), 0, recorder).explain(begun(recorder, BARRIER), RankTimeout(1))
     assert isinstance(error, CollectiveTimeout)
     assert "rank 1 (this host, pid 0): it has not come" in str(error)
     assert not error.members, "the world's numbers are those here"

@@ -101,3 +101,19 @@ def test_of_many_communicators_the_last_ones_are_counted(flights: Flights, news:
     made.extend((number, Recorder()) for number in range(MADE_AT_MOST + 5))
     told = flights.made()
     assert (len(told), told[-1]) == (MADE_AT_MOST, (1, MADE_AT_MOST + 4, 0))
+
+
+def test_a_person_is_told_of_the_collective_that_began_last(flights: Flights, news: News) -> None:
+    generation = news.form(world(1, 0, 1, 2, 3))
+    of_fleet, of_gloo = recorder("barrier"), recorder("all_reduce", inside=True)
+    of_fleet.operations[0].started, of_gloo.operations[0].started = 2.0, 3.0
+    generation.recorders += [(0, recorder()), (12, of_fleet)]
+    flights.others.append((7, "gloo, default_pg", of_gloo))
+    assert "is in collective #1 all_reduce()" in flights.answer(ask(records=True)).doing
+    assert "gloo, default_pg:" in flights.answer(ask(records=True)).records
+    of_fleet.operations[0].started = 4.0
+    assert "after collective #1 barrier()" in flights.answer(ask(records=True)).doing
+    # A rank asks for one of them, and gets the last one of that id.
+    assert "is in collective #1 all_reduce()" in flights.answer(ask(communicator_id=7)).doing
+    flights.others.append((7, "gloo, default_pg", recorder()))
+    assert "before its first collective" in flights.answer(ask(communicator_id=7)).doing
