@@ -1,7 +1,4 @@
-"""Assignment of jobs to workers: which jobs wait, for how long, and which job has slots on which worker. Pure.
-
-A gang is all or nothing: it is assigned once there are slots for all its ranks.
-"""
+"""Assignment of jobs to workers: which jobs wait, for how long, and which job has slots on which worker. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from fleet.deadlines import Deadlines
 from fleet.orchestrator.clients import Clients
 from fleet.orchestrator.effects import Effects
 from fleet.orchestrator.job import ON_WORKERS, Job, JobState
-from fleet.orchestrator.job_queue import HOLD_AFTER_S, JobQueue, queue_key
+from fleet.orchestrator.job_queue import HOLD_AFTER_S, JobQueue
 from fleet.orchestrator.membership import Membership
 from fleet.orchestrator.placement import DEFAULT, Shape
 
@@ -46,7 +43,7 @@ class Assignments:
             self._into_queue(job)
 
     def _into_queue(self, job: Job) -> None:
-        self.queue.add(job.shape, queue_key(job.job_id, job.submitted_at, job.options.priority, job.number))
+        self.queue.add(job.shape, job.job_id, job.submitted_at, job.options.priority, job.number)
 
     def dequeue(self, job: Job) -> None:
         self.waits.pop(job.job_id, None)

@@ -19,11 +19,7 @@ from fleet.orchestrator.placement import Shape
 AGE_S = 60.0
 HOLD_AFTER_S = 10.0
 
-QueueKey = tuple[float, int, str]  # (key, number of submission, job_id)
-
-
-def queue_key(job_id: str, submitted_at: float, priority: int, number: int) -> QueueKey:
-    return submitted_at - priority * AGE_S, number, job_id
+QueueKey = tuple[float, int, str]  # (time of submission as its priority moves it, number of submission, job_id)
 
 
 class JobQueue:
@@ -39,8 +35,9 @@ class JobQueue:
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._keys
 
-    def add(self, shape: Shape, key: QueueKey) -> None:
-        self._keys[key[2]] = shape, key
+    def add(self, shape: Shape, job_id: str, submitted_at: float, priority: int, number: int) -> None:
+        key = submitted_at - priority * AGE_S, number, job_id
+        self._keys[job_id] = shape, key
         heappush(self._heaps.setdefault(shape, []), key)
 
     def remove(self, job_id: str) -> None:

@@ -42,11 +42,9 @@ class OrchestratorMetrics(Collector):
     def _families(self) -> Iterator[Metric]:
         core, counts = self._core, self._core.counts
         totals = ClusterView(core.scheduler, self._clock()).totals()
-        info = GaugeMetricFamily(
-            "fleet_orchestrator_info", "Versions of the orchestrator; always 1.", labels=("version", "python")
-        )
-        info.add_metric((core.versions.fleet, core.versions.python), 1)
-        yield info
+        names = ("version", "python")
+        info = GaugeMetricFamily("fleet_orchestrator_info", "Versions of the orchestrator; always 1.", labels=names)
+        yield filled(info, {core.versions.python: 1}, core.versions.fleet)
         slots = {"busy": totals.slots_busy, "free": totals.slots_free}
         yield filled(GaugeMetricFamily("fleet_workers", "Workers by state.", labels=("state",)), totals.workers)
         yield filled(GaugeMetricFamily("fleet_slots", "Slots of all workers by state.", labels=("state",)), slots)
@@ -58,9 +56,8 @@ class OrchestratorMetrics(Collector):
             ("fleet_held_up_share", "Share of the time of the one held up most, 0 to 1.", totals.held_up_share),
         ):
             yield GaugeMetricFamily(name, text, value)
-        yield filled(
-            CounterMetricFamily("fleet_jobs", "Jobs that have ended, by how.", labels=("outcome",)), counts.jobs
-        )
+        jobs = CounterMetricFamily("fleet_jobs", "Jobs that have ended, by how.", labels=("outcome",))
+        yield filled(jobs, counts.jobs)
         dispatch = HistogramMetricFamily("fleet_dispatch_seconds", "From a job's submission to the start of its ranks.")
         dispatch.add_metric((), cumulative(DISPATCH_SECONDS, counts.dispatch_s), counts.dispatch_sum_s)
         yield dispatch

@@ -64,21 +64,15 @@ class PeerLost(msgspec.Struct, frozen=True):
 
 
 class PeerDied(msgspec.Struct, frozen=True):
-    """The process of a lost client has ended: that client does not come back."""
-
-    peer: bytes
+    peer: bytes  # a lost client, whose process has ended: it does not come back
 
 
 class PeerBehind(msgspec.Struct, frozen=True):
-    """A message to a peer was lost, since the peer does not read. Its connection is up."""
-
-    peer: bytes
+    peer: bytes  # that does not read, so that a message to it was lost; its connection is up
 
 
 class BundleStored(msgspec.Struct, frozen=True):
-    """A bundle is on the disk, whole and with the right digest."""
-
-    digest: str
+    digest: str  # of a bundle that is on the disk, whole
 
 
 class BundleRefused(msgspec.Struct, frozen=True):
@@ -97,9 +91,7 @@ class Saved(msgspec.Struct, frozen=True):
 
 
 class StoodStill(msgspec.Struct, frozen=True):
-    """The orchestrator's process stood still for so long, and its clock with it."""
-
-    seconds: float
+    seconds: float  # for which this process stood still, and its clock with it
 
 
 class Tick(msgspec.Struct, frozen=True):
@@ -141,9 +133,7 @@ class DropUpload(msgspec.Struct, frozen=True):
 
 
 class ReleaseBundle(msgspec.Struct, frozen=True):
-    """Let go of a bundle: every job that needed it has ended."""
-
-    digest: str
+    digest: str  # of a bundle that no job needs any more
 
 
 class Save(msgspec.Struct, frozen=True):
@@ -156,15 +146,11 @@ class Save(msgspec.Struct, frozen=True):
 
 
 class Erase(msgspec.Struct, frozen=True):
-    """Forget a job, and its log."""
-
-    job_id: str
+    job_id: str  # of a job to forget, with its log
 
 
 class SaveDrained(msgspec.Struct, frozen=True):
-    """Write down which workers are drained by a client's word."""
-
-    worker_ids: tuple[str, ...]
+    worker_ids: tuple[str, ...]  # all that are drained by a client's word
 
 
 class KeepOutput(msgspec.Struct, frozen=True):

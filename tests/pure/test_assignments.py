@@ -12,7 +12,7 @@ from fleet.orchestrator import state as o
 from fleet.orchestrator.assignments import BACKOFF_S
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.job import Job, JobState
-from fleet.orchestrator.job_queue import AGE_S, HOLD_AFTER_S, JobQueue, queue_key
+from fleet.orchestrator.job_queue import AGE_S, HOLD_AFTER_S, JobQueue
 from fleet.orchestrator.placement import Rooms, Shape
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, sent
 
@@ -65,8 +65,8 @@ def test_a_job_that_waits_overtakes_a_higher_priority_that_comes_later() -> None
     submit(core, "young", priority=1, now=4.0)
     assert core.assignments.queue.before("old") == 1
     late = JobQueue()
-    late.add(Shape(1), queue_key("old", 0.0, 0, 1))
-    late.add(Shape(1), queue_key("young", AGE_S + 1, 1, 2))
+    late.add(Shape(1), "old", 0.0, 0, 1)
+    late.add(Shape(1), "young", AGE_S + 1, 1, 2)
     assert late.before("old") == 0
 
 
