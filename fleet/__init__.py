@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 # Nothing of fleet is imported before its first use: where fleet is installed, `import torch` loads this file.
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from fleet.client.executor import Executor, as_completed
     from fleet.collectives.communicator import Communicator
     from fleet.collectives.reduce import PremulSum
@@ -52,6 +54,8 @@ __all__ = [
     "as_completed",
     "init",
     "premul_sum",
+    "span",
+    "step",
 ]
 
 
@@ -97,3 +101,23 @@ def premul_sum(factor: float) -> PremulSum:
     from fleet.collectives.reduce import PremulSum
 
     return PremulSum(factor)
+
+
+def span(name: str) -> AbstractContextManager[None]:
+    """A context whose time the traces of this rank's job show under `name`, and so does `fleet status` in sum.
+
+    Spans may lie in each other. Each costs about a microsecond, and the last 4096 of a rank are kept.
+    """
+    from fleet.collectives.timeline import TIMELINE
+
+    return TIMELINE.span(name)
+
+
+def step() -> None:
+    """Says that a step of this rank's training loop ends here: `fleet status` and the page tell how many a second.
+
+    `fleet.torch.DataParallel` counts steps by itself, until the script calls this once.
+    """
+    from fleet.collectives.timeline import TIMELINE
+
+    TIMELINE.step()

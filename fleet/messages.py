@@ -26,6 +26,7 @@ from fleet.values import (
     RankStatus,
     Spec,
     Straggler,
+    Trace,
     Versions,
     escaped,
 )
@@ -304,6 +305,7 @@ class Ask(AttemptMessage, frozen=True):
     records: bool = False  # with the contents of their flight recorders
     sequence: b.Number = 0  # also what each called as its collective of this number; 0: as its last one
     generation: b.NumberOrNone = -1  # that the communicator is of; -1: the last one
+    trace_s: b.Seconds = 0.0  # with a trace of the last so many seconds
 
 
 class Answer(AttemptMessage, frozen=True):
@@ -319,6 +321,7 @@ class Answer(AttemptMessage, frozen=True):
     line: b.Text = ""  # of the script, where that was called or the rank is now
     records: str = ""
     unreached: b.MemberIds = ()  # that it sent to, and that it has no connection to
+    trace: Trace | None = None
 
 
 class CollectiveCounts(AttemptMessage, frozen=True):

@@ -102,6 +102,7 @@ class Why(Message, frozen=True):
 
     job_id: b.JobPrefix
     question: b.Number = 0
+    trace_s: b.Seconds = 0.0  # with traces of the last so many seconds, in place of the contents of flight recorders
 
 
 class Because(Message, frozen=True):

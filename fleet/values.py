@@ -156,7 +156,8 @@ class RankTimes(msgspec.Struct, frozen=True):
     waited: b.Seconds  # in collectives, for the rank that had worked longest
     collective: b.Seconds  # in collectives, with those waits
     queued: b.Seconds  # that its main thread was ready to run, and had no core
-    phases: tuple[tuple[b.Word, b.Seconds], ...] = ()  # of its steps, and spans of the script's own
+    phases: tuple[tuple[b.Word, b.Seconds], ...] = ()  # of its steps
+    spans: tuple[tuple[b.Word, b.Seconds], ...] = ()  # of the script's own; they may lie in each other
     lines: tuple[
         tuple[b.Word, b.Seconds], ...
     ] = ()  # where its main thread was outside of collectives, most of it first
@@ -263,8 +264,45 @@ class PaceRow(msgspec.Struct, frozen=True):
     meeting_count: b.Number  # collectives of all ranks, but for those in a tight loop
     queued_s: b.Seconds = 0.0  # that its main thread was ready to run, and had no core
     lines: Annotated[tuple[tuple[b.Word, b.Seconds], ...], msgspec.Meta(max_length=16)] = ()
-    phases: Annotated[tuple[tuple[b.Word, b.Seconds], ...], msgspec.Meta(max_length=16)] = ()  # of steps, and spans
+    phases: Annotated[tuple[tuple[b.Word, b.Seconds], ...], msgspec.Meta(max_length=16)] = ()  # of steps
+    spans: Annotated[tuple[tuple[b.Word, b.Seconds], ...], msgspec.Meta(max_length=16)] = ()  # of the script's own
     step_count: b.Number = 0
+
+
+TRACE_COLLECTIVES_AT_MOST, TRACE_SLICES_AT_MOST = 8192, 4096  # in one answer; the newest ones
+
+
+class TracedCollective(msgspec.Struct, frozen=True, array_like=True):
+    """Collective of one rank. Times are of the monotonic clock of the rank's machine."""
+
+    generation: b.Generation
+    communicator_id: b.Number
+    sequence: b.Number  # all ranks of the communicator have the same one for the same call
+    operation: b.Word
+    byte_count: b.Number
+    path: CollectivePath
+    began: float
+    ended: float  # 0: it has not
+    line: b.Text
+
+
+class TracedSlice(msgspec.Struct, frozen=True, array_like=True):
+    """Span, phase or step of one rank that is over; see collectives/timeline.py."""
+
+    kind: Literal["span", "phase", "step"]
+    name: b.Word
+    began: float
+    ended: float
+    thread: b.Number  # native id; phases and steps follow each other, spans of a thread lie in each other
+
+
+class Trace(msgspec.Struct, frozen=True):
+    """Last collectives and slices of one rank, each in the order in which they began or ended."""
+
+    now: float  # on the monotonic clock of the rank's machine, when the rank answered
+    is_whole: bool  # nothing of the time that was asked for is missing
+    collectives: Annotated[tuple[TracedCollective, ...], msgspec.Meta(max_length=TRACE_COLLECTIVES_AT_MOST)] = ()
+    slices: Annotated[tuple[TracedSlice, ...], msgspec.Meta(max_length=TRACE_SLICES_AT_MOST)] = ()
 
 
 # lost: its connection is down, for less than the grace period

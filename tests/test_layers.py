@@ -45,6 +45,7 @@ DECIDERS = (
     "fleet/cli/usage_errors.py",
     "fleet/client/attachment.py",
     "fleet/client/blame.py",
+    "fleet/client/clocks.py",
     "fleet/client/fault_dump.py",
     "fleet/client/grid.py",
     "fleet/client/handshake.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import NamedTuple
 
 import msgspec
@@ -24,10 +25,15 @@ class Activity(NamedTuple):
     answers: list[m.Answer]  # by rank
     silent: list[int]  # ranks that did not answer
     straggler: Straggler | None  # lately
+    asked_at: float  # monotonic, on this machine
+    heard_at: dict[int, float]  # by rank: when its answer came
 
 
-def ask(target: Target, job_id: str) -> Activity:
+def ask(target: Target, job_id: str, trace_s: float = 0.0) -> Activity:
     """The activity of the ranks of a job. An empty id means the only job that runs.
+
+    With `trace_s`, each answer has a trace of the last so many seconds, and no records. A rank keeps its last 512 collectives
+    of each communicator and its last 4096 spans, phases and steps: ask again and again for a longer trace.
 
     Raises ConfigError where no orchestrator answers, UsageError where there is no such job.
     """
@@ -35,22 +41,22 @@ def ask(target: Target, job_id: str) -> Activity:
         raise UsageError(f"there is no job {job_id!r} in this cluster; `fleet jobs` lists them")
     found: dict[int, m.Answer] = {}
     expected: int | None = None
-    straggler = None
+    straggler, asked_at, heard_at = None, monotonic(), dict[int, float]()
     deadline = Deadline(target.timeout_s)
-    for message in answers(target, m.Why(job_id), deadline):
+    for message in answers(target, m.Why(job_id, trace_s=trace_s), deadline):
         if isinstance(message, m.Because) and message.question == 1:
             if message.error:
                 raise UsageError(message.error)
             expected, straggler = message.rank_count, message.straggler
             deadline.within(ANSWER_WITHIN_S)
         elif isinstance(message, m.Answer) and message.question == 1:
-            found[message.member_id] = message
+            found[message.member_id], heard_at[message.member_id] = message, monotonic()
         if expected is not None and len(found) >= expected:
             break
     if expected is None:
         raise ConfigError(f"no orchestrator answered at {target.name} within {target.timeout_s:g} s")
     silent = [rank for rank in range(expected) if rank not in found]
-    return Activity([found[rank] for rank in sorted(found)], silent, straggler)
+    return Activity([found[rank] for rank in sorted(found)], silent, straggler, asked_at, heard_at)
 
 
 def described(answered: list[m.Answer], silent_count: int, count: int, straggler: Straggler | None = None) -> str:

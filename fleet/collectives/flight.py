@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from time import monotonic
 from types import FrameType
 
 from fleet import messages as m
@@ -15,7 +16,9 @@ from fleet.bounds import TEXT_CHARS
 from fleet.collectives.generations import Generation, News
 from fleet.collectives.recorder import Recorder, text
 from fleet.collectives.script_line import described, users_frame
+from fleet.collectives.timeline import TIMELINE
 from fleet.config import RankSettings
+from fleet.values import TRACE_COLLECTIVES_AT_MOST, Trace, TracedCollective, TracedSlice
 
 MADE_AT_MOST = 1000  # communicators in the last message of a member
 
@@ -70,7 +73,28 @@ class Flights:
         return m.Answer(
             s.job_id, s.attempt, ask.member_id, ask.question, s.member_id, "", self._pid, sequence, inside,
             doing[:TEXT_CHARS], call, line, self._text() if ask.records else "", self._unreached(told),
+            self._trace(monotonic() - ask.trace_s) if ask.trace_s else None,
         )  # fmt: skip
+
+    def _trace(self, since: float) -> Trace:
+        """What this member has done since then (monotonic)."""
+        collectives, is_whole = [], True
+        for generation in self._news.generations:
+            for communicator_id, recorder in generation.recorders:
+                kept = list(recorder.operations)
+                # The operation before the first one that is kept may have ended later.
+                is_whole = is_whole and (not kept or kept[0].sequence <= 1 or kept[0].started <= since)
+                collectives += [
+                    TracedCollective(
+                        generation.world.generation, communicator_id, one.sequence, one.signature.name,
+                        one.signature.byte_count, recorder.counts.path, one.started, one.ended, one.where[:TEXT_CHARS],
+                    )
+                    for one in kept if one.ended > since or not one.ended
+                ]  # fmt: skip
+        collectives.sort(key=lambda one: one.began)
+        slices = [TracedSlice(*found) for found in TIMELINE.since(since)]
+        is_whole = is_whole and TIMELINE.is_whole_since(since) and len(collectives) <= TRACE_COLLECTIVES_AT_MOST
+        return Trace(monotonic(), is_whole, tuple(collectives[-TRACE_COLLECTIVES_AT_MOST:]), tuple(slices))
 
     def _unreached(self, generations: Sequence[Generation]) -> tuple[int, ...]:
         closed = self.unreached()

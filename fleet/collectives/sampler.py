@@ -18,6 +18,7 @@ from typing import Any
 from fleet.bounds import WORD_CHARS
 from fleet.collectives.pace import Pace
 from fleet.collectives.script_line import described, users_frame, waits
+from fleet.collectives.timeline import TIMELINE
 from fleet.values import PaceRow
 
 # Between two looks: from half of it to one and a half, in a sequence without a period that a script's steps could share.
@@ -32,6 +33,7 @@ class Sampler:
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
+        self._told_step_count = 0
         self._told = 0.0, 0.0, 0  # waited_s, waited_squares and meeting_count of the pace
         main = threading.main_thread()
         self._main_ident = main.ident or 0
@@ -67,7 +69,10 @@ class Sampler:
         waited_s, squares, count = (max(0, now - before) for now, before in zip(told, self._told, strict=True))
         queued = max(0.0, queued_s - self._told_queued_s)
         self._told, self._told_queued_s, self._told_at, self._told_collected_s = told, queued_s, now, collected_s
-        return PaceRow(elapsed_s, waited_s, squares, int(count), queued, tuple(lines))
+        step_count = TIMELINE.step_count
+        steps, self._told_step_count = step_count - self._told_step_count, step_count
+        phases, spans = TIMELINE.phases.take(), TIMELINE.spans.take()
+        return PaceRow(elapsed_s, waited_s, squares, int(count), queued, tuple(lines), phases, spans, steps)
 
     def close(self) -> None:
         with suppress(ValueError):

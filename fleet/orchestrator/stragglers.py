@@ -27,7 +27,7 @@ ELAPSED_AT_LEAST_S = 1.0
 TOGETHER = 0.7  # of the share of the slowest rank, to be one of a worker whose ranks are all slow
 LOOKED_AT = 8  # ranks, and workers, of those that wait least
 MOSTLY = 0.5  # of the share that one line explains
-LINES_AT_MOST = 32  # of a rank; and names of phases
+LINES_AT_MOST = 32  # of a rank; and names of phases, and of spans
 LINES_TOLD = 4
 HALF_LIFE_S = 30.0  # of what is told of a running job
 
@@ -45,6 +45,7 @@ class PaceSum:
     step_count: float = 0.0
     lines: dict[str, float] = field(default_factory=dict)  # seconds
     phases: dict[str, float] = field(default_factory=dict)
+    spans: dict[str, float] = field(default_factory=dict)
 
     def add(self, row: PaceRow, collective_s: float = 0.0, keep: float = 1.0) -> None:
         """Adds a row, and time in collectives. Of what was there before, a share of `keep` counts from now on."""
@@ -55,7 +56,9 @@ class PaceSum:
         self.queued_s = self.queued_s * keep + row.queued_s
         self.collective_s = self.collective_s * keep + collective_s
         self.step_count = self.step_count * keep + row.step_count
-        self.lines, self.phases = _sum(self.lines, row.lines, keep), _sum(self.phases, row.phases, keep)
+        self.lines = _sum(self.lines, row.lines, keep)
+        self.phases = _sum(self.phases, row.phases, keep)
+        self.spans = _sum(self.spans, row.spans, keep)
 
     @property
     def waited(self) -> float:
@@ -124,10 +127,12 @@ def _most(seconds: Mapping[str, float], count: int) -> list[tuple[str, float]]:
 
 def _times(rank: int, pace: PaceSum, step_count: int) -> RankTimes:
     whole = pace.elapsed_s
-    phases = tuple((name, seconds / whole) for name, seconds in pace.phases.items())
+    phases, spans = (
+        tuple((name, seconds / whole) for name, seconds in times.items()) for times in (pace.phases, pace.spans)
+    )
     lines = tuple((line, seconds / whole) for line, seconds in _most(pace.lines, LINES_TOLD))
     collective, queued = pace.collective_s / whole, pace.queued_s / whole
-    return RankTimes(rank, pace.waited, collective, queued, phases, lines, step_count, pace.step_count / whole)
+    return RankTimes(rank, pace.waited, collective, queued, phases, spans, lines, step_count, pace.step_count / whole)
 
 
 def _share(paces: Mapping[int, PaceSum], ranks: set[int]) -> float:

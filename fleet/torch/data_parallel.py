@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.autograd import Variable
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.init import init
+from fleet.collectives.timeline import TIMELINE
 from fleet.collectives.work import Work
 from fleet.errors import UsageError
 from fleet.torch.groups import JOIN_WITHIN_S
@@ -22,6 +25,23 @@ from fleet.torch.groups import JOIN_WITHIN_S
 BUCKET_BYTES = 8 << 20
 NAMED_AT_MOST = 8
 TIMEOUT_S = 30.0  # of fleet.init()
+
+
+def _updates(*_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        TIMELINE.enter("update")
+
+
+def _has_updated(*_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        TIMELINE.enter("data")
+
+
+@lru_cache(maxsize=1)
+def _watch_optimizers() -> None:
+    """From here on the phases of all optimizers' updates are known."""
+    register_optimizer_step_pre_hook(_updates)
+    register_optimizer_step_post_hook(_has_updated)
 
 
 class _Bucket:
@@ -58,6 +78,7 @@ class DataParallel(torch.nn.Module):
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
         super().__init__()
+        _watch_optimizers()
         self.module = model
         self._names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         if not self._names:
@@ -91,7 +112,14 @@ class DataParallel(torch.nn.Module):
         self._works: list[Work] = []  # of the buckets that it has begun to reduce, which are the first ones
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self.module(*args, **kwargs)
+        trains = torch.is_grad_enabled()
+        TIMELINE.enter("forward" if trains else "evaluation")
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            TIMELINE.enter("backward" if trains else "data")
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -169,6 +197,7 @@ class DataParallel(torch.nn.Module):
 
     def _finish(self) -> None:
         """Called by torch at the end of a backward. Reduces what is left, so that no other rank waits for this one."""
+        TIMELINE.enter("waiting")
         unused = [p for bucket in self._buckets for p in bucket.views if p in bucket.missing]
         for parameter in unused:
             self._to_bucket(parameter)
@@ -178,6 +207,8 @@ class DataParallel(torch.nn.Module):
         for work in self._works:
             work.wait()
         self._works, self._backward = [], -1
+        TIMELINE.enter("update")
+        TIMELINE.backward_ended()
         if unused and not self._allow_unused:
             raise UsageError(self._sentence(unused))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -117,3 +118,30 @@ def test_a_person_is_told_of_the_collective_that_began_last(flights: Flights, ne
     assert "is in collective #1 all_reduce()" in flights.answer(ask(communicator_id=7)).doing
     flights.others.append((7, "gloo, default_pg", recorder()))
     assert "before its first collective" in flights.answer(ask(communicator_id=7)).doing
+
+
+def test_a_trace_of_the_last_seconds(flights: Flights, news: News) -> None:
+    old, now = recorder("barrier", "all_reduce", "broadcast"), monotonic()
+    for number, operation in enumerate(old.operations):
+        operation.started, operation.ended = now - 30 + 10 * number, now - 29 + 10 * number
+    generation = news.form(world(1, 0, 1, 2, 3))
+    generation.recorders.append((0, old))
+    generation.recorders.append((8, recorder("all_reduce", inside=True)))
+    assert flights.answer(ask()).trace is None
+    told = flights.answer(ask(trace_s=25.0)).trace
+    assert told is not None
+    assert now <= told.now <= monotonic()
+    assert [(one.communicator_id, one.sequence, one.operation) for one in told.collectives] == [
+        (8, 1, "all_reduce"), (0, 2, "all_reduce"), (0, 3, "broadcast")
+    ]  # fmt: skip
+    assert told.collectives[0].ended == 0.0
+    assert told.collectives[1].line == "train.py:20 in <module>"
+    assert told.is_whole
+    old.operations.popleft()
+    whole = flights.answer(ask(trace_s=15.0)).trace
+    assert whole is not None
+    assert whole.is_whole
+    cut = flights.answer(ask(trace_s=25.0)).trace
+    assert cut is not None
+    assert not cut.is_whole
+    assert m.decode(m.encode(flights.answer(ask(trace_s=25.0)))) is not None

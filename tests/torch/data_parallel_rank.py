@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 import fleet
+from fleet.collectives.timeline import TIMELINE
 from fleet.torch import DataParallel
 
 ROWS = 4  # of each rank, in each step
@@ -66,6 +67,16 @@ def trains_as_one_process(accumulate: int = 1, tolerance: float = 1e-5, wire: st
     every = torch.empty(world_size, flat(together).numel())
     comm.all_gather(every, flat(together))
     assert all(torch.equal(every[0], other) for other in every)
+
+
+def phases_and_steps_are_counted() -> None:
+    TIMELINE.phases.take()
+    before = TIMELINE.step_count
+    train(DataParallel(model()), mine, accumulate=2)
+    assert TIMELINE.step_count == before + STEPS
+    phases = dict(TIMELINE.phases.take())
+    assert set(phases) == {"data", "forward", "backward", "waiting", "update"}
+    assert all(seconds > 0.0 for seconds in phases.values())
 
 
 def gradients_stay_in_their_buckets() -> None:
@@ -143,6 +154,7 @@ trains_as_one_process(set_to_none=False)
 trains_as_one_process(accumulate=2)
 trains_as_one_process(accumulate=2, set_to_none=False)
 trains_as_one_process(wire="bf16", tolerance=float(sys.argv[1]))
+phases_and_steps_are_counted()
 gradients_stay_in_their_buckets()
 buffers_and_keys_are_the_models()
 unused_parameters_are_named()
