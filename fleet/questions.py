@@ -115,6 +115,39 @@ class Because(Message, frozen=True):
     straggler: Straggler | None = None  # lately
 
 
+class Measure(JobMessage, frozen=True):
+    """Question for what the ranks of a job that runs use. Answered by a Used of each of its workers."""
+
+    question: b.Number = 0
+    asker: b.Peer = b""  # the client's connection; the orchestrator fills it in
+
+
+class RankUse(msgspec.Struct, frozen=True):
+    """Use of one rank and of all that it has started: its DataLoader's workers too."""
+
+    member_id: b.MemberId = msgspec.field(name="rank")
+    pid: b.Pid
+    cpu_s: b.Seconds  # since its start
+    memory_bytes: b.Size
+    process_count: b.Number
+
+
+class Used(JobMessage, frozen=True):
+    """Answer to Measure of one worker: what it uses of what it may use, and what its ranks of the job use."""
+
+    question: b.Number = 0
+    worker_id: b.WorkerId = "-"  # of an error: no worker
+    host: b.Host = ""
+    at_s: b.Seconds = 0.0  # of the worker's clock, for the difference to the answer before
+    load: b.Seconds = 0.0  # of its cores: 1.0 is all of them
+    cores: b.Seconds = 0.0
+    memory_bytes: b.Size = 0
+    memory_limit_bytes: b.Size = 0
+    ranks: Annotated[tuple[RankUse, ...], b.ONE_A_RANK] = ()
+    asker: b.Peer = b""
+    error: b.Text = ""
+
+
 class FileInfo(msgspec.Struct, frozen=True):
     """A file of a job's output folder."""
 
@@ -176,4 +209,4 @@ class Unanswered(Message, frozen=True):
     reason: b.Word
 
 
-Question = ListJobs | WatchJob | ReadLog | Drain | ListWorkers | Why | ListFiles | ReadFile
+Question = ListJobs | WatchJob | ReadLog | Drain | ListWorkers | Why | Measure | ListFiles | ReadFile

@@ -26,6 +26,7 @@ MEGABYTE_WEIGHT = AT_ONCE // 16  # of questions whose answers may have a megabyt
 UNKNOWN = "the orchestrator does not know this job, or no longer"
 WORKER_ANSWERS_WITHIN_S = 30.0  # with a page of a listing, or with a few parts of a file
 WORKER_ASKED_TIMES = 3
+MEASURED_WITHIN_S = 2.0
 
 A = TypeVar("A", m.Jobs, m.LogPart, m.Drained)
 
@@ -170,6 +171,26 @@ class JobClient:
             if place not in answers:
                 raise FleetError(f"worker {question.worker_id} did not answer within {within_s:.0f} s")
         return [answers[place] for place in range(len(asked))]
+
+    def measure(self, job_id: str, worker_count: int, within_s: float = MEASURED_WITHIN_S) -> list[m.Used]:
+        """What the workers of a job that runs use, and its ranks there; those that do not answer in time are missing.
+
+        Raises UsageError where it does not run.
+        """
+        found: dict[str, m.Used] = {}
+        number = self._connection.ask(m.Measure(job_id))
+
+        def take(message: m.Message) -> None:
+            if isinstance(message, m.Used) and message.question == number:
+                if message.error:
+                    raise UsageError(message.error)
+                found[message.worker_id] = message
+
+        try:
+            self._until(lambda: len(found) >= worker_count, take, self._clock.now() + within_s)
+        finally:
+            self._connection.drop(number)
+        return list(found.values())
 
     def pause(self, seconds: float) -> None:
         """Lets time pass, and takes messages meanwhile."""

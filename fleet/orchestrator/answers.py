@@ -46,6 +46,8 @@ class Answers:
             self._drain(peer, ask)
         elif isinstance(ask, m.Why):
             self._why(peer, ask)
+        elif isinstance(ask, m.Measure):
+            self._measure(peer, ask)
         else:
             self._ask_worker(peer, ask)
 
@@ -110,6 +112,14 @@ class Answers:
         ask = m.Ask(job.job_id, job.attempt, -1, self.asked_count, records=not why.trace_s, trace_s=why.trace_s)
         self.membership.tell(job.workers, ask)
 
+    def _measure(self, peer: bytes, ask: m.Measure) -> None:
+        job = self.scheduler.jobs.get(ask.job_id)
+        if job is None or job.state not in (JobState.RUNNING, JobState.STOPPING):
+            what = "unknown here" if job is None else job.state.name.lower()
+            self.clients.send(peer, m.Used(ask.job_id, ask.question, error=f"job {ask.job_id} is {what}"))
+        else:
+            self.membership.tell(job.workers, replace(ask, asker=peer))
+
     def from_rank(self, job: Job, answer: m.Answer) -> None:
         """The answer goes to the client that asked, or to the rank."""
         if answer.asker < 0:
@@ -149,6 +159,6 @@ class Answers:
         sharing = (w for w in workers.values() if w.hello.storage_id == storage_id and w.lost_since is None)
         return next(sharing, None) if storage_id else None
 
-    def from_worker(self, message: m.Files | m.FilePart) -> None:
+    def from_worker(self, message: m.Files | m.FilePart | m.Used) -> None:
         if message.asker in self.clients.known:
             self.clients.send(message.asker, replace(message, asker=b""))

@@ -149,7 +149,7 @@ class Core:
             self.scheduler.retire(worker)
         elif isinstance(message, m.Goodbye):
             self._evict(worker, "left")
-        elif isinstance(message, m.Files | m.FilePart):
+        elif isinstance(message, m.Files | m.FilePart | m.Used):
             self.answers.from_worker(message)
         elif isinstance(message, m.Stored):
             self.scheduler.stored(worker, message)

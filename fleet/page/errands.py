@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from time import monotonic
 from typing import TypeVar
 
+from fleet import messages as m
 from fleet.client.job_client import JobClient
 from fleet.client.rank_activity import as_values, ask
 from fleet.client.target import Target
@@ -17,8 +20,24 @@ from fleet.errors import FleetError
 THREADS = 2
 PENDING_AT_MOST = 32
 COLLECTIVES_TOLD = 20  # of each rank
+MEASURED_EVERY_S, MEASURED_WORKERS_A_SECOND = 0.9, 128  # of one job, for all its viewers
+JOBS_MEASURED = 16
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What a job uses, as asked at a time."""
+
+    at: float
+    worker_count: int
+    used: Future[list[m.Used]]
+
+    @property
+    def is_fresh(self) -> bool:
+        every_s = max(MEASURED_EVERY_S, self.worker_count / MEASURED_WORKERS_A_SECOND)
+        return not self.used.done() or monotonic() - self.at < every_s
 
 
 class Errands:
@@ -27,10 +46,15 @@ class Errands:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._threads = ThreadPoolExecutor(THREADS, "fleet-page")
+        self._measurer = ThreadPoolExecutor(1, "fleet-page-use")
+        self._measuring: JobClient | None = None  # the measurer's
+        self._measured: dict[str, _Measured] = {}  # by job
         self._pending_count = 0  # of the HTTP server's thread, and of callbacks: a number off by one does no harm
 
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
+        self._measurer.submit(self._end_measuring)
+        self._measurer.shutdown()
 
     def cancel(self, job_id: str, kill: bool) -> Future[str]:
         def act() -> str:
@@ -58,6 +82,33 @@ class Errands:
             return as_values(found.answers, found.silent, COLLECTIVES_TOLD, found.straggler)
 
         return self._later(act)
+
+    def use(self, job_id: str, worker_count: int) -> Future[list[m.Used]]:
+        """What a job uses on so many workers. All that ask within a second get one answer."""
+        found = self._measured.get(job_id)
+        if found is None or not found.is_fresh:
+            self._measured.pop(job_id, None)
+            while len(self._measured) >= JOBS_MEASURED:
+                del self._measured[next(iter(self._measured))]
+            used = self._measurer.submit(self._measure, job_id, worker_count)
+            found = self._measured[job_id] = _Measured(monotonic(), worker_count, used)
+        return found.used
+
+    def _measure(self, job_id: str, worker_count: int) -> list[m.Used]:
+        """Over one connection for all questions, which are a few each second."""
+        if self._measuring is None:
+            self._measuring = JobClient(self._target)
+        try:
+            return self._measuring.measure(job_id, worker_count)
+        except BaseException:
+            self._end_measuring()
+            raise
+
+    def _end_measuring(self) -> None:
+        if self._measuring is not None:
+            client, self._measuring = self._measuring, None
+            with client:
+                pass
 
     def _later(self, act: Callable[[], T]) -> Future[T]:
         """Raises FleetError if too much is under way."""

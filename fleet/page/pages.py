@@ -18,6 +18,7 @@ from fleet.client.report import report
 from fleet.client.target import Target
 from fleet.errors import FleetError
 from fleet.httpd import Answer, EventStream, HttpRequest, HttpResponse, Route
+from fleet.orchestrator.job import JobState
 from fleet.orchestrator.window import Window
 from fleet.page.access import GUARDED, NOT_KEPT, Access
 from fleet.page.errands import Errands
@@ -57,6 +58,7 @@ class ClusterPages:
             "/api/output": self._output,
             "/api/log": self._log,
             "/api/ranks": self._ranks,
+            "/api/use": self._use,
             "POST /api/cancel": self._cancel,
             "POST /api/drain": self._drain,
         }
@@ -142,6 +144,16 @@ class ClusterPages:
 
     def _ranks(self, request: HttpRequest) -> Future[HttpResponse]:
         return _then(self._errands.ranks(_words(request)("id")), lambda ranks: _json({"ranks": ranks}))
+
+    def _use(self, request: HttpRequest) -> HttpResponse | Future[HttpResponse]:
+        """What a job that runs uses, by rank and by worker."""
+        job_id = _words(request)("id")
+        with self._window.look() as view:
+            job = view.scheduler.jobs.get(job_id)
+            workers = len(job.workers) if job is not None and job.state is JobState.RUNNING else 0
+        if not workers:
+            return _said(f"job {job_id} does not run", HTTPStatus.CONFLICT)
+        return _then(self._errands.use(job_id, workers), lambda used: _json({"used": used}))
 
     # What a viewer does
 

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import monotonic
 
@@ -40,6 +41,7 @@ from fleet.worker.rank_process import Plan
 from fleet.worker.rank_sockets import RankSockets
 from fleet.worker.state import Effect, Event, Settings
 from fleet.worker.storage import Storage
+from fleet.worker.usage import families_of
 from fleet.worker.zygote import Zygote
 
 REFUSED_MANY = 10  # connections of strangers to a rank, in a second
@@ -252,6 +254,8 @@ class Agent:
             self._sweep_memory()
         elif isinstance(effect, w.Gather):
             self._files.gather(effect.job_id, effect.attempt)
+        elif isinstance(effect, w.MeasureRanks):
+            self._file_thread.put(partial(self._measured, effect))
         elif isinstance(effect, w.Log):
             log.log(logging.getLevelNamesMapping()[effect.level.upper()], effect.text)
         elif isinstance(effect, w.Exit):
@@ -285,6 +289,17 @@ class Agent:
             str(self._surroundings.runtime),
             anywhere=bool(spec.digest),
         )
+
+    def _measured(self, measure: w.MeasureRanks) -> list[Event]:
+        """Runs in the file thread."""
+        ask, settings, usage = measure.ask, self._settings, self._metrics.meter.read()
+        families = families_of([pid for _, pid in measure.pids])
+        ranks = (m.RankUse(member_id, pid, *families[pid]) for member_id, pid in measure.pids if pid in families)
+        used = m.Used(
+            ask.job_id, ask.question, settings.worker_id, settings.advertise, monotonic(), usage.cpu, usage.cores,
+            usage.memory_bytes, usage.memory_limit_bytes, tuple(ranks), ask.asker,
+        )  # fmt: skip
+        return [w.FromFiles(used)]
 
     def _sweep_memory(self) -> None:
         """Removes shared memory whose maker was killed before the other ranks had mapped it."""

@@ -90,6 +90,8 @@ class Core:
             self.preparation.assign(message)
         elif isinstance(message, m.ListFiles | m.ReadFile | m.Discard):
             self.effects.add(w.ToFiles(message))
+        elif isinstance(message, m.Measure):
+            self.effects.add(w.MeasureRanks(message, self.members.pids(message.job_id)))
         elif isinstance(message, m.OutputAck):
             self.members.acknowledged(message)
         elif isinstance(message, m.Launch | m.Stop | m.Forget | m.Formed | m.MemberLost | m.Ask | m.Answer | m.Repeat):

@@ -270,6 +270,14 @@ class Members:
     def processes(self) -> list[Process]:
         return [process for attempt in self.attempts.values() for process in attempt.processes.values()]
 
+    def pids(self, job_id: str) -> tuple[tuple[int, int], ...]:
+        """Member and pid of each process of a job that runs."""
+        return tuple(
+            (process.member_id, process.pid)
+            for process in self.processes()
+            if process.key[0] == job_id and process.running
+        )
+
     def active_count(self) -> int:
         """The number of attempts with a process that has not ended."""
         return sum(attempt.active for attempt in self.attempts.values())

@@ -260,6 +260,13 @@ class ToFiles(msgspec.Struct, frozen=True):
     message: ForFiles
 
 
+class MeasureRanks(msgspec.Struct, frozen=True):
+    """Measure what this worker and ranks of a job use, in the file thread. Answered by FromFiles."""
+
+    ask: m.Measure
+    pids: tuple[tuple[int, int], ...]  # member and pid of each rank
+
+
 class Log(msgspec.Struct, frozen=True):
     level: str
     text: str
@@ -272,5 +279,6 @@ class Exit(msgspec.Struct, frozen=True):
 
 
 Effect = (
-    ToOrchestrator | ToRank | WelcomeRank | ToFiles | Spawn | SignalGroup | ReadOutput | Gather | Remove | Log | Exit
-)
+    ToOrchestrator | ToRank | WelcomeRank | ToFiles | Spawn | SignalGroup | ReadOutput | Gather | Remove | MeasureRanks
+    | Log | Exit
+)  # fmt: skip

@@ -118,6 +118,8 @@ EXAMPLES: list[Message] = [
     m.Because("job", "no such job"),
     m.MemberLost("job", 2, STATUS, "killed by signal 9 (SIGKILL)"),
     m.Why("job"),
+    m.Measure("job", 3, b"client"),
+    m.Used("job", 3, "w", "h", 5.0, 0.5, 2.0, 1 << 30, 1 << 34, (m.RankUse(1, 812, 3.5, 1 << 20, 2),), b"client"),
     m.Because("job", "", 4),
     # Defaults and emptiness are values too.
     m.WorkerHello("w", "1", "", 1, m.Versions("", "")),

@@ -4,6 +4,7 @@ import { act, ask, confirmed, tell } from "./ask.js";
 import { byId, clock, el, hue, many, rankSet, say, span, visible } from "./dom.js";
 import { isOver, sign, took } from "./jobs.js";
 import { Logs } from "./logs.js";
+import { Use } from "./use.js";
 
 const ASK_EVERY_MS = 1000, RANKS_SHOWN = 512;
 
@@ -22,6 +23,7 @@ export class Job {
     this.found = null;
     this.place.hidden = id === null;
     this.logs?.stop();
+    this.use?.stop();
     if (id === null) return this.place.replaceChildren();
     const part = (name, ...more) => (this[name] = el("div", { class: `part ${name}` }, ...more));
     this.place.replaceChildren(
@@ -29,12 +31,13 @@ export class Job {
         el("span", { class: "buttons" }, this.stop = el("button", { onclick: () => this.cancel() }, "Cancel job"),
           el("button", { onclick: () => this.close(), "aria-label": "Close this job" }, "Close"))),
       this.summary = el("p", { class: "summary" }, "Loading …"),
-      part("failure"), part("ranks"),
+      part("failure"), part("ranks"), part("using"),
       el("h3", {}, "Ranks and their stacks"), part("doing"),
       el("h3", {}, "Output"), part("output"), part("history"));
     this.failure.hidden = true;
     this.doing.append(this.askButton = el("button", { onclick: () => this.stacks() }, "Ask each rank what it is doing"), this.answers = el("div"));
     this.logs = new Logs(this.output, id);
+    this.use = new Use(this.using, id);
     this.render();
     this.look(true);
     this.place.scrollIntoView({ block: "nearest" });
@@ -53,6 +56,8 @@ export class Job {
         this.found = found;
         this.row = row;
         this.render();
+        if (isOver(found.job.outcome || found.job.state)) this.use.over();
+        else this.use.look();
       }
     } catch (error) {
       if (id === this.id && this.feed.state === "live") say(this.summary, error.message);
@@ -80,6 +85,8 @@ export class Job {
     this.renderFailure(job, ranks, cause, report);
     this.renderRanks(job, ranks);
     this.renderHistory(job);
+    this.use.show(job, this.found.slow);
+    this.use.stream(this.found.collectives ?? []);
   }
 
   renderFailure(job, ranks, cause, report) {

@@ -1,0 +1,138 @@
+// What a job's ranks use and where their time goes: CPU, memory, steps, shares of their time, collectives.
+
+import { ask } from "./ask.js";
+import { Chart, at, bar } from "./charts.js";
+import { amount, el, many, note, percent, say, shownOf, visible } from "./dom.js";
+import { meter } from "./workers.js";
+
+const BARS_AT_MOST = 16, WORKERS_SHOWN = 32;
+
+export class Use {
+  constructor(place, job) {
+    this.job = job;
+    this.before = new Map(); // by rank: the last answer
+    this.place = place;
+    place.append(
+      this.times = el("div", { class: "times", hidden: true }),
+      this.charts = el("div", { class: "charts" }),
+      this.collectives = el("div", { class: "collectives", hidden: true }),
+      this.workers = el("div", { class: "by-worker" }),
+      this.said = el("p", { class: "note" }));
+    this.cpu = new Chart(this.charts, "CPU by rank", (cores) => (cores < 0.995 ? percent(cores) : `${cores.toFixed(1)} cores`));
+    this.memory = new Chart(this.charts, "Memory by rank", amount);
+    say(this.said, "Loading …");
+  }
+
+  stop() {
+    this.job = null;
+    for (const chart of [this.cpu, this.memory, this.steps, this.rates]) chart?.stop();
+  }
+
+  over() {
+    this.workers.hidden = true;
+    if (!this.before.size) this.charts.hidden = true, note(this.said, "");
+  }
+
+  async look() {
+    if (this.asking || this.job === null) return;
+    this.asking = true;
+    try {
+      const { used } = await ask("/api/use", { id: this.job });
+      if (this.job !== null) this.take(used);
+    } catch {
+      // The job has ended, or the connection is down: both are said elsewhere.
+    } finally {
+      this.asking = false;
+    }
+  }
+
+  take(used) {
+    const cpu = [], memory = [], names = [];
+    const ranks = used.flatMap((one) => one.ranks.map((rank) => ({ ...rank, at_s: one.at_s }))).sort((a, b) => a.rank - b.rank);
+    if (ranks.every((rank) => this.before.get(rank.rank)?.at_s === rank.at_s) && ranks.length) return; // the same answer
+    for (const rank of ranks) {
+      const before = this.before.get(rank.rank);
+      cpu.push(before && before.pid === rank.pid && rank.at_s > before.at_s ? Math.max(0, (rank.cpu_s - before.cpu_s) / (rank.at_s - before.at_s)) : null);
+      memory.push(rank.memory_bytes);
+      names.push(`rank ${rank.rank}`);
+      this.before.set(rank.rank, rank);
+    }
+    const now = Date.now() / 1000;
+    if (cpu.some((value) => value !== null)) this.cpu.add(now, cpu, names);
+    if (ranks.length) this.memory.add(now, memory, names);
+    const shown = used.slice(0, WORKERS_SHOWN);
+    this.workers.replaceChildren(...shown.map((one) => el("div", { class: "use" }, el("b", {}, one.worker_id), " ", el("span", { class: "note" }, one.host), meter(one.load, "CPU"),
+      meter(one.memory_bytes / (one.memory_limit_bytes || 1), "memory"), el("span", { class: "figure" }, amount(one.memory_bytes)))));
+    note(this.said, [shownOf(shown.length, used.length, "workers"), ranks.length > BARS_AT_MOST ? `bands: least, quartiles, most of ${ranks.length} ranks` : ""].filter(Boolean).join("; "));
+  }
+
+  // Shares of the ranks' time, and their steps, from the state of the job.
+  show(job, slow) {
+    const times = job.times ?? [];
+    this.times.hidden = !times.length && !slow;
+    if (this.times.hidden) return;
+    const bars = times.length > BARS_AT_MOST ? notable(times, job.straggler) : times;
+    const kinds = new Set();
+    const rows = bars.map((rank) => {
+      const parts = shares(rank);
+      for (const [name, share, kind] of parts) if (share > 0.005) kinds.add(`${kind}/${name}`);
+      const most = rank.lines?.[0];
+      return el("tr", {}, el("th", { scope: "row" }, rank.label ?? `rank ${rank.rank}`), el("td", { class: "wide" }, bar(parts)),
+        el("td", { class: "reason" }, most ? `${percent(most[1])} at ${visible(most[0])}` : ""));
+    });
+    const told = [...kinds].map((kind) => kind.split("/")).map(([kind, name]) => el("span", { class: "key" }, el("span", { class: `piece ${kind}` }), name));
+    this.times.replaceChildren(el("h3", {}, "Where the time goes"), slow ? el("p", { class: "slow" }, visible(slow)) : "",
+      el("p", { class: "note keys" }, ...told, times.length > bars.length ? ` ${shownOf(bars.length, times.length, "ranks")}: those that wait least and most` : ""),
+      el("table", {}, el("tbody", {}, ...rows)));
+    const stepping = times.filter((rank) => rank.steps_per_s > 0);
+    if (stepping.length) {
+      this.steps ??= new Chart(this.charts, "Steps a second", (rate) => rate.toPrecision(3));
+      this.steps.add(Date.now() / 1000, [Math.min(...stepping.map((rank) => rank.steps_per_s))], ["steps"]);
+    }
+  }
+
+  // A table of the collectives of a job by what and how, with their rates since the last look, and the sum as a curve.
+  stream(found) {
+    const now = performance.now() / 1000, rows = [];
+    const last = this.counted;
+    this.counted = { at: now, by: new Map(found.map((one) => [`${one.operation}/${one.path}`, one])) };
+    this.collectives.hidden = !found.length;
+    if (!found.length) return;
+    let sum = 0;
+    for (const one of found) {
+      const before = last?.by.get(`${one.operation}/${one.path}`);
+      const per = before ? 1 / (now - last.at) : 0;
+      const count = before ? one.count - before.count : 0, bytes = before ? one.byte_count - before.byte_count : 0, seconds = before ? one.seconds - before.seconds : 0;
+      sum += bytes * per;
+      rows.push([one.operation, one.path, many(one.count, "call"), amount(one.byte_count / Math.max(1, one.count)), count ? `${(count * per).toFixed(count * per < 10 ? 1 : 0)} /s` : "–",
+        count ? `${(1000 * seconds / count).toPrecision(3)} ms` : "–", count ? `${amount(bytes / Math.max(1e-9, seconds))}/s` : "–"]);
+    }
+    this.collectives.replaceChildren(el("h3", {}, "Collectives"), el("div", { class: "scroll", tabIndex: 0 }, el("table", {},
+      el("thead", {}, el("tr", {}, ...["what", "path", "in all", "size", "now", "each", "bandwidth"].map((name) => el("th", { scope: "col" }, name)))),
+      el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((word) => el("td", {}, word))))))));
+    if (last) {
+      this.rates ??= new Chart(this.charts, "Bytes in collectives, all ranks", (bytes) => `${amount(bytes)}/s`);
+      this.rates.add(Date.now() / 1000, [sum], ["bytes"]);
+    }
+  }
+}
+
+// Shares of one rank's time: its phases if it tells them, else all that is outside of collectives; then collectives, and waits.
+function shares(rank) {
+  const inside = Math.min(1, rank.collective), waited = Math.min(inside, rank.waited);
+  const named = (rank.phases ?? []).filter(([name]) => name !== "waiting");
+  const sum = named.reduce((total, [, share]) => total + share, 0);
+  const order = ["data", "forward", "backward", "update"];
+  const kind = (name) => (order.includes(name) ? name : "other");
+  const own = sum > 0 ? named.map(([name, share]) => [name, share, kind(name)]) : [];
+  const rest = Math.max(0, 1 - inside - sum);
+  return [...own, [sum > 0 ? "the rest" : "computing", rest, sum > 0 ? "other" : "forward"], ["in collectives", inside - waited, "collective"], ["waiting for others", waited, "waiting"]];
+}
+
+// Of many ranks: those that hold the others up, those that wait least and most, and the median one.
+function notable(times, straggler) {
+  const sorted = [...times].sort((a, b) => a.waited - b.waited);
+  const slow = new Set(straggler?.ranks ?? []);
+  const found = new Set([...times.filter((rank) => slow.has(rank.rank)).slice(0, 8), ...sorted.slice(0, 5), at(sorted, 0.5), ...sorted.slice(-2)]);
+  return [...found].sort((a, b) => a.rank - b.rank);
+}
