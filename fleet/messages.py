@@ -306,6 +306,7 @@ class Ask(AttemptMessage, frozen=True):
     sequence: b.Number = 0  # also what each called as its collective of this number; 0: as its last one
     generation: b.NumberOrNone = -1  # that the communicator is of; -1: the last one
     trace_s: b.Seconds = 0.0  # with a trace of the last so many seconds
+    stacks: bool = False  # also of all threads
 
 
 class Answer(AttemptMessage, frozen=True):
@@ -322,6 +323,7 @@ class Answer(AttemptMessage, frozen=True):
     records: str = ""
     unreached: b.MemberIds = ()  # that it sent to, and that it has no connection to
     trace: Trace | None = None
+    stacks: b.Text = ""
 
 
 class CollectiveCounts(AttemptMessage, frozen=True):

@@ -16,6 +16,7 @@ from fleet.values import JobInfo, JobMessage, Message, Straggler, WorkerState
 LOG_PART_BYTES = 1 << 20  # at most, in one answer
 FILES_AT_ONCE = 1000
 LEFT_OUT_NAMED = 4  # in one answer
+SUMS_AT_MOST = 64
 
 
 class Ping(Message, frozen=True):
@@ -103,6 +104,7 @@ class Why(Message, frozen=True):
     job_id: b.JobPrefix
     question: b.Number = 0
     trace_s: b.Seconds = 0.0  # with traces of the last so many seconds, in place of the contents of flight recorders
+    stacks: bool = False  # with those of all threads
 
 
 class Because(Message, frozen=True):
@@ -120,6 +122,16 @@ class Measure(JobMessage, frozen=True):
 
     question: b.Number = 0
     asker: b.Peer = b""  # the client's connection; the orchestrator fills it in
+
+
+class CollectiveSum(msgspec.Struct, frozen=True):
+    """Collectives of one operation over one path, of all ranks that the answer is about, since the attempt's start."""
+
+    operation: b.Word
+    path: b.Word
+    count: b.Number  # each rank's counts
+    byte_count: b.Number
+    seconds: b.Seconds
 
 
 class RankUse(msgspec.Struct, frozen=True):
@@ -144,6 +156,7 @@ class Used(JobMessage, frozen=True):
     memory_bytes: b.Size = 0
     memory_limit_bytes: b.Size = 0
     ranks: Annotated[tuple[RankUse, ...], b.ONE_A_RANK] = ()
+    collectives: Annotated[tuple[CollectiveSum, ...], msgspec.Meta(max_length=SUMS_AT_MOST)] = ()  # of these ranks
     asker: b.Peer = b""
     error: b.Text = ""
 

@@ -172,6 +172,7 @@ def secret_command(
 def why_command(
     job: Annotated[str, typer.Argument(help="The job's id.", show_default="the only one that runs")] = "",
     last: Annotated[int, typer.Option(help="Collectives to show of each rank.")] = 20,
+    stacks: Annotated[bool, typer.Option("--stacks", help="With the stacks of all threads of each rank.")] = False,
     as_json: o.AsJson = False,
     *,
     cluster: o.AnyClusterOptions,
@@ -179,7 +180,7 @@ def why_command(
     """Say what each rank of a running job is doing, and its last collectives."""
     from fleet.cli.why import explain
 
-    typer.echo(explain(job, last, cluster.target() if cluster.address else None, as_json))
+    typer.echo(explain(job, last, cluster.target() if cluster.address else None, as_json, stacks))
 
 
 @app.command("version", hidden=True)

@@ -13,16 +13,16 @@ from fleet.errors import ConfigError, UsageError
 LOCAL_WITHIN_S = 2.0
 
 
-def explain(job_id: str, count: int, target: Target | None, as_json: bool) -> str:
+def explain(job_id: str, count: int, target: Target | None, as_json: bool, stacks: bool = False) -> str:
     """Activity of the ranks of a job, in words or as JSON. Raises ConfigError, UsageError."""
-    found = _ask_here(job_id) if target is None else [ask(target, job_id)]
+    found = _ask_here(job_id, stacks) if target is None else [ask(target, job_id, stacks=stacks)]
     if as_json:
         told = [rank for f in found for rank in as_values(f.answers, f.silent, count, f.straggler)]
         return json.dumps(told, indent=1)
     return "\n".join(described(f.answers, len(f.silent), count, f.straggler) for f in found)
 
 
-def _ask_here(job_id: str) -> list[Activity]:
+def _ask_here(job_id: str, stacks: bool) -> list[Activity]:
     """Answers of the ranks of this user's jobs on this machine."""
     found, reasons = [], []
     for folder in own_folders():
@@ -31,7 +31,7 @@ def _ask_here(job_id: str) -> list[Activity]:
             continue
         local = Target("this machine", f"ipc://{socket}", Lock(), LOCAL_WITHIN_S, local=True)
         try:
-            found.append(ask(local, job_id))
+            found.append(ask(local, job_id, stacks=stacks))
         except UsageError as error:
             reasons.append(str(error))
         except ConfigError:

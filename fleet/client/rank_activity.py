@@ -29,7 +29,7 @@ class Activity(NamedTuple):
     heard_at: dict[int, float]  # by rank: when its answer came
 
 
-def ask(target: Target, job_id: str, trace_s: float = 0.0) -> Activity:
+def ask(target: Target, job_id: str, trace_s: float = 0.0, stacks: bool = False) -> Activity:
     """The activity of the ranks of a job. An empty id means the only job that runs.
 
     With `trace_s`, each answer has a trace of the last so many seconds, and no records. A rank keeps its last 512 collectives
@@ -43,7 +43,7 @@ def ask(target: Target, job_id: str, trace_s: float = 0.0) -> Activity:
     expected: int | None = None
     straggler, asked_at, heard_at = None, monotonic(), dict[int, float]()
     deadline = Deadline(target.timeout_s)
-    for message in answers(target, m.Why(job_id, trace_s=trace_s), deadline):
+    for message in answers(target, m.Why(job_id, trace_s=trace_s, stacks=stacks), deadline):
         if isinstance(message, m.Because) and message.question == 1:
             if message.error:
                 raise UsageError(message.error)
@@ -66,6 +66,7 @@ def described(answered: list[m.Answer], silent_count: int, count: int, straggler
         lines.append(shown(f"rank {answer.member_id} ({answer.host}, pid {answer.pid}) {answer.doing}"))
         if answer.unreached:
             lines.append(f"    has no connection to {', '.join(f'rank {rank}' for rank in answer.unreached)}")
+        lines += [f"    {shown(line)}" for line in answer.stacks.splitlines()]
         records = answer.records.split("\n") if answer.records else []
         lines += [f"    {shown(line)}" for line in records[-count:]]
     if silent_count:
@@ -82,6 +83,7 @@ def as_values(
         {"job_id": answer.job_id, "attempt": answer.attempt, "rank": answer.member_id}
         | {name: getattr(answer, name) for name in ("host", "pid", "doing", "call", "line", "inside", "unreached")}
         | {"recent": answer.records.split("\n")[-count:] if answer.records else []}
+        | ({"stacks": answer.stacks} if answer.stacks else {})
         | {"holds_up": msgspec.to_builtins(straggler) if answer.member_id in slow else None}
         for answer in answered
     ]

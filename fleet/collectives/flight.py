@@ -16,6 +16,7 @@ from fleet.bounds import TEXT_CHARS
 from fleet.collectives.generations import Generation, News
 from fleet.collectives.recorder import Recorder, text
 from fleet.collectives.script_line import described, users_frame
+from fleet.collectives.stacks import stacks_of_all_threads
 from fleet.collectives.timeline import TIMELINE
 from fleet.config import RankSettings
 from fleet.values import TRACE_COLLECTIVES_AT_MOST, Trace, TracedCollective, TracedSlice
@@ -74,6 +75,7 @@ class Flights:
             s.job_id, s.attempt, ask.member_id, ask.question, s.member_id, "", self._pid, sequence, inside,
             doing[:TEXT_CHARS], call, line, self._text() if ask.records else "", self._unreached(told),
             self._trace(monotonic() - ask.trace_s) if ask.trace_s else None,
+            stacks_of_all_threads()[:TEXT_CHARS] if ask.stacks else "",
         )  # fmt: skip
 
     def _trace(self, since: float) -> Trace:

@@ -109,7 +109,15 @@ class Answers:
             del job.curious[next(iter(job.curious))]
         lately = straggler(job.paces.lately, job.seats)
         self.clients.send(peer, m.Because(job_id, "", job.world_size, why.question, lately))
-        ask = m.Ask(job.job_id, job.attempt, -1, self.asked_count, records=not why.trace_s, trace_s=why.trace_s)
+        ask = m.Ask(
+            job.job_id,
+            job.attempt,
+            -1,
+            self.asked_count,
+            records=not why.trace_s,
+            trace_s=why.trace_s,
+            stacks=why.stacks,
+        )
         self.membership.tell(job.workers, ask)
 
     def _measure(self, peer: bytes, ask: m.Measure) -> None:

@@ -78,7 +78,7 @@ class Errands:
         """What each rank does now, as `fleet why --json` says it."""
 
         def act() -> list[dict[str, object]]:
-            found = ask(self._target, job_id)
+            found = ask(self._target, job_id, stacks=True)
             return as_values(found.answers, found.silent, COLLECTIVES_TOLD, found.straggler)
 
         return self._later(act)

@@ -121,7 +121,8 @@ class ClusterPages:
                 return _said(f"there is no job {job_id!r} here, or not any more", HTTPStatus.NOT_FOUND)
             info, ended = view.job(job), job.result()
         said = report(ended, info.world_size, ()) if info.outcome else ""
-        return _json({"job": info, "ranks": ended.ranks, "cause": ended.cause, "report": said})
+        slow = "" if info.straggler is None else info.straggler.told(is_over=bool(info.outcome))
+        return _json({"job": info, "ranks": ended.ranks, "cause": ended.cause, "report": said, "slow": slow})
 
     def _output(self, request: HttpRequest) -> HttpResponse:
         """What a job has printed since a chunk's number, in the order in which it came."""

@@ -297,7 +297,7 @@ class Agent:
         ranks = (m.RankUse(member_id, pid, *families[pid]) for member_id, pid in measure.pids if pid in families)
         used = m.Used(
             ask.job_id, ask.question, settings.worker_id, settings.advertise, monotonic(), usage.cpu, usage.cores,
-            usage.memory_bytes, usage.memory_limit_bytes, tuple(ranks), ask.asker,
+            usage.memory_bytes, usage.memory_limit_bytes, tuple(ranks), measure.collectives, ask.asker,
         )  # fmt: skip
         return [w.FromFiles(used)]
 

@@ -91,7 +91,7 @@ class Core:
         elif isinstance(message, m.ListFiles | m.ReadFile | m.Discard):
             self.effects.add(w.ToFiles(message))
         elif isinstance(message, m.Measure):
-            self.effects.add(w.MeasureRanks(message, self.members.pids(message.job_id)))
+            self.effects.add(self.members.measure(message))
         elif isinstance(message, m.OutputAck):
             self.members.acknowledged(message)
         elif isinstance(message, m.Launch | m.Stop | m.Forget | m.Formed | m.MemberLost | m.Ask | m.Answer | m.Repeat):

@@ -270,13 +270,14 @@ class Members:
     def processes(self) -> list[Process]:
         return [process for attempt in self.attempts.values() for process in attempt.processes.values()]
 
-    def pids(self, job_id: str) -> tuple[tuple[int, int], ...]:
-        """Member and pid of each process of a job that runs."""
-        return tuple(
-            (process.member_id, process.pid)
-            for process in self.processes()
-            if process.key[0] == job_id and process.running
-        )
+    def measure(self, ask: m.Measure) -> w.MeasureRanks:
+        """What is to be measured of a job, and what is known of it: of its last attempt here."""
+        attempts = [attempt for key, attempt in self.attempts.items() if key[0] == ask.job_id]
+        if not attempts:
+            return w.MeasureRanks(ask, ())
+        last = max(attempts, key=lambda attempt: attempt.key[1])
+        pids = ((process.member_id, process.pid) for process in last.processes.values() if process.running)
+        return w.MeasureRanks(ask, tuple(pids), tuple(last.collectives.values()))
 
     def active_count(self) -> int:
         """The number of attempts with a process that has not ended."""

@@ -36,6 +36,7 @@ class Sessions:
             return
         if isinstance(message, m.CollectiveCounts):
             process.inside_since = self.effects.now - message.inside_s if message.inside_s else None
+            self.members.attempts[process.key[:2]].count(message.rows)
             if message.pace is not None:
                 self.effects.send(replace(message, refused_count=0, made=None))
             if message.made is not None:

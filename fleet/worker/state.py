@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
@@ -82,6 +83,16 @@ class Attempt:
     failure: m.AssignFailed | None = None  # why the attempt cannot be prepared
     launched: bool = False
     gathered: bool = False  # a Gather was decided
+    collectives: dict[tuple[str, str], m.CollectiveSum] = field(default_factory=dict)  # by operation and path
+
+    def count(self, rows: Iterable[m.CountsRow]) -> None:
+        """Adds collectives of one of its ranks. What a script makes up beyond some dozens of kinds is not counted."""
+        for row in rows:
+            key = row.operation, row.path
+            if key in self.collectives or len(self.collectives) < m.SUMS_AT_MOST:
+                before = self.collectives.get(key) or m.CollectiveSum(*key, 0, 0, 0.0)
+                count, byte_count = before.count + sum(row.buckets), before.byte_count + row.byte_count
+                self.collectives[key] = m.CollectiveSum(*key, count, byte_count, before.seconds + row.seconds)
 
     @property
     def key(self) -> AttemptKey:
@@ -265,6 +276,7 @@ class MeasureRanks(msgspec.Struct, frozen=True):
 
     ask: m.Measure
     pids: tuple[tuple[int, int], ...]  # member and pid of each rank
+    collectives: tuple[m.CollectiveSum, ...] = ()
 
 
 class Log(msgspec.Struct, frozen=True):

@@ -86,7 +86,6 @@ export class Job {
     this.renderRanks(job, ranks);
     this.renderHistory(job);
     this.use.show(job, this.found.slow);
-    this.use.stream(this.found.collectives ?? []);
   }
 
   renderFailure(job, ranks, cause, report) {

@@ -48,6 +48,7 @@ export class Use {
 
   take(used) {
     const cpu = [], memory = [], names = [];
+    this.stream(summed(used));
     const ranks = used.flatMap((one) => one.ranks.map((rank) => ({ ...rank, at_s: one.at_s }))).sort((a, b) => a.rank - b.rank);
     if (ranks.every((rank) => this.before.get(rank.rank)?.at_s === rank.at_s) && ranks.length) return; // the same answer
     for (const rank of ranks) {
@@ -69,6 +70,7 @@ export class Use {
   // Shares of the ranks' time, and their steps, from the state of the job.
   show(job, slow) {
     const times = job.times ?? [];
+    this.world = job.world_size;
     this.times.hidden = !times.length && !slow;
     if (this.times.hidden) return;
     const bars = times.length > BARS_AT_MOST ? notable(times, job.straggler) : times;
@@ -104,7 +106,7 @@ export class Use {
       const per = before ? 1 / (now - last.at) : 0;
       const count = before ? one.count - before.count : 0, bytes = before ? one.byte_count - before.byte_count : 0, seconds = before ? one.seconds - before.seconds : 0;
       sum += bytes * per;
-      rows.push([one.operation, one.path, many(one.count, "call"), amount(one.byte_count / Math.max(1, one.count)), count ? `${(count * per).toFixed(count * per < 10 ? 1 : 0)} /s` : "–",
+      rows.push([one.operation, one.path, many(Math.round(one.count / (this.world || 1)), "call"), amount(one.byte_count / Math.max(1, one.count)), count ? `${rate(count * per / (this.world || 1))} /s` : "–",
         count ? `${(1000 * seconds / count).toPrecision(3)} ms` : "–", count ? `${amount(bytes / Math.max(1e-9, seconds))}/s` : "–"]);
     }
     this.collectives.replaceChildren(el("h3", {}, "Collectives"), el("div", { class: "scroll", tabIndex: 0 }, el("table", {},
@@ -115,6 +117,19 @@ export class Use {
       this.rates.add(Date.now() / 1000, [sum], ["bytes"]);
     }
   }
+}
+
+const rate = (number) => number.toFixed(number < 10 ? 1 : 0);
+
+// Collectives of all workers' ranks, by what and how.
+function summed(used) {
+  const sums = new Map();
+  for (const one of used.flatMap((worker) => worker.collectives)) {
+    const sum = sums.get(`${one.operation}/${one.path}`) ?? { ...one, count: 0, byte_count: 0, seconds: 0 };
+    for (const name of ["count", "byte_count", "seconds"]) sum[name] += one[name];
+    sums.set(`${one.operation}/${one.path}`, sum);
+  }
+  return [...sums.values()].sort((a, b) => b.seconds - a.seconds);
 }
 
 // Shares of one rank's time: its phases if it tells them, else all that is outside of collectives; then collectives, and waits.
