@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import http.client
 import json
+import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,20 +104,22 @@ class Browser:
 
 
 @contextmanager
-def browser(folder: Path) -> Iterator[Browser]:
-    """Runs while entered, with its files in the folder."""
+def browser() -> Iterator[Browser]:
+    """Runs while entered. It leaves files where temporary ones are, and names sockets there: that path is short."""
     assert CHROMEDRIVER is not None
-    with subprocess.Popen(
-        [CHROMEDRIVER, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as driver:
-        try:
-            assert driver.stdout is not None
-            line = next(line for line in driver.stdout if "started successfully on port" in line)
-            opened = Browser(int(line.rstrip().rstrip(".").rpartition(" ")[2]), folder)
+    pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        variables = os.environ | {"TMPDIR": folder}
+        command = [CHROMEDRIVER, "--port=0"]
+        with subprocess.Popen(command, stdout=pipe, stderr=nowhere, text=True, env=variables) as driver:
             try:
-                yield opened
+                assert driver.stdout is not None
+                line = next(line for line in driver.stdout if "started successfully on port" in line)
+                opened = Browser(int(line.rstrip().rstrip(".").rpartition(" ")[2]), Path(folder) / "profile")
+                try:
+                    yield opened
+                finally:
+                    opened.close()
             finally:
-                opened.close()
-        finally:
-            driver.terminate()
-            driver.wait(timeout=20)
+                driver.terminate()
+                driver.wait(timeout=20)

@@ -85,7 +85,7 @@ class Visit:
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     with ExitStack() as stack:
         place = Place(stack, tmp_path, FLEET_METRICS_PORT=str(free_port("127.0.0.1")))
-        seen = stack.enter_context(browser(tmp_path / "browser"))
+        seen = stack.enter_context(browser())
         visit = Visit(place, seen, tmp_path)
         the_token_lets_in(visit)
         an_empty_cluster_is_no_loading_one(visit)
