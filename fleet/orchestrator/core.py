@@ -46,14 +46,13 @@ class Core:
         self.clients = Clients(self.effects, versions, numbering)
         self.assignments = Assignments(self.effects, self.membership, self.clients, policy)
         self.output = JobOutput(self.effects, self.membership, self.clients)
-        parts = self.effects, self.membership, self.clients, self.assignments, self.output
-        self.scheduler = Scheduler(*parts, keep_jobs, keep_s)
+        known = self.membership, self.clients, self.assignments, self.output
+        self.scheduler = Scheduler(self.effects, *known, keep_jobs, keep_s)
         self.submissions = Submissions(self.effects, self.clients, self.scheduler)
         self.answers = Answers(self.effects, self.membership, self.clients, self.scheduler)
         self.behind: Deadlines[bytes] = Deadlines()  # peers that do not read: when they are told to say hello
-        self._deadlines = deadlines_of(
-            self, self.membership, self.clients, self.submissions, self.assignments, self.scheduler
-        )
+        parts = self.membership, self.clients, self.submissions, self.assignments, self.scheduler
+        self._deadlines = [self.behind, *deadlines_of(*parts)]
 
     def step(self, event: state.Event, now: float) -> list[state.Effect]:
         """What to do about one event."""
