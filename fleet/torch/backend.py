@@ -5,6 +5,7 @@ Names only: see operations.py. torch calls a Backend by each operation's new nam
 
 from __future__ import annotations
 
+from datetime import timedelta
 from functools import wraps
 from typing import Any
 
@@ -25,20 +26,21 @@ class FleetBackend(c10d.Backend):
     """What carries out the operations of a process group on tensors of the devices that it is registered for."""
 
     # Inherited ones would ask themselves for ever: torch looks these up by name, and takes its own for an answer of Python's.
-    supports_splitting = False
+    supports_splitting = True
     supports_coalescing = False
     supports_time_estimate = False
     supports_shrinking = False
     supports_reconfigure = False
     supports_window = False
 
-    def __init__(self, options: Any, operations: Operations) -> None:
-        super().__init__(options.group_rank, options.group_size)
+    def __init__(self, operations: Operations, timeout: timedelta, ranks: list[int], group_name: Any) -> None:
+        """ranks: those of the default group; empty: it is that group."""
+        super().__init__(operations.comm.rank, operations.comm.world_size)
         self._operations = operations
         _open.add(self)
-        self._options = c10d.Backend.Options(NAME, options.timeout)
-        self._options.global_ranks_in_group = list(options.global_ranks_in_group)
-        self._options.group_name = options.group_id
+        self._options = c10d.Backend.Options(NAME, timeout)
+        self._options.global_ranks_in_group = ranks
+        self._options.group_name = group_name
 
     @property
     def options(self) -> c10d.Backend.Options:
@@ -73,14 +75,19 @@ class FleetBackend(c10d.Backend):
     def monitored_barrier(self, opts: Any, wait_all_ranks: bool = False) -> None:
         self._operations.monitored_barrier(opts.timeout)
 
-    def _set_sequence_number_for_group(self) -> None:
-        """Nothing: fleet itself compares the calls of the ranks."""
-
-    def _get_sequence_number_for_group(self) -> int:
-        """Of the wrapper's comparison of calls, in which it must be the same on all ranks."""
-        return 0
-
+    _set_sequence_number_for_group = FleetProcessGroup._set_sequence_number_for_group
+    _get_sequence_number_for_group = FleetProcessGroup._get_sequence_number_for_group
+    _enable_collectives_timing = FleetProcessGroup._enable_collectives_timing
     set_timeout = FleetProcessGroup.set_timeout
+
+    def eager_connect_single_device(self, device: torch.device | None = None) -> None:
+        """Nothing: the ranks are connected."""
+
+    def split(self, store: Any, ranks: list[int], opts: Any) -> FleetBackend:
+        """The backend of these ranks of this group, in this order. Called by them alone: see _pass_by_split."""
+        operations = self._operations.of_ranks(ranks, opts._timeout)
+        mine = self._options.global_ranks_in_group or list(range(self._operations.comm.world_size))
+        return FleetBackend(operations, opts._timeout, [mine[rank] for rank in ranks], opts.group_name)
 
     def shutdown(self) -> None:
         self._operations.close()
@@ -112,4 +119,26 @@ def _offer_source_of_recv() -> None:
         vars(module)["recv"] = recv
 
 
+def _pass_by_split() -> None:
+    """Lets ranks that a new group leaves out pass by fleet: torch crashes where a backend in Python splits off nothing."""
+    owner: Any = dist.ProcessGroup
+    of_torch = owner.split_group
+
+    @wraps(of_torch)
+    def split_group(
+        self: Any, ranks: list[int], timeout: Any = None, opts: Any = None, group_name: Any = None,
+        group_desc: Any = None, device_types: Any = None,
+    ) -> Any:  # fmt: skip
+        if self.rank() not in ranks:
+            of_all = device_types or self._device_types
+            others = [device for device in of_all if not isinstance(self._get_backend(device), FleetBackend)]
+            if not others:
+                return None
+            device_types = others
+        return of_torch(self, ranks, timeout, opts, group_name, group_desc, device_types)
+
+    owner.split_group = split_group
+
+
 _offer_source_of_recv()
+_pass_by_split()

@@ -30,6 +30,7 @@ class Operations:
 
     def __init__(self, comm: Communicator, close: Callable[[], None] | None = None) -> None:
         self.comm = comm
+        self.call_count = 0  # of collectives, as torch numbers them: every rank counts the same
         self._storages = SharedStorages(comm)
         self.close = close or comm.close
 
@@ -154,6 +155,7 @@ class Operations:
         limit_s = timeout_s if timeout_s > 0 else None  # else torch says that the call gives none
         async_op = getattr(opts, "asyncOp", True)  # before torch 2.6 there is no such option
         work = None
+        self.call_count += 1
         if _not_yet_untraced:
             _leave_untraced()
         try:

@@ -68,7 +68,13 @@ class OtherGroup:
         self._has_failed = False
 
     def before(self, call: Any) -> None:
-        """Called by torch before an operation, in the thread that calls it."""
+        """Called by torch before an operation, in the thread that calls it. Raises nothing: the script would get it."""
+        try:
+            self._begin(call)
+        except Exception:
+            log.warning("a collective of %s is not recorded", self.title, exc_info=True)
+
+    def _begin(self, call: Any) -> None:
         name = NAMES.get(call.name.name)
         if name is None:
             return
@@ -117,7 +123,7 @@ class OtherGroup:
             if len(self._signatures) >= SIGNATURES_KEPT:
                 self._signatures.clear()
             found = self._signatures[key] = Signature(pack_call(name), text=f"{name}({text}) of {backend}")
-            found.byte_count = sum(x.nbytes for x in mine)
+            found.byte_count = sum(x.numel() * x.element_size() for x in mine)
         return found
 
     def _done(self, operation: Operation, future: Any) -> None:

@@ -24,14 +24,18 @@ class FleetProcessGroup(dist.ProcessGroup):
     Signatures differ from the stub's, which also has forms that only C++ callers use.
     """
 
-    def __init__(self, operations: Operations) -> None:
+    def __init__(self, operations: Operations, store: Any) -> None:
         rank, size = operations.comm.rank, operations.comm.world_size
-        super().__init__(rank, size)  # type: ignore[call-arg] # its stub wants a store
+        super().__init__(rank, size)  # type: ignore[call-arg] # its stub wants a store, its C++ refuses one of a subclass
         self._operations = operations
+        self._store = store
         # The group's name is kept there, and DeviceMesh and FSDP ask for it.
         kind = dist.ProcessGroup.BackendType.CUSTOM
         self._register_backend(torch.device("cpu"), kind, _stand_in(rank, size))
         self._set_default_backend(kind)
+
+    def get_group_store(self) -> Any:
+        return self._store
 
     def getBackendName(self) -> str:
         return NAME
@@ -110,6 +114,15 @@ class FleetProcessGroup(dist.ProcessGroup):
     def set_timeout(self, timeout: timedelta | float) -> None:
         self._operations.comm.timeout_s = seconds(timeout)
 
+    def _set_sequence_number_for_group(self) -> None:
+        """Nothing: every rank counts from 0."""
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self._operations.call_count
+
+    def _enable_collectives_timing(self) -> None:
+        """Nothing: fleet's flight recorder has the times."""
+
     def split_group(
         self,
         ranks: list[int],
@@ -120,11 +133,12 @@ class FleetProcessGroup(dist.ProcessGroup):
         device_types: Any = None,
     ) -> FleetProcessGroup | None:
         """The group of these ranks of this group, in ascending order; None on the others. `opts` are of other backends."""
-        comm = self._operations.comm
-        if comm.rank not in ranks:
+        if self._operations.comm.rank not in ranks:
             return None
-        made = FleetProcessGroup(self._operations.of_ranks(sorted(ranks), timeout))
         name: Any = group_name or f"{self.group_name}:split:{sorted(ranks)}"
+        made = FleetProcessGroup(
+            self._operations.of_ranks(sorted(ranks), timeout), c10d.PrefixStore(f"{name}/", self.get_group_store())
+        )
         made._set_group_name(name)
         made._set_group_desc(group_desc or f"{self.group_desc}:split")
         return made

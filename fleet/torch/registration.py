@@ -25,15 +25,15 @@ def create(options: Any, backend_options: Any) -> Any:
     except FleetError as error:
         raise torch_error(error) from None
     if not takes_one_of_several():
-        return FleetProcessGroup(operations)
+        return FleetProcessGroup(operations, options.store)
     from fleet.torch.backend import FleetBackend  # a class that older torch cannot make
 
-    return FleetBackend(options, operations)
+    return FleetBackend(operations, options.timeout, list(options.global_ranks_in_group), options.group_id)
 
 
-def _offer_monitored_barrier() -> None:
-    """Makes torch's function call groups of fleet: it refuses all backends but Gloo, by their names."""
-    of_torch = c10d.monitored_barrier
+def _offer_to_torchs_functions() -> None:
+    """Makes functions of torch call groups of fleet, which take Gloo and NCCL alone."""
+    of_torch, limit_of_torch = c10d.monitored_barrier, c10d._set_pg_timeout
 
     @wraps(of_torch)
     def monitored_barrier(group: Any = None, timeout: timedelta | None = None, wait_all_ranks: bool = False) -> None:
@@ -43,8 +43,17 @@ def _offer_monitored_barrier() -> None:
         else:
             of_torch(group, timeout, wait_all_ranks)
 
+    @wraps(limit_of_torch)
+    def set_pg_timeout(timeout: timedelta, group: Any = None) -> None:
+        called: Any = c10d.GroupMember.WORLD if group is None else group
+        if isinstance(called, FleetProcessGroup):
+            called.set_timeout(timeout)
+        else:
+            limit_of_torch(timeout, group)
+
     for module in (c10d, dist):
         vars(module)["monitored_barrier"] = monitored_barrier
+    vars(c10d)["_set_pg_timeout"] = set_pg_timeout
 
 
-_offer_monitored_barrier()
+_offer_to_torchs_functions()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -33,15 +34,17 @@ def names() -> None:
         x = torch.ones(2)
         dist.all_reduce(x, group=pair)
         assert x.tolist() == [2, 2]
-    if takes_one_of_several():
-        return  # there torch splits only groups that are bound to a GPU
     half = world.split_group([1, 0], group_name="half", group_desc="the lower")
     assert (half is None) == (RANK > 1)
     if half is not None:
-        assert (half.group_name, half.group_desc, half.rank(), half.size()) == ("half", "the lower", RANK, 2)
-        x = torch.ones(2)
+        rank = 1 - RANK if takes_one_of_several() else RANK  # before torch 2.14, dist.split_group has sorted the ranks
+        assert (half.group_name, half.group_desc, half.rank(), half.size()) == ("half", "the lower", rank, 2)
+        x = torch.tensor([RANK + 1.0])
         half.allreduce(x).wait()
-        assert x.tolist() == [2, 2]
+        assert x.item() == 3
+        x = torch.tensor([RANK + 1.0])
+        half.broadcast(x, 0).wait()
+        assert x.item() == (2 if takes_one_of_several() else 1)
 
 
 def meshes() -> None:
@@ -139,6 +142,22 @@ def a_bad_call() -> None:
     dist.barrier()
 
 
+def what_gloo_answers_too() -> None:
+    """The number of a group's collectives, its store and its time limit."""
+    group: Any = dist.new_group(list(range(SIZE)))
+    assert group._get_sequence_number_for_group() == 0
+    dist.all_reduce(torch.ones(3), group=group)
+    dist.all_reduce_coalesced([torch.ones(3), torch.ones(2)], group=group)
+    assert group._get_sequence_number_for_group() == 2
+    group._enable_collectives_timing()
+    group.get_group_store().set(f"rank {RANK}", "here")
+    group.get_group_store().wait([f"rank {rank}" for rank in range(SIZE)])
+    dist.distributed_c10d._set_pg_timeout(SHORT, group)
+    if RANK == 0:
+        with pytest.raises(dist.DistBackendError, match="not complete after 1 s"):
+            dist.barrier(group)
+
+
 for part in (
     names,
     meshes,
@@ -147,6 +166,7 @@ for part in (
     a_rank_that_is_late,
     a_barrier_that_names_all_missing_ranks,
     a_bad_call,
+    what_gloo_answers_too,
 ):
     part()
 dist.destroy_process_group()
