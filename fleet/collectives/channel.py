@@ -41,7 +41,7 @@ class Channel:
         # longer one may come while it is sent: then it is told with the next message.
         self._works: dict[int, float] = {}
         self._sequence = 0
-        inbox.add(self)
+        inbox.add(communicator_id, self.wants)
 
     def begin(self, operation: Operation) -> None:
         """Starts a collective. From now on all messages of its sequence number must have the same call."""
@@ -73,10 +73,6 @@ class Channel:
     def longest_work(self, sequence: int) -> float:
         return self._works.get(sequence, 0.0)
 
-    def wait_until_sent(self, operation: Operation, tracker: Tracker) -> None:
-        """Waits until lent memory may be changed. Raises TimeoutError."""
-        self.inbox.wait_until_sent(tracker, operation.deadline, self.check)
-
     def expect(self, operation: Operation, source: int, ordinal: int, segment: int) -> Payload:
         """Waits for the message with one place of a collective. Raises TimeoutError, CollectiveMismatch."""
         inbox, sequence, call, deadline = self.inbox, operation.sequence, operation.signature.data, operation.deadline
@@ -87,7 +83,7 @@ class Channel:
             return key if inbox.has(key) else None
 
         try:
-            _, theirs, payload = inbox.take(self, find, first, self.check, source)
+            _, theirs, payload = inbox.take(find, first, self.look_up, source)
         except TimeoutError:
             if first == deadline:
                 raise
@@ -95,7 +91,7 @@ class Channel:
             with contextlib.suppress(TimeoutError):  # its queue may be full, and its message on the way all the same
                 probe = self.communicator_id, sequence, PROBE, 0
                 inbox.send(self.members[source], probe, call, b"", 0.0, False, self.check)
-            _, theirs, payload = inbox.take(self, find, deadline, self.check, source)
+            _, theirs, payload = inbox.take(find, deadline, self.look_up, source)
         if theirs != call:
             self._compare(sequence, self.members[source], theirs)
             raise self.failed or ProtocolError(f"{describe_call(theirs)} arrived where {describe_call(call)} belongs")
@@ -113,47 +109,24 @@ class Channel:
             self.tell_work(head.sequence, head.work_s)
         return head.sequence >= self._sequence and head.ordinal != PROBE
 
-    def look(self) -> None:
-        """Raises CollectiveMismatch if a message has come that shows one. For waits outside of this channel."""
+    def look_up(self, awaited: int = -1) -> None:
+        """The check of a wait for messages of this channel: raises CollectiveMismatch if one has come that shows it."""
+        if self.failed is not None:
+            raise self.failed
+        self.check(awaited)
+
+    def look_in(self, awaited: int = -1) -> None:
+        """As look_up, for waits outside of this channel, in which nothing is received."""
+        self.check(awaited)
         self.inbox.receiver.drain()
         if self.failed is not None:
             raise self.failed
 
     def close(self) -> None:
-        self.inbox.remove(self)
+        self.inbox.remove(self.communicator_id)
 
     def _compare(self, sequence: int, source: int, call: bytes) -> None:
         mine = self._calls.get(sequence)
         if mine is not None and mine != call and self.failed is None:
             peer = self._rank_of.get(source, source)
             self.failed = CollectiveMismatch(sequence, self.rank, describe_call(mine), peer, describe_call(call))
-
-
-class SubChannel:
-    """Channel among some ranks of another one, for their part of a collective. The ranks are numbered anew."""
-
-    def __init__(self, channel: Channel, ranks: Sequence[int]) -> None:
-        self.rank = ranks.index(channel.rank)
-        self.members = tuple(channel.members[rank] for rank in ranks)
-        self._channel = channel
-        self._ranks = tuple(ranks)
-
-    def begin(self, operation: Operation) -> None:
-        self._channel.begin(operation)
-
-    def tell_work(self, sequence: int, work_s: float) -> None:
-        self._channel.tell_work(sequence, work_s)
-
-    def longest_work(self, sequence: int) -> float:
-        return self._channel.longest_work(sequence)
-
-    def send(
-        self, operation: Operation, peer: int, ordinal: int, segment: int, payload: Any, track: bool = False
-    ) -> Tracker | None:
-        return self._channel.send(operation, self._ranks[peer], ordinal, segment, payload, track)
-
-    def wait_until_sent(self, operation: Operation, tracker: Tracker) -> None:
-        self._channel.wait_until_sent(operation, tracker)
-
-    def expect(self, operation: Operation, source: int, ordinal: int, segment: int) -> Payload:
-        return self._channel.expect(operation, self._ranks[source], ordinal, segment)

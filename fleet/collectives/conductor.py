@@ -15,13 +15,11 @@ from typing import TypeVarTuple
 from fleet.bus import forks
 from fleet.collectives.buffer import Buffer, Parts
 from fleet.collectives.diagnosis import Diagnosis
-from fleet.collectives.interruptions import Interruptions
 from fleet.collectives.operation import Operation, Signature
 from fleet.collectives.order import Order
 from fleet.collectives.pace import Pace
 from fleet.collectives.path import Path
 from fleet.collectives.progress_queue import ProgressQueue
-from fleet.collectives.recorder import Recorder
 from fleet.collectives.script_line import SCRIPT_FILES, calling_frame
 from fleet.collectives.work import Work
 
@@ -31,23 +29,14 @@ Arguments = TypeVarTuple("Arguments")
 class Conductor:
     """Conductor of this rank in one communicator."""
 
-    def __init__(
-        self,
-        path: Path,
-        timeout_s: float,
-        order: Order,
-        recorder: Recorder,
-        interruptions: Interruptions,
-        diagnosis: Diagnosis,
-        pace: Pace,
-    ) -> None:
+    def __init__(self, path: Path, timeout_s: float, order: Order, diagnosis: Diagnosis, pace: Pace) -> None:
         self.timeout_s = timeout_s  # of calls that give none of their own
         self._path = path
         self._begin = path.begin
         self._pace = pace
         self._order = order
-        self.recorder = recorder
-        self._check_lost = interruptions.check_lost
+        self._recorder = order.recorder
+        self._check_lost = order.check_lost
         self._diagnosis = diagnosis
         self._queue = ProgressQueue(order)
 
@@ -114,7 +103,7 @@ class Conductor:
         arguments: tuple[*Arguments],
         written: Buffer | Parts | None,
     ) -> None:
-        order, recorder, pace = self._order, self.recorder, self._pace
+        order, recorder, pace = self._order, self._recorder, self._pace
         if order.error is not None:
             order.check_usable()
         self._check_lost()

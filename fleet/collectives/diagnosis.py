@@ -14,32 +14,31 @@ from fleet.collectives.generations import UNANSWERED, Inquiry, RankActivity
 from fleet.collectives.header import describe_call
 from fleet.collectives.inbox import Inbox
 from fleet.collectives.operation import Operation
-from fleet.collectives.recorder import SHOWN_ON_FAILURE, Recorder
+from fleet.collectives.order import Order
+from fleet.collectives.recorder import SHOWN_ON_FAILURE
 from fleet.errors import Blocked, Called, CollectiveMismatch, CollectiveTimeout, FleetError, Late, Unreachable
 
 COMPLETE_WITHIN_S = 0.4  # for ranks on their way to a collective that has failed, to be named with the others
 
 
 class Diagnosis:
-    """Diagnosis by one rank of a communicator. `members` are the world's ranks of the communicator's ranks."""
+    """Diagnosis by one rank of a communicator, whose operations are in `order`."""
 
     def __init__(
         self,
         rank: int,
-        members: Sequence[int],
-        communicator_id: int,
-        recorder: Recorder,
+        order: Order,
         inquire: Inquiry | None = None,  # None: nobody can be asked
         inbox: Inbox | None = None,  # None: the communicator has no messages of its own
     ) -> None:
         self._rank = rank
-        self._members = members
-        self._communicator_id = communicator_id
+        self._members = members = order.members
+        self._communicator_id = order.communicator_id
+        self._recorder = order.recorder
         self._inquire = inquire
         self._inbox = inbox
-        self._recorder = recorder
         # The world's ranks of all ranks, for errors; empty if they are the same numbers.
-        self.numbers = () if tuple(members) == tuple(range(len(members))) else members
+        self.numbers = () if members == tuple(range(len(members))) else members
 
     def explain(self, operation: Operation, error: BaseException) -> BaseException:
         """The error to raise in place of `error`, by which the operation ended, with all that is known of its cause."""

@@ -24,13 +24,11 @@ from fleet.collectives.fabric import Fabric, FormingTimeout
 from fleet.collectives.greeting import Unheard, check_addresses, greet, partners
 from fleet.collectives.header import pack_call
 from fleet.collectives.hierarchy import HierarchicalPath
-from fleet.collectives.interruptions import Interruptions
-from fleet.collectives.operation import Check, Operation, Signature
+from fleet.collectives.operation import Operation, Signature
 from fleet.collectives.order import Order
 from fleet.collectives.pace import Pace
 from fleet.collectives.path import AlonePath, Path
 from fleet.collectives.point_to_point import PointToPoint
-from fleet.collectives.recorder import Recorder
 from fleet.collectives.shared import SharedPath
 from fleet.collectives.sockets import SocketPath
 from fleet.collectives.windows import Windows
@@ -94,12 +92,11 @@ class Endpoint:
         self.members = tuple(members)
         self.rank = rank
         self.communicator_id = communicator_id
-        self.order = Order()
-        recorder = Recorder()
         generation = fabric.generation if fabric is not None else None
-        self.interruptions = Interruptions(self.members, communicator_id, generation, self.order, recorder)
+        self.order = Order(members, communicator_id, generation)
         inquire, inbox = (fabric.inquire, fabric.inbox) if fabric is not None else (None, None)
-        self.diagnosis = Diagnosis(rank, self.members, communicator_id, recorder, inquire, inbox)
+        self.diagnosis = Diagnosis(rank, self.order, inquire, inbox)
+        recorder = self.order.recorder
         if fabric is not None:
             fabric.generation.recorders.append((communicator_id, recorder))
         pace = generation.pace if generation is not None else Pace(is_kept=False)
@@ -109,11 +106,11 @@ class Endpoint:
         self.channel: Channel | None = None  # None in a communicator of one rank, as is what follows
         self.point_to_point: PointToPoint | None = None
         if fabric is not None and len(self.members) > 1:
-            self.channel = Channel(fabric.inbox, communicator_id, self.members, self.interruptions.check)
-            self.point_to_point = PointToPoint(self.channel, self.interruptions, self.diagnosis, pace)
+            self.channel = Channel(fabric.inbox, communicator_id, self.members, self.order.check)
+            self.point_to_point = PointToPoint(self.channel, self.order, self.diagnosis, pace)
             self._find_path(fabric, self.channel, forming or FormingCall())
         recorder.counts.path = self.path.name
-        self.conductor = Conductor(self.path, timeout_s, self.order, recorder, self.interruptions, self.diagnosis, pace)
+        self.conductor = Conductor(self.path, timeout_s, self.order, self.diagnosis, pace)
 
     def shared_bytes(self, size: int, deadline: float) -> Array:
         """Zeroed bytes in memory that the ranks of this host share, or in ordinary memory if they share none.
@@ -174,7 +171,7 @@ def find_path(fabric: Fabric, channel: Channel, windows: Windows, deadline: floa
 
     Raises FormingTimeout after `deadline` (monotonic), and Unheard if ranks of a new world do not reach this one.
     """
-    members, check, world = channel.members, channel.check, fabric.generation.world.members
+    members, world = channel.members, fabric.generation.world.members
     hosts = _hosts(world, members)
     mine = next(host for host in hosts if channel.rank in host)
     if channel.communicator_id == 0 and len(hosts) > 1:
@@ -190,7 +187,7 @@ def find_path(fabric: Fabric, channel: Channel, windows: Windows, deadline: floa
         name = f"{channel.communicator_id:x}-{mine[0]}"
         memory = fabric.share(name, arena_bytes(len(mine)), index, [members[rank] for rank in mine], deadline)
         if memory is not None:
-            arena = Arena(memory, index, mine, check if len(hosts) == 1 else looking(check, channel))
+            arena = Arena(memory, index, mine, channel.check if len(hosts) == 1 else channel.look_in)
     local = SharedPath(arena, windows) if arena is not None else None
     if len(hosts) == 1 and local is not None:
         return local, arena
@@ -199,16 +196,6 @@ def find_path(fabric: Fabric, channel: Channel, windows: Windows, deadline: floa
     if several and _agreed(everyone, local is not None or len(mine) == 1, deadline):
         return HierarchicalPath(channel, local, hosts), arena
     return everyone, None
-
-
-def looking(check: Check, channel: Channel) -> Check:
-    """A check for waits in shared memory: `check`, and whether a rank of another host is in a different call."""
-
-    def both(awaited: int = -1) -> None:
-        check(awaited)
-        channel.look()
-
-    return both
 
 
 def _hosts(world: Sequence[Member], members: Sequence[int]) -> list[list[int]]:

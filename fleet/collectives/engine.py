@@ -8,13 +8,13 @@ in segments, each sent on as soon as it is combined, so that all links and cores
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fleet.bus.mesh import Tracker
 from fleet.collectives.buffer import Array
-from fleet.collectives.channel import Channel, SubChannel
+from fleet.collectives.channel import Channel
 from fleet.collectives.inbox import Payload
 from fleet.collectives.operation import Operation
 from fleet.collectives.schedule import Action, Plan, Step
@@ -72,32 +72,32 @@ def compile_plan(plan: Plan) -> tuple[PlannedStep, ...]:
 
 
 class Exchange:
-    """Messages of one operation in one channel, and the memory that is lent to them.
+    """Messages of one operation between some ranks of a channel, which are numbered anew, and the memory that is lent to them.
 
     All methods raise TimeoutError after the operation's deadline, and CollectiveMismatch. Memory that `send` and `run` read
     may be changed again after `finish`.
     """
 
-    def __init__(self, channel: Channel | SubChannel, operation: Operation) -> None:
+    def __init__(self, channel: Channel, ranks: Sequence[int], operation: Operation) -> None:
         self._channel = channel
+        self._ranks = ranks
         self._operation = operation
         self._lent: list[Tracker] = []  # trackers of memory that libzmq may still read
 
     def send(self, peer: int, chunk: Array, ordinal: int = 0) -> None:
         """Sends this rank's own memory in segments."""
         for segment, piece in enumerate(segments(chunk)):
-            memory = chunk[piece].view(np.uint8)
-            self._lend(self._channel.send(self._operation, peer, ordinal, segment, memory, track=True))
+            self._send(peer, ordinal, segment, chunk[piece].view(np.uint8), track=True)
 
     def receive(self, peer: int, into: Array, ordinal: int = 0) -> None:
         """Receives a chunk into `into`."""
         for segment, piece in enumerate(segments(into)):
-            into[piece] = as_array(self._channel.expect(self._operation, peer, ordinal, segment), into[piece])
+            into[piece] = as_array(self._expect(peer, ordinal, segment), into[piece])
 
     def take(self, peer: int, like: Array) -> Array:
         """Receives a chunk of one segment in the memory that it arrived in."""
         assert like.nbytes < TWO_SEGMENTS_FROM
-        return as_array(self._channel.expect(self._operation, peer, 0, 0), like)
+        return as_array(self._expect(peer, 0, 0), like)
 
     def run(self, steps: Sequence[PlannedStep], mine: Chunks, out: Chunks, first_ordinal: int = 0) -> None:
         """Carries out the steps, and finishes: `mine` are this rank's chunks, results go to `out` where that is not None.
@@ -122,7 +122,7 @@ class Exchange:
     def finish(self) -> None:
         """Waits until all lent memory may be changed again."""
         for tracker in self._lent:
-            self._channel.wait_until_sent(self._operation, tracker)
+            self._channel.inbox.mesh.wait_until_sent(tracker, self._operation.deadline, self._channel.check)
         self._lent = []
 
     def _receive_chunk(
@@ -137,7 +137,7 @@ class Exchange:
         after: list[Payload] = []
         for segment, piece in enumerate(segments(chunk)):
             ordinal = planned.recv_ordinal + first_ordinal
-            payload = self._channel.expect(self._operation, step.recv_from, ordinal, segment)
+            payload = self._expect(step.recv_from, ordinal, segment)
             arrived = as_array(payload, chunk[piece])
             if step.action is not Action.COPY:
                 assert kernel is not None
@@ -157,12 +157,15 @@ class Exchange:
 
     def _send_on(self, peer: int, ordinal: int, segment: int, payload: Payload) -> None:
         """Sends an arrived payload. A frame belongs to libzmq; the memory of several joined frames is lent."""
-        own = isinstance(payload.carrier, bytearray)
-        self._lend(self._channel.send(self._operation, peer, ordinal, segment, payload.carrier, track=own))
+        self._send(peer, ordinal, segment, payload.carrier, track=isinstance(payload.carrier, bytearray))
 
-    def _lend(self, tracker: Tracker | None) -> None:
+    def _send(self, peer: int, ordinal: int, segment: int, memory: Any, track: bool) -> None:
+        tracker = self._channel.send(self._operation, self._ranks[peer], ordinal, segment, memory, track)
         if tracker is not None:
             self._lent.append(tracker)
+
+    def _expect(self, peer: int, ordinal: int, segment: int) -> Payload:
+        return self._channel.expect(self._operation, self._ranks[peer], ordinal, segment)
 
 
 def as_array(payload: Payload, like: Array) -> Array:

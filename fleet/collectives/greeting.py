@@ -68,7 +68,7 @@ def greet(channel: Channel, ranks: Sequence[int], deadline: float) -> None:
 
     while awaited:
         try:
-            key, _, _ = channel.inbox.take(channel, find, deadline, channel.check)
+            key, _, _ = channel.inbox.take(find, deadline, channel.look_up)
         except TimeoutError:
             raise Unheard([channel.members[rank] for rank in awaited.values()], deadline - started) from None
         del awaited[key]

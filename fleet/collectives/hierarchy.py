@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fleet.collectives.buffer import Array
-from fleet.collectives.channel import Channel, SubChannel
+from fleet.collectives.channel import Channel
 from fleet.collectives.operation import Operation
 from fleet.collectives.shared import SharedPath, share
 from fleet.collectives.sockets import SocketPath
@@ -42,11 +42,10 @@ class HierarchicalPath:
         self.reduce, self.reduce_scatter, self.scan = everyone.reduce, everyone.reduce_scatter, everyone.scan
         self.all_gather, self.all_to_all = everyone.all_gather, everyone.all_to_all
         self.gather, self.scatter = everyone.gather, everyone.scatter
-        self._across: SocketPath | None = (
-            None  # between the ranks with this one's number on their hosts, if it has a share
-        )
+        # Between the ranks with this one's number on their hosts, if it has a share.
+        self._across: SocketPath | None = None
         if position < self._shares:
-            self._across = SocketPath(SubChannel(channel, [host[position] for host in hosts]))
+            self._across = SocketPath(channel, [host[position] for host in hosts])
 
     def begin(self, operation: Operation) -> None:
         if self._local is not None:
@@ -87,7 +86,7 @@ class HierarchicalPath:
         leads = root if self._host_of[root] == self._host_of[self.index] else host[0]
         if self.index == leads:
             ranks = [root if self._host_of[root] == n else rank for n, rank in enumerate(first)]
-            SocketPath(SubChannel(self._channel, ranks)).broadcast(operation, flat, ranks.index(root))
+            SocketPath(self._channel, ranks).broadcast(operation, flat, ranks.index(root))
         if self._local is not None:
             self._local.broadcast(operation, flat, host.index(leads))
 

@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from fleet.bus.mesh import HWM, TICK_MS, Check, Mesh, Tracker
 from fleet.collectives.header import Head, pack_head, unpack_head
@@ -26,19 +26,6 @@ MESSAGE_BYTES = 512  # of each of them, beside its payload
 log = logging.getLogger("fleet.collectives")
 
 Key = tuple[int, int, int, int, int]  # communicator id, sequence, source, ordinal, segment
-
-
-class Subscriber(Protocol):
-    """Receiver of one communicator's messages, such as a Channel."""
-
-    communicator_id: int
-
-    @property
-    def failed(self) -> FleetError | None:
-        """The reason to end all waits for its messages."""
-
-    def wants(self, head: Head) -> bool:
-        """Whether an arrived message is of use now or later."""
 
 
 class Payload(NamedTuple):
@@ -87,7 +74,7 @@ class Receiver:
         self.receiving = False  # whether a thread receives, for all
         self.inboxes: dict[int, Inbox] = {}  # by world id
         self._newest: Inbox | None = None  # the one with the last generation, open or closed
-        self._linger = True
+        self.linger = True
         self._ahead = Ahead()
 
     def open(self, world: World, rank: int) -> Inbox:
@@ -115,13 +102,7 @@ class Receiver:
 
     def close(self, linger: bool = True) -> None:
         """Closes the sockets. With `linger`, sent messages still go out, unless a collective has failed."""
-        self.mesh.close(linger and self._linger)
-
-    def leave(self, inbox: Inbox, linger: bool) -> None:
-        """Drops an inbox. See Inbox.close."""
-        with self.changed:
-            self._linger = self._linger and linger
-            self.inboxes.pop(inbox.world_id, None)
+        self.mesh.close(linger and self.linger)
 
     def receive(self) -> tuple[Inbox, Head, Payload] | None:
         """The next message for an open inbox; None after a tick without one. For the thread that has set `receiving`."""
@@ -188,20 +169,20 @@ class Inbox:
         self.world_id = world_id
         self.rank = rank
         self.addresses = addresses  # by rank
-        self._mesh = receiver.mesh
-        self._channels: dict[int, Subscriber] = {}
+        self.mesh = receiver.mesh
+        self._wants: dict[int, Callable[[Head], bool]] = {}  # by communicator id
         self._early: dict[Key, tuple[bytes, Payload]] = {}
 
-    def add(self, channel: Subscriber) -> None:
-        """Passes messages of the channel's communicator to the channel from now on."""
-        assert channel.communicator_id not in self._channels, "two communicators have the same id"
-        self._channels[channel.communicator_id] = channel
+    def add(self, communicator_id: int, wants: Callable[[Head], bool]) -> None:
+        """Asks `wants` from now on whether a message of the communicator that arrives is of use now or later."""
+        assert communicator_id not in self._wants, "two communicators have the same id"
+        self._wants[communicator_id] = wants
 
-    def remove(self, channel: Subscriber) -> None:
-        """Drops the channel and its messages."""
+    def remove(self, communicator_id: int) -> None:
+        """Drops the communicator and its messages."""
         with self.receiver.changed:
-            self._channels.pop(channel.communicator_id, None)
-            for key in [key for key in self._early if key[0] in (channel.communicator_id, channel.communicator_id + 1)]:
+            self._wants.pop(communicator_id, None)
+            for key in [key for key in self._early if key[0] in (communicator_id, communicator_id + 1)]:
                 del self._early[key]
 
     def send(
@@ -218,14 +199,10 @@ class Inbox:
         """Queues a message with the place (communicator id, sequence, ordinal, segment). See Mesh.send, and pace.py."""
         communicator_id, sequence, ordinal, segment = key
         head = pack_head(self.world_id, communicator_id, sequence, self.rank, ordinal, segment, call, work_s)
-        return self._mesh.send(self.addresses[peer], head, payload, deadline, track, check)
-
-    def wait_until_sent(self, tracker: Tracker, deadline: float, check: Check) -> None:
-        """Waits until lent memory may be changed. Raises TimeoutError."""
-        self._mesh.wait_until_sent(tracker, deadline, check)
+        return self.mesh.send(self.addresses[peer], head, payload, deadline, track, check)
 
     def take(
-        self, channel: Subscriber, find: Callable[[], Key | None], deadline: float, check: Check, awaited: int = -1
+        self, find: Callable[[], Key | None], deadline: float, check: Check, awaited: int = -1
     ) -> tuple[Key, bytes, Payload]:
         """Waits for the message whose key `find` returns. Raises TimeoutError, CollectiveMismatch.
 
@@ -240,7 +217,7 @@ class Inbox:
                 if not receiver.receiving:
                     break
                 changed.wait(TICK_MS / 1000)
-                _look_up(channel, check)
+                check(-1)
                 if monotonic() > deadline:
                     raise TimeoutError
             receiver.receiving = True
@@ -255,12 +232,12 @@ class Inbox:
                         if (key := find()) is not None:
                             return (key, *self._early.pop(key))
                         changed.notify_all()
-                _look_up(channel, check, -1 if arrived else awaited)
+                check(-1 if arrived else awaited)
                 if (now := monotonic()) > deadline:
                     # The message may have come in time and lie behind others, if this process stood still and did not read.
                     # So reading goes on for a tick, and no longer, however many messages come.
                     last_call = last_call or now + TICK_MS / 1000
-                    if now > last_call or not self._mesh.has_message():
+                    if now > last_call or not self.mesh.has_message():
                         raise TimeoutError
         finally:
             with changed:
@@ -269,7 +246,7 @@ class Inbox:
 
     def unreached(self) -> list[int]:
         """Ranks that this process has sent to without having a connection."""
-        closed = self._mesh.unreached()
+        closed = self.mesh.unreached()
         return [rank for rank, address in enumerate(self.addresses) if address in closed]
 
     def has(self, key: Key) -> bool:
@@ -277,9 +254,9 @@ class Inbox:
 
     def keep(self, head: Head, payload: Payload) -> None:
         """Keeps a message of use until it is taken. The caller holds the receiver's `changed`."""
-        channel = self._channels.get(head.communicator_id)
+        wants = self._wants.get(head.communicator_id)
         # A communicator without a channel is one that this rank is about to form.
-        if channel is None or channel.wants(head):
+        if wants is None or wants(head):
             self._early[head.communicator_id, head.sequence, head.source, head.ordinal, head.segment] = (
                 head.call,
                 payload,
@@ -290,11 +267,7 @@ class Inbox:
 
         Without `linger`, the end of the process does not wait for messages in the queues.
         """
-        self.receiver.leave(self, linger)
-
-
-def _look_up(channel: Subscriber, check: Check, awaited: int = -1) -> None:
-    """Raises the reason to end a wait for a message, if there is one."""
-    if channel.failed is not None:
-        raise channel.failed
-    check(awaited)
+        receiver = self.receiver
+        with receiver.changed:
+            receiver.linger = receiver.linger and linger
+            receiver.inboxes.pop(self.world_id, None)

@@ -20,7 +20,6 @@ from fleet.errors import UsageError
 # given the rank that is waited for.
 Check = Callable[..., None]
 
-SETTLE_S = 0.5  # for messages that a rank sent before it ended, which may still be on their way
 SIGNATURES_KEPT = 4096
 END_UNKNOWN = -1.0  # in place of the time at which an operation ended, where nobody tells it
 # Collectives that every rank enters before any rank leaves them, on all paths.

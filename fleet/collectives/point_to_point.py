@@ -8,8 +8,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
-from typing import Any
 
 import numpy as np
 
@@ -19,8 +19,7 @@ from fleet.collectives.channel import Channel
 from fleet.collectives.diagnosis import Diagnosis
 from fleet.collectives.header import describe_call, pack_call
 from fleet.collectives.inbox import Key
-from fleet.collectives.interruptions import Interruptions
-from fleet.collectives.operation import SETTLE_S
+from fleet.collectives.order import SETTLE_S, Order
 from fleet.collectives.pace import Pace
 from fleet.collectives.work import Work, check_not_own
 from fleet.errors import CollectiveMismatch, CollectiveTimeout, ProtocolError, RankEnded
@@ -29,10 +28,10 @@ from fleet.errors import CollectiveMismatch, CollectiveTimeout, ProtocolError, R
 class PointToPoint:
     """Sends and receives of this rank in one communicator."""
 
-    def __init__(self, channel: Channel, interruptions: Interruptions, diagnosis: Diagnosis, pace: Pace) -> None:
+    def __init__(self, channel: Channel, order: Order, diagnosis: Diagnosis, pace: Pace) -> None:
         self.channel = channel
         self.communicator_id = channel.communicator_id + 1  # that the messages carry
-        self._interruptions = interruptions
+        self._order = order
         self._diagnosis = diagnosis
         self._pace = pace
         self._lanes: dict[tuple[int, int], _Lane] = {}  # of what is sent, by (rank, tag)
@@ -52,21 +51,20 @@ class PointToPoint:
             try:
                 tracker = message.queue(0.0 if async_op else message.deadline)
             except TimeoutError:
-                if not async_op:
-                    lane.leave()
-                    raise message.late() from None
-                lane.go_on(message.carry_out)  # there is no room now
+                if async_op:  # there is no room now
+                    lane.go_on(message.carry_out)
+                    return message.work
+                lane.leave()
+                raise message.late() from None
             except BaseException:
                 lane.leave()
                 raise
-            else:
-                lane.leave()
-                message.work.begin()
-                if async_op:
-                    message.settle_later(tracker)
-                else:
-                    message.settle(tracker)
-                    message.work.end()
+            lane.leave()
+            if not async_op:
+                message.settle(tracker)
+                return None
+            message.work.begin()
+            message.settle_later(tracker)
         if async_op:
             return message.work
         message.work.wait()
@@ -97,14 +95,8 @@ class PointToPoint:
         work = Work(deadline, late, lane)
 
         def act() -> None:
-            if work.done() or not work.begin():  # its deadline has passed
-                return
-            try:
-                work.source = self._receive(buffer, src, tag, deadline - monotonic())
-            except BaseException as error:
-                work.end(error)
-            else:
-                work.end()
+            if not work.done() and work.begin():
+                work.carry_out(lambda: self._receive(buffer, src, tag, deadline - monotonic()))
 
         if lane.enter(act):
             lane.go_on(act)
@@ -122,10 +114,7 @@ class PointToPoint:
         claimed: list[int] = []
         try:
             key, sent, payload = channel.inbox.take(
-                channel,
-                lambda: self._find(sources, tag, claimed),
-                monotonic() + limit_s,
-                self.checking(call, sources, SETTLE_S),
+                lambda: self._find(sources, tag, claimed), monotonic() + limit_s, self.checking(call, sources, True)
             )
         except TimeoutError:
             raise self.timeout(call, "from", sources, limit_s) from None
@@ -139,23 +128,26 @@ class PointToPoint:
         buffer.write_back()
         return source
 
-    def checking(self, call: bytes, ranks: list[int], settle_s: float) -> Check:
+    def checking(self, call: bytes, ranks: list[int], receives: bool) -> Check:
         """The check of a wait for one of these ranks: raises RankEnded once all of them have ended.
 
-        Messages that they sent before may still be on their way for `settle_s`.
+        Messages that they sent before may still be on their way to a rank that `receives`.
         """
-        interruptions, since = self._interruptions, monotonic()
+        channel, order, since = self.channel, self._order, monotonic()
 
         def check(awaited: int = -1) -> None:
-            interruptions.check_world()
-            if not interruptions.ended:
+            if receives and channel.failed is not None:
+                raise channel.failed
+            order.check_world()
+            if not order.ended:
                 return
-            members = [self.channel.members[rank] for rank in ranks]
-            known = [interruptions.ended.get(member) for member in members]
-            ended = [one for one in known if one is not None]
-            if len(ended) < len(known) or monotonic() < max(since, *(one.since for one in ended)) + settle_s:
+            members = [channel.members[rank] for rank in ranks]
+            ended = [order.ended[member] for member in members if member in order.ended]
+            if len(ended) < len(members):
                 return
-            what = self._described(call, "from" if settle_s else "to", ranks)
+            if monotonic() < max(since, *(one.since for one in ended)) + SETTLE_S * receives:
+                return
+            what = self._described(call, "from" if receives else "to", ranks)
             last = ended[-1]
             raise RankEnded(members[-1], last.worker_id, last.host, last.pid, what, point_to_point=True)
 
@@ -246,7 +238,7 @@ class _Message:
         self._owner, self._lane, self._memory = owner, lane, buffer.flat.view(np.uint8)
         self._dst, self._tag, self._limit_s = dst, tag, limit_s
         self._call = pack_call("send", "", buffer.dtype, buffer.shape, tag)
-        self._check = owner.checking(self._call, [dst], 0.0)
+        self._check = owner.checking(self._call, [dst], False)
 
     def late(self) -> CollectiveTimeout:
         return self._owner.timeout(self._call, "to", [self._dst], self._limit_s)
@@ -264,7 +256,7 @@ class _Message:
         """Waits until the memory may be changed again."""
         if tracker is not None:
             try:
-                self._owner.channel.inbox.wait_until_sent(tracker, self.deadline, self._check)
+                self._owner.channel.inbox.mesh.wait_until_sent(tracker, self.deadline, self._check)
             except TimeoutError:
                 raise self.late() from None
 
@@ -272,8 +264,9 @@ class _Message:
         """Ends the Work once the memory may be changed again."""
         if tracker is None:
             self.work.end()
-        else:
-            in_background(lambda: self.settle(tracker), self.work)
+        else:  # in a thread of its own, so that nothing else waits for it
+            act = partial(self.work.carry_out, lambda: self.settle(tracker))
+            threading.Thread(target=act, name="fleet-message", daemon=True).start()
 
     def carry_out(self) -> None:
         """Sends the message when all before it in its lane have left."""
@@ -285,17 +278,3 @@ class _Message:
             self.work.end(self.late() if isinstance(error, TimeoutError) else error)
         else:
             self.settle_later(tracker)
-
-
-def in_background(act: Callable[[], Any], work: Work) -> None:
-    """Calls `act` in a thread of its own, so that nothing else waits for it. What it returns is the source of `work`."""
-
-    def run() -> None:
-        try:
-            work.source = act()
-        except BaseException as error:
-            work.end(error)
-        else:
-            work.end()
-
-    threading.Thread(target=run, name="fleet-message", daemon=True).start()

@@ -62,57 +62,36 @@ class SharedPath:
             self._staged(operation, flat, flat)
 
     def reduce(self, operation: Operation, flat: Array, root: int) -> None:
-        """As all_reduce, but only root's `flat` is written."""
         self._staged(operation, flat, flat if root == self.index else None)
 
     def reduce_to_shares(self, operation: Operation, flat: Array, out: Array | None, shares: int) -> None:
         """Combines `flat` over all ranks. The first `shares` ranks get one part of the result each, in `out`, unfinished."""
-        arena, kernel = self._arena, operation.kernel
-        per = self._arena.slot_bytes // flat.itemsize // shares  # elements of each share in one block
+        arena = self._arena
+        per = arena.slot_bytes // flat.itemsize // shares  # elements of each share in one block
         wholes = [flat[share(len(flat), rank, shares)] for rank in range(shares)]
         for piece in _pieces(max(map(len, wholes)), per):
-            block = arena.block + 1
             slots = arena.slots(flat.dtype, per * shares)
-            for rank, whole in enumerate(wholes):
-                some = whole[piece]
-                slots[self.index][rank * per :][: len(some)] = some
+            _write(slots[self.index], wholes, piece, per)
             arena.await_all(arena.post(), operation.deadline)
             if out is not None:
-                mine = out[piece]
-                lies = slice(self.index * per, self.index * per + len(mine))
-                kernel.many([slot[lies] for slot in slots[: self.count]], mine, last=False)
-            arena.fold(block)
-            arena.await_folded(block, operation.deadline)
+                self._combine_at(operation, slots[: self.count], out[piece], per, last=False)
+            arena.fold(operation.deadline)
 
     def spread_shares(self, operation: Operation, flat: Array, mine: Array | None, shares: int) -> None:
         """Puts the shares of the first `shares` ranks into `flat` on all ranks. `mine` is this rank's, if it has one."""
-        arena = self._arena
         parts = [flat[share(len(flat), rank, shares)] for rank in range(shares)]
-        per = arena.half_bytes // flat.itemsize
-        for piece in _pieces(max(map(len, parts)), per):
-            halves = arena.halves(flat.dtype, per)
-            arena.await_idle(operation.deadline)
-            if mine is not None:
-                some = mine[piece]
-                halves[self.index][: len(some)] = some
-            arena.await_all(arena.post(), operation.deadline)
-            for rank, part in enumerate(parts):
-                some = part[piece]
-                some[:] = halves[rank][: len(some)]
+        self._swap(operation, parts, [flat[:0] if mine is None else mine], max(map(len, parts)))
 
     def scan(self, operation: Operation, flat: Array, exclusive: bool) -> None:
-        """flat = the combination of the ranks up to this one (exclusive: before it; rank 0's stays as it is)."""
         arena, kernel = self._arena, operation.kernel
         for piece in _pieces(len(flat), arena.slot_bytes // flat.itemsize):
-            block = arena.block + 1
             part = flat[piece]
             slots = arena.slots(flat.dtype, len(part))
             slots[self.index][:] = part
             arena.await_all(arena.post(), operation.deadline)
             mine = share(len(part), self.index, self.count)
             kernel.prefixes([slot[mine] for slot in slots[: self.count]])
-            arena.fold(block)
-            arena.await_folded(block, operation.deadline)
+            arena.fold(operation.deadline)
             source = self.index - 1 if exclusive else self.index
             if source >= 0:
                 part[:] = slots[source]
@@ -120,20 +99,13 @@ class SharedPath:
                 arena.await_all(arena.post(), operation.deadline)
 
     def reduce_scatter(self, operation: Operation, out: Array, parts: Sequence[Array]) -> None:
-        """out = the combination of every rank's part for this rank."""
-        arena = self._arena
-        longest = max(1, *map(len, parts))
-        per = min(longest, arena.half_bytes // out.itemsize // self.count)
-        for piece in _pieces(longest, per):
-            halves = arena.halves(out.dtype, per * self.count)
-            arena.await_idle(operation.deadline)
-            for rank, part in enumerate(parts):
-                some = part[piece]
-                halves[self.index][rank * per :][: len(some)] = some
-            arena.await_all(arena.post(), operation.deadline)
-            mine = out[piece]
-            lies = slice(self.index * per, self.index * per + len(mine))
-            operation.kernel.many([half[lies] for half in halves], mine)
+        for piece, per, halves in self._blocks(operation, parts, max(map(len, parts))):
+            self._combine_at(operation, halves, out[piece], per)
+
+    def _combine_at(self, operation: Operation, memory: list[Array], out: Array, per: int, last: bool = True) -> None:
+        """Combines what lies at this rank's place in the memory of all ranks, where each place has `per` elements."""
+        lies = slice(self.index * per, self.index * per + len(out))
+        operation.kernel.many([array[lies] for array in memory], out, last)
 
     def _staged(self, operation: Operation, flat: Array, out: Array | None, posted: int | None = None) -> None:
         """Combines `flat` over all ranks into `out`. `posted` is the word of the first block if that is posted already, for
@@ -151,8 +123,7 @@ class SharedPath:
                 mine = share(len(part), self.index, count)
                 folding = len(part), [slot[mine] for slot in slots[:count]], slots[count][mine]
             kernel.many(folding[1], folding[2])
-            arena.fold(arena.block)
-            arena.await_folded(arena.block, deadline)
+            arena.fold(deadline)
             if out is not None:
                 out[piece] = slots[count]
 
@@ -178,13 +149,12 @@ class SharedPath:
             for rank in range(self.count)
         ]
         mine = share(len(flat), self.index, self.count)
-        for piece in _pieces(_length(mine), max(1, DIRECT_PIECE_BYTES // flat.itemsize), mine.start):
+        for piece in _pieces(mine.stop - mine.start, max(1, DIRECT_PIECE_BYTES // flat.itemsize), mine.start):
             parts = [view[piece] for view in views]
             kernel.many(parts, parts[0])
             for part in parts[1:]:
                 part[:] = parts[0]
-        arena.fold(arena.block)
-        arena.await_folded(arena.block, operation.deadline)
+        arena.fold(operation.deadline)
         return True
 
     # Moves
@@ -194,81 +164,76 @@ class SharedPath:
         arena.await_all(arena.post(), operation.deadline)
 
     def broadcast(self, operation: Operation, flat: Array, root: int) -> None:
-        arena = self._arena
-        for piece in _pieces(len(flat), arena.half_bytes // flat.itemsize):
-            part = flat[piece]
-            halves = arena.halves(flat.dtype, len(part))
-            if self.index == root:
-                arena.await_idle(operation.deadline)
-                halves[root][:] = part
-                arena.post_for_one()
-            else:
-                word = arena.post()
-                arena.await_one(root, word, operation.deadline)
-                part[:] = halves[root]
+        self._from_root(operation, root, [flat] if root == self.index else None, flat, 1)
 
     def all_gather(self, operation: Operation, parts: Sequence[Array], mine: Array) -> None:
-        """parts[r] = rank r's `mine`."""
-        arena = self._arena
-        longest = max(1, *map(len, parts))
-        per = min(longest, arena.half_bytes // mine.itemsize)
-        for piece in _pieces(longest, per):
-            halves = arena.halves(mine.dtype, per)
-            arena.await_idle(operation.deadline)
-            some = mine[piece]
-            halves[self.index][: len(some)] = some
-            arena.await_all(arena.post(), operation.deadline)
-            for rank, part in enumerate(parts):
-                some = part[piece]
-                some[:] = halves[rank][: len(some)]
+        self._swap(operation, parts, [mine], max(map(len, parts)))
 
     def gather(self, operation: Operation, parts: Sequence[Array] | None, mine: Array, root: int) -> None:
-        """At root, parts[r] = rank r's `mine`. All have one length."""
-        arena = self._arena
-        for piece in _pieces(len(mine), arena.half_bytes // mine.itemsize):
-            halves = arena.halves(mine.dtype, _length(piece))
-            arena.await_idle(operation.deadline)
-            halves[self.index][:] = mine[piece]
-            word = arena.post_for_one()
-            if parts is not None:
-                arena.await_all(word, operation.deadline)
-                for rank, part in enumerate(parts):
-                    part[piece] = halves[rank]
+        self._swap(operation, parts or (), [mine], len(mine), reads=parts is not None)
 
     def scatter(self, operation: Operation, out: Array, parts: Sequence[Array] | None, root: int) -> None:
-        """out = root's part for this rank. All have one length."""
-        arena = self._arena
-        for piece in _pieces(len(out), arena.half_bytes // out.itemsize // self.count):
-            length = _length(piece)
-            halves = arena.halves(out.dtype, length * self.count)
-            if parts is not None:
-                arena.await_idle(operation.deadline)
-                for rank, part in enumerate(parts):
-                    halves[root][rank * length : (rank + 1) * length] = part[piece]
-                arena.post_for_one()
-            else:
-                arena.await_one(root, arena.post(), operation.deadline)
-            out[piece] = halves[root][self.index * length : (self.index + 1) * length]
+        self._from_root(operation, root, parts, out, self.count)
 
     def all_to_all(self, operation: Operation, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
-        """out[r] = rank r's part for this rank; no part of any rank has more than `longest` elements."""
-        arena = self._arena
-        dtype = parts[0].dtype
-        per = arena.half_bytes // dtype.itemsize // self.count
-        for piece in _pieces(longest, per):
-            halves = arena.halves(dtype, per * self.count)
-            arena.await_idle(operation.deadline)
-            for rank, part in enumerate(parts):
+        self._swap(operation, out, parts, longest)
+
+    def _swap(
+        self, operation: Operation, out: Sequence[Array], given: Sequence[Array], longest: int, reads: bool = True
+    ) -> None:
+        """out[r] = the one array that rank r gives, or the one for this rank of those that it gives. See _blocks."""
+        for piece, per, halves in self._blocks(operation, given, longest, reads):
+            start = self.index * per if len(given) > 1 else 0
+            for part, half in zip(out, halves, strict=False):  # halves of ranks that have no share are left out
                 some = part[piece]
-                halves[self.index][rank * per :][: len(some)] = some
-            arena.await_all(arena.post(), operation.deadline)
-            for rank, part in enumerate(out):
-                some = part[piece]
-                some[:] = halves[rank][self.index * per :][: len(some)]
+                some[:] = half[start : start + len(some)]
+
+    def _blocks(
+        self, operation: Operation, given: Sequence[Array], longest: int, reads: bool = True
+    ) -> Iterator[tuple[slice, int, list[Array]]]:
+        """Blocks in which each rank gives its arrays, of up to `longest` elements, and reads those of the others.
+
+        Yields the slice of the arrays in one block, the elements of each array's place in a half, and the halves.
+        """
+        arena, deadline, dtype = self._arena, operation.deadline, given[0].dtype
+        per = max(1, min(longest, arena.half_bytes // dtype.itemsize // len(given)))
+        for begin in range(0, max(longest, 1), per):
+            piece = slice(begin, min(longest, begin + per))
+            halves = arena.halves(dtype, per * len(given))
+            arena.await_idle(deadline)
+            _write(halves[self.index], given, piece, per)
+            if reads:
+                arena.await_all(arena.post(), deadline)
+            else:
+                arena.post_for_one()
+            yield piece, per, halves
+
+    def _from_root(
+        self, operation: Operation, root: int, given: Sequence[Array] | None, out: Array, places: int
+    ) -> None:
+        """out = what root gives at this rank's place; with one place, what it gives to all. `given` is None elsewhere."""
+        arena, deadline = self._arena, operation.deadline
+        per = max(1, min(len(out), arena.half_bytes // out.itemsize // places))
+        start = self.index * per if places > 1 else 0
+        for begin in range(0, max(len(out), 1), per):
+            piece = slice(begin, min(len(out), begin + per))
+            halves = arena.halves(out.dtype, per * places)
+            if given is None:
+                arena.await_one(root, arena.post(), deadline)
+            else:
+                arena.await_idle(deadline)
+                _write(halves[root], given, piece, per)
+                arena.post_for_one()
+            if given is None or places > 1:
+                some = out[piece]
+                some[:] = halves[root][start : start + len(some)]
 
 
-def _length(piece: slice) -> int:
-    return int(piece.stop - piece.start)
+def _write(memory: Array, given: Sequence[Array], piece: slice, per: int) -> None:
+    """Writes a piece of each given array into its place of the memory, where each place has `per` elements."""
+    for place, part in enumerate(given):
+        some = part[piece]
+        memory[place * per : place * per + len(some)] = some
 
 
 def _pieces(length: int, per: int, start: int = 0) -> Iterator[slice]:

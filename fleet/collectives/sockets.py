@@ -14,7 +14,7 @@ import numpy as np
 
 from fleet.collectives import schedule
 from fleet.collectives.buffer import Array
-from fleet.collectives.channel import Channel, SubChannel
+from fleet.collectives.channel import Channel
 from fleet.collectives.engine import Chunks, Exchange, PlannedStep, compile_plan
 from fleet.collectives.operation import Operation
 from fleet.collectives.reduce import narrow, widen
@@ -39,14 +39,15 @@ def _steps(
 
 
 class SocketPath:
-    """Path over the channel's messages. `index` is this rank's number in the channel, which has `count` ranks."""
+    """Path over the channel's messages, between these of its ranks, by default all. `index` is this rank's number among them."""
 
     name: CollectivePath = "sockets"
 
-    def __init__(self, channel: Channel | SubChannel) -> None:
+    def __init__(self, channel: Channel, ranks: Sequence[int] | None = None) -> None:
         self._channel = channel
-        self.index = channel.rank
-        self.count = len(channel.members)
+        self._ranks = range(len(channel.members)) if ranks is None else ranks
+        self.index = self._ranks.index(channel.rank)
+        self.count = len(self._ranks)
         self._exchange_at_most, self._tree_at_most = small_limits(self.count)
 
     def begin(self, operation: Operation) -> None:
@@ -74,32 +75,20 @@ class SocketPath:
 
     def reduce(self, operation: Operation, flat: Array, root: int) -> None:
         """Small: all ranks send to root. Large: reduce-scatter, then root gathers the shares."""
-        exchange = Exchange(self._channel, operation)
         if flat.nbytes <= self._tree_at_most:
-            if self.index != root:
-                exchange.send(root, flat)
-            else:
-                parts = [flat if rank == root else np.empty_like(flat) for rank in range(self.count)]
-                for rank in self._others():
-                    exchange.receive(rank, parts[rank])
-                self._many(operation, parts, flat)
-            exchange.finish()
+            parts = [np.empty_like(flat) for _ in range(self.count)] if self.index == root else None
+            self.gather(operation, parts, flat, root)
+            if parts is not None:
+                operation.kernel.many(parts, flat)
             return
         chunks = self._chunks(flat)
         mine = np.empty_like(chunks[self.index])
         self.reduce_scatter(operation, mine, chunks)
-        if self.index != root:
-            exchange.send(root, mine, ordinal=self.count)
-        else:
-            chunks[root][:] = mine
-            for rank in self._others():
-                exchange.receive(rank, chunks[rank], ordinal=self.count)
-        exchange.finish()
+        self.gather(operation, chunks if self.index == root else None, mine, root, ordinal=self.count)
 
     def reduce_scatter(self, operation: Operation, out: Array, parts: Sequence[Array]) -> None:
-        """out = the combination of every rank's part for this rank."""
         if operation.kernel.half:
-            exchange = Exchange(self._channel, operation)
+            exchange = self._exchange(operation)
             self._many(operation, self._collect(exchange, parts), out)
             exchange.finish()
             return
@@ -109,7 +98,7 @@ class SocketPath:
 
     def scan(self, operation: Operation, flat: Array, exclusive: bool) -> None:
         """A chain for large tensors; halves and small ones: each rank gets the values of all ranks before it."""
-        exchange, kernel = Exchange(self._channel, operation), operation.kernel
+        exchange, kernel = self._exchange(operation), operation.kernel
         before, after = range(self.index), range(self.index + 1, self.count)
         if kernel.half or flat.nbytes <= self._tree_at_most:
             for rank in after:
@@ -138,7 +127,7 @@ class SocketPath:
 
     def _all_values(self, operation: Operation, flat: Array) -> list[Array]:
         """Every rank's values, in the order of the ranks: one step, N-1 messages out and in."""
-        exchange, others = Exchange(self._channel, operation), self._others()
+        exchange, others = self._exchange(operation), self._others()
         mine = flat.copy()  # on its way to all while the result is written; nobody writes to it, hence no `finish`
         for rank in others:
             exchange.send(rank, mine)
@@ -149,7 +138,7 @@ class SocketPath:
 
     def _pairwise(self, operation: Operation, flat: Array) -> None:
         """Reduce-scatter by pairwise exchange, then a ring all-gather; on the wire as halves if the signature says so."""
-        exchange, chunks = Exchange(self._channel, operation), self._chunks(flat)
+        exchange, chunks = self._exchange(operation), self._chunks(flat)
         gather = _steps(schedule.ring_all_gather, self.index, self.count)
         if not operation.signature.wire:
             self._many(operation, self._collect(exchange, chunks), chunks[self.index])
@@ -165,13 +154,18 @@ class SocketPath:
             chunk[:] = from_bfloat16(part)
 
     def _collect(self, exchange: Exchange, parts: Sequence[Array]) -> list[Array]:
-        """Every rank's part for this rank. In step k, rank r sends to r+k and receives from r-k: no rank is overrun."""
-        found = [parts[self.index]] * self.count
-        for to, source in self._pairs():
-            exchange.send(to, parts[to])
-            found[source] = np.empty_like(parts[self.index])
-            exchange.receive(source, found[source])
+        """Every rank's part for this rank."""
+        found = [np.empty_like(parts[self.index]) for _ in range(self.count)]
+        found[self.index] = parts[self.index]
+        self._swap(exchange, parts, found)
         return found
+
+    def _swap(self, exchange: Exchange, parts: Sequence[Array], out: Sequence[Array], ordinal: int = 0) -> None:
+        """Pairwise exchange. In step k, rank r sends to r+k and receives from r-k: no rank is overrun."""
+        for step in range(1, self.count):
+            to, source = (self.index + step) % self.count, (self.index - step) % self.count
+            exchange.send(to, parts[to], ordinal)
+            exchange.receive(source, out[source], ordinal)
 
     def _many(self, operation: Operation, parts: list[Array], out: Array) -> None:
         """As kernel.many where `out` may be any of the parts."""
@@ -190,29 +184,26 @@ class SocketPath:
             self._run(operation, schedule.tree_all_reduce, [token], [None])
 
     def broadcast(self, operation: Operation, flat: Array, root: int) -> None:
-        Exchange(self._channel, operation).run(
-            _steps(schedule.tree_broadcast, self.index, self.count, root), [flat], [flat]
-        )
+        self._run(operation, schedule.tree_broadcast, [flat], [flat], root)
 
     def all_gather(self, operation: Operation, parts: Sequence[Array], mine: Array) -> None:
-        """parts[r] = rank r's `mine`."""
         parts[self.index][:] = mine
         self._run(operation, schedule.ring_all_gather, parts, parts)
 
-    def gather(self, operation: Operation, parts: Sequence[Array] | None, mine: Array, root: int) -> None:
-        """At root, parts[r] = rank r's `mine`."""
-        exchange = Exchange(self._channel, operation)
+    def gather(
+        self, operation: Operation, parts: Sequence[Array] | None, mine: Array, root: int, ordinal: int = 0
+    ) -> None:
+        exchange = self._exchange(operation)
         if parts is None:
-            exchange.send(root, mine)
+            exchange.send(root, mine, ordinal)
         else:
             parts[root][:] = mine
             for rank in self._others():
-                exchange.receive(rank, parts[rank])
+                exchange.receive(rank, parts[rank], ordinal)
         exchange.finish()
 
     def scatter(self, operation: Operation, out: Array, parts: Sequence[Array] | None, root: int) -> None:
-        """out = root's part for this rank."""
-        exchange = Exchange(self._channel, operation)
+        exchange = self._exchange(operation)
         if parts is None:
             exchange.receive(root, out)
         else:
@@ -222,24 +213,27 @@ class SocketPath:
         exchange.finish()
 
     def all_to_all(self, operation: Operation, out: Sequence[Array], parts: Sequence[Array], longest: int) -> None:
-        """out[r] = rank r's part for this rank. Pairwise exchange."""
-        exchange = Exchange(self._channel, operation)
+        exchange = self._exchange(operation)
         out[self.index][:] = parts[self.index]
-        for to, source in self._pairs():  # an all_gather of lengths may have had the ordinals before
-            exchange.send(to, parts[to], ordinal=self.count)
-            exchange.receive(source, out[source], ordinal=self.count)
+        self._swap(exchange, parts, out, ordinal=self.count)  # an all_gather of lengths may have had those before
         exchange.finish()
 
-    def _run(self, operation: Operation, make: Callable[..., schedule.Plan], mine: Chunks, out: Chunks) -> None:
-        Exchange(self._channel, operation).run(_steps(make, self.index, self.count), mine, out)
+    def _exchange(self, operation: Operation) -> Exchange:
+        return Exchange(self._channel, self._ranks, operation)
+
+    def _run(
+        self,
+        operation: Operation,
+        make: Callable[..., schedule.Plan],
+        mine: Chunks,
+        out: Chunks,
+        root: int | None = None,
+    ) -> None:
+        self._exchange(operation).run(_steps(make, self.index, self.count, root), mine, out)
 
     def _others(self) -> list[int]:
         """All other ranks, from the right neighbour on, so that the ranks do not all begin with the same one."""
         return [(self.index + step) % self.count for step in range(1, self.count)]
-
-    def _pairs(self) -> list[tuple[int, int]]:
-        """(to, from) of each step of a pairwise exchange."""
-        return [((self.index + step) % self.count, (self.index - step) % self.count) for step in range(1, self.count)]
 
     def _chunks(self, flat: Array) -> list[Array]:
         return [flat[share(len(flat), rank, self.count)] for rank in range(self.count)]

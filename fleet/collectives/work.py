@@ -109,6 +109,15 @@ class Work:
             self._late = None
             return not self._ended.is_set()
 
+    def carry_out(self, act: Callable[[], int | None]) -> None:
+        """Ends a call that has begun with `act`: with its error, or with what it returns as the source."""
+        try:
+            self.source = act()
+        except BaseException as error:
+            self.end(error)
+        else:
+            self.end()
+
     def end(self, error: BaseException | None = None) -> None:
         """Called once, by the thread that has carried out the call."""
         with self._changing:

@@ -20,6 +20,7 @@ from fleet.collectives.diagnosis import Diagnosis
 from fleet.collectives.header import ROOTED, pack_call
 from fleet.collectives.init import session
 from fleet.collectives.operation import END_UNKNOWN, Operation, Signature
+from fleet.collectives.order import Order
 from fleet.collectives.recorder import Recorder
 from fleet.collectives.script_line import calling_frame
 from fleet.collectives.session import Session
@@ -140,7 +141,9 @@ class OtherGroup:
         """Says in the output which ranks have not come, or have called something else."""
         operation.limit_s = round(operation.ended - operation.started, 1)
         members = dist.get_process_group_ranks(c10d._resolve_process_group(self._name))
-        diagnosis = Diagnosis(self._rank, members, self.group_id, self.recorder, partial(self._session.inquire, None))
+        order = Order(members, self.group_id)
+        order.recorder = self.recorder
+        diagnosis = Diagnosis(self._rank, order, partial(self._session.inquire, None))
         error = diagnosis.explain(operation, TimeoutError())
         print(f"fleet: {error}", file=sys.stderr, flush=True)
 

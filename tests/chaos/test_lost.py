@@ -205,7 +205,7 @@ def test_a_rank_that_others_do_not_need_may_end_before_them(tmp_path: Path) -> N
     script = HEAD + (
         "pairs = comm.split(rank // 2)\ncomm.barrier()\nif rank >= 2:\n    sys.exit()\n"
         # Until it has been told of both ends, and for as long as that takes to matter; nothing else shows that.
-        "session = comm._endpoint.interruptions.ended\nwhile len(session) < 2: time.sleep(0.01)\n"
+        "session = comm._endpoint.order.ended\nwhile len(session) < 2: time.sleep(0.01)\n"
         "time.sleep(0.6)\nx = np.ones(9)\npairs.all_reduce(x)\ncomm.send(x, 1 - rank)\ncomm.recv(x)\nprint(x[0])\n"
     )
     done = run(tmp_path, script)

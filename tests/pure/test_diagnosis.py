@@ -13,7 +13,6 @@ from fleet.collectives.arena import RankMismatch, RankTimeout
 from fleet.collectives.diagnosis import Diagnosis
 from fleet.collectives.generations import UNANSWERED, RankActivity
 from fleet.collectives.header import pack_call
-from fleet.collectives.interruptions import Interruptions
 from fleet.collectives.operation import EndedRank, Operation, Signature
 from fleet.collectives.order import CLOSED, Order
 from fleet.collectives.recorder import Recorder
@@ -39,7 +38,8 @@ class Case:
     """Rank 0 of three, with what the ranks of the world answer it."""
 
     def __init__(self, activities: Sequence[RankActivity] = (), unreached: Sequence[int] = ()) -> None:
-        self.recorder = Recorder()
+        order = Order(MEMBERS, 12)
+        self.recorder = order.recorder
         self.asked: list[tuple[int, int]] = []
 
         def inquire(communicator_id: int, sequence: int) -> Sequence[RankActivity]:
@@ -48,7 +48,7 @@ class Case:
 
         addresses = [f"tcp://10.0.0.{rank}:50052" for rank in range(8)]
         inbox: Any = SimpleNamespace(unreached=lambda: unreached, addresses=addresses)
-        self.diagnosis = Diagnosis(0, MEMBERS, 12, self.recorder, inquire, inbox)
+        self.diagnosis = Diagnosis(0, order, inquire, inbox)
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +95,8 @@ def test_a_word_in_shared_memory_that_differs_tells_of_this_call_or_of_the_one_b
 
 
 def test_without_answers_the_rank_that_was_waited_for_is_named() -> None:
-    recorder = Recorder()
-    error = Diagnosis(0, (0, 1), 0, recorder).explain(begun(recorder, BARRIER), RankTimeout(1))
+    order = Order((0, 1))
+    error = Diagnosis(0, order).explain(begun(order.recorder, BARRIER), RankTimeout(1))
     assert isinstance(error, CollectiveTimeout)
     assert "rank 1 (this host, pid 0): it has not come" in str(error)
     assert not error.members, "the world's numbers are those here"
@@ -133,12 +133,12 @@ def test_ways_are_closed_between_ranks_of_the_communicator_that_run() -> None:
     assert [(way.source, way.target) for way in blocked] == [(4, 5), (5, 4)]
 
 
-def test_interruptions_are_a_closed_communicator_and_ranks_that_end_too_early() -> None:
-    recorder, order, ended = Recorder(), Order(), dict[int, EndedRank]()
+def test_a_wait_ends_with_a_closed_communicator_and_with_ranks_that_end_too_early() -> None:
+    ended = dict[int, EndedRank]()
     generation: Any = SimpleNamespace(ended=ended, check=lambda: None)
-    found = Interruptions(MEMBERS, 12, generation, order, recorder)
+    found = Order(MEMBERS, 12, generation)
     found.check()
-    operation = begun(recorder, BARRIER)
+    operation = begun(found.recorder, BARRIER)
     ended[5] = EndedRank("w", "h", 1, {12: 1}, 0.0)  # it has made this one
     ended[7] = EndedRank("w", "h", 1, {}, 0.0)  # of another communicator
     found.check(1)
@@ -155,6 +155,6 @@ def test_interruptions_are_a_closed_communicator_and_ranks_that_end_too_early() 
     found.check(1)
     with pytest.raises(RankEnded):
         found.check(2)
-    order.close()
+    found.close()
     with pytest.raises(UsageError, match=CLOSED):
         found.check()

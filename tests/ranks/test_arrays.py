@@ -205,7 +205,7 @@ def test_what_cannot_take_part_is_refused_before_anything_is_sent(run_world: Any
             of_out = words.replace("x is", "out is").replace(r"x\.", r"out\.")
             with pytest.raises(UsageError, match="out has 2 parts" if isinstance(x, list | tuple) else of_out):
                 comm.all_gather(x, np.zeros(3))
-            assert comm._conductor.recorder.last is None
+            assert comm._endpoint.order.recorder.last is None
         total = np.ones(3)
         comm.all_reduce(total)
         assert (total == n).all()

@@ -208,7 +208,7 @@ def test_the_clock_runs_while_another_call_has_its_turn(run_world: Any, transpor
             comm.all_reduce(x)
             return
         first = comm.all_reduce(x, async_op=True, timeout_s=LONG_S)
-        while not comm._conductor.recorder.operations:  # it has begun; nobody tells, hence the poll
+        while not comm._endpoint.order.recorder.operations:  # it has begun; nobody tells, hence the poll
             gave_up.wait(0.001)
         started = monotonic()
         behind: Any = None
@@ -243,7 +243,7 @@ def test_the_clock_runs_while_another_thread_is_in_a_call(run_world: Any) -> Non
             return
         thread = threading.Thread(target=lambda: comm.all_reduce(x, timeout_s=LONG_S))
         thread.start()
-        while not comm._conductor.recorder.operations:  # it has begun; nobody tells, hence the poll
+        while not comm._endpoint.order.recorder.operations:  # it has begun; nobody tells, hence the poll
             gave_up.wait(0.001)
         with pytest.raises(CollectiveTimeout, match="not begun"):
             comm.barrier(timeout_s=0.2)

@@ -83,7 +83,7 @@ def test_illegal_calls_send_nothing_and_break_nothing(run_world: Any) -> None:
         for call, words in ILLEGAL:
             with pytest.raises(UsageError, match=words):
                 call(comm)
-            assert comm._conductor.recorder.last is None
+            assert comm._endpoint.order.recorder.last is None
         x = np.ones(3)
         comm.all_reduce(x)
         assert (x == 3).all()
@@ -206,7 +206,7 @@ def test_ranks_that_wait_for_each_other_learn_why(run_world: Any) -> None:
 
     def ask(rank: int) -> list[RankActivity]:
         peer = comms[rank]
-        operation = peer._conductor.recorder.last
+        operation = peer._endpoint.order.recorder.last
         assert operation is not None
         late = Late(rank, "h", 1, f"is in or after collective #{operation.sequence}")
         return [RankActivity(late, operation.sequence, not operation.ended, str(operation.signature), operation.where)]
@@ -275,7 +275,7 @@ def test_a_rank_that_does_not_come(run_world: Any, case: int, transport: str) ->
         assert caught.value.rank == comm.rank
         assert caught.value.sequence == 1
         assert caught.value.waited_s == 0.5
-        assert comm._conductor.recorder.last.ended
+        assert comm._endpoint.order.recorder.last.ended
         for again in LATE_CALLS:
             with pytest.raises(CollectiveTimeout) as repeated:
                 again(comm)

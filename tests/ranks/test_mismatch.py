@@ -127,7 +127,7 @@ def test_both_lines_are_named(run_world: Any, transport: str) -> None:
     comms: dict[int, Communicator] = {}
 
     def ask(rank: int) -> list[RankActivity]:
-        record = comms[rank]._conductor.recorder.last
+        record = comms[rank]._endpoint.order.recorder.last
         assert record is not None
         late = Late(rank, "h", 1, "is somewhere")
         return [RankActivity(late, record.sequence, not record.ended, str(record.signature), record.where)]

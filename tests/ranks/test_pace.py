@@ -38,7 +38,7 @@ def meet(comm: Communicator, name: str, count: int) -> None:
 @pytest.mark.parametrize("transport", ["ipc", "shared", 2])
 def test_all_ranks_hear_of_the_longest_work(run_world: Any, transport: str | int, n: int) -> None:
     def paced(comm: Communicator) -> None:
-        pace, recorder = pace_of(comm), comm._conductor.recorder
+        pace, recorder = pace_of(comm), comm._endpoint.order.recorder
         comm.barrier()
         for slow, count in ((n - 1, 10), (0, 100_000), (n // 2, 0)):
             for name in sorted(MEETINGS):
@@ -62,7 +62,7 @@ def test_all_ranks_hear_of_the_longest_work(run_world: Any, transport: str | int
 @pytest.mark.parametrize("transport", ["ipc", "shared", 2])
 def test_work_before_a_broadcast_counts_at_the_next_meeting(run_world: Any, transport: str | int) -> None:
     def paced(comm: Communicator) -> None:
-        pace, recorder = pace_of(comm), comm._conductor.recorder
+        pace, recorder = pace_of(comm), comm._endpoint.order.recorder
         comm.barrier()
         pace.left -= WORKED_S * (2 if comm.rank == 1 else 1)
         comm.broadcast(np.ones(3), root=1)
@@ -93,7 +93,7 @@ def test_a_wait_for_a_message_is_no_work(run_world: Any) -> None:
 
 def test_nothing_is_told_where_no_pace_is_kept(run_world: Any) -> None:
     def paced(comm: Communicator) -> None:
-        pace, recorder = pace_of(comm), comm._conductor.recorder
+        pace, recorder = pace_of(comm), comm._endpoint.order.recorder
         comm._conductor._pace = pace = Pace(is_kept=False)
         comm.barrier()
         pace.left -= WORKED_S

@@ -34,7 +34,7 @@ Call = Callable[[Communicator], None]
 
 
 def endpoint_of(comm: Communicator) -> str:
-    return comm._endpoint.channel.inbox._mesh.endpoint
+    return comm._endpoint.channel.inbox.mesh.endpoint
 
 
 def receive_until(comm: Communicator, done: Callable[[], bool]) -> None:
