@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cli", "torch"}),
     frozenset({"page"}),
     frozenset({"client", "worker", "orchestrator"}),
-    frozenset({"collectives", "transfer"}),
+    frozenset({"collectives", "transfer", "large_buffers"}),
     frozenset({"bus"}),
     frozenset({"messages", "tasks", "pickling"}),
     frozenset({"questions", "versions"}),

@@ -10,9 +10,11 @@ import platform
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from fleet import messages as m
 from fleet import pickling, tasks
+from fleet.bus.blobs import BlobReader
 from fleet.bus.control import Arrived, Lost, Sent
 from fleet.client import task_scheduler as scheduler
 from fleet.client.call_packer import PackedCall
@@ -23,6 +25,7 @@ from fleet.client.local_cluster import Place
 from fleet.client.task_output import TaskOutput
 from fleet.dropped import Dropped
 from fleet.errors import ConfigError, FleetError, ProtocolError
+from fleet.large_buffers import LargeBuffers
 from fleet.stillness import LifeClock
 from fleet.transfer import read_part
 
@@ -52,6 +55,7 @@ class RunnerJob:
     """A job that is or will be a runner. Invariant: `where` is empty until the runner is ready."""
 
     head: bytes  # first frame of all messages to it
+    incoming: IncomingResults
     worker: str = ""
     where: str = ""  # its worker and pid, for a person
     peer: bytes = b""  # its name at the direct socket
@@ -94,7 +98,8 @@ class Runners:
         self._packed = packed
         self._clock = clock
         self._jobs: dict[str, RunnerJob] = {}
-        self._incoming = IncomingResults(self.say, memory)
+        self._memory = memory  # that this process shares with runners, see bus.shared_memory.host_key
+        self._reader = BlobReader()
         self._output = TaskOutput()
         # When a runner that did not read is asked again, by its job; under "" when results are acknowledged.
         self._due: dict[str, float] = {}
@@ -145,7 +150,8 @@ class Runners:
     def ask(self) -> str:
         """Submits the job of a further runner, and returns its id."""
         job_id = uuid.uuid4().hex[:12]
-        self._jobs[job_id] = RunnerJob(m.relay_head(job_id))
+        buffers = LargeBuffers("its result", self._reader, partial(self.say, job_id))
+        self._jobs[job_id] = RunnerJob(m.relay_head(job_id), IncomingResults(buffers))
         if self._direct is not None:
             self._direct.expect(job_id)
         self._connection.submit(m.Submit(job_id, 1, self._place.spec, options=self._options))
@@ -271,7 +277,6 @@ class Runners:
         self._connection.drop(job_id)
         if self._direct is not None:
             self._direct.forget(job_id)
-        self._incoming.drop(job_id)
         self._output.end(job_id)
         return (scheduler.RunnerEnded(job_id, reason, task_id),)
 
@@ -289,7 +294,7 @@ class Runners:
             return self._take_results(job_id, job, said)
         if isinstance(said, tasks.BufferPiece):
             piece = arrived.rest[1].buffer if len(arrived.rest) > 1 else memoryview(b"")
-            return self._whole(job_id, job, self._incoming.piece(job_id, said, piece))
+            return self._whole(job_id, job, job.incoming.piece(said, piece))
         if isinstance(said, tasks.ReadBuffer):
             packed = self._initializer if said.task_id == tasks.INITIALIZER else self._packed(said.task_id)
             blob = packed.blobs[said.index] if packed is not None and said.index < len(packed.blobs) else None
@@ -310,7 +315,7 @@ class Runners:
             self._connection.put(m.Cancel(job_id, kill=True))
             return self._ended(job_id, reason)
         job.functions.clear()
-        self._incoming.ask_again(job_id, said.memory)
+        job.incoming.ask_again(bool(said.memory) and said.memory == self._memory)
         if self._initializer is None or job.initialized:
             return (scheduler.RunnerReady(job_id, job.where, said.holds),)
         if tasks.INITIALIZER not in said.holds:
@@ -318,7 +323,7 @@ class Runners:
         return ()
 
     def _take_results(self, job_id: str, job: RunnerJob, said: tasks.Results) -> Sequence[Event]:
-        whole = self._incoming.results(job_id, said)
+        whole = job.incoming.results(said)
         events = self._whole(job_id, job, whole)
         if len(whole) == len(said.results):
             return events

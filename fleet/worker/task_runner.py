@@ -19,7 +19,7 @@ from typing import Any
 
 from fleet import config, pickling, tasks
 from fleet import messages as m
-from fleet.bus.blobs import Blob, Shelf
+from fleet.bus.blobs import Blob, BlobReader, Shelf
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Dealer, Sent
 from fleet.bus.knock import endpoint_of, knock
@@ -27,7 +27,7 @@ from fleet.bus.lock import Lock
 from fleet.bus.poller import DescriptorPoller
 from fleet.bus.shared_memory import host_key
 from fleet.errors import ProtocolError
-from fleet.worker.incoming_arguments import IncomingArguments
+from fleet.large_buffers import LargeBuffers
 from fleet.worker.progress import IDLE, Progress
 
 ATTEND_EVERY_S = 0.02
@@ -65,7 +65,7 @@ class TaskRunner:
             self._dealer.send(m.encode(m.RankHello(settings.job_id, settings.attempt, settings.member_id, self._pid)))
         directory = config.shared_memory()
         self._shelf = Shelf(directory if directory is not None and host_key(directory) else None)
-        self._arguments = IncomingArguments(self._say)
+        self._arguments = LargeBuffers("the argument", BlobReader(), self._say)
         self._memory = host_key(directory) if directory is not None else ""
         self._progress = Progress(settings.control, settings.job_id)
         self._lock = threading.Lock()
@@ -90,7 +90,7 @@ class TaskRunner:
         self._ready()
         while not self._leaving or self._waiting or self._unsent:
             self._turn(wait=not self._waiting and not self._unsent)
-            if self._waiting and self._arguments.are_here(self._waiting[0]):
+            if self._waiting and self._arguments.are_here(self._waiting[0].task_id):
                 self._call(self._waiting.popleft())
             elif self._waiting:
                 self._send_results()
@@ -189,7 +189,7 @@ class TaskRunner:
                 if function is not None:
                     self._function_of[call.task_id] = function
                 self._waiting.append(call)
-                self._arguments.expect(call)
+                self._arguments.expect(call.task_id, call.buffers)
         if missing:
             self._ready()
 
@@ -257,7 +257,7 @@ class TaskRunner:
                 stream.flush()
 
     def _prepared(self, call: tasks.Call) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-        buffers = self._arguments.take(call)
+        buffers = self._arguments.take(call.task_id, call.buffers)
         function, args, kwargs = pickling.loads(call.data or buffers.pop(0), buffers)
         held = self._function_of.pop(call.task_id, None)
         return held.value() if held is not None else function, args, kwargs
