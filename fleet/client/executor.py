@@ -49,7 +49,44 @@ class SomeOptions(TypedDict, total=False):
     priority: int
 
 
-class Executor(AnyExecutor):
+class View(AnyExecutor):
+    """The calls of an Executor, with options of their own for the tasks. Shutting down a view shuts down nothing."""
+
+    def __init__(self, executor: Executor, options: TaskOptions) -> None:
+        self._executor = executor  # which ends without a reference to it
+        self._thread: ExecutorThread = executor._thread
+        self._options = options
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """A future of fn(*args, **kwargs). Raises UsageError where it cannot be pickled, RuntimeError after shutdown."""
+        return self._thread.submit(fn, args, kwargs, self._options)
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+        buffersize: int | None = None,
+    ) -> Iterator[T]:
+        """Results of calls in order, as with concurrent.futures; `chunksize` calls are one task.
+
+        The arguments are read at once, or, with `buffersize`, while at most so many tasks have a result that was not taken.
+        """
+        if chunksize < 1:
+            raise UsageError(f"chunksize is {chunksize}: it must be at least 1")
+        if buffersize is not None and buffersize < 1:
+            raise UsageError(f"buffersize is {buffersize}: it must be None (no limit) or at least 1")
+        calls = zip(*iterables, strict=False)
+        if chunksize == 1:
+            return _results((self.submit(fn, *args) for args in calls), timeout, buffersize)
+        chunks = iter(lambda: list(islice(calls, chunksize)), [])
+        futures = (self.submit(pickling.call_each, fn, chunk) for chunk in chunks)
+        results: Iterator[list[T]] = _results(futures, timeout, buffersize)
+        return chain.from_iterable(results)
+
+
+class Executor(View):
     """Runs calls in `max_workers` processes: on this machine, or on the cluster at `addr` (else ORCHESTRATOR_ADDR).
 
     `max_workers` is by default the number of cores, on a cluster that of its slots. Each process takes `slots` slots and
@@ -128,28 +165,9 @@ class Executor(AnyExecutor):
         # The thread does not hold this object: once that is dropped, the thread ends when its futures are done.
         weakref.finalize(self, self._thread.drop).atexit = False
 
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """A future of fn(*args, **kwargs). Raises UsageError where it cannot be pickled, RuntimeError after shutdown."""
-        return self._thread.submit(fn, args, kwargs, self._options)
-
     def options(self, **options: Unpack[SomeOptions]) -> View:
         """The same processes, with other options for the tasks: pool.options(retries=0, timeout=None).submit(pay, 100)."""
         return View(self, replace(self._options, **options))
-
-    def map(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-    ) -> Iterator[T]:
-        """Results of calls in order, as with concurrent.futures; `chunksize` calls are one task.
-
-        The arguments are read at once, or, with `buffersize`, while at most so many tasks have a result that was not taken.
-        """
-        view = View(self, self._options)
-        return view.map(fn, *iterables, timeout=timeout, chunksize=chunksize, buffersize=buffersize)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """No more tasks are taken; with `wait`, returns when all have ended and every process is gone."""
@@ -161,37 +179,6 @@ class Executor(AnyExecutor):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         _end(self._thread, kind)
-
-
-class View(AnyExecutor):
-    """An Executor with other options for its tasks. Shutting it down shuts down nothing."""
-
-    def __init__(self, executor: Executor, options: TaskOptions) -> None:
-        self._executor = executor
-        self._options = options
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        return self._executor._thread.submit(fn, args, kwargs, self._options)
-
-    def map(
-        self,
-        fn: Callable[..., T],
-        *iterables: Iterable[Any],
-        timeout: float | None = None,
-        chunksize: int = 1,
-        buffersize: int | None = None,
-    ) -> Iterator[T]:
-        if chunksize < 1:
-            raise UsageError(f"chunksize is {chunksize}: it must be at least 1")
-        if buffersize is not None and buffersize < 1:
-            raise UsageError(f"buffersize is {buffersize}: it must be None (no limit) or at least 1")
-        calls = zip(*iterables, strict=False)
-        if chunksize == 1:
-            return _results((self.submit(fn, *args) for args in calls), timeout, buffersize)
-        chunks = iter(lambda: list(islice(calls, chunksize)), [])
-        futures = (self.submit(pickling.call_each, fn, chunk) for chunk in chunks)
-        results: Iterator[list[T]] = _results(futures, timeout, buffersize)
-        return chain.from_iterable(results)
 
 
 def as_completed(
