@@ -18,7 +18,7 @@ from fleet.cli.runtime import runtime_folder
 from fleet.cli.submission import Submission
 from fleet.cli.table import in_json, table, terminal_width
 from fleet.client.grid import POINTS_AT_MOST
-from fleet.client.job_client import JobClient, refused
+from fleet.client.job_client import JobClient
 from fleet.client.printer import Printer
 from fleet.client.report import exit_code, report
 from fleet.client.target import Target
@@ -56,7 +56,7 @@ def submit_each(target: Target, submission: Submission, each: Sequence[tuple[lis
             )
             for args, point in each
         ]
-        refused(client.submit(submits, bundle))
+        client.submit(submits, bundle)
     return [submit.job_id for submit in submits]
 
 
@@ -172,7 +172,7 @@ def _cancelled(client: JobClient, jobs: Sequence[m.JobInfo], kill: bool) -> dict
     """Outcomes of the jobs that had not ended before; a job that takes longer than CANCEL_WITHIN_S is missing."""
     alive = [job.job_id for job in jobs if not job.outcome]
     client.cancel(alive, kill)
-    return {job_id: ended.outcome for job_id, ended in client.wait(alive, CANCEL_WITHIN_S).items()}
+    return {ended.job_id: ended.outcome for ended in client.ends(alive, CANCEL_WITHIN_S)}
 
 
 def logs(target: Target, prefix: str, rank: int | None, follow: bool) -> None:

@@ -258,7 +258,7 @@ class ExecutorThread:
         calls, cancelled = self._pending.claim(give.tasks)
         self._runners.give(give.job_id, calls)
         if cancelled:
-            self._step(scheduler.NotGiven(give.job_id, tuple(cancelled)))
+            self._step(scheduler.NotBegun(give.job_id, tuple(cancelled), cancelled=True))
 
     def _settle(self, arrived: ResultsArrived) -> None:
         """Settles futures. A task that its runner does not have any more, as after its time-out, has a future settled before."""

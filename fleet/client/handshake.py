@@ -6,7 +6,6 @@ Knows no request's meaning, and not its asker. Returns the messages to send, in 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 from fleet import messages as m
 from fleet.errors import ConfigError, FleetError
@@ -15,14 +14,6 @@ DENIALS_UNTIL_FINAL = 3
 AT_ONCE = 256  # requests under way, each counted by its weight
 
 Key = int | str  # the number of a question, or the id of a job that is submitted
-
-
-class State(Enum):
-    """State of one client at its orchestrator."""
-
-    CONNECTING = auto()  # no Welcome has come over the present connection
-    WELCOMED = auto()
-    DENIED = auto()  # for good
 
 
 _ANSWERS = m.Jobs | m.LogPart | m.Drained | m.Workers | m.Because | m.Files | m.FilePart
@@ -100,9 +91,8 @@ class Handshake:
     timeout_s: float
     deadline: float | None  # to be let in for the first time; None: this client was
     advice: str = ""  # said behind the error of that deadline
-    state: State = State.CONNECTING
     requests: Requests = field(default_factory=Requests)
-    # Invariant: fewer than DENIALS_UNTIL_FINAL, unless the state is DENIED.
+    _welcomed: bool = False  # over the present connection
     _denied_count: int = 0  # since a connection was made
 
     def connected(self) -> list[m.Message]:
@@ -110,14 +100,13 @@ class Handshake:
         return [self.hello]
 
     def lost(self) -> None:
-        self.state = State.CONNECTING
+        self._welcomed = False
         self.requests.restart()
 
     def denied(self) -> None:
         """Counts a failed handshake of the sockets. Raises ConfigError for one too many."""
         self._denied_count += 1
         if self._denied_count >= DENIALS_UNTIL_FINAL:
-            self.state = State.DENIED
             raise ConfigError(
                 f"the orchestrator at {self.name} does not let this client in: the secret is wrong or missing "
                 "on one side (FLEET_SECRET, FLEET_SECRET_FILE), or no orchestrator of fleet listens there"
@@ -126,12 +115,11 @@ class Handshake:
     def take(self, message: m.Message) -> list[m.Message]:
         """Messages to send because of one that came. Raises ConfigError for a refusal, FleetError for a failed question."""
         if isinstance(message, m.Welcome):
-            self.state, self.deadline = State.WELCOMED, None
+            self._welcomed, self.deadline = True, None
         elif isinstance(message, m.Unknown):
             self.lost()
             return [self.hello]
         elif isinstance(message, m.Refused):
-            self.state = State.DENIED
             raise ConfigError(f"the orchestrator at {self.name} refused this client: {message.reason}")
         elif isinstance(message, m.Unanswered) and message.question in self.requests:
             self.requests.drop(message.question)
@@ -146,7 +134,7 @@ class Handshake:
 
     def due(self) -> list[m.Message]:
         """Messages of requests that may be sent now, behind all others."""
-        return self.requests.due() if self.state is State.WELCOMED else []
+        return self.requests.due() if self._welcomed else []
 
     def check(self, now: float) -> None:
         """Raises ConfigError once the deadline is over. All that arrived before has been taken."""

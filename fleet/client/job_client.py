@@ -5,7 +5,7 @@ Each request is made again after a lost connection, so that a restarted orchestr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -48,24 +48,27 @@ class JobClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._bus.close()
 
-    def submit(self, submits: Iterable[m.Submit], bundle: Path | None) -> dict[str, str]:
-        """Returns once each job is on the orchestrator's disk with its files, or refused: the reasons by job, empty if taken."""
-        answers: dict[str, str] = {}
-        missing = set()
+    def submit(self, submits: Iterable[m.Submit], bundle: Path | None) -> None:
+        """Returns once all jobs are on the orchestrator's disk with their files. Raises FleetError with the reasons of others."""
+        refused: list[str] = []
+        missing = {submit.job_id: submit for submit in submits}
+        count = len(missing)
 
         def take(message: m.Message) -> None:
             if isinstance(message, m.Want) and bundle is not None:
                 self._connection.put(read_part(bundle, message))
             elif isinstance(message, m.Accepted | m.Rejected) and message.job_id in missing:
-                missing.discard(message.job_id)
-                answers[message.job_id] = message.reason if isinstance(message, m.Rejected) else ""
+                del missing[message.job_id]
+                if isinstance(message, m.Rejected):
+                    refused.append(message.reason)
                 self._connection.drop(message.job_id)
 
-        for submit in submits:
-            missing.add(submit.job_id)
+        for submit in missing.values():
             self._connection.submit(submit)
         self._until(lambda: not missing, take)
-        return answers
+        if refused:
+            what = "the job was not taken" if count == 1 else f"{len(refused)} of {count} jobs were not taken"
+            raise FleetError(f"{what}: {'; '.join(sorted(set(refused)))}")
 
     def find(self, job_id: str = "", sweep: str = "", limit: int = 1000) -> m.Jobs:
         """Jobs whose id begins so, of a sweep, or all: the newest first, as many pages as it takes."""
@@ -110,10 +113,6 @@ class JobClient:
             for number in numbers.values():
                 del self._watched[number]
                 self._connection.drop(number)
-
-    def wait(self, job_ids: Iterable[str], within_s: float | None = None) -> dict[str, m.JobEnded]:
-        """The ends of the jobs; those that run on after `within_s` are missing."""
-        return {ended.job_id: ended for ended in self.ends(job_ids, within_s)}
 
     def cancel(self, job_ids: Iterable[str], kill: bool = False) -> None:
         """Asks the orchestrator to end the jobs; returns once it has read that."""
@@ -236,12 +235,3 @@ class JobClient:
             self._ended[message.job_id] = message
         elif isinstance(message, m.Jobs) and (job_id := self._watched.get(message.question)) and not message.jobs:
             self._ended[job_id] = m.JobEnded(job_id, UNKNOWN, -1)
-
-
-def refused(answers: Mapping[str, str]) -> None:
-    """Raises FleetError with the reasons of jobs that were not taken."""
-    reasons = sorted({reason for reason in answers.values() if reason})
-    if reasons:
-        count = sum(bool(reason) for reason in answers.values())
-        what = "the job was not taken" if len(answers) == 1 else f"{count} of {len(answers)} jobs were not taken"
-        raise FleetError(f"{what}: {'; '.join(reasons)}")

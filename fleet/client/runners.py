@@ -301,7 +301,7 @@ class Runners:
             data = blob.piece(said.offset, tasks.PIECE_BYTES) if blob is not None else b""
             self.say(job_id, tasks.BufferPiece(said.task_id, said.index, said.offset), data)
         elif isinstance(said, tasks.CallsReturned):
-            return (scheduler.GivenBack(job_id, said.task_ids),)
+            return (scheduler.NotBegun(job_id, said.task_ids),)
         elif isinstance(said, tasks.Ready):
             job.peer = arrived.peer
             job.where = f"{job.worker} (pid {said.pid})"
@@ -329,7 +329,7 @@ class Runners:
             return events
         here = {result.task_id for result, _ in whole}
         arriving = {r.task_id: r.seconds for r in said.results if r.buffers and r.task_id not in here}
-        return [*events, scheduler.Arriving(job_id, arriving)]
+        return [*events, scheduler.Finished(job_id, arriving, arriving=True)]
 
     def _whole(self, job_id: str, job: RunnerJob, results: list[Whole]) -> list[Event]:
         if not results:

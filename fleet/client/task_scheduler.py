@@ -91,31 +91,19 @@ class RunnerReady(Struct, frozen=True):
 
 
 class Finished(Struct, frozen=True):
-    """Results of one runner, with the seconds that each task took."""
+    """Results of one runner, with the seconds that each task took. `arriving`: their large buffers are on their way."""
 
     job_id: str
     seconds: dict[int, float]
+    arriving: bool = False
 
 
-class Arriving(Struct, frozen=True):
-    """Results whose large buffers are on their way, with the seconds that each task took."""
-
-    job_id: str
-    seconds: dict[int, float]
-
-
-class GivenBack(Struct, frozen=True):
-    """Tasks that a runner had not begun."""
+class NotBegun(Struct, frozen=True):
+    """Tasks that a runner gives back, or that were `cancelled` between the decision to give them and the giving."""
 
     job_id: str
     task_ids: tuple[int, ...]
-
-
-class NotGiven(Struct, frozen=True):
-    """Tasks that were cancelled between the decision to give them and the giving."""
-
-    job_id: str
-    task_ids: tuple[int, ...]
+    cancelled: bool = False
 
 
 class RunnerRetires(Struct, frozen=True):
@@ -134,7 +122,7 @@ class Tick(Struct, frozen=True):
     """Nothing but time has passed."""
 
 
-RunnerEvent = RunnerReady | Finished | Arriving | GivenBack | NotGiven | RunnerRetires | RunnerEnded
+RunnerEvent = RunnerReady | Finished | NotBegun | RunnerRetires | RunnerEnded
 Event = Began | Submitted | Cancelled | RunnerEvent | Tick
 
 
@@ -230,15 +218,7 @@ class TaskScheduler:
     def _about(self, runner: Runner, event: RunnerEvent) -> None:
         head = runner.head
         if isinstance(event, Finished):
-            for task_id, seconds in event.seconds.items():
-                if runner.tasks.pop(task_id, None) is not None:
-                    self._took(runner, task_id, seconds)
-                    runner.ended.discard(task_id)
-        elif isinstance(event, Arriving):
-            for task_id, seconds in event.seconds.items():
-                if task_id in runner.tasks:
-                    self._took(runner, task_id, seconds)
-                    runner.ended.add(task_id)
+            self._finished(runner, event)
         elif isinstance(event, RunnerReady):
             self._ready(runner, event)
         elif isinstance(event, RunnerRetires):
@@ -253,9 +233,17 @@ class TaskScheduler:
         if runner.retiring and not runner.tasks:
             self._effects.append(EndRunner(runner.job_id, kill=False))
 
-    def _took(self, runner: Runner, task_id: int, seconds: float) -> None:
-        if task_id not in runner.ended:
-            self.mean_s = seconds if self.mean_s is None else 0.9 * self.mean_s + 0.1 * seconds
+    def _finished(self, runner: Runner, event: Finished) -> None:
+        for task_id, seconds in event.seconds.items():
+            if task_id not in runner.tasks:
+                continue
+            if task_id not in runner.ended:
+                self.mean_s = seconds if self.mean_s is None else 0.9 * self.mean_s + 0.1 * seconds
+            if event.arriving:
+                runner.ended.add(task_id)
+            else:
+                del runner.tasks[task_id]
+                runner.ended.discard(task_id)
 
     def _ready(self, runner: Runner, event: RunnerReady) -> None:
         self._stillborn = 0
@@ -267,14 +255,14 @@ class TaskScheduler:
         if lost:
             self._effects.append(Give(runner.job_id, lost))
 
-    def _not_begun(self, runner: Runner, event: GivenBack | NotGiven) -> None:
+    def _not_begun(self, runner: Runner, event: NotBegun) -> None:
         for task_id in reversed(event.task_ids):
             task = runner.tasks.pop(task_id, None)
             if task is not None:
                 runner.given -= 1
-                if isinstance(event, GivenBack):
+                if not event.cancelled:
                     self._queue(task, first=True)
-        runner.recalling = runner.recalling and isinstance(event, NotGiven)
+        runner.recalling = runner.recalling and event.cancelled
 
     def _retires(self, runner: Runner) -> None:
         if not runner.retiring:

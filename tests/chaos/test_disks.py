@@ -6,8 +6,11 @@ import hashlib
 import os
 from pathlib import Path
 
+import pytest
+
 from fleet import messages as m
 from fleet.client.job_client import JobClient
+from fleet.errors import FleetError
 from tests.disks import small_disk
 from tests.orchestrators import orchestrator
 
@@ -38,16 +41,19 @@ def test_a_full_disk_refuses_jobs_in_words_and_the_first_one_after_it_is_taken(t
     bundle.write_bytes(data)
     with small_disk(tmp_path / "state", DISK_BYTES) as state, orchestrator(state) as target:
         with JobClient(target) as client:
-            assert client.submit([submit_of("first")], None) == {"first": ""}
+            client.submit([submit_of("first")], None)
             filler = state / "filler"
             filler.write_bytes(bytes(DISK_BYTES - (2 << 20)))
-            refused = client.submit([submit_of("large", data)], bundle)
-            assert refused["large"] == "the orchestrator cannot store its files: No space left on device"
+            with pytest.raises(
+                FleetError, match="not taken: the orchestrator cannot store its files: No space left on device"
+            ):
+                client.submit([submit_of("large", data)], bundle)
             assert list((state / "bundles").iterdir()) == []
             fill(filler)
             for job_id in ("small", "smaller"):
-                assert "the orchestrator cannot write it down" in client.submit([submit_of(job_id)], None)[job_id]
+                with pytest.raises(FleetError, match="the orchestrator cannot write it down"):
+                    client.submit([submit_of(job_id)], None)
             filler.unlink()
-            assert client.submit([submit_of("after", data)], bundle) == {"after": ""}
+            client.submit([submit_of("after", data)], bundle)
         with JobClient(target) as client:
             assert [job.job_id for job in client.find().jobs] == ["after", "first"]

@@ -19,7 +19,7 @@ def test_every_end_of_many_jobs_is_heard_whatever_is_asked_in_between(tmp_path: 
     spec = m.Spec("command", "true", directory="/")
     submits = [m.Submit(f"j{n}", 1, spec, detached=True, options=m.JobOptions(sweep="s")) for n in range(COUNT)]
     with orchestrator(tmp_path) as target, JobClient(target) as client:
-        assert set(client.submit(submits, None).values()) == {""}
+        client.submit(submits, None)
         job_ids = [submit.job_id for submit in submits]
         client.cancel(job_ids)
         found: dict[str, str] = {}

@@ -16,7 +16,7 @@ from fleet.client.call_packer import CallPacker, PackedCall
 from fleet.client.local_cluster import Place
 from fleet.client.runners import ACKNOWLEDGE_AFTER_S, ASK_AGAIN_S, ResultsArrived, Runners, RunnersLost, differs
 from fleet.client.target import Target
-from fleet.client.task_scheduler import Arriving, GivenBack, RunnerEnded, RunnerReady, RunnerRetires
+from fleet.client.task_scheduler import Finished, NotBegun, RunnerEnded, RunnerReady, RunnerRetires
 from fleet.errors import ConfigError
 from fleet.stillness import LifeClock
 from fleet.values import JobOptions, RankStatus, Spec, Versions, WorkerState
@@ -158,7 +158,7 @@ def test_a_large_result_is_on_its_way_until_its_pieces_are_here() -> None:
     bench = Bench()
     job_id, _ = bench.start()
     result = tasks.Result(1, True, b"x", 0.1, (tasks.LargeBuffer(3),))
-    assert bench.said(job_id, tasks.Results((result,))) == [Arriving(job_id, {1: 0.1})]
+    assert bench.said(job_id, tasks.Results((result,))) == [Finished(job_id, {1: 0.1}, arriving=True)]
     assert bench.orchestrator.runners[-1] == tasks.ReadBuffer(1, 0, 0)
     frames: Any = (Frame(tasks.encode(tasks.BufferPiece(1, 0, 0))), Frame(b"abc"))
     [arrived] = bench.runners.take(Arrived(b"", m.relay_head(job_id), frames))
@@ -169,7 +169,7 @@ def test_a_large_result_is_on_its_way_until_its_pieces_are_here() -> None:
 def test_news_of_a_runner_become_events() -> None:
     bench = Bench()
     job_id, _ = bench.start()
-    assert bench.said(job_id, tasks.CallsReturned((4, 5))) == [GivenBack(job_id, (4, 5))]
+    assert bench.said(job_id, tasks.CallsReturned((4, 5))) == [NotBegun(job_id, (4, 5))]
     assert bench.runners.take(m.Retire(job_id)) == (RunnerRetires(job_id),)
     status = RankStatus(0, "w", "host", 812, 1, stderr_tail="one\nMemoryError\n", task=7)
     [ended] = bench.runners.take(m.JobEnded(job_id, False, "rank 0 failed", (status,)))

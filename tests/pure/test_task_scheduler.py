@@ -11,15 +11,13 @@ from fleet.client import task_scheduler as scheduler
 from fleet.client.task_scheduler import (
     BACKOFF_S,
     RECALL_AFTER_S,
-    Arriving,
     AskRunner,
     Began,
     EndRunner,
     Fail,
     Finished,
     Give,
-    GivenBack,
-    NotGiven,
+    NotBegun,
     Recall,
     RunnerEnded,
     RunnerReady,
@@ -56,8 +54,8 @@ def test_the_time_of_a_task_is_not_extended_by_other_results() -> None:
         assert not is_ended(
             found.step(Finished("r", {100 + second: 0.1}), float(second))
         )  # said twice, after a reconnect
-    assert not is_ended(found.step(NotGiven("r", (2,)), 9.5))
-    assert not is_ended(found.step(GivenBack("r", (3,)), 9.6))
+    assert not is_ended(found.step(NotBegun("r", (2,), cancelled=True), 9.5))
+    assert not is_ended(found.step(NotBegun("r", (3,)), 9.6))
     assert found.next_deadline() == 10.0
     assert is_ended(found.step(Tick(), 10.0))
 
@@ -71,7 +69,7 @@ def test_the_time_of_a_task_begins_when_the_one_before_it_has_ended() -> None:
 
 def test_a_result_on_its_way_is_not_late_and_the_next_task_has_begun() -> None:
     found = running([Task(1, timeout_s=5.0), Task(2, timeout_s=5.0)])
-    found.step(Arriving("r", {1: 4.0}), 4.0)
+    found.step(Finished("r", {1: 4.0}, arriving=True), 4.0)
     assert not is_ended(found.step(Tick(), 8.9))  # the first has ended, whatever its bytes take
     assert is_ended(found.step(Tick(), 9.0))
     [fail] = [e for e in found.step(RunnerEnded("r", "killed", 2), 9.1) if isinstance(e, Fail)]
@@ -81,9 +79,9 @@ def test_a_result_on_its_way_is_not_late_and_the_next_task_has_begun() -> None:
 
 def test_a_result_counts_once_and_a_cancelled_task_not_at_all() -> None:
     found = running([Task(n) for n in range(1, 5)], mean_s=1e-4)
-    found.step(NotGiven("r", (1, 2)), 0.1)
+    found.step(NotBegun("r", (1, 2), cancelled=True), 0.1)
     assert found.mean_s == 1e-4
-    found.step(Arriving("r", {3: 1.0}), 0.1)
+    found.step(Finished("r", {3: 1.0}, arriving=True), 0.1)
     mean_s = found.mean_s
     assert mean_s is not None
     assert mean_s > 0.1
@@ -94,7 +92,7 @@ def test_a_result_counts_once_and_a_cancelled_task_not_at_all() -> None:
 def test_what_must_not_run_twice_is_lost_with_its_result() -> None:
     """The runner died between tasks, and the result of this one did not arrive."""
     found = running([Task(1, retries=0)])
-    found.step(Arriving("r", {1: 0.1}), 0.1)
+    found.step(Finished("r", {1: 0.1}, arriving=True), 0.1)
     [fail] = [e for e in found.step(RunnerEnded("r", "killed", 0), 0.2) if isinstance(e, Fail)]
     assert (fail.task.task_id, fail.why) == (1, "lost")
 
@@ -111,7 +109,7 @@ def test_a_runner_is_given_no_more_than_it_may_have_and_then_replaced() -> None:
 
 def test_a_task_that_was_given_back_does_not_count_for_its_runner() -> None:
     found = running([Task(1), Task(2)], tasks_at_most=3)
-    found.step(GivenBack("r", (2,)), 0.1)
+    found.step(NotBegun("r", (2,)), 0.1)
     assert list(found.runners["r"].tasks) == [1, 2]  # given again
     assert found.runners["r"].given == 2
     assert not found.runners["r"].retiring
@@ -159,7 +157,7 @@ def test_what_waits_behind_a_long_task_is_recalled_for_a_runner_that_has_nothing
     assert found.next_deadline() == RECALL_AFTER_S
     assert found.step(Tick(), RECALL_AFTER_S) == [Recall("r", (2, 3))]
     assert found.next_deadline() is None  # it is asked once
-    found.step(GivenBack("r", (2, 3)), 0.03)
+    found.step(NotBegun("r", (2, 3)), 0.03)
     assert list(found.runners["s"].tasks) == [2]
 
 
@@ -215,8 +213,8 @@ def test_whatever_happens_each_task_is_in_one_place_until_it_is_settled(seed: in
             events += [
                 RunnerReady(name, "here", tuple(some)),
                 Finished(name, dict.fromkeys(some, 0.001)),
-                Arriving(name, dict.fromkeys(some, 0.001)),
-                GivenBack(name, tuple(some[1:])),
+                Finished(name, dict.fromkeys(some, 0.001), arriving=True),
+                NotBegun(name, tuple(some[1:])),
                 RunnerRetires(name),
                 RunnerEnded(name, "killed", some[0] if some else 0),
             ]
