@@ -67,10 +67,9 @@ def orchestrator_command(
     daemon: o.DaemonOptions,
 ) -> None:
     """Run the orchestrator: workers and clients connect to it."""
-    from fleet.cli.daemons import Kept, run_orchestrator
+    from fleet.cli.daemons import run_orchestrator
 
-    kept = Kept(state, keep_jobs, keep_hours)
-    run_orchestrator(bind, policy, daemon.secret_file, daemon.insecure, daemon.metrics_at(), kept)
+    run_orchestrator(bind, policy, daemon, state, keep_jobs, keep_hours)
 
 
 @o.command(app, "worker")
@@ -100,7 +99,7 @@ def worker_command(
 
     address = orchestrator or config.orchestrator_address() or config.DEFAULT_ORCHESTRATOR
     drain_s = config.drain_s() if within is None else within
-    run_worker(address, slots, gpus, daemon.secret_file, daemon.insecure, daemon.metrics_at(), drain_s, storage)
+    run_worker(address, slots, gpus, daemon, drain_s, storage)
 
 
 @o.command(app, "workers")

@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +27,10 @@ from fleet.bus.address import (
 from fleet.bus.claims import claimed_ports
 from fleet.cli.agents import fork_server
 from fleet.cli.log_format import OneLineFormatter
+from fleet.cli.options import DaemonOptions
 from fleet.cli.page import serving, token_of
 from fleet.cli.runtime import register, runtime_folder
-from fleet.cli.security import orchestrator_lock, worker_lock
-from fleet.cli.state_folder import close_to_others
+from fleet.cli.security import close_to_others, orchestrator_lock, worker_lock
 from fleet.errors import ConfigError, UsageError
 from fleet.orchestrator.service import Keeping, Service
 from fleet.versions import versions
@@ -42,24 +41,15 @@ from fleet.worker.storage import Storage
 from fleet.worker.zygote import RUNNER
 
 RESOLVE_EVERY_S = 1.0
-MetricsAt = tuple[str | None, int] | None  # host (None: chosen here) and port; None: nowhere
 
 log = logging.getLogger("fleet")
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Folder of the jobs that outlive the orchestrator, and the limits for those that have ended."""
-
-    folder: Path | None  # None: FLEET_STATE_DIR, or the user's own
-    jobs: int
-    hours: float
-
-
 def run_orchestrator(
-    bind: str, policy: str, secret_file: Path | None, insecure: bool, metrics: MetricsAt, kept: Kept
+    bind: str, policy: str, options: DaemonOptions, state: Path | None, keep_jobs: int, keep_hours: float
 ) -> None:
-    """Serves until a signal ends it."""
+    """Serves until a signal ends it. `state` is the folder of its jobs; None: FLEET_STATE_DIR, or the user's own."""
+    secret_file, insecure, metrics = options.secret_file, options.insecure, options.metrics_at()
     _log_to_stderr()
     os.umask(0o077)  # jobs, their files and their output are closed to other users
     host, port = parse(bind, config.ORCHESTRATOR_PORT, "--bind")
@@ -68,8 +58,8 @@ def run_orchestrator(
         log.warning("listening on %s without a secret: whoever reaches it can run code on every worker", bind)
     with runtime_folder() as runtime:
         # A port that the system chooses is another one at the next start, when no client looks for these jobs.
-        folder = kept.folder or config.state_folder(port) or runtime / "state"
-        keeping = Keeping(folder, kept.jobs, kept.hours * 3600)
+        folder = state or config.state_folder(port) or runtime / "state"
+        keeping = Keeping(folder, keep_jobs, keep_hours * 3600)
         close_to_others(folder)
         http_host, http_port = metrics or (None, _page_port(port))  # the page is there in any case, for this machine
         served = serving(http_host or "127.0.0.1", http_port, lock, token_of(lock), partial(_from_here, host))
@@ -86,16 +76,10 @@ def run_orchestrator(
 
 
 def run_worker(
-    address: str,
-    slots: int,
-    gpus: int,
-    secret_file: Path | None,
-    insecure: bool,
-    metrics: MetricsAt,
-    drain_s: float,
-    storage: Path | None,
+    address: str, slots: int, gpus: int, options: DaemonOptions, drain_s: float, storage: Path | None
 ) -> None:
     """Serves until a signal ends it. Raises ConfigError, FleetError."""
+    secret_file, insecure, metrics = options.secret_file, options.insecure, options.metrics_at()
     _log_to_stderr()
     if not 1 <= slots <= RANKS_AT_MOST:
         raise UsageError(f"--slots is {slots}: a worker has from 1 to {RANKS_AT_MOST}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fleet import messages as m
@@ -17,6 +17,18 @@ from fleet.text import shown, shown_lines, some
 HEALTH_WITHIN_S = 3.0
 COLUMNS = ("WORKER", "STATE", "SLOTS", "BUSY", "HOST", "JOBS")
 NAMED_AT_MOST = 3  # workers, in a sentence
+# What workers run: its name, its version in words, the version by which workers differ, and a sentence for where they do.
+SOFTWARE: tuple[tuple[str, Callable[[m.Versions], str], Callable[[m.Versions], str], str], ...] = (
+    ("fleet", lambda v: v.fleet, lambda v: v.fleet, "they run different versions of fleet ({}): update the older ones"),
+    (
+        "Python", lambda v: v.python, lambda v: v.python_minor,
+        "they run different Pythons ({}): an Executor uses those with its caller's",
+    ),
+    (
+        "torch", lambda v: v.torch or "is not installed", lambda v: v.torch or "none",
+        "they have different versions of torch ({})",
+    ),
+)  # fmt: skip
 
 
 def list_workers(target: Target, as_json: bool) -> str:
@@ -37,40 +49,18 @@ def listed(found: Sequence[m.WorkerState], as_json: bool) -> str:
 
 def _software(found: Sequence[m.WorkerState]) -> list[str]:
     """Software that all workers run, in one line, and a line for each difference."""
-    same = [
-        f"{name} {next(iter(versions))}"
-        for name, versions in (
-            ("fleet", {worker.versions.fleet for worker in found}),
-            ("Python", {worker.versions.python for worker in found}),
-            ("torch", {worker.versions.torch or "is not installed" for worker in found}),
-        )
-        if len(versions) == 1
-    ]
-    lines = [f"all: {', '.join(same)}"] if same else []
-    fleets = _by(found, lambda worker: worker.versions.fleet)
-    if len(fleets) > 1:
-        lines.append(f"they run different versions of fleet ({_groups(fleets)}): update the older ones")
-    pythons = _by(found, lambda worker: worker.versions.python_minor)
-    if len(pythons) > 1:
-        lines.append(f"they run different Pythons ({_groups(pythons)}): an Executor uses those with its caller's")
-    torches = _by(found, lambda worker: worker.versions.torch or "none")
-    if len(torches) > 1:
-        lines.append(f"they have different versions of torch ({_groups(torches)})")
-    return lines
-
-
-def _by(found: Sequence[m.WorkerState], version: Callable[[m.WorkerState], str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for worker in found:
-        groups.setdefault(version(worker), []).append(worker.worker_id)
-    return groups
-
-
-def _groups(groups: Mapping[str, Sequence[str]]) -> str:
-    named = []
-    for version, worker_ids in sorted(groups.items()):
-        named.append(f"{shown(version)} on {some([shown(worker_id) for worker_id in worker_ids], NAMED_AT_MOST)}")
-    return "; ".join(named)
+    same, lines = [], []
+    for name, version, kind, sentence in SOFTWARE:
+        versions = {version(worker.versions) for worker in found}
+        if len(versions) == 1:
+            same.append(f"{name} {versions.pop()}")
+        groups: dict[str, list[str]] = {}
+        for worker in found:
+            groups.setdefault(kind(worker.versions), []).append(shown(worker.worker_id))
+        if len(groups) > 1:
+            named = [f"{shown(version)} on {some(ids, NAMED_AT_MOST)}" for version, ids in sorted(groups.items())]
+            lines.append(sentence.format("; ".join(named)))
+    return [f"all: {', '.join(same)}", *lines] if same else lines
 
 
 def health(secret_file: Path | None, insecure: bool, timeout_s: float) -> list[str]:

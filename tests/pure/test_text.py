@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fleet.cli.jobs import described
 from fleet.cli.log_format import OneLineFormatter
-from fleet.cli.state_folder import KEPT, close_to_others
+from fleet.cli.security import KEPT, close_to_others
 from fleet.cli.table import table
 from fleet.client.attached_job import say
 from fleet.client.rank_activity import described as answered
