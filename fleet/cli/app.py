@@ -30,9 +30,7 @@ app.add_typer(job_commands)
 
 
 @app.callback()
-def fleet_command(
-    version: Annotated[bool, typer.Option("--version", help="Print fleet's version.")] = False,
-) -> None:
+def fleet_command(version: Annotated[bool, o.option("Print fleet's version.", "--version")] = False) -> None:
     """Train a model with more than one Python process, on one machine or many."""
 
 
@@ -51,19 +49,13 @@ def run_command(context: typer.Context, options: o.RunOptions) -> None:
 @o.command(app, "orchestrator")
 def orchestrator_command(
     *,
-    bind: Annotated[str, typer.Option(help="HOST:PORT to listen on; 0.0.0.0 is every interface.")] = "127.0.0.1:50051",
+    bind: Annotated[str, o.option("HOST:PORT to listen on; 0.0.0.0 is every interface.")] = "127.0.0.1:50051",
     policy: Annotated[
-        str, typer.Option(callback=o.known_policy, help="How ranks are spread: least-loaded or round-robin.")
+        str, o.option("How ranks are spread: least-loaded or round-robin.", check=o.known_policy)
     ] = "least-loaded",
-    state: Annotated[
-        Path | None, typer.Option(help="Folder that keeps jobs.", show_default="FLEET_STATE_DIR, yours")
-    ] = None,
-    keep_jobs: Annotated[
-        int, typer.Option(callback=o.not_negative, help="Jobs that have ended, to keep at most.")
-    ] = 10_000,
-    keep_hours: Annotated[
-        float, typer.Option(callback=o.time_in("hours"), help="Hours to keep jobs that have ended.")
-    ] = 168.0,
+    state: Annotated[Path | None, o.option("Folder that keeps jobs.", default="FLEET_STATE_DIR, yours")] = None,
+    keep_jobs: Annotated[int, o.option("Jobs that have ended, to keep at most.", check=o.not_negative)] = 10_000,
+    keep_hours: Annotated[float, o.option("Hours to keep jobs that have ended.", check=o.time_in("hours"))] = 168.0,
     daemon: o.DaemonOptions,
 ) -> None:
     """Run the orchestrator: workers and clients connect to it."""
@@ -75,22 +67,21 @@ def orchestrator_command(
 @o.command(app, "worker")
 def worker_command(
     *,
-    slots: Annotated[int, typer.Option(help="Ranks that may run here at once.")] = 1,
-    gpus: Annotated[int, typer.Option(help="GPUs for jobs that ask for some.")] = 0,
+    slots: Annotated[int, o.option("Ranks that may run here at once.")] = 1,
+    gpus: Annotated[int, o.option("GPUs for jobs that ask for some.")] = 0,
     orchestrator: Annotated[
-        str | None, typer.Option(help="HOST:PORT.", show_default=f"ORCHESTRATOR_ADDR, {config.DEFAULT_ORCHESTRATOR}")
+        str | None, o.option("HOST:PORT.", default=f"ORCHESTRATOR_ADDR, {config.DEFAULT_ORCHESTRATOR}")
     ] = None,
     within: Annotated[
         float | None,
-        typer.Option(
-            callback=o.time_in("seconds"),
-            help="Seconds that what runs here has to end, after SIGTERM.",
-            show_default=f"FLEET_DRAIN_S, {config.DRAIN_S}",
+        o.option(
+            "Seconds that what runs here has to end, after SIGTERM.",
+            check=o.time_in("seconds"),
+            default=f"FLEET_DRAIN_S, {config.DRAIN_S}",
         ),
     ] = None,
     storage: Annotated[
-        Path | None,
-        typer.Option(help="Folder that keeps what jobs write.", show_default="FLEET_STORAGE_DIR, yours"),
+        Path | None, o.option("Folder that keeps what jobs write.", default="FLEET_STORAGE_DIR, yours")
     ] = None,
     daemon: o.DaemonOptions,
 ) -> None:
@@ -126,8 +117,8 @@ def dashboard_command(cluster: o.ClusterOptions) -> None:
 
 @o.command(app, "doctor")
 def doctor_command(
-    health: Annotated[bool, typer.Option("--health", help="Only whether what runs here answers.")] = False,
-    timeout: Annotated[float, typer.Option(callback=o.above_0, help="Seconds to wait for each answer.")] = 3.0,
+    health: Annotated[bool, o.option("Only whether what runs here answers.", "--health")] = False,
+    timeout: Annotated[float, o.option("Seconds to wait for each answer.", check=o.above_0)] = 3.0,
     secret_file: o.SecretFile = None,
     insecure: o.Insecure = False,
 ) -> None:
@@ -147,16 +138,10 @@ def doctor_command(
 
 @o.command(app, "secret")
 def secret_command(
-    kept: Annotated[
-        Path | None, typer.Option(help="File that keeps it; made if missing.", show_default="yours")
-    ] = None,
-    owner_of: Annotated[
-        Path | None, typer.Option(help="The kept file gets the owner of this file.", show_default="you")
-    ] = None,
-    to: Annotated[
-        Path | None, typer.Option(help="File to copy it to, for others to read.", show_default="none")
-    ] = None,
-    reader: Annotated[int | None, typer.Option(help="User id that may read the copy.", show_default="you")] = None,
+    kept: Annotated[Path | None, o.option("File that keeps it; made if missing.", default="yours")] = None,
+    owner_of: Annotated[Path | None, o.option("The kept file gets the owner of this file.", default="you")] = None,
+    to: Annotated[Path | None, o.option("File to copy it to, for others to read.", default="none")] = None,
+    reader: Annotated[int | None, o.option("User id that may read the copy.", default="you")] = None,
 ) -> None:
     """Make sure that there is a cluster secret, and say where. All machines of a cluster need the same one.
 
@@ -170,8 +155,8 @@ def secret_command(
 @o.command(app, "why")
 def why_command(
     job: Annotated[str, typer.Argument(help="The job's id.", show_default="the only one that runs")] = "",
-    last: Annotated[int, typer.Option(help="Collectives to show of each rank.")] = 20,
-    stacks: Annotated[bool, typer.Option("--stacks", help="With the stacks of all threads of each rank.")] = False,
+    last: Annotated[int, o.option("Collectives to show of each rank.")] = 20,
+    stacks: Annotated[bool, o.option("With the stacks of all threads of each rank.", "--stacks")] = False,
     as_json: o.AsJson = False,
     *,
     cluster: o.AnyClusterOptions,

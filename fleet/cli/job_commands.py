@@ -18,7 +18,7 @@ job_commands = typer.Typer()
 def submit_command(
     context: typer.Context,
     workers: o.Workers = 1,
-    name: Annotated[str, typer.Option(help="For `fleet jobs`.", show_default="none")] = "",
+    name: Annotated[str, o.option("For `fleet jobs`.", default="none")] = "",
     *,
     options: o.SubmitOptions,
 ) -> None:
@@ -41,15 +41,13 @@ def submit_command(
 def sweep_command(
     context: typer.Context,
     grid: Annotated[
-        list[str] | None,
-        typer.Option(help="NAME=A,B,C or NAME=FROM:TO; may be given again.", show_default="needed"),
+        list[str] | None, o.option("NAME=A,B,C or NAME=FROM:TO; may be given again.", default="needed")
     ] = None,
     workers: o.Workers = 1,
     name: Annotated[
-        str,
-        typer.Option(help="Of the sweep, for `fleet jobs --sweep` and `fleet cancel --sweep`.", show_default="made up"),
+        str, o.option("Of the sweep, for `fleet jobs --sweep` and `fleet cancel --sweep`.", default="made up")
     ] = "",
-    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the results.")] = False,
+    detach: Annotated[bool, o.option("Do not wait for the results.", "--detach")] = False,
     *,
     options: o.SubmitOptions,
 ) -> None:
@@ -73,10 +71,8 @@ def sweep_command(
 
 @o.command(job_commands, "jobs")
 def jobs_command(
-    sweep: Annotated[
-        str, typer.Option(help="The points and results of this sweep instead.", show_default="all jobs")
-    ] = "",
-    limit: Annotated[int, typer.Option(callback=o.at_least_1, help="The newest so many.")] = 50,
+    sweep: Annotated[str, o.option("The points and results of this sweep instead.", default="all jobs")] = "",
+    limit: Annotated[int, o.option("The newest so many.", check=o.at_least_1)] = 50,
     as_json: o.AsJson = False,
     *,
     cluster: o.ClusterOptions,
@@ -100,8 +96,8 @@ def status_command(job: o.Job, as_json: o.AsJson = False, *, cluster: o.ClusterO
 @o.command(job_commands, "logs")
 def logs_command(
     job: o.Job,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job has ended.")] = False,
-    rank: Annotated[int | None, typer.Option(help="Only this rank's.", show_default="all")] = None,
+    follow: Annotated[bool, o.option("Until the job has ended.", "--follow", "-f")] = False,
+    rank: Annotated[int | None, o.option("Only this rank's.", default="all")] = None,
     *,
     cluster: o.ClusterOptions,
 ) -> None:
@@ -119,7 +115,7 @@ def fetch_command(
     ] = None,
     output: o.OutputFolder = None,
     max_output: o.MaxOutput = 1024,
-    only_list: Annotated[bool, typer.Option("--list", help="Only show what there is.")] = False,
+    only_list: Annotated[bool, o.option("Only show what there is.", "--list")] = False,
     as_json: o.AsJson = False,
     *,
     cluster: o.ClusterOptions,
@@ -135,8 +131,8 @@ def cancel_command(
     jobs: Annotated[
         list[str] | None, typer.Argument(help="Jobs by their ids, or how these begin.", show_default="those of --sweep")
     ] = None,
-    sweep: Annotated[str, typer.Option(help="All jobs of this sweep.", show_default="none")] = "",
-    kill: Annotated[bool, typer.Option("--kill", help="At once, without a grace period.")] = False,
+    sweep: Annotated[str, o.option("All jobs of this sweep.", default="none")] = "",
+    kill: Annotated[bool, o.option("At once, without a grace period.", "--kill")] = False,
     as_json: o.AsJson = False,
     *,
     cluster: o.ClusterOptions,
@@ -166,10 +162,10 @@ def wait_command(
 @o.command(job_commands, "drain")
 def drain_command(
     worker: Annotated[str, typer.Argument(help="The worker's id, as `fleet workers` shows it.")],
-    within: Annotated[
-        float, typer.Option(callback=o.time_in("seconds"), help="Seconds that what runs there has to end.")
-    ] = float(config.DRAIN_S),
-    undo: Annotated[bool, typer.Option("--undo", help="Give it work again.")] = False,
+    within: Annotated[float, o.option("Seconds that what runs there has to end.", check=o.time_in("seconds"))] = float(
+        config.DRAIN_S
+    ),
+    undo: Annotated[bool, o.option("Give it work again.", "--undo")] = False,
     as_json: o.AsJson = False,
     *,
     cluster: o.ClusterOptions,

@@ -73,43 +73,43 @@ def known_backend(param: typer.CallbackParam, value: str | None) -> str | None:
     return value
 
 
+def option(help: str, *names: str, check: Check | None = None, default: str | bool = True) -> Any:
+    """An option, by default `--` and its parameter's name. `default` says what is taken without it, where its value does not."""
+    return typer.Option(*names, callback=check, help=help, show_default=default)
+
+
 # Options of several commands
 
-AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
-Timeout = Annotated[float, typer.Option(callback=above_0, help="Seconds to keep trying to reach the orchestrator.")]
-Orchestrator = Annotated[str | None, typer.Option(help="HOST:PORT.", show_default="ORCHESTRATOR_ADDR")]
-OrThisMachine = Annotated[str | None, typer.Option(help="HOST:PORT.", show_default="ORCHESTRATOR_ADDR, this machine")]
+AsJson = Annotated[bool, option("As JSON.", "--json")]
+Timeout = Annotated[float, option("Seconds to keep trying to reach the orchestrator.", check=above_0)]
+Orchestrator = Annotated[str | None, option("HOST:PORT.", default="ORCHESTRATOR_ADDR")]
+OrThisMachine = Annotated[str | None, option("HOST:PORT.", default="ORCHESTRATOR_ADDR, this machine")]
 SecretFile = Annotated[
     Path | None,
-    typer.Option(
-        help="File with the cluster secret.", show_default="FLEET_SECRET, FLEET_SECRET_FILE, ~/.config/fleet/secret"
-    ),
+    option("File with the cluster secret.", default="FLEET_SECRET, FLEET_SECRET_FILE, ~/.config/fleet/secret"),
 ]
-Insecure = Annotated[bool, typer.Option("--insecure", help="No secret: whoever reaches the port may run code.")]
+Insecure = Annotated[bool, option("No secret: whoever reaches the port may run code.", "--insecure")]
 Job = Annotated[str, typer.Argument(help="The job's id, or how it begins.")]
-Workers = Annotated[int, typer.Option(help="Number of ranks.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only list what would travel to the cluster, and what not.")]
-MaxBundle = Annotated[int, typer.Option(callback=bundle_mb, help="Largest folder to send to a cluster, in MB.")]
+Workers = Annotated[int, option("Number of ranks.")]
+DryRun = Annotated[bool, option("Only list what would travel to the cluster, and what not.", "--dry-run")]
+MaxBundle = Annotated[int, option("Largest folder to send to a cluster, in MB.", check=bundle_mb)]
 OutputFolder = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Folder for what the job writes.", show_default="./fleet-output/JOB"),
+    Path | None, option("Folder for what the job writes.", "--output", "-o", default="./fleet-output/JOB")
 ]
-MaxOutput = Annotated[
-    int, typer.Option(callback=output_mb, help="How much of that is brought from a cluster at most, in MB.")
-]
+MaxOutput = Annotated[int, option("How much of that is brought from a cluster at most, in MB.", check=output_mb)]
 Keep = Annotated[
     list[str] | None,
-    typer.Option(
-        help="On a cluster: files in the working folder that are output too, as in .gitignore; may be given again.",
-        show_default="none",
+    option(
+        "On a cluster: files in the working folder that are output too, as in .gitignore; may be given again.",
+        default="none",
     ),
 ]
 TorchBackend = Annotated[
     str | None,
-    typer.Option(
-        callback=known_backend,
-        help="fleet: torch scripts that ask for gloo, or for nothing, get fleet on CPU.",
-        show_default="FLEET_TORCH_BACKEND, what they ask for",
+    option(
+        "fleet: torch scripts that ask for gloo, or for nothing, get fleet on CPU.",
+        check=known_backend,
+        default="FLEET_TORCH_BACKEND, what they ask for",
     ),
 ]
 
@@ -160,23 +160,21 @@ class SchedulingOptions:
 
     priority: Annotated[
         int,
-        typer.Option(
-            callback=from_to(-PRIORITY_AT_MOST, PRIORITY_AT_MOST),
-            help="Higher starts earlier; a minute of waiting counts as one.",
+        option(
+            "Higher starts earlier; a minute of waiting counts as one.",
+            check=from_to(-PRIORITY_AT_MOST, PRIORITY_AT_MOST),
         ),
     ] = 0
-    policy: Annotated[
-        str, typer.Option(callback=known_policy, help="least-loaded or round-robin.", show_default="the cluster's")
-    ] = ""
+    policy: Annotated[str, option("least-loaded or round-robin.", check=known_policy, default="the cluster's")] = ""
     max_restarts: Annotated[
         int,
-        typer.Option(
-            callback=from_to(0, 1000),
-            help="How often it starts again after a worker was lost. A rank that fails is not run again.",
+        option(
+            "How often it starts again after a worker was lost. A rank that fails is not run again.",
+            check=from_to(0, 1000),
         ),
     ] = 3
-    slots: Annotated[int, typer.Option(callback=from_to(1, 1000), help="Slots that each rank takes.")] = 1
-    gpus: Annotated[int, typer.Option(callback=from_to(0, 1000), help="GPUs that each rank takes.")] = 0
+    slots: Annotated[int, option("Slots that each rank takes.", check=from_to(1, 1000))] = 1
+    gpus: Annotated[int, option("GPUs that each rank takes.", check=from_to(0, 1000))] = 0
 
     def job_options(self, name: str = "", sweep: str = "", grace_s: float = GRACE_S) -> JobOptions:
         return JobOptions(
@@ -201,16 +199,14 @@ class SubmitOptions:
 class RunOptions:
     """Options of `fleet run`."""
 
-    workers: Annotated[
-        int | None, typer.Option(help="Number of ranks.", show_default="one per core, or per Slurm task")
-    ] = None
+    workers: Annotated[int | None, option("Number of ranks.", default="one per core, or per Slurm task")] = None
     timeout: Timeout = 60.0
-    log_dir: Annotated[Path | None, typer.Option(help="Folder for rank-N.log files.", show_default="none")] = None
+    log_dir: Annotated[Path | None, option("Folder for rank-N.log files.", default="none")] = None
     max_bundle: MaxBundle = 64
-    dashboard: Annotated[
-        bool, typer.Option("--dashboard", help="Print the address of a page that shows the job as it runs.")
-    ] = False
-    transport: Annotated[str, typer.Option(help="Between local ranks: tcp or ipc.")] = "tcp"
+    dashboard: Annotated[bool, option("Print the address of a page that shows the job as it runs.", "--dashboard")] = (
+        False
+    )
+    transport: Annotated[str, option("Between local ranks: tcp or ipc.")] = "tcp"
     orchestrator: OrThisMachine = None
     scheduling: SchedulingOptions
     output: OutputFolder = None
@@ -219,14 +215,13 @@ class RunOptions:
     torch_backend: TorchBackend = None
     dry_run: DryRun = False
     stdin: Annotated[
-        str | None,
-        typer.Option(help="Who reads standard input: none, 0 (rank 0), or all.", show_default="0; on a cluster none"),
+        str | None, option("Who reads standard input: none, 0 (rank 0), or all.", default="0; on a cluster none")
     ] = None
     grace: Annotated[
         float,
-        typer.Option(
-            callback=number(0, GRACE_AT_MOST_S, f"be a number of seconds from 0 to {GRACE_AT_MOST_S:g}"),
-            help="Seconds that the job goes on without this command, while its connection is cut off.",
+        option(
+            "Seconds that the job goes on without this command, while its connection is cut off.",
+            check=number(0, GRACE_AT_MOST_S, f"be a number of seconds from 0 to {GRACE_AT_MOST_S:g}"),
         ),
     ] = GRACE_S
     secret_file: SecretFile = None
@@ -239,15 +234,14 @@ class DaemonOptions:
 
     metrics_port: Annotated[
         int | None,
-        typer.Option(
-            callback=port,
-            help="Port of /metrics and /healthz, and of an orchestrator's page.",
-            show_default="FLEET_METRICS_PORT, that before --bind's, in a worker none",
+        option(
+            "Port of /metrics and /healthz, and of an orchestrator's page.",
+            check=port,
+            default="FLEET_METRICS_PORT, that before --bind's, in a worker none",
         ),
     ] = None
     metrics_host: Annotated[
-        str | None,
-        typer.Option(help="Address to serve them at.", show_default="FLEET_METRICS_HOST, 127.0.0.1"),
+        str | None, option("Address to serve them at.", default="FLEET_METRICS_HOST, 127.0.0.1")
     ] = None
     secret_file: SecretFile = None
     insecure: Insecure = False
