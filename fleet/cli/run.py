@@ -31,7 +31,6 @@ from fleet.client.printer import Printer
 from fleet.client.report import INTERRUPTED, exit_code, report
 from fleet.client.target import Target, cluster_target
 from fleet.errors import UsageError
-from fleet.values import portable
 from fleet.worker.imports import Imports
 
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -129,7 +128,7 @@ def _on_this_machine(
     interruption: _Interruption,
 ) -> Iterator[_Place]:
     """The embedded local cluster, or the tasks of a Slurm step."""
-    command, task = submission.command, config.slurm_task()
+    task = config.slurm_task()
     job = _job_here(submission, task is not None)
     output = local_output(options.output)
     with ExitStack() as stack:
@@ -152,14 +151,7 @@ def _on_this_machine(
                 task, runtime, preload, options.timeout, lambda: interruption.early_count > 0, output.storage
             )
         target = stack.enter_context(cluster)
-        args = tuple(map(portable, command.args))
-        spec = m.Spec(
-            command.kind,
-            portable(command.target),
-            args,
-            portable(_current_folder()),
-            environment=submission.environment,
-        )
+        spec = submission.spec(submission.command.target, _current_folder())
         yield _Place(target, spec, None, job, output)
 
 

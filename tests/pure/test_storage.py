@@ -13,7 +13,7 @@ import pytest
 
 from fleet import messages as m
 from fleet.bus.trees import remove_tree
-from fleet.cli.travel import keep_patterns
+from fleet.cli.submission import keep_patterns
 from fleet.errors import UsageError
 from fleet.values import portable
 from fleet.worker.storage import Storage, _entries
