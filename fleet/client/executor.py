@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypedDict, TypeVar, Unpack
 
 from fleet import config, pickling
 from fleet.client.caller_code import cluster_place
-from fleet.client.executor_thread import ExecutorSettings, ExecutorThread
+from fleet.client.executor_thread import ExecutorThread
 from fleet.client.local_cluster import local_place
 from fleet.client.pending_tasks import TaskOptions
 from fleet.client.target import cluster_target
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 P = ParamSpec("P")
 
-PENDING_TASKS, PENDING_BYTES = 10_000, 256 << 20
+PENDING_TASKS = 10_000
 MAX_BUNDLE = 64  # MB
 _open: weakref.WeakSet[ExecutorThread] = weakref.WeakSet()  # a running thread keeps its object
 
@@ -154,8 +154,9 @@ class Executor(View):
                 place = stack.enter_context(
                     cluster_place(cluster_target(address, None, insecure, connect_timeout), max_bundle << 20)
                 )
-            settings = ExecutorSettings(count, max_pending, PENDING_BYTES, max_tasks_per_child, initializer, initargs)
-            self._thread = ExecutorThread(place, options, settings, stack.pop_all())
+            self._thread = ExecutorThread(
+                place, options, count, max_pending, max_tasks_per_child, initializer, initargs, stack.pop_all()
+            )
         _open.add(self._thread)
         try:
             self._thread.start()

@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fleet import config, tasks
@@ -34,40 +33,36 @@ from fleet.stillness import Deadline, LifeClock
 
 T = TypeVar("T")
 
+PENDING_BYTES = 256 << 20  # of arguments
 LEAVE_WITHIN_S = 3.0  # for runners to end after Leave
 KILLED_WITHIN_S = 3.0  # for runners to end after a kill
-
-
-@dataclass(frozen=True)
-class ExecutorSettings:
-    """Arguments of an Executor that its thread acts on."""
-
-    count: int  # of runners; 0: as many as the cluster has room for
-    max_pending: int
-    max_bytes: int  # of arguments
-    tasks_at_most: int | None = None  # of one runner
-    initializer: Callable[..., object] | None = None  # each runner calls it before all tasks
-    initargs: tuple[Any, ...] = ()
 
 
 class ExecutorThread:
     """Any thread may call `submit`, `finish` and `drop`."""
 
-    def __init__(self, place: Place, options: m.JobOptions, settings: ExecutorSettings, needed: ExitStack) -> None:
-        """The thread closes `needed` when it ends."""
+    def __init__(
+        self,
+        place: Place,
+        options: m.JobOptions,
+        count: int,  # of runners; 0: as many as the cluster has room for
+        max_pending: int,
+        tasks_at_most: int | None,  # of one runner
+        initializer: Callable[..., object] | None,  # each runner calls it before all tasks
+        initargs: tuple[Any, ...],
+        needed: ExitStack,  # closed at the end
+    ) -> None:
         self._place = place
         self._options = options
-        self._count = settings.count
+        self._count = count
         self._needed = needed
         self._forks = forks.count
         self._wake = Wake()
-        self._pending = PendingTasks(settings.max_pending, settings.max_bytes, self._wake.set)
+        self._pending = PendingTasks(max_pending, PENDING_BYTES, self._wake.set)
         directory = config.shared_memory()
         self._memory = host_key(directory) if directory is not None else ""
         self._packer = CallPacker(directory if self._memory else None)
-        self._initializer = None
-        if settings.initializer is not None:
-            self._initializer = self._packer.pack(settings.initializer, settings.initargs, {})
+        self._initializer = None if initializer is None else self._packer.pack(initializer, initargs, {})
         self._cancel_all = self._abandoned = False
         self._broken: BaseException | None = None
         self._ready = threading.Event()  # the orchestrator has let this client in, or the thread has ended
@@ -79,7 +74,7 @@ class ExecutorThread:
         self._wakes_at = math.inf  # the end of its sleep, if nothing comes
         self._lock = threading.RLock()  # around the fields below
         self._clock = LifeClock()  # the thread reads it, callers look at it
-        self._scheduler = scheduler.TaskScheduler(settings.tasks_at_most)
+        self._scheduler = scheduler.TaskScheduler(tasks_at_most)
         self._runners: Runners  # exists once the thread has begun
 
     def start(self) -> None:
