@@ -12,7 +12,6 @@ INTERRUPTED = 130  # the shell's: 128 and the signal's number
 
 
 def main() -> None:
-    """The entry point of the `fleet` command."""
     try:
         check_system()
     except ConfigError as error:

@@ -16,6 +16,7 @@ from fleet.client.target import Target
 from fleet.errors import ConfigError
 from fleet.orchestrator.service import Service
 from fleet.orchestrator.window import Serving
+from fleet.text import shown, shown_lines
 from fleet.versions import versions
 from fleet.worker.agent import Agent
 from fleet.worker.zygote import Zygote
@@ -24,6 +25,16 @@ from fleet.worker.zygote import Zygote
 # unless all of its ranks have room for two connections.
 FILES, FILES_OF_A_RANK = 80, 7
 ADDRESS_SPACE_KB = 420_000  # measured: with less, libzmq gets no threads and aborts the process
+
+
+class OneLineFormatter(logging.Formatter):
+    """Formatter of logs, in which one record is one line: control characters and line breaks are shown, not obeyed."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return shown(super().formatMessage(record))
+
+    def formatException(self, ei: object) -> str:
+        return shown_lines(super().formatException(ei))  # type: ignore[arg-type]  # as logging passes it
 
 
 @contextmanager

@@ -25,8 +25,7 @@ from fleet.bus.address import (
     shown,
 )
 from fleet.bus.claims import claimed_ports
-from fleet.cli.agents import fork_server
-from fleet.cli.log_format import OneLineFormatter
+from fleet.cli.agents import OneLineFormatter, fork_server
 from fleet.cli.options import DaemonOptions
 from fleet.cli.page import serving, token_of
 from fleet.cli.runtime import register, runtime_folder

@@ -66,7 +66,6 @@ def list_jobs(target: Target, limit: int, as_json: bool) -> str:
 
 
 def listed(found: m.Jobs, as_json: bool) -> str:
-    """A page of jobs as a table, or as JSON."""
     if as_json:
         return in_json(found.jobs)
     if not found.jobs:

@@ -24,8 +24,7 @@ from fleet import config
 from fleet.bus.address import endpoint, is_loopback, listening_host, local_address_towards, parse, shown
 from fleet.bus.lock import Lock
 from fleet.bus.ownership import open_own
-from fleet.cli.agents import embedded, embedded_orchestrator, fork_server
-from fleet.cli.log_format import OneLineFormatter
+from fleet.cli.agents import OneLineFormatter, embedded, embedded_orchestrator, fork_server
 from fleet.cli.runtime import runtime_folder
 from fleet.client.attached_job import say
 from fleet.client.queries import workers

@@ -32,7 +32,6 @@ SOFTWARE: tuple[tuple[str, Callable[[m.Versions], str], Callable[[m.Versions], s
 
 
 def list_workers(target: Target, as_json: bool) -> str:
-    """All workers, as a table or as JSON. Raises ConfigError."""
     return listed(workers(target), as_json)
 
 

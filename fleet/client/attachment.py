@@ -62,7 +62,6 @@ class Attachment:
         return [Say("stopping all ranks (once more: at once)"), cancel]
 
     def lost(self) -> list[Effect]:
-        """The connection to the orchestrator is lost."""
         if self.cancelled:
             return []
         return [Say(f"lost the orchestrator at {self._orchestrator}; trying again until it is back (Ctrl-C: leave)")]

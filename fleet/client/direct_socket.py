@@ -42,7 +42,6 @@ class DirectSocket:
         return self._router.receive()
 
     def forget(self, job_id: str) -> None:
-        """Ends the connection to a runner that has ended."""
         self._expected.discard(job_id)
         if job_id in self._connected:
             self._connected.remove(job_id)

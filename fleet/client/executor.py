@@ -145,15 +145,14 @@ class Executor(View):
         address = addr or config.orchestrator_address()
         python = "" if address is None else versions().python_minor
         options = JobOptions(name=name, priority=priority, max_restarts=0, slots=slots, gpus=gpus, python=python)
+        if address is None:
+            count = max_workers or config.usable_cores()
+            cluster = local_place(count * slots, gpus * count)
+        else:
+            count = max_workers or 0
+            cluster = cluster_place(cluster_target(address, None, insecure, connect_timeout), max_bundle << 20)
         with ExitStack() as stack:
-            if address is None:
-                count = max_workers or config.usable_cores()
-                place = stack.enter_context(local_place(count * slots, gpus * count))
-            else:
-                count = max_workers or 0
-                place = stack.enter_context(
-                    cluster_place(cluster_target(address, None, insecure, connect_timeout), max_bundle << 20)
-                )
+            place = stack.enter_context(cluster)
             self._thread = ExecutorThread(
                 place, options, count, max_pending, max_tasks_per_child, initializer, initargs, stack.pop_all()
             )

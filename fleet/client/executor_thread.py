@@ -205,7 +205,6 @@ class ExecutorThread:
         self._asleep = False
 
     def _take_tasks(self) -> None:
-        """Takes in tasks that were added or cancelled."""
         if self._pending.added:
             self._step(scheduler.Submitted(self._pending.take()))
         if self._pending.cancelled or self._cancel_all:
@@ -227,7 +226,8 @@ class ExecutorThread:
         """Asks for runners, once this client was let in. `room`: for how many the cluster has room; 0: not known."""
         count = self._count or room
         if count and not self._ready.is_set():
-            self._step(scheduler.Began(count))
+            for _ in range(count):
+                self._scheduler.joined(self._runners.ask())
             self._ready.set()
 
     def _step(self, event: scheduler.Event) -> None:
@@ -298,7 +298,6 @@ class ExecutorThread:
                     self._take(thing)
 
     def _end_tasks(self) -> None:
-        """Settles the futures of all tasks that are left."""
         begun = {
             task_id: (task, r.where) for r in self._scheduler.runners.values() for task_id, task in r.tasks.items()
         }

@@ -72,7 +72,6 @@ class Requests:
                 return
 
     def drop(self, key: Key) -> None:
-        """Forgets a request."""
         for requests in (self._waiting, self._under_way, self._standing):
             requests.pop(key, None)
 

@@ -144,7 +144,6 @@ class LineFolder:
         return min(deadlines, default=None)
 
     def flush(self) -> list[FoldedText]:
-        """All held lines."""
         shown = [line for rank in list(self._tracebacks) for line in self._close(rank, 0.0)]
         return shown + self._release(len(self._held))
 

@@ -37,7 +37,6 @@ class OutputSequence:
         return found
 
     def drop(self, job_id: str) -> None:
-        """A job has ended."""
         for key in [key for key in self._last if key[0] == job_id]:
             del self._last[key]
             self._asked.pop(key, None)

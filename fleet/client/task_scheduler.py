@@ -66,12 +66,6 @@ class Runner(Struct):
 # Events
 
 
-class Began(Struct, frozen=True):
-    """Runners may be asked for, `size` of them."""
-
-    size: int
-
-
 class Submitted(Struct, frozen=True):
     tasks: list[Task]
 
@@ -123,7 +117,7 @@ class Tick(Struct, frozen=True):
 
 
 RunnerEvent = RunnerReady | Finished | NotBegun | RunnerRetires | RunnerEnded
-Event = Began | Submitted | Cancelled | RunnerEvent | Tick
+Event = Submitted | Cancelled | RunnerEvent | Tick
 
 
 # Effects
@@ -184,8 +178,6 @@ class TaskScheduler:
             if self._missing:
                 self._effects += [AskRunner()] * self._missing
                 self._missing = self._stillborn = 0
-        elif isinstance(event, Began):
-            self._effects += [AskRunner()] * event.size
         elif isinstance(event, Cancelled):
             for task_id in event.task_ids:
                 self._queued.pop(task_id, None)

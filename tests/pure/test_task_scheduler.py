@@ -12,7 +12,6 @@ from fleet.client.task_scheduler import (
     BACKOFF_S,
     RECALL_AFTER_S,
     AskRunner,
-    Began,
     EndRunner,
     Fail,
     Finished,
@@ -32,7 +31,6 @@ from fleet.client.task_scheduler import (
 def running(tasks: list[Task], mean_s: float | None = 1e-4, tasks_at_most: int | None = None) -> TaskScheduler:
     """One runner that was given all that it may have of the tasks, at second 0."""
     found = TaskScheduler(tasks_at_most)
-    found.step(Began(1), 0.0)
     found.joined("r")
     found.mean_s = mean_s
     found.step(RunnerReady("r", "here", ()), 0.0)
@@ -117,7 +115,6 @@ def test_a_task_that_was_given_back_does_not_count_for_its_runner() -> None:
 
 def test_runners_that_do_not_fit_are_not_asked_for_without_end() -> None:
     found = TaskScheduler()
-    found.step(Began(1), 0.0)
     asked = 1
     for number in range(10):
         if not asked:
@@ -132,7 +129,6 @@ def test_runners_that_do_not_fit_are_not_asked_for_without_end() -> None:
 
 def test_room_is_what_a_further_task_would_be_given_or_asked_for() -> None:
     found = TaskScheduler()
-    found.step(Began(1), 0.0)
     found.joined("r")
     assert not found.has_room  # it will say that it is there
     found.mean_s = 1.0
@@ -199,7 +195,7 @@ def test_what_must_not_run_twice_waits_behind_nothing_and_nothing_behind_it() ->
 def test_whatever_happens_each_task_is_in_one_place_until_it_is_settled(seed: int) -> None:
     dice = random.Random(seed)
     found, now, last, settled = TaskScheduler(dice.choice([None, 5])), 0.0, 0, set[int]()
-    asked = sum(isinstance(effect, AskRunner) for effect in found.step(Began(3), now))
+    asked = 3
     for _ in range(300):
         now += dice.choice([0.0, 0.001, 0.03, 1.0])
         while asked:

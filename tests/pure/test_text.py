@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fleet.cli.agents import OneLineFormatter
 from fleet.cli.jobs import described
-from fleet.cli.log_format import OneLineFormatter
 from fleet.cli.security import KEPT, close_to_others
 from fleet.cli.table import table
 from fleet.client.attached_job import say
