@@ -25,10 +25,10 @@ from fleet.transfer import read_part
 MEGABYTE_WEIGHT = AT_ONCE // 16  # of questions whose answers may have a megabyte each
 UNKNOWN = "the orchestrator does not know this job, or no longer"
 WORKER_ANSWERS_WITHIN_S = 30.0  # with a page of a listing, or with a few parts of a file
-WORKER_ASKED_TIMES = 3
+ASKED_TIMES = 3
 MEASURED_WITHIN_S = 2.0
 
-A = TypeVar("A", m.Jobs, m.LogPart, m.Drained)
+A = TypeVar("A", bound=m.Jobs | m.LogPart | m.Drained | m.Files | m.FilePart)
 
 
 class JobClient:
@@ -119,19 +119,19 @@ class JobClient:
         left = iter(job_ids)
         while some := [m.Cancel(job_id, kill) for job_id in islice(left, AT_ONCE)]:
             # This is answered once the messages before it have been read.
-            self._answers([self._connection.ask(m.ListJobs(limit=0), AT_ONCE, before=some)], m.Jobs)
+            self._answers([m.ListJobs(limit=0)], m.Jobs, weight=AT_ONCE, before=some)
 
     def log(self, job_id: str, rank: int, offset: int) -> m.LogPart:
         """A part of a rank's output, from the end where the offset is negative. Raises UsageError."""
-        part = self._answer(m.ReadLog(job_id, rank, offset), m.LogPart)
+        (part,) = self.logs([job_id], rank, offset)
         if part.error:
             raise UsageError(part.error)
         return part
 
     def logs(self, job_ids: Iterable[str], rank: int, offset: int) -> list[m.LogPart]:
         """The same of many jobs, at once. A part that cannot be read has an error."""
-        asked = [self._connection.ask(m.ReadLog(job_id, rank, offset), MEGABYTE_WEIGHT) for job_id in job_ids]
-        return self._answers(asked, m.LogPart)
+        asked = [m.ReadLog(job_id, rank, offset) for job_id in job_ids]
+        return list(self._answers(asked, m.LogPart, weight=MEGABYTE_WEIGHT).values())
 
     def drain(self, worker_id: str, within_s: float, undo: bool) -> tuple[str, ...]:
         """The jobs that run there. Raises UsageError where there is no such worker."""
@@ -149,27 +149,11 @@ class JobClient:
 
         Asks again where no answer comes: a worker's connection that breaks takes questions with it.
         """
-        numbers: dict[int, int] = {}  # of all times that the questions were asked: their places
-        answers: dict[int, m.Files | m.FilePart] = {}
-
-        def take(message: m.Message) -> None:
-            if isinstance(message, m.Files | m.FilePart) and message.question in numbers:
-                answers[numbers[message.question]] = message
-
-        try:
-            for _ in range(WORKER_ASKED_TIMES):
-                for place in range(len(asked)):
-                    if place not in answers:
-                        numbers[self._connection.ask(asked[place])] = place
-                until = self._clock.now() + within_s / WORKER_ASKED_TIMES
-                self._until(lambda: len(answers) == len(asked), take, until)
-        finally:
-            for number in numbers:
-                self._connection.drop(number)
+        answers: dict[int, m.Files | m.FilePart] = self._answers(asked, m.Files, m.FilePart, within_s=within_s)
         for place, question in enumerate(asked):
             if place not in answers:
                 raise FleetError(f"worker {question.worker_id} did not answer within {within_s:.0f} s")
-        return [answers[place] for place in range(len(asked))]
+        return list(answers.values())
 
     def measure(self, job_id: str, worker_count: int, within_s: float = MEASURED_WITHIN_S) -> list[m.Used]:
         """What the workers of a job that runs use, and its ranks there; those that do not answer in time are missing.
@@ -195,25 +179,36 @@ class JobClient:
         """Lets time pass, and takes messages meanwhile."""
         self._until(lambda: False, until=self._clock.now() + seconds)
 
-    def _answer(self, question: m.Question, answer: type[A]) -> A:
-        return self._answers([self._connection.ask(question, MEGABYTE_WEIGHT)], answer)[0]
+    def _answer(self, question: m.Question, kind: type[A]) -> A:
+        return self._answers([question], kind, weight=MEGABYTE_WEIGHT)[0]
 
-    def _answers(self, numbers: Sequence[int], answer: type[A]) -> list[A]:
-        """The answers to the questions of these numbers, in their order."""
-        answers: dict[int, A | None] = dict.fromkeys(numbers)
-        missing = set(numbers)
+    def _answers(
+        self,
+        asked: Sequence[m.Question],
+        *kinds: type[A],
+        weight: int = 1,
+        before: Sequence[m.Message] = (),
+        within_s: float | None = None,
+    ) -> dict[int, A]:
+        """Answers by their places among the questions, in order; with `within_s` some may be missing, and are asked for again."""
+        numbers: dict[int, int] = {}  # of all times that the questions were asked: their places
+        answers: dict[int, A] = {}
 
         def take(message: m.Message) -> None:
-            if isinstance(message, answer) and message.question in missing:
-                missing.discard(message.question)
-                answers[message.question] = message
+            if isinstance(message, kinds) and message.question in numbers:
+                answers[numbers[message.question]] = message
 
         try:
-            self._until(lambda: not missing, take)
+            for _ in range(1 if within_s is None else ASKED_TIMES):
+                for place, question in enumerate(asked):
+                    if place not in answers:
+                        numbers[self._connection.ask(question, weight, before)] = place
+                until = None if within_s is None else self._clock.now() + within_s / ASKED_TIMES
+                self._until(lambda: len(answers) == len(asked), take, until)
         finally:
-            for number in missing:
+            for number in numbers:
                 self._connection.drop(number)
-        return [found for found in answers.values() if found is not None]
+        return dict(sorted(answers.items()))
 
     def _until(
         self,
