@@ -19,9 +19,19 @@ WORKERS = "--workers"
 HELP = "--help"
 # Names of the number of ranks in mpirun, srun, torchrun and accelerate.
 _NUMBER = r"(-np?|--np|--ntasks|--nproc(?:[-_]per[-_]node)?|--num[-_]processes|--world[-_]size)(?:=?(\d+))?"
-_MEETING = r"--(standalone|nnodes|node[-_]rank|master[-_](addr|port)|rdzv[-_]\w+)(=.*)?"  # torchrun's
-_PLACES = r"-(H|-?hosts?|-?hostfile|-?machinefile)(=.*)?"  # mpirun's
-_BINDING = r"--?(oversubscribe|bind[-_]to|map[-_]by|allow-run-as-root|use-hwthread-cpus|report-bindings)(=.*)?"
+# Options of torchrun, mpirun and python that have nothing to do here, with what is said of them.
+_NEEDLESS = {
+    r"--(standalone|nnodes|node[-_]rank|master[-_](addr|port)|rdzv[-_]\w+)(=.*)?": (
+        "does not need {}: ranks find each other by themselves; leave it out"
+    ),
+    r"-(H|-?hosts?|-?hostfile|-?machinefile)(=.*)?": (
+        "takes no hosts ({}): ranks run on this machine, or on the workers of the cluster that ORCHESTRATOR_ADDR names"
+    ),
+    r"--?(oversubscribe|bind[-_]to|map[-_]by|allow-run-as-root|use-hwthread-cpus|report-bindings)(=.*)?": (
+        "does not need {}: a machine runs as many ranks as are asked for; leave it out"
+    ),
+    "-u": "does not need {}: what ranks print is seen at once; leave it out",
+}
 
 
 @dataclass(frozen=True)
@@ -111,19 +121,11 @@ def _unknown(words: Sequence[str], at: int, known: Mapping[str, bool], command: 
         rest = after if found.group(2) else after[1:]
         typed = shlex.join([*before, WORKERS, value, *(rest or ["train.py"])])
         return f"{found.group(1)} is called {WORKERS} here: fleet {command} {typed}"
-    if re.fullmatch(_MEETING, word, re.S):
-        return f"fleet {command} does not need {name}: ranks find each other by themselves; leave it out"
-    if re.fullmatch(_PLACES, word, re.S):
-        return (
-            f"fleet {command} takes no hosts ({name}): ranks run on this machine, or on the workers of the cluster "
-            "that ORCHESTRATOR_ADDR names"
-        )
-    if re.fullmatch(_BINDING, word, re.S):
-        return f"fleet {command} does not need {name}: a machine runs as many ranks as are asked for; leave it out"
+    for pattern, sentence in _NEEDLESS.items():
+        if re.fullmatch(pattern, word, re.S):
+            return f"fleet {command} {sentence.format(name)}"
     if word == "-c":
         return f"a command goes behind --: fleet {command} {shlex.join([*before, '--', 'python', *words[at:]])}"
-    if word == "-u":
-        return f"fleet {command} does not need -u: what ranks print is seen at once; leave it out"
     if re.fullmatch(r"-m\w+(\.\w+)*", word):
         return f"-m stands alone: fleet {command} {shlex.join([*before, '-m', word[2:], *after])}"
     if (right := name.replace("_", "-")) in known:

@@ -136,13 +136,8 @@ def cancel(target: Target, prefixes: Sequence[str], kill: bool, as_json: bool) -
         if as_json:
             infos = [client.job(job.job_id) for job in jobs]
             return in_json(infos)
-    lines = []
-    for job in jobs:
-        if job.outcome:
-            lines.append(f"job {job.job_id} had ended before: {job.outcome}")
-        else:
-            lines.append(f"job {job.job_id} {ends.get(job.job_id, BEING_STOPPED)}")
-    return "\n".join(lines)
+    said = {job.job_id: f"had ended before: {job.outcome}" for job in jobs if job.outcome}
+    return "\n".join(f"job {job.job_id} {said.get(job.job_id) or ends.get(job.job_id, BEING_STOPPED)}" for job in jobs)
 
 
 def points_of(client: JobClient, name: str) -> list[m.JobInfo]:
@@ -179,8 +174,7 @@ def logs(target: Target, prefix: str, rank: int | None, follow: bool) -> None:
     with JobClient(target) as client:
         job = client.job(prefix)
         ranks = [rank] if rank is not None else list(range(job.world_size))
-        alone = len(ranks) == 1
-        printer = None if alone else Printer(job.world_size, sys.stdout, sys.stderr, lambda stream: False, None)
+        printer = Printer(job.world_size, sys.stdout, sys.stderr, lambda stream: False, None)
         offsets = dict.fromkeys(ranks, 0)
         open_ranks = set(ranks)
         while open_ranks:
@@ -191,17 +185,15 @@ def logs(target: Target, prefix: str, rank: int | None, follow: bool) -> None:
                 found = found or bool(part.data)
                 if part.ended or (not follow and not part.data):
                     open_ranks.discard(number)
-                if printer is not None:
+                if len(ranks) > 1:
                     printer.write(number, "stdout", part.data, monotonic())
                 elif part.data:
                     sys.stdout.buffer.write(part.data)
                     sys.stdout.buffer.flush()
-            if printer is not None:
-                printer.tick(monotonic())
+            printer.tick(monotonic())
             if not found and open_ranks:
                 client.pause(LOOK_AGAIN_S)
-        if printer is not None:
-            printer.finish(monotonic())
+        printer.finish(monotonic())
 
 
 def drain(target: Target, worker: str, within_s: float, undo: bool, as_json: bool) -> str:
@@ -248,7 +240,5 @@ def _ran_s(job: m.JobInfo) -> float:
 def _row(job: m.JobInfo) -> tuple[str, ...]:
     what = job.options.name or " ".join((Path(job.target).name, *job.args))
     where = ", ".join(dict.fromkeys(job.workers)) if job.workers else job.reason or job.waits_for
-    state = job.status
-    ran = span(_ran_s(job)) if job.started_at else "-"
-    age = span(time() - job.submitted_at)
-    return job.job_id, state, str(job.world_size), what, age, ran, str(job.attempt), where
+    ran, age = span(_ran_s(job)) if job.started_at else "-", span(time() - job.submitted_at)
+    return job.job_id, job.status, str(job.world_size), what, age, ran, str(job.attempt), where

@@ -42,6 +42,7 @@ class ResultsArrived:
 
 
 Event = scheduler.Event | ResultsArrived
+News = m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected  # of the job of a runner
 
 log = logging.getLogger("fleet.executor")
 
@@ -54,8 +55,9 @@ class RunnersLost(FleetError):
 class RunnerJob:
     """A job that is or will be a runner. Invariant: `where` is empty until the runner is ready."""
 
-    head: bytes  # first frame of all messages to it
+    job_id: str
     incoming: IncomingResults
+    head: bytes  # first frame of all messages to it
     worker: str = ""
     where: str = ""  # its worker and pid, for a person
     peer: bytes = b""  # its name at the direct socket
@@ -151,7 +153,7 @@ class Runners:
         """Submits the job of a further runner, and returns its id."""
         job_id = uuid.uuid4().hex[:12]
         buffers = LargeBuffers("its result", self._reader, partial(self.say, job_id))
-        self._jobs[job_id] = RunnerJob(m.relay_head(job_id), IncomingResults(buffers))
+        self._jobs[job_id] = RunnerJob(job_id, IncomingResults(buffers), m.relay_head(job_id))
         if self._direct is not None:
             self._direct.expect(job_id)
         self._connection.submit(m.Submit(job_id, 1, self._place.spec, options=self._options))
@@ -172,22 +174,20 @@ class Runners:
                 functions[function.digest] = function.pickled
                 size_bytes += function.size_bytes
             if size_bytes >= tasks.MESSAGE_BYTES:
-                self._make_calls(job_id, job, run, functions)
+                self._make_calls(job, run, functions)
                 run, functions, size_bytes = [], {}, 0
         if run:
-            self._make_calls(job_id, job, run, functions)
+            self._make_calls(job, run, functions)
 
-    def _make_calls(
-        self, job_id: str, job: RunnerJob, calls: Sequence[tasks.Call] = (), functions: dict[bytes, bytes] | None = None
-    ) -> None:
+    def _make_calls(self, job: RunnerJob, calls: Sequence[tasks.Call], functions: dict[bytes, bytes]) -> None:
         arrived, job.arrived = tuple(job.arrived), []
-        self.say(job_id, tasks.MakeCalls(tuple(calls), functions or {}, arrived))
+        self.say(job.job_id, tasks.MakeCalls(tuple(calls), functions, arrived))
 
     def acknowledge(self) -> None:
         """Tells runners which results have arrived: they need not keep them."""
-        for job_id, job in self._jobs.items():
+        for job in self._jobs.values():
             if job.arrived:
-                self._make_calls(job_id, job)
+                self._make_calls(job, (), {})
 
     def say(self, job_id: str, said: tasks.TaskMessage, piece: bytes | None = None) -> None:
         """Sends a message to a runner. One that is not there yet gets none: its Ready will ask for all."""
@@ -231,9 +231,8 @@ class Runners:
         elif isinstance(thing, m.Output):
             for reply in self._output.take(thing):
                 self._connection.put(reply)
-        elif isinstance(thing, m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected):
-            job = self._jobs.get(thing.job_id)
-            return () if job is None else self._take_news(job, thing)
+        elif isinstance(thing, News) and (job := self._jobs.get(thing.job_id)) is not None:
+            return self._take_news(job, thing)
         return ()
 
     def room(self, found: m.Workers) -> int:
@@ -247,9 +246,7 @@ class Runners:
         slots, gpus = self._options.slots, self._options.gpus
         return max(1, sum(min(w.slots // slots, w.gpus // gpus if gpus else w.slots) for w in fit))
 
-    def _take_news(
-        self, job: RunnerJob, news: m.JobWaiting | m.Started | m.Retire | m.JobEnded | m.Rejected
-    ) -> Sequence[Event]:
+    def _take_news(self, job: RunnerJob, news: News) -> Sequence[Event]:
         job_id = news.job_id
         if isinstance(news, m.JobWaiting):
             if not self._place.target.local:
@@ -291,10 +288,10 @@ class Runners:
             self._dropped.malformed(f"the runner on {job.where}", error)
             return ()
         if isinstance(said, tasks.Results):
-            return self._take_results(job_id, job, said)
+            return self._take_results(job, said)
         if isinstance(said, tasks.BufferPiece):
             piece = arrived.rest[1].buffer if len(arrived.rest) > 1 else memoryview(b"")
-            return self._whole(job_id, job, job.incoming.piece(said, piece))
+            return self._whole(job, job.incoming.piece(said, piece))
         if isinstance(said, tasks.ReadBuffer):
             packed = self._initializer if said.task_id == tasks.INITIALIZER else self._packed(said.task_id)
             blob = packed.blobs[said.index] if packed is not None and said.index < len(packed.blobs) else None
@@ -305,33 +302,33 @@ class Runners:
         elif isinstance(said, tasks.Ready):
             job.peer = arrived.peer
             job.where = f"{job.worker} (pid {said.pid})"
-            return self._ready(job_id, job, said)
+            return self._ready(job, said)
         return ()
 
-    def _ready(self, job_id: str, job: RunnerJob, said: tasks.Ready) -> Sequence[Event]:
+    def _ready(self, job: RunnerJob, said: tasks.Ready) -> Sequence[Event]:
         if reason := differs(job.worker, said.python):
             # The scheduler will ask for others, a bounded number of times.
             self._warn("a process of the Executor is not used: %s", reason)
-            self._connection.put(m.Cancel(job_id, kill=True))
-            return self._ended(job_id, reason)
+            self._connection.put(m.Cancel(job.job_id, kill=True))
+            return self._ended(job.job_id, reason)
         job.functions.clear()
         job.incoming.ask_again(bool(said.memory) and said.memory == self._memory)
         if self._initializer is None or job.initialized:
-            return (scheduler.RunnerReady(job_id, job.where, said.holds),)
+            return (scheduler.RunnerReady(job.job_id, job.where, said.holds),)
         if tasks.INITIALIZER not in said.holds:
-            self.give(job_id, [(self._initializer.call(tasks.INITIALIZER), self._initializer)])
+            self.give(job.job_id, [(self._initializer.call(tasks.INITIALIZER), self._initializer)])
         return ()
 
-    def _take_results(self, job_id: str, job: RunnerJob, said: tasks.Results) -> Sequence[Event]:
+    def _take_results(self, job: RunnerJob, said: tasks.Results) -> Sequence[Event]:
         whole = job.incoming.results(said)
-        events = self._whole(job_id, job, whole)
+        events = self._whole(job, whole)
         if len(whole) == len(said.results):
             return events
         here = {result.task_id for result, _ in whole}
         arriving = {r.task_id: r.seconds for r in said.results if r.buffers and r.task_id not in here}
-        return [*events, scheduler.Finished(job_id, arriving, arriving=True)]
+        return [*events, scheduler.Finished(job.job_id, arriving, arriving=True)]
 
-    def _whole(self, job_id: str, job: RunnerJob, results: list[Whole]) -> list[Event]:
+    def _whole(self, job: RunnerJob, results: list[Whole]) -> list[Event]:
         if not results:
             return []
         events: list[Event] = []
@@ -342,10 +339,10 @@ class Runners:
                         name = self._initializer.name
                         raise RunnersLost(f"the initializer {name} failed on {job.where}: {result.text.strip()}")
                     job.initialized = True
-                    events.append(scheduler.RunnerReady(job_id, job.where, ()))
+                    events.append(scheduler.RunnerReady(job.job_id, job.where, ()))
         job.arrived += [result.task_id for result, _ in results]
         self._due.setdefault("", self._clock.look() + ACKNOWLEDGE_AFTER_S)
-        events.append(ResultsArrived(job_id, results))
+        events.append(ResultsArrived(job.job_id, results))
         return events
 
     def _warn(self, text: str, reason: str) -> None:
