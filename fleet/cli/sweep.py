@@ -28,13 +28,7 @@ JOB, STATE, TOOK = "job", "state", "took"
 Row = dict[str, Any]
 
 
-def sweep(
-    target: Target,
-    submission: Submission,
-    found: list[Point],
-    detach: bool,
-    as_json: bool,
-) -> int:
+def sweep(target: Target, submission: Submission, found: list[Point], detach: bool, as_json: bool) -> int:
     """Submits all points, and unless `detach` waits for them and prints their results. Returns 0 if every job succeeded."""
     name = submission.options.sweep or f"sweep-{uuid.uuid4().hex[:8]}"
     say(f"sweep {name}: {len(found)} jobs")
