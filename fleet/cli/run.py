@@ -28,7 +28,7 @@ from fleet.cli.stdin import Readers, readers, standard_input
 from fleet.cli.submission import Submission, submission_of
 from fleet.client.attached_job import AttachedJob, say
 from fleet.client.printer import Printer
-from fleet.client.report import INTERRUPTED, exit_code, report
+from fleet.client.report import exit_code, report
 from fleet.client.target import Target, cluster_target
 from fleet.errors import UsageError
 from fleet.worker.imports import Imports
@@ -105,7 +105,7 @@ def _run(
     if job.cancelled:
         if place.output is None:
             say(f"what it wrote to FLEET_OUTPUT_DIR stays on its workers: `fleet fetch {job.job_id}` brings it")
-        return INTERRUPTED if interruption.number == signal.SIGINT else 128 + interruption.number
+        return 128 + interruption.number
     if text := report(ended, workers, printer.recent):
         print(text, file=sys.stderr, flush=True)
     elif ended.straggler is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable
 
 from fleet.client.blame import TRACEBACK, alike, blamed, fullest, headline
@@ -12,7 +11,6 @@ from fleet.text import shown
 
 STDERR_LINES = 20
 ERROR_CHARS = 500
-INTERRUPTED = 128 + signal.SIGINT
 
 
 def exit_code(ended: JobEnded) -> int:
