@@ -1,7 +1,4 @@
-"""A client's attachment to its one job, from submission to end; pure.
-
-Decides which messages are sent, what is printed and said, and when the job counts as ended. attached_job.py acts.
-"""
+"""A client's attachment to its one job: what is sent, printed and said, and when the job counts as ended; pure."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Thread of an Executor: carries tasks from callers to runners, and results to futures.
-
-The way of a task: `submit` packs its call and adds it to the pending tasks. `_hand_over` has it taken in, and the scheduler
-decides when `_give` hands it to a runner. The way of a result: `_turn` receives it through the runners, and `_settle` passes it
-to the pending tasks, which settle the future.
-"""
+"""Thread of an Executor: carries tasks from callers to runners, and results to futures. docs/ARCHITECTURE.md has the way."""
 
 from __future__ import annotations
 

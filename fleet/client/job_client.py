@@ -1,7 +1,4 @@
-"""Client of an orchestrator's jobs: submits, lists, waits, reads, cancels, drains. Prints nothing.
-
-Each request is made again after a lost connection, so that a restarted orchestrator is only a pause.
-"""
+"""Client of an orchestrator's jobs: submits, lists, waits, reads, cancels, drains. Prints nothing."""
 
 from __future__ import annotations
 

@@ -24,10 +24,7 @@ class OutputSequence:
         return True
 
     def replies(self, output: m.Output) -> list[m.Message]:
-        """The acknowledgement, and a Repeat where an earlier message is missing.
-
-        One Repeat is enough, since all messages come again.
-        """
+        """The acknowledgement, and one Repeat where an earlier message is missing: all messages come again then."""
         key = output.job_id, output.attempt, output.member_id
         last = self._last.get(key, 0)
         found: list[m.Message] = [m.OutputAck(*key, last)]

@@ -1,7 +1,4 @@
-"""Runners of an Executor: their jobs at the orchestrator, and the conversation with them. Knows no future.
-
-Messages of the orchestrator and of runners become events of the task scheduler.
-"""
+"""Runners of an Executor: their jobs, and the conversation with them, as events of the task scheduler. Knows no future."""
 
 from __future__ import annotations
 
