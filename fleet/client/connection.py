@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from fleet import messages as m
 from fleet.bus.context import Bus
-from fleet.bus.control import Arrived, Dealer, Frame, Link, Lost, Sent
+from fleet.bus.control import Arrived, Dealer, Link, Lost
 from fleet.bus.poller import Poller, Wake
 from fleet.bus.process import numbering
 from fleet.client.handshake import Handshake, Key
@@ -39,6 +39,8 @@ class Connection:
         self._target = target
         self._clock = clock
         self._dealer = Dealer(bus, target.endpoint, f"client/{uuid.uuid4().hex}".encode())
+        self.descriptors, self.has_event = self._dealer.descriptors, self._dealer.has_event
+        self.send = self._dealer.send  # of messages to task runners, see messages.relay_head
         # By the process's number, an orchestrator on the same machine sees its end.
         hello = m.ClientHello(versions(), numbering(), os.getpid())
         self._handshake = Handshake(target.name, hello, target.timeout_s, clock.now() + target.timeout_s, advice)
@@ -54,10 +56,6 @@ class Connection:
     def put(self, message: m.Message) -> None:
         """Sends a message, in its order. It may be lost with the connection."""
         self._dealer.put(m.encode(message))
-
-    def send(self, head: bytes, body: Sequence[Frame]) -> Sent:
-        """Sends a message to a task runner, see messages.relay_head."""
-        return self._dealer.send(head, body)
 
     # Requests: sent once this client is let in, and again after a lost connection, until they are answered
 
@@ -102,12 +100,6 @@ class Connection:
             left_s = max(0.0, deadline - self._clock.look())
             wait_s = left_s if wait_s is None else min(wait_s, left_s)
         return self._dealer.patience(wait_s)
-
-    def descriptors(self) -> list[int]:
-        return self._dealer.descriptors()
-
-    def has_event(self) -> bool:
-        return self._dealer.has_event()
 
     def receive(self) -> list[m.Message | Arrived | Lost]:
         """All that has come, at most a batch: messages, Arrived for those of task runners, Lost for a lost connection.
