@@ -58,10 +58,8 @@ def _add(archive: tarfile.TarFile, folder: Path, path: Path) -> None:
     found = path.lstat()
     if stat.S_ISLNK(found.st_mode):
         # Not as it is written: an absolute link, or one that leaves the folder and comes back, means nothing elsewhere.
-        info.type, info.linkname = (
-            tarfile.SYMTYPE,
-            os.path.relpath(os.path.realpath(path), os.path.realpath(path.parent)),
-        )
+        info.type = tarfile.SYMTYPE
+        info.linkname = os.path.relpath(os.path.realpath(path), os.path.realpath(path.parent))
         archive.addfile(info)
         return
     info.size = found.st_size

@@ -31,9 +31,8 @@ SLOWEST_BYTES_S = 20_000_000  # of a worker's disk: so long it may take to hash 
 AWAY_TRIES, AWAY_PAUSE_S = 20, 0.5  # for a worker, or the orchestrator, that is back in a moment
 NAME_BYTES = 255  # of a file's name
 PART_SUFFIX = ".fleet-part"
-PART_FLAGS = (
-    os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-)  # a pipe blocks nobody
+# A pipe blocks nobody.
+PART_FLAGS = os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})  # no other file could be written either
 NOT_ASKED = "answers something else than was asked"
 
