@@ -9,7 +9,6 @@ of shared_memory.py are.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 import threading
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fleet.bus.ownership import open_own
-from fleet.bus.shared_memory import PREFIX
+from fleet.bus.shared_memory import PREFIX, give_name, nameless
 
 LARGE_BYTES = 32 << 20
 SHELF_BYTES = 64 << 20  # of files that hold no buffer now
@@ -33,19 +32,14 @@ class _File:
     def __init__(self, directory: Path, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.path = directory / f"{PREFIX}blob-{uuid.uuid4().hex}"
-        folder = os.open(directory, os.O_PATH | os.O_CLOEXEC)
+        self._descriptor = nameless(directory)
         try:
-            self._descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX)
-                os.posix_fallocate(self._descriptor, 0, capacity_bytes)  # now, or a later access would raise SIGBUS
-                self.memory = mmap.mmap(self._descriptor, capacity_bytes)
-                os.link(f"/proc/self/fd/{self._descriptor}", self.path, src_dir_fd=folder, follow_symlinks=True)
-            except OSError:
-                os.close(self._descriptor)
-                raise
-        finally:
-            os.close(folder)
+            os.posix_fallocate(self._descriptor, 0, capacity_bytes)  # now, or a later access would raise SIGBUS
+            self.memory = mmap.mmap(self._descriptor, capacity_bytes)
+            give_name(self._descriptor, self.path)
+        except OSError:
+            os.close(self._descriptor)
+            raise
 
     def remove(self) -> None:
         with contextlib.suppress(FileNotFoundError):

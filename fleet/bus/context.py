@@ -6,7 +6,6 @@ A shell has one Bus. Only the shell's thread uses the sockets of that Bus.
 from __future__ import annotations
 
 import re
-from types import TracebackType
 from typing import Self
 
 import zmq
@@ -118,5 +117,5 @@ class Bus:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

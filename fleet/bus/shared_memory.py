@@ -18,13 +18,13 @@ from pathlib import Path
 from time import monotonic, sleep
 
 from fleet.bus.ownership import open_own
+from fleet.bus.process import BOOT_ID
 
 PREFIX = "fleet-mem-"
 PAGE_BYTES = 4096
 MAPPED_WITHIN_S = 10.0  # local ranks that do not find each other's file by then use sockets
 DECIDED_WITHIN_S = MAPPED_WITHIN_S + 5.0  # from the time when a rank has mapped the file
 _POLL_S = 0.0005
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _UNDECIDED, _AGREED, _GIVEN_UP = 0, 1, 2
 
 log = logging.getLogger("fleet.shared")
@@ -40,7 +40,7 @@ def host_key(directory: Path) -> str:
         return ""
     try:
         found = directory.stat()
-        boot = _BOOT_ID.read_text(encoding="ascii").strip()
+        boot = BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:
         return ""
     if not os.access(directory, os.W_OK | os.X_OK):
@@ -78,6 +78,18 @@ def share(
         words.release()
 
 
+def nameless(directory: Path) -> int:
+    """A new file without a name, locked: once it is whole, `give_name` shows it to others, and no process sweeps it."""
+    descriptor = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def give_name(descriptor: int, path: Path) -> None:
+    # Python follows a link only where it is given a folder, and the system ignores that folder since the path is absolute.
+    os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=descriptor, follow_symlinks=True)
+
+
 def sweep(directory: Path) -> None:
     """Removes the files of makers that were killed before all others had mapped them."""
     for path in directory.glob(f"{PREFIX}*"):
@@ -93,16 +105,12 @@ def sweep(directory: Path) -> None:
 
 
 def _make(path: Path, size_bytes: int, count: int, deadline: float, check: Callable[[], None]) -> mmap.mmap | None:
-    folder = -1
     descriptor = -1
     try:
-        folder = os.open(path.parent, os.O_PATH | os.O_CLOEXEC)
-        # The file gets its name when it is whole and locked, so no process maps or sweeps a half-made one.
-        descriptor = os.open(path.parent, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        descriptor = nameless(path.parent)
         whole = _reserve(descriptor, size_bytes, path.parent)
         memory = mmap.mmap(descriptor, size_bytes if whole else PAGE_BYTES)
-        os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=folder, follow_symlinks=True)
+        give_name(descriptor, path)
         words = memoryview(memory)[:PAGE_BYTES].cast("Q")
         try:
             while sum(words[1:count]) < count - 1 and monotonic() < deadline:
@@ -118,9 +126,8 @@ def _make(path: Path, size_bytes: int, count: int, deadline: float, check: Calla
         log.warning("no shared memory in %s (%s): tensors go through sockets", path.parent, error.strerror)
         return None
     finally:
-        for opened in (folder, descriptor):
-            if opened >= 0:
-                os.close(opened)
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _reserve(descriptor: int, size_bytes: int, folder: Path) -> bool:

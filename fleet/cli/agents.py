@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from fleet import config
@@ -48,7 +48,7 @@ def fork_server(what: str, slots: int, threads: int, preload: Sequence[str]) -> 
     files = FILES + slots * FILES_OF_A_RANK
     descriptors.require(files, what)
     config.limit_threads(threads)
-    with Zygote(preload) as zygote:
+    with closing(Zygote(preload)) as zygote:
         descriptors.raise_limit(files)  # after its start, since ranks inherit its limits
         yield zygote
 

@@ -87,8 +87,7 @@ class Agent:
         self._poller = Poller([self._wake])
         self._file_thread = FileThread(self._wake)
         self._files = JobFiles(settings.worker_id, self._folder, surroundings.storage, self._file_thread)
-        self._stops: deque[w.Shutdown] = deque()
-        self._forwarded: deque[int] = deque()
+        self._asked: deque[Callable[[], None]] = deque()  # by other threads
         self._reason: str | None = None  # set once ended
         self._clock = LifeClock()
         self._core = Core(settings, self._clock.now())
@@ -109,12 +108,12 @@ class Agent:
 
     def stop(self, drain: bool = False) -> None:
         """Ends the agent: with `drain` after the jobs that run, within drain_s; a second time sooner, a third time at once."""
-        self._stops.append(w.Shutdown(drain))
+        self._asked.append(lambda: self._step(w.Shutdown(drain)))
         self._wake.set()
 
     def forward(self, number: int) -> None:
         """Sends a signal on to every rank."""
-        self._forwarded.append(number)
+        self._asked.append(lambda: self._children.forward(number))
         self._wake.set()
 
     def run(self) -> None:
@@ -149,10 +148,8 @@ class Agent:
         self._clock.now()
         self._wake.clear()
         self._pulse.beat(well=self._core.link.ever_welcomed)
-        while self._stops:
-            self._step(self._stops.popleft())
-        while self._forwarded:
-            self._children.forward(self._forwarded.popleft())
+        while self._asked:
+            self._asked.popleft()()
         for event in self._file_thread.take():
             self._step(event)
         for link in self._orchestrator.changes():
@@ -177,9 +174,8 @@ class Agent:
                 self._step(w.RankGone(thing.peer))
         for event in self._children.take(ready):
             self._step(event)
-        if self._core.link.heartbeat_due(self._clock.now()):
-            self._step(w.Measured(self._metrics.meter.load()))
-        self._step(w.Tick())
+        due = self._core.link.heartbeat_due(self._clock.now())
+        self._step(w.Tick(self._metrics.meter.load() if due else None))
 
     def _from_rank(self, arrived: Arrived) -> None:
         if (job_id := m.relayed_job(arrived.data)) is not None:

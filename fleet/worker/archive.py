@@ -25,13 +25,7 @@ class UnpackCancelled(Exception):
     """The folder is not needed any more."""
 
 
-def unpack(
-    path: Path,
-    folder: Path,
-    dropped: Callable[[], bool] = lambda: False,
-    files_at_most: int = BUNDLE_FILES_AT_MOST,
-    bytes_at_most: int = BUNDLE_BYTES_AT_MOST,
-) -> frozenset[str]:
+def unpack(path: Path, folder: Path, dropped: Callable[[], bool] = lambda: False) -> frozenset[str]:
     """Unpacks a gzipped tar archive into an existing folder. Returns the names in the archive.
 
     Calls `dropped` before each file, and raises UnpackCancelled if that is true.
@@ -41,7 +35,7 @@ def unpack(
     links, names = [], set()
     count = size_bytes = 0
     with gzip.open(path) as raw:
-        stream = _ForwardReader(raw, bytes_at_most + files_at_most * HEADERS_BYTES)
+        stream = _ForwardReader(raw, BUNDLE_BYTES_AT_MOST + BUNDLE_FILES_AT_MOST * HEADERS_BYTES)
         archive: Any = tarfile.open(fileobj=stream, mode="r:")  # type: ignore[call-overload]
         while (member := archive.next()) is not None:
             archive.members.clear()  # otherwise all headers stay in memory
@@ -50,10 +44,10 @@ def unpack(
             count += 1
             names.add(member.name)
             size_bytes += member.size
-            if count > files_at_most:
-                raise ValueError(f"it has more than {files_at_most} files")
-            if size_bytes > bytes_at_most:
-                raise ValueError(f"it has more than {bytes_at_most >> 20} MB")
+            if count > BUNDLE_FILES_AT_MOST:
+                raise ValueError(f"it has more than {BUNDLE_FILES_AT_MOST} files")
+            if size_bytes > BUNDLE_BYTES_AT_MOST:
+                raise ValueError(f"it has more than {BUNDLE_BYTES_AT_MOST >> 20} MB")
             if not (member.isreg() or member.isdir() or member.issym()) or member.issparse():
                 raise ValueError(f"{member.name[:200]!r} is neither a file, a folder nor a symbolic link")
             member.mtime = 0  # as fleet packs files; another time may be more than a clock can show

@@ -63,11 +63,10 @@ class Core:
             self.sessions.gone(event.peer)
         elif isinstance(event, w.NotDelivered):
             self.sessions.not_delivered(event.peer, event.message)
-        elif isinstance(event, w.Measured):
-            self.link.load = event.load
         elif isinstance(event, w.Shutdown):
             self.departure.shutdown(event.drain)
-        elif isinstance(event, w.Tick):  # the shell has told all other events before
+        elif isinstance(event, w.Tick):
+            self.link.load = self.link.load if event.load is None else event.load
             for part in self._parts:
                 part.expire()
         self.departure.end_if_over()
@@ -99,7 +98,7 @@ class Core:
 
     def _welcome(self, welcome: m.Welcome) -> None:
         if not self.effects.welcomed:
-            self.preparation.welcomed()
+            self.preparation.put_off()  # no part could come before
         self.link.welcome(welcome)
         self.effects.add(w.ToFiles(welcome))
         self.sessions.say_again()

@@ -71,7 +71,7 @@ class Members:
 
     def forget(self, attempt: Attempt) -> None:
         for process in attempt.processes.values():
-            if process.running or (process.key, "kill") in self.deadlines:
+            if (process.pid and process.exit is None) or (process.key, "kill") in self.deadlines:
                 self._signal(process, SIGKILL)
             for what in get_args(What):
                 self.deadlines.discard((process.key, what))
@@ -89,7 +89,7 @@ class Members:
     # Processes
 
     def spawned(self, event: w.Spawned) -> None:
-        process = self._find(event.key)
+        process = self.find(*event.key)
         if process is None:
             self.effects.add(w.SignalGroup(event.key, event.pid, SIGKILL))
             return
@@ -126,7 +126,7 @@ class Members:
             self.stop(process, kill)
 
     def exited(self, event: w.ProcessExited) -> None:
-        process = self._find(event.key)
+        process = self.find(*event.key)
         if process is None:
             return
         process.exit = event
@@ -147,7 +147,7 @@ class Members:
     # Output
 
     def printed(self, event: w.Printed) -> None:
-        process = self._find(event.key)
+        process = self.find(*event.key)
         if process is None:
             return
         if not event.data:
@@ -161,7 +161,7 @@ class Members:
         self._put_off_end(process)
 
     def acknowledged(self, ack: m.OutputAck) -> None:
-        process = self._find((ack.job_id, ack.attempt, ack.member_id))
+        process = self.find(ack.job_id, ack.attempt, ack.member_id)
         if process is None:
             return
         process.output.acknowledge(ack.number)
@@ -189,7 +189,7 @@ class Members:
 
     def expire(self) -> None:
         for key, what in self.deadlines.due(self.effects.now):
-            process = self._find(key)
+            process = self.find(*key)
             assert process is not None, "an attempt is forgotten with its deadlines"
             if what == "term":
                 self._terminate(process)
@@ -286,6 +286,3 @@ class Members:
     def find(self, job_id: str, attempt: int, member_id: int) -> Process | None:
         held = self.attempts.get((job_id, attempt))
         return held.processes.get(member_id) if held is not None else None
-
-    def _find(self, key: Key) -> Process | None:
-        return self.find(*key)

@@ -40,11 +40,7 @@ class Preparation:
 
     def part(self, part: m.Part) -> None:
         self.effects.add(ToFiles(part))
-        self._put_off(part.digest)
-
-    def welcomed(self) -> None:
-        """No part could come before."""
-        self._put_off()
+        self.put_off(part.digest)
 
     def prepared(self, event: Prepared) -> None:
         if attempt := self.members.attempts.get((event.job_id, event.attempt)):
@@ -70,7 +66,8 @@ class Preparation:
             else:
                 self.deadlines.set(key, self.effects.now + STUCK_AFTER_S)
 
-    def _put_off(self, digest: str | None = None) -> None:
+    def put_off(self, digest: str | None = None) -> None:
+        """For attempts that wait for this bundle; without `digest` for all."""
         for key in list(self.deadlines):
             if digest is None or self.members.attempts[key].assign.spec.digest == digest:
                 self.deadlines.set(key, self.effects.now + STUCK_AFTER_S)

@@ -156,27 +156,23 @@ def _run_python(plan: Plan, at_start: Collection[str]) -> None:
     same = {name: value for name, value in vars(sys.modules["__main__"]).items() if name in _OF_ANY_MAIN}
     vars(main).update(same, __doc__=None, __loader__=None, __package__=None, __spec__=None)
     sys.modules["__main__"] = main
+    before = [] if plan.kind == "script" else ["-m"]
+    sys.argv = [*(before or [plan.target]), *plan.args]
+    sys.orig_argv = [sys.orig_argv[0], *options, *before, plan.target, *plan.args]
     try:
-        if plan.kind == "script" and _holds_main(plan.target):
-            sys.argv = [plan.target, *plan.args]
-            sys.orig_argv = [sys.orig_argv[0], *options, *sys.argv]
+        if plan.kind != "script":
+            _set_first_folder(os.getcwd(), at_start)
+            runpy._run_module_as_main(plan.target)  # type: ignore[attr-defined]
+        elif _holds_main(plan.target):
             sys.path.insert(0, os.path.abspath(plan.target))
             runpy._run_module_as_main("__main__", False)  # type: ignore[attr-defined]
-        elif plan.kind == "script":
-            sys.argv = [plan.target, *plan.args]
-            sys.orig_argv = [sys.orig_argv[0], *options, *sys.argv]
+        else:
             _set_first_folder(os.path.dirname(os.path.realpath(plan.target)), at_start)
             # As in Python: the path is absolute, and links in it are not followed.
             file = os.path.join(os.getcwd(), plan.target)
             vars(main).update(__file__=file, __cached__=None)
-            code = _compiled(file, main) if file.endswith(".pyc") else _source(file, main)
-            exec(code, vars(main))
+            exec(_code(file, main), vars(main))
             _forget_file()
-        else:
-            sys.argv = ["-m", *plan.args]
-            sys.orig_argv = [sys.orig_argv[0], *options, "-m", plan.target, *plan.args]
-            _set_first_folder(os.getcwd(), at_start)
-            runpy._run_module_as_main(plan.target)  # type: ignore[attr-defined]
     except SystemExit:
         raise
     except WorldChanged:
@@ -186,17 +182,15 @@ def _run_python(plan: Plan, at_start: Collection[str]) -> None:
         raise
 
 
-def _source(file: str, main: ModuleType) -> CodeType:
-    loader = main.__loader__ = importlib.machinery.SourceFileLoader("__main__", file)
-    code: CodeType = compile(loader.get_data(file), file, "exec", dont_inherit=True)
-    return code
-
-
-def _compiled(file: str, main: ModuleType) -> CodeType:
-    loader = main.__loader__ = importlib.machinery.SourcelessFileLoader("__main__", file)
-    code = loader.get_code("__main__")
-    assert code is not None
-    return code
+def _code(file: str, main: ModuleType) -> CodeType:
+    """The code of a script, which may be compiled already."""
+    if file.endswith(".pyc"):
+        compiled = main.__loader__ = importlib.machinery.SourcelessFileLoader("__main__", file)
+        code = compiled.get_code("__main__")
+        assert code is not None
+        return code
+    source = main.__loader__ = importlib.machinery.SourceFileLoader("__main__", file)
+    return compile(source.get_data(file), file, "exec", dont_inherit=True)
 
 
 def _holds_main(path: str) -> bool:

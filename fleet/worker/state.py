@@ -68,10 +68,6 @@ class Process:
     def member_id(self) -> int:
         return self.key[2]
 
-    @property
-    def running(self) -> bool:
-        return self.pid != 0 and self.exit is None
-
 
 @dataclass
 class Attempt:
@@ -177,12 +173,6 @@ class Shutdown(msgspec.Struct, frozen=True):
     drain: bool = False
 
 
-class Measured(msgspec.Struct, frozen=True):
-    """Load of this machine or container: 1.0 is all of its cores."""
-
-    load: float
-
-
 class FromFiles(msgspec.Struct, frozen=True):
     """A message of the file thread for the orchestrator."""
 
@@ -190,12 +180,14 @@ class FromFiles(msgspec.Struct, frozen=True):
 
 
 class Tick(msgspec.Struct, frozen=True):
-    pass
+    """All other events have been told. With a heartbeat due, `load` is that of this machine or container: 1.0 is all cores."""
+
+    load: float | None = None
 
 
 Event = (
     FromOrchestrator | FromRank | RankGone | LinkUp | LinkDown | LinkDenied | LinkFull | NotDelivered | Prepared | m.AssignFailed
-    | Spawned | Printed | ProcessExited | Shutdown | Measured | FromFiles | Tick
+    | Spawned | Printed | ProcessExited | Shutdown | FromFiles | Tick
 )  # fmt: skip
 
 

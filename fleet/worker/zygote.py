@@ -48,12 +48,6 @@ class Zygote:
         self._nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._start(preload)
 
-    def __enter__(self) -> Zygote:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def fileno(self) -> int:
         """A descriptor that can be read once the imports are done. A spawn before that waits for them."""
         return self._link.fileno()
@@ -139,9 +133,8 @@ def _memory(data: bytes) -> int:
     """A descriptor of a file in memory that holds `data`."""
     descriptor = os.memfd_create("fleet-plan", os.MFD_CLOEXEC)
     try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(descriptor, view) :]
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(data)
     except OSError:
         os.close(descriptor)
         raise

@@ -125,13 +125,17 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_fleet_did_not_pack_is_refused(case: str, inside: Path, tmp_path: Path) -> None:
+def test_what_fleet_did_not_pack_is_refused(
+    case: str, inside: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fleet.worker.archive.BUNDLE_FILES_AT_MOST", 100)
+    monkeypatch.setattr("fleet.worker.archive.BUNDLE_BYTES_AT_MOST", 2 << 20)
     make, why = REFUSED[case]
     path = make(tmp_path / "a.tar.gz")
     with pytest.raises(
         Exception, match=why
     ):  # what the libraries raise is theirs; the file thread makes a sentence of it
-        unpack(path, inside, files_at_most=100, bytes_at_most=2 << 20)
+        unpack(path, inside)
     assert sorted(os.listdir(tmp_path)) == ["a.tar.gz", "inside"]
     assert sum(file.lstat().st_size for file in inside.rglob("*") if file.is_file()) <= 2 << 20
 

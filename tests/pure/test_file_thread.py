@@ -10,7 +10,7 @@ import pytest
 
 from fleet.bus.poller import Poller, Wake
 from fleet.worker.file_thread import FileThread
-from fleet.worker.state import Event, Measured
+from fleet.worker.state import Event, Tick
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def wake() -> Iterator[Wake]:
 
 
 def says(load: float) -> Callable[[], list[Event]]:
-    return lambda: [Measured(load)]
+    return lambda: [Tick(load)]
 
 
 def taken(files: FileThread, wake: Wake, count: int) -> list[Event]:
@@ -36,9 +36,9 @@ def taken(files: FileThread, wake: Wake, count: int) -> list[Event]:
 def test_work_is_done_in_order_and_one_that_fails_ends_nothing(wake: Wake, caplog: pytest.LogCaptureFixture) -> None:
     files = FileThread(wake)
     files.put(says(1.0))
-    files.put(lambda: [Measured(1 / 0)])
+    files.put(lambda: [Tick(1 / 0)])
     files.put(says(2.0))
-    assert taken(files, wake, 2) == [Measured(1.0), Measured(2.0)]
+    assert taken(files, wake, 2) == [Tick(1.0), Tick(2.0)]
     assert "work on files failed" in caplog.text
     files.close()
 
@@ -50,7 +50,7 @@ def test_what_nobody_needs_any_more_is_neither_begun_nor_told(wake: Wake) -> Non
 
     def held() -> list[Event]:
         go.wait()
-        return [Measured(1.0)]
+        return [Tick(1.0)]
 
     files.put(held, dropped)
     files.put(lambda: begun.append(1) or [], dropped)  # type: ignore[func-returns-value]
@@ -61,7 +61,7 @@ def test_what_nobody_needs_any_more_is_neither_begun_nor_told(wake: Wake) -> Non
     dropped.set()
     files.put(lambda: begun.append(2) or [], dropped)  # type: ignore[func-returns-value]
     files.put(says(3.0))
-    assert taken(files, wake, 1) == [Measured(3.0)]  # not the first one, though it was there
+    assert taken(files, wake, 1) == [Tick(3.0)]  # not the first one, though it was there
     assert begun == [1]
     files.close()
 
