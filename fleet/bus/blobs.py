@@ -56,22 +56,18 @@ class Blob:
         self.path = str(file.path) if file is not None else ""
         self._shelf = shelf
         self._file = file
-        self._bytes = b""
-        if file is None:
-            self._bytes = b"".join(parts)
-            return
+        self._memory = file.memory if file is not None else bytearray(size_bytes)
         offset = 0
         for part in parts:
             if part.nbytes:
-                file.memory[offset : offset + part.nbytes] = part.cast("B")
+                self._memory[offset : offset + part.nbytes] = part.cast("B")
                 offset += part.nbytes
 
     def piece(self, offset: int, size_bytes: int) -> bytes:
-        end = min(offset + size_bytes, self.size_bytes)
-        return self._bytes[offset:end] if self._file is None else self._file.memory[offset:end]
+        return bytes(self._memory[offset : min(offset + size_bytes, self.size_bytes)])
 
     def release(self) -> None:
-        self._bytes = b""
+        self._memory = bytearray()
         file, self._file = self._file, None
         if file is not None:
             self._shelf.put_back(file)

@@ -1,8 +1,7 @@
 """Claims of workers on data ports of their machine. A second worker with the same ports is refused at its start.
 
-A data port is bound only while a rank runs, so the port itself does not show which worker it belongs to. A claim is an
-abstract Unix socket (unix(7)). It ends with its process, however the process ends, and belongs to a network namespace, as
-ports do.
+A data port is bound only while a rank runs, so the port itself does not show which worker it belongs to. A claim is an abstract
+Unix socket (unix(7)). It ends with its process, however the process ends, and belongs to a network namespace, as ports do.
 """
 
 from __future__ import annotations

@@ -38,9 +38,8 @@ class Bus:
     def socket(self, kind: int, hwm: int, frame_bytes: int) -> zmq.Socket[bytes]:
         """A new socket. Its queues hold `hwm` messages in each direction, and its frames have `frame_bytes` at most.
 
-        libzmq ends the connection of a peer that announces a larger frame: before the frame arrives, and before the peer
-        has shown any secret. libzmq does not bound the number of frames: a holder of the secret can send a message that
-        never ends.
+        libzmq ends the connection of a peer that announces a larger frame: before the frame arrives, and before the peer has
+        shown any secret. libzmq does not bound the number of frames: a holder of the secret can send a message that never ends.
         """
         self.check_process()
         try:

@@ -1,10 +1,9 @@
 """Sockets of one process for tensor bytes: an inbox, and an outbox for each address, opened on first use. Knows frames only.
 
-A message is a head and a payload. A small payload shares the head's frame. A larger one has a second frame, which is never
-copied here: libzmq's I/O thread reads the sender's memory, and the receiver works in the memory that libzmq received into.
-A payload of more than FRAME_BYTES goes in several frames, which the receiver puts together.
-The sockets outlive the generations of a world: a peer that is in two of them is reached over one connection.
-Any thread may send; one at a time may receive.
+A message is a head and a payload. A small payload shares the head's frame. A larger one has a second frame, which is never copied
+here: libzmq's I/O thread reads the sender's memory, and the receiver works in the memory that libzmq received into. A payload of
+more than FRAME_BYTES goes in several frames, which the receiver puts together. The sockets outlive the generations of a world: a
+peer that is in two of them is reached over one connection. Any thread may send; one at a time may receive.
 """
 
 from __future__ import annotations

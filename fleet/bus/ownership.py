@@ -1,7 +1,6 @@
 """Ownership of files and folders in places where other users may write too, such as /tmp and /dev/shm.
 
-A file that another user plants there is refused under every name: fleet neither waits for it, nor follows, reads or
-believes it.
+A file that another user plants there is refused under every name: fleet neither waits for it, nor follows, reads or believes it.
 """
 
 from __future__ import annotations

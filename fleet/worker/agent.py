@@ -274,7 +274,7 @@ class Agent:
             master_addr=launch.master_addr,
             master_port=launch.master_port,
             gpus=spawn.gpus if self._settings.gpus else None,
-            output="" if spec.kind == "tasks" else str(self._files.output_folder(assign.job_id)),
+            output="" if spec.kind == "tasks" else str(self._surroundings.storage.folder(assign.job_id)),
         )
         return Plan(
             spec.kind,

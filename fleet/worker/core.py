@@ -17,6 +17,8 @@ from fleet.worker.preparation import Preparation
 from fleet.worker.sessions import FromSession, Sessions
 from fleet.worker.state import Effect, Event, Settings
 
+AboutAttempt = m.Launch | m.Stop | m.Forget | m.Formed | m.MemberLost | m.Ask | m.Answer | m.Repeat
+
 
 class Core:
     """The parts that decide, over one collector of effects."""
@@ -93,7 +95,7 @@ class Core:
             self.effects.add(self.members.measure(message))
         elif isinstance(message, m.OutputAck):
             self.members.acknowledged(message)
-        elif isinstance(message, m.Launch | m.Stop | m.Forget | m.Formed | m.MemberLost | m.Ask | m.Answer | m.Repeat):
+        elif isinstance(message, AboutAttempt):
             self._about_attempt(message)
 
     def _welcome(self, welcome: m.Welcome) -> None:
@@ -104,9 +106,7 @@ class Core:
         self.sessions.say_again()
         self.members.say_again()
 
-    def _about_attempt(
-        self, message: m.Launch | m.Stop | m.Forget | m.Formed | m.MemberLost | m.Ask | m.Answer | m.Repeat
-    ) -> None:
+    def _about_attempt(self, message: AboutAttempt) -> None:
         attempt = self.members.attempts.get((message.job_id, message.attempt))
         if attempt is None:
             return

@@ -90,9 +90,8 @@ class _Walk:
             elif _changes(node):
                 yield "change", ""
             for name in names:
-                own = False
-                for path in _own_modules(name, base):
-                    own = True
+                own = list(_own_modules(name, base))
+                for path in own:
                     for what, inner_name in self.own(path):
                         yield (what if when == "import" or what == "change" else when), inner_name
                 if not own and base is self._folder and (isinstance(node, ast.Import) or name == names[0]):

@@ -54,7 +54,7 @@ class JobFiles:
     ) -> None:
         self._worker_id = worker_id
         self._files = files
-        self._storage = storage  # for the file thread alone, except `enter` and `folder`
+        self._storage = storage  # for the file thread alone, except `cluster_id` and `folder`
         self._directory = directory  # of archives, and of the folders that they are unpacked to
         self._archives = FileStore(directory, keep_bytes)
         self._attempts: dict[AttemptKey, _Files] = {}  # for the loop alone
@@ -68,7 +68,7 @@ class JobFiles:
             self._files.put(partial(self._prepare, attempt), attempt.dropped)
             return
         if isinstance(message, m.Welcome):
-            self._storage.enter(message.cluster_id)
+            self._storage.cluster_id = message.cluster_id
             self._files.put(self._ask_again)
         self._files.put(partial(self._take, message))
 
@@ -81,9 +81,6 @@ class JobFiles:
         if (files := self._attempts.pop((job_id, attempt), None)) is not None:
             files.dropped.set()
             self._files.put(partial(self._remove, files))
-
-    def output_folder(self, job_id: str) -> Path:
-        return self._storage.folder(job_id)
 
     def close(self) -> None:
         """Breaks off all preparations. Returns when all other work on files is done."""

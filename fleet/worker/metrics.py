@@ -5,26 +5,19 @@ Read from the agent's plain state at each scrape; the tallies of ranks are added
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fleet.exposition import filled
-from fleet.values import COLLECTIVE_SECONDS, CountsRow, cumulative
+from fleet.values import COLLECTIVE_SECONDS, CollectivePath, CountsRow, cumulative
 from fleet.worker.core import Core
 from fleet.worker.usage import Meter, Usage
 
 SERIES_AT_MOST = 64  # operations times paths; what a script makes up beyond that is dropped
-
-
-@dataclass
-class _Sum:
-    byte_count: int = 0
-    seconds: float = 0.0
-    buckets: list[int] = field(default_factory=lambda: [0] * (len(COLLECTIVE_SECONDS) + 1))
 
 
 class WorkerMetrics(Collector):
@@ -42,7 +35,7 @@ class WorkerMetrics(Collector):
         self._clock = clock
         self._dropped = dropped
         self.meter = Meter()
-        self._sums: dict[tuple[str, str], _Sum] = {}  # by operation and path
+        self._sums: dict[tuple[str, CollectivePath], CountsRow] = {}  # by operation and path
         self.refused_count = 0  # connections without the secret, at the inboxes of ranks
 
     def add(self, rows: tuple[CountsRow, ...]) -> None:
@@ -51,10 +44,9 @@ class WorkerMetrics(Collector):
             full = key not in self._sums and len(self._sums) >= SERIES_AT_MOST
             if full or len(row.buckets) != len(COLLECTIVE_SECONDS) + 1:
                 continue
-            total = self._sums.setdefault(key, _Sum())
-            total.byte_count += row.byte_count
-            total.seconds += row.seconds
-            total.buckets = [a + b for a, b in zip(total.buckets, row.buckets, strict=True)]
+            before = self._sums.get(key, CountsRow(*key, 0, 0.0, (0,) * len(row.buckets)))
+            buckets = tuple(map(operator.add, before.buckets, row.buckets))
+            self._sums[key] = CountsRow(*key, before.byte_count + row.byte_count, before.seconds + row.seconds, buckets)
 
     def describe(self) -> list[Metric]:
         return []  # nothing to compare before the first scrape

@@ -44,15 +44,11 @@ class Storage:
         """`job_folder` is a folder of the user for the only job. Nothing in it is ever removed."""
         self._root = root
         self._job_folder = job_folder
-        self._cluster_id = ""
-
-    def enter(self, cluster_id: str) -> None:
-        """Sets the cluster of the jobs. Several clusters may use one storage."""
-        self._cluster_id = cluster_id
+        self.cluster_id = ""  # of the jobs; several clusters may use one storage
 
     def folder(self, job_id: str) -> Path:
         """The folder of a job. Perhaps not made yet."""
-        return self._job_folder or self._root / self._cluster_id / job_id
+        return self._job_folder or self._root / self.cluster_id / job_id
 
     def make(self, job_id: str) -> Path:
         """Makes the folder, closed to other users. Raises OSError, also if another user has made a file or folder there."""
@@ -61,7 +57,7 @@ class Storage:
             folder.mkdir(parents=True, exist_ok=True)
             return folder
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if self._cluster_id:
+        if self.cluster_id:
             _make_own(folder.parent)
         _make_own(folder)
         return folder
@@ -83,15 +79,15 @@ class Storage:
 
     def jobs(self) -> tuple[str, ...]:
         """The jobs of this cluster that have a folder here. Raises OSError."""
-        if not self._cluster_id:
+        if not self.cluster_id:
             return ()
-        with contextlib.suppress(FileNotFoundError), os.scandir(self._root / self._cluster_id) as entries:
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._root / self.cluster_id) as entries:
             return tuple(sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False)))
         return ()
 
     def discard(self, job_ids: Iterable[str]) -> None:
         """Removes the folders of jobs that the cluster has forgotten."""
-        if self._cluster_id:
+        if self.cluster_id:
             for job_id in job_ids:
                 remove_tree(self.folder(job_id))
 
@@ -260,7 +256,7 @@ def _entries(folder: Path, after: str = "", but: frozenset[str] = frozenset()) -
             continue
         try:
             with os.scandir(f"{folder}/{path}") as entries:
-                named = [(f"{path}{entry.name}{'/' * _is_folder(entry)}", _why(entry)) for entry in entries]
+                named = [_named_entry(path, entry) for entry in entries]
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -275,14 +271,11 @@ def _entries(folder: Path, after: str = "", but: frozenset[str] = frozenset()) -
         waiting += sorted(behind, reverse=True)
 
 
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    return entry.is_dir(follow_symlinks=False)
-
-
-def _why(entry: os.DirEntry[str]) -> str:
-    if entry.is_symlink():
-        return LINK
-    return "" if entry.is_file(follow_symlinks=False) or _is_folder(entry) else SPECIAL
+def _named_entry(path: str, entry: os.DirEntry[str]) -> tuple[str, str]:
+    if entry.is_dir(follow_symlinks=False):
+        return f"{path}{entry.name}/", ""
+    why = LINK if entry.is_symlink() else "" if entry.is_file(follow_symlinks=False) else SPECIAL
+    return f"{path}{entry.name}", why
 
 
 def _short(path: str) -> str:

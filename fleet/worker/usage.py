@@ -66,7 +66,7 @@ class Meter:
 
     def _cpu_seconds(self) -> float:
         if self._container:
-            if (usage := _keyed(_V2 / "cpu.stat", "usage_usec")) is not None:
+            if (usage := _number(_V2 / "cpu.stat", "usage_usec")) is not None:
                 return usage / 1e6
             if (nanoseconds := _number(_V1_CPU / "cpuacct.usage")) is not None:
                 return nanoseconds / 1e9
@@ -85,7 +85,7 @@ class Meter:
             ):
                 if (used := _number(current)) is not None:
                     # As `docker stats` does: page cache that can be dropped at once is not in use.
-                    idle = _keyed(stat, "inactive_file") or _keyed(stat, "total_inactive_file") or 0
+                    idle = _number(stat, "inactive_file") or _number(stat, "total_inactive_file") or 0
                     return max(0, used - idle)
         total = 0
         for process in _family():
@@ -141,7 +141,7 @@ def memory_limit() -> int:
 
 def oom_kill_count() -> int:
     """The number of kills for lack of memory so far, as far as the kernel tells: in this container, and on this machine."""
-    return sum(_keyed(path, "oom_kill") or 0 for path in (_V2 / "memory.events", Path("/proc/vmstat")))
+    return sum(_number(path, "oom_kill") or 0 for path in (_V2 / "memory.events", Path("/proc/vmstat")))
 
 
 def _family() -> list[psutil.Process]:
@@ -152,19 +152,10 @@ def _family() -> list[psutil.Process]:
     return family
 
 
-def _number(path: Path) -> int | None:
+def _number(path: Path, key: str = "") -> int | None:
+    """The first number in a file, or the one behind a word. None: there is none."""
     try:
-        return int(path.read_text())
-    except (OSError, ValueError):
+        words = path.read_text().split()
+        return int(words[words.index(key) + 1 if key else 0])
+    except (OSError, ValueError, IndexError):
         return None
-
-
-def _keyed(path: Path, key: str) -> int | None:
-    try:
-        for line in path.read_text().splitlines():
-            name, _, value = line.partition(" ")
-            if name == key:
-                return int(value)
-    except (OSError, ValueError):
-        return None
-    return None

@@ -23,7 +23,7 @@ from tests.disks import small_disk
 # Folders
 def storage(folder: Path) -> Storage:
     found = Storage(folder)
-    found.enter("cluster")
+    found.cluster_id = "cluster"
     return found
 
 
@@ -112,7 +112,7 @@ def test_what_is_planted_in_a_storage_is_neither_waited_for_nor_believed(tmp_pat
 
 def test_what_jobs_write_is_for_nobody_else_to_read(tmp_path: Path) -> None:
     kept = Storage(tmp_path / "new" / "root")
-    kept.enter("c")
+    kept.cluster_id = "c"
     folder = kept.make("j")
     assert [path.stat().st_mode & 0o777 for path in (folder.parent.parent, folder.parent, folder)] == [0o700] * 3
     assert kept.make("j") == folder
@@ -122,7 +122,7 @@ def test_what_jobs_write_is_for_nobody_else_to_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("planted", ["c", "c/j", "c/link"])
 def test_a_strangers_folder_in_a_shared_storage_is_not_written_to(tmp_path: Path, planted: str) -> None:
     kept = Storage(tmp_path)
-    kept.enter("c")
+    kept.cluster_id = "c"
     (tmp_path / planted).parent.mkdir(exist_ok=True)
     if planted.endswith("link"):
         (tmp_path / planted).symlink_to(tmp_path)
@@ -174,7 +174,7 @@ def test_what_is_forgotten_is_removed_and_nothing_else(tmp_path: Path) -> None:
     for job_id in ("a", "b"):
         write(kept.make(job_id) / "f")
     other = Storage(tmp_path)
-    other.enter("another cluster")
+    other.cluster_id = "another cluster"
     write(other.make("a") / "f")
     kept.discard(["a"])
     assert (kept.jobs(), other.jobs()) == (("b",), ("a",))
