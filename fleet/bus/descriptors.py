@@ -26,9 +26,8 @@ def raise_limit(count: int) -> None:
     """Raises the soft limit to `count` open files, as far as the hard one allows. Processes started later inherit it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < count:
-        resource.setrlimit(
-            resource.RLIMIT_NOFILE, (count if hard == resource.RLIM_INFINITY else min(count, hard), hard)
-        )
+        allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 def has_room(count: int = FOR_A_BUS) -> bool:

@@ -45,13 +45,11 @@ class FileThread:
     def take(self) -> list[Event]:
         """The events of work that is done."""
         found: list[Event] = []
-        try:
-            while True:
-                event, unless = self._events.get_nowait()
-                if not unless.is_set():
-                    found.append(event)
-        except queue.Empty:
-            return found
+        while not self._events.empty():
+            event, unless = self._events.get()
+            if not unless.is_set():
+                found.append(event)
+        return found
 
     def close(self, within_s: float = CLOSE_WITHIN_S) -> None:
         """Returns when all work is done, or is given up, since a disk that hangs must not hold up its agent."""

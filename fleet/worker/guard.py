@@ -29,9 +29,7 @@ class Guard:
 
     def close(self) -> None:
         """Kills all groups that are still watched."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()
 
     def _say(self, line: str) -> None:
         assert self._process.stdin is not None

@@ -148,9 +148,8 @@ def _is_main(test: ast.expr) -> bool:
 
 
 def _is_environ(node: ast.AST) -> bool:
-    return (isinstance(node, ast.Attribute) and node.attr == "environ") or (
-        isinstance(node, ast.Name) and node.id == "environ"
-    )
+    name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+    return name == "environ"
 
 
 def _only_reads(node: ast.Attribute | ast.Subscript | ast.Call | ast.Compare | ast.Dict) -> bool:

@@ -30,6 +30,7 @@ COMMAND_NOT_FOUND, COMMAND_NOT_EXECUTABLE = 127, 126  # exit codes, as of a shel
 _OF_ANY_MAIN = ("__annotations__", "__builtins__", "__name__")
 PLAN, STDOUT, STDERR, STATUS, STDIN = range(5)  # indices of the descriptors that a rank gets from its agent
 _PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
+_RUNNING = _PACKAGE, runpy.__file__, "<frozen runpy>"  # files whose frames lead to the user's code
 
 
 @dataclass(frozen=True)
@@ -257,9 +258,7 @@ def _run_tasks(plan: Plan) -> None:
 def _users_part(traceback: TracebackType | None) -> TracebackType | None:
     """The traceback without the frames of fleet and runpy that led to the user's code."""
     rest = traceback
-    while rest is not None and rest.tb_frame.f_code.co_filename.startswith(
-        (_PACKAGE, runpy.__file__, "<frozen runpy>")
-    ):
+    while rest is not None and rest.tb_frame.f_code.co_filename.startswith(_RUNNING):
         rest = rest.tb_next
     return rest or traceback
 
