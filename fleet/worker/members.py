@@ -71,7 +71,7 @@ class Members:
 
     def forget(self, attempt: Attempt) -> None:
         for process in attempt.processes.values():
-            if (process.pid and process.exit is None) or (process.key, "kill") in self.deadlines:
+            if process.running or (process.key, "kill") in self.deadlines:
                 self._signal(process, SIGKILL)
             for what in get_args(What):
                 self.deadlines.discard((process.key, what))

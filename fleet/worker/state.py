@@ -68,6 +68,10 @@ class Process:
     def member_id(self) -> int:
         return self.key[2]
 
+    @property
+    def running(self) -> bool:
+        return self.pid != 0 and self.exit is None
+
 
 @dataclass
 class Attempt:
