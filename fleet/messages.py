@@ -14,22 +14,11 @@ from typing import Annotated, Literal
 import msgspec
 
 from fleet import bounds as b
+from fleet import values as v
 from fleet.errors import OtherProtocol, ProtocolError
 from fleet.questions import *  # noqa: F403 - other modules read all messages, and what these carry, from this one
 from fleet.values import *  # noqa: F403
-from fleet.values import (
-    CountsRow,
-    JobMessage,
-    JobOptions,
-    Message,
-    PaceRow,
-    RankStatus,
-    Spec,
-    Straggler,
-    Trace,
-    Versions,
-    escaped,
-)
+from fleet.values import JobMessage, Message, escaped
 from fleet.world import *  # noqa: F403
 from fleet.world import World
 
@@ -53,7 +42,7 @@ class WorkerHello(Message, frozen=True):
     incarnation: b.Incarnation
     host: b.Host  # the address that it advertises for its ranks
     slots: b.SlotCount
-    versions: Versions
+    versions: v.Versions
     # (job_id, attempt) of each attempt that it still holds
     running: Annotated[tuple[tuple[b.JobId, b.Attempt], ...], b.ONE_A_RANK] = ()
     leaving: bool = False  # see Leaving
@@ -62,13 +51,13 @@ class WorkerHello(Message, frozen=True):
 
 
 class ClientHello(Message, frozen=True):
-    versions: Versions
+    versions: v.Versions
     numbering: b.Word = ""  # of processes, see bus.process: `pid` means the same where this is equal; empty: not known
     pid: b.Pid = 0
 
 
 class Welcome(Message, frozen=True):
-    versions: Versions
+    versions: v.Versions
     heartbeat_s: Annotated[float, msgspec.Meta(ge=0.01, le=3600.0)]
     cluster_id: b.IdOrNone = ""  # name of the output folders on each worker; empty: this orchestrator forgets its jobs
     page_at: b.Word = ""  # HOST:PORT of its page; empty: there is none
@@ -106,10 +95,10 @@ class Goodbye(Message, frozen=True):
 class Submit(Message, frozen=True):
     job_id: b.JobId  # made by the client, so that sending it twice is harmless
     world_size: b.WorldSize
-    spec: Spec
+    spec: v.Spec
     again: bool = False  # after a lost connection: a job that is not known is not started
     detached: bool = False  # it outlives its client, and the orchestrator keeps its output
-    options: JobOptions = JobOptions()
+    options: v.JobOptions = v.JobOptions()
 
 
 class Accepted(JobMessage, frozen=True):
@@ -143,9 +132,9 @@ class Cancel(JobMessage, frozen=True):
 class JobEnded(JobMessage, frozen=True):
     reason: b.Text  # empty: every rank exited with 0
     cause: b.MemberIdOrNone  # the member that failed first, -1: none
-    ranks: Annotated[tuple[RankStatus, ...], b.ONE_A_RANK] = ()
+    ranks: Annotated[tuple[v.RankStatus, ...], b.ONE_A_RANK] = ()
     outcome: b.Word = ""  # see JobInfo; empty: its orchestrator does not know the job
-    straggler: Straggler | None = None
+    straggler: v.Straggler | None = None
 
 
 class Retire(JobMessage, frozen=True):
@@ -174,7 +163,7 @@ class Assign(AttemptMessage, frozen=True):
     member_ids: b.MemberIds
     group_rank: b.Rank
     group_count: b.WorldSize
-    spec: Spec
+    spec: v.Spec
     gpus: b.Count = 0  # for each of the members
 
 
@@ -230,7 +219,7 @@ class Left(AttemptMessage, frozen=True):
 
 
 class RankExited(AttemptMessage, frozen=True):
-    status: RankStatus
+    status: v.RankStatus
     made: b.Made | None = None  # see CollectiveCounts
 
 
@@ -291,7 +280,7 @@ class MemberLost(AttemptMessage, frozen=True):
     A member whose status is no failure has ended by itself, and ranks that do not need it go on.
     """
 
-    status: RankStatus
+    status: v.RankStatus
     reason: b.Text
     made: b.Made | None = None  # see CollectiveCounts
 
@@ -322,7 +311,7 @@ class Answer(AttemptMessage, frozen=True):
     line: b.Text = ""  # of the script, where that was called or the rank is now
     records: str = ""
     unreached: b.MemberIds = ()  # that it sent to, and that it has no connection to
-    trace: Trace | None = None
+    trace: v.Trace | None = None
     stacks: b.Text = ""
 
 
@@ -330,11 +319,11 @@ class CollectiveCounts(AttemptMessage, frozen=True):
     """From a rank to its agent: counts of its collectives since the last such message, one row for an operation and a path."""
 
     member_id: b.MemberId
-    rows: Annotated[tuple[CountsRow, ...], msgspec.Meta(max_length=1000)]
+    rows: Annotated[tuple[v.CountsRow, ...], msgspec.Meta(max_length=1000)]
     inside_s: b.Seconds = 0.0  # how long it has been inside the collective that it is in; 0: in none
     refused_count: b.Number = 0  # strangers at its inbox since then
     made: b.Made | None = None  # collectives that it made, in its last such message; None: not known
-    pace: PaceRow | None = None  # since it was told last; goes on to the orchestrator, with the rows
+    pace: v.PaceRow | None = None  # since it was told last; goes on to the orchestrator, with the rows
 
 
 def kinds_of(base: type[Message]) -> list[type[Message]]:
