@@ -85,10 +85,8 @@ class News:
     def form(self, world: World) -> Generation:
         """Enters a generation. All but the generation before it are forgotten."""
         generation = Generation(world, world.rank_of(self.member_id), pace=self.pace)
-        self.generations = [
-            *self.generations[-1:],
-            generation,
-        ]  # first, so that concurrent news is told twice rather than never
+        # First, so that concurrent news is told twice rather than never.
+        self.generations = [*self.generations[-1:], generation]
         for news, since in list(self.gone.values()):
             generation.tell(news, since)
         return generation

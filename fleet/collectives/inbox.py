@@ -257,10 +257,8 @@ class Inbox:
         wants = self._wants.get(head.communicator_id)
         # A communicator without a channel is one that this rank is about to form.
         if wants is None or wants(head):
-            self._early[head.communicator_id, head.sequence, head.source, head.ordinal, head.segment] = (
-                head.call,
-                payload,
-            )
+            key = head.communicator_id, head.sequence, head.source, head.ordinal, head.segment
+            self._early[key] = head.call, payload
 
     def close(self, linger: bool = True) -> None:
         """Leaves the generation. The sockets stay open, and messages that were sent are still delivered.

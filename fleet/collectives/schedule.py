@@ -7,6 +7,7 @@ ranks together (see tests/pure/test_schedule.py).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -39,31 +40,21 @@ def ring_reduce_scatter(rank: int, world_size: int) -> Plan:
     The order of the sum in a chunk is fixed by its number, so every run gives the same bits.
     Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 2009.
     """
-    after, before = (rank + 1) % world_size, (rank - 1) % world_size
-    return [
-        Step(
-            send_to=after,
-            send_chunk=(rank - 1 - step) % world_size,
-            recv_from=before,
-            recv_chunk=(rank - 2 - step) % world_size,
-            action=Action.REDUCE_LAST if step == world_size - 2 else Action.REDUCE,
-        )
-        for step in range(world_size - 1)
-    ]
+    actions = [Action.REDUCE] * (world_size - 2) + [Action.REDUCE_LAST]
+    return _ring(rank, world_size, rank - 1, actions[: world_size - 1])
 
 
 def ring_all_gather(rank: int, world_size: int) -> Plan:
     """Chunk c starts at rank c and is passed on around the ring: N-1 steps of S/N bytes. Source: as above."""
+    return _ring(rank, world_size, rank, [Action.COPY] * (world_size - 1))
+
+
+def _ring(rank: int, world_size: int, first: int, actions: Sequence[Action]) -> Plan:
+    """A step to the next rank for each action. A rank sends the chunk `first`, then each chunk that it has received."""
     after, before = (rank + 1) % world_size, (rank - 1) % world_size
     return [
-        Step(
-            send_to=after,
-            send_chunk=(rank - step) % world_size,
-            recv_from=before,
-            recv_chunk=(rank - 1 - step) % world_size,
-            action=Action.COPY,
-        )
-        for step in range(world_size - 1)
+        Step(after, (first - step) % world_size, before, (first - 1 - step) % world_size, action)
+        for step, action in enumerate(actions)
     ]
 
 
@@ -80,7 +71,7 @@ def tree_broadcast(rank: int, world_size: int, root: int = 0) -> Plan:
     virtual = (rank - root) % world_size
     plan = []
     # A rank receives from the rank with its own lowest set bit cleared, and sends to ranks with a lower bit set.
-    low = virtual & -virtual if virtual else _power_of_two_from(world_size)
+    low = virtual & -virtual if virtual else 1 << (world_size - 1).bit_length()
     if virtual:
         plan.append(Step(recv_from=(virtual - low + root) % world_size, recv_chunk=0, action=Action.COPY))
     while low > 1:
@@ -111,8 +102,3 @@ def tree_reduce(rank: int, world_size: int, root: int = 0) -> Plan:
 def tree_all_reduce(rank: int, world_size: int) -> Plan:
     """To rank 0 and back: 2⌈log2 N⌉ steps of S bytes, for messages whose latency outweighs their bytes."""
     return tree_reduce(rank, world_size) + tree_broadcast(rank, world_size)
-
-
-def _power_of_two_from(number: int) -> int:
-    """The smallest power of two that is not less than `number`."""
-    return 1 << (number - 1).bit_length()

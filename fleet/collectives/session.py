@@ -84,7 +84,7 @@ class Session:
         """The agent's answer, which says where to bind the inbox. Raises UsageError in a second process of the rank, and
         FleetError if the agent does not answer."""
         s = self._settings
-        self._send(m.RankHello(s.job_id, s.attempt, s.member_id, self._pid))
+        self.send(m.RankHello(s.job_id, s.attempt, s.member_id, self._pid))
         for wait_s in Deadline(AGENT_WITHIN_S).waits():
             with contextlib.suppress(queue.Empty):
                 answer = self._welcome.get(timeout=wait_s)
@@ -96,7 +96,7 @@ class Session:
     def join(self, address: str, memory: str, timeout_s: float) -> Generation:
         """See Rendezvous.join."""
         s = self._settings
-        self._send(m.Join(s.job_id, s.attempt, s.member_id, self._pid, address, memory))
+        self.send(m.Join(s.job_id, s.attempt, s.member_id, self._pid, address, memory))
         last = max((generation.world.generation for generation in self.news.generations), default=-1)
         for wait_s in Deadline(timeout_s).waits(LOOK_UP_S):
             self.news.check_forming(max(s.attempt, last + 1))
@@ -114,7 +114,7 @@ class Session:
             self._question = question = self._question + 1
             self._answers[question] = answers
         number = world.generation if world is not None else -1
-        self._send(m.Ask(s.job_id, s.attempt, s.member_id, question, communicator_id, False, sequence, number))
+        self.send(m.Ask(s.job_id, s.attempt, s.member_id, question, communicator_id, False, sequence, number))
         members = [member.member_id for member in world.members] if world is not None else range(s.world_size)
         missing = set(members) - {s.member_id}
         rank_of = {member_id: rank for rank, member_id in enumerate(members)}
@@ -135,10 +135,6 @@ class Session:
             found.append(RankActivity(Late(rank, host, pid, UNANSWERED), -1, False, ""))
         return sorted(found, key=lambda activity: activity.late.rank)
 
-    def end(self, news: m.MemberLost) -> None:
-        """Tells the agent that this member ends. For an agent that does not see the end of the process itself."""
-        self._send(news)
-
     def close(self) -> None:
         self._closing.set()
         self._wake.set()
@@ -147,7 +143,8 @@ class Session:
             self._sampler.close()
         self._wake.close()
 
-    def _send(self, message: m.Message) -> None:
+    def send(self, message: m.Message) -> None:
+        """Sends a message to the agent soon."""
         self._out.put(message)
         self._wake.set()
 
@@ -245,7 +242,7 @@ class Session:
             if (answers := self._answers.get(message.question)) is not None:  # None: it comes too late
                 answers.put(message)
         elif isinstance(message, m.Ask):
-            self._send(self.flights.answer(message))
+            self.send(self.flights.answer(message))
         elif isinstance(message, m.MemberLost):
             self.news.hear(message, monotonic())
 

@@ -125,7 +125,7 @@ class StoreRendezvous:
     def close(self, error: BaseException | None, at_exit: bool) -> None:
         """Ends this rank's part; `error` is what ends the process. Until `at_exit` rank 0 relays for the others."""
         if self._session is not None:
-            self._session.end(self._last_news(error))
+            self._session.send(self._last_news(error))
             self._session.close()
         if self.relay is not None and (at_exit or self._session is None):
             self.relay.close()

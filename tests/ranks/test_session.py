@@ -107,7 +107,7 @@ def test_whatever_a_script_is_called_and_however_much_it_did_its_rank_answers(tm
         agent = Router(bus, f"ipc://{tmp_path}/agent")
         poller = Poller(agent.poll_sockets)
         with session(agent.endpoint, 2, recorders) as rank:
-            rank._send(m.RankHello("job", 1, 0, 7))
+            rank.send(m.RankHello("job", 1, 0, 7))
             while not any(isinstance(message, m.Answer) for message in found):
                 poller.wait(10.0)
                 for arrived in agent.receive():
