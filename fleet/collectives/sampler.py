@@ -84,12 +84,15 @@ class Sampler:
         number = 0
         while not self._open.acquire(timeout=EVERY_S * (0.5 + number * _GOLDEN % 1.0)):
             number += 1
-            self._look_count += 1
-            frame = sys._current_frames().get(self._main_ident)
-            if frame is not None and not waits(frame):
-                own = users_frame(frame)
-                self._found[own.f_code, own.f_lineno] += 1
-            del frame
+            self._look()
+
+    def _look(self) -> None:
+        """A function of its own: a frame that outlived the look would keep the script's tensors alive until the next one."""
+        self._look_count += 1
+        frame = sys._current_frames().get(self._main_ident)
+        if frame is not None and not waits(frame):
+            own = users_frame(frame)
+            self._found[own.f_code, own.f_lineno] += 1
 
     def _collecting(self, phase: str, info: dict[str, Any]) -> None:
         if phase == "start":

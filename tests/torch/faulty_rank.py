@@ -26,34 +26,54 @@ def note(name: str, value: Any) -> None:
 
 
 class Wrong(torch.autograd.Function):
-    """Goes wrong in its backward, on one rank, in the third step."""
+    """Goes wrong in its forward or backward, on one rank, in the third step."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, step: int) -> torch.Tensor:
-        ctx.step = step
+    def forward(ctx: Any, x: torch.Tensor, step: int, place: str) -> torch.Tensor:
+        ctx.step, ctx.place = step, place
+        go_wrong(step, place == "forward")
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        if dist.get_rank() == BAD_RANK and ctx.step == 2:
-            go_wrong()
-        return gradient, None
+        go_wrong(ctx.step, ctx.place == "backward")
+        return gradient, None, None
 
 
-def go_wrong() -> None:
+def go_wrong(step: int, is_place: bool) -> None:
+    if dist.get_rank() != BAD_RANK or step != 2 or not is_place:
+        return
     note("wrong_at", time.time())
-    if WAY == "dies":
+    if WAY.startswith("dies"):
         os.kill(os.getpid(), signal.SIGKILL)
-    if WAY == "hangs":
-        while not (FOLDER / "error.0").exists():
-            time.sleep(0.02)
-    raise ValueError("a fault of the script")
+    if WAY.startswith("raises"):
+        raise ValueError("a fault of the script")
+    while not (FOLDER / "error.0").exists():
+        time.sleep(0.02)
 
 
-def steps() -> None:
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+def steps(place: str = "", group: Any = None) -> None:
+    place = place or WAY.rpartition(" ")[2]
+    inner = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = DistributedDataParallel(inner, process_group=group)
     for step in range(4):
-        model(Wrong.apply(torch.ones(2, 8, requires_grad=True), step)).sum().backward()
+        go_wrong(step, place == "between")
+        model(Wrong.apply(torch.ones(2, 8, requires_grad=True), step, place)).sum().backward()
+
+
+def hangs() -> None:
+    """In each place, each time in another group: an error ends a group for good."""
+    for place in ("forward", "backward", "between"):
+        group = dist.new_group(timeout=timedelta(seconds=1))
+        try:
+            steps(place, group)
+        except RuntimeError as error:
+            note(f"error in {place}", str(error))
+        if dist.get_rank() == BAD_RANK:
+            (FOLDER / "error.0").unlink()
+        else:
+            (FOLDER / "error.0").touch()
+        dist.barrier()
 
 
 def other_shape() -> None:
@@ -102,9 +122,11 @@ def trains() -> None:
 
 
 WAYS: dict[str, Callable[[], None]] = {
-    "dies": steps,
-    "raises": steps,
-    "hangs": steps,
+    "dies in forward": steps,
+    "dies in backward": steps,
+    "raises in backward": steps,
+    "raises between": steps,
+    "hangs": hangs,
     "other_shape": other_shape,
     "other_call": other_call,
     "other_group_call": other_group_call,
@@ -113,9 +135,7 @@ WAYS: dict[str, Callable[[], None]] = {
     "trains": trains,
 }
 
-dist.init_process_group(
-    sys.argv[3] if len(sys.argv) > 3 else "fleet", timeout=timedelta(seconds=2 if WAY == "hangs" else 60)
-)
+dist.init_process_group("fleet", timeout=timedelta(seconds=60))
 try:
     WAYS[WAY]()
 except ValueError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import os
+import sys
 import threading
 from typing import Any
 
@@ -142,6 +144,20 @@ def a_bad_call() -> None:
     dist.barrier()
 
 
+def forks() -> None:
+    """A fork of a rank gets an error, and its end closes nothing of the rank's."""
+    read, write = os.pipe()
+    if os.fork() == 0:
+        try:
+            dist.all_reduce(torch.ones(3))
+        except dist.DistBackendError as error:
+            os.write(write, str(error).encode())
+        sys.exit()  # with the hooks of the interpreter's end
+    os.wait()
+    assert "was forked from the one that called" in os.read(read, 1000).decode()
+    dist.barrier()
+
+
 def what_gloo_answers_too() -> None:
     """The number of a group's collectives, its store and its time limit."""
     group: Any = dist.new_group(list(range(SIZE)))
@@ -167,6 +183,7 @@ for part in (
     a_barrier_that_names_all_missing_ranks,
     a_bad_call,
     what_gloo_answers_too,
+    forks,
 ):
     part()
 dist.destroy_process_group()

@@ -111,6 +111,23 @@ def ranks_need_not_be_alike() -> None:
     reduces(torch.empty(COUNT + 4) if rank == 0 else x)  # an ordinary one meets one that has moved
 
 
+def one_rank_frees_what_the_others_map() -> None:
+    x = torch.empty(COUNT + 8)
+    reduces(x)
+    assert moved() == 1
+    if rank == 0:
+        del x
+        gc.collect()
+        assert moved() == 0
+        x = torch.full((COUNT + 8,), 7.0)  # perhaps where the other one was
+    else:
+        assert (x == TOTAL).all()
+        x.fill_(7.0)
+    dist.barrier()
+    assert (x == 7.0).all()
+    reduces(x)
+
+
 def tensors_that_come_once_stay() -> None:
     x = torch.empty(COUNT + 5)
     for _ in range(80):
@@ -148,6 +165,8 @@ a_storage_that_has_moved_keeps_its_size()
 settled()
 memory_of_others_stays()
 ranks_need_not_be_alike()
+one_rank_frees_what_the_others_map()
+settled()
 tensors_that_come_once_stay()
 ddp_trains_in_shared_memory()
 ddp_trains_in_shared_memory(gradient_as_bucket_view=True)

@@ -26,24 +26,27 @@ def noted(folder: Path, name: str, rank: int) -> Any:
     return json.loads((folder / f"{name}.{rank}").read_text())
 
 
-@pytest.mark.parametrize(("way", "reason"), [("dies", "killed by signal 9 (SIGKILL)"), ("raises", "exit code 1")])
-def test_a_rank_that_ends_in_backward_is_named_to_the_others(way: str, reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["dies in forward", "dies in backward", "raises in backward", "raises between"])
+def test_a_rank_that_ends_is_named_to_the_others(way: str, tmp_path: Path) -> None:
     """The error comes out of C++, which makes every error of a hook a RuntimeError; DistBackendError is one, too."""
     ended = run(tmp_path, way)
     assert "rank 1 failed" in ended.stderr
     kind, text = noted(tmp_path, "error", 0)
     assert kind in ("DistBackendError", "RuntimeError")
     assert "DistBackendError: rank 1 (" in text or kind == "DistBackendError"
-    assert reason in text
+    assert ("killed by signal 9 (SIGKILL)" if way.startswith("dies") else "exit code 1") in text
     assert noted(tmp_path, "at", 0) - noted(tmp_path, "wrong_at", 1) < AT_ONCE_S
 
 
-def test_a_rank_that_hangs_in_backward_is_named_with_its_line(tmp_path: Path) -> None:
-    assert run(tmp_path, "hangs").returncode != 0  # it hangs until rank 0 has its error
-    _, text = noted(tmp_path, "error", 0)
-    assert "not complete after 2 s; rank 0 came, waiting for rank 1" in text
+def test_a_rank_that_hangs_is_named_with_its_line(tmp_path: Path) -> None:
+    """It hangs until rank 0 has its error, in forward, in backward, and between two steps."""
+    ended = run(tmp_path, "hangs")
+    assert ended.returncode == 0, ended.stderr
     line = next(i for i, text in enumerate(SCRIPT.read_text().splitlines(), 1) if "time.sleep" in text)
-    assert any(f"it is at faulty_rank.py:{n} in go_wrong" in text for n in (line - 1, line))
+    for place in ("forward", "backward", "between"):
+        text = noted(tmp_path, f"error in {place}", 0)
+        assert "not complete after 1 s; rank 0 came, waiting for rank 1" in text
+        assert any(f"it is at faulty_rank.py:{n} in go_wrong" in text for n in (line - 1, line))
 
 
 @pytest.mark.parametrize(
