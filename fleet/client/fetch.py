@@ -75,73 +75,6 @@ class WorkerSilent(FleetError):
     """A worker does not answer: its other files need not be asked for."""
 
 
-class _Reader:
-    """Questions to workers about the files of one job."""
-
-    def __init__(self, client: JobClient, job_id: str) -> None:
-        self._client = client
-        self._job_id = job_id
-        self._ahead: dict[tuple[bytes, int], m.FilePart] = {}  # parts of one worker's files, by path and offset
-
-    def pages(self, worker_id: str) -> list[m.Files]:
-        """The files that a worker has of the job. Raises FleetError where the worker cannot say."""
-        pages: list[m.Files] = []
-        after = b""
-        while not pages or (pages[-1].more and pages[-1].files):
-            question = m.ListFiles(self._job_id, worker_id, 0, after)
-            (answer,) = self._client.ask_workers([question])
-            if answer.error and not (isinstance(answer, m.Files) and answer.files):
-                raise FleetError(answer.error if worker_id in answer.error else f"worker {worker_id}: {answer.error}")
-            paths = [after, *(info.path for info in answer.files)] if isinstance(answer, m.Files) else []
-            # In order, so that each page brings the end nearer.
-            if not isinstance(answer, m.Files) or any(a >= b for a, b in pairwise(map(os.fsdecode, paths))):
-                raise FleetError(f"worker {worker_id} {NOT_ASKED}")
-            pages.append(answer)
-            after = paths[-1]
-        return pages
-
-    def read_ahead(self, places: Sequence[tuple[Source, int]]) -> None:
-        """Asks for parts of several files at once; the answers are kept for `parts`."""
-        parts = self._ask(places, WORKER_ANSWERS_WITHIN_S) if places else []
-        self._ahead = {(part.path, part.offset): part for part in parts}
-
-    def parts(
-        self, source: Source, offsets: Sequence[int], within_s: float = WORKER_ANSWERS_WITHIN_S
-    ) -> list[m.FilePart]:
-        """Parts of a file. Raises ValueError where the worker cannot read them, WorkerSilent."""
-        path = source.info.path
-        parts = [self._ahead.pop((path, offset)) for offset in offsets if (path, offset) in self._ahead]
-        if len(parts) != len(offsets):
-            parts = self._ask([(source, offset) for offset in offsets], within_s)
-        if error := next((part.error for part in parts if part.error), ""):
-            raise ValueError(error)
-        if [(part.path, part.offset) for part in parts] != [(path, offset) for offset in offsets]:
-            raise ValueError(f"its worker {NOT_ASKED}")
-        return parts
-
-    def digest(self, source: Source) -> str:
-        """The sha256 of a file on its worker; empty where the file is longer than it was."""
-        size = source.info.size_bytes
-        return self.parts(source, [size], WORKER_ANSWERS_WITHIN_S + size / SLOWEST_BYTES_S)[0].digest
-
-    def _ask(self, places: Sequence[tuple[Source, int]], within_s: float) -> list[m.FilePart]:
-        """Waits a while for a worker that is away, as after a restart of the orchestrator. Raises WorkerSilent."""
-        asked = [m.ReadFile(self._job_id, source.worker_id, 0, source.info.path, offset) for source, offset in places]
-        for tries in range(AWAY_TRIES):
-            if tries:
-                self._client.pause(AWAY_PAUSE_S)
-            try:
-                parts = [part for part in self._client.ask_workers(asked, within_s) if isinstance(part, m.FilePart)]
-            except ConfigError:
-                raise
-            except FleetError as error:
-                raise WorkerSilent(str(error)) from None
-            away = [part.error for part in parts if part.away]
-            if not away:
-                return parts
-        raise WorkerSilent(away[0])
-
-
 class RemoteOutput:
     """Output of one job, as its workers hold it."""
 
@@ -149,9 +82,11 @@ class RemoteOutput:
         self, client: JobClient, job: m.JobInfo, told: Callable[[int, int], None] = lambda files, size: None
     ) -> None:
         """`told` is called now and then with the number of files, and of bytes, that have come."""
+        self._client = client
+        self._job_id = job.job_id
         self._held_by = job.held_by
-        self._reader = _Reader(client, job.job_id)
         self._told = told
+        self._ahead: dict[tuple[bytes, int], m.FilePart] = {}  # parts of one worker's files, by path and offset
 
     def listing(self, patterns: Iterable[str] = ()) -> Listing:
         """The files of the job, each once where several workers share a storage. Raises ConfigError.
@@ -165,7 +100,7 @@ class RemoteOutput:
         folders: set[str] = set()
         for worker_id in self._held_by:
             try:
-                pages = self._reader.pages(worker_id)
+                pages = self._pages(worker_id)
             except FleetError as error:
                 found.errors.append(f"{error}: its part of the output is missing")
                 continue
@@ -194,7 +129,7 @@ class RemoteOutput:
         while left:
             batch = _batch(left)
             try:
-                self._reader.read_ahead(_needed_ahead(batch, folder))
+                self._read_ahead(_needed_ahead(batch, folder))
                 for source in batch:
                     self._told(done.file_count, done.size_bytes)
                     self._take(source, folder, done)
@@ -232,13 +167,13 @@ class RemoteOutput:
         if target.exists():
             if not target.is_file():
                 raise ValueError(f"{target} exists already, and is no ordinary file")
-            if target.stat().st_size == source.info.size_bytes and self._reader.digest(source) == digest_of(target):
+            if target.stat().st_size == source.info.size_bytes and self._digest(source) == digest_of(target):
                 return False
             raise ValueError(f"{target} exists already and differs: it stays as it is; another folder takes all files")
         part = _part_of(target)
         for again in (False, True):
             self._receive(source, part, done)
-            if digest_of(part) == self._reader.digest(source):
+            if digest_of(part) == self._digest(source):
                 break
             part.unlink()
             if again:
@@ -259,10 +194,70 @@ class RemoteOutput:
                 if offset:
                     self._told(done.file_count, done.size_bytes + offset)
                 until = min(source.info.size_bytes, offset + PARTS_AHEAD * m.PART_BYTES)
-                for answer in self._reader.parts(source, range(offset, until, m.PART_BYTES)):
+                for answer in self._parts(source, range(offset, until, m.PART_BYTES)):
                     if not answer.data:
                         return  # the file is shorter than it was
                     file.write(answer.data)
+
+    # Questions to workers
+
+    def _pages(self, worker_id: str) -> list[m.Files]:
+        """The files that a worker has of the job. Raises FleetError where the worker cannot say."""
+        pages: list[m.Files] = []
+        after = b""
+        while not pages or (pages[-1].more and pages[-1].files):
+            question = m.ListFiles(self._job_id, worker_id, 0, after)
+            (answer,) = self._client.ask_workers([question])
+            if answer.error and not (isinstance(answer, m.Files) and answer.files):
+                raise FleetError(answer.error if worker_id in answer.error else f"worker {worker_id}: {answer.error}")
+            paths = [after, *(info.path for info in answer.files)] if isinstance(answer, m.Files) else []
+            # In order, so that each page brings the end nearer.
+            if not isinstance(answer, m.Files) or any(a >= b for a, b in pairwise(map(os.fsdecode, paths))):
+                raise FleetError(f"worker {worker_id} {NOT_ASKED}")
+            pages.append(answer)
+            after = paths[-1]
+        return pages
+
+    def _read_ahead(self, places: Sequence[tuple[Source, int]]) -> None:
+        """Asks for parts of several files at once; the answers are kept for `_parts`."""
+        parts = self._ask(places, WORKER_ANSWERS_WITHIN_S) if places else []
+        self._ahead = {(part.path, part.offset): part for part in parts}
+
+    def _parts(
+        self, source: Source, offsets: Sequence[int], within_s: float = WORKER_ANSWERS_WITHIN_S
+    ) -> list[m.FilePart]:
+        """Parts of a file. Raises ValueError where the worker cannot read them, WorkerSilent."""
+        path = source.info.path
+        parts = [self._ahead.pop((path, offset)) for offset in offsets if (path, offset) in self._ahead]
+        if len(parts) != len(offsets):
+            parts = self._ask([(source, offset) for offset in offsets], within_s)
+        if error := next((part.error for part in parts if part.error), ""):
+            raise ValueError(error)
+        if [(part.path, part.offset) for part in parts] != [(path, offset) for offset in offsets]:
+            raise ValueError(f"its worker {NOT_ASKED}")
+        return parts
+
+    def _digest(self, source: Source) -> str:
+        """The sha256 of a file on its worker; empty where the file is longer than it was."""
+        size = source.info.size_bytes
+        return self._parts(source, [size], WORKER_ANSWERS_WITHIN_S + size / SLOWEST_BYTES_S)[0].digest
+
+    def _ask(self, places: Sequence[tuple[Source, int]], within_s: float) -> list[m.FilePart]:
+        """Waits a while for a worker that is away, as after a restart of the orchestrator. Raises WorkerSilent."""
+        asked = [m.ReadFile(self._job_id, source.worker_id, 0, source.info.path, offset) for source, offset in places]
+        for tries in range(AWAY_TRIES):
+            if tries:
+                self._client.pause(AWAY_PAUSE_S)
+            try:
+                parts = [part for part in self._client.ask_workers(asked, within_s) if isinstance(part, m.FilePart)]
+            except ConfigError:
+                raise
+            except FleetError as error:
+                raise WorkerSilent(str(error)) from None
+            away = [part.error for part in parts if part.away]
+            if not away:
+                return parts
+        raise WorkerSilent(away[0])
 
 
 def check_size(found: Listing, limit_bytes: int, job_id: str) -> None:
