@@ -7,6 +7,7 @@ others. Knows modules and a communicator, and nothing of torch.distributed.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -22,7 +23,8 @@ from fleet.collectives.work import Work
 from fleet.errors import UsageError
 from fleet.torch.groups import JOIN_WITHIN_S
 
-BUCKET_BYTES = 8 << 20
+BUCKET_BYTES = 8 << 20  # where ranks leave cores idle, or networks carry gradients
+ALL_IN_ONE = 1 << 62
 NAMED_AT_MOST = 8
 TIMEOUT_S = 30.0  # of fleet.init()
 
@@ -45,13 +47,43 @@ def _watch_optimizers() -> None:
 
 
 class _Bucket:
-    """Gradients of some parameters, one after the other in `flat`. They are reduced in one call."""
+    """Gradients of some parameters, one after the other in `flat`. They are reduced in one call.
 
-    def __init__(self, flat: torch.Tensor, parameters: list[torch.nn.Parameter]) -> None:
+    `own` are the elements that no other rank reads: fresh gradients are not copied there, but combined where they are.
+    """
+
+    def __init__(self, flat: torch.Tensor, parameters: list[torch.nn.Parameter], own: slice) -> None:
         self.flat = flat
         parts = torch.split(flat, [parameter.numel() for parameter in parameters])
         self.views = {p: part.view(p.shape) for p, part in zip(parameters, parts, strict=True)}
         self.missing = set(parameters)  # those whose gradient this backward has not computed yet
+        # The elements of `own` by parameter, as slices of its flat gradient; and where they are.
+        self._own: dict[torch.nn.Parameter, slice] = {}
+        self._parts: dict[torch.nn.Parameter, torch.Tensor] = {}
+        start = 0
+        for parameter, part in zip(parameters, parts, strict=True):
+            some = slice(*(min(max(end - start, 0), len(part)) for end in (own.start, own.stop)))
+            if some.start < some.stop:
+                self._own[parameter], self._parts[parameter] = some, part[some]
+            start += len(part)
+
+    def put(self, parameter: torch.nn.Parameter, grad: torch.Tensor, is_whole: bool) -> None:
+        """Copies a gradient to its place, but for the elements of `own` unless `is_whole`: these are kept where they are."""
+        view, own = self.views[parameter], self._own.get(parameter)
+        if is_whole or own is None or grad.layout != torch.strided or grad.dtype != view.dtype:
+            view.copy_(grad)
+            return
+        fresh, part = grad.reshape(-1), view.view(-1)
+        part[: own.start].copy_(fresh[: own.start])
+        part[own.stop :].copy_(fresh[own.stop :])
+        self._parts[parameter] = fresh[own]
+
+    def take_own(self) -> list[torch.Tensor]:
+        """The elements of `own`, where they are. After the call that gets them they are in `flat`."""
+        taken = list(self._parts.values())
+        for parameter, own in self._own.items():
+            self._parts[parameter] = self.views[parameter].view(-1)[own]
+        return taken
 
 
 class DataParallel(torch.nn.Module):
@@ -64,7 +96,8 @@ class DataParallel(torch.nn.Module):
     model: on the CPU, alike on all ranks. comm: the ranks that train together; None: all ranks, after `fleet.init()` if the
     script has not called it. wire: see `Communicator.all_reduce`. allow_unused: a parameter without a gradient counts as
     one whose gradient is zero; otherwise backward raises UsageError with its name. bucket_bytes: size of the parts that are
-    reduced while backward goes on. Backward raises what `Communicator.all_reduce` does.
+    reduced while backward goes on; None: 8 MB, or all at the end of backward where the ranks leave no core idle. Backward
+    raises what `Communicator.all_reduce` does.
     """
 
     def __init__(
@@ -75,7 +108,7 @@ class DataParallel(torch.nn.Module):
         root: int = 0,
         wire: str = "",
         allow_unused: bool = False,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
         super().__init__()
         _watch_optimizers()
@@ -103,11 +136,11 @@ class DataParallel(torch.nn.Module):
         with torch.no_grad():
             for tensor in (*self.module.parameters(), *self.module.buffers()):
                 comm.broadcast(tensor.detach(), root)
-            self._buckets = self._make_buckets()
+            self._buckets = self._make_buckets(self._agreed_bucket_bytes())
             self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
             for parameter in self._names:
                 if parameter.grad is not None:
-                    self._to_bucket(parameter)
+                    self._to_bucket(parameter, is_whole=True)
         self._backward = -1  # torch's number of the backward that is under way
         self._works: list[Work] = []  # of the buckets that it has begun to reduce, which are the first ones
 
@@ -138,33 +171,50 @@ class DataParallel(torch.nn.Module):
         """The model's. Each rank loads for itself."""
         return self.module.load_state_dict(*args, **kwargs)
 
-    def _make_buckets(self) -> list[_Bucket]:
+    def _agreed_bucket_bytes(self) -> int:
+        """The size of buckets, one for all ranks: where these leave no core idle, nothing is gained by more than one bucket."""
+        if self._bucket_bytes is not None:
+            return self._bucket_bytes
+        cores = len(os.sched_getaffinity(0))
+        is_crowded = self.comm.path == "shared" and self.comm.world_size * torch.get_num_threads() >= cores
+        crowded_count = torch.tensor(float(is_crowded))
+        self.comm.all_reduce(crowded_count)
+        return ALL_IN_ONE if crowded_count.item() else BUCKET_BYTES
+
+    def _make_buckets(self, bucket_bytes: int) -> list[_Bucket]:
         """Buckets in the order in which backward usually fills them: the last parameters come first."""
         groups: list[list[torch.nn.Parameter]] = []
         for dtype in dict.fromkeys(parameter.dtype for parameter in self._names):
-            size = self._bucket_bytes
+            size = bucket_bytes
             for parameter in reversed([p for p in self._names if p.dtype == dtype]):
-                if size >= self._bucket_bytes:
+                if size >= bucket_bytes:
                     groups.append([])
                     size = 0
                 groups[-1].append(parameter)
                 size += parameter.nbytes
-        return [_Bucket(self.comm.empty(sum(p.numel() for p in group), group[0].dtype), group) for group in groups]
+        buckets = []
+        for group in groups:
+            flat = self.comm.empty(sum(p.numel() for p in group), group[0].dtype)
+            buckets.append(_Bucket(flat, group, self.comm.own_share(flat)))
+        return buckets
 
-    def _to_bucket(self, parameter: torch.nn.Parameter) -> None:
-        """Puts a gradient that torch or the script has made anew, as after zero_grad(), back to its place."""
-        view = self._bucket_of[parameter].views[parameter]
-        grad = parameter.grad
+    def _to_bucket(self, parameter: torch.nn.Parameter, is_whole: bool) -> None:
+        """Puts a gradient that torch or the script has made anew, as after zero_grad(), back to its place.
+
+        Unless `is_whole`, its bucket is reduced before anyone looks at it.
+        """
+        bucket, grad = self._bucket_of[parameter], parameter.grad
+        view = bucket.views[parameter]
         if grad is not view:
             if grad is None:
                 view.zero_()
             else:
-                view.copy_(grad.detach())
+                bucket.put(parameter, grad.detach(), is_whole)
             parameter.grad = view
 
     def _accumulated(self, parameter: torch.nn.Parameter) -> None:
         """Called by torch in each backward once a parameter's gradient is there."""
-        self._to_bucket(parameter)
+        self._to_bucket(parameter, is_whole=not self._is_syncing)
         if not self._is_syncing:
             return
         backward = torch._C._current_graph_task_id()
@@ -193,14 +243,14 @@ class DataParallel(torch.nn.Module):
 
     def _reduce(self, bucket: _Bucket, async_op: bool) -> Work | None:
         wire = self._wire if bucket.flat.dtype == torch.float32 else ""
-        return self.comm.all_reduce(bucket.flat, "mean", async_op=async_op, wire=wire)
+        return self.comm.all_reduce_from(bucket.flat, bucket.take_own(), "mean", async_op=async_op, wire=wire)
 
     def _finish(self) -> None:
         """Called by torch at the end of a backward. Reduces what is left, so that no other rank waits for this one."""
         TIMELINE.enter("waiting")
         unused = [p for bucket in self._buckets for p in bucket.views if p in bucket.missing]
         for parameter in unused:
-            self._to_bucket(parameter)
+            self._to_bucket(parameter, is_whole=True)
         while len(self._works) < len(self._buckets) - 1:
             self._reduce_next()
         self._reduce(self._buckets[-1], async_op=False)

@@ -216,3 +216,20 @@ def test_halves_longer_than_the_scratch_are_combined_in_blocks_and_leave_no_long
     expected = (sum(tensor.float() for tensor in tensors) / 3).to(getattr(torch, dtype))
     np.testing.assert_array_equal(out.view(np.int16), expected.view(torch.int16).numpy())
     assert reduce._of_thread.arrays.nbytes <= 2 * 4 * reduce.SCRATCH_ELEMENTS
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("world_size", [2, 8])
+def test_means_of_a_power_of_two_have_the_bits_of_quotients(dtype: str, world_size: int) -> None:
+    tiny = np.finfo(dtype).smallest_subnormal
+    odd = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1 / 3, tiny, 3 * tiny, 5 * tiny, np.finfo(dtype).max], dtype)
+    x = np.concatenate([odd, np.sin(np.arange(1000)).astype(dtype) * dtype_range(dtype)])
+    out = x.copy()
+    reduce.kernel("mean", dtype, world_size, 1.0).finish(out)
+    np.testing.assert_array_equal(out.view(np.uint8), (x / x.dtype.type(world_size)).view(np.uint8))
+
+
+def dtype_range(dtype: str) -> Any:
+    """Factors from the smallest to the largest exponent."""
+    info = np.finfo(dtype)
+    return np.ldexp(np.ones(1000), np.linspace(info.minexp - 20, info.maxexp - 1, 1000).astype(int)).astype(dtype)
