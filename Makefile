@@ -42,6 +42,7 @@ bench: .venv/.bench ## how long a gang takes to start, and to end when it failed
 	$(BIN)/python bench/failures.py
 	$(BIN)/python bench/allreduce.py --systems fleet,fleet-shared,fleet-tcp,gloo
 	$(BIN)/python bench/dispatch.py --systems fleet,processpool
+	$(BIN)/python bench/blame.py --runs 5 --cost
 	$(BIN)/python bench/orchestrator.py
 
 clean: ## remove what the other verbs made

@@ -144,7 +144,8 @@ class Straggler(msgspec.Struct, frozen=True):
         several = len(self.ranks) > 1
         ranks = f"ranks {rank_set(self.ranks, len(self.ranks) + 1)}" if several else f"rank {self.ranks[0]}"
         who = f"worker {self.worker_id} ({ranks})" if self.worker_id else ranks
-        where = f", mostly {'at' if ':' in self.line else 'in'} {self.line}" if self.line else ""
+        place = "" if self.line.startswith(("before ", "between ")) else "at " if ":" in self.line else "in "
+        where = f", mostly {place}{self.line}" if self.line else ""
         holds = "held" if is_over else "hold" if several and not self.worker_id else "holds"
         return f"{who} {holds} the others up for {100 * self.share:.0f} % of the time{where}"
 

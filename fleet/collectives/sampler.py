@@ -1,7 +1,8 @@
 """Sampler of one rank: lines of the script that its main thread is in outside of collectives, and garbage collections.
 
-Its findings and the rank's pace make one row, for the agent. A thread of its own looks at the main thread a hundred times a
-second. It gets no turn while the main thread holds the GIL, as in a garbage collection: hence those are timed. Knows no message.
+Its findings and the rank's pace make one row, for the agent. A thread of its own looks at the main thread 200 times a
+second. It gets no turn while the main thread holds the GIL. Hence garbage collections are timed, and a look that is late finds
+out whether the main thread has entered or left a collective meanwhile. Knows no message.
 """
 
 from __future__ import annotations
@@ -10,38 +11,43 @@ import gc
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
 from types import CodeType
 from typing import Any
 
 from fleet.bounds import WORD_CHARS
+from fleet.collectives.operation import Operation
 from fleet.collectives.pace import Pace
+from fleet.collectives.recorder import Recorder
 from fleet.collectives.script_line import described, users_frame, waits
 from fleet.collectives.timeline import TIMELINE
 from fleet.values import PaceRow
 
-# Between two looks: from half of it to one and a half, in a sequence without a period that a script's steps could share.
-EVERY_S = 0.01
+# One look is due in each stretch of this length, at places without a period that a script's steps could share. They do not
+# depend on the looks before: else looks would follow what the main thread does.
+EVERY_S = 0.005
 _GOLDEN = 0.6180339887498949
 LINES_TOLD = 8
 COLLECTION = "a garbage collection"
+LATE_AT_MOST_S = 0.1
+LOOKS_BACK = 32  # collectives since a look was due
 
 
 class Sampler:
-    """Sampler of this process, whose pace is `pace`. One thread calls `take`."""
+    """Sampler of this process, whose pace is `pace`; `recorders` are those of its communicators. One thread calls `take`."""
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: Pace, recorders: Callable[[], Sequence[Recorder]]) -> None:
+        self._recorders = recorders
         self._pace = pace
         self._told_step_count = 0
         self._told = 0.0, 0.0, 0  # waited_s, waited_squares and meeting_count of the pace
-        main = threading.main_thread()
-        self._main_ident = main.ident or 0
-        self._schedule = f"/proc/self/task/{main.native_id}/schedstat"
-        self._found: Counter[tuple[CodeType, int]] = Counter()  # looks, by line
+        self._main_ident = threading.main_thread().ident or 0
+        self._found: Counter[tuple[CodeType, int] | str] = Counter()  # looks, by line or place
         self._look_count = 0
         self._collected_s = 0.0
-        self._collecting_since = 0.0
+        self._collecting_since = self._collecting_until = 0.0  # of the last one
         self._told_collected_s = 0.0
         self._told_queued_s = self._queued_s()
         self._told_at = monotonic()
@@ -59,8 +65,8 @@ class Sampler:
         elapsed_s, collecting_s = now - self._told_at, collected_s - self._told_collected_s
         each_s = max(0.0, elapsed_s - collecting_s) / max(1, look_count)
         lines = [
-            (described(code, line)[:WORD_CHARS], count * each_s)
-            for (code, line), count in found.most_common(LINES_TOLD)
+            ((where if isinstance(where, str) else described(*where))[:WORD_CHARS], count * each_s)
+            for where, count in found.most_common(LINES_TOLD)
         ]
         if collecting_s > 0.0:
             lines.append((COLLECTION, collecting_s))
@@ -81,29 +87,71 @@ class Sampler:
         self._thread.join()
 
     def _run(self) -> None:
-        number = 0
-        while not self._open.acquire(timeout=EVERY_S * (0.5 + number * _GOLDEN % 1.0)):
+        began, number = monotonic(), 0
+        while True:
+            due = began + EVERY_S * (number + number * _GOLDEN % 1.0)
+            wait_s = due - monotonic()
+            if wait_s < -LATE_AT_MOST_S:
+                began -= wait_s
+                continue
+            if self._open.acquire(timeout=max(0.0, wait_s)):
+                return
             number += 1
-            self._look()
+            if not self._collecting_since <= due <= self._collecting_until:  # a garbage collection is timed
+                self._look(due)
 
-    def _look(self) -> None:
-        """A function of its own: a frame that outlived the look would keep the script's tensors alive until the next one."""
+    def _look(self, due: float) -> None:
+        """Counts where the main thread was when a look was due. By now it may have entered collectives, or left them.
+
+        A function of its own: a frame that outlived the look would keep the script's tensors alive until the next one.
+        """
         self._look_count += 1
+        before, after = self._around(due)
+        if before is not None and (before.ended > due or (after is not None and not before.ended)):
+            return  # it was in that collective
         frame = sys._current_frames().get(self._main_ident)
-        if frame is not None and not waits(frame):
+        if after is not None:
+            self._found[_between(before, after)] += 1
+        elif frame is not None and not waits(frame):
             own = users_frame(frame)
             self._found[own.f_code, own.f_lineno] += 1
+
+    def _around(self, due: float) -> tuple[Operation | None, Operation | None]:
+        """The last collective that began before that time, and the first one after it."""
+        lasts = [recorder for recorder in self._recorders() if recorder.last is not None]
+        if not lasts:
+            return None, None
+        operations = max(lasts, key=_began).operations
+        after = None
+        for number in range(1, min(len(operations), LOOKS_BACK) + 1):
+            operation = operations[-number]
+            if operation.started <= due:
+                return operation, after
+            after = operation
+        return None, after
 
     def _collecting(self, phase: str, info: dict[str, Any]) -> None:
         if phase == "start":
             self._collecting_since = monotonic()
         elif self._collecting_since:
-            self._collected_s += monotonic() - self._collecting_since
+            self._collecting_until = monotonic()
+            self._collected_s += self._collecting_until - self._collecting_since
 
     def _queued_s(self) -> float:
         """See proc(5), schedstat. 0 where the kernel does not tell."""
         try:
-            with open(self._schedule, "rb") as file:
+            with open("/proc/self/schedstat", "rb") as file:  # of the main thread
                 return int(file.read().split()[1]) / 1e9
         except (OSError, ValueError, IndexError):
             return 0.0
+
+
+def _began(recorder: Recorder) -> float:
+    last = recorder.last
+    return last.started if last is not None else 0.0
+
+
+def _between(before: Operation | None, after: Operation) -> str:
+    """Lines of Python that kept the GIL: no thread but theirs knows which."""
+    until = after.where.split(" ")[0]
+    return f"before {until}" if before is None else f"between {before.where.split(' ')[0]} and {until}"

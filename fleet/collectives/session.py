@@ -61,9 +61,9 @@ class Session:
         self._pid = pid
         keeps = keeps_pace()
         self.news = News(settings.member_id, pace=Pace(keeps))
-        self._sampler = Sampler(self.news.pace) if keeps else None
         self._pace_at = 0.0  # when it is told next
         self.flights = Flights(settings, pid, self.news)
+        self._sampler = Sampler(self.news.pace, self.flights.recorders) if keeps else None
         self._wake = Wake()
         self._closing = threading.Event()
         self._out: queue.SimpleQueue[m.Message] = queue.SimpleQueue()

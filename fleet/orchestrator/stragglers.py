@@ -21,12 +21,12 @@ from statistics import median
 
 from fleet.values import PaceRow, RankTimes, Straggler
 
-SHARE_AT_LEAST = 0.05  # of the time
+SHARE_AT_LEAST = 0.04  # of the time
 ERRORS_AT_LEAST = 4.0  # standard errors: the same rank has held the others up in at least 16 meetings
 ELAPSED_AT_LEAST_S = 1.0
 TOGETHER = 0.7  # of the share of the slowest rank, to be one of a worker whose ranks are all slow
 LOOKED_AT = 8  # ranks, and workers, of those that wait least
-MOSTLY = 0.5  # of the share that one line explains
+MOSTLY = 0.4  # of the share that one line explains
 LINES_AT_MOST = 32  # of a rank; and names of phases, and of spans
 LINES_TOLD = 4
 HALF_LIFE_S = 30.0  # of what is told of a running job

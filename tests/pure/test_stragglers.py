@@ -113,7 +113,7 @@ def test_nothing_is_told_too_early() -> None:
 
 def test_what_was_long_ago_fades() -> None:
     found = paces(lambda rank, step: 0.5 if rank == 3 else 0.4, steps=200)
-    for _ in range(100):
+    for _ in range(200):
         for rank in range(8):
             found.add(rank, PaceRow(4.0, 0.01, 0.0001, 20))
     assert straggler(found.since_start, HERE) is None
