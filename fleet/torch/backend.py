@@ -96,6 +96,14 @@ class FleetBackend(c10d.Backend):
     abort = shutdown
 
 
+def _of_fleet(group: Any, device: torch.device) -> FleetBackend | None:
+    """The backend of a device's tensors, if it is fleet: itself, or within the wrapper for TORCH_DISTRIBUTED_DEBUG=DETAIL."""
+    backend: Any = group._get_backend(device)
+    while hasattr(backend, "wrapped_pg"):
+        backend = backend.wrapped_pg
+    return backend if isinstance(backend, FleetBackend) else None
+
+
 def _offer_source_of_recv() -> None:
     """Makes torch's `recv` from any rank ask fleet's Work who sent: torch's cover of a Work in Python does not pass it on."""
     of_torch = distributed_c10d.recv
@@ -108,8 +116,8 @@ def _offer_source_of_recv() -> None:
         is_known = src is not None or others.get("group_src") is not None
         if is_known or called is distributed_c10d.GroupMember.NON_GROUP_MEMBER:
             return of_torch(tensor, src, group, tag, **others)
-        backend = called._get_backend(tensor.device)
-        if not isinstance(backend, FleetBackend):
+        backend = _of_fleet(called, tensor.device)
+        if backend is None:
             return of_torch(tensor, src, group, tag, **others)
         work = backend.recv_anysource([tensor], tag)
         work.wait()
@@ -131,7 +139,7 @@ def _pass_by_split() -> None:
     ) -> Any:  # fmt: skip
         if self.rank() not in ranks:
             of_all = device_types or self._device_types
-            others = [device for device in of_all if not isinstance(self._get_backend(device), FleetBackend)]
+            others = [device for device in of_all if _of_fleet(self, device) is None]
             if not others:
                 return None
             device_types = others
