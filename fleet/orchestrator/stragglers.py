@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import nlargest, nsmallest
-from math import sqrt
+from math import inf, sqrt
 from statistics import median
 
 from fleet.values import PaceRow, RankTimes, Straggler
@@ -29,6 +29,7 @@ LOOKED_AT = 8  # ranks, and workers, of those that wait least
 MOSTLY = 0.4  # of the share that one line explains
 LINES_AT_MOST = 32  # of a rank; and names of phases, and of spans
 LINES_TOLD = 4
+LOOK_AGAIN_S = 1.0
 HALF_LIFE_S = 30.0  # of what is told of a running job
 
 
@@ -77,10 +78,32 @@ class Paces:
 
     since_start: dict[int, PaceSum] = field(default_factory=dict)
     lately: dict[int, PaceSum] = field(default_factory=dict)
+    _found: Straggler | None = None  # when it was looked for last, and what has come since
+    _found_at: float = -inf
+    _has_more: bool = False
 
     def add(self, rank: int, row: PaceRow, collective_s: float = 0.0) -> None:
         self.since_start.setdefault(rank, PaceSum()).add(row, collective_s)
         self.lately.setdefault(rank, PaceSum()).add(row, collective_s, 0.5 ** (row.elapsed_s / HALF_LIFE_S))
+        self._has_more = True
+
+    def straggler(self, seats: Sequence[str], now: float) -> Straggler | None:
+        """The ranks that hold the others up lately; see straggler.
+
+        Of a job whose ranks go on telling, it is looked for once a second at most: in 512 ranks that takes 13 ms.
+        """
+        if self._has_more and not 0.0 < now - self._found_at < LOOK_AGAIN_S:
+            self._found, self._found_at, self._has_more = straggler(self.lately, seats), now, False
+        return self._found
+
+    def slowest(self) -> tuple[int, float] | None:
+        """Steps in all, and steps a second lately, of the rank with fewest; None: no rank counts its steps."""
+        found = [
+            (int(self.since_start[rank].step_count), pace.step_count / pace.elapsed_s)
+            for rank, pace in self.lately.items()
+            if pace.elapsed_s > 0.0 and pace.step_count
+        ]
+        return min(found, default=None)
 
     def times(self) -> tuple[RankTimes, ...]:
         """What is told of each rank lately."""

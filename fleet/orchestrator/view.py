@@ -16,7 +16,6 @@ from fleet import messages as m
 from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.scheduler import Scheduler
 from fleet.orchestrator.state import Worker
-from fleet.orchestrator.stragglers import straggler
 from fleet.text import some
 from fleet.values import WorkerStateName
 
@@ -89,7 +88,7 @@ class ClusterView:
             exit_codes=tuple(-s.signal or s.code for _, s in sorted(job.exits.items())),
             held_by=tuple(job.held_by),
             left=job.left,
-            straggler=job.straggler or straggler(job.paces.lately, job.seats),
+            straggler=job.straggler or job.paces.straggler(job.seats, self.now),
             times=job.paces.times() if alone else (),
         )
 
@@ -140,7 +139,7 @@ class ClusterView:
         for job in self.scheduler.jobs.values():
             if job.state is runs:
                 running += 1
-                if (found := straggler(job.paces.lately, job.seats)) is not None:
+                if (found := job.paces.straggler(job.seats, self.now)) is not None:
                     shares.append(found.share)
             elif job.state is queued or job.state is fetching:
                 waiting += 1
@@ -149,27 +148,43 @@ class ClusterView:
         held_up_share = max(shares, default=0.0)
         return Totals(workers, slots - busy, busy, waiting, self.now - oldest, running, len(shares), held_up_share)
 
-    def health(self) -> tuple[Health, str]:
-        """The state of the cluster in a sentence, and how much it matters."""
-        totals = self.totals()
+    def health(self, totals: Totals) -> tuple[Health, str]:
+        """The state of the cluster in a sentence, and how much it matters. A job that runs alone is told of."""
         there = sum(totals.workers.values())
         if not there:
-            waiting = f", and {_jobs(totals.jobs_waiting)} wait{'s' * (totals.jobs_waiting == 1)}" * bool(
-                totals.jobs_waiting
-            )
-            return "attention", f"no worker is connected{waiting}"
+            wait = f", and {_jobs(totals.jobs_waiting)} wait{'s' * (totals.jobs_waiting == 1)}"
+            return "attention", "no worker is connected" + wait * bool(totals.jobs_waiting)
         lost, draining = totals.workers["lost"], totals.workers["draining"]
         parts = [f"{totals.workers['ready']} of {there} worker{'s are' if there > 1 else ' is'} ready"]
         parts += [f"{count} {state}" for count, state in ((lost, "lost"), (draining, "draining")) if count]
         parts.append(f"{totals.slots_busy} of {totals.slots_busy + totals.slots_free} slots are busy")
-        if totals.jobs_running:
+        if totals.jobs_running == 1:
+            running = next(job for job in self.scheduler.jobs.values() if job.state is JobState.RUNNING)
+            parts.append(self.progress(running))
+        elif totals.jobs_running:
             parts.append(f"{_jobs(totals.jobs_running)} run{'s' * (totals.jobs_running == 1)}")
+            if totals.jobs_held_up:
+                held_up = f"{_jobs(totals.jobs_held_up)} {'is' if totals.jobs_held_up == 1 else 'are'} held up"
+                parts.append(
+                    f"{held_up} by some of their ranks, for up to {100 * totals.held_up_share:.0f} % of the time"
+                )
         if totals.jobs_waiting:
             wait = f"{_jobs(totals.jobs_waiting)} wait{'s' * (totals.jobs_waiting == 1)}"
             parts.append(f"{wait}, the oldest for {_span(totals.longest_wait_s)}")
         if not totals.jobs_running and not totals.jobs_waiting:
             parts.append("no job runs or waits")
-        return "attention" if lost else "good", "; ".join(parts)
+        return "attention" if lost or totals.jobs_held_up else "good", "; ".join(parts)
+
+    def progress(self, job: Job) -> str:
+        """How a job that runs gets on: `job 1f runs on 8 of 8 ranks, step 412, 31 steps/s; rank 3 holds the others up ...`."""
+        ranks = f"{job.world_size - len(job.exits)} of {job.world_size} rank{'s' * (job.world_size > 1)}"
+        steps = ""
+        if (pace := job.paces.slowest()) is not None:
+            count, per_s = pace
+            steps = f", step {count}, {per_s:.3g} steps/s"
+        slow = job.straggler or job.paces.straggler(job.seats, self.now)
+        blamed = "" if slow is None else f"; {slow.told(is_over=False)}"
+        return f"job {job.options.name or job.job_id} runs on {ranks}{steps}{blamed}"
 
     def _matching(self, ask: m.ListJobs) -> Iterator[Job]:
         jobs = self.scheduler.jobs

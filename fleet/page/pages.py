@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from functools import cache, partial
 from hashlib import sha256
 from http import HTTPStatus
+from math import inf
 from pathlib import Path
 from time import monotonic
 from typing import TypeVar
@@ -35,6 +36,7 @@ TYPES = {
 }
 CHANGES_EVERY_S = 0.25
 SHARE_AT_MOST = 0.04  # of a core, for reading the tables: where that takes long, it is done less often
+JOB_TOLD_AGAIN_S, JOBS_TOLD_KEPT = 0.5, 16
 BEAT_EVERY_S = 5.0  # a viewer that hears nothing for longer has lost its connection
 JSON = "application/json"
 
@@ -51,6 +53,7 @@ class ClusterPages:
         self._rows = Rows(window)
         self._feed = Feed(window.instance)
         self._read_at = 0.0
+        self._told: dict[str, tuple[float, HttpResponse]] = {}  # by job: when, and what
         guarded: dict[str, Route] = {
             "/": partial(_static, "index.html"),
             "/events": self._events,
@@ -114,7 +117,10 @@ class ClusterPages:
 
     def _job(self, request: HttpRequest) -> HttpResponse:
         """One job as `fleet status --json` says it, how its ranks have ended, and the report of its end."""
-        job_id = _words(request)("id")
+        job_id, now = _words(request)("id"), monotonic()
+        told_at, told = self._told.get(job_id, (-inf, None))
+        if told is not None and now - told_at < JOB_TOLD_AGAIN_S:
+            return told  # to another viewer
         with self._window.look() as view:
             job = view.scheduler.jobs.get(job_id)
             if job is None:
@@ -122,7 +128,12 @@ class ClusterPages:
             info, ended = view.job(job), job.result()
         said = report(ended, info.world_size, ()) if info.outcome else ""
         slow = "" if info.straggler is None else info.straggler.told(is_over=bool(info.outcome))
-        return _json({"job": info, "ranks": ended.ranks, "cause": ended.cause, "report": said, "slow": slow})
+        told = _json({"job": info, "ranks": ended.ranks, "cause": ended.cause, "report": said, "slow": slow})
+        self._told.pop(job_id, None)
+        while len(self._told) >= JOBS_TOLD_KEPT:
+            del self._told[next(iter(self._told))]
+        self._told[job_id] = now, told
+        return told
 
     def _output(self, request: HttpRequest) -> HttpResponse:
         """What a job has printed since a chunk's number, in the order in which it came."""

@@ -75,7 +75,8 @@ class Rows:
         with self._window.look() as view:
             worker_ids = list(view.scheduler.membership.workers)
             unfinished, ended, job_count = _shown_jobs(view)
-            totals = asdict(view.totals())
+            found = view.totals()
+            level, sentence = view.health(found)
         steps = LOAD_STEPS if len(worker_ids) <= MANY_WORKERS else LOAD_STEPS_OF_MANY
         workers: dict[str, object] = {}
         for some in _in_parts(worker_ids):
@@ -93,8 +94,8 @@ class Rows:
                 self._ended |= {job_id: row for job_id in some if (row := _job_row(view, job_id)) is not None}
         self._ended = {job_id: self._ended[job_id] for job_id in ended if job_id in self._ended}
         events = {str(number): event._asdict() for number, event in self._window.events()}
-        level, sentence = view.health()
-        totals["longest_wait_s"] = float(round(totals["longest_wait_s"]))
+        totals = asdict(found) | {"longest_wait_s": float(round(found.longest_wait_s))}
+        totals["held_up_share"] = round(found.held_up_share, 2)
         cluster = totals | {"job_count": job_count, "level": level, "sentence": sentence}
         return {"cluster": {"": cluster}, "workers": workers, "jobs": jobs | self._ended, "events": events}
 
