@@ -2,10 +2,11 @@
 
     python bench/page.py [--workers 64] [--viewers 0,1,20] [--large 10000] [--seconds 10] [--json FILE]
 
-A real `fleet orchestrator`, with bare sockets as workers: all of them beat once a second with another load each time, one job runs
-on all of them, and they answer what is asked of them. A viewer reads the stream of events; one with an open job asks for that job,
-what its ranks use, and what they print once a second, as the page does. Dispatch is the time from a job's Submit to its Assign.
-The browser is a headless Chromium with its chromedriver; without one its rows are left out.
+A real `fleet orchestrator`, with bare sockets as workers: all of them beat once a second with another load each time,
+one job runs on all of them, and they answer what is asked of them. A viewer reads the stream of events; one with an
+open job asks for that job, what its ranks use, and what they print once a second, as the page does. Dispatch is the
+time from a job's Submit to its Assign. The browser is a headless Chromium with its chromedriver; without one its rows
+are left out.
 """
 
 from __future__ import annotations
