@@ -48,7 +48,7 @@ class Cluster:
     def __init__(self, stack: ExitStack, workers: int, pid: int, address: str) -> None:
         self.cpu, self.count = sockets.Cpu(pid), workers
         self.client = sockets.client_of(stack, address, Lock())
-        self.dealers = sockets.connected(stack, address, Lock(), workers)
+        self.dealers = sockets.connected(stack, address, Lock(), workers + 1)  # the last one is free for others
         sockets.join(self.dealers)
         self.assigned = threading.Event()
         self._ending = threading.Event()
@@ -248,7 +248,7 @@ def measure(workers: int, viewers: list[int], seconds: float, large: bool) -> li
         page_at = _page_at(cluster.client)
         if large:
             for number in range(JOBS_OF_LARGE):
-                cluster.client.send(m.encode(m.Submit(f"waits-{number}", workers + 1, TARGET, detached=True)))
+                cluster.client.send(m.encode(m.Submit(f"waits-{number}", workers + 2, TARGET, detached=True)))
             time.sleep(5)
         else:
             cluster.client.send(m.encode(m.Submit(JOB, workers, TARGET, options=m.JobOptions(slots=1), detached=True)))

@@ -1,6 +1,6 @@
 // Workers by host: a cell a slot. A cell's state is its colour, its shape and its text; of many hosts, one cell each.
 
-import { byId, clock, el, hue, many, note, percent, rankSet, say, set, shownOf } from "./dom.js";
+import { byId, clock, el, hue, many, note, percent, say, set, shownOf } from "./dom.js";
 
 const HOSTS_SHOWN = 300, CELLS_SHOWN = 4000, SLOTS_DRAWN = 64, EVENTS_SHOWN = 100;
 const ORDER = { lost: 0, draining: 1, ready: 2 };
@@ -52,23 +52,37 @@ export class Workers {
     for (const [host, workers] of shown) {
       let element = this.made.get(host);
       if (!element) this.made.set(host, element = el("li"));
-      const key = JSON.stringify(workers);
-      if (element.key !== key) {
-        element.key = key;
-        make.call(this, element, host, workers);
-      }
+      make.call(this, element, host, workers);
       if (element === at) at = at.nextElementSibling;
       else list.insertBefore(element, at);
     }
   }
 
+  // A load changes each second, and what the slots hold seldom: only a worker that holds something else is drawn again.
   host(element, host, workers) {
-    const load = Math.max(...workers.map(([, worker]) => worker.load));
-    const focused = element.contains(document.activeElement) ? document.activeElement.dataset.key : null;
-    element.replaceChildren(
-      el("div", { class: "host" }, el("span", { class: "name" }, host), meter(load, "CPU")),
-      ...workers.map(([id, worker]) => this.worker(id, worker)));
-    if (focused) element.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
+    element.parts ??= new Map();
+    if (!element.firstElementChild) element.append(el("div", { class: "host" }, el("span", { class: "name" }, host), meter(0, "CPU")));
+    setMeter(element.firstElementChild.lastElementChild, Math.max(...workers.map(([, worker]) => worker.load)), "CPU");
+    const kept = new Set(workers.map(([id]) => id));
+    for (const [id, part] of element.parts) if (!kept.has(id)) part.remove(), element.parts.delete(id);
+    let at = element.firstElementChild.nextElementSibling;
+    for (const [id, worker] of workers) {
+      const states = (worker.jobs ?? []).map(([job]) => this.feed.tables.jobs.get(job)?.status);
+      const key = JSON.stringify([{ ...worker, load: 0 }, states]);
+      const before = element.parts.get(id);
+      if (before?.key === key) {
+        if (before === at) at = at.nextElementSibling;
+        else element.insertBefore(before, at);
+        continue;
+      }
+      const focused = before?.contains(document.activeElement) ? document.activeElement.dataset.key : null;
+      const part = this.worker(id, worker);
+      part.key = key;
+      if (before === at) at = at?.nextElementSibling ?? null;
+      before ? before.replaceWith(part) : element.insertBefore(part, at);
+      element.parts.set(id, part);
+      if (focused) part.querySelector(`[data-key="${CSS.escape(focused)}"]`)?.focus();
+    }
   }
 
   worker(id, worker) {
@@ -104,6 +118,7 @@ export class Workers {
     element.dataset.state = state;
     element.dataset.full = Math.min(4, Math.ceil(4 * busy / Math.max(1, slots)));
     const words = `${host}: ${many(workers.length, "worker")}, ${state}, ${busy} of ${slots} slots busy`;
+    if (element.title === words) return;
     set(element, "title", words);
     element.replaceChildren(el("span", { class: "unseen" }, words));
   }
@@ -124,6 +139,15 @@ const sum = (workers, name) => workers.reduce((total, [, worker]) => total + wor
 const worst = (workers) => Math.min(...workers.map(([, worker]) => ORDER[worker.state] ?? 2));
 
 export function meter(share, what) {
-  return el("span", { class: "meter", title: `${what} ${percent(share)}` },
-    el("meter", { min: 0, max: 1, high: 0.95, value: Math.min(1, share), "aria-label": what }), el("span", { class: "figure" }, percent(share)));
+  const made = el("span", { class: "meter" }, el("meter", { min: 0, max: 1, high: 0.95, "aria-label": what }), el("span", { class: "figure" }));
+  setMeter(made, share, what);
+  return made;
+}
+
+function setMeter(made, share, what) {
+  const words = percent(share);
+  if (made.lastElementChild.textContent === words) return;
+  made.firstElementChild.value = Math.min(1, share);
+  made.title = `${what} ${words}`;
+  say(made.lastElementChild, words);
 }
