@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import median, quantiles
@@ -30,6 +32,13 @@ from msgspec.structs import replace
 from fleet import messages as m
 from fleet.bus.control import Dealer
 from fleet.bus.lock import Lock
+from fleet.client.target import Target
+from fleet.httpd import HttpServer
+from fleet.orchestrator.core import Core
+from fleet.orchestrator.logs import JobLogs
+from fleet.orchestrator.state import Received, Send
+from fleet.orchestrator.window import Window
+from fleet.page.pages import ClusterPages
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.page.browser import MISSING, Browser, browser
@@ -84,7 +93,7 @@ class Cluster:
                         )
             number += 1
             while time.monotonic() < started + number / slices:
-                for rank, dealer in enumerate(self.dealers if self.count <= 100 else self.dealers[:1]):
+                for rank, dealer in enumerate(self.dealers):
                     for message in sockets.told(dealer):
                         self._answer(rank, dealer, message)
                 time.sleep(0.0005)
@@ -168,7 +177,7 @@ def costs(cluster: Cluster, page_at: str, viewers: int, open_job: bool, seconds:
         time.sleep(seconds)
         share = (cluster.cpu.seconds()[1] - before) / (time.monotonic() - started)
         waits = []
-        for number in range(DISPATCHES if cluster.count <= 100 else 0):
+        for number in range(DISPATCHES):
             waits.append(cluster.submit(f"one-{viewers}-{int(open_job)}-{number}", 1))
             time.sleep(0.01)
         read_s = time.monotonic() - started + 2.0
@@ -194,43 +203,37 @@ def shown(r: dict[str, Any], idle: float) -> str:
 # What a browser shows
 
 
-def in_browser(cluster: Cluster, page_at: str, stack: ExitStack, address: str) -> dict[str, Any]:
-    seen = stack.enter_context(browser())
+def in_browser(seen: Browser, workers: int, page_at: str, hello: Callable[[str], None]) -> dict[str, Any]:
+    """`hello` makes a worker of that name join, or says so among the events."""
     seen.window(1400, 900)
-    live, frames = [], []
+    live = []
     for _ in range(RELOADS):
         seen.go(f"http://{page_at}/")
-        seen.until("document.querySelector('#link').dataset.state === 'live'")
+        seen.until("performance.getEntriesByName('fleet-drawn').length")
         live.append(seen.run("return performance.getEntriesByName('fleet-drawn')[0].startTime") / 1e3)
-    late = [_until_seen(seen, stack, address, number) for number in range(EVENTS)]
-    longest = "return Math.max(0, ...performance.getEntriesByType('measure').map(m => m.duration))"
+    late = [_until_seen(seen, hello, f"late-{number}") for number in range(EVENTS)]
     time.sleep(5)
-    frames.append(seen.run(longest) / 1e3)
-    memory = seen.run("return performance.memory.usedJSHeapSize")
+    draws = seen.run("return performance.getEntriesByName('fleet-draw').map(m => m.duration)")
     return {
-        "bench": "page", "workers": cluster.count, "page_s": median(live), "event_s": median(late), "event_most_s": max(late),
-        "draw_s": frames[0], "heap_bytes": memory, "elements": seen.run("return document.querySelectorAll('*').length"),
+        "bench": "page", "kind": "browser", "workers": workers, "page_s": median(live), "event_s": median(late),
+        "event_most_s": max(late), "draw_s": max(draws, default=0.0) / 1e3,
+        "heap_bytes": seen.run("return performance.memory.usedJSHeapSize"),
+        "elements": seen.run("return document.querySelectorAll('*').length"),
     }  # fmt: skip
 
 
-def _until_seen(seen: Browser, stack: ExitStack, address: str, number: int) -> float:
+def _until_seen(seen: Browser, hello: Callable[[str], None], name: str) -> float:
     """Seconds from a worker's hello until the browser shows it among the events."""
-    name = f"late-{number}"
     seen.run(
-        "window.seenAt = 0; new MutationObserver((_, o) => { if (document.querySelector('#events').textContent"
-        ".includes(arguments[0])) { window.seenAt = Date.now(); o.disconnect(); } })"
-        ".observe(document.querySelector('#events'), { childList: true });".replace(
-            "arguments[0]", json.dumps(f"{name} joined")
-        )
+        "window.seenAt = 0; const place = document.querySelector('#events'), words = arguments[0];"
+        "new MutationObserver((_, watching) => { if (place.textContent.includes(words)) "
+        "{ window.seenAt = Date.now(); watching.disconnect(); } }).observe(place, { childList: true });",
+        f"{name} joined",
     )
-    bus = stack.enter_context(sockets.Bus(Lock()))
-    dealer = Dealer(bus, address, f"{name}/1".encode())
     sent = time.time()
-    dealer.send(m.encode(m.WorkerHello(name, "1", "127.0.0.1", 1, sockets.VERSIONS)))
+    hello(name)
     seen.until("window.seenAt")
-    took_s = float(seen.run("return window.seenAt")) / 1e3 - sent
-    dealer.send(m.encode(m.Goodbye()))
-    return took_s
+    return float(seen.run("return window.seenAt")) / 1e3 - sent
 
 
 def browser_row(r: dict[str, Any]) -> str:
@@ -240,29 +243,122 @@ def browser_row(r: dict[str, Any]) -> str:
     return f"{r['workers']} workers in a browser: {took}; {drawing}; {size}"
 
 
-def measure(workers: int, viewers: list[int], seconds: float, large: bool) -> list[dict[str, Any]]:
+def measure(workers: int, viewers: list[int], seconds: float) -> list[dict[str, Any]]:
     records = []
     with ExitStack() as stack:
         address, pid = stack.enter_context(sockets.orchestrator())
         cluster = Cluster(stack, workers, pid, address)
         page_at = _page_at(cluster.client)
-        if large:
-            for number in range(JOBS_OF_LARGE):
-                cluster.client.send(m.encode(m.Submit(f"waits-{number}", workers + 2, TARGET, detached=True)))
-            time.sleep(5)
-        else:
-            cluster.client.send(m.encode(m.Submit(JOB, workers, TARGET, options=m.JobOptions(slots=1), detached=True)))
-            time.sleep(1)
-        idle = 0.0
+        cluster.client.send(m.encode(m.Submit(JOB, workers, TARGET, detached=True)))
+        cluster.submit("first", 1)
         for count in viewers:
-            for open_job in (False, True) if count and not large else (False,):
+            for open_job in (False, True) if count else (False,):
                 records.append(costs(cluster, page_at, count, open_job, seconds))
-                idle = records[0]["share"]
-                print(shown(records[-1], idle), flush=True)
+                print(shown(records[-1], records[0]["share"]), flush=True)
         if not MISSING:
-            records.append(in_browser(cluster, page_at, stack, address))
-            print(browser_row(records[-1]), flush=True)
+            with browser() as seen:
+
+                def hello(name: str) -> None:
+                    dealer = Dealer(stack.enter_context(sockets.Bus(Lock())), address, f"{name}/1".encode())
+                    dealer.send(m.encode(m.WorkerHello(name, "1", "127.0.0.1", 1, sockets.VERSIONS)))
+
+                records.append(in_browser(seen, workers, page_at, hello))
+                print(browser_row(records[-1]), flush=True)
     return records
+
+
+# A large cluster: the core, with its page, in this process
+
+
+def large(workers: int, seconds: float) -> list[dict[str, Any]]:
+    """Workers of 8 slots on hosts of their own, jobs that run on all of them and jobs that wait; all beat once a second."""
+    core, held = Core(sockets.VERSIONS), Held()
+    for number in range(workers):
+        hello = m.WorkerHello(
+            f"w{number}", "1", f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 8, sockets.VERSIONS
+        )
+        core.step(Received(f"w{number}/1".encode(), hello), 0.0)
+    core.step(Received(b"c", m.ClientHello(sockets.VERSIONS)), 0.0)
+    for number in range(JOBS_OF_LARGE):
+        ranks = 8 * workers // (JOBS_OF_LARGE // 2) if number < JOBS_OF_LARGE // 2 else 8 * workers + 1
+        effects = core.step(Received(b"c", m.Submit(f"job-{number}", ranks, TARGET, detached=True)), 1.0)
+        for effect in effects:
+            if isinstance(effect, Send) and isinstance(effect.message, m.Assign):
+                core.step(Received(effect.peer, m.Assigned(f"job-{number}", 1, 1)), 1.0)
+    ending = threading.Event()
+    with ExitStack() as stack:
+        logs = JobLogs(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        window = Window(core, held, lambda: 2.0, logs, "tcp://127.0.0.1:1")
+        pages = ClusterPages(window, "", Target("here", "tcp://127.0.0.1:1", Lock(), 1.0, local=True))
+        server = HttpServer("127.0.0.1", 0, pages.routes)
+
+        def beat() -> None:
+            number = 0
+            while not ending.wait(0.02):
+                with held:
+                    for worker in range(number % 50, workers, 50):
+                        beats = m.Heartbeat((number * 7 + worker) % 20 / 20)
+                        core.step(Received(f"w{worker}/1".encode(), beats), 2.0)
+                number += 1
+
+        thread = threading.Thread(target=beat)
+        thread.start()
+        try:
+            return _of_large(workers, seconds, server, window, held)
+        finally:
+            ending.set()
+            thread.join()
+            server.close()
+            pages.close()
+
+
+class Held:
+    """Lock of the core, which knows how long the page's thread held it at most."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.most_s = 0.0
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._since = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread().name == "fleet-http":
+            self.most_s = max(self.most_s, time.perf_counter() - self._since)
+        self._lock.release()
+
+
+def _of_large(workers: int, seconds: float, server: HttpServer, window: Window, held: Held) -> list[dict[str, Any]]:
+    cpu, told = sockets.Cpu(os.getpid()), dict[str, int]()
+
+    (serving,) = (thread.native_id for thread in threading.enumerate() if thread.name == "fleet-http")
+
+    def serving_s() -> float:
+        return sum(seconds for (number, _), seconds in cpu.threads().items() if number == serving)
+
+    with viewing(server.address, 1, False, told):
+        time.sleep(3.0)
+        before, started = serving_s(), time.monotonic()
+        time.sleep(seconds)
+        share = (serving_s() - before) / (time.monotonic() - started)
+        read_s = time.monotonic() - started + 3.0
+    record = {
+        "bench": "page", "kind": "large", "workers": workers, "share": share, "held_s": held.most_s,
+        "bytes_per_s": told["bytes"] / read_s,
+    }  # fmt: skip
+    takes = f"one viewer takes {share:.1%} of a core and {record['bytes_per_s'] / 1e3:.0f} kB/s"
+    print(
+        f"{workers} workers, {JOBS_OF_LARGE} jobs: {takes}; the core is held still for {held.most_s * 1e3:.1f} ms at most"
+    )
+    if MISSING:
+        return [record]
+    with browser() as seen:
+        shown_to = in_browser(
+            seen, workers, server.address, lambda name: window.note_event("info", f"worker {name} joined")
+        )
+        print(browser_row(shown_to), flush=True)
+        return [record, shown_to]
 
 
 def _page_at(client: Dealer) -> str:
@@ -284,9 +380,9 @@ def main() -> None:
         view(options.view[0], int(options.view[1]), options.view[2] == "1")
         return
     print(HEAD)
-    records = measure(options.workers, list(map(int, options.viewers.split(","))), options.seconds, large=False)
+    records = measure(options.workers, list(map(int, options.viewers.split(","))), options.seconds)
     if options.large:
-        records += measure(options.large, [0, 1], options.seconds, large=True)
+        records += large(options.large, options.seconds)
     if options.json:
         options.json.write_text("".join(json.dumps(record) + "\n" for record in records))
 

@@ -31,11 +31,13 @@ class Feed:
     _snapshot: bytes = b""  # of this revision; empty: nobody has needed it
 
     def take(self, tables: dict[str, Table]) -> None:
-        """The tables are like this now."""
+        """The tables are like this now; one that is the same object as before has not changed, and one left out neither."""
         changes = {
-            name: change for name, table in tables.items() if (change := _change(self.tables.get(name, {}), table))
+            name: change
+            for name, table in tables.items()
+            if table is not (before := self.tables.get(name, {})) and (change := _change(before, table))
         }
-        self.tables = tables
+        self.tables = self.tables | tables
         if not changes:
             return
         self.revision += 1

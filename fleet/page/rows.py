@@ -24,7 +24,7 @@ JOBS_SHOWN = 2000
 RANKS_NAMED = 64  # of a job on one worker
 REASON_CHARS = 400
 TARGET_CHARS = 200
-LOAD_STEPS, LOAD_STEPS_OF_MANY, MANY_WORKERS = 20, 4, 256  # how fine a load is told: each change is sent to each viewer
+LOAD_STEPS, LOAD_STEPS_OF_MANY, MANY_WORKERS = 20, 4, 256  # how fine a load is told
 
 T = TypeVar("T")
 
@@ -70,21 +70,30 @@ class Rows:
         self._window = window
         self._ended: dict[str, JobRow] = {}
 
-    def tables(self) -> dict[str, Table]:
-        """All tables as they are now."""
+    def sums(self) -> dict[str, Table]:
+        """The cluster in a row, and the last events: what a look costs little for."""
+        with self._window.look() as view:
+            totals = view.totals()
+            level, sentence = view.health(totals)
+            job_count = len(view.scheduler.jobs)
+        cluster = asdict(totals) | {"job_count": job_count, "level": level, "sentence": sentence}
+        cluster |= {"longest_wait_s": round(totals.longest_wait_s), "held_up_share": round(totals.held_up_share, 2)}
+        events = {str(number): event._asdict() for number, event in self._window.events()}
+        return {"cluster": {"": cluster}, "events": events}
+
+    def rows(self) -> dict[str, Table]:
+        """All workers, and the jobs that are shown."""
         with self._window.look() as view:
             worker_ids = list(view.scheduler.membership.workers)
-            unfinished, ended, job_count = _shown_jobs(view)
-            found = view.totals()
-            level, sentence = view.health(found)
-        steps = LOAD_STEPS if len(worker_ids) <= MANY_WORKERS else LOAD_STEPS_OF_MANY
+            unfinished, ended = _shown_jobs(view)
+        many = len(worker_ids) > MANY_WORKERS
         workers: dict[str, object] = {}
         for some in _in_parts(worker_ids):
             with self._window.look() as view:
                 known = view.scheduler.membership.workers
                 for worker_id in some:
                     if (worker := known.get(worker_id)) is not None:
-                        workers[worker_id] = _worker_row(view, view.worker(worker), steps)
+                        workers[worker_id] = _worker_row(view, view.worker(worker), many)
         jobs: dict[str, object] = {}
         for some in _in_parts(unfinished):
             with self._window.look() as view:
@@ -93,15 +102,11 @@ class Rows:
             with self._window.look() as view:
                 self._ended |= {job_id: row for job_id in some if (row := _job_row(view, job_id)) is not None}
         self._ended = {job_id: self._ended[job_id] for job_id in ended if job_id in self._ended}
-        events = {str(number): event._asdict() for number, event in self._window.events()}
-        totals = asdict(found) | {"longest_wait_s": float(round(found.longest_wait_s))}
-        totals["held_up_share"] = round(found.held_up_share, 2)
-        cluster = totals | {"job_count": job_count, "level": level, "sentence": sentence}
-        return {"cluster": {"": cluster}, "workers": workers, "jobs": jobs | self._ended, "events": events}
+        return {"workers": workers, "jobs": jobs | self._ended}
 
 
-def _shown_jobs(view: ClusterView) -> tuple[list[str], list[str], int]:
-    """Jobs that wait or run, the newest of those that have ended, and how many there are in all."""
+def _shown_jobs(view: ClusterView) -> tuple[list[str], list[str]]:
+    """Jobs that wait or run, and the newest of those that have ended."""
     jobs = view.scheduler.jobs
     ended = JobState.ENDED
     unfinished = [job_id for job_id, job in jobs.items() if job.state is not ended]
@@ -109,18 +114,22 @@ def _shown_jobs(view: ClusterView) -> tuple[list[str], list[str], int]:
     unfinished = unfinished[:JOBS_SHOWN]
     room = JOBS_SHOWN - len(unfinished)
     newest = (job_id for job_id, job in reversed(jobs.items()) if job.state is ended)
-    return unfinished, list(islice(newest, room)), len(jobs)
+    return unfinished, list(islice(newest, room))
 
 
-def _worker_row(view: ClusterView, worker: WorkerState, steps: int) -> WorkerRow:
+def _worker_row(view: ClusterView, worker: WorkerState, many: bool) -> WorkerRow:
+    """Of many workers less is told of each: a page has no room for it, and each change is sent to each viewer."""
     jobs = view.scheduler.jobs
+    named, steps = (0, LOAD_STEPS_OF_MANY) if many else (RANKS_NAMED, LOAD_STEPS)
     held = []
     for job_id in worker.jobs:
         ranks = jobs[job_id].members_on(worker.worker_id)
-        held.append((job_id, ranks[:RANKS_NAMED], len(ranks)))
+        held.append((job_id, ranks[:named], len(ranks)))
     load = round(min(worker.load, 10.0) * steps) / steps
-    versions = worker.versions
-    version = f"fleet {versions.fleet}, Python {versions.python}" + (f", torch {versions.torch}" * bool(versions.torch))
+    versions, version = worker.versions, ""
+    if not many:
+        torch = f", torch {versions.torch}" if versions.torch else ""
+        version = f"fleet {versions.fleet}, Python {versions.python}{torch}"
     return WorkerRow(worker.host, worker.state, worker.slots, worker.busy, load, tuple(held), worker.gpus, version)
 
 
