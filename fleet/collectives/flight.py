@@ -38,6 +38,11 @@ class Flights:
     def recorders(self) -> list[Recorder]:
         return [recorder for generation in self._news.generations for _, recorder in generation.recorders]
 
+    def running(self) -> list[float]:
+        """The times at which collectives that are under way began, also those that fleet does not carry."""
+        recorders = [*self.recorders(), *(recorder for _, _, recorder in self.others)]
+        return [last.started for recorder in recorders if (last := recorder.last) is not None and not last.ended]
+
     def made(self) -> tuple[tuple[int, int, int], ...]:
         """(generation, communicator id, collectives made) of the last communicators."""
         found = [

@@ -202,10 +202,8 @@ class Session:
         """Tells the agent counts of this member's collectives since the last time; at the end also their numbers in all."""
         s = self._settings
         made = self.flights.made() if last else None
-        recorders = self.flights.recorders()
-        rows = [row for recorder in recorders for row in recorder.counts.take()]
-        running = [recorder.last.started for recorder in recorders if recorder.last and not recorder.last.ended]
-        inside_s = max(0.0, monotonic() - min(running, default=monotonic()))
+        rows = [row for recorder in self.flights.recorders() for row in recorder.counts.take()]
+        inside_s = max(0.0, monotonic() - min(self.flights.running(), default=monotonic()))
         inside_s = inside_s if inside_s >= COUNTS_EVERY_S else 0.0
         refused_count = self.strangers.refused_count - self._told_refused
         self._told_refused += refused_count

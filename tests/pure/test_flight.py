@@ -110,6 +110,7 @@ def test_a_person_is_told_of_the_collective_that_began_last(flights: Flights, ne
     of_fleet.operations[0].started, of_gloo.operations[0].started = 2.0, 3.0
     generation.recorders += [(0, recorder()), (12, of_fleet)]
     flights.others.append((7, "gloo, default_pg", of_gloo))
+    assert flights.running() == [3.0]
     assert "is in collective #1 all_reduce()" in flights.answer(ask(records=True)).doing
     assert "gloo, default_pg:" in flights.answer(ask(records=True)).records
     of_fleet.operations[0].started = 4.0

@@ -34,7 +34,7 @@ dist.init_process_group("gloo", timeout=timedelta(seconds=100))
 rank = dist.get_rank()
 x = torch.ones(4)
 dist.all_reduce(x)
-pair = dist.new_group([0, 1], timeout=timedelta(seconds=1))
+pair, other = (dist.new_group([0, 1], timeout=timedelta(seconds=limit_s)) for limit_s in (1, 4))
 dist.broadcast(x, 0, group=pair)
 given, taken = [[1, 3], [3, 5]][rank], [[1, 3], [3, 5]][rank]
 dist.all_to_all_single(torch.zeros(sum(taken)), torch.zeros(sum(given)), taken, given)
@@ -61,6 +61,10 @@ if rank == 0:
         print(f"raised {error}", flush=True)
     open(f"{sys.argv[1]}/second", "w").close()
 load("second")
+try:
+    dist.all_reduce(x, group=other) if rank == 0 else dist.broadcast(x, 0, group=other)  # differs
+except RuntimeError:
+    pass
 comm.barrier()
 """
 
@@ -101,6 +105,9 @@ def test_collectives_of_gloo_are_known(tmp_path: Path) -> None:
     assert "rank 0 came, waiting for rank 1 (" in err
     assert f"it is at late.py:{line_of('time.sleep')} in load" in err
     assert out.count("raised ") == 1
+    line = f"late.py:{line_of('# differs')} in <module>"
+    calls = [f"all_reduce(float32[4]) of gloo at {line}", f"broadcast(float32[4], root=0) of gloo at {line}"]
+    assert f"different calls as collective #1: rank 0 called {calls[0]}, rank 1 called {calls[1]}" in err
 
 
 def waiting(process: subprocess.Popen[str], changes: dict[str, str]) -> list[dict[str, Any]]:
