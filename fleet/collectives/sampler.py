@@ -1,8 +1,8 @@
 """Sampler of one rank: lines of the script that its main thread is in outside of collectives, and garbage collections.
 
-Its findings and the rank's pace make one row, for the agent. A thread of its own looks at the main thread 200 times a
-second. It gets no turn while the main thread holds the GIL. Hence garbage collections are timed, and a look that is late finds
-out whether the main thread has entered or left a collective meanwhile. Knows no message.
+Its findings and the rank's pace make one row, for the agent. A thread of its own looks at the main thread, often at first and
+then 50 times a second. It gets no turn while the main thread holds the GIL. Hence garbage collections are timed, and a look
+that is late finds out whether the main thread has entered or left a collective meanwhile. Knows no message.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from fleet.collectives.timeline import TIMELINE
 from fleet.values import PaceRow
 
 # One look is due in each stretch of this length, at places without a period that a script's steps could share. They do not
-# depend on the looks before: else looks would follow what the main thread does.
-EVERY_S = 0.005
+# depend on the looks before: else looks would follow what the main thread does. The first seconds of a short job have to tell.
+OFTEN_S, OFTEN_COUNT, SELDOM_S = 0.005, 2000, 0.02
+LATE_S, LATE_AT_MOST_S = (
+    0.0003,
+    0.1,
+)  # of a look; then looks up where the main thread was, or else leaves some looks out
+LOOKS_BACK = 32  # collectives since a look was due
 _GOLDEN = 0.6180339887498949
 LINES_TOLD = 8
 COLLECTION = "a garbage collection"
-LATE_AT_MOST_S = 0.1
-LOOKS_BACK = 32  # collectives since a look was due
 
 
 class Sampler:
@@ -87,32 +90,33 @@ class Sampler:
         self._thread.join()
 
     def _run(self) -> None:
-        began, number = monotonic(), 0
+        start, number = monotonic(), 0
         while True:
-            due = began + EVERY_S * (number + number * _GOLDEN % 1.0)
-            wait_s = due - monotonic()
-            if wait_s < -LATE_AT_MOST_S:
-                began -= wait_s
-                continue
-            if self._open.acquire(timeout=max(0.0, wait_s)):
+            each_s = OFTEN_S if number < OFTEN_COUNT else SELDOM_S
+            due = start + each_s * (number * _GOLDEN % 1.0)
+            if self._open.acquire(timeout=max(0.0, due - monotonic())):
                 return
             number += 1
-            if not self._collecting_since <= due <= self._collecting_until:  # a garbage collection is timed
-                self._look(due)
+            self._look(due)
+            start = max(start + each_s, monotonic() - LATE_AT_MOST_S)
 
     def _look(self, due: float) -> None:
         """Counts where the main thread was when a look was due. By now it may have entered collectives, or left them.
 
         A function of its own: a frame that outlived the look would keep the script's tensors alive until the next one.
         """
+        if self._collecting_since <= due <= self._collecting_until:
+            return  # a garbage collection is timed
         self._look_count += 1
-        before, after = self._around(due)
-        if before is not None and (before.ended > due or (after is not None and not before.ended)):
-            return  # it was in that collective
+        if monotonic() - due > LATE_S:
+            before, after = self._around(due)
+            if before is not None and (before.ended > due or (after is not None and not before.ended)):
+                return  # it was in that collective
+            if after is not None:
+                self._found[_between(before, after)] += 1
+                return
         frame = sys._current_frames().get(self._main_ident)
-        if after is not None:
-            self._found[_between(before, after)] += 1
-        elif frame is not None and not waits(frame):
+        if frame is not None and not waits(frame):
             own = users_frame(frame)
             self._found[own.f_code, own.f_lineno] += 1
 
