@@ -67,7 +67,7 @@ export class Chart {
     this.plot = new uPlot({
       width: this.width(), height: HEIGHT, legend: { show: false }, cursor: { show: false }, padding: [8, 8, 0, 0],
       scales: { y: { range: (_, low, high) => [0, high > 0 ? high * 1.05 : 1] } },
-      axes: [{ ...axis, values: "{HH}:{mm}:{ss}", space: 70 }, { ...axis, size: 62, values: (_, ticks) => ticks.map(this.shown) }],
+      axes: [{ ...axis, values: "{HH}:{mm}:{ss}", space: 70, size: 26 }, { ...axis, size: 62, values: (_, ticks) => ticks.map(this.shown) }],
       series: [{}, ...names.map(line)],
       bands: this.key === "bands" ? [{ series: [5, 1], fill: `${fill}22` }, { series: [4, 2], fill: `${fill}44` }] : [],
     }, this.data(), this.canvas);

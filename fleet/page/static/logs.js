@@ -3,7 +3,7 @@
 import { ask } from "./ask.js";
 import { el, hue, note, rankSet, say, visible } from "./dom.js";
 
-const LINES_KEPT = 5000, LINES_SHOWN = 1000, FOLD_OVER = 200, LINE_CHARS = 4000, FOLLOW_EVERY_MS = 1000;
+const LINES_KEPT = 5000, LINES_SHOWN = 1000, FOLD_OVER = 200, LINE_CHARS = 4000, FOLLOW_EVERY_MS = 1000, PARTS_AT_ONCE = 10;
 
 export class Logs {
   constructor(place, job) {
@@ -38,8 +38,8 @@ export class Logs {
     if (this.asking || document.hidden || this.job === null) return;
     this.asking = true;
     try {
-      let more = true;
-      while (more && this.job !== null) {
+      let more = true; // of a rank that prints without end there is always more
+      for (let turn = 0; more && turn < PARTS_AT_ONCE && this.job !== null; turn++) {
         const found = await ask("/api/output", { id: this.job, after: this.next });
         if (this.instance && found.instance !== this.instance) this.clear();
         this.instance = found.instance;

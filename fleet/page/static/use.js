@@ -132,13 +132,16 @@ function summed(used) {
   return [...sums.values()].sort((a, b) => b.seconds - a.seconds);
 }
 
+const ORDER = ["data", "forward", "backward", "update"]; // of a step
+const placed = (name) => (ORDER.includes(name) ? ORDER.indexOf(name) : ORDER.length);
+
 // Shares of one rank's time: its phases if it tells them, else all that is outside of collectives; then collectives, and waits.
 function shares(rank) {
   const inside = Math.min(1, rank.collective), waited = Math.min(inside, rank.waited);
-  const named = (rank.phases ?? []).filter(([name]) => name !== "waiting");
+  const named = [...(rank.phases ?? [])].filter(([name]) => name !== "waiting");
   const sum = named.reduce((total, [, share]) => total + share, 0);
-  const order = ["data", "forward", "backward", "update"];
-  const kind = (name) => (order.includes(name) ? name : "other");
+  named.sort(([a], [b]) => placed(a) - placed(b));
+  const kind = (name) => (ORDER.includes(name) ? name : "other");
   const own = sum > 0 ? named.map(([name, share]) => [name, share, kind(name)]) : [];
   const rest = Math.max(0, 1 - inside - sum);
   return [...own, [sum > 0 ? "the rest" : "computing", rest, sum > 0 ? "other" : "forward"], ["in collectives", inside - waited, "collective"], ["waiting for others", waited, "waiting"]];
