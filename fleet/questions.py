@@ -142,6 +142,10 @@ class RankUse(msgspec.Struct, frozen=True):
     cpu_s: b.Seconds  # since its start
     memory_bytes: b.Size
     process_count: b.Number
+    # Of a task runner
+    task: b.NumberOrNone = -1  # that it makes now; 0: none, -1: it is no runner
+    task_s: b.Seconds = 0.0  # for how long
+    tasks_done: b.Number = 0
 
 
 class Used(JobMessage, frozen=True):

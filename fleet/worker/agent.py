@@ -37,6 +37,7 @@ from fleet.worker.core import Core
 from fleet.worker.file_thread import FileThread
 from fleet.worker.job_files import JobFiles
 from fleet.worker.metrics import WorkerMetrics
+from fleet.worker.progress import seen
 from fleet.worker.rank_process import Plan
 from fleet.worker.rank_sockets import RankSockets
 from fleet.worker.state import Effect, Event, Settings
@@ -290,7 +291,10 @@ class Agent:
         """Runs in the file thread."""
         ask, settings, usage = measure.ask, self._settings, self._metrics.meter.read()
         families = families_of([pid for _, pid in measure.pids])
-        ranks = (m.RankUse(member_id, pid, *families[pid]) for member_id, pid in measure.pids if pid in families)
+        tasks = seen(self._surroundings.control, ask.job_id) or ()
+        ranks = (
+            m.RankUse(member_id, pid, *families[pid], *tasks) for member_id, pid in measure.pids if pid in families
+        )
         used = m.Used(
             ask.job_id, ask.question, settings.worker_id, settings.advertise, monotonic(), usage.cpu, usage.cores,
             usage.memory_bytes, usage.memory_limit_bytes, tuple(ranks), measure.collectives, ask.asker,

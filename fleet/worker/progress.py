@@ -1,4 +1,4 @@
-"""Current task of a task runner, in eight bytes of a file that outlives the runner.
+"""Current task of a task runner, and how many it has made, in a few words of a file that outlives the runner.
 
 If the runner dies, that task is to blame. Results of earlier tasks may be lost with the runner, so the last result does not tell.
 """
@@ -6,22 +6,50 @@ If the runner dies, that task is to blame. Results of earlier tasks may be lost 
 from __future__ import annotations
 
 import mmap
+import sys
 from pathlib import Path
+from struct import Struct
+from struct import error as StructError
+from time import monotonic, monotonic_ns
+from typing import NamedTuple
 
 IDLE, UNKNOWN = 0, -1
+_WORDS = Struct("=qqq")  # the current task, tasks that have ended, and when the current one began (monotonic, ns)
+
+
+class Seen(NamedTuple):
+    """Progress of a runner at one moment."""
+
+    task: int  # IDLE between tasks
+    task_s: float  # for how long
+    done_count: int
 
 
 class Progress:
-    """The runner's side. A note costs one store to memory."""
+    """The runner's side. A note costs a few stores to memory."""
 
     def __init__(self, control: str, job_id: str) -> None:
         path = _path(control, job_id)
         with path.open("wb+") as file:
-            file.truncate(8)
-            self._words = memoryview(mmap.mmap(file.fileno(), 8)).cast("q")
+            file.truncate(_WORDS.size)
+            self._words = memoryview(mmap.mmap(file.fileno(), _WORDS.size)).cast("q")
 
-    def at(self, task_id: int) -> None:
+    def begin(self, task_id: int) -> None:
+        self._words[2] = monotonic_ns()
         self._words[0] = task_id
+
+    def end(self) -> None:
+        self._words[1] += 1
+        self._words[0] = IDLE
+
+
+def seen(control: str, job_id: str) -> Seen | None:
+    """None where the job has no runner here, or it has not begun."""
+    try:
+        task, done_count, began_ns = _WORDS.unpack(_path(control, job_id).read_bytes())
+    except (OSError, ValueError, StructError):
+        return None
+    return Seen(task, max(0.0, monotonic() - began_ns / 1e9) if task > 0 else 0.0, max(0, done_count))
 
 
 def last_task(control: str, job_id: str) -> int:
@@ -32,7 +60,7 @@ def last_task(control: str, job_id: str) -> int:
         path.unlink()
     except OSError:
         return UNKNOWN
-    return int.from_bytes(data, "little", signed=True)
+    return int.from_bytes(data[:8], sys.byteorder, signed=True)
 
 
 def _path(control: str, job_id: str) -> Path:

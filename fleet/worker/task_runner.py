@@ -28,7 +28,7 @@ from fleet.bus.poller import DescriptorPoller
 from fleet.bus.shared_memory import host_key
 from fleet.errors import ProtocolError
 from fleet.large_buffers import LargeBuffers
-from fleet.worker.progress import IDLE, Progress
+from fleet.worker.progress import Progress
 
 ATTEND_EVERY_S = 0.02
 SEND_AFTER_S, SEND_FROM_BYTES = 0.001, 64 << 10  # results of short calls are sent together
@@ -225,7 +225,7 @@ class TaskRunner:
 
     def _call(self, call: tasks.Call) -> None:
         self._running = call
-        self._progress.at(call.task_id)
+        self._progress.begin(call.task_id)
         started = monotonic()
         try:
             function, args, kwargs = self._prepared(call)
@@ -240,7 +240,7 @@ class TaskRunner:
         except BaseException as error:
             result = self._failed(call.task_id, error, monotonic() - started)
         self._running = None
-        self._progress.at(IDLE)
+        self._progress.end()
         self._kept[call.task_id] = result
         if not self._unsent:
             self._unsent_since = monotonic()

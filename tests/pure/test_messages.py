@@ -129,7 +129,7 @@ EXAMPLES: list[Message] = [
         2.0,
         1 << 30,
         1 << 34,
-        (m.RankUse(1, 812, 3.5, 1 << 20, 2),),
+        (m.RankUse(1, 812, 3.5, 1 << 20, 2, 7, 0.5, 6),),
         (m.CollectiveSum("barrier", "shared", 3, 0, 0.5),),
         b"client",
     ),

@@ -2,7 +2,7 @@
 
 import { ask } from "./ask.js";
 import { Chart, at, bar } from "./charts.js";
-import { amount, el, many, note, percent, say, shownOf, visible } from "./dom.js";
+import { amount, el, many, note, percent, say, shownOf, span, visible } from "./dom.js";
 import { meter } from "./workers.js";
 
 const BARS_AT_MOST = 16, WORKERS_SHOWN = 32;
@@ -25,7 +25,7 @@ export class Use {
 
   stop() {
     this.job = null;
-    for (const chart of [this.cpu, this.memory, this.steps, this.rates]) chart?.stop();
+    for (const chart of [this.cpu, this.memory, this.steps, this.rates, this.taskRate]) chart?.stop();
   }
 
   over() {
@@ -59,12 +59,26 @@ export class Use {
       this.before.set(rank.rank, rank);
     }
     const now = Date.now() / 1000;
+    this.tasks(ranks.find((rank) => rank.task >= 0), now);
     if (cpu.some((value) => value !== null)) this.cpu.add(now, cpu, names);
     if (ranks.length) this.memory.add(now, memory, names);
     const shown = used.slice(0, WORKERS_SHOWN);
     this.workers.replaceChildren(...shown.map((one) => el("div", { class: "use" }, el("b", {}, one.worker_id), " ", el("span", { class: "note" }, one.host), meter(one.load, "CPU"),
       meter(one.memory_bytes / (one.memory_limit_bytes || 1), "memory"), el("span", { class: "figure" }, amount(one.memory_bytes)))));
     note(this.said, [shownOf(shown.length, used.length, "workers"), ranks.length > BARS_AT_MOST ? `bands: least, quartiles, most of ${ranks.length} ranks` : ""].filter(Boolean).join("; "));
+  }
+
+  // What a task runner of an Executor is at.
+  tasks(runner, now) {
+    if (!runner) return;
+    if (!this.doing) this.place.prepend(this.doing = el("p", { class: "slow" }));
+    const current = runner.task > 0 ? `in task ${runner.task} for ${span(runner.task_s)}` : "waiting for a task";
+    say(this.doing, `An Executor's runner: ${many(runner.tasks_done, "task")} done, ${current}.`);
+    const before = this.made;
+    this.made = { at: runner.at_s, count: runner.tasks_done };
+    if (!before || runner.at_s <= before.at) return;
+    this.taskRate ??= new Chart(this.charts, "Tasks a second", rate);
+    this.taskRate.add(now, [Math.max(0, runner.tasks_done - before.count) / (runner.at_s - before.at)], ["tasks"]);
   }
 
   // Shares of the ranks' time, and their steps, from the state of the job.
