@@ -10,9 +10,9 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from heapq import nlargest
 from time import monotonic
 from types import CodeType
 from typing import Any
@@ -28,6 +28,8 @@ from fleet.values import PaceRow
 # One look is due in each stretch of this length, at places without a period that a script's steps could share. They do not
 # depend on the looks before: else looks would follow what the main thread does. The first seconds of a short job have to tell.
 OFTEN_S, OFTEN_COUNT, SELDOM_S = 0.005, 2000, 0.02
+# Looks at a tight loop of collectives, or at a rank that has not begun: so many find that it has left a collective just now.
+LOOPS, LOOP_WORK_S, LOOP_S = 3, 0.001, 0.1
 LATE_S, LATE_AT_MOST_S = (
     0.0003,
     0.1,
@@ -47,8 +49,9 @@ class Sampler:
         self._told_step_count = 0
         self._told = 0.0, 0.0, 0  # waited_s, waited_squares and meeting_count of the pace
         self._main_ident = threading.main_thread().ident or 0
-        self._found: Counter[tuple[CodeType, int] | str] = Counter()  # looks, by line or place
-        self._look_count = 0
+        # By line or place: the stretches whose look found the main thread there, and their sum; in seconds
+        self._found: dict[tuple[CodeType, int] | str, float] = {}
+        self._looked_s = 0.0
         self._collected_s = 0.0
         self._collecting_since = self._collecting_until = 0.0  # of the last one
         self._told_collected_s = 0.0
@@ -62,14 +65,14 @@ class Sampler:
 
     def take(self) -> PaceRow:
         """The row since the last call."""
-        found, self._found = self._found, Counter()
-        look_count, self._look_count = self._look_count, 0
+        found, self._found = self._found, {}
+        looked_s, self._looked_s = self._looked_s, 0.0
         now, queued_s, collected_s = monotonic(), self._queued_s(), self._collected_s
         elapsed_s, collecting_s = now - self._told_at, collected_s - self._told_collected_s
-        each_s = max(0.0, elapsed_s - collecting_s) / max(1, look_count)
+        scale = max(0.0, elapsed_s - collecting_s) / looked_s if looked_s else 0.0
         lines = [
-            ((where if isinstance(where, str) else described(*where))[:WORD_CHARS], count * each_s)
-            for where, count in found.most_common(LINES_TOLD)
+            ((where if isinstance(where, str) else described(*where))[:WORD_CHARS], seconds * scale)
+            for where, seconds in nlargest(LINES_TOLD, found.items(), lambda item: item[1])
         ]
         if collecting_s > 0.0:
             lines.append((COLLECTION, collecting_s))
@@ -90,35 +93,39 @@ class Sampler:
         self._thread.join()
 
     def _run(self) -> None:
-        start, number = monotonic(), 0
+        start, number, loops = monotonic(), 0, 0
         while True:
-            each_s = OFTEN_S if number < OFTEN_COUNT else SELDOM_S
+            each_s = LOOP_S if loops >= LOOPS else OFTEN_S if number < OFTEN_COUNT else SELDOM_S
             due = start + each_s * (number * _GOLDEN % 1.0)
             if self._open.acquire(timeout=max(0.0, due - monotonic())):
                 return
             number += 1
-            self._look(due)
+            loops = loops + 1 if monotonic() - self._pace.left < LOOP_WORK_S else 0
+            self._look(due, each_s)
             start = max(start + each_s, monotonic() - LATE_AT_MOST_S)
 
-    def _look(self, due: float) -> None:
-        """Counts where the main thread was when a look was due. By now it may have entered collectives, or left them.
+    def _look(self, due: float, stands_for_s: float) -> None:
+        """Notes where the main thread was when a look was due. By now it may have entered collectives, or left them.
 
         A function of its own: a frame that outlived the look would keep the script's tensors alive until the next one.
         """
         if self._collecting_since <= due <= self._collecting_until:
             return  # a garbage collection is timed
-        self._look_count += 1
+        self._looked_s += stands_for_s
         if monotonic() - due > LATE_S:
             before, after = self._around(due)
             if before is not None and (before.ended > due or (after is not None and not before.ended)):
                 return  # it was in that collective
             if after is not None:
-                self._found[_between(before, after)] += 1
+                self._note(_between(before, after), stands_for_s)
                 return
         frame = sys._current_frames().get(self._main_ident)
         if frame is not None and not waits(frame):
             own = users_frame(frame)
-            self._found[own.f_code, own.f_lineno] += 1
+            self._note((own.f_code, own.f_lineno), stands_for_s)
+
+    def _note(self, where: tuple[CodeType, int] | str, seconds: float) -> None:
+        self._found[where] = self._found.get(where, 0.0) + seconds
 
     def _around(self, due: float) -> tuple[Operation | None, Operation | None]:
         """The last collective that began before that time, and the first one after it."""
