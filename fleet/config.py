@@ -25,6 +25,8 @@ ORCHESTRATOR_PORT = 50051
 WORKER_PORT = 50052
 DRAIN_S = 20
 TORCH_BACKEND = "FLEET_TORCH_BACKEND"
+TRACE = "FLEET_TRACE"
+TRACE_FOLDER = ".fleet-trace"  # in a job's output folder: files with the traces of its members
 CGROUP = Path("/sys/fs/cgroup")
 
 Security = Literal["open", "plain", "curve"]
@@ -313,6 +315,14 @@ def keeps_pace() -> bool:
             f"FLEET_PACE is {wanted!r}: it must be on, or off to find out nothing of who holds the others up"
         )
     return wanted == "on"
+
+
+def trace_folder() -> Path | None:
+    """Where this rank writes its trace: in FLEET_OUTPUT_DIR, if FLEET_TRACE is on. None: nowhere."""
+    wanted, output = os.environ.get(TRACE) or "off", os.environ.get("FLEET_OUTPUT_DIR")
+    if wanted not in ("on", "off"):
+        raise ConfigError(f"{TRACE} is {wanted!r}: it must be off, or on for a trace of what each rank does")
+    return Path(output) / TRACE_FOLDER if wanted == "on" and output else None
 
 
 def secret(file: Path | None = None) -> str | None:

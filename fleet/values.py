@@ -244,6 +244,8 @@ def files_of(count: int, size_bytes: int) -> str:
 
 
 CollectivePath = Literal["alone", "shared", "sockets", "hierarchical"]
+# Collectives that every rank enters before any rank leaves them, on all paths.
+MEETINGS = frozenset({"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier"})
 
 
 class CountsRow(msgspec.Struct, frozen=True):
@@ -271,6 +273,7 @@ class PaceRow(msgspec.Struct, frozen=True):
 
 
 TRACE_COLLECTIVES_AT_MOST, TRACE_SLICES_AT_MOST = 8192, 4096  # in one answer; the newest ones
+TRACE_SAMPLES_AT_MOST = 4096
 
 
 class TracedCollective(msgspec.Struct, frozen=True, array_like=True):
@@ -282,8 +285,8 @@ class TracedCollective(msgspec.Struct, frozen=True, array_like=True):
     operation: b.Word
     byte_count: b.Number
     path: CollectivePath
-    began: float
-    ended: float  # 0: it has not
+    began: b.Seconds
+    ended: b.Seconds  # 0: it has not
     line: b.Text
 
 
@@ -292,18 +295,23 @@ class TracedSlice(msgspec.Struct, frozen=True, array_like=True):
 
     kind: Literal["span", "phase", "step"]
     name: b.Word
-    began: float
-    ended: float
+    began: b.Seconds
+    ended: b.Seconds
     thread: b.Number  # native id; phases and steps follow each other, spans of a thread lie in each other
 
 
 class Trace(msgspec.Struct, frozen=True):
     """Last collectives and slices of one rank, each in the order in which they began or ended."""
 
-    now: float  # on the monotonic clock of the rank's machine, when the rank answered
+    now: b.Seconds  # on the monotonic clock of the rank's machine, when the rank answered
     is_whole: bool  # nothing of the time that was asked for is missing
     collectives: Annotated[tuple[TracedCollective, ...], msgspec.Meta(max_length=TRACE_COLLECTIVES_AT_MOST)] = ()
     slices: Annotated[tuple[TracedSlice, ...], msgspec.Meta(max_length=TRACE_SLICES_AT_MOST)] = ()
+    slice_count: b.Number = 0  # of all that were made, also of those that are not kept
+    clock: b.Word = ""  # equal for processes with one monotonic clock
+    wall: b.Seconds = 0.0  # seconds since the epoch at `now`, by the clock of the rank's machine
+    # Now and then: (time, seconds of CPU that the rank's process has used by then).
+    cpu: Annotated[tuple[tuple[b.Seconds, b.Seconds], ...], msgspec.Meta(max_length=TRACE_SAMPLES_AT_MOST)] = ()
 
 
 # lost: its connection is down, for less than the grace period

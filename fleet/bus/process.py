@@ -28,6 +28,18 @@ def numbering() -> str:
         return ""
 
 
+@cache
+def clock() -> str:
+    """Name of this process's monotonic clock, equal in two processes if their times are of one clock. Empty: not known.
+
+    The name consists of the kernel's boot id and the time namespace, see time_namespaces(7).
+    """
+    try:
+        return f"{BOOT_ID.read_text().strip()}/{os.readlink('/proc/self/ns/time')}"
+    except OSError:
+        return ""
+
+
 def watch_end(pid: int) -> int | None:
     """A descriptor that becomes readable when the process ends; None if the process has ended. The caller closes it.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -105,6 +106,27 @@ def logs_command(
     from fleet.cli.jobs import logs
 
     logs(cluster.target(), job, rank, follow)
+
+
+@o.command(job_commands, "trace")
+def trace_command(
+    job: Annotated[
+        str, typer.Argument(help="The job's id, or how it begins.", show_default="the only one that runs")
+    ] = "",
+    output: Annotated[Path, o.option("File to write.", "--output", "-o")] = Path("trace.json"),
+    seconds: Annotated[
+        float | None, o.option("Only the last so many.", check=o.above_0, default="all that ranks have kept")
+    ] = None,
+    *,
+    cluster: o.AnyClusterOptions,
+) -> None:
+    """Write what each rank of a job did, for chrome://tracing and Perfetto.
+
+    Of a job that has ended, if it was submitted with --trace.
+    """
+    from fleet.cli.trace import trace
+
+    trace(job, cluster.target() if cluster.address else None, output, seconds)
 
 
 @o.command(job_commands, "fetch")

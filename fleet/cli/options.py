@@ -104,6 +104,9 @@ Keep = Annotated[
         default="none",
     ),
 ]
+TraceFile = Annotated[
+    Path | None, option("File for a trace of what each rank does, for chrome://tracing and Perfetto.", default="none")
+]
 TorchBackend = Annotated[
     str | None,
     option(
@@ -190,6 +193,9 @@ class SubmitOptions:
     max_bundle: MaxBundle = 64
     keep: Keep = None
     torch_backend: TorchBackend = None
+    trace: Annotated[bool, option("Each rank writes what it does, for `fleet trace JOB` afterwards.", "--trace")] = (
+        False
+    )
     dry_run: DryRun = False
     as_json: AsJson = False
     cluster: PatientClusterOptions
@@ -213,6 +219,7 @@ class RunOptions:
     max_output: MaxOutput = 1024
     keep: Keep = None
     torch_backend: TorchBackend = None
+    trace: TraceFile = None
     dry_run: DryRun = False
     stdin: Annotated[
         str | None, option("Who reads standard input: none, 0 (rank 0), or all.", default="0; on a cluster none")

@@ -26,6 +26,7 @@ from fleet.cli.script import preload_for
 from fleet.cli.slurm import serve, step_cluster
 from fleet.cli.stdin import Readers, readers, standard_input
 from fleet.cli.submission import Submission, submission_of
+from fleet.cli.trace import check_file, save_trace
 from fleet.client.attached_job import AttachedJob, say
 from fleet.client.printer import Printer
 from fleet.client.report import exit_code, report
@@ -52,11 +53,12 @@ def run_job(command: CommandLine, options: RunOptions) -> int:
     """Runs the job, and returns the exit code of the command. Raises ConfigError, UsageError before anything starts."""
     if options.transport not in ("tcp", "ipc"):
         raise UsageError(f"--transport is {options.transport!r}: it must be tcp or ipc")
-    limit_bytes, task = options.max_output * MB, config.slurm_task()
+    task = config.slurm_task()
     workers = options.workers
     if workers is None:
         workers = config.usable_cores() if task is None else task.task_count
     submission = submission_of(command, workers, options)
+    check_file(options.trace)
     imports, folder = submission.check(), _current_folder()
     orchestrator = options.orchestrator or config.orchestrator_address()  # None: embed one here
     who = readers(options.stdin, local=orchestrator is None and task is None)
@@ -85,13 +87,11 @@ def run_job(command: CommandLine, options: RunOptions) -> int:
             place = stack.enter_context(here)
         else:
             place = _on_cluster(orchestrator, submission, options, runtime)
-        return _run(place, submission.workers, printer, interruption, options.output, limit_bytes)
+        return _run(place, submission.workers, printer, interruption, options)
 
 
-def _run(
-    place: _Place, workers: int, printer: Printer, interruption: _Interruption, folder: Path | None, limit_bytes: int
-) -> int:
-    """Runs the job there, reports its end, and brings its output to `folder`. Returns the exit code of the command."""
+def _run(place: _Place, workers: int, printer: Printer, interruption: _Interruption, options: RunOptions) -> int:
+    """Runs the job there, reports its end, and brings its output. Returns the exit code of the command."""
     job = AttachedJob(place.target, place.spec, workers, place.options, place.bundle, printer)
     if place.output is not None:
         place.output.job_id = job.job_id
@@ -100,6 +100,8 @@ def _run(
         ended = job.run()
     except BrokenPipeError:
         return BROKEN_PIPE  # the reader of our output has gone; leaving ends the job
+    if options.trace is not None:
+        save_trace(place.target, job.job_id, options.trace, place.output)
     if place.output is not None:
         place.output.say()
     if job.cancelled:
@@ -112,7 +114,7 @@ def _run(
         say(str(ended.straggler))
     try:
         with interruption.raised():
-            came = place.output is not None or bring(place.target, job.job_id, folder, limit_bytes)
+            came = place.output is not None or bring(place.target, job.job_id, options.output, options.max_output * MB)
     except KeyboardInterrupt:
         return 128 + interruption.number
     return exit_code(ended) or (0 if came else 1)

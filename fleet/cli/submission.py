@@ -35,6 +35,7 @@ class Submission:
     max_bundle_bytes: int
     keep: tuple[str, ...] = ()
     torch_backend: str | None = None
+    traces: bool = False  # each rank writes a trace
 
     def check(self) -> Imports:
         """The imports of the script. Raises UsageError for a number of ranks, or a script, that cannot be."""
@@ -45,6 +46,7 @@ class Submission:
     def spec(self, target: str, directory: str) -> m.Spec:
         """The ranks' Spec, without a bundle."""
         environment = {} if self.torch_backend is None else {config.TORCH_BACKEND: self.torch_backend}
+        environment |= {config.TRACE: "on"} if self.traces else {}
         args = tuple(map(portable, self.command.args))
         return m.Spec(self.command.kind, portable(target), args, portable(directory), environment=environment)
 
@@ -85,7 +87,8 @@ def submission_of(
     grace_s = options.grace if isinstance(options, RunOptions) else GRACE_S
     scheduled = options.scheduling.job_options(name, sweep, grace_s)
     keep = tuple(options.keep or ())
-    return Submission(command, workers, scheduled, options.max_bundle << 20, keep, options.torch_backend)
+    traces = options.trace not in (None, False)
+    return Submission(command, workers, scheduled, options.max_bundle << 20, keep, options.torch_backend, traces)
 
 
 def keep_patterns(given: tuple[str, ...]) -> list[str]:

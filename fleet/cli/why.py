@@ -15,15 +15,17 @@ LOCAL_WITHIN_S = 2.0
 
 def explain(job_id: str, count: int, target: Target | None, as_json: bool, stacks: bool = False) -> str:
     """Activity of the ranks of a job, in words or as JSON. Raises ConfigError, UsageError."""
-    found = _ask_here(job_id, stacks) if target is None else [ask(target, job_id, stacks=stacks)]
+    found = activities(job_id, target, stacks=stacks)
     if as_json:
         told = [rank for f in found for rank in as_values(f.answers, f.silent, count, f.straggler)]
         return json.dumps(told, indent=1)
     return "\n".join(described(f.answers, len(f.silent), count, f.straggler) for f in found)
 
 
-def _ask_here(job_id: str, stacks: bool) -> list[Activity]:
-    """Answers of the ranks of this user's jobs on this machine."""
+def activities(job_id: str, target: Target | None, trace_s: float = 0.0, stacks: bool = False) -> list[Activity]:
+    """Answers of the ranks of a job; without a cluster, of this user's jobs on this machine. See rank_activity.ask."""
+    if target is not None:
+        return [ask(target, job_id, trace_s, stacks)]
     found, reasons = [], []
     for folder in own_folders():
         socket = folder / "orchestrator"
@@ -31,7 +33,7 @@ def _ask_here(job_id: str, stacks: bool) -> list[Activity]:
             continue
         local = Target("this machine", f"ipc://{socket}", Lock(), LOCAL_WITHIN_S, local=True)
         try:
-            found.append(ask(local, job_id, stacks=stacks))
+            found.append(ask(local, job_id, trace_s, stacks))
         except UsageError as error:
             reasons.append(str(error))
         except ConfigError:

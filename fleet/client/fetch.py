@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from fleet import messages as m
 from fleet.bus.trees import put
 from fleet.client.job_client import WORKER_ANSWERS_WITHIN_S, JobClient
+from fleet.config import TRACE_FOLDER
 from fleet.errors import ConfigError, FleetError
 from fleet.text import shown
 from fleet.transfer import digest_of
@@ -118,7 +119,9 @@ class RemoteOutput:
                 target = free_name(path, worker_id, files.__contains__, lambda name: name in files or name in folders)
                 files.add(target)
                 folders.update(str(folder) for folder in PurePosixPath(target).parents)
-                if not patterns or any(_matches(name, pattern) for pattern in patterns for name in {path, target}):
+                of_fleet = path.startswith(f"{TRACE_FOLDER}/")  # brought by its name only
+                wanted = patterns or ("*",) if not of_fleet else [p for p in patterns if p.startswith(TRACE_FOLDER)]
+                if any(_matches(name, pattern) for pattern in wanted for name in {path, target}):
                     found.sources.append(Source(worker_id, info, path, target))
         return found
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from time import monotonic
+from time import monotonic, time
 from types import FrameType
 
 from fleet import messages as m
 from fleet.bounds import TEXT_CHARS
+from fleet.bus.process import clock
 from fleet.collectives.generations import Generation, News
+from fleet.collectives.operation import Operation
 from fleet.collectives.recorder import Recorder, text
 from fleet.collectives.script_line import described, users_frame
 from fleet.collectives.stacks import stacks_of_all_threads
-from fleet.collectives.timeline import TIMELINE
+from fleet.collectives.timeline import KEPT, TIMELINE
 from fleet.config import RankSettings
 from fleet.values import TRACE_COLLECTIVES_AT_MOST, Trace, TracedCollective, TracedSlice
 
@@ -86,22 +88,30 @@ class Flights:
     def _trace(self, since: float) -> Trace:
         """What this member has done since then (monotonic)."""
         collectives, is_whole = [], True
-        for generation in self._news.generations:
-            for communicator_id, recorder in generation.recorders:
-                kept = list(recorder.operations)
-                # The operation before the first one that is kept may have ended later.
-                is_whole = is_whole and (not kept or kept[0].sequence <= 1 or kept[0].started <= since)
-                collectives += [
-                    TracedCollective(
-                        generation.world.generation, communicator_id, one.sequence, one.signature.name,
-                        one.signature.byte_count, recorder.counts.path, one.started, one.ended, one.where[:TEXT_CHARS],
-                    )
-                    for one in kept if one.ended > since or not one.ended
-                ]  # fmt: skip
+        for generation, communicator_id, recorder in self.by_communicator():
+            kept = list(recorder.operations)
+            # The operation before the first one that is kept may have ended later.
+            is_whole = is_whole and (not kept or kept[0].sequence <= 1 or kept[0].started <= since)
+            collectives += [
+                traced(generation, communicator_id, recorder, one) for one in kept if one.ended > since or not one.ended
+            ]
         collectives.sort(key=lambda one: one.began)
-        slices = [TracedSlice(*found) for found in TIMELINE.since(since)]
+        slices = tuple(TracedSlice(*found) for found in TIMELINE.since(since))
         is_whole = is_whole and TIMELINE.is_whole_since(since) and len(collectives) <= TRACE_COLLECTIVES_AT_MOST
-        return Trace(monotonic(), is_whole, tuple(collectives[-TRACE_COLLECTIVES_AT_MOST:]), tuple(slices))
+        return made_of(tuple(collectives[-TRACE_COLLECTIVES_AT_MOST:]), slices, is_whole)
+
+    def told(self, trace: Trace) -> m.Answer:
+        """The answer of this member with nothing but a trace."""
+        s, host = self._settings, ""
+        for generation in self._news.generations:
+            host = generation.world.members[generation.rank].host
+        return m.Answer(
+            s.job_id, s.attempt, -1, 0, s.member_id, host, self._pid, 0, inside=False, doing="", trace=trace
+        )
+
+    def by_communicator(self) -> list[tuple[int, int, Recorder]]:
+        """(generation, communicator id, its recorder)."""
+        return [(g.world.generation, cid, recorder) for g in self._news.generations for cid, recorder in g.recorders]
 
     def _unreached(self, generations: Sequence[Generation]) -> tuple[int, ...]:
         closed = self.unreached()
@@ -120,6 +130,22 @@ def _latest(recorders: Sequence[Recorder]) -> Recorder:
     if not recorders:
         return Recorder()
     return max(recorders, key=lambda recorder: recorder.last.started if recorder.last is not None else -1.0)
+
+
+def traced(generation: int, communicator_id: int, recorder: Recorder, one: Operation) -> TracedCollective:
+    signature = one.signature
+    return TracedCollective(
+        generation, communicator_id, one.sequence, signature.name, signature.byte_count, recorder.counts.path,
+        one.started, one.ended, one.where[:TEXT_CHARS],
+    )  # fmt: skip
+
+
+def made_of(
+    collectives: tuple[TracedCollective, ...], slices: tuple[TracedSlice, ...], is_whole: bool, samples: int = KEPT
+) -> Trace:
+    """The trace of this process with these, and with so many samples of its CPU, as of now."""
+    cpu = tuple(TIMELINE.cpu)[-samples:]
+    return Trace(monotonic(), is_whole, collectives, slices, TIMELINE.slice_count, clock(), time(), cpu)
 
 
 def main_thread_line() -> str:

@@ -15,6 +15,7 @@ from fleet.collectives.header import describe_call, measure_call, pack_call
 from fleet.collectives.reduce import Kernel, PremulSum
 from fleet.collectives.script_line import described
 from fleet.errors import UsageError
+from fleet.values import MEETINGS
 
 # Called between pieces of work and while waiting; raises the error that ends the wait, such as the loss of a rank. May be
 # given the rank that is waited for.
@@ -22,8 +23,6 @@ Check = Callable[..., None]
 
 SIGNATURES_KEPT = 4096
 END_UNKNOWN = -1.0  # in place of the time at which an operation ended, where nobody tells it
-# Collectives that every rank enters before any rank leaves them, on all paths.
-MEETINGS = frozenset({"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "barrier"})
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ CHARS_AT_MOST = 1 << 20  # of all records of a rank in words; a message takes 8 
 class Recorder:
     """Collectives of one communicator, and their counts. One thread at a time appends; any thread reads."""
 
+    kept = KEPT  # more in a process that writes its trace
+
     def __init__(self) -> None:
-        self.operations: deque[Operation] = deque(maxlen=KEPT)
+        self.operations: deque[Operation] = deque(maxlen=self.kept)
         self.counts = OperationCounts()
 
     @property

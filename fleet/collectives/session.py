@@ -25,7 +25,9 @@ from fleet.collectives.flight import Flights
 from fleet.collectives.generations import UNANSWERED, Generation, News, RankActivity
 from fleet.collectives.pace import Pace
 from fleet.collectives.sampler import Sampler
-from fleet.config import RankSettings, keeps_pace
+from fleet.collectives.timeline import TIMELINE
+from fleet.collectives.trace_log import TraceLog
+from fleet.config import RankSettings, keeps_pace, trace_folder
 from fleet.errors import CollectiveTimeout, FleetError, Late, ProtocolError, UsageError
 from fleet.stillness import Deadline
 from fleet.values import PaceRow
@@ -64,6 +66,8 @@ class Session:
         self._pace_at = 0.0  # when it is told next
         self.flights = Flights(settings, pid, self.news)
         self._sampler = Sampler(self.news.pace, self.flights.recorders) if keeps else None
+        folder = trace_folder()
+        self._trace = None if folder is None else TraceLog(folder, settings.attempt, settings.member_id, self.flights)
         self._wake = Wake()
         self._closing = threading.Event()
         self._out: queue.SimpleQueue[m.Message] = queue.SimpleQueue()
@@ -171,6 +175,8 @@ class Session:
             if monotonic() >= counts_at:
                 counts_at = monotonic() + COUNTS_EVERY_S
                 self._tell_counts(agent)
+                TIMELINE.sample()
+                self._write_trace()
             wait_s = agent.patience(watch.patience(max(0.0, counts_at - monotonic())))
             for ended in watch.descriptors & poller.wait(wait_s):
                 poller.remove(ended)
@@ -179,6 +185,17 @@ class Session:
         while not self._out.empty():
             self._say(agent, self._out.get())
         self._tell_counts(agent, last=True)
+        TIMELINE.sample()
+        self._write_trace()
+
+    def _write_trace(self) -> None:
+        """An error of any kind does not end this thread."""
+        if self._trace is not None:
+            try:
+                self._trace.write()
+            except Exception:
+                log.exception("the trace of this rank is not written any more")
+                self._trace = None
 
     def _look_after(self, changes: list[Link]) -> None:
         """Hears of the agent's loss, if the agent is a member. The end of any other agent ends this process."""

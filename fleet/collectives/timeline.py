@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from time import monotonic
+from time import monotonic, process_time
 from types import TracebackType
 from typing import Literal, NamedTuple
 
@@ -77,6 +77,12 @@ class Timeline:
 
     def __init__(self) -> None:
         self.slices: deque[Slice] = deque(maxlen=KEPT)
+        self.untold: deque[Slice] | None = (
+            None  # the same, for the trace that this process writes; None: it writes none
+        )
+        self.cpu: deque[tuple[float, float]] = deque(
+            maxlen=KEPT
+        )  # now and then: the time, and the seconds of CPU by then
         self.slice_count = 0  # of all, also of those that are not kept any more
         self.step_count = 0
         self.spans = Times()
@@ -88,10 +94,19 @@ class Timeline:
         self._script_counts = False  # the script says itself where its steps end
 
     def record(self, kind: SliceKind, name: str, began: float, ended: float) -> None:
+        made = Slice(kind, name, began, ended, threading.get_native_id())
         self.slice_count += 1
-        self.slices.append(Slice(kind, name, began, ended, threading.get_native_id()))
+        self.slices.append(made)
+        if self.untold is not None:
+            self.untold.append(made)
+
+    def sample(self) -> None:
+        """Notes how much CPU this process has used."""
+        self.cpu.append((monotonic(), process_time()))
 
     def span(self, name: str) -> Span:
+        if not name.isascii():
+            name = name.encode(errors="backslashreplace").decode()  # a message can carry no surrogates
         return Span(self, name[:NAME_CHARS])
 
     def enter(self, phase: str) -> None:

@@ -35,6 +35,9 @@ from tests.pages.pages import (
 
 TRAIN = """
 import json, os, sys
+if "FLEET_TRACE" in os.environ:
+    import fleet
+    fleet.init()
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], sys.argv[1:])
 print(json.dumps({"loss": 0.5}))
 """

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from fleet.collectives.communicator import Communicator
-from fleet.collectives.operation import MEETINGS
 from fleet.collectives.pace import Pace
+from fleet.values import MEETINGS
 
 WORKED_S = 100.0
 

@@ -1,0 +1,90 @@
+"""`fleet trace`, and the trace at the end of `fleet run --trace`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fleet.bus.trees import remove_tree
+from fleet.cli.output import LocalOutput
+from fleet.cli.why import activities
+from fleet.client.attached_job import say
+from fleet.client.job_client import JobClient
+from fleet.client.target import Target
+from fleet.config import TRACE_FOLDER
+from fleet.errors import FleetError, UsageError
+
+if TYPE_CHECKING:
+    from fleet.client.clocks import Clocks
+    from fleet.client.trace_events import TracedRank
+
+ALL_S = 1e9
+
+
+def trace(job_id: str, target: Target | None, path: Path, seconds: float | None) -> None:
+    """Writes the trace of a job that runs, or that wrote one. Raises UsageError, FleetError."""
+    from fleet.client.traces import of_activity, of_ended, untraced
+
+    check_file(path)
+    if target is not None and job_id:
+        with JobClient(target) as client:
+            job = client.job(job_id)
+            if job.outcome:
+                ranks = of_ended(client, job)
+                if not ranks:
+                    raise untraced(job)
+                return _write(path, ranks)
+        job_id = job.job_id
+    found = activities(job_id, target, trace_s=ALL_S if seconds is None else seconds)
+    if len(found) > 1:
+        ids = ", ".join(sorted({answer.job_id for activity in found for answer in activity.answers}))
+        raise UsageError(f"several jobs run on this machine: say which one ({ids})")
+    ranks, clocks = of_activity(found[0])
+    if found[0].silent:
+        say(f"{len(found[0].silent)} ranks did not answer: they are not in the trace")
+    _write(path, ranks, clocks)
+
+
+def check_file(path: Path | None) -> None:
+    """Raises UsageError, before a job runs for hours, if its trace could not be written there."""
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise UsageError(f"the trace cannot be written to {path}: it must be a file in a folder that is there")
+
+
+def save_trace(target: Target, job_id: str, path: Path, output: LocalOutput | None) -> None:
+    """Writes the trace of a job of this command that has ended. Says why where there is none."""
+    from fleet.client.traces import of_ended, of_folder
+
+    try:
+        if output is not None:
+            folder = output.storage.folder(job_id) / TRACE_FOLDER
+            ranks = of_folder(folder)
+            remove_tree(folder)
+        else:
+            with JobClient(target) as client:
+                ranks = of_ended(client, client.job(job_id))
+        if ranks:
+            _write(path, ranks)
+        else:
+            say("there is no trace: no rank of this job called fleet.init(), or used fleet's backend of torch")
+    except (FleetError, OSError) as error:
+        say(f"the trace was not written: {error}")
+
+
+def _write(path: Path, ranks: list[TracedRank], clocks: Clocks | None = None) -> None:
+    from fleet.client.trace_events import traced_job
+    from fleet.client.traces import metadata, shown, write
+
+    if not ranks:
+        raise UsageError("no rank has a trace: none has called fleet.init() yet")
+    line = traced_job(ranks, clocks)
+    write(line, path)
+    how = metadata(line)["clocks"]
+    clocks_said = "" if how == "one" else "; clocks: " + ", ".join(f"{host} {text}" for host, text in how.items())
+    say(
+        f"trace: {path} with {len(ranks)} ranks, {shown(line)} collectives and spans{clocks_said}; open it at ui.perfetto.dev"
+    )

@@ -1,0 +1,145 @@
+"""Traces of a job's ranks: from their answers, or the files that they wrote, to a file for chrome://tracing and Perfetto."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+import msgspec
+
+from fleet import messages as m
+from fleet.client.clocks import Clocks
+from fleet.client.fetch import RemoteOutput
+from fleet.client.job_client import JobClient
+from fleet.client.rank_activity import Activity
+from fleet.client.trace_events import Event, TracedJob, TracedRank, events
+from fleet.collectives.trace_log import BEFORE, LENGTH
+from fleet.config import TRACE_FOLDER, VERSION
+from fleet.errors import FleetError, ProtocolError, UsageError
+
+EVENTS_AT_ONCE = 10_000
+
+
+def of_activity(activity: Activity) -> tuple[list[TracedRank], Clocks]:
+    """Traces of ranks that have answered, and what the answers tell of their clocks."""
+    ranks = [
+        TracedRank(answer.attempt, answer.member_id, answer.host, answer.pid, answer.trace)
+        for answer in activity.answers
+        if answer.trace is not None
+    ]
+    clocks = Clocks(ranks[0].trace.clock if ranks else "")
+    for rank in ranks:
+        clocks.heard(rank.trace.clock, activity.asked_at, rank.trace.now, activity.heard_at[rank.rank])
+    return ranks, clocks
+
+
+def of_folder(folder: Path) -> list[TracedRank]:
+    """Traces that members wrote; a file that is cut off or damaged counts up to there."""
+    found = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not path.name.endswith(BEFORE):
+            answers = [*_answers(path.with_name(path.name + BEFORE)), *_answers(path)]
+            if answers:
+                found.append(_joined(answers))
+    return sorted(found, key=lambda rank: (rank.attempt, rank.rank))
+
+
+def of_ended(client: JobClient, job: m.JobInfo) -> list[TracedRank]:
+    """Traces that the members of a job wrote, from its workers. Raises FleetError where its workers cannot be asked."""
+    output = RemoteOutput(client, job)
+    found = output.listing([TRACE_FOLDER])
+    if not found.sources and found.errors:
+        raise FleetError("; ".join(found.errors))
+    with tempfile.TemporaryDirectory(prefix="fleet-trace-") as folder:
+        output.fetch(found.sources, Path(folder))
+        return of_folder(Path(folder) / TRACE_FOLDER)
+
+
+def untraced(job: m.JobInfo) -> UsageError:
+    """The error of a job that has ended without traces."""
+    return UsageError(
+        f"job {job.job_id} has ended ({job.status}), and its ranks wrote no trace: submit it with --trace, or ask while it runs"
+    )
+
+
+def write(line: TracedJob, path: Path, merged: Iterable[Event] = (), about: Event | None = None) -> None:
+    """Writes the trace. Raises UsageError where that cannot be."""
+    head = msgspec.json.encode({"displayTimeUnit": "ms", "otherData": metadata(line) | (about or {})})
+    encoder, batch = msgspec.json.Encoder(), list[bytes]()
+    try:
+        with path.open("wb") as file:
+            file.write(head[:-1] + b',"traceEvents":[\n')
+            is_first = True
+            for event in chain(events(line), merged):
+                batch.append(encoder.encode(event))
+                if len(batch) == EVENTS_AT_ONCE:
+                    file.write((b"" if is_first else b",\n") + b",\n".join(batch))
+                    is_first = False
+                    batch.clear()
+            file.write((b"" if is_first or not batch else b",\n") + b",\n".join(batch) + b"\n]}\n")
+    except OSError as error:
+        raise UsageError(f"the trace cannot be written to {path}: {error.strerror}") from None
+
+
+def metadata(line: TracedJob) -> Event:
+    """What the trace is of, for a person."""
+    first = line.ranks[0]
+    clocks: Event = {}
+    for rank in line.ranks:
+        clock = rank.trace.clock
+        if clock != first.trace.clock and rank.host not in clocks:
+            if clock in line.by_wall_clock:
+                clocks[rank.host] = "by its wall clock, which nothing says the error of"
+            else:
+                clocks[rank.host] = f"aligned to {line.clocks.error_s(clock) * 1e6:.0f} us"
+    return {
+        "made_by": f"fleet {VERSION}",
+        "ranks": len(line.ranks),
+        "shown": shown(line),
+        "begins_at_epoch_s": line.base / 1e9 + first.trace.wall - first.trace.now,
+        "clocks": clocks or "one",
+    }
+
+
+def shown(line: TracedJob) -> str:
+    """How much of what was done is in the trace, in words."""
+    return f"{'all' if line.shown >= line.made else 'the last'} {line.shown} of {max(line.made, line.shown)}"
+
+
+def _answers(path: Path) -> list[m.Answer]:
+    found = list[m.Answer]()
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return found
+    at = 0
+    while at + LENGTH.size <= len(data):
+        (size,) = LENGTH.unpack_from(data, at)
+        at += LENGTH.size + size
+        if at > len(data):
+            break
+        try:
+            answer = m.decode(data[at - size : at])
+        except ProtocolError:
+            break
+        if isinstance(answer, m.Answer) and answer.trace is not None:
+            found.append(answer)
+    return found
+
+
+def _joined(answers: Sequence[m.Answer]) -> TracedRank:
+    """One trace of what a member wrote piece by piece. Where two pieces have the same collective, the later one has its end."""
+    traces = [answer.trace for answer in answers if answer.trace is not None]
+    collectives = {(c.generation, c.communicator_id, c.sequence): c for trace in traces for c in trace.collectives}
+    last = traces[-1]
+    # No bounds: this trace is not sent.
+    trace = msgspec.structs.replace(
+        last,
+        collectives=tuple(sorted(collectives.values(), key=lambda one: one.began)),
+        slices=tuple(one for trace in traces for one in trace.slices),
+        cpu=tuple(sample for trace in traces for sample in trace.cpu),
+    )
+    answer = answers[-1]
+    return TracedRank(answer.attempt, answer.member_id, answer.host, answer.pid, trace)
