@@ -41,7 +41,7 @@ if "FLEET_TRACE" in os.environ:
 print("rank", os.environ["RANK"], "of", os.environ["WORLD_SIZE"], sys.argv[1:])
 print(json.dumps({"loss": 0.5}))
 """
-NEEDS_TORCH = ("train_digits", "search_digits", "ddp", "fsdp")
+NEEDS_TORCH = ("train_digits", "search_digits", "ddp", "fsdp", "gpt")
 HERE = [command for block in blocks_for("here") for command in block.commands]
 
 
