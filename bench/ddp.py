@@ -1,11 +1,17 @@
-"""Benchmark of data parallel training on this machine: steps per second of an MLP of 10 M parameters.
+"""Benchmark of data parallel training on this machine: steps per second on Gloo, on fleet, and without communication.
 
-    python bench/ddp.py [--world-sizes 2,4,8] [--systems ...] [--rounds 3] [--steps 10] [--batch-size 32] [--json FILE]
+    python bench/ddp.py [--models mlp,conv,gpt] [--world-sizes 2,4,8] [--systems ...] [--rounds 3] [--steps 10]
+                        [--json FILE] [--plot FILE]
+    python bench/ddp.py --from FILE [--plot FILE]
 
-gloo is DistributedDataParallel on Gloo under torchrun; fleet is the same under `fleet run` with the backend fleet;
-data-parallel is fleet.torch.DataParallel; ceiling is the same step without communication, so the ranks' models differ. Each
-round runs all of them in turn, in new processes. A run's figure is that of its median step; a cell is the median of the
-rounds. All systems but the ceiling must end with the same loss.
+gloo is DistributedDataParallel on Gloo under torchrun; zero-words is the same script, unchanged, under `fleet run
+--torch-backend fleet`; fleet is the backend fleet by name; data-parallel is fleet.torch.DataParallel; ceiling is the same step
+without communication, so the ranks' models differ. fsdp-gloo and fsdp-fleet are fully_shard, of the first model alone.
+bench/ddp_models.py has the models.
+
+Each round runs all systems in turn, in new processes. A run's figure is that of its median step; a cell is the median of the
+rounds. The share of communication is what a step takes beyond the ceiling's. CPU time is user and system time of a rank in a
+step: other programs on the machine disturb it less. All systems but the ceiling must end with the same loss.
 """
 
 from __future__ import annotations
@@ -17,67 +23,118 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SYSTEMS = ("gloo", "fleet", "data-parallel", "ceiling")
+MODELS = ("mlp", "conv", "gpt")
+# By system: what starts the ranks, and the wrapper and the backend that ddp_rank.py is given.
+FLEET_RUN = ("fleet", "run", "--workers")
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
+ZERO_WORDS = ("fleet", "run", "--torch-backend", "fleet", "--workers")
+SYSTEMS = {
+    "gloo": (TORCHRUN, "ddp", "gloo"),
+    "zero-words": (ZERO_WORDS, "ddp", "gloo"),
+    "fleet": (FLEET_RUN, "ddp", "fleet"),
+    "data-parallel": (FLEET_RUN, "data-parallel", "none"),
+    "ceiling": (FLEET_RUN, "ceiling", "none"),
+    "fsdp-gloo": (TORCHRUN, "fsdp", "gloo"),
+    "fsdp-fleet": (FLEET_RUN, "fsdp", "fleet"),
+}
 RANK = Path(__file__).resolve().with_name("ddp_rank.py")
 LOSS_TOLERANCE = 1e-3  # relative: additions come in other orders
-RUN_WITHIN_S = 300
+RUN_WITHIN_S = 600
+ZERO_WORDS_AT_LEAST = 0.97  # of what the backend by name reaches
+
+Records = Sequence[dict[str, Any]]
 
 
 def main() -> int:
     options = parse()
-    records: list[dict[str, Any]] = []
-    for world_size in options.world_sizes:
-        rates: dict[str, list[float]] = {system: [] for system in options.systems}
-        losses: dict[str, float] = {}
-        for _ in range(options.rounds):
-            for system in options.systems:
-                step_s, losses[system] = run(system, world_size, options.steps, options.batch_size)
-                rates[system].append(1 / step_s)
-        check_losses(losses)
-        cells = {system: statistics.median(found) for system, found in rates.items()}
-        print(f"{world_size} ranks: {', '.join(describe(system, cells) for system in cells)}", flush=True)
-        for system, steps_per_s in cells.items():
-            records.append(
-                {"bench": "ddp", "system": system, "model": "mlp", "world_size": world_size, "steps_per_s": steps_per_s}
-            )
+    if options.read:
+        records: list[dict[str, Any]] = json.loads(options.read.read_text(encoding="utf-8"))
+    else:
+        records = []
+        for model in options.models:
+            for world_size in options.world_sizes:
+                systems = [s for s in options.systems if model == options.models[0] or not s.startswith("fsdp")]
+                records += measure(model, world_size, systems, options.rounds, options.steps)
+                report([record for record in records if (record["model"], record["world_size"]) == (model, world_size)])
+    if options.read:
+        for key in dict.fromkeys((record["model"], record["world_size"]) for record in records):
+            report([record for record in records if (record["model"], record["world_size"]) == key])
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(records, options.plot)
     return 0
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--models", type=words(MODELS), default=list(MODELS))
     parser.add_argument("--world-sizes", type=lambda text: [int(word) for word in text.split(",")], default=[2, 4, 8])
-    parser.add_argument("--systems", type=lambda text: text.split(","), default=SYSTEMS)
+    parser.add_argument("--systems", type=words(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=32, help="rows of each rank in a step")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="needs matplotlib")
+    parser.add_argument("--from", dest="read", type=Path, help="report what --json has written, and measure nothing")
     return parser.parse_args()
 
 
-def run(system: str, world_size: int, steps: int, batch_size: int) -> tuple[float, float]:
-    """Seconds of the median step, and the mean loss of all ranks in the last one."""
-    python = [sys.executable, "-m"]
-    starter = (
-        ["torch.distributed.run", "--standalone", "--nproc-per-node"]
-        if system == "gloo"
-        else ["fleet", "run", "--workers"]
-    )
+def words(legal: Any) -> Any:
+    """A type of argparse: some of the legal words, in their order on the command line."""
+
+    def parsed(text: str) -> list[str]:
+        found = text.split(",")
+        if unknown := [word for word in found if word not in legal]:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: must be of {', '.join(legal)}")
+        return found
+
+    return parsed
+
+
+def measure(model: str, world_size: int, systems: Sequence[str], rounds: int, steps: int) -> list[dict[str, Any]]:
+    """The records of one model on one number of ranks."""
+    found: dict[str, list[dict[str, float]]] = {system: [] for system in systems}
+    for _ in range(rounds):
+        for system in systems:
+            found[system].append(run(system, model, world_size, steps))
+        check_losses({system: runs[-1]["loss"] for system, runs in found.items()})
+    return [
+        {
+            "bench": "ddp",
+            "system": system,
+            "model": model,
+            "world_size": world_size,
+            "steps_per_s": statistics.median(1 / one["step_s"] for one in runs),
+            "cpu_s": statistics.median(one["cpu_s"] / world_size for one in runs),
+            "rounds": rounds,
+            "steps": steps,
+        }
+        for system, runs in found.items()
+    ]
+
+
+def run(system: str, model: str, world_size: int, steps: int) -> dict[str, float]:
+    """What ddp_rank.py writes: step_s, cpu_s of all ranks, loss."""
+    starter, wrapper, backend = SYSTEMS[system]
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder, "result")
-        command = [*python, *starter, str(world_size), str(RANK), system, str(steps), str(batch_size), str(into)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        script = [str(RANK), wrapper, backend, model, str(steps), str(into)]
         ended = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=RUN_WITHIN_S, check=False
+            [sys.executable, "-m", *starter, str(world_size), *script],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            timeout=RUN_WITHIN_S,
+            check=False,
         )
         if ended.returncode:
-            raise SystemExit(f"{system} with {world_size} ranks has failed:\n{ended.stdout}{ended.stderr}")
-        step_s, loss = json.loads(into.read_text(encoding="utf-8"))
-    return step_s, loss
+            raise SystemExit(f"{system}, {model}, {world_size} ranks has failed:\n{ended.stdout}{ended.stderr}")
+        found: dict[str, float] = json.loads(into.read_text(encoding="utf-8"))
+    return found
 
 
 def check_losses(losses: dict[str, float]) -> None:
@@ -86,12 +143,57 @@ def check_losses(losses: dict[str, float]) -> None:
         raise SystemExit(f"the losses after the last step differ: {trained}")
 
 
-def describe(system: str, cells: dict[str, float]) -> str:
-    text = f"{system} {cells[system]:.2f} steps/s"
-    compared = [
-        (other, cells[system] / cells[other]) for other in ("gloo", "ceiling") if other in cells and other != system
-    ]
-    return f"{text} ({', '.join(f'{ratio:.2f} of {other}' for other, ratio in compared)})"
+def report(records: Records) -> None:
+    """Prints the rows of one model and one number of ranks."""
+    rates = {record["system"]: record["steps_per_s"] for record in records}
+    ceiling = rates.get("ceiling", 0.0)
+    print(f"\n{records[0]['model']}, {records[0]['world_size']} ranks")
+    print(f"{'system':14}{'steps/s':>9}{'of gloo':>9}{'of ceiling':>12}{'communication':>15}{'CPU ms/rank':>13}")
+    for record in records:
+        system, rate = record["system"], record["steps_per_s"]
+        base = rates.get("fsdp-gloo" if system.startswith("fsdp") else "gloo", 0.0)
+        of_base = f"{rate / base:.2f} x" if base else ""
+        of_ceiling, share = (f"{rate / ceiling:.2f}", f"{max(0.0, 1 - rate / ceiling):.0%}") if ceiling else ("", "")
+        print(f"{system:14}{rate:9.2f}{of_base:>9}{of_ceiling:>12}{share:>15}{record['cpu_s'] * 1e3:13.1f}")
+    for slow, fast in (
+        ("gloo", "zero-words"),
+        ("gloo", "fleet"),
+        ("gloo", "data-parallel"),
+        ("fsdp-gloo", "fsdp-fleet"),
+    ):
+        if rates.get(fast, slower := rates.get(slow, 0.0)) < slower:
+            print(f"note: {fast} is slower than {slow}")
+    if rates.get("zero-words", 1.0) < ZERO_WORDS_AT_LEAST * rates.get("fleet", 0.0):
+        print(f"note: zero-words reaches {rates['zero-words'] / rates['fleet']:.2f} of fleet")
+    sys.stdout.flush()
+
+
+def plot(records: Records, file: Path) -> None:
+    """Steps per second relative to Gloo's: a panel for each model, bars of each system beside each other by world size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(record["model"] for record in records))
+    figure, panels = plt.subplots(1, len(models), figsize=(2 + 4.5 * len(models), 4.5), sharey=True, squeeze=False)
+    for panel, model in zip(panels[0], models, strict=True):
+        here = {(r["system"], r["world_size"]): r["steps_per_s"] for r in records if r["model"] == model}
+        worlds = sorted({world_size for _, world_size in here})
+        systems = [system for system in SYSTEMS if any(system == other for other, _ in here)]
+        for number, system in enumerate(systems):
+            base = "fsdp-gloo" if system.startswith("fsdp") else "gloo"
+            places = [column + (number - len(systems) / 2) * 0.8 / len(systems) for column in range(len(worlds))]
+            ratios = [here[system, n] / here[base, n] if (base, n) in here else 0.0 for n in worlds]
+            color = "0.8" if system == "ceiling" else f"C{list(SYSTEMS).index(system)}"
+            panel.bar(places, ratios, 0.8 / len(systems), align="edge", label=system, color=color)
+        panel.set_xticks(range(len(worlds)), [f"{world_size} ranks" for world_size in worlds])
+        panel.set_title(model)
+        panel.axhline(1, color="k", linewidth=0.8)
+    panels[0][0].set_ylabel("steps per second, relative to Gloo")
+    panels[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Rank of bench/ddp.py: trains the MLP, and rank 0 writes [seconds of the median step, mean of the ranks' last losses]."""
+"""Rank of bench/ddp.py: `ddp_rank.py WRAPPER BACKEND MODEL STEPS FILE`. Trains a model of ddp_models.py.
+
+Rank 0 writes what it found as JSON: seconds of its median step, CPU seconds of all ranks in a step, their mean last loss.
+"""
 
 from __future__ import annotations
 
-import itertools
 import json
 import statistics
 import sys
@@ -11,61 +13,69 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from ddp_models import made
 from torch import distributed as dist
-from torch.nn import functional
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-WIDTHS = (784, 2048, 2048, 2048, 10)
 WARM_STEPS = 4  # DDP builds its buckets again after the first one
 
 
 def main() -> None:
-    system, steps, batch_size, into = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
+    wrapper, backend, name, steps, into = *sys.argv[1:4], int(sys.argv[4]), Path(sys.argv[5])
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    layers = [layer for pair in itertools.pairwise(WIDTHS) for layer in (torch.nn.Linear(*pair), torch.nn.ReLU())]
-    model, rank, add_up = wrapped(system, torch.nn.Sequential(*layers[:-1]))
-    torch.manual_seed(rank)
+    model, data = made(name)
+    model, rank, world_size, add_up = wrapped(wrapper, backend, model)
+    batch = data(rank)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    x, y = torch.randn(batch_size, WIDTHS[0]), torch.randint(WIDTHS[-1], (batch_size,))
-    seconds = []
+    seconds, cpu_s = [], 0.0
     loss = torch.zeros(1)
     add_up(loss)  # all ranks are there
     for step in range(WARM_STEPS + steps):
+        if step == WARM_STEPS:
+            cpu_s = time.process_time()
         started = time.perf_counter()
         optimizer.zero_grad()
-        loss = functional.cross_entropy(model(x), y)
+        loss = batch()(model)
         loss.backward()
         optimizer.step()
         if step >= WARM_STEPS:
             seconds.append(time.perf_counter() - started)
-    mean = loss.detach().reshape(1)
-    add_up(mean)
+    sums = torch.tensor([(time.process_time() - cpu_s) / steps, loss.item() / world_size], dtype=torch.float64)
+    add_up(sums)
     if rank == 0:
-        into.write_text(json.dumps([statistics.median(seconds), mean.item()]), encoding="utf-8")
+        found = {"step_s": statistics.median(seconds), "cpu_s": sums[0].item(), "loss": sums[1].item()}
+        into.write_text(json.dumps(found), encoding="utf-8")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def wrapped(system: str, model: torch.nn.Module) -> tuple[torch.nn.Module, int, Callable[[torch.Tensor], object]]:
-    """The model as this system trains it, this rank, and a function that adds up a tensor over all ranks."""
-    if system == "gloo":
-        dist.init_process_group("gloo")
-        return DistributedDataParallel(model), dist.get_rank(), dist.all_reduce
+def wrapped(
+    wrapper: str, backend: str, model: nn.Module
+) -> tuple[nn.Module, int, int, Callable[[torch.Tensor], object]]:
+    """The wrapped model, this rank, the number of ranks, and a function that adds up a tensor over all ranks."""
+    if backend != "none":
+        dist.init_process_group(backend)
+        if wrapper == "fsdp":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+            for layer in model.children():
+                if any(True for _ in layer.parameters()):
+                    fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        else:
+            model = DistributedDataParallel(model)
+        return model, dist.get_rank(), dist.get_world_size(), dist.all_reduce
     import fleet
 
-    if system == "fleet":
-        from fleet.torch import autoload
-
-        autoload.register()
-        dist.init_process_group("fleet")
-        return DistributedDataParallel(model), dist.get_rank(), dist.all_reduce
     comm = fleet.init()
-    if system == "data-parallel":
+    if wrapper == "data-parallel":
         from fleet.torch import DataParallel
 
         model = DataParallel(model)
-    return model, comm.rank, comm.all_reduce
+    return model, comm.rank, comm.world_size, comm.all_reduce
 
 
 if __name__ == "__main__":

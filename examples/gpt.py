@@ -32,7 +32,7 @@ class GPT(nn.Module):
         """x: int64 (rows, length); returns float32 (rows, length, letters)."""
         length = x.shape[1]
         later = nn.Transformer.generate_square_subsequent_mask(length)
-        found = self.blocks(self.letters(x) + self.places.weight[:length], mask=later, is_causal=True)
+        found = self.blocks(self.letters(x) + self.places(torch.arange(length)), mask=later, is_causal=True)
         return self.head(found)
 
 
