@@ -25,6 +25,7 @@ from fleet.page.access import GUARDED, NOT_KEPT, Access
 from fleet.page.errands import Errands
 from fleet.page.feed import Feed, Table
 from fleet.page.rows import Rows
+from fleet.page.search import search
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {
@@ -60,6 +61,7 @@ class ClusterPages:
             "/api/job": self._job,
             "/api/output": self._output,
             "/api/log": self._log,
+            "/api/search": self._search,
             "/api/ranks": self._ranks,
             "/api/use": self._use,
             "POST /api/cancel": self._cancel,
@@ -149,6 +151,20 @@ class ClusterPages:
                 return _said("only what `fleet submit` started has a log", HTTPStatus.NOT_FOUND)
         offset, data, at_end = self._window.logs.read(job_id, rank, _number(words("offset")))
         return _json({"offset": offset, "data": data, "at_end": at_end})
+
+    def _search(self, request: HttpRequest) -> HttpResponse:
+        """Lines of a submitted job's logs that have a text, from a rank and an offset on; a part of them at a time."""
+        words = _words(request)
+        job_id, text = words("id"), words("text").encode()
+        with self._window.look() as view:
+            job = view.scheduler.jobs.get(job_id)
+            ranks = job.world_size if job is not None and job.detached else 0
+        if not ranks or not text:
+            return _said(
+                "only logs of what `fleet submit` started can be searched, for some text", HTTPStatus.BAD_REQUEST
+            )
+        found = search(self._window.logs, job_id, ranks, text, _number(words("rank")), _number(words("offset")))
+        return _json(found._asdict())
 
     def _ranks(self, request: HttpRequest) -> Future[HttpResponse]:
         return _then(self._errands.ranks(_words(request)("id")), lambda ranks: _json({"ranks": ranks}))

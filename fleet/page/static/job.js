@@ -86,6 +86,7 @@ export class Job {
     this.renderRanks(job, ranks);
     this.renderHistory(job);
     this.use.show(job, this.found.slow);
+    this.logs.of(job);
   }
 
   renderFailure(job, ranks, cause, report) {

@@ -1,9 +1,9 @@
 // What a job prints: in the order in which it came, equal lines of many ranks folded into one, searched, and followed.
 
 import { ask } from "./ask.js";
-import { el, hue, note, rankSet, say, visible } from "./dom.js";
+import { el, hue, many, note, rankSet, say, visible } from "./dom.js";
 
-const LINES_KEPT = 5000, LINES_SHOWN = 1000, FOLD_OVER = 200, LINE_CHARS = 4000, FOLLOW_EVERY_MS = 1000, PARTS_AT_ONCE = 10;
+const LINES_KEPT = 5000, LINES_SHOWN = 1000, FOLD_OVER = 200, LINE_CHARS = 4000, FOLLOW_EVERY_MS = 1000, PARTS_AT_ONCE = 10, HITS_AT_MOST = 500;
 
 export class Logs {
   constructor(place, job) {
@@ -18,7 +18,9 @@ export class Logs {
     place.append(
       el("div", { class: "head" },
         el("label", { class: "filter" }, "Search ", this.search = el("input", { type: "search", autocomplete: "off", placeholder: "text, or a rank: r3", oninput: () => this.show() })),
-        el("label", {}, this.follow = el("input", { type: "checkbox", checked: true }), " follow"), this.said = el("span", { class: "note" })),
+        el("label", {}, this.follow = el("input", { type: "checkbox", checked: true }), " follow"),
+        this.whole = el("button", { hidden: true, onclick: () => this.searchAll() }, "Search all that it printed"), this.said = el("span", { class: "note" })),
+      this.hits = el("div", { hidden: true }),
       this.text = el("pre", { class: "log", tabIndex: 0, "aria-label": "Output of the ranks" }));
     say(this.said, "Loading …");
     this.text.addEventListener("scroll", () => {
@@ -27,6 +29,12 @@ export class Logs {
     });
     this.timer = setInterval(() => this.look(), FOLLOW_EVERY_MS);
     this.look();
+  }
+
+  // Of a submitted job the orchestrator keeps the logs.
+  of(job) {
+    this.world = job.world_size;
+    this.whole.hidden = !job.detached;
   }
 
   stop() {
@@ -67,8 +75,7 @@ export class Logs {
 
   take(rank, base64) {
     if (!this.decoders.has(rank)) this.decoders.set(rank, new TextDecoder("utf-8"));
-    const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
-    const parts = ((this.rest.get(rank) ?? "") + this.decoders.get(rank).decode(bytes, { stream: true })).split("\n");
+    const parts = ((this.rest.get(rank) ?? "") + this.decoders.get(rank).decode(bytes(base64), { stream: true })).split("\n");
     let rest = parts.pop();
     if (rest.length > LINE_CHARS) parts.push(rest), rest = "";
     this.rest.set(rank, rest);
@@ -123,10 +130,39 @@ export class Logs {
     }
   }
 
+  // The whole logs, on the orchestrator's disk: from the first rank to the last, as far as HITS_AT_MOST.
+  async searchAll() {
+    const text = this.search.value.trim(), job = this.job, found = [];
+    this.hits.hidden = false;
+    if (!text) return say(this.hits, "Say what to search for, to the left.");
+    say(this.hits, "Searching …");
+    try {
+      let rank = 0, offset = 0, before = "";
+      while (found.length < HITS_AT_MOST && job === this.job) {
+        const part = await ask("/api/search", { id: job, text, rank, offset });
+        found.push(...part.lines);
+        ({ rank, offset } = part);
+        if (rank >= this.world || before === `${rank}/${offset}`) break;
+        before = `${rank}/${offset}`;
+        say(this.hits, `Searching … rank ${rank}, ${many(found.length, "line")} so far`);
+      }
+      if (job !== this.job) return;
+      const decoder = new TextDecoder();
+      const lines = found.slice(0, HITS_AT_MOST).map(([of, line]) => el("span", { class: "line", data: { hue: hue(`rank ${of}`) } }, el("b", {}, `r${of}`),
+        el("span", {}, `${visible(drawn(decoder.decode(bytes(line))))}\n`)));
+      this.hits.replaceChildren(el("p", { class: "note" }, found.length > HITS_AT_MOST ? `shown: the first ${HITS_AT_MOST} lines with “${text}”` : `${many(found.length, "line")} with “${text}” in all that it printed`),
+        el("pre", { class: "log", tabIndex: 0, "aria-label": "Lines that were found" }, ...lines));
+    } catch (error) {
+      say(this.hits, error.message);
+    }
+  }
+
   atEnd() {
     return this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 24;
   }
 }
+
+const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
 
 // The last state of a line that draws over itself with carriage returns, as progress bars do. Colours are left out.
 function drawn(line) {
