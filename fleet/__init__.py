@@ -36,8 +36,10 @@ if TYPE_CHECKING:
         UsageError,
         WorldChanged,
     )
+    from fleet.notebook.cluster import Cluster
 
 __all__ = [
+    "Cluster",
     "CollectiveMismatch",
     "CollectiveTimeout",
     "ConfigError",
@@ -72,6 +74,11 @@ def __getattr__(name: str) -> Any:
         from fleet.client import executor
 
         found = getattr(executor, name)
+    elif name == "Cluster":
+        config.check_system()
+        from fleet.notebook import cluster
+
+        found = cluster.Cluster
     else:
         from fleet import errors
 
@@ -121,3 +128,13 @@ def step() -> None:
     from fleet.collectives.timeline import TIMELINE
 
     TIMELINE.step()
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """`%load_ext fleet` in a notebook: the magics `%%fleet` and `%fleet`."""
+    from fleet.config import check_system
+
+    check_system()
+    from fleet.notebook.magic import load
+
+    load(ipython)

@@ -337,14 +337,17 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(reduce(or_, kinds_of(Message)))
 
 
-def relay_head(job_id: str) -> bytes:
-    """First frame of a message between a client and its task runner. The frames behind it are theirs alone."""
-    return _RELAY + job_id.encode()
+def relay_head(job_id: str, member_id: int = 0) -> bytes:
+    """First frame of a message between a client and a task runner. The frames behind it are theirs alone."""
+    return _RELAY + (f"{job_id}/{member_id}" if member_id else job_id).encode()
 
 
-def relayed_job(head: bytes) -> str | None:
-    """Job that a relay_head names; None for the first frame of a control message."""
-    return head[1:65].decode(errors="replace") if head[:1] == _RELAY else None
+def relayed(head: bytes) -> tuple[str, int] | None:
+    """Job and member that a relay_head names; None for the first frame of a control message."""
+    if head[:1] != _RELAY:
+        return None
+    job_id, _, member = head[1:80].decode(errors="replace").partition("/")
+    return job_id, int(member) if member.isdecimal() else 0
 
 
 def encode(message: Message) -> bytes:

@@ -67,6 +67,12 @@ class ReturnCalls(TaskMessage, frozen=True):
     task_ids: tuple[TaskId, ...]
 
 
+class Interrupt(TaskMessage, frozen=True):
+    """Send SIGINT to the thread that makes this call, once. It is lost where the call has not begun, so it is said again."""
+
+    task_id: TaskId
+
+
 class Sync(TaskMessage, frozen=True):
     """Sent after a lost connection. Answered by Ready, and by all results that are kept."""
 
@@ -114,7 +120,7 @@ class BufferPiece(TaskMessage, frozen=True):
     offset: Size
 
 
-_ALL = MakeCalls | ReturnCalls | Sync | Leave | Ready | Results | CallsReturned | ReadBuffer | BufferPiece
+_ALL = MakeCalls | ReturnCalls | Interrupt | Sync | Leave | Ready | Results | CallsReturned | ReadBuffer | BufferPiece
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_ALL)
 

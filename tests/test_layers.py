@@ -18,7 +18,7 @@ SOURCES = sorted((ROOT / "fleet").rglob("*.py"))
 # From the top down. Parts that share a line never import each other.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__init__", "__main__"}),
-    frozenset({"cli", "torch"}),
+    frozenset({"cli", "torch", "notebook"}),
     frozenset({"page"}),
     frozenset({"client", "worker", "orchestrator"}),
     frozenset({"collectives", "transfer", "large_buffers"}),

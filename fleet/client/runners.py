@@ -275,7 +275,7 @@ class Runners:
         return (scheduler.RunnerEnded(job_id, reason, task_id),)
 
     def _take_from_runner(self, arrived: Arrived) -> Sequence[Event]:
-        job_id = m.relayed_job(arrived.data) or ""
+        job_id, _ = m.relayed(arrived.data) or ("", 0)
         job = self._jobs.get(job_id)
         if job is None or not arrived.rest:
             return ()

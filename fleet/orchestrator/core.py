@@ -95,12 +95,12 @@ class Core:
         for job in self.scheduler.jobs.values():
             job.move_times(moved_s)
 
-    def relay_to(self, peer: bytes, job_id: str) -> bytes | None:
-        """Receiver of a message between a client and its task runner; None: there is none."""
+    def relay_to(self, peer: bytes, job_id: str, member_id: int) -> bytes | None:
+        """Receiver of a message between a client and one of its task runners; None: there is none."""
         job = self.scheduler.jobs.get(job_id)
         if job is None or job.spec.kind != "tasks" or job.state is not JobState.RUNNING:
             return None
-        worker = self.membership.workers.get(job.seats[0])
+        worker = self.membership.workers.get(job.seats[member_id]) if member_id < job.world_size else None
         if worker is None or peer not in (worker.peer, job.client):
             return None
         return job.client if peer == worker.peer else worker.peer

@@ -221,8 +221,8 @@ class Service:
             self._poller.add(end)
 
     def _arrived(self, arrived: Arrived) -> None:
-        if (job_id := m.relayed_job(arrived.data)) is not None:
-            if (receiver := self._core.relay_to(arrived.peer, job_id)) is not None:
+        if (runner := m.relayed(arrived.data)) is not None:
+            if (receiver := self._core.relay_to(arrived.peer, *runner)) is not None:
                 self._send(receiver, arrived.data, arrived.rest)
             return
         try:

@@ -170,8 +170,6 @@ def _unacceptable(submit: m.Submit) -> str:
         return f"a job needs at least one rank, not {submit.world_size}"
     if submit.options.policy and submit.options.policy not in POLICIES:
         return f"there is no policy {submit.options.policy!r}; there are {', '.join(POLICIES)}"
-    if submit.spec.kind == "tasks" and submit.world_size > 1:
-        return "a task runner is one rank"
     if submit.spec.bundle_bytes > BUNDLE_BYTES_AT_MOST:
         size, most = submit.spec.bundle_bytes >> 20, BUNDLE_BYTES_AT_MOST >> 20
         return f"its bundle was refused: it has {size} MB, and this orchestrator takes up to {most}"

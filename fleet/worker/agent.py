@@ -156,8 +156,8 @@ class Agent:
         for link in self._orchestrator.changes():
             self._step(LINKS[link])
         for arrived in self._orchestrator.receive():
-            if (job_id := m.relayed_job(arrived.data)) is not None:
-                peer = self._core.sessions.runner_of(job_id)
+            if (runner := m.relayed(arrived.data)) is not None:
+                peer = self._core.sessions.runner_of(*runner)
                 if peer and self._ranks.send(peer, arrived.data, arrived.rest) is Sent.FULL:
                     # The client sends again what the runner may lack, once this worker is back.
                     self._step(w.LinkFull())
@@ -179,8 +179,8 @@ class Agent:
         self._step(w.Tick(self._metrics.meter.load() if due else None))
 
     def _from_rank(self, arrived: Arrived) -> None:
-        if (job_id := m.relayed_job(arrived.data)) is not None:
-            is_runner = self._core.sessions.runner_of(job_id) == arrived.peer
+        if (runner := m.relayed(arrived.data)) is not None:
+            is_runner = self._core.sessions.runner_of(*runner) == arrived.peer
             if is_runner and self._orchestrator.send(arrived.data, arrived.rest) is Sent.FULL:
                 self._step(w.LinkFull())
             return
@@ -291,9 +291,11 @@ class Agent:
         """Runs in the file thread."""
         ask, settings, usage = measure.ask, self._settings, self._metrics.meter.read()
         families = families_of([pid for _, pid in measure.pids])
-        tasks = seen(self._surroundings.control, ask.job_id) or ()
+        control = self._surroundings.control
         ranks = (
-            m.RankUse(member_id, pid, *families[pid], *tasks) for member_id, pid in measure.pids if pid in families
+            m.RankUse(member_id, pid, *families[pid], *(seen(control, ask.job_id, member_id) or ()))
+            for member_id, pid in measure.pids
+            if pid in families
         )
         used = m.Used(
             ask.job_id, ask.question, settings.worker_id, settings.advertise, monotonic(), usage.cpu, usage.cores,

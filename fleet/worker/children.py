@@ -135,7 +135,7 @@ class Children:
         code, signal = child.status()
         self._drop(key)
         out_of_memory = signal == SIGKILL and oom_kill_count() > oom_kills_before
-        return ProcessExited(key, code, signal, out_of_memory, last_task(self._control, key[0]))
+        return ProcessExited(key, code, signal, out_of_memory, last_task(self._control, key[0], key[2]))
 
     def _drop(self, key: Key) -> None:
         sentinel = self._children.pop(key)[0].sentinel

@@ -28,8 +28,8 @@ class Seen(NamedTuple):
 class Progress:
     """The runner's side. A note costs a few stores to memory."""
 
-    def __init__(self, control: str, job_id: str) -> None:
-        path = _path(control, job_id)
+    def __init__(self, control: str, job_id: str, member_id: int) -> None:
+        path = _path(control, job_id, member_id)
         with path.open("wb+") as file:
             file.truncate(_WORDS.size)
             self._words = memoryview(mmap.mmap(file.fileno(), _WORDS.size)).cast("q")
@@ -43,18 +43,18 @@ class Progress:
         self._words[0] = IDLE
 
 
-def seen(control: str, job_id: str) -> Seen | None:
-    """None where the job has no runner here, or it has not begun."""
+def seen(control: str, job_id: str, member_id: int) -> Seen | None:
+    """None where this member is no runner, or it has not begun."""
     try:
-        task, done_count, began_ns = _WORDS.unpack(_path(control, job_id).read_bytes())
+        task, done_count, began_ns = _WORDS.unpack(_path(control, job_id, member_id).read_bytes())
     except (OSError, ValueError, StructError):
         return None
     return Seen(task, max(0.0, monotonic() - began_ns / 1e9) if task > 0 else 0.0, max(0, done_count))
 
 
-def last_task(control: str, job_id: str) -> int:
+def last_task(control: str, job_id: str, member_id: int) -> int:
     """The task that the runner was in: IDLE between tasks, UNKNOWN if it never noted any. Removes the file."""
-    path = _path(control, job_id)
+    path = _path(control, job_id, member_id)
     try:
         data = path.read_bytes()
         path.unlink()
@@ -63,6 +63,6 @@ def last_task(control: str, job_id: str) -> int:
     return int.from_bytes(data[:8], sys.byteorder, signed=True)
 
 
-def _path(control: str, job_id: str) -> Path:
+def _path(control: str, job_id: str, member_id: int) -> Path:
     """The file lies beside the endpoint of the agent, in its private folder."""
-    return Path(control.removeprefix("ipc://")).with_name(f"task-{job_id}")
+    return Path(control.removeprefix("ipc://")).with_name(f"task-{job_id}-{member_id}")

@@ -234,8 +234,8 @@ def _show_without_our_frames(kind: str) -> None:
     hook = sys.excepthook
 
     def show(error_type: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        error.__traceback__ = _users_part(traceback)  # a hook may look here or at its argument
-        _end_at_users_code(error)
+        error.__traceback__ = users_part(traceback)  # a hook may look here or at its argument
+        end_at_users_code(error)
         hook(error_type, error, error.__traceback__)
         if kind == "script":
             _forget_file()
@@ -255,7 +255,7 @@ def _run_tasks(plan: Plan) -> None:
     serve(plan.target if plan.target.startswith("/") else "")
 
 
-def _users_part(traceback: TracebackType | None) -> TracebackType | None:
+def users_part(traceback: TracebackType | None) -> TracebackType | None:
     """The traceback without the frames of fleet and runpy that led to the user's code."""
     rest = traceback
     while rest is not None and rest.tb_frame.f_code.co_filename.startswith(_RUNNING):
@@ -263,7 +263,7 @@ def _users_part(traceback: TracebackType | None) -> TracebackType | None:
     return rest or traceback
 
 
-def _end_at_users_code(error: BaseException) -> None:
+def end_at_users_code(error: BaseException) -> None:
     """Cuts fleet's frames off the inner end of its errors, and of the errors that led to this one: their text says it all.
     The same for Ctrl-C inside of a collective."""
     seen: list[BaseException] = []

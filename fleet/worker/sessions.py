@@ -25,9 +25,11 @@ class Sessions:
     members: Members
     deadlines: Deadlines[Key] = field(default_factory=Deadlines)  # when owed messages are sent again
 
-    def runner_of(self, job_id: str) -> bytes:
-        """The connection of the task runner of a job. Empty: the job has no runner here."""
-        process = self.members.find(job_id, 1, 0)  # a runner has one attempt: its client asks for another runner
+    def runner_of(self, job_id: str, member_id: int) -> bytes:
+        """The connection of a task runner. Empty: this one is not here."""
+        process = self.members.find(
+            job_id, 1, member_id
+        )  # a runner has one attempt: its client asks for another runner
         return process.runner if process is not None else b""
 
     def receive(self, peer: bytes, message: FromSession) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import signal
 import sys
 import threading
 import traceback
@@ -40,7 +41,8 @@ def serve(direct: str) -> None:
     """Returns when its client needs it no more. `direct` is that client's door; empty: it is reached by the relay."""
     settings = config.rank_settings()
     assert settings is not None, "a runner is started by an agent"
-    config.leave_job()
+    if settings.world_size == 1:
+        config.leave_job()
     try:
         TaskRunner(settings, direct).run()
     except BaseException:
@@ -53,8 +55,8 @@ class TaskRunner:
 
     def __init__(self, settings: config.RankSettings, direct: str) -> None:
         self._pid = os.getpid()
-        self._head = m.relay_head(settings.job_id)
-        name = f"{settings.job_id}/runner/{self._pid}"
+        self._head = m.relay_head(settings.job_id, settings.member_id)
+        name = f"{settings.job_id}/runner/{settings.member_id}/{self._pid}"
         self._bus = Bus(Lock())
         endpoint = endpoint_of(direct, settings.job_id) if direct else settings.control
         self._dealer = Dealer(self._bus, endpoint, name.encode(), listens=bool(direct))
@@ -67,12 +69,13 @@ class TaskRunner:
         self._shelf = Shelf(directory if directory is not None and host_key(directory) else None)
         self._arguments = LargeBuffers("the argument", BlobReader(), self._say)
         self._memory = host_key(directory) if directory is not None else ""
-        self._progress = Progress(settings.control, settings.job_id)
+        self._progress = Progress(settings.control, settings.job_id, settings.member_id)
         self._lock = threading.Lock()
         self._active = threading.Event()  # set while there is work, and for a moment after
         self._active.set()  # work may come before this process waits for the first time
         self._waiting: deque[tasks.Call] = deque()
         self._running: tasks.Call | None = None
+        self._interrupted = 0  # the last call that was
         self._functions = pickling.Functions()
         self._function_of: dict[int, pickling.Function] = {}  # by the number of each task that waits
         self._kept: OrderedDict[int, tasks.Result] = OrderedDict()  # sent, and not known to have arrived
@@ -138,7 +141,7 @@ class TaskRunner:
             self._active.set()
 
     def _take(self, arrived: Arrived) -> None:
-        if m.relayed_job(arrived.data) is None or not arrived.rest:
+        if m.relayed(arrived.data) is None or not arrived.rest:
             return  # of the agent itself
         try:
             said = tasks.decode(arrived.rest[0].buffer)
@@ -161,6 +164,11 @@ class TaskRunner:
             for task_id in given:
                 self._function_of.pop(task_id, None)
             self._say(tasks.CallsReturned(given))
+        elif isinstance(said, tasks.Interrupt):
+            running = self._running
+            if running is not None and running.task_id == said.task_id != self._interrupted:
+                self._interrupted = said.task_id
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
         elif isinstance(said, tasks.Leave):
             self._leaving = True
         elif isinstance(said, tasks.Sync):

@@ -36,7 +36,7 @@ SAID: list[tasks.TaskMessage] = [
     tasks.BufferPiece(1, 0, 5),
 ]
 MUTATOR = Mutator(SEED, EXAMPLES[:-1])
-HEADS = [m.relay_head("job"), m.relay_head("x" * 64), m.encode(m.Heartbeat())]
+HEADS = [m.relay_head("job"), m.relay_head("job", 7), m.relay_head("x" * 64), m.encode(m.Heartbeat())]
 
 
 def said() -> bytes:
@@ -60,7 +60,7 @@ DECODERS: list[tuple[str, Callable[[], bytes], Callable[[bytes], object]]] = [
     ("messages from noise", lambda: bytes([m.PROTOCOL]) + noise(), m.decode),
     ("tasks", said, tasks.decode),
     ("tasks from noise", noise, tasks.decode),
-    ("relay heads", head, m.relayed_job),
+    ("relay heads", head, m.relayed),
     ("heads of tensors", tensor, lambda data: header.unpack_head(memoryview(data))),
     ("calls of tensors", noise, header.describe_call),
 ]

@@ -102,15 +102,16 @@ def test_a_task_runner_does_not_start_again_and_its_client_is_told() -> None:
     spec = m.Spec("tasks", "pool")
     core.step(o.Received(CLIENT, m.Submit("t", 1, spec)), 0.0)
     effects = core.step(o.Received(b"w0/1", m.Assigned("t", 1, 5)), 0.0)
-    assert core.relay_to(CLIENT, "t") == b"w0/1"
-    assert core.relay_to(b"w0/1", "t") == CLIENT
-    assert core.relay_to(b"w1/1", "t") is None
-    assert core.relay_to(b"client/2", "t") is None
+    assert core.relay_to(CLIENT, "t", 0) == b"w0/1"
+    assert core.relay_to(b"w0/1", "t", 0) == CLIENT
+    assert core.relay_to(b"w1/1", "t", 0) is None
+    assert core.relay_to(b"client/2", "t", 0) is None
+    assert core.relay_to(CLIENT, "t", 1) is None
     assert m.Retire("t") in sent(core.step(o.Received(b"w0/1", m.Leaving()), 0.5), CLIENT)
     effects = lose(core, "w0", 1.0)
     (ended,) = (x for x in sent(effects, CLIENT) if isinstance(x, m.JobEnded))
     assert "was lost" in ended.reason
-    assert core.relay_to(CLIENT, "t") is None
+    assert core.relay_to(CLIENT, "t", 0) is None
 
 
 @pytest.mark.parametrize(("peer", "outcome"), [(CLIENT, "succeeded"), (b"client/2", "cancelled")])

@@ -19,6 +19,7 @@ SAID: list[tasks.TaskMessage] = [
         (3, 4),
     ),
     tasks.ReturnCalls((1, 2)),
+    tasks.Interrupt(2),
     tasks.Sync(),
     tasks.Leave(),
     tasks.Ready("boot/1/2", "3.12.1", 812, (1, 2)),

@@ -1,0 +1,217 @@
+"""Round: one cell or function on all ranks, from the call to the last ending. Shows what the ranks print meanwhile."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from time import monotonic
+from typing import TextIO, cast
+
+from msgspec.structs import replace
+
+from fleet import messages as m
+from fleet import pickling
+from fleet.client.blame import alike
+from fleet.client.output_sequence import OutputSequence
+from fleet.client.printer import Printer
+from fleet.client.report import report
+from fleet.errors import FleetError, rank_set
+from fleet.notebook.cells import Ending, end_mark
+from fleet.notebook.gang import Event, Gang, Interrupted, Returned
+from fleet.text import shown
+
+INTERRUPT_AFTER_S = 1.0  # after the first failure: the other ranks may wait for that one
+OUTPUT_WITHIN_S = 1.0  # after the last ending, for what the ranks have printed
+ERRORS_SHOWN = 4  # of the ranks that failed otherwise than the first one
+
+
+class CellError(FleetError):
+    """A cell has failed. `rank` is the first rank that did, `traceback` its own; the text has all ranks."""
+
+    def __init__(self, text: str, rank: int = -1, traceback: str = "") -> None:
+        super().__init__(text)
+        self.rank = rank
+        self.traceback = traceback
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows: the lines of the rank, and none of fleet."""
+        return [*self.traceback.splitlines()[:-1], str(self)]
+
+
+class CellInterrupted(KeyboardInterrupt):
+    """The interrupt of a cell, once it has ended on all ranks. The text says where each was."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"KeyboardInterrupt: {self}"]
+
+
+class RanksLost(CellError):
+    """A rank has died, and all others with it. The next call has new ranks."""
+
+
+class NeverBegun(Exception):
+    """The ranks had ended before any of them began this call."""
+
+
+class _Shown(io.TextIOBase):
+    """A stream of a notebook, as one that has no file: its own is the terminal of the kernel."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def write(self, text: str) -> int:
+        return int(getattr(sys, self._name).write(text))
+
+    def flush(self) -> None:
+        getattr(sys, self._name).flush()
+
+
+class Round:
+    """One call on all ranks of a gang. `next_event` waits at most so long for one; `interrupts` counts no event twice."""
+
+    def __init__(self, gang: Gang, size: int, number: int, sequence: OutputSequence, workers: Sequence[str]) -> None:
+        self._gang = gang
+        self._size = size
+        self._number = number
+        self._mark = end_mark(number)
+        self._sequence = sequence
+        self.endings: dict[int, Ending] = {}  # by rank, in the order of time
+        self.interrupted = False  # by a person
+        self._hurried: set[int] = set()  # ranks that were interrupted because another one had failed
+        self._hurries_at: float | None = None
+        self._until: float | None = None  # what has not come then does not come
+        # The last line of each stream that began, perhaps as a mark does. Marks are printed to both streams of a rank.
+        self._rest: dict[tuple[int, str], bytes] = {}
+        self._marks_missing = {(rank, stream) for rank in range(size) for stream in ("stdout", "stderr")}
+        out, err = cast(TextIO, _Shown("stdout")), cast(TextIO, _Shown("stderr"))
+        self._printer = Printer(size, out, err, lambda stream: False, None)
+        if workers:
+            self._printer.name_of = lambda rank: f"{shown(workers[rank])}:{rank}"
+
+    def run(self, next_event: Callable[[float | None], Event | None]) -> None:
+        """Returns once all ranks have ended, and all that they printed is shown. Raises RanksLost, NeverBegun."""
+        try:
+            while not self._done():
+                event = next_event(self._patience())
+                if event is not None:
+                    self._take(event)
+                now = monotonic()
+                self._printer.tick(now)
+                if self._hurries_at is not None and now >= self._hurries_at:
+                    self._hurries_at = None
+                    self._hurried = set(range(self._size)) - self.endings.keys()
+                    self._gang.interrupt()
+        finally:
+            for source, rest in self._rest.items():
+                self._printer.write(*source, rest, monotonic())
+            self._printer.finish(monotonic())
+
+    def _done(self) -> bool:
+        if len(self.endings) < self._size:
+            return False
+        if self._until is None:
+            self._until = monotonic() + OUTPUT_WITHIN_S
+        return not self._marks_missing or monotonic() >= self._until
+
+    def _patience(self) -> float | None:
+        deadlines = (self._printer.next_deadline(), self._hurries_at, self._until)
+        at = min((at for at in deadlines if at is not None), default=None)
+        return None if at is None else max(0.0, at - monotonic())
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, Returned):
+            ending = self.endings[event.member_id] = _ending(event)
+            if ending.error and self._hurries_at is None and not self.interrupted:
+                self._hurries_at = monotonic() + INTERRUPT_AFTER_S
+        elif isinstance(event, m.Output):
+            if self._sequence.is_next(event):
+                self._print((event.member_id, event.stream), event.data)
+            for reply in self._sequence.replies(event):
+                self._gang.put(reply)
+        elif isinstance(event, Interrupted):
+            if self.interrupted or not self._gang.complete:
+                self._gang.kill()
+            self.interrupted = True
+            self._gang.interrupt()
+        elif isinstance(event, m.JobWaiting):
+            print(f"fleet: the ranks wait: {shown(event.reason)}", file=sys.stderr)
+        elif isinstance(event, m.JobEnded):
+            if not self.endings and all(0 <= status.task != self._number for status in event.ranks):
+                raise NeverBegun
+            raise RanksLost(how_it_ended(event, self._size, self._printer.recent))
+        elif isinstance(event, BaseException):
+            raise event
+
+    def _print(self, source: tuple[int, str], data: bytes) -> None:
+        """Shows what stands before and behind a mark. A part at the end that may become a mark waits for more."""
+        data = self._rest.pop(source, b"") + data
+        before, mark, behind = data.partition(self._mark)
+        if mark:
+            self._marks_missing.discard(source)
+            data = before + behind
+        begun = data.rfind(b"\0")
+        if begun >= 0 and self._mark.startswith(data[begun:]):
+            data, self._rest[source] = data[:begun], data[begun:]
+        self._printer.write(*source, re.sub(rb"\0end of cell \d+\n", b"", data), monotonic())
+
+    # What it came to
+
+    def error(self) -> CellError | CellInterrupted | None:
+        """Why the cell did not succeed; None: it did, on all ranks."""
+        failed = [rank for rank, ending in self.endings.items() if ending.error]
+        if self.interrupted:
+            return CellInterrupted(self._where(failed))
+        if not failed:
+            return None
+        own = [rank for rank in failed if not self._was_hurried(rank)]
+        first = own[0]
+        ending = self.endings[first]
+        same = [rank for rank in own if alike(self.endings[rank].error) == alike(ending.error)]
+        lines = [f"{_ranks(same, self._size)} failed: {ending.error}"]
+        others = [rank for rank in own if rank not in same]
+        lines += [f"rank {rank} failed too: {self.endings[rank].error}" for rank in others[:ERRORS_SHOWN]]
+        if more := len(others) - ERRORS_SHOWN:
+            lines += [f"and {more} more ranks failed"] if more > 0 else []
+        if hurried := [rank for rank in failed if self._was_hurried(rank)]:
+            lines.append(f"interrupted because of it: {_ranks(hurried, self._size)}")
+        return CellError("\n".join(lines), first, ending.traceback)
+
+    def _was_hurried(self, rank: int) -> bool:
+        return rank in self._hurried and self.endings[rank].error.startswith("KeyboardInterrupt")
+
+    def _where(self, failed: Iterable[int]) -> str:
+        """The lines that the ranks were at, as text."""
+        at: dict[str, list[int]] = {}
+        for rank in sorted(failed):
+            lines = [line.strip() for line in self.endings[rank].traceback.splitlines() if line.startswith("  File ")]
+            at.setdefault(lines[-1].replace("File ", "in ") if lines else self.endings[rank].error, []).append(rank)
+        return "; ".join(f"{_ranks(ranks, self._size)} {line}" for line, ranks in at.items()) or "all ranks had ended"
+
+
+def _ending(event: Returned) -> Ending:
+    result, buffers = event.whole
+    if not result.ok:
+        text = result.text.strip()
+        return Ending(None, text.splitlines()[-1] if text else "its result cannot be sent", text)
+    try:
+        ending = pickling.loads(result.data or buffers.pop(0), buffers)
+    except Exception as error:  # whatever a class raises while it is read
+        text = f"its result cannot be read here: {type(error).__name__}: {error}"
+        return Ending(None, text, text)
+    assert isinstance(ending, Ending)
+    return ending
+
+
+def how_it_ended(ended: m.JobEnded, size: int, printed: Iterable[str] = ()) -> str:
+    """The end of the ranks, in words."""
+    ranks = tuple(replace(status, stderr_tail=status.stderr_tail.rpartition("\0")[2]) for status in ended.ranks)
+    text = report(replace(ended, ranks=ranks), size, printed) or "the ranks have ended"
+    return "\n".join(line.removeprefix("fleet: ") for line in text.splitlines())
+
+
+def _ranks(ranks: Sequence[int], size: int) -> str:
+    if len(ranks) == size > 1:
+        return f"all {size} ranks"
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {rank_set(ranks, 0)}"
