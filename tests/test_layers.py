@@ -52,6 +52,7 @@ DECIDERS = (
     "fleet/client/line_folding.py",
     "fleet/client/output_sequence.py",
     "fleet/client/task_scheduler.py",
+    "fleet/client/torch_profile.py",
     "fleet/client/trace_events.py",
     "fleet/collectives/generations.py",
     "fleet/collectives/pace.py",

@@ -117,6 +117,9 @@ def trace_command(
     seconds: Annotated[
         float | None, o.option("Only the last so many.", check=o.above_0, default="all that ranks have kept")
     ] = None,
+    merge: Annotated[
+        list[Path] | None, o.option("A rank's trace of torch.profiler, to go in; may be given again.", default="none")
+    ] = None,
     *,
     cluster: o.AnyClusterOptions,
 ) -> None:
@@ -126,7 +129,7 @@ def trace_command(
     """
     from fleet.cli.trace import trace
 
-    trace(job, cluster.target() if cluster.address else None, output, seconds)
+    trace(job, cluster.target() if cluster.address else None, output, seconds, merge or ())
 
 
 @o.command(job_commands, "fetch")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 ALL_S = 1e9
 
 
-def trace(job_id: str, target: Target | None, path: Path, seconds: float | None) -> None:
+def trace(job_id: str, target: Target | None, path: Path, seconds: float | None, merge: Sequence[Path] = ()) -> None:
     """Writes the trace of a job that runs, or that wrote one. Raises UsageError, FleetError."""
     from fleet.client.traces import of_activity, of_ended, untraced
 
@@ -34,7 +36,7 @@ def trace(job_id: str, target: Target | None, path: Path, seconds: float | None)
                 ranks = of_ended(client, job)
                 if not ranks:
                     raise untraced(job)
-                return _write(path, ranks)
+                return _write(path, ranks, merge=merge)
         job_id = job.job_id
     found = activities(job_id, target, trace_s=ALL_S if seconds is None else seconds)
     if len(found) > 1:
@@ -43,7 +45,7 @@ def trace(job_id: str, target: Target | None, path: Path, seconds: float | None)
     ranks, clocks = of_activity(found[0])
     if found[0].silent:
         say(f"{len(found[0].silent)} ranks did not answer: they are not in the trace")
-    _write(path, ranks, clocks)
+    _write(path, ranks, clocks, merge)
 
 
 def check_file(path: Path | None) -> None:
@@ -75,14 +77,15 @@ def save_trace(target: Target, job_id: str, path: Path, output: LocalOutput | No
         say(f"the trace was not written: {error}")
 
 
-def _write(path: Path, ranks: list[TracedRank], clocks: Clocks | None = None) -> None:
+def _write(path: Path, ranks: list[TracedRank], clocks: Clocks | None = None, merge: Sequence[Path] = ()) -> None:
     from fleet.client.trace_events import traced_job
-    from fleet.client.traces import metadata, shown, write
+    from fleet.client.traces import metadata, profiles, shown, write
 
     if not ranks:
         raise UsageError("no rank has a trace: none has called fleet.init() yet")
     line = traced_job(ranks, clocks)
-    write(line, path)
+    merged = profiles(merge, line)
+    write(line, path, chain.from_iterable(profile.events() for profile in merged))
     how = metadata(line)["clocks"]
     clocks_said = "" if how == "one" else "; clocks: " + ", ".join(f"{host} {text}" for host, text in how.items())
     say(

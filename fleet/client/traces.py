@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import tempfile
+import zlib
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -14,6 +16,7 @@ from fleet.client.clocks import Clocks
 from fleet.client.fetch import RemoteOutput
 from fleet.client.job_client import JobClient
 from fleet.client.rank_activity import Activity
+from fleet.client.torch_profile import Profile
 from fleet.client.trace_events import Event, TracedJob, TracedRank, events
 from fleet.collectives.trace_log import BEFORE, LENGTH
 from fleet.config import TRACE_FOLDER, VERSION
@@ -55,6 +58,22 @@ def of_ended(client: JobClient, job: m.JobInfo) -> list[TracedRank]:
     with tempfile.TemporaryDirectory(prefix="fleet-trace-") as folder:
         output.fetch(found.sources, Path(folder))
         return of_folder(Path(folder) / TRACE_FOLDER)
+
+
+def profiles(paths: Iterable[Path], job: TracedJob) -> list[Profile]:
+    """Traces of torch.profiler; the trace of the job begins with the first of them. Raises UsageError for other files."""
+    found = []
+    for path in paths:
+        try:
+            data = path.read_bytes()
+            content = msgspec.json.decode(gzip.decompress(data) if path.suffix == ".gz" else data)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror or error}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError, EOFError, zlib.error) as error:
+            raise UsageError(f"{path} is no JSON, as torch.profiler exports it: {error}") from None
+        found.append(Profile(str(path), content, job))
+    job.base = min([job.base, *(profile.begin() for profile in found)])
+    return found
 
 
 def untraced(job: m.JobInfo) -> UsageError:

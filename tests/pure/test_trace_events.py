@@ -13,8 +13,9 @@ from trace_format import check
 from fleet import messages as m
 from fleet.client.clocks import Clocks
 from fleet.client.trace_events import UNCLEAR, TracedRank, events, lanes, traced_job
-from fleet.client.traces import of_folder, shown, write
+from fleet.client.traces import of_folder, profiles, shown, write
 from fleet.collectives.trace_log import LENGTH
+from fleet.errors import UsageError
 from fleet.values import Trace, TracedCollective, TracedSlice
 
 seconds = st.floats(0.0, 50.0)
@@ -136,6 +137,42 @@ def test_the_newest_are_shown(tmp_path: Path) -> None:
     read = json.loads((tmp_path / "trace.json").read_text())
     check(read["traceEvents"])
     assert read["otherData"]["shown"] == "the last 20 of 98"
+
+
+def test_a_profile_of_torch_goes_beside_its_rank(tmp_path: Path) -> None:
+    """With events as torch 2.13 exports them: times since baseTimeNanoseconds, and processes that are no numbers."""
+    wall_ns = 10**18 - 50 * 10**9  # when the ranks' monotonic clock was 50
+    own, other = {"pid": 813, "tid": 813}, {"pid": "Spans", "tid": "PyTorch Profiler"}
+    exported = [
+        {"ph": "M", "name": "process_name", "ts": 7.0, "pid": 813, "tid": 0, "args": {"name": "python"}},
+        {"ph": "M", "name": "thread_name", "ts": 7.0, **own, "args": {"name": "thread 813 (python)"}},
+        {"ph": "X", "name": "aten::mm", "cat": "cpu_op", "ts": 2e6, "dur": 5.5, **own},
+        {"ph": "s", "name": "fwdbwd", "cat": "fwdbwd", "id": 3, "ts": 2e6, **own},
+        {"ph": "X", "name": "PyTorch Profiler (0)", "ts": -1e6, "dur": 9e6, **other},
+        {"ph": "X", "name": "broken"},
+        "broken",
+    ]
+    path = tmp_path / "rank1.json"
+    path.write_text(json.dumps({"baseTimeNanoseconds": wall_ns, "traceEvents": exported}))
+    job = traced_job([rank(number, collective(1, 51.0, 53.0)) for number in range(2)])
+    (profile,) = profiles([path], job)
+    assert job.base == 49 * 10**9
+    found = {(event["ph"], event["name"]): event for event in profile.events()}
+    assert ("M", "thread_name") in found
+    mm = found["X", "aten::mm"]
+    assert (mm["pid"], mm["ts"], mm["dur"]) == (2, 3e6, 5.5)
+    assert found["M", "thread_name"]["tid"] == mm["tid"] > 1000
+    assert found["s", "fwdbwd"]["id"] != 3
+    assert found["X", "PyTorch Profiler (0)"]["ts"] == 0
+    assert found["M", "process_name"]["args"] == {"name": "rank 1: torch.profiler Spans"}
+    (collectives,) = [one for one in events(job) if one["ph"] == "X" and one["pid"] == 2]
+    assert collectives["ts"] == 2e6
+    for text in ("{", "[]", '{"traceEvents": 1}', '{"traceEvents": [], "distributedInfo": {"rank": 5}}'):
+        path.write_text(text)
+        with pytest.raises(UsageError, match="rank1"):
+            profiles([path], job)
+    with pytest.raises(UsageError, match="cannot be read"):
+        profiles([tmp_path / "missing.json"], job)
 
 
 def test_what_a_member_wrote_piece_by_piece(tmp_path: Path) -> None:
