@@ -252,7 +252,10 @@ def _then(asked: Future[T], answer: Callable[[T], HttpResponse]) -> Future[HttpR
         elif (error := done.exception()) is not None:
             given.set_result(_said(str(error), HTTPStatus.BAD_REQUEST))
         else:
-            given.set_result(answer(done.result()))
+            try:
+                given.set_result(answer(done.result()))
+            except Exception as error:  # of whatever kind: the server says it
+                given.set_exception(error)
 
     asked.add_done_callback(give)
     return given
