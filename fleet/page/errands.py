@@ -5,9 +5,11 @@ An action of the page is the command of that name: it goes over a client's conne
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 from typing import TypeVar
 
@@ -15,10 +17,11 @@ from fleet import messages as m
 from fleet.client.job_client import JobClient
 from fleet.client.rank_activity import as_values, ask
 from fleet.client.target import Target
-from fleet.errors import FleetError
+from fleet.errors import FleetError, UsageError
 
 THREADS = 2
 PENDING_AT_MOST = 32
+TRACED_S = 60.0
 COLLECTIVES_TOLD = 20  # of each rank
 MEASURED_EVERY_S, MEASURED_WORKERS_A_SECOND = 0.9, 128  # of one job, for all its viewers
 JOBS_MEASURED = 16
@@ -80,6 +83,30 @@ class Errands:
         def act() -> list[dict[str, object]]:
             found = ask(self._target, job_id, stacks=True)
             return as_values(found.answers, found.silent, COLLECTIVES_TOLD, found.straggler)
+
+        return self._later(act)
+
+    def trace(self, job_id: str) -> Future[bytes]:
+        """The trace of the last minute of a job that runs, or of one that wrote it: what `fleet trace` writes."""
+
+        def act() -> bytes:
+            from fleet.client.trace_events import traced_job
+            from fleet.client.traces import of_activity, of_ended, untraced, write
+
+            clocks = None
+            with JobClient(self._target) as client:
+                job = client.job(job_id)
+                ranks = of_ended(client, job) if job.outcome else []
+            if job.outcome and not ranks:
+                raise untraced(job)
+            if not job.outcome:
+                ranks, clocks = of_activity(ask(self._target, job_id, trace_s=TRACED_S))
+            if not ranks:
+                raise UsageError("no rank has a trace: none has called fleet.init() yet")
+            with tempfile.TemporaryDirectory(prefix="fleet-trace-") as folder:
+                path = Path(folder) / "trace.json"
+                write(traced_job(ranks, clocks), path)
+                return path.read_bytes()
 
         return self._later(act)
 

@@ -64,6 +64,7 @@ class ClusterPages:
             "/api/search": self._search,
             "/api/ranks": self._ranks,
             "/api/use": self._use,
+            "/api/trace": self._trace,
             "POST /api/cancel": self._cancel,
             "POST /api/drain": self._drain,
         }
@@ -178,6 +179,10 @@ class ClusterPages:
         if not workers:
             return _said(f"job {job_id} does not run", HTTPStatus.CONFLICT)
         return _then(self._errands.use(job_id, workers), lambda used: _json({"used": used}))
+
+    def _trace(self, request: HttpRequest) -> Future[HttpResponse]:
+        traced = self._errands.trace(_words(request)("id"))
+        return _then(traced, lambda trace: HttpResponse(JSON, trace, headers=(*GUARDED, NOT_KEPT)))
 
     # What a viewer does
 

@@ -173,9 +173,12 @@ def what_waits_says_why(visit: Visit) -> None:
 
 def each_rank_says_what_it_is_doing(visit: Visit, job: str) -> None:
     visit.open(job)
-    visit.press(".doing button")
+    visit.press(".doing button:not(.trace)")
     visit.seen.until("document.querySelectorAll('.doing details').length === 2")
     assert "trains.py" in visit.seen.text(".doing")
+    assert "thread MainThread" in visit.seen.run("return document.querySelector('.doing pre').textContent")
+    visit.press(".doing .trace")
+    visit.seen.until("document.querySelector('#said').innerText.includes('is downloaded')")
 
 
 def it_fits_a_narrow_window_and_the_dark(visit: Visit) -> None:

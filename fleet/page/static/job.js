@@ -35,7 +35,7 @@ export class Job {
       el("h3", {}, "Ranks and their stacks"), part("doing"),
       el("h3", {}, "Output"), part("output"), part("history"));
     this.failure.hidden = true;
-    this.doing.append(this.askButton = el("button", { onclick: () => this.stacks() }, "Ask each rank what it is doing"), this.answers = el("div"));
+    this.doing.append(el("button", { class: "trace", onclick: (event) => this.trace(event.target) }, "Trace of the last minute"), " ", this.askButton = el("button", { onclick: () => this.stacks() }, "Ask each rank what it is doing"), this.answers = el("div"));
     this.logs = new Logs(this.output, id);
     this.use = new Use(this.using, id);
     this.render();
@@ -135,6 +135,25 @@ export class Job {
   cancel() {
     const id = this.id;
     confirmed(`Cancel job ${id}? All its ranks are told to end.`, "Cancel the job", () => act("/api/cancel", { job: id }));
+  }
+
+  // A file for ui.perfetto.dev and chrome://tracing.
+  async trace(button) {
+    const id = this.id;
+    button.disabled = true;
+    tell("Asking the ranks for their trace …");
+    try {
+      const response = await fetch(`/api/trace?${new URLSearchParams({ id })}`);
+      if (!response.ok) throw new Error((await response.json()).said);
+      const address = URL.createObjectURL(await response.blob());
+      el("a", { href: address, download: `trace-${id}.json` }).click();
+      setTimeout(() => URL.revokeObjectURL(address), 60000);
+      tell(`trace-${id}.json is downloaded: open it at ui.perfetto.dev`);
+    } catch (error) {
+      tell(error.message, true);
+    } finally {
+      button.disabled = false;
+    }
   }
 
   async stacks() {
