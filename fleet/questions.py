@@ -6,7 +6,7 @@ to a later one.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -17,6 +17,9 @@ LOG_PART_BYTES = 1 << 20  # at most, in one answer
 FILES_AT_ONCE = 1000
 LEFT_OUT_NAMED = 4  # in one answer
 SUMS_AT_MOST = 64
+
+# newest: in the contrary order of submission. state: what runs, the queue from its head, what has ended. ranks, time: most first.
+JobOrder = Literal["newest", "state", "ranks", "time"]
 
 
 class Ping(Message, frozen=True):
@@ -30,13 +33,15 @@ class Pong(Message, frozen=True):
 
 
 class ListJobs(Message, frozen=True):
-    """Question for one job, the jobs of a sweep, or all: the newest first. Answered by Jobs, a page at a time."""
+    """Question for one job, the jobs of a sweep, or all. Answered by Jobs, a page at a time where they are newest first."""
 
     job_id: b.JobPrefix = ""
     sweep: b.Word = ""
     limit: b.Number = 1000
     before: b.Number = 0  # of the page before, its `next`
     question: b.Number = 0
+    order: JobOrder = "newest"
+    wanted: b.Word = ""  # only those with this in their id, name, sweep, command or state, in letters of any case
 
 
 class Jobs(Message, frozen=True):
@@ -91,11 +96,14 @@ class ListWorkers(Message, frozen=True):
     """Question for the workers of the cluster."""
 
     question: b.Number = 0
+    health: bool = False  # with the state of the cluster in a sentence
 
 
 class Workers(Message, frozen=True):
     workers: tuple[WorkerState, ...]
     question: b.Number = 0
+    level: b.Word = ""  # how much the sentence matters: orchestrator.view.Health
+    sentence: b.Text = ""
 
 
 class Why(Message, frozen=True):

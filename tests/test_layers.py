@@ -42,6 +42,10 @@ EAGER_IN_INIT = frozenset({"messages", "questions", "values", "world", "bounds",
 
 DECIDERS = (
     "fleet/cli/command_line.py",
+    "fleet/cli/top_job.py",
+    "fleet/cli/top_rows.py",
+    "fleet/cli/top_screen.py",
+    "fleet/cli/top_state.py",
     "fleet/cli/usage_errors.py",
     "fleet/client/attachment.py",
     "fleet/client/blame.py",

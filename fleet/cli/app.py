@@ -101,6 +101,26 @@ def workers_command(as_json: o.AsJson = False, *, cluster: o.ClusterOptions) -> 
     typer.echo(list_workers(cluster.target(), as_json))
 
 
+@o.command(app, "top")
+def top_command(
+    job: Annotated[
+        str, typer.Argument(help="The job to open, by its id or how that begins.", show_default="none")
+    ] = "",
+    once: Annotated[
+        bool, o.option("Print how it is now, and end; so it does where the output is no terminal.", "--once")
+    ] = False,
+    *,
+    cluster: o.ClusterOptions,
+) -> None:
+    """Show the workers and jobs of a cluster as they change, as its page does. Press ? for the keys.
+
+    A job of `fleet run` without a cluster is on this machine alone, and not here: `fleet run --dashboard` shows it.
+    """
+    from fleet.cli.top import top
+
+    top(cluster.target(), job, once)
+
+
 @o.command(app, "dashboard")
 def dashboard_command(cluster: o.ClusterOptions) -> None:
     """Print the address of the cluster's page, with its token: whoever has that may see and cancel jobs."""

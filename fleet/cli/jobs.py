@@ -16,7 +16,7 @@ import msgspec
 from fleet import messages as m
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.submission import Submission
-from fleet.cli.table import in_json, table, terminal_width
+from fleet.cli.table import in_json, span, table, terminal_width
 from fleet.client.grid import POINTS_AT_MOST
 from fleet.client.job_client import JobClient
 from fleet.client.printer import Printer
@@ -208,16 +208,6 @@ def drain(target: Target, worker: str, within_s: float, undo: bool, as_json: boo
     many = "job runs" if len(jobs) == 1 else "jobs run"
     moves = f"what has not ended in {within_s:g} s starts again elsewhere"
     return f"worker {worker} gets no new work; {len(jobs)} {many} there, and {moves}"
-
-
-def span(seconds: float) -> str:
-    """A time for a table: 5.2s, 3m12s, 4h05m, 2d03h."""
-    if seconds < 60:
-        return f"{max(0.0, seconds):.1f}s"
-    minutes = int(seconds) // 60
-    if minutes < 60:
-        return f"{minutes}m{int(seconds) % 60:02}s"
-    return f"{minutes // 60}h{minutes % 60:02}m" if minutes < 24 * 60 else f"{minutes // 1440}d{minutes // 60 % 24:02}h"
 
 
 def _steps(job: m.JobInfo) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from fleet import messages as m
-from fleet.cli.jobs import points_of, span, submit_each
+from fleet.cli.jobs import points_of, submit_each
 from fleet.cli.submission import Submission
-from fleet.cli.table import table, terminal_width
+from fleet.cli.table import span, table, terminal_width
 from fleet.client.attached_job import say
 from fleet.client.grid import Point, arguments
 from fleet.client.job_client import JobClient

@@ -25,6 +25,22 @@ def terminal_width() -> int:
     return shutil.get_terminal_size((80, 24)).columns
 
 
+def span(seconds: float) -> str:
+    """A time for a table: 5.2s, 3m12s, 4h05m, 2d03h."""
+    if seconds < 60:
+        return f"{max(0.0, seconds):.1f}s"
+    minutes = int(seconds) // 60
+    if minutes < 60:
+        return f"{minutes}m{int(seconds) % 60:02}s"
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes < 24 * 60 else f"{minutes // 1440}d{minutes // 60 % 24:02}h"
+
+
+def natural(name: str) -> tuple[str, int]:
+    """Sort key by which worker 10 comes after worker 9."""
+    head = name.rstrip("0123456789")
+    return head, int(name[len(head) :] or 0)
+
+
 def table(rows: Sequence[Sequence[str]], width: int | None = None, whole: Collection[str] = ()) -> str:
     """Columns as wide as their widest cell, and the first row their names. No cell breaks its line or moves the cursor.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fleet import messages as m
 from fleet.cli.runtime import registered
-from fleet.cli.table import in_json, table, terminal_width
+from fleet.cli.table import in_json, natural, table, terminal_width
 from fleet.client.queries import ping, welcome, workers
 from fleet.client.target import Target, cluster_target
 from fleet.errors import FleetError
@@ -41,7 +41,7 @@ def listed(found: Sequence[m.WorkerState], as_json: bool) -> str:
         return in_json(found)
     if not found:
         return "no worker is in this cluster"
-    found = sorted(found, key=lambda worker: _natural(worker.worker_id))
+    found = sorted(found, key=lambda worker: natural(worker.worker_id))
     rows = table([COLUMNS, *map(_row, found)], terminal_width(), whole=COLUMNS[:1])
     return "\n".join([rows, *_software(found)])
 
@@ -94,9 +94,3 @@ def _health(role: str, reached_at: str, secret_file: Path | None, insecure: bool
 def _row(worker: m.WorkerState) -> tuple[str, ...]:
     slots, busy = str(worker.slots), str(worker.busy)
     return worker.worker_id, worker.state, slots, busy, worker.host, " ".join(worker.jobs)
-
-
-def _natural(name: str) -> tuple[str, int]:
-    """Sort key by which worker 10 comes after worker 9."""
-    head = name.rstrip("0123456789")
-    return head, int(name[len(head) :] or 0)

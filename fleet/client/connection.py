@@ -87,8 +87,8 @@ class Connection:
 
     # Waiting and receiving
 
-    def wait(self, timeout_s: float | None, wake: Wake | None = None) -> None:
-        """Waits until something may have come, at most so long. Each call has the same `wake`."""
+    def wait(self, timeout_s: float | None, wake: Wake | int | None = None) -> None:
+        """Waits until something may have come, at most so long. Each call has the same `wake`, which may be any descriptor."""
         if self._poller is None:
             self._poller = Poller(self._dealer.poll_sockets if wake is None else (*self._dealer.poll_sockets, wake))
         self._poller.wait(self._clock.waits(self.patience(timeout_s)))

@@ -35,7 +35,9 @@ class Answers:
 
     def answer(self, peer: bytes, ask: m.Question) -> None:
         if isinstance(ask, m.ListWorkers):
-            self.clients.send(peer, m.Workers(self._view().workers(), ask.question))
+            view = self._view()
+            level, sentence = view.health(view.totals()) if ask.health else ("", "")
+            self.clients.send(peer, m.Workers(view.workers(), ask.question, level, sentence))
         elif isinstance(ask, m.ListJobs):
             self.clients.send(peer, self._view().jobs(ask))
         elif isinstance(ask, m.WatchJob):

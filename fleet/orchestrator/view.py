@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import msgspec
 
 from fleet import messages as m
-from fleet.orchestrator.job import Job, JobState
+from fleet.orchestrator.job import ON_WORKERS, Job, JobState
 from fleet.orchestrator.scheduler import Scheduler
 from fleet.orchestrator.state import Worker
 from fleet.text import some
@@ -93,8 +93,8 @@ class ClusterView:
         )
 
     def jobs(self, ask: m.ListJobs) -> m.Jobs:
-        """The page of jobs that was asked for, the newest first."""
-        found = list(self._matching(ask))
+        """The jobs that were asked for: of the newest first a page, of another order the first."""
+        found = _ordered(list(self._matching(ask)), ask.order, self.now)
         alone = len(found) == 1 or ask.limit == 1
         page: list[m.JobInfo] = []
         size_bytes = 0
@@ -105,7 +105,7 @@ class ClusterView:
                 break
             page.append(info)
         left_out = len(found) - len(page)
-        following = found[len(page) - 1].number if left_out and page else 0
+        following = found[len(page) - 1].number if left_out and page and ask.order == "newest" else 0
         return m.Jobs(tuple(page), left_out, following, ask.question)
 
     def waits_for(self, job: Job) -> str:
@@ -188,14 +188,41 @@ class ClusterView:
 
     def _matching(self, ask: m.ListJobs) -> Iterator[Job]:
         jobs = self.scheduler.jobs
+        wanted = ask.wanted.casefold()
         newest_first: Iterable[Job] = (jobs[ask.job_id],) if ask.job_id in jobs else reversed(jobs.values())
         for job in newest_first:
             if (
                 job.job_id.startswith(ask.job_id)
                 and (not ask.sweep or job.options.sweep == ask.sweep)
                 and (not ask.before or job.number < ask.before)
+                and (not wanted or wanted in _words(job))
             ):
                 yield job
+
+
+def _words(job: Job) -> str:
+    """Text in which a filter looks."""
+    options, spec = job.options, job.spec
+    words = job.job_id, options.name, options.sweep, spec.target, *spec.args, job.outcome or job.state.name
+    return " ".join(words).casefold()
+
+
+def _ordered(jobs: list[Job], order: m.JobOrder, now: float) -> list[Job]:
+    """The jobs, which are given newest first, in this order."""
+    if order == "state":
+        waiting = [job for job in jobs if job.state in (JobState.QUEUED, JobState.FETCHING)]
+        ended = [job for job in jobs if job.state is JobState.ENDED]
+        runs = [job for job in jobs if job.state in ON_WORKERS]
+        return runs + waiting[::-1] + ended
+    if order == "ranks":
+        return sorted(jobs, key=lambda job: -job.world_size)
+    if order == "time":
+        return sorted(jobs, key=lambda job: _ran_s(job, now), reverse=True)
+    return jobs
+
+
+def _ran_s(job: Job, now: float) -> float:
+    return 0.0 if job.started_at is None else (now if job.ended_at is None else job.ended_at) - job.started_at
 
 
 def _jobs(count: int) -> str:

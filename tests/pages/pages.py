@@ -18,7 +18,7 @@ GUIDE = ROOT / "docs" / "SCALING.md"  # tests/cluster/test_guide.py runs it as a
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PROGRAMS = {"fleet", "python", "python3", "make", "docker", "kubectl", "curl", "srun", "sbatch", "export"}
 _ENV = r"(?:\w+=\S+ )*"
-_OF_CLUSTERS = "submit|sweep|jobs|status|logs|wait|cancel|workers|drain|fetch|dashboard|orchestrator|worker"
+_OF_CLUSTERS = "submit|sweep|jobs|status|logs|wait|cancel|workers|drain|fetch|top|dashboard|orchestrator|worker"
 # What a block needs to be run, by what is in it; the first that fits.
 NEEDS = (
     ("make", r"^make "),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fleet.cli.jobs import span
+from fleet.cli.table import span
 from fleet.client.grid import arguments, points
 from fleet.errors import UsageError
 

@@ -220,3 +220,32 @@ def test_a_rank_that_holds_the_others_up_is_told_everywhere() -> None:
     found = asked(core, m.ListJobs("j"))
     assert isinstance(found, m.Jobs)
     assert "slow:        rank 1 held the others up" in jobs.described(found.jobs[0])
+
+
+def test_jobs_in_the_order_and_of_the_kind_that_a_person_wants() -> None:
+    core = busy()
+
+    def ids(**wanted: object) -> list[str]:
+        found = asked(core, m.ListJobs(**wanted))  # type: ignore[arg-type]
+        assert isinstance(found, m.Jobs)
+        return [job.job_id for job in found.jobs]
+
+    assert ids(order="state") == ["j", "waits", "waits too", "files", "cancelled", "done"]
+    assert ids(order="ranks", limit=3) == ["cancelled", "waits", "waits too"]
+    assert ids(order="time", limit=2) == ["j", "done"]
+    assert ids(wanted="WAITS") == ["waits too", "waits"]
+    assert ids(wanted="queued", order="state") == ["waits", "waits too"]
+    assert ids(wanted="train.PY", limit=1) == ["cancelled"]
+    page = asked(core, m.ListJobs(order="state", limit=2))
+    assert isinstance(page, m.Jobs)
+    assert (page.left_out, page.next) == (4, 0)  # only the newest first come in pages
+
+
+def test_the_state_of_the_cluster_in_a_sentence_comes_with_the_workers_where_it_is_wanted() -> None:
+    core = busy()
+    told, untold = asked(core, m.ListWorkers(health=True)), asked(core, m.ListWorkers())
+    assert isinstance(told, m.Workers)
+    assert isinstance(untold, m.Workers)
+    view = ClusterView(core.scheduler, NOW)
+    assert (told.level, told.sentence) == view.health(view.totals())
+    assert untold.sentence == ""
