@@ -214,12 +214,13 @@ class DataParallel(torch.nn.Module):
 
     def _accumulated(self, parameter: torch.nn.Parameter) -> None:
         """Called by torch in each backward once a parameter's gradient is there."""
-        self._to_bucket(parameter, is_whole=not self._is_syncing)
         if not self._is_syncing:
+            self._to_bucket(parameter, is_whole=True)
             return
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._begin(backward)
+        self._to_bucket(parameter, is_whole=False)
         self._bucket_of[parameter].missing.discard(parameter)
         # All ranks reduce buckets in one order. The last one is reduced in `_finish`, without a change of threads.
         while len(self._works) < len(self._buckets) - 1 and not self._buckets[len(self._works)].missing:
@@ -234,6 +235,7 @@ class DataParallel(torch.nn.Module):
         self._backward = backward
         for bucket in self._buckets:
             bucket.missing = set(bucket.views)
+            bucket.take_own()  # what a backward that an error has ended left there
         Variable._execution_engine.queue_callback(self._finish)
 
     def _reduce_next(self) -> None:

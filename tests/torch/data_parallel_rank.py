@@ -124,16 +124,33 @@ def unused_parameters_may_count_as_zero() -> None:
 
 def a_backward_after_a_broken_one_raises() -> None:
     together = DataParallel(model(), bucket_bytes=1)
+    break_backward(together)
+    with pytest.raises(fleet.UsageError, match="another one has reduced some"):
+        together(torch.ones(2, 10)).sum().backward()
+
+
+def a_broken_backward_that_has_reduced_nothing_leaves_nothing() -> None:
+    together, alone = DataParallel(model(), bucket_bytes=1 << 30), model()
+    together(torch.ones(2, 10)).sum().backward()
+    break_backward(together)
+    together.zero_grad(set_to_none=False)
+    for one in (together, alone):
+        one(torch.ones(2, 10)).sum().backward()
+    for mine, theirs in zip(together.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def break_backward(together: DataParallel) -> None:
+    """A backward in which the first layer gets no gradient, since an error ends it."""
 
     def broken(_: torch.Tensor) -> None:
         raise ArithmeticError("overflow")
 
     x = together.module[:2](torch.ones(2, 10))
     x.register_hook(broken)
+    together.zero_grad()
     with pytest.raises(ArithmeticError):
-        together.module[2:](x).sum().backward()
-    with pytest.raises(fleet.UsageError, match="another one has reduced some"):
-        together(torch.ones(2, 10)).sum().backward()
+        together.module[2:](3 * x).sum().backward()
 
 
 def goes_on_with_another_communicator() -> None:
@@ -160,4 +177,5 @@ buffers_and_keys_are_the_models()
 unused_parameters_are_named()
 unused_parameters_may_count_as_zero()
 a_backward_after_a_broken_one_raises()
+a_broken_backward_that_has_reduced_nothing_leaves_nothing()
 goes_on_with_another_communicator()
