@@ -122,6 +122,8 @@ def wait(target: Target, prefixes: Sequence[str], as_json: bool) -> int:
             text = "" if ended.outcome == "cancelled" else report(ended, by_id[ended.job_id].world_size)
             if text:
                 print(text, file=sys.stderr, flush=True)
+            elif ended.straggler is not None:
+                print(f"fleet: {shown(str(ended.straggler))}", file=sys.stderr, flush=True)
         if as_json:
             infos = [client.job(job_id) for job_id in by_id]
             print(in_json(infos))

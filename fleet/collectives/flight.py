@@ -17,7 +17,7 @@ from fleet.bus.process import clock
 from fleet.collectives.generations import Generation, News
 from fleet.collectives.operation import Operation
 from fleet.collectives.recorder import Recorder, text
-from fleet.collectives.script_line import described, users_frame
+from fleet.collectives.script_line import described, sendable, users_frame
 from fleet.collectives.stacks import stacks_of_all_threads
 from fleet.collectives.timeline import KEPT, TIMELINE
 from fleet.config import RankSettings
@@ -110,8 +110,10 @@ class Flights:
         )
 
     def by_communicator(self) -> list[tuple[int, int, Recorder]]:
-        """(generation, communicator id, its recorder)."""
-        return [(g.world.generation, cid, recorder) for g in self._news.generations for cid, recorder in g.recorders]
+        """(generation, communicator id, its recorder); groups that fleet does not carry are of the last generation."""
+        found = [(g.world.generation, cid, recorder) for g in self._news.generations for cid, recorder in g.recorders]
+        last = self._news.generations[-1].world.generation if self._news.generations else 0
+        return found + [(last, number, recorder) for number, _, recorder in self.others]
 
     def _unreached(self, generations: Sequence[Generation]) -> tuple[int, ...]:
         closed = self.unreached()
@@ -136,7 +138,7 @@ def traced(generation: int, communicator_id: int, recorder: Recorder, one: Opera
     signature = one.signature
     return TracedCollective(
         generation, communicator_id, one.sequence, signature.name, signature.byte_count, recorder.counts.path,
-        one.started, one.ended, one.where[:TEXT_CHARS],
+        one.started, one.ended, sendable(one.where, TEXT_CHARS),
     )  # fmt: skip
 
 

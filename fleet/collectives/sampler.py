@@ -21,7 +21,7 @@ from fleet.bounds import WORD_CHARS
 from fleet.collectives.operation import Operation
 from fleet.collectives.pace import Pace
 from fleet.collectives.recorder import Recorder
-from fleet.collectives.script_line import described, users_frame, waits
+from fleet.collectives.script_line import described, sendable, users_frame, waits
 from fleet.collectives.timeline import TIMELINE
 from fleet.values import PaceRow
 
@@ -71,7 +71,7 @@ class Sampler:
         elapsed_s, collecting_s = now - self._told_at, collected_s - self._told_collected_s
         scale = max(0.0, elapsed_s - collecting_s) / looked_s if looked_s else 0.0
         lines = [
-            ((where if isinstance(where, str) else described(*where))[:WORD_CHARS], seconds * scale)
+            (sendable(where if isinstance(where, str) else described(*where), WORD_CHARS), seconds * scale)
             for where, seconds in nlargest(LINES_TOLD, found.items(), lambda item: item[1])
         ]
         if collecting_s > 0.0:

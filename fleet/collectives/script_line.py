@@ -75,6 +75,11 @@ def described(code: CodeType, line: int) -> str:
     return f"{Path(code.co_filename).name}:{line} in {code.co_name}"
 
 
+def sendable(text: str, chars: int) -> str:
+    """The text, or its first characters, with escapes for what is no UTF-8: short enough on the wire, too."""
+    return (text if text.isascii() else text.encode(errors="backslashreplace").decode())[:chars]
+
+
 def _libraries() -> tuple[str, ...]:
     torch = getattr(sys.modules.get("torch"), "__file__", None)
     return (_FLEET, os.path.dirname(torch) + os.sep) if torch else (_FLEET,)

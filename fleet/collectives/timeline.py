@@ -11,6 +11,8 @@ from time import monotonic, process_time
 from types import TracebackType
 from typing import Literal, NamedTuple
 
+from fleet.collectives.script_line import sendable
+
 KEPT = 4096  # slices
 NAMES_AT_MOST = 12  # of spans, and of phases; time of further ones counts as that of OTHERS
 OTHERS = "others"
@@ -105,9 +107,7 @@ class Timeline:
         self.cpu.append((monotonic(), process_time()))
 
     def span(self, name: str) -> Span:
-        if not name.isascii():
-            name = name.encode(errors="backslashreplace").decode()  # a message can carry no surrogates
-        return Span(self, name[:NAME_CHARS])
+        return Span(self, sendable(name, NAME_CHARS))
 
     def enter(self, phase: str) -> None:
         """The phase before ends now, and this one begins."""

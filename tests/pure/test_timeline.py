@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from fleet.collectives import timeline
-from fleet.collectives.timeline import KEPT, NAMES_AT_MOST, OTHERS, Times
+from fleet.collectives.timeline import KEPT, NAME_CHARS, NAMES_AT_MOST, OTHERS, Times
 
 
 @pytest.fixture
@@ -64,6 +64,16 @@ def test_spans_lie_in_each_other(clock: list[float]) -> None:
     ]
     assert [one.name for one in found.since(103.0)] == []
     assert [one.name for one in found.since(102.0)] == ["eval", "epoch"]
+
+
+def test_a_name_of_any_bytes_can_be_sent(clock: list[float]) -> None:
+    found = timeline.Timeline()
+    with found.span("\udc80" * 90), found.span("größer"):
+        pass
+    names = [one.name for one in found.slices]
+    assert names[0] == "größer"
+    assert len(names[1]) == NAME_CHARS
+    assert names[1].startswith("\\udc80\\udc80")
 
 
 def test_what_is_kept_is_bounded(clock: list[float]) -> None:
