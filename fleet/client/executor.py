@@ -25,6 +25,7 @@ from fleet.client.caller_code import cluster_place
 from fleet.client.executor_thread import ExecutorThread
 from fleet.client.local_cluster import local_place
 from fleet.client.pending_tasks import TaskOptions
+from fleet.client.progress_bar import with_progress
 from fleet.client.target import cluster_target
 from fleet.errors import UsageError
 from fleet.values import JobOptions
@@ -184,16 +185,12 @@ class Executor(View):
 def as_completed(
     futures: Iterable[Future[T]], timeout: float | None = None, progress: bool | str = False
 ) -> Iterator[Future[T]]:
-    """Futures as they end. `progress` shows a bar on stderr, named by a text, where that is a terminal."""
+    """Futures as they end. `progress` shows a bar, named by a text, where stderr is a terminal or this is a notebook."""
     wanted = list(futures)
     ended = _as_completed(wanted, timeout)
-    if not progress or not sys.stderr.isatty():
+    if not progress:
         return ended
-    from rich.console import Console
-    from rich.progress import track
-
-    title = progress if isinstance(progress, str) else "tasks"
-    return iter(track(ended, title, total=len(set(wanted)), console=Console(stderr=True)))
+    return with_progress(ended, progress if isinstance(progress, str) else "tasks", len(set(wanted)))
 
 
 def _results(submitted: Iterator[Future[T]], timeout: float | None, at_once: int | None) -> Iterator[T]:

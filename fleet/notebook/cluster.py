@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ from fleet.errors import UsageError, rank_set
 from fleet.notebook import cells
 from fleet.notebook.gang import Event, Gang, Interrupted, Present
 from fleet.notebook.round import CellInterrupted, NeverBegun, RanksLost, Round, how_it_ended
+from fleet.text import shown
 from fleet.values import JobOptions
 from fleet.versions import versions
 
@@ -55,15 +56,28 @@ class Shown:
 class _Ranks:
     """The ranks of a Cluster, and what is known of them. Outlives the Cluster object by its own end."""
 
-    def __init__(self, place: Place, size: int, options: JobOptions) -> None:
+    def __init__(self, place: Callable[[], AbstractContextManager[Place]], size: int, options: JobOptions) -> None:
         self.size = size
-        self._place = place
+        self._enter = place
+        self._held = ExitStack()
         self._options = options
         self._early: deque[Event] = deque()  # events that came between two calls
-        self.begin()
+        self._place = self._held.enter_context(place())
+        self._begin()
 
-    def begin(self) -> None:
-        """New ranks."""
+    def begin_again(self) -> None:
+        """New ranks in the place of these."""
+        self.gang.close()
+        if isinstance(self.end, BaseException):
+            self._held.close()
+            self._place = self._held.enter_context(self._enter())
+        self._begin()
+
+    def close(self) -> None:
+        self.gang.close()
+        self._held.close()
+
+    def _begin(self) -> None:
         self.gang = Gang(self._place, self.size, self._options)
         self.sequence = OutputSequence()
         self.pids = [0] * self.size
@@ -73,10 +87,9 @@ class _Ranks:
         self.told = False  # whether a person knows of it
         self._early.clear()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Workers by rank, where they tell a person something."""
-        return () if self._place.target.local else self.workers
+    def name_of(self, rank: int) -> str:
+        """With its worker, where that tells a person something."""
+        return str(rank) if self._place.target.local or not self.workers else f"{shown(self.workers[rank])}:{rank}"
 
     def look(self) -> None:
         """Takes what has come since the last call."""
@@ -101,7 +114,7 @@ class _Ranks:
         elif isinstance(event, m.Started):
             self.workers = event.workers
         elif isinstance(event, m.JobEnded | BaseException):
-            self.end = event
+            self.end, self.told = event, False
         return event
 
 
@@ -115,7 +128,7 @@ class Cluster:
     A call that fails on one rank is interrupted on the others after a second; the ranks live on, and `comm` is a new
     communicator in the next call. So is Ctrl-C, which interrupts all ranks; a second one kills them. A rank that dies takes
     the others with it: the next call says so, and has new ranks without the variables of the last ones.
-    Raises ConfigError where the cluster does not answer within `connect_timeout` seconds.
+    The first call raises ConfigError where the cluster does not answer within `connect_timeout` seconds.
     """
 
     def __init__(
@@ -139,16 +152,19 @@ class Cluster:
         self._numbers = count(1)
         self._calling = threading.Lock()
         self._packer = CallPacker(None)
-        with ExitStack() as stack:
+
+        @contextmanager
+        def place() -> Iterator[Place]:
             if address is None:
-                place = stack.enter_context(local_place(size * slots, size * gpus))
+                found = local_place(size * slots, size * gpus)
             else:
-                target = cluster_target(address, None, insecure, connect_timeout)
-                place = stack.enter_context(cluster_place(target, MAX_BUNDLE << 20))
-            spec = replace(place.spec, target="notebook")  # through the relay, on this machine too
-            self._ranks = _Ranks(Place(place.target, "", spec, place.bundle, place.ended), size, options)
-            stack.callback(_end, self._ranks)
-            self._end = weakref.finalize(self, stack.pop_all().close)
+                found = cluster_place(cluster_target(address, None, insecure, connect_timeout), MAX_BUNDLE << 20)
+            with found as p:
+                # Through the relay, on this machine too.
+                yield Place(p.target, "", replace(p.spec, target="notebook"), p.bundle, p.ended)
+
+        self._ranks = _Ranks(place, size, options)
+        self._end = weakref.finalize(self, self._ranks.close)
 
     def run(self, what: str | Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Any]:
         """Runs code, or calls a function with these arguments, on every rank. Returns what each rank has: the value of the
@@ -216,7 +232,7 @@ class Cluster:
         self._replace_lost(ranks)
         number = next(self._numbers)
         packed = pack(cells.Start(number, ranks.again, self.timeout_s))
-        called = Round(ranks.gang, ranks.size, number, ranks.sequence, ranks.names)
+        called = Round(ranks.gang, ranks.size, number, ranks.sequence, ranks.name_of)
         try:
             ranks.gang.call(number, packed)
             with _interrupts(ranks.gang):
@@ -228,12 +244,14 @@ class Cluster:
             if called.interrupted:
                 raise CellInterrupted(f"the ranks were killed; with the next cell {NEW_RANKS}") from None
             raise RanksLost(f"{error}\nwith the next cell {NEW_RANKS}") from None
+        except BaseException:
+            ranks.told = True
+            raise
         finally:
             packed.release()
         ranks.again = called.error() is not None
         if not all(ending.usable for ending in called.endings.values()):
-            ranks.gang.close()  # some rank has not met the others, and may never do
-            ranks.begin()
+            ranks.begin_again()  # some rank has not met the others, and may never do
         return called
 
     def _replace_lost(self, ranks: _Ranks) -> None:
@@ -241,10 +259,10 @@ class Cluster:
         ranks.look()
         if ranks.end is None:
             return
-        if isinstance(ranks.end, m.JobEnded) and not ranks.told:
-            print(f"fleet: {how_it_ended(ranks.end, ranks.size)}; {NEW_RANKS}", file=sys.stderr)
-        ranks.gang.close()
-        ranks.begin()
+        if not ranks.told:
+            why = how_it_ended(ranks.end, ranks.size) if isinstance(ranks.end, m.JobEnded) else shown(str(ranks.end))
+            print(f"fleet: {why}; {NEW_RANKS}", file=sys.stderr)
+        ranks.begin_again()
 
     # For a person
 
@@ -289,7 +307,3 @@ def _interrupts(gang: Gang) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _end(ranks: _Ranks) -> None:
-    ranks.gang.close()

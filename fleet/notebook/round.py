@@ -69,9 +69,11 @@ class _Shown(io.TextIOBase):
 
 
 class Round:
-    """One call on all ranks of a gang. `next_event` waits at most so long for one; `interrupts` counts no event twice."""
+    """One call on all ranks of a gang. `next_event` waits at most so long for one."""
 
-    def __init__(self, gang: Gang, size: int, number: int, sequence: OutputSequence, workers: Sequence[str]) -> None:
+    def __init__(
+        self, gang: Gang, size: int, number: int, sequence: OutputSequence, name_of: Callable[[int], str]
+    ) -> None:
         self._gang = gang
         self._size = size
         self._number = number
@@ -87,8 +89,7 @@ class Round:
         self._marks_missing = {(rank, stream) for rank in range(size) for stream in ("stdout", "stderr")}
         out, err = cast(TextIO, _Shown("stdout")), cast(TextIO, _Shown("stderr"))
         self._printer = Printer(size, out, err, lambda stream: False, None)
-        if workers:
-            self._printer.name_of = lambda rank: f"{shown(workers[rank])}:{rank}"
+        self._printer.name_of = name_of
 
     def run(self, next_event: Callable[[float | None], Event | None]) -> None:
         """Returns once all ranks have ended, and all that they printed is shown. Raises RanksLost, NeverBegun."""
@@ -121,7 +122,7 @@ class Round:
         return None if at is None else max(0.0, at - monotonic())
 
     def _take(self, event: Event) -> None:
-        if isinstance(event, Returned):
+        if isinstance(event, Returned) and event.whole[0].task_id == self._number:
             ending = self.endings[event.member_id] = _ending(event)
             if ending.error and self._hurries_at is None and not self.interrupted:
                 self._hurries_at = monotonic() + INTERRUPT_AFTER_S

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import psutil
 import pytest
+from folded import lines_by_rank
 
 nbformat = pytest.importorskip("nbformat", reason="nbclient, ipykernel and nbformat are not installed")
 pytest.importorskip("ipykernel", reason="nbclient, ipykernel and nbformat are not installed")
@@ -62,13 +64,16 @@ async def run(folder: Path) -> None:
 
 
 async def check_example(cells: dict[str, Any]) -> None:
-    assert printed(cells["share"]) == "4 ranks| 4 ranks\n"
+    assert lines_by_rank(printed(cells["share"]), 4) == [["4 ranks"]] * 4
     assert [line[:2] for line in value(cells["share"]).splitlines()] == ["0|", "1|", "2|", "3|"]
     assert value(cells["mean"]).startswith("4 ranks| '")
     assert value(cells["ranks"]) == "<fleet.Cluster of 4 ranks: 4 ranks idle>"
     assert value(cells["code"]) == "[1, 11]"
     assert value(cells["function"]) == "[1024, 1024]"
     assert value(cells["tasks"]) == "2470"
+    [bar] = [output for output in cells["tasks"].outputs if output.output_type == "display_data"]
+    assert re.search(r"━{30} squares 20/20, \d+ s$", bar.data["text/plain"])
+    assert '<progress value="20" max="20">' in bar.data["text/html"]
 
 
 async def check_failures(notebook: Notebook, folder: Path) -> None:
@@ -104,8 +109,9 @@ async def check_failures(notebook: Notebook, folder: Path) -> None:
     assert value(anew) == "4 ranks| False"
 
     pids = dict(line.split("| ") for line in printed(anew).splitlines())
+    alive = [psutil.Process(int(pid)) for pid in pids.values()]
     os.kill(int(pids["3"]), signal.SIGKILL)
-    psutil.wait_procs([psutil.Process(int(pid)) for pid in pids.values()], 20)
+    psutil.wait_procs(alive, 20)
     after = await notebook.cell("%%fleet\nrank")
     assert "rank 3 failed" in printed(after, "stderr")
     assert value(after) == "0| 0\n1| 1\n2| 2\n3| 3"
