@@ -7,7 +7,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-frameworks test-torch test-newer-torch soak bench clean
+.PHONY: help demo check test test-frameworks test-torch test-newer-torch soak bench docs clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -45,8 +45,12 @@ bench: .venv/.bench ## how long a gang takes to start, and to end when it failed
 	$(BIN)/python bench/blame.py --runs 5 --cost
 	$(BIN)/python bench/orchestrator.py
 
+docs: .docs/.installed ## the documentation site, in build/docs; a warning is an error
+	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --strict --quiet
+	.docs/bin/python docs/site/check.py build/docs
+
 clean: ## remove what the other verbs made
-	rm -rf .venv .frameworks .newer-torch .peers build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .frameworks .newer-torch .docs .peers build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Who names an interpreter wants that one, whatever made the .venv that is there.
@@ -90,4 +94,10 @@ away:
 	grep -v '^torch==' constraints.txt >.newer-torch/constraints.txt
 	.newer-torch/bin/python -m pip --disable-pip-version-check install --quiet -c .newer-torch/constraints.txt hatchling editables
 	.newer-torch/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation -c .newer-torch/constraints.txt torch==2.14.1 -e '.[test]'
+	@touch $@
+
+.docs/.installed: pyproject.toml constraints.txt docs/site/requirements.txt
+	$(PYTHON) -m venv --clear .docs
+	.docs/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt hatchling editables
+	.docs/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation -c constraints.txt -r docs/site/requirements.txt -e .
 	@touch $@

@@ -15,6 +15,7 @@ from fleet.cli.app import app
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "deploy" / "kubernetes" / "README.md"]
 GUIDE = ROOT / "docs" / "SCALING.md"  # tests/cluster/test_guide.py runs it as a whole
+TUTORIAL = ROOT / "docs" / "TUTORIAL.md"  # so does test_tutorial.py
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 PROGRAMS = {"fleet", "python", "python3", "make", "docker", "kubectl", "curl", "srun", "sbatch", "export"}
 _ENV = r"(?:\w+=\S+ )*"
@@ -63,8 +64,9 @@ def fenced(page: Path, *languages: str) -> list[str]:
 
 
 def blocks() -> list[Block]:
-    """Of all pages but the guide, and of the examples."""
-    found = [_block(p, commands_in(text)) for p in PAGES if p != GUIDE for text in fenced(p, "", "bash", "sh")]
+    """Of all pages but the guide and the tutorial, and of the examples."""
+    pages = [page for page in PAGES if page not in (GUIDE, TUTORIAL)]
+    found = [_block(p, commands_in(text)) for p in pages for text in fenced(p, "", "bash", "sh")]
     for example in EXAMPLES:
         docstring = ast.get_docstring(ast.parse(example.read_text())) or ""
         for command in re.findall(r"(?:^|\s{3,})((?:fleet|python) .+)", docstring, re.M):
