@@ -6,13 +6,10 @@ Names only: see operations.py. torch calls a Backend by each operation's new nam
 from __future__ import annotations
 
 from datetime import timedelta
-from functools import wraps
 from typing import Any
 
 import torch
-from torch import distributed as dist
 from torch._C import _distributed_c10d as c10d
-from torch.distributed import distributed_c10d
 
 from fleet.torch.operations import Operations, Tensors
 from fleet.torch.process_group import NAME, FleetProcessGroup
@@ -94,59 +91,3 @@ class FleetBackend(c10d.Backend):
         _open.discard(self)
 
     abort = shutdown
-
-
-def _of_fleet(group: Any, device: torch.device) -> FleetBackend | None:
-    """The backend of a device's tensors, if it is fleet: itself, or within the wrapper for TORCH_DISTRIBUTED_DEBUG=DETAIL."""
-    backend: Any = group._get_backend(device)
-    while hasattr(backend, "wrapped_pg"):
-        backend = backend.wrapped_pg
-    return backend if isinstance(backend, FleetBackend) else None
-
-
-def _offer_source_of_recv() -> None:
-    """Makes torch's `recv` from any rank ask fleet's Work who sent: torch's cover of a Work in Python does not pass it on."""
-    of_torch = distributed_c10d.recv
-
-    @wraps(of_torch)
-    def recv(
-        tensor: torch.Tensor, src: int | None = None, group: Any = None, tag: int = 0, **others: Any
-    ) -> int | None:
-        called: Any = distributed_c10d.GroupMember.WORLD if group is None else group
-        is_known = src is not None or others.get("group_src") is not None
-        if is_known or called is distributed_c10d.GroupMember.NON_GROUP_MEMBER:
-            return of_torch(tensor, src, group, tag, **others)
-        backend = _of_fleet(called, tensor.device)
-        if backend is None:
-            return of_torch(tensor, src, group, tag, **others)
-        work = backend.recv_anysource([tensor], tag)
-        work.wait()
-        return distributed_c10d.get_global_rank(called, work.source_rank())
-
-    for module in (distributed_c10d, dist):
-        vars(module)["recv"] = recv
-
-
-def _pass_by_split() -> None:
-    """Lets ranks that a new group leaves out pass by fleet: torch crashes where a backend in Python splits off nothing."""
-    owner: Any = dist.ProcessGroup
-    of_torch = owner.split_group
-
-    @wraps(of_torch)
-    def split_group(
-        self: Any, ranks: list[int], timeout: Any = None, opts: Any = None, group_name: Any = None,
-        group_desc: Any = None, device_types: Any = None,
-    ) -> Any:  # fmt: skip
-        if self.rank() not in ranks:
-            of_all = device_types or self._device_types
-            others = [device for device in of_all if _of_fleet(self, device) is None]
-            if not others:
-                return None
-            device_types = others
-        return of_torch(self, ranks, timeout, opts, group_name, group_desc, device_types)
-
-    owner.split_group = split_group
-
-
-_offer_source_of_recv()
-_pass_by_split()

@@ -57,3 +57,7 @@ def _offer_to_torchs_functions() -> None:
 
 
 _offer_to_torchs_functions()
+if takes_one_of_several():
+    from fleet.torch import direct_calls
+
+    direct_calls.install()

@@ -12,7 +12,6 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 from fleet.torch import autoload
-from fleet.torch.substitution import takes_one_of_several
 
 autoload.register()
 dist.init_process_group("fleet")
@@ -84,8 +83,7 @@ def time_limits() -> None:
         dist.barrier()
         work.wait()
         assert x.sum() == 3
-        if not takes_one_of_several():  # torch 2.14 does not pass it on
-            assert work._source_rank() == 1
+        assert work._source_rank() == 1
     else:
         dist.barrier()
         if RANK == 1:
@@ -103,10 +101,12 @@ def errors() -> None:
         work.get_future().wait()
     with pytest.raises(RuntimeError, match=both_calls):
         work.get_future().then(lambda future: future.value()).wait()
-    if not takes_one_of_several():
-        assert isinstance(work.exception(), dist.DistBackendError)
-        assert work.is_completed()
-        assert not work.is_success()
+    assert isinstance(work.exception(), dist.DistBackendError)
+    assert work.is_completed()
+    assert not work.is_success()
+    work = dist.barrier(async_op=True)
+    work.wait()
+    assert work.is_completed()
 
 
 for part in (functions_that_wait_for_collectives, hooks_of_ddp, time_limits, errors):

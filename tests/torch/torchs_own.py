@@ -38,16 +38,8 @@ DIFFERS = {
     "test_monitored_barrier_wait_all_ranks": WORDS,
 }
 # Those that differ with torch 2.14 and later, too.
-COVER = "torch passes on wait() and the future alone of a Work that a backend in Python has made"
 DIFFERS_LATER = {
     "test_ddp_logging_data_cpu": "torch calls every backend in Python custom",
-    "test_irecv": COVER,
-    "test_isend": COVER,
-    "test_isend_autograd_profiler": COVER,
-    "test_isend_torch_profiler": COVER,
-    "test_send_recv_any_source": COVER,
-    "test_send_recv_any_source_autograd_profiler": COVER,
-    "test_send_recv_any_source_torch_profiler": COVER,
 }
 
 
