@@ -113,7 +113,7 @@ def premul_sum(factor: float) -> PremulSum:
 def span(name: str) -> AbstractContextManager[None]:
     """A context whose time the traces of this rank's job show under `name`, and so does `fleet status` in sum.
 
-    Spans may lie in each other. Each costs about a microsecond, and the last 4096 of a rank are kept.
+    Spans may lie in each other. Each costs about 2 µs, and the last 4096 of a rank are kept.
     """
     from fleet.collectives.timeline import TIMELINE
 
