@@ -132,6 +132,24 @@ def trace_command(
     trace(job, cluster.target() if cluster.address else None, output, seconds, merge or ())
 
 
+@o.command(job_commands, "report")
+def report_command(
+    job: Annotated[
+        str, typer.Argument(help="The job's id, or how it begins.", show_default="the only one that runs")
+    ] = "",
+    output: Annotated[Path, o.option("HTML file to write.", "--output", "-o")] = Path("report.html"),
+    *,
+    cluster: o.AnyClusterOptions,
+) -> None:
+    """Write a report of a job as one HTML file: what ran, where, how long, what held it up, why it failed.
+
+    Of a job that has ended with pictures, if it was submitted with --trace.
+    """
+    from fleet.cli.job_report import write_report
+
+    write_report(job, cluster.target() if cluster.address else None, output)
+
+
 @o.command(job_commands, "fetch")
 def fetch_command(
     job: o.Job,

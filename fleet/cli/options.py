@@ -220,6 +220,9 @@ class RunOptions:
     keep: Keep = None
     torch_backend: TorchBackend = None
     trace: TraceFile = None
+    report: Annotated[
+        Path | None, option("HTML file for a report of the job, with pictures of what each rank did.", default="none")
+    ] = None
     dry_run: DryRun = False
     stdin: Annotated[
         str | None, option("Who reads standard input: none, 0 (rank 0), or all.", default="0; on a cluster none")
@@ -233,6 +236,11 @@ class RunOptions:
     ] = GRACE_S
     secret_file: SecretFile = None
     insecure: Insecure = False
+
+    @property
+    def traces(self) -> bool:
+        """Whether ranks write what they do."""
+        return self.trace is not None or self.report is not None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from fleet import messages as m
 from fleet.bus.address import parse
 from fleet.cli.command_line import CommandLine
 from fleet.cli.embedded_cluster import Transport, embedded_cluster
+from fleet.cli.files import check_file
+from fleet.cli.job_report import save_report
 from fleet.cli.options import RunOptions
 from fleet.cli.output import MB, LocalOutput, bring, check_folder, local_output
 from fleet.cli.page import address_of
@@ -26,7 +28,7 @@ from fleet.cli.script import preload_for
 from fleet.cli.slurm import serve, step_cluster
 from fleet.cli.stdin import Readers, readers, standard_input
 from fleet.cli.submission import Submission, submission_of
-from fleet.cli.trace import check_file, save_trace
+from fleet.cli.trace import save_trace, take_traces
 from fleet.client.attached_job import AttachedJob, say
 from fleet.client.printer import Printer
 from fleet.client.report import exit_code, report
@@ -58,7 +60,8 @@ def run_job(command: CommandLine, options: RunOptions) -> int:
     if workers is None:
         workers = config.usable_cores() if task is None else task.task_count
     submission = submission_of(command, workers, options)
-    check_file(options.trace)
+    check_file(options.trace, "the trace")
+    check_file(options.report, "the report")
     imports, folder = submission.check(), _current_folder()
     orchestrator = options.orchestrator or config.orchestrator_address()  # None: embed one here
     who = readers(options.stdin, local=orchestrator is None and task is None)
@@ -100,8 +103,11 @@ def _run(place: _Place, workers: int, printer: Printer, interruption: _Interrupt
         ended = job.run()
     except BrokenPipeError:
         return BROKEN_PIPE  # the reader of our output has gone; leaving ends the job
+    ranks = take_traces(place.target, job.job_id, place.output) if options.traces else []
     if options.trace is not None:
-        save_trace(place.target, job.job_id, options.trace, place.output)
+        save_trace(options.trace, ranks)
+    if options.report is not None:
+        save_report(place.target, job.job_id, options.report, ended, ranks)
     if place.output is not None:
         place.output.say()
     if job.cancelled:

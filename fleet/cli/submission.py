@@ -87,7 +87,7 @@ def submission_of(
     grace_s = options.grace if isinstance(options, RunOptions) else GRACE_S
     scheduled = options.scheduling.job_options(name, sweep, grace_s)
     keep = tuple(options.keep or ())
-    traces = options.trace not in (None, False)
+    traces = options.traces if isinstance(options, RunOptions) else options.trace
     return Submission(command, workers, scheduled, options.max_bundle << 20, keep, options.torch_backend, traces)
 
 

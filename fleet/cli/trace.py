@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fleet.bus.trees import remove_tree
+from fleet.cli.files import check_file
 from fleet.cli.output import LocalOutput
 from fleet.cli.why import activities
 from fleet.client.attached_job import say
@@ -28,7 +28,7 @@ def trace(job_id: str, target: Target | None, path: Path, seconds: float | None,
     """Writes the trace of a job that runs, or that wrote one. Raises UsageError, FleetError."""
     from fleet.client.traces import of_activity, of_ended, untraced
 
-    check_file(path)
+    check_file(path, "the trace")
     if target is not None and job_id:
         with JobClient(target) as client:
             job = client.job(job_id)
@@ -48,17 +48,8 @@ def trace(job_id: str, target: Target | None, path: Path, seconds: float | None,
     _write(path, ranks, clocks, merge)
 
 
-def check_file(path: Path | None) -> None:
-    """Raises UsageError, before a job runs for hours, if its trace could not be written there."""
-    if path is None:
-        return
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
-        raise UsageError(f"the trace cannot be written to {path}: it must be a file in a folder that is there")
-
-
-def save_trace(target: Target, job_id: str, path: Path, output: LocalOutput | None) -> None:
-    """Writes the trace of a job of this command that has ended. Says why where there is none."""
+def take_traces(target: Target, job_id: str, output: LocalOutput | None) -> list[TracedRank]:
+    """Traces that a job of this command wrote, once it has ended. Says why there are none."""
     from fleet.client.traces import of_ended, of_folder
 
     try:
@@ -69,12 +60,21 @@ def save_trace(target: Target, job_id: str, path: Path, output: LocalOutput | No
         else:
             with JobClient(target) as client:
                 ranks = of_ended(client, client.job(job_id))
-        if ranks:
-            _write(path, ranks)
-        else:
+        if not ranks:
             say("there is no trace: no rank of this job called fleet.init(), or used fleet's backend of torch")
+        return ranks
     except (FleetError, OSError) as error:
-        say(f"the trace was not written: {error}")
+        say(f"there is no trace: {error}")
+        return []
+
+
+def save_trace(path: Path, ranks: list[TracedRank]) -> None:
+    """Writes the trace of a job of this command, if there is one."""
+    if ranks:
+        try:
+            _write(path, ranks)
+        except UsageError as error:
+            say(str(error))
 
 
 def _write(path: Path, ranks: list[TracedRank], clocks: Clocks | None = None, merge: Sequence[Path] = ()) -> None:

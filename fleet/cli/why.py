@@ -22,16 +22,22 @@ def explain(job_id: str, count: int, target: Target | None, as_json: bool, stack
     return "\n".join(described(f.answers, len(f.silent), count, f.straggler) for f in found)
 
 
+def targets_here() -> list[Target]:
+    """Clusters that are embedded in each `fleet run` of this user on this machine; some may be left by killed ones."""
+    sockets = [folder / "orchestrator" for folder in own_folders()]
+    return [
+        Target("this machine", f"ipc://{socket}", Lock(), LOCAL_WITHIN_S, local=True)
+        for socket in sockets
+        if socket.is_socket()
+    ]
+
+
 def activities(job_id: str, target: Target | None, trace_s: float = 0.0, stacks: bool = False) -> list[Activity]:
     """Answers of the ranks of a job; without a cluster, of this user's jobs on this machine. See rank_activity.ask."""
     if target is not None:
         return [ask(target, job_id, trace_s, stacks)]
     found, reasons = [], []
-    for folder in own_folders():
-        socket = folder / "orchestrator"
-        if not socket.is_socket():
-            continue
-        local = Target("this machine", f"ipc://{socket}", Lock(), LOCAL_WITHIN_S, local=True)
+    for local in targets_here():
         try:
             found.append(ask(local, job_id, trace_s, stacks))
         except UsageError as error:

@@ -145,7 +145,7 @@ def events(line: TracedJob) -> Iterator[Event]:
                 (one.began, one.ended, one.made.operation, "collective", _arguments(one, last, line))
                 for one in arrivals
             ]
-            tracks.add(title, slices, [_key(rank, one.made) for one in arrivals])
+            tracks.add(title, slices, [key_of(rank, one.made) for one in arrivals])
         yield from tracks.events
         yield from _counters(line, rank, pid, mine)
         for key, (ns, tid) in tracks.places.items():
@@ -241,7 +241,7 @@ def last_of_each(line: TracedJob) -> dict[Key, Last]:
     groups: dict[Key, list[Arrival]] = defaultdict(list)
     members: dict[tuple[int, int, int], set[int]] = defaultdict(set)
     for one in line.collectives:
-        key = _key(line.ranks[one.place], one.made)
+        key = key_of(line.ranks[one.place], one.made)
         groups[key].append(one)
         members[key[:3]].add(one.place)
     came = {}
@@ -264,7 +264,7 @@ def _arguments(one: Arrival, last: Mapping[Key, Last], line: TracedJob) -> Event
     found: Event = {"number": made.sequence, "bytes": made.byte_count, "path": made.path, "line": made.line}
     if not made.ended:
         found["state"] = "has not ended"
-    if (came := last.get(_key(rank, made))) is not None:
+    if (came := last.get(key_of(rank, made))) is not None:
         found["last"] = f"rank {line.ranks[came.place].rank}" if came.is_clear else UNCLEAR
         found["last_by_us"] = microseconds(came.lead_ns)
         found["before_the_last_us"] = microseconds(came.began - one.began)
@@ -301,7 +301,7 @@ def _counter(pid: int, name: str, ns: int, unit: str, value: float) -> Event:
     return {"ph": "C", "name": f"{name} ({unit})", "pid": pid, "tid": 0, "ts": microseconds(ns), "args": {unit: value}}
 
 
-def _key(rank: TracedRank, made: TracedCollective) -> Key:
+def key_of(rank: TracedRank, made: TracedCollective) -> Key:
     return rank.attempt, made.generation, made.communicator_id, made.sequence
 
 

@@ -79,18 +79,13 @@ def test_a_trace_of_a_run(tmp_path: Path) -> None:
 def test_a_killed_rank_has_its_trace(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    done = fleet(
-        "run",
-        "--workers",
-        "2",
-        "--trace",
-        str(tmp_path / "trace.json"),
-        "--output",
-        str(tmp_path / "out"),
-        str(script),
-        "killed",
-    )
+    files = ("--trace", str(tmp_path / "trace.json"), "--report", str(tmp_path / "report.html"))
+    done = fleet("run", "--workers", "2", *files, "--output", str(tmp_path / "out"), str(script), "killed")
     assert done.returncode == 128 + 9
+    report = (tmp_path / "report.html").read_text()
+    assert "rank 1 failed" in report
+    assert "killed by signal 9 (SIGKILL)" in report
+    assert "The last collectives of each rank" in report
     _, found = made(tmp_path / "trace.json")
     assert found["rank 1 collective"] == ["all_reduce"] * 5
     assert found["rank 0 collective"] == [*["all_reduce"] * 5, "barrier"]
@@ -120,10 +115,19 @@ def test_traces_of_jobs_of_a_cluster(tmp_path: Path) -> None:
         _, found = made(trace)
         assert found["rank 1 collective"][:5] == ["all_reduce"] * 5
         assert "wrote nothing into FLEET_OUTPUT_DIR" in fleet("fetch", job_id, "--list", **variables).stdout
+        report = tmp_path / "report.html"
+        done = fleet("report", job_id, "-o", str(report), **variables)
+        assert done.returncode == 0, done.stderr
+        assert '<strong class="bad">cancelled' in report.read_text()
+        assert "The last collectives of each rank" in report.read_text()
         without = fleet("submit", str(folder / "train.py"), **variables).stdout.strip()
         fleet("wait", without, **variables)
         done = fleet("trace", without, "-o", str(trace), **variables)
         assert (done.returncode, done.stdout) == (2, "")
+        assert fleet("report", without, "-o", str(report), **variables).returncode == 0
+        assert '<strong class="good">succeeded' in report.read_text()
+        assert "Its ranks wrote no trace" in report.read_text()
+        assert "ready" in report.read_text()
         assert f"job {without} has ended (succeeded), and its ranks wrote no trace" in done.stderr
     with runtime_folder():
         pass
