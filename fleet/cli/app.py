@@ -21,7 +21,6 @@ _MISTAKE: Any = typer.BadParameter.__mro__[2]  # base of typer's errors for what
 RUN_SOMETHING = ("run", "submit", "sweep")  # commands with a script's words behind their own
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train a model with more than one Python process, on one machine or many.",

@@ -74,15 +74,23 @@ def sweep_command(
 def jobs_command(
     sweep: Annotated[str, o.option("The points and results of this sweep instead.", default="all jobs")] = "",
     limit: Annotated[int, o.option("The newest so many.", check=o.at_least_1)] = 50,
+    watch: Annotated[bool, o.option("Go on with what changes, until Ctrl-C.", "--watch", "-w")] = False,
     as_json: o.AsJson = False,
     *,
     cluster: o.ClusterOptions,
 ) -> None:
-    """List jobs, the newest first. With --sweep: the table of a sweep, with what has come of it so far."""
+    """List jobs, the newest first. With --sweep: the table of a sweep, with what has come of it so far.
+
+    With --watch in a terminal, the list is drawn anew as it changes; elsewhere each change is a line, with --json an object.
+    """
     from fleet.cli.jobs import list_jobs
     from fleet.cli.sweep import again
 
     target = cluster.target()
+    if watch:
+        from fleet.cli.watch import watch as go_on
+
+        go_on(target, sweep, limit, as_json)
     typer.echo(again(target, sweep, as_json) if sweep else list_jobs(target, limit, as_json))
 
 

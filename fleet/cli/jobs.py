@@ -70,7 +70,7 @@ def listed(found: m.Jobs, as_json: bool) -> str:
         return in_json(found.jobs)
     if not found.jobs:
         return "there is no job in this cluster"
-    rows = table([COLUMNS, *map(_row, found.jobs)], terminal_width(), whole=COLUMNS[:1])
+    rows = table([COLUMNS, *map(row, found.jobs)], terminal_width(), whole=COLUMNS[:1])
     return rows + (f"\n{found.left_out} older ones are left out: --limit" if found.left_out else "")
 
 
@@ -229,7 +229,7 @@ def _ran_s(job: m.JobInfo) -> float:
     return (job.ended_at or time()) - job.started_at if job.started_at else 0.0
 
 
-def _row(job: m.JobInfo) -> tuple[str, ...]:
+def row(job: m.JobInfo) -> tuple[str, ...]:
     what = job.options.name or " ".join((Path(job.target).name, *job.args))
     where = ", ".join(dict.fromkeys(job.workers)) if job.workers else job.reason or job.waits_for
     ran, age = span(_ran_s(job)) if job.started_at else "-", span(time() - job.submitted_at)

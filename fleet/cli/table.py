@@ -20,9 +20,13 @@ def in_json(answer: Any) -> str:
     return json.dumps(msgspec.to_builtins(answer), indent=1)
 
 
+def terminal_size() -> tuple[int, int]:
+    """Columns and lines of the terminal; 80 and 24 where standard output is none."""
+    return shutil.get_terminal_size((80, 24))
+
+
 def terminal_width() -> int:
-    """Columns of the terminal; 80 where standard output is none."""
-    return shutil.get_terminal_size((80, 24)).columns
+    return terminal_size()[0]
 
 
 def span(seconds: float) -> str:

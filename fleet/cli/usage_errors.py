@@ -9,13 +9,14 @@ from collections.abc import Iterable, Sequence
 from fleet.errors import UsageError
 
 _NUMBERS = (("integer", "a whole number"), ("number", "a number"), ("float", "a number"))  # as the parser names them
+ALONE = ("--help", "--version", "--install-completion", "--show-completion")  # options of `fleet` itself
 _RUNS = (".py", ".pyz", ".zip")
 
 
 def check_command(words: Sequence[str], commands: Iterable[str]) -> None:
     """Raises UsageError where the first word after `fleet` is no command."""
     names = sorted(commands)
-    if not words or words[0] in names or words[0] in ("--help", "--version"):
+    if not words or words[0] in names or words[0] in ALONE:
         return
     first = words[0]
     if first in ("-h", "help"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -17,6 +18,7 @@ from time import monotonic
 
 from tests.chaos.commands import FLEET, environment
 
+_CUT_OFF = re.compile(r"\x1b(\[[?0-9;]*)?\Z")  # a sequence whose rest is still to come
 _PIECE = re.compile(r"\x1b\[(\??)([0-9;]*)([A-Za-z])|(\x1b.?)|([\x00-\x1f\x7f])|([^\x00-\x1f\x7f]+)")
 
 
@@ -30,6 +32,7 @@ class Seen:
         self.all = ""
         self._cells = [[" "] * columns for _ in range(lines)]
         self._at = (0, 0)
+        self._begun = ""
 
     @property
     def text(self) -> str:
@@ -37,17 +40,22 @@ class Seen:
 
     def take(self, text: str) -> None:
         self.all += text
-        for question, numbers, letter, other, control, words in _PIECE.findall(text):
+        text = self._begun + text
+        found = _CUT_OFF.search(text)
+        self._begun = found.group() if found else ""
+        for question, numbers, letter, other, control, words in _PIECE.findall(text[: len(text) - len(self._begun)]):
             if question:
                 self.modes |= dict.fromkeys(numbers.split(";"), letter == "h")
                 if numbers == "1049":
                     self._cells = [[" "] * self.columns for _ in range(self.lines)]
+            elif letter and not self.modes.get("1049"):
+                self.written += f"<{numbers}{letter}>"
             elif letter:
                 self._escape(letter, numbers)
             elif other:
                 raise AssertionError(f"{other!r} in {text!r}")
             elif not self.modes.get("1049"):
-                self.written += control + words
+                self.written += control.replace("\r", "") + words
             elif control:
                 raise AssertionError(f"{control!r} in {text!r}")
             else:
@@ -78,6 +86,7 @@ class InTerminal:
 
     def __init__(self, words: tuple[str, ...], columns: int, lines: int, variables: dict[str, str]) -> None:
         self._fd, there = pty.openpty()
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
         self.seen = Seen(columns, lines)
         self._size(columns, lines)
         self.before = termios.tcgetattr(self._fd)
@@ -110,13 +119,13 @@ class InTerminal:
             data = os.read(self._fd, 65536)
         except OSError:  # the other end is closed
             return False
-        self.seen.take(data.decode())
+        self.seen.take(self._decoder.decode(data))
         return bool(data)
 
     def until(self, pattern: str, within_s: float = 40.0) -> str:
-        """The screen, once it matches."""
+        """The screen, or what was written without one, once it matches."""
         end = monotonic() + within_s
-        while not re.search(pattern, self.seen.text, re.M):
+        while not re.search(pattern, self.seen.text if self.seen.modes.get("1049") else self.seen.written, re.M):
             assert monotonic() < end, f"{pattern!r} never came:\n{self.seen.text}\n{self.seen.written}"
             self.read(0.2)
         return self.seen.text

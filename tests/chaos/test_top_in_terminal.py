@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.commands import fleet
+from tests.chaos.commands import fleet, started, wait_for
 from tests.chaos.place import Place
 from tests.chaos.terminal import InTerminal, in_terminal
 
@@ -92,7 +92,7 @@ def test_top_in_a_terminal(tmp_path: Path) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             a_signal_gives_the_terminal_back(visit, number)
         without_a_screen_it_prints_what_is_there(visit, trains)
-        visit.fleet("cancel", trains)
+        the_list_of_jobs_goes_on(visit, trains)
 
 
 def a_job_is_opened(top: InTerminal, job: str) -> None:
@@ -190,3 +190,24 @@ def without_a_screen_it_prints_what_is_there(visit: Visit, job: str) -> None:
     missing = fleet("top")
     assert missing.returncode == 2
     assert "which cluster?" in missing.stderr
+
+
+def the_list_of_jobs_goes_on(visit: Visit, job: str) -> None:
+    """`fleet jobs -w` in a terminal, and appended to pipes."""
+    with (
+        in_terminal("jobs", "-w", **visit.variables) as drawn,
+        started("jobs", "-w", **visit.variables) as lines,
+        started("jobs", "--watch", "--json", **visit.variables) as objects,
+    ):
+        drawn.until(rf"^{job}  running .*<K>$")
+        wait_for(lines, rf"^({job})  running ")
+        wait_for(objects, rf'("job_id":"{job}","state":"running")')
+        visit.fleet("cancel", job)
+        drawn.until(r"<4A>JOB  ")  # over the list before
+        drawn.until(rf"^{job}  cancelled .*<K>$")
+        wait_for(lines, rf"^\d\d:\d\d:\d\d  ({job})  cancelled ")
+        wait_for(objects, rf'("job_id":"{job}","state":"ended","outcome":"cancelled")')
+        drawn.press("\x03")
+        assert drawn.ended() == 130
+        lines.send_signal(signal.SIGINT)
+        assert (lines.wait(20), lines.stderr.read() if lines.stderr else None) == (130, "")

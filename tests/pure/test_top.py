@@ -15,8 +15,8 @@ from tests.pure.test_view import NOW, asked, busy
 
 CLUSTER = """\
 fleet top  here:50051                                                       live
-1 of 3 workers are ready; 1 lost; 1 draining; 3 of 7 slots are busy; 1 job runs;
-3 jobs wait, the oldest for 6 s.
+1 of 3 workers are ready; 1 lost; 1 draining; 3 of 7 slots are busy; job j runs
+on 3 of 3 ranks; 3 jobs wait, the oldest for 6 s.
 WORKERS 3
 HOST      WORKER  STATE     SLOTS       CPU  JOBS
 10.0.0.2  w2      lost      #..    1/3  0 %  j
