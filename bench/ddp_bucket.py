@@ -54,8 +54,7 @@ def measure(rounds: int, file: Path | None) -> None:
     cpu_s = dict.fromkeys(times, 0.0)
     for number in range(rounds + MOVED_AFTER):
         for system in times:
-            bucket.fill_(1.0)
-            window.fill_(1.0)
+            (bucket if system == "fleet-bucket" else window).fill_(1.0)
             comm.barrier()
             started, cpu = time.perf_counter(), time.process_time()
             if system == "fleet-bucket":

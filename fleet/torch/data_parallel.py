@@ -1,7 +1,8 @@
 """Data parallel training of one model: every rank has a copy, and gradients are means over all ranks.
 
 Gradients lie in memory that the ranks of a host share, in buckets, where they are reduced while backward still computes
-others. Knows modules and a communicator, and nothing of torch.distributed.
+others, or all at its end where that would take a core from it. Knows modules and a communicator, and nothing of
+torch.distributed.
 """
 
 from __future__ import annotations
