@@ -5,7 +5,7 @@ import { Chart, at, bar } from "./charts.js";
 import { amount, el, many, note, percent, say, shownOf, span, visible } from "./dom.js";
 import { meter } from "./workers.js";
 
-const BARS_AT_MOST = 16, WORKERS_SHOWN = 32;
+const BARS_AT_MOST = 16, WORKERS_SHOWN = 16;
 
 export class Use {
   constructor(place, job) {
@@ -62,7 +62,8 @@ export class Use {
     this.tasks(ranks.find((rank) => rank.task >= 0), now);
     if (cpu.some((value) => value !== null)) this.cpu.add(now, cpu, names);
     if (ranks.length) this.memory.add(now, memory, names);
-    const shown = used.slice(0, WORKERS_SHOWN);
+    const sorted = [...used].sort((a, b) => a.worker_id.localeCompare(b.worker_id, undefined, { numeric: true }));
+    const shown = sorted.slice(0, WORKERS_SHOWN);
     this.workers.replaceChildren(...shown.map((one) => el("div", { class: "use" }, el("b", {}, one.worker_id), " ", el("span", { class: "note" }, one.host), meter(one.load, "CPU"),
       meter(one.memory_bytes / (one.memory_limit_bytes || 1), "memory"), el("span", { class: "figure" }, amount(one.memory_bytes)))));
     note(this.said, [shownOf(shown.length, used.length, "workers"), ranks.length > BARS_AT_MOST ? `bands: least, quartiles, most of ${ranks.length} ranks` : ""].filter(Boolean).join("; "));
