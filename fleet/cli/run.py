@@ -71,6 +71,8 @@ def run_job(command: CommandLine, options: RunOptions) -> int:
         )
         print(submission.listed() if orchestrator else stays)
         return 0
+    if task is not None and options.dashboard:
+        raise UsageError("--dashboard is for this machine or a cluster with an orchestrator; a Slurm step has no page")
     if task is not None and submission.workers != task.task_count:
         raise UsageError(
             f"--workers is {submission.workers}, and srun started {task.task_count} tasks: each is one rank, so leave it out"

@@ -60,7 +60,6 @@ class ClusterPages:
             "/events": self._events,
             "/api/job": self._job,
             "/api/output": self._output,
-            "/api/log": self._log,
             "/api/search": self._search,
             "/api/ranks": self._ranks,
             "/api/use": self._use,
@@ -139,19 +138,6 @@ class ClusterPages:
         words = _words(request)
         found = self._window.output(words("id"), _number(words("after")))
         return _json(found._asdict() | {"instance": self._window.instance})
-
-    def _log(self, request: HttpRequest) -> HttpResponse:
-        """The log of one rank of a submitted job, from an offset on; a negative one counts from the end."""
-        words = _words(request)
-        job_id, rank = words("id"), _number(words("rank"))
-        with self._window.look() as view:
-            job = view.scheduler.jobs.get(job_id)
-            if job is None or not 0 <= rank < job.world_size:
-                return _said(f"there is no rank {rank} of a job {job_id!r} here", HTTPStatus.NOT_FOUND)
-            if not job.detached:
-                return _said("only what `fleet submit` started has a log", HTTPStatus.NOT_FOUND)
-        offset, data, at_end = self._window.logs.read(job_id, rank, _number(words("offset")))
-        return _json({"offset": offset, "data": data, "at_end": at_end})
 
     def _search(self, request: HttpRequest) -> HttpResponse:
         """Lines of a submitted job's logs that have a text, from a rank and an offset on; a part of them at a time."""
@@ -273,6 +259,6 @@ def _words(request: HttpRequest) -> Callable[[str], str]:
 
 def _number(text: str) -> int:
     try:
-        return int(text or "0"[:20])
+        return int((text or "0")[:20])
     except ValueError:
         raise FleetError(f"{text[:40]!r} is no number") from None
