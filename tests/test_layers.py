@@ -65,6 +65,7 @@ DECIDERS = (
     "fleet/collectives/pace.py",
     "fleet/collectives/schedule.py",
     "fleet/deadlines.py",
+    "fleet/notebook/marks.py",
     "fleet/orchestrator/answers.py",
     "fleet/orchestrator/assignments.py",
     "fleet/orchestrator/clients.py",

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.init import init
+from fleet.notebook.marks import end_mark
 from fleet.worker.rank_process import end_at_users_code, users_part
 
 SHOWN_CHARS = 20_000  # of a value, for a person
@@ -39,11 +40,6 @@ class Ending(NamedTuple):
     error: str = ""  # the last line of the traceback; empty: the cell succeeded
     traceback: str = ""
     usable: bool = True  # False: this rank has not met the others, and makes no further cell
-
-
-def end_mark(number: int) -> bytes:
-    """The line behind all that a rank prints in a cell, on each stream. Its first byte is in no text."""
-    return b"\x00end of cell %d\n" % number
 
 
 def run_source(start: Start, source: str, name: str, shows: bool) -> Ending:

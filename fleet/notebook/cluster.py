@@ -251,7 +251,8 @@ class Cluster:
             packed.release()
         ranks.again = called.error() is not None
         if not all(ending.usable for ending in called.endings.values()):
-            ranks.begin_again()  # some rank has not met the others, and may never do
+            print(f"fleet: the ranks have not met; {NEW_RANKS}", file=sys.stderr)
+            ranks.begin_again()
         return called
 
     def _replace_lost(self, ranks: _Ranks) -> None:

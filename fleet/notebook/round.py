@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
@@ -18,8 +17,9 @@ from fleet.client.output_sequence import OutputSequence
 from fleet.client.printer import Printer
 from fleet.client.report import report
 from fleet.errors import FleetError, rank_set
-from fleet.notebook.cells import Ending, end_mark
+from fleet.notebook.cells import Ending
 from fleet.notebook.gang import Event, Gang, Interrupted, Returned
+from fleet.notebook.marks import Marks
 from fleet.text import shown
 
 INTERRUPT_AFTER_S = 1.0  # after the first failure: the other ranks may wait for that one
@@ -77,16 +77,13 @@ class Round:
         self._gang = gang
         self._size = size
         self._number = number
-        self._mark = end_mark(number)
+        self._marks = Marks(number, size)
         self._sequence = sequence
         self.endings: dict[int, Ending] = {}  # by rank, in the order of time
         self.interrupted = False  # by a person
         self._hurried: set[int] = set()  # ranks that were interrupted because another one had failed
         self._hurries_at: float | None = None
         self._until: float | None = None  # what has not come then does not come
-        # The last line of each stream that began, perhaps as a mark does. Marks are printed to both streams of a rank.
-        self._rest: dict[tuple[int, str], bytes] = {}
-        self._marks_missing = {(rank, stream) for rank in range(size) for stream in ("stdout", "stderr")}
         out, err = cast(TextIO, _Shown("stdout")), cast(TextIO, _Shown("stderr"))
         self._printer = Printer(size, out, err, lambda stream: False, None)
         self._printer.name_of = name_of
@@ -105,7 +102,7 @@ class Round:
                     self._hurried = set(range(self._size)) - self.endings.keys()
                     self._gang.interrupt()
         finally:
-            for source, rest in self._rest.items():
+            for source, rest in self._marks.rest().items():
                 self._printer.write(*source, rest, monotonic())
             self._printer.finish(monotonic())
 
@@ -114,7 +111,7 @@ class Round:
             return False
         if self._until is None:
             self._until = monotonic() + OUTPUT_WITHIN_S
-        return not self._marks_missing or monotonic() >= self._until
+        return not self._marks.missing or monotonic() >= self._until
 
     def _patience(self) -> float | None:
         deadlines = (self._printer.next_deadline(), self._hurries_at, self._until)
@@ -128,7 +125,8 @@ class Round:
                 self._hurries_at = monotonic() + INTERRUPT_AFTER_S
         elif isinstance(event, m.Output):
             if self._sequence.is_next(event):
-                self._print((event.member_id, event.stream), event.data)
+                source = event.member_id, event.stream
+                self._printer.write(*source, self._marks.take(source, event.data), monotonic())
             for reply in self._sequence.replies(event):
                 self._gang.put(reply)
         elif isinstance(event, Interrupted):
@@ -144,18 +142,6 @@ class Round:
             raise RanksLost(how_it_ended(event, self._size, self._printer.recent))
         elif isinstance(event, BaseException):
             raise event
-
-    def _print(self, source: tuple[int, str], data: bytes) -> None:
-        """Shows what stands before and behind a mark. A part at the end that may become a mark waits for more."""
-        data = self._rest.pop(source, b"") + data
-        before, mark, behind = data.partition(self._mark)
-        if mark:
-            self._marks_missing.discard(source)
-            data = before + behind
-        begun = data.rfind(b"\0")
-        if begun >= 0 and self._mark.startswith(data[begun:]):
-            data, self._rest[source] = data[:begun], data[begun:]
-        self._printer.write(*source, re.sub(rb"\0end of cell \d+\n", b"", data), monotonic())
 
     # What it came to
 
