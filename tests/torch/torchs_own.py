@@ -117,6 +117,8 @@ def torchs_own(way: Way) -> type[unittest.TestCase]:
     from fleet.torch import autoload
 
     autoload.register()
+    if os.environ["FLEET_TORCH_BACKEND"]:
+        importlib.import_module("fleet.torch.registration")  # here, for all ranks
     common_distributed.TIMEOUT_OVERRIDE.clear()
     name = "torch.testing._internal.distributed.distributed_test"
     sys.modules.pop(name, None)  # decorators look at the backend once
