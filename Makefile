@@ -2,12 +2,13 @@
 # Another interpreter: make test PYTHON=python3.12. A .venv that another one made is made anew.
 
 PYTHON ?= python3
+PYTHONS ?= python3.11 python3.12 python3.13
 SOAK_S ?= 600
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-frameworks test-torch test-newer-torch soak bench docs clean
+.PHONY: help demo check test test-frameworks test-torch test-newer-torch soak bench docs wheel clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile
@@ -49,8 +50,14 @@ docs: .docs/.installed ## the documentation site, in build/docs; a warning is an
 	NO_MKDOCS_2_WARNING=1 .docs/bin/mkdocs build --strict --quiet
 	.docs/bin/python docs/site/check.py build/docs
 
+wheel: .release/.installed ## sdist and wheel in dist, each tried in a fresh environment of each Python of PYTHONS that is at hand
+	rm -rf dist
+	.release/bin/python -m hatchling build
+	.release/bin/twine check --strict dist/*
+	.release/bin/python .ci/try_wheel.py dist $(PYTHONS)
+
 clean: ## remove what the other verbs made
-	rm -rf .venv .frameworks .newer-torch .docs .peers build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .frameworks .newer-torch .docs .release .peers build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name .git -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Who names an interpreter wants that one, whatever made the .venv that is there.
@@ -100,4 +107,9 @@ away:
 	$(PYTHON) -m venv --clear .docs
 	.docs/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt hatchling editables
 	.docs/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation -c constraints.txt -r docs/site/requirements.txt -e .
+	@touch $@
+
+.release/.installed: constraints.txt .ci/release-requirements.txt
+	$(PYTHON) -m venv --clear .release
+	.release/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt hatchling -r .ci/release-requirements.txt
 	@touch $@

@@ -19,7 +19,7 @@ from typing import Literal, cast
 from fleet.errors import ConfigError
 from fleet.secret import checked, read_secret
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"  # pyproject.toml reads it here
 DEFAULT_ORCHESTRATOR = "orchestrator:50051"
 ORCHESTRATOR_PORT = 50051
 WORKER_PORT = 50052

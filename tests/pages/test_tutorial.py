@@ -18,7 +18,7 @@ import pytest
 
 from fleet.bus.address import free_port
 from tests.chaos.commands import environment, started, wait_for
-from tests.pages.pages import GUIDE, ROOT, TUTORIAL, commands_in
+from tests.pages.pages import GUIDE, TUTORIAL, commands_in
 
 TYPED_ELSEWHERE = ("make demo", "export PATH=")  # by CI, and by the person whose shell it is
 CLUSTER = "A cluster"
@@ -35,12 +35,12 @@ def steps() -> Iterator[tuple[str, str, str]]:
 
 
 def expected(line: str) -> str:
-    """A pattern for a line that the page shows: pids, and which worker has rank 0, may be others."""
-    return re.sub(r"(?<=pid\\ )\d+|(?<=tensorfleet\\-worker\\-)\d", r"\\d+", re.escape(line))
+    """A pattern for a line that the page shows: pids, shares of time, and which worker has rank 0, may be others."""
+    return re.sub(r"(?<=pid\\ )\d+|\d+(?=\\ %)|(?<=tensorfleet\\-worker\\-)\d", r"\\d+", re.escape(line))
 
 
 class Reader:
-    """A reader at a shell, in a folder that has the examples."""
+    """A reader at a shell, in a folder of its own."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
@@ -100,11 +100,10 @@ class Reader:
         self._worker_count = max(count, self._worker_count)
 
 
-@pytest.mark.skipif(not importlib.util.find_spec("sklearn"), reason="torch and scikit-learn are not installed")
+@pytest.mark.skipif(not importlib.util.find_spec("torch"), reason="torch is not installed")
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_every_step_of_the_tutorial(tmp_path: Path) -> None:
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
     compared = 0
     with ExitStack() as stack:
         reader = Reader(tmp_path, stack)
