@@ -78,8 +78,18 @@ def status(target: Target, prefix: str, as_json: bool) -> str:
     with JobClient(target) as client:
         job = client.job(prefix)
         if as_json:
-            return in_json(job)
+            return in_json(msgspec.to_builtins(job) | {"used": _used(client, job)})
         return described(job)
+
+
+def _used(client: JobClient, job: m.JobInfo) -> list[m.Used]:
+    """What a job that runs uses on each of its workers, and each of its ranks there."""
+    if job.state != "running":
+        return []
+    try:
+        return client.measure(job.job_id, len(set(job.workers)))
+    except UsageError:
+        return []  # it has ended meanwhile
 
 
 def described(job: m.JobInfo) -> str:

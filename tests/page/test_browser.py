@@ -5,6 +5,7 @@ One start of the browser and the cluster serves all checks, which follow each ot
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import ExitStack
 from pathlib import Path
@@ -176,6 +177,8 @@ def each_rank_says_what_it_is_doing(visit: Visit, job: str) -> None:
     visit.press(".doing button:not(.trace)")
     visit.seen.until("document.querySelectorAll('.doing details').length === 2")
     assert "trains.py" in visit.seen.text(".doing")
+    used = json.loads(visit.fleet("status", "--json", job))["used"]  # what the page shows is in --json too
+    assert sorted(rank["rank"] for worker in used for rank in worker["ranks"]) == [0, 1]
     assert "thread MainThread" in visit.seen.run("return document.querySelector('.doing pre').textContent")
     visit.press(".doing .trace")
     visit.seen.until("document.querySelector('#said').innerText.includes('is downloaded')")
