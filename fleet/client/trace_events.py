@@ -101,8 +101,6 @@ def traced_job(
     ranks: Sequence[TracedRank], clocks: Clocks | None = None, slices_at_most: int = SLICES_AT_MOST
 ) -> TracedJob:
     """The traces on one clock: the newest slices of each rank, as many of all as given."""
-    found = align(ranks, clocks)
-    unknown = frozenset(rank.trace.clock for rank in ranks if not found.knows(rank.trace.clock))
     share = max(1, slices_at_most // len(ranks))
     kept, made = [], 0
     for rank in ranks:
@@ -110,6 +108,8 @@ def traced_job(
         last = {(one.generation, one.communicator_id): one.sequence for one in trace.collectives}
         made += sum(last.values()) + max(trace.slice_count, len(trace.slices))
         kept.append(rank._replace(trace=_newest(trace, share)))
+    found = align(kept, clocks)  # by what is shown: clocks drift
+    unknown = frozenset(rank.trace.clock for rank in ranks if not found.knows(rank.trace.clock))
     line = TracedJob(kept, found, unknown, made=made)
     times = []
     for place, rank in enumerate(kept):
