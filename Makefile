@@ -98,7 +98,7 @@ away:
 # torch 2.14 has a Backend that Python can make, and hooks around the collectives of others.
 .newer-torch/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .newer-torch
-	grep -v '^torch==' constraints.txt >.newer-torch/constraints.txt
+	grep -v -E '^(torch|triton|nvidia-|cuda-)' constraints.txt >.newer-torch/constraints.txt
 	.newer-torch/bin/python -m pip --disable-pip-version-check install --quiet -c .newer-torch/constraints.txt hatchling editables
 	.newer-torch/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation -c .newer-torch/constraints.txt torch==2.14.1 -e '.[test]'
 	@touch $@
