@@ -308,7 +308,7 @@ def key_of(rank: TracedRank, made: TracedCollective) -> Key:
 def _newest(trace: Trace, count: int) -> Trace:
     """The trace with its newest collectives and slices alone, and with the samples of that time."""
     began = sorted([one.began for one in trace.collectives] + [one.began for one in trace.slices], reverse=True)
-    since = (began[:count] or [0.0])[-1]
+    since = began[count - 1] if len(began) > count else 0.0
     return replace(
         trace,
         collectives=tuple(one for one in trace.collectives if one.began >= since),

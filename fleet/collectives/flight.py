@@ -19,7 +19,7 @@ from fleet.collectives.operation import Operation
 from fleet.collectives.recorder import Recorder, text
 from fleet.collectives.script_line import described, sendable, users_frame
 from fleet.collectives.stacks import stacks_of_all_threads
-from fleet.collectives.timeline import KEPT, TIMELINE
+from fleet.collectives.timeline import TIMELINE
 from fleet.config import RankSettings
 from fleet.values import TRACE_COLLECTIVES_AT_MOST, Trace, TracedCollective, TracedSlice
 
@@ -98,7 +98,8 @@ class Flights:
         collectives.sort(key=lambda one: one.began)
         slices = tuple(TracedSlice(*found) for found in TIMELINE.since(since))
         is_whole = is_whole and TIMELINE.is_whole_since(since) and len(collectives) <= TRACE_COLLECTIVES_AT_MOST
-        return made_of(tuple(collectives[-TRACE_COLLECTIVES_AT_MOST:]), slices, is_whole)
+        samples = tuple(sample for sample in tuple(TIMELINE.cpu) if sample[0] >= since)
+        return made_of(tuple(collectives[-TRACE_COLLECTIVES_AT_MOST:]), slices, samples, is_whole)
 
     def told(self, trace: Trace) -> m.Answer:
         """The answer of this member with nothing but a trace."""
@@ -143,11 +144,13 @@ def traced(generation: int, communicator_id: int, recorder: Recorder, one: Opera
 
 
 def made_of(
-    collectives: tuple[TracedCollective, ...], slices: tuple[TracedSlice, ...], is_whole: bool, samples: int = KEPT
+    collectives: tuple[TracedCollective, ...],
+    slices: tuple[TracedSlice, ...],
+    samples: tuple[tuple[float, float], ...],
+    is_whole: bool = True,
 ) -> Trace:
-    """The trace of this process with these, and with so many samples of its CPU, as of now."""
-    cpu = tuple(TIMELINE.cpu)[-samples:]
-    return Trace(monotonic(), is_whole, collectives, slices, TIMELINE.slice_count, clock(), time(), cpu)
+    """The trace of this process with these, and with these samples of its CPU, as of now."""
+    return Trace(monotonic(), is_whole, collectives, slices, TIMELINE.slice_count, clock(), time(), samples)
 
 
 def main_thread_line() -> str:

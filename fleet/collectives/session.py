@@ -61,12 +61,11 @@ class Session:
         self._agent_is_down = False
         self._settings = settings
         self._pid = pid
-        keeps = keeps_pace()
+        keeps, folder = keeps_pace(), trace_folder()
         self.news = News(settings.member_id, pace=Pace(keeps))
         self._pace_at = 0.0  # when it is told next
         self.flights = Flights(settings, pid, self.news)
         self._sampler = Sampler(self.news.pace, self.flights.recorders) if keeps else None
-        folder = trace_folder()
         self._trace = None if folder is None else TraceLog(folder, settings.attempt, settings.member_id, self.flights)
         self._wake = Wake()
         self._closing = threading.Event()

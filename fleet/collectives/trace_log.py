@@ -58,7 +58,7 @@ class TraceLog:
     def _append(self, collectives: tuple[TracedCollective, ...], slices: tuple[TracedSlice, ...]) -> None:
         if self._is_broken:
             return
-        data = m.encode(self._flights.told(made_of(collectives, slices, is_whole=True, samples=1)))
+        data = m.encode(self._flights.told(made_of(collectives, slices, tuple(TIMELINE.cpu)[-1:])))
         with open(os.open(self._path, FLAGS, 0o600), "ab") as file:
             file.write(LENGTH.pack(len(data)) + data)
             is_full = file.tell() > HALF_BYTES

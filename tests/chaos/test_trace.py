@@ -71,6 +71,7 @@ def test_a_trace_of_a_run(tmp_path: Path) -> None:
     last = [event["args"]["last"] for event in events if event["ph"] == "X" and event["cat"] == "collective"]
     assert last.count("rank 1") >= 8  # of 10; the first one has no pause of the same length before it
     assert sum(event["ph"] == "s" for event in events) == 5
+    assert max(event["args"].get("cores", 0) for event in events if event["ph"] == "C") > 0
     missing = fleet(*words, str(tmp_path / "no" / "trace.json"), str(script))
     assert (missing.returncode, missing.stdout) == (2, "")
 
