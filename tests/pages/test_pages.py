@@ -124,6 +124,7 @@ def test_every_mention_of_a_command_is_one_that_there_is() -> None:
             assert command in known, f"{page}: {mention}"
             if command in ("run", "submit", "sweep") and words:
                 target = ["train.py"] if words[-1].startswith("--") or known[command].get("".join(words[-2:-1])) else []
+                target = ["value", *target] if known[command].get(words[-1]) else target
                 parse([*words, *target], known[command], command)
             for word in words if command not in ("run", "submit", "sweep") else []:
                 name = word.partition("=")[0]
