@@ -155,11 +155,9 @@ def _pictures(facts: Facts) -> Iterator[Html]:
         yield _section("Where the time went", bars(found, "Where each rank's time went"), note)
     if (line := steps(job, "How long the steps took")) is not None:
         yield _section("Steps", line)
-    if job.collectives:
-        text = "Each rank in its last collectives. A border marks the rank that the others waited for, where the clocks tell."
-        yield _section(
-            "The last collectives", collectives(job, "The last collectives of each rank"), tag("p", text, class_="note")
-        )
+    if (picture := collectives(job, "The last collectives of each rank")) is not None:
+        text = "A border marks the rank that the others waited for, where the clocks tell."
+        yield _section("The last collectives", picture, tag("p", text, class_="note"))
         yield _section("Collectives", _sums(job))
 
 

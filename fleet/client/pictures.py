@@ -38,7 +38,7 @@ def shares(job: TracedJob) -> list[Share]:
             if phase.kind == "phase":
                 parts[phase.name] += phase.ended - phase.began
         if not parts:
-            mine = [one for one in job.collectives if one.place == place]
+            mine = job.by_rank[place]
             for one in mine:
                 came = last.get(key_of(rank, one.made))
                 waited = 0 if came is None else max(0, min(came.began, one.ended) - one.began)
@@ -69,11 +69,16 @@ def bars(found: Sequence[Share], label: str) -> Html:
     return tag("figure", _svg(drawn, min(len(found), RANKS_AT_MOST) * ROW, label), _legend(names), _cut(len(found)))
 
 
-def collectives(job: TracedJob, label: str) -> Html:
-    """The last collectives of each rank, on one axis of time. Those of the rank that came last have a border."""
+def collectives(job: TracedJob, label: str) -> Html | None:
+    """The last collectives of each rank, on one axis of time; None: there are none.
+
+    Those of the rank that came last have a border.
+    """
     count = min(len(job.ranks), RANKS_AT_MOST)
-    shown = {place: [one for one in job.collectives if one.place == place][-LAST:] for place in range(count)}
+    shown = {place: job.by_rank[place][-LAST:] for place in range(count)}
     ones = [one for found in shown.values() for one in found]
+    if not ones:
+        return None
     # From where each rank has some: a rank that was in more of them has them of less time.
     first = max((found[0].began for found in shown.values() if len(found) == LAST), default=0)
     first = max(first, min(one.began for one in ones))

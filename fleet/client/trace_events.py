@@ -58,10 +58,15 @@ class TracedJob:
     ranks: Sequence[TracedRank]
     clocks: Clocks
     by_wall_clock: frozenset[str]  # clocks that nothing else is known of
-    collectives: list[Arrival] = field(default_factory=list)  # of all ranks
+    by_rank: list[list[Arrival]] = field(default_factory=list)  # collectives, in the order of `ranks`
     shown: int = 0  # collectives, steps, phases and spans
     made: int = 0  # also those that the ranks did not keep, or that are too many
     base: int = 0  # nanoseconds of the reference clock at the beginning of the trace
+
+    @property
+    def collectives(self) -> list[Arrival]:
+        """Those of all ranks."""
+        return [one for found in self.by_rank for one in found]
 
     def at(self, rank: TracedRank, seconds: float) -> int:
         """A time of that rank, in nanoseconds of the reference clock."""
@@ -113,10 +118,11 @@ def traced_job(
     line = TracedJob(kept, found, unknown, made=made)
     times = []
     for place, rank in enumerate(kept):
+        line.by_rank.append([])
         for one in rank.trace.collectives:
             start = line.at(rank, one.began)
             end = line.at(rank, one.ended if one.ended > 0 else max(rank.trace.now, one.began))
-            line.collectives.append(Arrival(place, one, start, max(end, start + 1)))
+            line.by_rank[place].append(Arrival(place, one, start, max(end, start + 1)))
         times += [line.at(rank, one.began) for one in rank.trace.slices]
         times += [line.at(rank, at) for at, _ in rank.trace.cpu] + [line.at(rank, rank.trace.now)]
     line.shown = len(line.collectives) + sum(len(rank.trace.slices) for rank in kept)
@@ -137,7 +143,7 @@ def events(line: TracedJob) -> Iterator[Event]:
         for kind, name in KINDS.items():
             for one in _by_thread(slice for slice in rank.trace.slices if slice.kind == kind):
                 tracks.add(name, [(line.at(rank, s.began), line.at(rank, s.ended), s.name, kind, None) for s in one])
-        mine = [one for one in line.collectives if one.place == place]
+        mine = line.by_rank[place]
         several_communicators = len({(one.made.generation, one.made.communicator_id) for one in mine}) > 1
         for name, arrivals in _by_communicator(mine):
             title = f"collectives, {name}" if several_communicators else "collectives"

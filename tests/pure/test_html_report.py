@@ -10,7 +10,7 @@ from fleet import messages as m
 from fleet.client import html_report
 from fleet.client.html_report import POLICY, Facts, page
 from fleet.client.markup import VOID
-from fleet.client.pictures import EXCHANGE, WAIT, WORK, shares, steps
+from fleet.client.pictures import EXCHANGE, WAIT, WORK, collectives, shares, steps
 from fleet.client.trace_events import TracedJob, TracedRank, traced_job
 from fleet.values import Trace, TracedCollective, TracedSlice
 
@@ -108,4 +108,5 @@ def test_where_the_time_went() -> None:
     assert {name: round(seconds, 3) for name, seconds in first.parts.items()} == {WAIT: 2.0, EXCHANGE: 0.4, WORK: 1.2}
     assert round(second.parts[WAIT], 3) == 0.0
     assert steps(traced(), "steps") is not None
+    assert collectives(traced_job([TracedRank(1, 0, "host", 1, Trace(1.0, True))]), "collectives") is None
     assert steps(traced_job([TracedRank(1, 0, "host", 1, Trace(1.0, True))]), "steps") is None
