@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import suppress
 from itertools import pairwise
 
@@ -74,6 +75,16 @@ def test_a_name_of_any_bytes_can_be_sent(clock: list[float]) -> None:
     assert names[0] == "größer"
     assert len(names[1]) == NAME_CHARS
     assert names[1].startswith("\\udc80\\udc80")
+
+
+def test_names_that_no_message_could_carry(clock: list[float]) -> None:
+    found = timeline.Timeline()
+    found.untold = deque()
+    for name in ("épreuve", "\udc80"):
+        with found.span(name):
+            clock[0] += 1.0
+    assert [one.name for one in found.untold] == ["épreuve", "\\udc80"]
+    assert [one.name for one in found.slices] == ["épreuve", "\\udc80"]
 
 
 def test_what_is_kept_is_bounded(clock: list[float]) -> None:
