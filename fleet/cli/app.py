@@ -115,6 +115,11 @@ def top_command(
 
     A job of `fleet run` without a cluster is on this machine alone, and not here: `fleet run --dashboard` shows it.
     """
+    if cluster.address is None:
+        raise UsageError(
+            "which cluster? set ORCHESTRATOR_ADDR or --orchestrator to HOST:PORT; a job that `fleet run` runs on this machine alone "
+            "is in none: `fleet run --dashboard` shows it, and `fleet why` asks it"
+        )
     from fleet.cli.top import top
 
     top(cluster.target(), job, once)

@@ -158,8 +158,8 @@ class Terminal:
 
     def _write(self, text: str) -> None:
         if text:
-            sys.stdout.write(text)
-            sys.stdout.flush()
+            sys.stdout.buffer.write(text.encode(sys.stdout.encoding, "replace"))
+            sys.stdout.buffer.flush()
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

@@ -58,7 +58,7 @@ def _watch(terminal: Terminal, questions: LiveQuestions[Kind], state: Top) -> No
 
 def _print(console: Console, questions: LiveQuestions[Kind], state: Top) -> None:
     """One snapshot, once all of it has come."""
-    state.columns, state.lines = max(console.width, 80), WHOLE_LIST
+    state.columns, state.lines, state.has_keys = max(console.width, 80), WHOLE_LIST, False
     now = _round(questions, state)
     while not state.is_complete(now):
         questions.wait(max(0.0, state.next_due - now))

@@ -80,8 +80,9 @@ def _wrapped(text: str, columns: int, style: str) -> list[Text]:
 
 def _folded(line: str, columns: int) -> list[str]:
     """The line, or as many as it takes, indented as it is."""
-    indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.wrap(line, columns, subsequent_indent=indent, drop_whitespace=False) or [""]
+    indent = " " * min(len(line) - len(line.lstrip()) + 2, columns // 2)
+    step = max(1, columns - len(indent))
+    return [line[:columns], *(indent + line[at : at + step] for at in range(columns, len(line), step))]
 
 
 def _middle_out(lines: Sequence[str], room: int, what: str) -> list[str]:

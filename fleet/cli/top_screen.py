@@ -41,8 +41,8 @@ WHOLE_LIST = 50  # rows of what is printed once
 def screen(top: Top, now: float, wall: float) -> list[Text]:
     """The lines of the screen: as many as it has."""
     body = _body(top, now, wall)
-    room = top.lines - 2
-    cut = [*body[: room - 1], Text("...")] if len(body) > room else body
+    room = max(0, top.lines - 2)
+    cut = [*body[: max(0, room - 1)], Text("...")][:room] if len(body) > room else body
     lines = [_title(top, now), *cut, *[Text("")] * (room - len(cut)), _last_line(top, now)]
     return [_fitted(line, top.columns) for line in lines]
 
@@ -163,7 +163,7 @@ def _jobs(top: Top, jobs: m.Jobs, room: int, wall: float) -> list[Text]:
     chosen = place.chosen if place.chosen in ids else ids[0]
     drawn = []
     for line, job in zip(cells, seen, strict=True):
-        is_chosen = job.job_id == chosen and top.focus == "jobs"
+        is_chosen = job.job_id == chosen and top.focus == "jobs" and top.has_keys
         mark, style = (">", f"{job_style(job)} reverse") if is_chosen else (" ", job_style(job))
         drawn.append(Text(f"{mark}{line}".ljust(top.columns) if is_chosen else f"{mark}{line}", style))
     return [*lines, Text(f" {names}", "dim"), *drawn]

@@ -106,6 +106,7 @@ class Top:
     orchestrator: str  # as a person wrote it
     columns: int = 80
     lines: int = 24
+    has_keys: bool = True  # False: it is printed once
     view: View = "cluster"
     focus: Literal["jobs", "workers"] = "jobs"
     jobs: ListPlace = field(default_factory=ListPlace)

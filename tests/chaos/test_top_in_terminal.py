@@ -173,9 +173,20 @@ def a_signal_gives_the_terminal_back(visit: Visit, number: signal.Signals) -> No
         if number == signal.SIGINT:
             top.press("\x03")
         else:
+            it_stops_and_goes_on(top)
             top.process.send_signal(number)
         assert top.ended() == 128 + number
         it_is_as_before(top)
+
+
+def it_stops_and_goes_on(top: InTerminal) -> None:
+    """Ctrl-Z and fg: the shell has its terminal meanwhile."""
+    top.press("\x1a")
+    while top.seen.modes["1049"] or top.settings != top.before:
+        top.read(0.1)
+    top.process.send_signal(signal.SIGCONT)
+    top.until("^JOBS 3")
+    assert top.settings != top.before
 
 
 def without_a_screen_it_prints_what_is_there(visit: Visit, job: str) -> None:
@@ -190,6 +201,7 @@ def without_a_screen_it_prints_what_is_there(visit: Visit, job: str) -> None:
     missing = fleet("top")
     assert missing.returncode == 2
     assert "which cluster?" in missing.stderr
+    assert "`fleet run --dashboard` shows it" in missing.stderr
 
 
 def the_list_of_jobs_goes_on(visit: Visit, job: str) -> None:

@@ -250,3 +250,24 @@ def test_parts_of_a_ranks_time() -> None:
     odd = dict(shares(m.RankTimes(0, 0.9, 0.3, 0.0, (("evaluation", 0.5), ("waiting", 0.2)))))
     assert odd["waiting"] == pytest.approx(0.3)
     assert odd["in collectives"] == 0.0
+
+
+def test_a_window_of_any_size_is_drawn() -> None:
+    cluster, job, stacks, helped = Top("here"), opened(info()), opened(info()), Top("here")
+    taken(cluster, busy())
+    job.take("log", m.LogPart("j1", 2, 0, b"x\n" * 50, False), 0.1)
+    stacks.press(["s"], 0.2)
+    stacks.due(0.2)
+    stacks.take("why", m.Because("j1", "", 2), 0.3)
+    stacks.take(
+        "why",
+        m.Answer("j1", 1, -1, 1, 0, "h", 1, 1, False, "waits " * 40, stacks=f"{' ' * 40}File {'x' * 400}\n" * 9),
+        0.3,
+    )
+    helped.press(["?"], 0.0)
+    for top in (cluster, job, stacks, helped):
+        for top.columns in (1, 2, 5, 10, 40, 80, 300):
+            for top.lines in (1, 2, 3, 4, 7, 24, 100):
+                lines = screen(top, NOW, NOW)
+                assert len(lines) == max(top.lines, 2)
+                assert all(cell_len(line.plain) <= top.columns for line in lines)
