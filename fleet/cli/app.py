@@ -117,7 +117,7 @@ def top_command(
     """
     if cluster.address is None:
         raise UsageError(
-            "which cluster? set ORCHESTRATOR_ADDR or --orchestrator to HOST:PORT; a job that `fleet run` runs on this machine alone "
+            "which cluster? set ORCHESTRATOR_ADDR or --orchestrator to HOST:PORT; a job of `fleet run` on this machine alone "
             "is in none: `fleet run --dashboard` shows it, and `fleet why` asks it"
         )
     from fleet.cli.top import top
