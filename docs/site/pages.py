@@ -34,8 +34,11 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 FIRST_CONVERSATION = "submit_to_exit"
 STYLE = """
 .md-grid { max-width: 80rem }
-.md-typeset pre > code { white-space: pre-wrap }
+.md-typeset pre > code { white-space: pre-wrap; font-size: .62rem }
 """
+MADE_BY_SCRIPTS = (
+    "    options:\n      merge_init_into_class: true\n      filters: ['!^_[^_]']\n"  # shown with its arguments
+)
 LINK = re.compile(r"(\]\()([^)\s:#]+)((?:#[^)\s]*)?\))|(<img [^>]*src=\")([^\":]+)(\")")
 
 
@@ -56,7 +59,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     made |= {
         "examples.md": examples(),
         "api.md": api(),
-        "api-torch.md": "# fleet.torch\n\n::: fleet.torch.DataParallel\n",
+        "api-torch.md": f"# fleet.torch\n\n::: fleet.torch.DataParallel\n{MADE_BY_SCRIPTS}",
         "command-line.md": command_line(),
         "messages.md": messages(),
         "conversations.md": conversations(),
@@ -121,7 +124,10 @@ def api() -> str:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names]
-    errors = ["FleetError", *(name for name in names if name[0].isupper() and name not in ("Executor", "FleetError"))]
+    classes = {
+        node.name for node in ast.parse((ROOT / "fleet/errors.py").read_text()).body if isinstance(node, ast.ClassDef)
+    }
+    errors = ["FleetError", *(name for name in names if name in classes - {"FleetError"})]
     others = [name for name in names if name not in (*functions, *errors, "__version__")]
     lines = [
         "# fleet",
@@ -132,7 +138,7 @@ def api() -> str:
     lines += [f"::: fleet.{name}\n" for name in functions]
     lines += ["::: fleet.collectives.communicator.Communicator\n", "::: fleet.collectives.work.Work\n    options:"]
     lines += ["      members: [wait, done, exception, add_done_callback]\n"]
-    lines += [f"::: fleet.{name}\n    options:\n      inherited_members: [submit, map]\n" for name in others]
+    lines += [f"::: fleet.{name}\n{MADE_BY_SCRIPTS}      inherited_members: [submit, map]\n" for name in others]
     lines += ["## Errors", "", *(f"::: fleet.{name}\n    options:\n      heading_level: 3\n" for name in errors)]
     return "\n".join(lines)
 
