@@ -20,8 +20,8 @@ def test_a_call_whose_function_was_lost_on_the_way_is_given_again(monkeypatch: p
     lost: list[bytes] = []
     say = Runners._make_calls
 
-    def lose(runners: Runners, job_id: str, job: Any, calls: Any = (), functions: Any = None) -> None:
-        say(runners, job_id, job, calls, functions if lost else {})
+    def lose(runners: Runners, job: Any, calls: Any = (), functions: Any = None) -> None:
+        say(runners, job, calls, functions if lost else {})
         lost.extend(functions or {})
 
     monkeypatch.setattr(Runners, "_make_calls", lose)

@@ -81,12 +81,12 @@ def test_a_runner_survives_rubbish_and_says_so(
     say = Runners._make_calls
     sent: list[bytes] = []
 
-    def say_rubbish_too(runners: Runners, job_id: str, job: Any, calls: Any = (), functions: Any = None) -> None:
+    def say_rubbish_too(runners: Runners, job: Any, calls: Any = (), functions: Any = None) -> None:
         if not sent and runners._direct is not None:
             sent.extend(rubbish(60, said))
             for data in sent:
-                assert runners._direct.send(job.peer, m.relay_head(job_id), [data])
-        say(runners, job_id, job, calls, functions)
+                assert runners._direct.send(job.peer, m.relay_head(job.job_id), [data])
+        say(runners, job, calls, functions)
 
     monkeypatch.setattr(Runners, "_make_calls", say_rubbish_too)
     with fleet.Executor(1) as pool:
