@@ -37,7 +37,7 @@ class Ending(NamedTuple):
     """End of a cell on a rank."""
 
     value: Any = None
-    error: str = ""  # the last line of the traceback; empty: the cell succeeded
+    error: str = ""  # the exception in one line; empty: the cell succeeded
     traceback: str = ""
     usable: bool = True  # False: this rank has not met the others, and makes no further cell
 
@@ -88,8 +88,9 @@ def _end(start: Start, run: Callable[[], Any]) -> Ending:
         _inside = False
         BaseException.with_traceback(error, users_part(error.__traceback__))
         end_at_users_code(error)
-        lines = traceback.format_exception(error)
-        ending = Ending(None, lines[-1].strip(), "".join(lines).rstrip(), usable)
+        only = traceback.format_exception_only(error)  # notes come behind, and of a SyntaxError the place before
+        line = only[-1 if isinstance(error, SyntaxError) else 0].split("\n")[0]
+        ending = Ending(None, line, "".join(traceback.format_exception(error)).rstrip(), usable)
     finally:
         _inside = False
         for descriptor, stream in ((1, sys.stdout), (2, sys.stderr)):

@@ -37,7 +37,10 @@ class CellError(FleetError):
 
     def _render_traceback_(self) -> list[str]:
         """What a notebook shows: the lines of the rank, and none of fleet."""
-        return [*self.traceback.splitlines()[:-1], str(self)]
+        lines, text = self.traceback.splitlines(), str(self)
+        if lines and text.partition("\n")[0].endswith(lines[-1]):
+            lines.pop()
+        return [*lines, text]
 
 
 class CellInterrupted(KeyboardInterrupt):

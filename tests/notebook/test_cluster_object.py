@@ -85,6 +85,10 @@ def prints(cluster: fleet.Cluster, capsys: pytest.CaptureFixture[str]) -> None:
 def refuses(cluster: fleet.Cluster) -> None:
     with pytest.raises(CellError, match="all 3 ranks failed: SystemExit: 3"):
         cluster.run("raise SystemExit(3)")
+    with pytest.raises(CellError, match=r"all 3 ranks failed: ValueError: two$") as noted:
+        cluster.run("e = ValueError('two\\nlines')\ne.add_note('and a note')\nraise e")
+    shown = noted.value._render_traceback_()
+    assert shown[-4:] == ["ValueError: two", "lines", "and a note", "all 3 ranks failed: ValueError: two"]
     with pytest.raises(CellError, match="cannot be pickled"):
         cluster.run("(rank for _ in ())")
     with pytest.raises(CellError, match="rank 1 failed: KeyError: 1\nrank 2 failed too: KeyError: 2") as caught:
