@@ -28,7 +28,8 @@ class LiveQuestions(Generic[K]):
         self._numbers: dict[K, int] = {}
         self._kinds: dict[int, K] = {}
         self._jobs: dict[str, K] = {}  # whose ends were asked for
-        self.lost_since: float | None = None  # by `now`: the connection
+        self._heard_at = self._clock.look()
+        self.lost_since: float | None = None  # by `now`: the connection, which was last heard then
 
     @property
     def now(self) -> float:
@@ -53,8 +54,10 @@ class LiveQuestions(Generic[K]):
         """Answers that have come, each with the kind of its question."""
         for event in self._connection.receive():
             if isinstance(event, Lost):
-                self.lost_since = self.now if self.lost_since is None else self.lost_since
-            elif isinstance(event, m.Welcome):
+                self.lost_since = self._heard_at if self.lost_since is None else self.lost_since
+                continue
+            self._heard_at = self.now
+            if isinstance(event, m.Welcome):
                 self.lost_since = None
             elif isinstance(event, m.JobEnded) and event.job_id in self._jobs:
                 yield self._jobs[event.job_id], event
