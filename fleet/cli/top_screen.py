@@ -161,12 +161,14 @@ def _jobs(top: Top, jobs: m.Jobs, room: int, wall: float) -> list[Text]:
         "\n"
     )
     chosen = place.chosen if place.chosen in ids else ids[0]
-    drawn = []
+    drawn, whole = [], list[Text]()
     for line, job in zip(cells, seen, strict=True):
         is_chosen = job.job_id == chosen and top.focus == "jobs" and top.has_keys
         mark, style = (">", f"{job_style(job)} reverse") if is_chosen else (" ", job_style(job))
         drawn.append(Text(f"{mark}{line}".ljust(top.columns) if is_chosen else f"{mark}{line}", style))
-    return [*lines, Text(f" {names}", "dim"), *drawn]
+        if is_chosen and line.endswith("…"):  # what was cut, where there is room for it
+            whole = [Text(part, "dim") for part in textwrap.wrap(shown(job_row(job, wall)[-1]), top.columns)]
+    return [*lines, Text(f" {names}", "dim"), *drawn, *whole[: room - len(drawn)]]
 
 
 def _head(what: str, told: Sequence[str], has_focus: bool) -> Text:

@@ -87,6 +87,8 @@ def test_a_cluster_on_a_screen_of_80_by_24() -> None:
     assert "loading ..." in text(top)
     assert [ask.kind for ask in taken(top, busy())] == ["workers", "jobs"]
     assert text(top) == CLUSTER
+    top.press(["down"], NOW)
+    assert "\nwaits for 4 of 9 slots: the cluster has 7 on 3 workers" in text(top)  # of the chosen one the whole reason
     top.columns, top.lines = 132, 40
     assert "waits for 4 of 9 slots: the cluster has 7 on 3 workers" in text(top)
     assert [line.plain for line in snapshot(top, NOW, NOW)][:3] == [line.plain for line in screen(top, NOW, NOW)][:3]
