@@ -163,7 +163,7 @@ def report(records: Records) -> None:
     ):
         if rates.get(fast, slower := rates.get(slow, 0.0)) < slower:
             print(f"note: {fast} is slower than {slow}")
-    if rates.get("zero-words", 1.0) < ZERO_WORDS_AT_LEAST * rates.get("fleet", 0.0):
+    if "zero-words" in rates and rates["zero-words"] < ZERO_WORDS_AT_LEAST * rates.get("fleet", 0.0):
         print(f"note: zero-words reaches {rates['zero-words'] / rates['fleet']:.2f} of fleet")
     sys.stdout.flush()
 
