@@ -5,19 +5,18 @@ The session's thread asks for them while other threads record. This module knows
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from time import monotonic, time
-from types import FrameType
 
 from fleet import messages as m
 from fleet.bounds import TEXT_CHARS
 from fleet.bus.process import clock
+from fleet.collectives.frames import frames_of
 from fleet.collectives.generations import Generation, News
 from fleet.collectives.operation import Operation
 from fleet.collectives.recorder import Recorder, text
-from fleet.collectives.script_line import described, sendable, users_frame
+from fleet.collectives.script_line import described, is_users, sendable, users_frame
 from fleet.collectives.stacks import stacks_of_all_threads
 from fleet.collectives.timeline import TIMELINE
 from fleet.config import RankSettings
@@ -155,8 +154,8 @@ def made_of(
 
 def main_thread_line() -> str:
     """The line of the user's code that the main thread is in: 'train.py:41 in load_batch'."""
-    frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
-    if frame is None:
+    frames = frames_of(threading.main_thread().ident or 0, is_users)
+    if not frames:
         return "an unknown line"
-    frame = users_frame(frame)
+    frame = users_frame(frames)
     return described(frame.f_code, frame.f_lineno)

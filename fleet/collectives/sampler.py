@@ -8,7 +8,6 @@ that is late finds out whether the main thread has entered or left a collective 
 from __future__ import annotations
 
 import gc
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,10 +17,11 @@ from types import CodeType
 from typing import Any
 
 from fleet.bounds import WORD_CHARS
+from fleet.collectives.frames import frames_of
 from fleet.collectives.operation import Operation
 from fleet.collectives.pace import Pace
 from fleet.collectives.recorder import Recorder
-from fleet.collectives.script_line import described, sendable, users_frame, waits
+from fleet.collectives.script_line import described, is_users, sendable, users_frame, waits
 from fleet.collectives.timeline import TIMELINE
 from fleet.values import PaceRow
 
@@ -119,9 +119,9 @@ class Sampler:
             if after is not None:
                 self._note(_between(before, after), stands_for_s)
                 return
-        frame = sys._current_frames().get(self._main_ident)
-        if frame is not None and not waits(frame):
-            own = users_frame(frame)
+        frames = frames_of(self._main_ident, is_users)
+        if frames and not waits(frames):
+            own = users_frame(frames)
             self._note((own.f_code, own.f_lineno), stands_for_s)
 
     def _note(self, where: tuple[CodeType, int] | str, seconds: float) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import sysconfig
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -40,24 +42,20 @@ _USERS, _OTHERS, _WAITS = range(3)
 _kinds: dict[str, int] = {}  # of files, by name
 
 
-def users_frame(frame: FrameType) -> FrameType:
-    """The innermost frame of the user's own code, from `frame` on; `frame` itself where there is none."""
-    found: FrameType | None = frame
-    while found is not None:
-        if _kind(found.f_code.co_filename) == _USERS:
-            return found
-        found = found.f_back
-    return frame
+def is_users(frame: FrameType) -> bool:
+    """Whether the frame is of the user's own code: of no library."""
+    return _kind(frame.f_code.co_filename) == _USERS
 
 
-def waits(frame: FrameType) -> bool:
-    """Whether a thread that is in this frame waits in a call of fleet."""
-    found: FrameType | None = frame
-    while found is not None and (kind := _kind(found.f_code.co_filename)) != _USERS:
-        if kind == _WAITS:
-            return True
-        found = found.f_back
-    return False
+def users_frame(frames: Sequence[FrameType]) -> FrameType:
+    """The first of the user's own code; the very first where there is none."""
+    return next(filter(is_users, frames), frames[0])
+
+
+def waits(frames: Iterable[FrameType]) -> bool:
+    """Whether a thread with these frames, the innermost first, waits in a call of fleet."""
+    kinds = (_kind(frame.f_code.co_filename) for frame in frames)
+    return _WAITS in takewhile(_USERS.__ne__, kinds)
 
 
 def _kind(name: str) -> int:
