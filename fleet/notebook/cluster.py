@@ -95,9 +95,11 @@ class _Ranks:
         """Takes what has come since the last call."""
         while True:
             try:
-                self._early.append(self._noted(self.gang.events.get_nowait()))
+                event = self._noted(self.gang.events.get_nowait())
             except queue.Empty:
                 return
+            if not isinstance(event, Interrupted):  # that was of the last call, and came after its end
+                self._early.append(event)
 
     def next_event(self, wait_s: float | None) -> Event | None:
         """The next event; None: there is none within this time."""
@@ -216,8 +218,10 @@ class Cluster:
         if not self._calling.acquire(blocking=False):
             raise UsageError("this Cluster runs a call already: wait for its end")
         try:
-            called = self._called(pack)
-            while called is None:
+            try:
+                called = self._called(pack)
+            except NeverBegun:
+                self._ranks.told = False
                 called = self._called(pack)
         finally:
             self._calling.release()
@@ -226,8 +230,8 @@ class Cluster:
             raise failure
         return [called.endings[rank] for rank in range(len(self))]
 
-    def _called(self, pack: Callable[[cells.Start], PackedCall]) -> Round | None:
-        """The call, which has ended on all ranks; None: they were not there any more, and nothing of it has begun."""
+    def _called(self, pack: Callable[[cells.Start], PackedCall]) -> Round:
+        """The call, which has ended on all ranks. Raises RanksLost; NeverBegun where it can be made again."""
         ranks = self._ranks
         self._replace_lost(ranks)
         number = next(self._numbers)
@@ -237,13 +241,14 @@ class Cluster:
             ranks.gang.call(number, packed)
             with _interrupts(ranks.gang):
                 called.run(ranks.next_event)
-        except NeverBegun:
-            return None
+        except CellInterrupted as error:
+            ranks.end, ranks.told = m.JobEnded(ranks.gang.job_id, str(error), -1), True
+            raise CellInterrupted(f"{error}; with the next cell {NEW_RANKS}") from None
         except RanksLost as error:
             ranks.told = True
             if called.interrupted:
                 raise CellInterrupted(f"the ranks were killed; with the next cell {NEW_RANKS}") from None
-            raise RanksLost(f"{error}\nwith the next cell {NEW_RANKS}") from None
+            raise type(error)(f"{error}\nwith the next cell {NEW_RANKS}") from None
         except BaseException:
             ranks.told = True
             raise

@@ -52,7 +52,19 @@ class Interrupted:
     """Ctrl-C, or the interrupt of a notebook. Comes from the thread that waits."""
 
 
-Event = Present | Interrupted | Returned | m.Output | m.JobWaiting | m.Started | m.JobEnded | BaseException
+# Welcome and Lost: the orchestrator has let this client in, perhaps again; it does not answer any more.
+Event = (
+    Present
+    | Interrupted
+    | Returned
+    | Lost
+    | m.Welcome
+    | m.Output
+    | m.JobWaiting
+    | m.Started
+    | m.JobEnded
+    | BaseException
+)
 
 
 @dataclass
@@ -69,6 +81,8 @@ class Gang:
 
     def __init__(self, place: Place, size: int, options: m.JobOptions) -> None:
         self.job_id = uuid.uuid4().hex[:12]
+        self.orchestrator, self.local = place.target.name, place.target.local
+        self.reached: bool | None = None  # whether the orchestrator answers; None: it never has
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._place = place
         self._submit = m.Submit(self.job_id, size, place.spec, options=options)
@@ -115,13 +129,17 @@ class Gang:
         self.put(m.Cancel(self.job_id, kill=True))
 
     def close(self) -> None:
-        """Ends all ranks: as scripts end where they are idle, and at once where they are not."""
+        """Ends all ranks: as scripts end where they are idle, and at once where they are not.
+
+        An orchestrator that is lost is not waited for: it ends the ranks of a client that does not come back.
+        """
         self._leaves = True
         self._wake.set()
-        self._thread.join(END_WITHIN_S)
-        if self._thread.is_alive():
-            self.kill()
+        if self.reached is not False:
             self._thread.join(END_WITHIN_S)
+            if self._thread.is_alive():
+                self.kill()
+                self._thread.join(END_WITHIN_S)
         self._abandoned = True
         self._wake.set()
         self._thread.join()
@@ -194,6 +212,12 @@ class Gang:
         elif isinstance(thing, Lost):
             if self._place.target.local:
                 raise FleetError(f"the process with the ranks of this machine {self._place.ended()}")
+            if self.reached:
+                self.reached = False
+                self.events.put(thing)
+        elif isinstance(thing, m.Welcome):
+            self.reached = True
+            self.events.put(thing)
         elif isinstance(thing, m.Want) and self._place.bundle is not None:
             self._connection.put(read_part(self._place.bundle, thing))
         elif isinstance(thing, m.Rejected) and thing.job_id == self.job_id:

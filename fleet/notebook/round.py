@@ -12,6 +12,8 @@ from msgspec.structs import replace
 
 from fleet import messages as m
 from fleet import pickling
+from fleet.bus.control import Lost
+from fleet.client.attachment import LEAVE_AFTER_S, SAY_WAITING_AFTER_S
 from fleet.client.blame import alike
 from fleet.client.output_sequence import OutputSequence
 from fleet.client.printer import Printer
@@ -44,7 +46,7 @@ class CellError(FleetError):
 
 
 class CellInterrupted(KeyboardInterrupt):
-    """The interrupt of a cell, once it has ended on all ranks. The text says where each was."""
+    """The interrupt of a cell, once it has ended on all ranks. The text says where each was, or that it is not known."""
 
     def _render_traceback_(self) -> list[str]:
         return [f"KeyboardInterrupt: {self}"]
@@ -54,8 +56,8 @@ class RanksLost(CellError):
     """A rank has died, and all others with it. The next call has new ranks."""
 
 
-class NeverBegun(Exception):
-    """The ranks had ended before any of them began this call."""
+class NeverBegun(RanksLost):
+    """The ranks had started, and ended before any of them began this call."""
 
 
 class _Shown(io.TextIOBase):
@@ -84,6 +86,10 @@ class Round:
         self._sequence = sequence
         self.endings: dict[int, Ending] = {}  # by rank, in the order of time
         self.interrupted = False  # by a person
+        self._killed = False
+        self._leaves_at: float | None = None  # if the orchestrator does not answer by then
+        self._says_at: float | None = None  # that the orchestrator has never answered
+        self._said_lost = False
         self._hurried: set[int] = set()  # ranks that were interrupted because another one had failed
         self._hurries_at: float | None = None
         self._until: float | None = None  # what has not come then does not come
@@ -92,22 +98,38 @@ class Round:
         self._printer.name_of = name_of
 
     def run(self, next_event: Callable[[float | None], Event | None]) -> None:
-        """Returns once all ranks have ended, and all that they printed is shown. Raises RanksLost, NeverBegun."""
+        """Returns once all ranks have ended, and all that they printed is shown.
+
+        Raises RanksLost; CellInterrupted where a person leaves ranks whose orchestrator does not answer.
+        """
         try:
+            self._say_if_lost()
+            if self._gang.reached is None and not self._gang.local:
+                self._says_at = monotonic() + SAY_WAITING_AFTER_S
             while not self._done():
                 event = next_event(self._patience())
                 if event is not None:
                     self._take(event)
-                now = monotonic()
-                self._printer.tick(now)
-                if self._hurries_at is not None and now >= self._hurries_at:
-                    self._hurries_at = None
-                    self._hurried = set(range(self._size)) - self.endings.keys()
-                    self._gang.interrupt()
+                self._tick(monotonic())
         finally:
             for source, rest in self._marks.rest().items():
                 self._printer.write(*source, rest, monotonic())
             self._printer.finish(monotonic())
+
+    def _tick(self, now: float) -> None:
+        self._printer.tick(now)
+        if self._says_at is not None and now >= self._says_at:
+            self._says_at = None
+            if self._gang.reached is None:
+                _say(f"no orchestrator answers at {self._gang.orchestrator} yet; trying on (interrupt: leave)")
+        if self._leaves_at is not None and now >= self._leaves_at:
+            self._leaves_at = None
+            if not self._gang.reached:
+                self._leave()
+        if self._hurries_at is not None and now >= self._hurries_at:
+            self._hurries_at = None
+            self._hurried = set(range(self._size)) - self.endings.keys()
+            self._gang.interrupt()
 
     def _done(self) -> bool:
         if len(self.endings) < self._size:
@@ -117,7 +139,7 @@ class Round:
         return not self._marks.missing or monotonic() >= self._until
 
     def _patience(self) -> float | None:
-        deadlines = (self._printer.next_deadline(), self._hurries_at, self._until)
+        deadlines = (self._printer.next_deadline(), self._hurries_at, self._leaves_at, self._says_at, self._until)
         at = min((at for at in deadlines if at is not None), default=None)
         return None if at is None else max(0.0, at - monotonic())
 
@@ -133,18 +155,45 @@ class Round:
             for reply in self._sequence.replies(event):
                 self._gang.put(reply)
         elif isinstance(event, Interrupted):
-            if self.interrupted or not self._gang.complete:
-                self._gang.kill()
-            self.interrupted = True
-            self._gang.interrupt()
+            self._interrupt()
+        elif isinstance(event, Lost):
+            self._say_if_lost()
+            if self.interrupted:
+                self._leaves_at = monotonic() + LEAVE_AFTER_S
+        elif isinstance(event, m.Welcome):
+            self._said_lost = False
+            if self._killed:
+                self._gang.kill()  # the first one may be lost
         elif isinstance(event, m.JobWaiting):
-            print(f"fleet: the ranks wait: {shown(event.reason)}", file=sys.stderr)
+            _say(f"the ranks wait: {shown(event.reason)}")
         elif isinstance(event, m.JobEnded):
-            if not self.endings and all(0 <= status.task != self._number for status in event.ranks):
-                raise NeverBegun
-            raise RanksLost(how_it_ended(event, self._size, self._printer.recent))
+            started = bool(event.ranks) and not self.interrupted and not self.endings
+            never_begun = started and all(0 <= status.task != self._number for status in event.ranks)
+            raise (NeverBegun if never_begun else RanksLost)(how_it_ended(event, self._size, self._printer.recent))
         elif isinstance(event, BaseException):
             raise event
+
+    def _interrupt(self) -> None:
+        """Interrupts the ranks; kills them the second time, or where some are not there; then leaves them."""
+        if self._killed:
+            self._leave()
+        self._killed = self.interrupted or not self._gang.complete
+        if self._killed:
+            self._gang.kill()
+        if not self._gang.reached:
+            self._leaves_at = monotonic() + LEAVE_AFTER_S
+        self.interrupted = True
+        self._gang.interrupt()
+
+    def _leave(self) -> None:
+        did = "has not told of the ranks' end" if self._gang.reached else "did not answer"
+        raise CellInterrupted(f"the orchestrator at {self._gang.orchestrator} {did}; it stops the ranks by itself")
+
+    def _say_if_lost(self) -> None:
+        if self._gang.reached is False and not self._said_lost:
+            self._said_lost = True
+            where = self._gang.orchestrator
+            _say(f"lost the orchestrator at {where}; trying again until it is back (interrupt: leave)")
 
     # What it came to
 
@@ -178,6 +227,10 @@ class Round:
             lines = [line.strip() for line in self.endings[rank].traceback.splitlines() if line.startswith("  File ")]
             at.setdefault(lines[-1].replace("File ", "in ") if lines else self.endings[rank].error, []).append(rank)
         return "; ".join(f"{_ranks(ranks, self._size)} {line}" for line, ranks in at.items()) or "all ranks had ended"
+
+
+def _say(text: str) -> None:
+    print(f"fleet: {text}", file=sys.stderr)
 
 
 def _ending(event: Returned) -> Ending:

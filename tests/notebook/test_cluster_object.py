@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -19,7 +21,11 @@ from folded import lines_by_rank
 import fleet
 from fleet.cli.runtime import runtime_folder
 from fleet.errors import UsageError
-from fleet.notebook.round import CellError
+from fleet.messages import JobEnded
+from fleet.notebook.gang import Event, Gang, Interrupted
+from fleet.notebook.round import CellError, RanksLost
+from fleet.values import RankStatus
+from tests.chaos.commands import fleet as finished
 from tests.chaos.place import Place
 
 
@@ -154,6 +160,77 @@ def test_calls_on_a_cluster(tmp_path: Path, place: Place, capsys: pytest.Capture
                 f"if rank: comm.barrier()\nopen({str(tmp_path / 'there')!r}, 'w').close()\nimport time; time.sleep(60)"
             )
         assert cluster.run("x") == [0, 1, 2, 3]
+
+
+class Reacts(io.StringIO):
+    """A stderr that does something as soon as a text is written to it: one after the other."""
+
+    def __init__(self, *reactions: tuple[str, Callable[[], object]]) -> None:
+        super().__init__()
+        self._left = list(reactions)
+
+    def write(self, text: str) -> int:
+        if self._left and self._left[0][0] in text:
+            self._left.pop(0)[1]()
+        return super().write(text)
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.chaos
+def test_calls_whose_ranks_do_not_come(tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call ends where its ranks wait for slots, end before they begin it, or cannot be asked any more. None is run again."""
+
+    def call(*reactions: tuple[str, Callable[[], object]]) -> str:
+        monkeypatch.setattr(sys, "stderr", Reacts(*reactions))
+        with pytest.raises((KeyboardInterrupt, RanksLost)) as caught:
+            cluster.run("import time; time.sleep(60)")
+        return f"{caught.typename}: {caught.value}"
+
+    def cancel() -> None:
+        known = {"ORCHESTRATOR_ADDR": place.address, "FLEET_SECRET_FILE": str(tmp_path / "secret")}
+        assert finished("cancel", cluster._ranks.gang.job_id, **known).returncode == 0
+
+    with fleet.Cluster(workers=2) as cluster:
+        waits = "the ranks wait"
+        assert "CellInterrupted: the ranks were killed; with the next cell" in call((waits, interrupt))
+        assert "cancelled" in call((waits, cancel), (waits, interrupt))
+        left = call(
+            (waits, lambda: place.kill(place.orchestrator)), (f"lost the orchestrator at {place.address}", interrupt)
+        )
+        assert f"CellInterrupted: the orchestrator at {place.address} did not answer" in left
+        assert f"CellInterrupted: the orchestrator at {place.address} did not answer" in call(
+            ("no orchestrator answers", interrupt)
+        )
+        place.start_orchestrator()
+        assert "CellInterrupted: the ranks were killed" in call((waits, interrupt))
+
+
+def test_ranks_that_never_begin_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are started once more, and not again and again; not at all after an interrupt, or where nothing had started."""
+    calls: list[list[Event]] = []
+
+    def call(gang: Gang, number: int, packed: object) -> None:
+        for event in calls.pop(0):
+            gang.events.put(event)
+
+    def made() -> str:
+        with pytest.raises((KeyboardInterrupt, RanksLost)) as caught:
+            cluster.run("1")
+        assert not calls  # no call was made once more than is allowed, nor once less
+        return f"{caught.typename}: {caught.value}"
+
+    monkeypatch.setattr(Gang, "call", call)
+    idle = JobEnded("job", "", 0, (RankStatus(0, "w", "h", 1, 7, task=0),))
+    with fleet.Cluster(workers=1) as cluster:
+        calls += [idle], [idle]
+        assert "exit code 7" in made()
+        calls.append([Interrupted(), idle])
+        assert made().startswith("CellInterrupted: ")
+        calls.append([JobEnded("job", "it was cancelled", -1)])
+        assert "it was cancelled" in made()
 
 
 @pytest.fixture
