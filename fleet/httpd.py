@@ -9,11 +9,13 @@ time: what a reader has not taken holds up no other reader, and a reader that ta
 from __future__ import annotations
 
 import contextlib
+import logging
+import re
 import selectors
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -21,6 +23,7 @@ from math import inf
 from time import monotonic
 from urllib.parse import unquote
 
+from fleet.dropped import Dropped
 from fleet.errors import ConfigError
 
 CONNECTIONS_AT_MOST = 32
@@ -34,6 +37,12 @@ BODY_AT_MOST_BYTES = 64 << 10
 READ_BYTES = 16 << 10
 ACCEPT_AGAIN_S = 0.2  # after the process had no descriptor left, and no connection here that could give one
 TEXT = "text/plain; charset=utf-8"
+# Of these a browser sends one, and pages judge by it who asks.
+ONCE = frozenset({"host", "origin", "sec-fetch-site", "sec-fetch-mode", "cookie", "content-type", "content-length"})
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.1
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+
+log = logging.getLogger("fleet.http")
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,21 @@ Answer = HttpResponse | EventStream | Future[HttpResponse]
 Route = Callable[[HttpRequest], Answer]
 
 
+class _Malformed(Exception):
+    """The request says nothing that could be answered, and why."""
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Head of a request: its first line, and its headers by name in lower case."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    size_bytes: int
+    body_bytes: int
+
+
 @dataclass(eq=False)
 class _Connection:
     """Invariant: the request is read while `answer` is empty, then the answer is written, then the connection is closed.
@@ -80,9 +104,11 @@ class _Connection:
     socket: socket.socket
     deadline: float
     request: bytearray = field(default_factory=bytearray)
+    head: _Head | None = None  # once it has come
     answer: memoryview | bytes = b""
     whole: bool = False  # the request has come
     with_body: bool = True
+    patient: bool = False  # its deadline moves on while its answer is taken
     more: Callable[[], bytes] | None = None  # of a stream
 
 
@@ -95,6 +121,7 @@ class HttpServer:
         self._listener = _listen(host, port)
         self.port = int(self._listener.getsockname()[1])
         self.address = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        self._dropped = Dropped(log, monotonic)
         self._connections: dict[_Connection, None] = {}  # in the order in which they came, which is that of deadlines
         self._streams: dict[_Connection, None] = {}
         self._stream_at = 0.0
@@ -168,19 +195,29 @@ class HttpServer:
 
     def _serve_one(self, connection: _Connection) -> None:
         """Reads or writes as much of one connection as can be without waiting."""
-        try:
+        with self._alone(connection):
             if not connection.answer and not (self._next(connection) if connection.more else self._read(connection)):
                 return
             sent = connection.socket.send(connection.answer)
+            connection.answer = connection.answer[sent:]
+            if connection.more is not None:
+                self._taken(connection, sent)
+            elif not connection.answer:
+                self._drop(connection)
+            elif connection.patient and sent:
+                connection.deadline = monotonic() + STALLED_S
+
+    @contextlib.contextmanager
+    def _alone(self, connection: _Connection) -> Iterator[None]:
+        """What goes wrong with a connection ends that one, and neither the others nor the thread."""
+        try:
+            yield
         except BlockingIOError:
-            return
+            pass
         except OSError:
             self._drop(connection)  # its other side has ended it
-            return
-        connection.answer = connection.answer[sent:]
-        if connection.more is not None:
-            self._taken(connection, sent)
-        elif not connection.answer:
+        except Exception as error:  # of whatever kind: it is a fault of fleet
+            self._dropped.failed("an HTTP connection", error)
             self._drop(connection)
 
     def _next(self, connection: _Connection) -> bool:
@@ -212,15 +249,23 @@ class HttpServer:
                 self._drop(connection)
             return False
         connection.request += found
-        end = _head_end(connection.request)
-        body_bytes = _body_bytes(connection.request[:end]) if end else 0
-        if len(connection.request) > HEAD_AT_MOST_BYTES and not end:
-            self._write(connection, _TOO_LONG)
-        elif body_bytes > BODY_AT_MOST_BYTES:
+        if connection.head is None and (end := _head_end(connection.request)):
+            try:
+                connection.head = _parsed(bytes(connection.request[:end]))
+            except _Malformed as error:
+                self._write(connection, plain(str(error), HTTPStatus.BAD_REQUEST))
+                return True
+        head = connection.head
+        if head is None:
+            if len(connection.request) > HEAD_AT_MOST_BYTES:
+                self._write(connection, _TOO_LONG)
+            elif not found:
+                self._drop(connection)
+        elif head.body_bytes > BODY_AT_MOST_BYTES:
             self._write(connection, _TOO_MUCH)
-        elif end and len(connection.request) >= end + body_bytes:
+        elif len(connection.request) >= head.size_bytes + head.body_bytes:
             connection.whole = True
-            self._answered(connection, self._answer(connection, end, body_bytes))
+            self._answered(connection, self._answer(connection, head))
         elif not found:
             self._drop(connection)
         return len(connection.answer) > 0
@@ -250,22 +295,20 @@ class HttpServer:
         if connection not in self._connections:
             return  # it has not waited for its answer
         error = given.exception() if not given.cancelled() else None
-        if given.cancelled() or error is not None:
-            self._write(connection, plain(f"this cannot be answered: {error or 'the process ends'}", _FAILED))
-        else:
-            self._write(connection, given.result())
-        self._serve_one(connection)
+        connection.patient, connection.deadline = True, monotonic() + STALLED_S
+        with self._alone(connection):
+            if given.cancelled() or error is not None:
+                self._write(connection, plain(f"this cannot be answered: {error or 'the process ends'}", _FAILED))
+            else:
+                self._write(connection, given.result())
+            self._serve_one(connection)
 
     def _write(self, connection: _Connection, answer: HttpResponse) -> None:
         connection.answer = memoryview(_bytes(answer, connection.with_body))
         self._selector.modify(connection.socket, selectors.EVENT_WRITE, connection)
 
-    def _answer(self, connection: _Connection, end: int, body_bytes: int) -> Answer:
-        first, *rest = bytes(connection.request[:end]).decode("latin-1").splitlines()
-        words = first.split()
-        if len(words) != 3 or not words[2].startswith("HTTP/"):
-            return plain("this is no HTTP request", HTTPStatus.BAD_REQUEST)
-        method, target, _ = words
+    def _answer(self, connection: _Connection, head: _Head) -> Answer:
+        method, target = head.method, head.target
         path, _, query = target.partition("?")
         path = unquote(path)
         connection.with_body = method != "HEAD"
@@ -278,10 +321,9 @@ class HttpServer:
         if route is None:
             paths = [path for path in self._routes if path.count("/") == 1 and "." not in path]
             return plain(f"there are {' and '.join(paths)} here", HTTPStatus.NOT_FOUND)
-        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
-        body = bytes(connection.request[end : end + body_bytes])
+        body = bytes(connection.request[head.size_bytes : head.size_bytes + head.body_bytes])
         try:
-            return route(HttpRequest(query, headers, method, body, connection.socket.getpeername()[0]))
+            return route(HttpRequest(query, head.headers, method, body, connection.socket.getpeername()[0]))
         except Exception as error:  # of whatever kind: the thread outlives it, and says it
             return plain(f"{path} cannot be answered: {error}", _FAILED)
 
@@ -323,16 +365,33 @@ _TOO_MUCH = plain(
 
 def _head_end(request: bytearray) -> int:
     """Where the head of a request ends, 0: not yet."""
-    ends = [found + len(mark) for mark in (b"\r\n\r\n", b"\n\n") if (found := request.find(mark)) >= 0]
+    ends = [found + len(mark) for mark in (b"\n\r\n", b"\n\n") if (found := request.find(mark)) >= 0]
     return min(ends, default=0)
 
 
-def _body_bytes(head: bytearray) -> int:
-    for line in head.lower().splitlines()[1:]:
-        name, _, value = line.partition(b":")
-        if name.strip() == b"content-length" and value.strip().isdigit():
-            return int(value)
-    return 0
+def _parsed(head: bytes) -> _Head:
+    """The head of a request. Raises _Malformed also where two readers could find different headers in it."""
+    first, *rest = [line.removesuffix("\r") for line in head.decode("latin-1").split("\n")]
+    words = first.split(" ")
+    if len(words) != 3 or not words[2].startswith("HTTP/") or _CONTROL.search(first):
+        raise _Malformed("this is no HTTP request")
+    headers: dict[str, str] = {}
+    for line in filter(None, rest):
+        name, colon, value = line.partition(":")
+        if not colon or not _NAME.fullmatch(name) or _CONTROL.search(value):
+            raise _Malformed("this is no HTTP request: one of its headers is none")
+        name = name.lower()
+        if name == "transfer-encoding":
+            raise _Malformed("a body is sent as it is here, with its Content-Length")
+        if name in headers and name in ONCE:
+            raise _Malformed(f"there is one {name} in a request, and here are several")
+        headers[name] = value.strip(" \t")
+    length = headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()):
+        raise _Malformed("the Content-Length is no number")
+    # Longer numbers are never read: Python refuses some of them.
+    body_bytes = int(length) if len(length) <= 9 else BODY_AT_MOST_BYTES + 1
+    return _Head(words[0], words[1], headers, len(head), body_bytes)
 
 
 def _head(status: HTTPStatus, headers: list[tuple[str, str]]) -> bytes:

@@ -7,7 +7,7 @@ import http.client
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 
 from fleet.errors import ConfigError
 from fleet.exposition import health_route, metrics_route
-from fleet.httpd import CONNECTIONS_AT_MOST, HEAD_AT_MOST_BYTES, HttpRequest, HttpResponse, HttpServer
+from fleet.httpd import CONNECTIONS_AT_MOST, HEAD_AT_MOST_BYTES, Answer, HttpRequest, HttpResponse, HttpServer
 from fleet.worker import usage
 
 
@@ -120,7 +120,20 @@ def test_who_does_not_read_the_answer_is_dropped_too() -> None:
         (b"GET /metrics\r\n\r\n", b"400"),
         (b"POST /metrics HTTP/1.1\r\n\r\n", b"405"),
         (b"GET /" + b"a" * HEAD_AT_MOST_BYTES, b"431"),
-        (b"GET /%2e%2e/\xff\xfe?\x00 HTTP/1.1\r\n:\r\nx\r\n\r\n", b"404"),
+        (b"GET /%2e%2e/\xff\xfe?x HTTP/1.1\r\n\r\n", b"404"),
+        (b"GET /\x00 HTTP/1.1\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\n:\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nx\r\n\r\n", b"400"),
+        (b"GET /metrics HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", b"413"),
+        (b"GET /metrics HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"400"),
+        ("GET /metrics HTTP/1.1\r\nContent-Length: ²\r\n\r\n".encode("latin-1"), b"400"),
+        (b"GET /metrics HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n", b"400"),
+        (b"GET /metrics HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", b"400"),
+        (b"GET /metrics HTTP/1.1\r\nX : a\r\n\r\n", b"400"),
+        (b"GET /metrics HTTP/1.1\r\nX: a\r\n b\r\n\r\n", b"400"),
+        (b"GET /metrics HTTP/1.1\r\nX: a\x0bOrigin: b\r\n\r\n", b"400"),
+        (b"GET /metrics HTTP/1.1\r\nX: a\rOrigin: b\r\n\r\n", b"400"),
+        (b"GET /metrics HTTP/1.1\nHost: a\n\r\n", b"200"),
         (b"GET /metrics?name[]=no&name[]=%ff HTTP/1.1\r\nAccept: \xff;q=x\r\n\r\n", b"200"),
         (b"HEAD /metrics HTTP/1.1\r\n\r\n", b"200"),
     ],
@@ -129,6 +142,40 @@ def test_odd_requests_get_an_answer(request_bytes: bytes, status: bytes) -> None
     with served() as exposition:
         assert raw(exposition.port, request_bytes).split(b" ", 2)[1] == status
         assert get(exposition.port)[0] == 200
+
+
+def test_a_header_is_one_line_whatever_letters_are_in_it() -> None:
+    """Letters outside of ASCII have bytes at which Python ends a line, too."""
+    seen: list[Mapping[str, str]] = []
+    route = metrics_route(Gauge())
+
+    def noting(request: HttpRequest) -> Answer:
+        seen.append(request.headers)
+        return route(request)
+
+    server = HttpServer("127.0.0.1", 0, {"/metrics": noting})
+    try:
+        sent = "GET /metrics HTTP/1.1\r\nHost: h\r\nCookie: a=Åorigin: http://h\r\n\r\n".encode()
+        assert raw(server.port, sent).split(b" ", 2)[1] == b"200"
+    finally:
+        server.close()
+    assert seen == [{"host": "h", "cookie": "a=Ã\x85origin: http://h"}]
+
+
+def test_a_fault_with_one_connection_is_logged_and_ends_that_one_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(head: bytes) -> None:
+        raise ZeroDivisionError(f"{len(head)} bytes")
+
+    with served() as exposition:
+        with monkeypatch.context() as patched:
+            patched.setattr("fleet.httpd._parsed", wrong)
+            with suppress(ConnectionResetError):
+                assert raw(exposition.port, b"GET /metrics HTTP/1.1\r\n\r\n") == b""
+        assert get(exposition.port)[0] == 200
+    (record,) = [record for record in caplog.records if record.name == "fleet.http"]
+    assert record.exc_info is not None
 
 
 def test_a_collector_that_fails_is_said_and_survived() -> None:
