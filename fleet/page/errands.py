@@ -6,6 +6,7 @@ An action of the page is the command of that name: it goes over a client's conne
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from fleet.client.rank_activity import as_values, ask
 from fleet.client.target import Target
 from fleet.errors import FleetError, UsageError
 
-THREADS = 2
+THREADS, ACTION_THREADS = 2, 2  # an action does not wait until a trace is written
+WITHIN_S = 25.0  # whoever has asked is told sooner than the HTTP server gives up
+STOP_SEEN_S = 0.25
 PENDING_AT_MOST = 32
 TRACED_S = 60.0
 COLLECTIVES_TOLD = 20  # of each rank
@@ -43,39 +46,67 @@ class _Measured:
         return not self.used.done() or monotonic() - self.at < every_s
 
 
+class _Asking(JobClient):
+    """Client that waits WITHIN_S for an answer at most, and no longer than until `stopping`: its orchestrator may have ended."""
+
+    def __init__(self, target: Target, stopping: threading.Event) -> None:
+        super().__init__(target)
+        self._stopping = stopping
+
+    def _until(
+        self,
+        done: Callable[[], bool],
+        take: Callable[[m.Message], None] = lambda message: None,
+        until: float | None = None,
+    ) -> None:
+        """Raises FleetError."""
+        gives_up_at = self._clock.now() + WITHIN_S
+        while not done() and (until is None or self._clock.now() < until):
+            now = self._clock.now()
+            if self._stopping.is_set():
+                raise FleetError("the orchestrator ends")
+            if now >= gives_up_at:
+                raise FleetError(f"the orchestrator did not answer within {WITHIN_S:.0f} s: try again")
+            slice_until = now + STOP_SEEN_S
+            super()._until(done, take, slice_until if until is None else min(until, slice_until))
+
+
 class Errands:
-    """Threads that ask. `close` waits for what they are at."""
+    """Threads that ask. `close` has them stop waiting, and waits for them."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
+        self._stopping = threading.Event()
         self._threads = ThreadPoolExecutor(THREADS, "fleet-page")
+        self._actors = ThreadPoolExecutor(ACTION_THREADS, "fleet-page-act")
         self._measurer = ThreadPoolExecutor(1, "fleet-page-use")
         self._measuring: JobClient | None = None  # the measurer's
         self._measured: dict[str, _Measured] = {}  # by job
         self._pending_count = 0  # of the HTTP server's thread, and of callbacks: a number off by one does no harm
 
     def close(self) -> None:
-        self._threads.shutdown(cancel_futures=True)
-        self._measurer.submit(self._end_measuring)
-        self._measurer.shutdown()
+        self._stopping.set()
+        for threads in (self._threads, self._actors, self._measurer):
+            threads.shutdown(cancel_futures=True)
+        self._end_measuring()
 
     def cancel(self, job_id: str, kill: bool) -> Future[str]:
         def act() -> str:
-            with JobClient(self._target) as client:
+            with self._client() as client:
                 client.cancel([client.job(job_id).job_id], kill)
             return f"job {job_id} is told to end"
 
-        return self._later(act)
+        return self._later(act, self._actors)
 
     def drain(self, worker_id: str, within_s: float, undo: bool) -> Future[str]:
         def act() -> str:
-            with JobClient(self._target) as client:
+            with self._client() as client:
                 jobs = client.drain(worker_id, within_s, undo)
             if undo:
                 return f"worker {worker_id} takes work again"
             return f"worker {worker_id} gets no new work" + (f"; {len(jobs)} jobs run there still" if jobs else "")
 
-        return self._later(act)
+        return self._later(act, self._actors)
 
     def ranks(self, job_id: str) -> Future[list[dict[str, object]]]:
         """What each rank does now, as `fleet why --json` says it."""
@@ -84,7 +115,7 @@ class Errands:
             found = ask(self._target, job_id, stacks=True)
             return as_values(found.answers, found.silent, COLLECTIVES_TOLD, found.straggler)
 
-        return self._later(act)
+        return self._later(act, self._threads)
 
     def trace(self, job_id: str) -> Future[bytes]:
         """The trace of the last minute of a job that runs, or of one that wrote it: what `fleet trace` writes."""
@@ -94,7 +125,7 @@ class Errands:
             from fleet.client.traces import of_activity, of_ended, untraced, write
 
             clocks = None
-            with JobClient(self._target) as client:
+            with self._client() as client:
                 job = client.job(job_id)
                 ranks = of_ended(client, job) if job.outcome else []
             if job.outcome and not ranks:
@@ -108,7 +139,7 @@ class Errands:
                 write(traced_job(ranks, clocks), path)
                 return path.read_bytes()
 
-        return self._later(act)
+        return self._later(act, self._threads)
 
     def use(self, job_id: str, worker_count: int) -> Future[list[m.Used]]:
         """What a job uses on so many workers. All that ask within a second get one answer."""
@@ -124,7 +155,7 @@ class Errands:
     def _measure(self, job_id: str, worker_count: int) -> list[m.Used]:
         """Over one connection for all questions, which are a few each second."""
         if self._measuring is None:
-            self._measuring = JobClient(self._target)
+            self._measuring = self._client()
         try:
             return self._measuring.measure(job_id, worker_count)
         except BaseException:
@@ -137,12 +168,15 @@ class Errands:
             with client:
                 pass
 
-    def _later(self, act: Callable[[], T]) -> Future[T]:
+    def _client(self) -> JobClient:
+        return _Asking(self._target, self._stopping)
+
+    def _later(self, act: Callable[[], T], threads: ThreadPoolExecutor) -> Future[T]:
         """Raises FleetError if too much is under way."""
         if self._pending_count >= PENDING_AT_MOST:
             raise FleetError("too much is being asked at once: try again in a moment")
         self._pending_count += 1
-        future = self._threads.submit(act)
+        future = threads.submit(act)
         future.add_done_callback(self._done)
         return future
 

@@ -7,17 +7,20 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic
 
 import pytest
 
+from fleet.bus.context import Bus
+from fleet.bus.control import Arrived, Router
 from fleet.bus.lock import Lock
 from fleet.client.target import Target
 from fleet.httpd import STREAMS_AT_MOST, HttpServer
 from fleet.orchestrator.logs import JobLogs
 from fleet.orchestrator.window import Window
+from fleet.page.errands import Errands
 from fleet.page.pages import STATIC, ClusterPages
 from tests.pure.test_orchestrator import cluster
 
@@ -215,3 +218,19 @@ def test_viewers_are_so_many_at_most_and_one_more_is_told(page: Served) -> None:
     finally:
         for stream in streams:
             stream.close()
+
+
+def test_a_page_ends_while_its_orchestrator_answers_no_errand_any_more(tmp_path: Path) -> None:
+    """As at the orchestrator's end: its loop is over, and its port is there."""
+    with closing(Bus(Lock())) as bus:
+        router = Router(bus, "tcp://127.0.0.1:*")
+        target = Target("here", router.endpoint, Lock(), 30.0, local=True)
+        errands = Errands(target)
+        asked = [errands.cancel("a" * 12, False), errands.drain("w1", 1.0, False), errands.use("a" * 12, 1)]
+        asked += [errands.cancel("a" * 12, False) for _ in range(4)]
+        while not any(isinstance(thing, Arrived) for thing in router.receive()):
+            threading.Event().wait(0.01)
+        begun = monotonic()
+        errands.close()
+        assert monotonic() - begun < 5.0
+        assert all(future.done() for future in asked)
