@@ -23,7 +23,6 @@ from math import inf
 from time import monotonic
 from urllib.parse import unquote
 
-from fleet.dropped import Dropped
 from fleet.errors import ConfigError
 
 CONNECTIONS_AT_MOST = 32
@@ -121,7 +120,6 @@ class HttpServer:
         self._listener = _listen(host, port)
         self.port = int(self._listener.getsockname()[1])
         self.address = f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
-        self._dropped = Dropped(log, monotonic)
         self._connections: dict[_Connection, None] = {}  # in the order in which they came, which is that of deadlines
         self._streams: dict[_Connection, None] = {}
         self._stream_at = 0.0
@@ -216,8 +214,8 @@ class HttpServer:
             pass
         except OSError:
             self._drop(connection)  # its other side has ended it
-        except Exception as error:  # of whatever kind: it is a fault of fleet
-            self._dropped.failed("an HTTP connection", error)
+        except Exception:  # of whatever kind
+            log.exception("an HTTP connection is dropped, by a fault of fleet")
             self._drop(connection)
 
     def _next(self, connection: _Connection) -> bool:
