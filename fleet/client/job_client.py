@@ -24,14 +24,19 @@ UNKNOWN = "the orchestrator does not know this job, or no longer"
 WORKER_ANSWERS_WITHIN_S = 30.0  # with a page of a listing, or with a few parts of a file
 ASKED_TIMES = 3
 MEASURED_WITHIN_S = 2.0
+CHECK_EVERY_S = 0.25
 
 A = TypeVar("A", bound=m.Jobs | m.LogPart | m.Drained | m.Files | m.FilePart)
 
 
 class JobClient:
-    """Client of one orchestrator. Methods raise ConfigError where it does not answer in time, or refuses this client."""
+    """Client of one orchestrator. Methods raise ConfigError where it does not answer in time, or refuses this client.
 
-    def __init__(self, target: Target) -> None:
+    `check` is called a few times a second while an answer is waited for: what it raises ends the wait.
+    """
+
+    def __init__(self, target: Target, check: Callable[[], None] | None = None) -> None:
+        self._check = check
         self._bus = Bus(target.lock)
         self._clock = LifeClock()
         advice = ": is it running, and is the address right?"
@@ -215,7 +220,11 @@ class JobClient:
     ) -> None:
         """Hands each message to `take`, until `done` or the time is over."""
         while not done() and (until is None or self._clock.now() < until):
-            self._connection.wait(None if until is None else max(0.0, until - self._clock.now()))
+            wait_s = None if until is None else max(0.0, until - self._clock.now())
+            if self._check is not None:
+                self._check()
+                wait_s = CHECK_EVERY_S if wait_s is None else min(wait_s, CHECK_EVERY_S)
+            self._connection.wait(wait_s)
             for event in self._connection.receive():
                 if not isinstance(event, Lost | Arrived):
                     self._note_end(event)

@@ -22,7 +22,6 @@ from fleet.errors import FleetError, UsageError
 
 THREADS, ACTION_THREADS = 2, 2  # an action does not wait until a trace is written
 WITHIN_S = 25.0  # whoever has asked is told sooner than the HTTP server gives up
-STOP_SEEN_S = 0.25
 PENDING_AT_MOST = 32
 TRACED_S = 60.0
 COLLECTIVES_TOLD = 20  # of each rank
@@ -44,31 +43,6 @@ class _Measured:
     def is_fresh(self) -> bool:
         every_s = max(MEASURED_EVERY_S, self.worker_count / MEASURED_WORKERS_A_SECOND)
         return not self.used.done() or monotonic() - self.at < every_s
-
-
-class _Asking(JobClient):
-    """Client that waits WITHIN_S for an answer at most, and no longer than until `stopping`: its orchestrator may have ended."""
-
-    def __init__(self, target: Target, stopping: threading.Event) -> None:
-        super().__init__(target)
-        self._stopping = stopping
-
-    def _until(
-        self,
-        done: Callable[[], bool],
-        take: Callable[[m.Message], None] = lambda message: None,
-        until: float | None = None,
-    ) -> None:
-        """Raises FleetError."""
-        gives_up_at = self._clock.now() + WITHIN_S
-        while not done() and (until is None or self._clock.now() < until):
-            now = self._clock.now()
-            if self._stopping.is_set():
-                raise FleetError("the orchestrator ends")
-            if now >= gives_up_at:
-                raise FleetError(f"the orchestrator did not answer within {WITHIN_S:.0f} s: try again")
-            slice_until = now + STOP_SEEN_S
-            super()._until(done, take, slice_until if until is None else min(until, slice_until))
 
 
 class Errands:
@@ -155,7 +129,7 @@ class Errands:
     def _measure(self, job_id: str, worker_count: int) -> list[m.Used]:
         """Over one connection for all questions, which are a few each second."""
         if self._measuring is None:
-            self._measuring = self._client()
+            self._measuring = JobClient(self._target, self._check)
         try:
             return self._measuring.measure(job_id, worker_count)
         except BaseException:
@@ -169,7 +143,19 @@ class Errands:
                 pass
 
     def _client(self) -> JobClient:
-        return _Asking(self._target, self._stopping)
+        """A client that waits WITHIN_S at most, and no longer than until `close`: its orchestrator may have ended."""
+        gives_up_at = monotonic() + WITHIN_S
+
+        def check() -> None:
+            self._check()
+            if monotonic() >= gives_up_at:
+                raise FleetError(f"the orchestrator did not answer within {WITHIN_S:.0f} s: try again")
+
+        return JobClient(self._target, check)
+
+    def _check(self) -> None:
+        if self._stopping.is_set():
+            raise FleetError("the orchestrator ends")
 
     def _later(self, act: Callable[[], T], threads: ThreadPoolExecutor) -> Future[T]:
         """Raises FleetError if too much is under way."""
