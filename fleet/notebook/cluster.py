@@ -145,8 +145,10 @@ class Cluster:
         connect_timeout: float = 60.0,
     ) -> None:
         size = config.usable_cores() if workers is None else workers
-        if size < 1 or slots < 1 or gpus < 0:
-            raise UsageError("workers and slots must be at least 1, gpus at least 0")
+        if not all(isinstance(number, int) for number in (size, slots, gpus)) or size < 1 or slots < 1 or gpus < 0:
+            raise UsageError("workers and slots must be whole numbers of at least 1, gpus of at least 0")
+        if timeout_s <= 0:
+            raise UsageError(f"timeout_s is {timeout_s}: it must be above 0")
         address = addr or config.orchestrator_address()
         python = "" if address is None else versions().python_minor
         options = JobOptions(name="notebook", max_restarts=0, slots=slots, gpus=gpus, python=python)
@@ -173,13 +175,18 @@ class Cluster:
         last expression, or of the function.
 
         Code sees the variables of the ranks; a function comes from here, with copies of what it uses. Raises CellError,
-        which names the first rank that failed, with its traceback; KeyboardInterrupt once all ranks were interrupted.
+        which names the first rank that failed, with its traceback; KeyboardInterrupt once all ranks were interrupted;
+        SyntaxError and UsageError, and then nothing has run.
         """
         if callable(what):
             function = what
             endings = self._make(
                 lambda start: self._packer.pack(cells.run_function, (start, function, args, kwargs), {})
             )
+        elif not isinstance(what, str):
+            raise UsageError(f"a Cluster runs code as a str, or a function: this is of type {type(what).__name__}")
+        elif args or kwargs:
+            raise UsageError("code takes no arguments, only a function does")
         else:
             endings = self._run_source(what, False)
         return [ending.value for ending in endings]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
 from fleet.errors import ConfigError, UsageError
 from fleet.notebook.cluster import Cluster
+from fleet.notebook.round import CellError
 
 USAGE = "%%fleet [--workers N] before a cell; %fleet shows the ranks, %fleet --close ends them"
 
@@ -29,7 +31,11 @@ class Magic:
 
     def cell(self, line: str, cell: str) -> Any:
         """`%%fleet`"""
-        return self._ranks(_workers(line)).cell(f"\n{cell}")  # lines are counted as the notebook does
+        ranks = self._ranks(_workers(line))
+        try:
+            return ranks.cell(f"\n{cell}")  # lines are counted as the notebook does
+        except SyntaxError as error:
+            raise CellError(_misread(error), traceback="".join(traceback.format_exception_only(error))) from None
 
     def close(self) -> None:
         if self._cluster is not None:
@@ -56,6 +62,15 @@ def _workers(line: str) -> int | None:
     if len(words) != 2 or words[0] != "--workers" or not words[1].isdecimal() or not int(words[1]):
         raise UsageError(f"{line!r} is not understood: {USAGE}")
     return int(words[1])
+
+
+def _misread(error: SyntaxError) -> str:
+    hint = ""
+    if (error.text or "").lstrip().startswith(("%", "!")):
+        hint = ": ranks run Python alone, no lines of % and !"
+    elif "'await' outside" in error.msg:
+        hint = ": a rank has no event loop of its own, use asyncio.run"
+    return f"no rank has run the cell{hint}"
 
 
 def load(ipython: Any) -> None:

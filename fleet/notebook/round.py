@@ -164,7 +164,7 @@ class Round:
             self._said_lost = False
             if self._killed:
                 self._gang.kill()  # the first one may be lost
-        elif isinstance(event, m.JobWaiting):
+        elif isinstance(event, m.JobWaiting) and not self._gang.local:
             _say(f"the ranks wait: {shown(event.reason)}")
         elif isinstance(event, m.JobEnded):
             started = bool(event.ranks) and not self.interrupted and not self.endings

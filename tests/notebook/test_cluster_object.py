@@ -49,6 +49,7 @@ def interrupted_once_there(*files: Path) -> Iterator[None]:
 def test_calls_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with fleet.Cluster(workers=3) as cluster:
         returns(cluster)
+        assert capsys.readouterr() == ("", "")
         prints(cluster, capsys)
         refuses(cluster)
         is_stubborn(cluster, tmp_path, capsys)
@@ -103,6 +104,13 @@ def refuses(cluster: fleet.Cluster) -> None:
     assert caught.value.traceback.startswith('Traceback (most recent call last):\n  File "<cell ')
     with pytest.raises(SyntaxError):
         cluster.run("1 +")
+    for wrong in ({"workers": "2"}, {"workers": 2.5}, {"workers": 0}, {"workers": 1, "timeout_s": -1.0}):
+        with pytest.raises(UsageError, match="must be"):
+            fleet.Cluster(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="of type int"):
+        cluster.run(5)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no arguments"):
+        cluster.run("rank", 3)
     assert cluster.run("x") == [0, 10, 20]
 
 
@@ -193,6 +201,8 @@ def test_calls_whose_ranks_do_not_come(tmp_path: Path, place: Place, monkeypatch
         known = {"ORCHESTRATOR_ADDR": place.address, "FLEET_SECRET_FILE": str(tmp_path / "secret")}
         assert finished("cancel", cluster._ranks.gang.job_id, **known).returncode == 0
 
+    for name in ("LEAVE_AFTER_S", "SAY_WAITING_AFTER_S"):
+        monkeypatch.setattr(f"fleet.notebook.round.{name}", 0.2)
     with fleet.Cluster(workers=2) as cluster:
         waits = "the ranks wait"
         assert "CellInterrupted: the ranks were killed; with the next cell" in call((waits, interrupt))

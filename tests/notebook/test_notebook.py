@@ -84,7 +84,10 @@ async def check_failures(notebook: Notebook, folder: Path) -> None:
     alike = await notebook.cell("%%fleet\n1 / 0")
     assert error(alike).endswith("all 4 ranks failed: ZeroDivisionError: division by zero")
     wrong = await notebook.cell("%%fleet\n1 +")
-    assert "SyntaxError" in error(wrong)
+    assert error(wrong).endswith("1 +\n       ^\nSyntaxError: invalid syntax\nno rank has run the cell")
+    assert "fleet/" not in error(wrong)
+    assert error(await notebook.cell("%%fleet\n!ls")).endswith("ranks run Python alone, no lines of % and !")
+    assert error(await notebook.cell("%%fleet\nawait 1")).endswith("use asyncio.run")
     misused = await notebook.cell("%%fleet --workers none\n1")
     assert "is not understood" in printed(misused, "stderr") + error(misused)
 
