@@ -2,14 +2,25 @@
 
 import { byId, say } from "./dom.js";
 
-export async function ask(path, words = {}) {
+const WITHIN_MS = 10000;
+export const RANKS_WITHIN_MS = 35000; // what ranks are asked for
+
+export async function ask(path, words = {}, within = WITHIN_MS) {
   const query = new URLSearchParams(words).toString();
-  return answered(await fetch(query ? `${path}?${query}` : path, { cache: "no-store" }));
+  return answered(await fetched(query ? `${path}?${query}` : path, { cache: "no-store" }, within));
+}
+
+export async function fetched(address, options, within) {
+  try {
+    return await fetch(address, { ...options, signal: AbortSignal.timeout(within) });
+  } catch (error) {
+    throw error.name === "TimeoutError" ? new Error(`the server did not answer within ${within / 1000} s`) : error;
+  }
 }
 
 export async function act(path, body) {
   const headers = { "Content-Type": "application/json" };
-  return answered(await fetch(path, { method: "POST", headers, body: JSON.stringify(body) }));
+  return answered(await fetched(path, { method: "POST", headers, body: JSON.stringify(body) }, RANKS_WITHIN_MS));
 }
 
 async function answered(response) {

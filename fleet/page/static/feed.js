@@ -1,6 +1,7 @@
 // The live tables: a snapshot, then differences. Says when the connection is lost, and since when.
 
 const SILENT_S = 12; // the server says something every 5 s
+const PATIENCE_S = 96; // at most, for a snapshot over a slow link
 
 export class Feed {
   constructor(changed) {
@@ -9,6 +10,7 @@ export class Feed {
     this.state = "loading"; // or "live", "lost"
     this.heardAt = Date.now();
     this.lostAt = 0;
+    this.patience = SILENT_S; // of a try to connect: a second one has twice as long
     this.changed = changed;
     this.connect();
     setInterval(() => this.look(), 1000);
@@ -16,6 +18,7 @@ export class Feed {
   }
 
   connect() {
+    this.triedAt = Date.now();
     this.source = new EventSource("/events");
     this.source.addEventListener("snapshot", (event) => this.take(event, true));
     this.source.addEventListener("change", (event) => this.take(event, false));
@@ -42,6 +45,7 @@ export class Feed {
   heard() {
     const back = this.state !== "live";
     this.heardAt = Date.now();
+    this.patience = SILENT_S;
     this.state = "live";
     if (back) this.changed(new Set(["link"]), false);
   }
@@ -55,10 +59,13 @@ export class Feed {
   }
 
   look() {
-    const silent = (Date.now() - this.heardAt) / 1000;
+    const silent = (Date.now() - this.heardAt) / 1000, tried = (Date.now() - this.triedAt) / 1000;
     if (this.state === "live" && silent > SILENT_S) this.lost();
-    // A browser gives up after some errors, and a connection may break without a word: then a new one.
-    if (this.state === "lost" && (this.source.readyState === EventSource.CLOSED || silent > SILENT_S)) {
+    // A browser gives up after some errors, and a connection may break without a word: then a new one. One that connects, or
+    // takes a snapshot, has its time.
+    const broken = silent > SILENT_S && tried > this.patience;
+    if (this.state === "lost" && (this.source.readyState === EventSource.CLOSED || broken)) {
+      if (broken && this.triedAt > this.heardAt) this.patience = Math.min(PATIENCE_S, 2 * this.patience);
       this.source.close();
       this.connect();
     }

@@ -1,6 +1,6 @@
 // One job: its state, its first failure, its ranks, what it prints, and what can be done about it.
 
-import { act, ask, confirmed, tell } from "./ask.js";
+import { RANKS_WITHIN_MS, act, ask, confirmed, fetched, tell } from "./ask.js";
 import { byId, clock, el, hue, many, rankSet, say, span, visible } from "./dom.js";
 import { isOver, sign, took } from "./jobs.js";
 import { Logs } from "./logs.js";
@@ -143,7 +143,7 @@ export class Job {
     button.disabled = true;
     tell("Asking the ranks for their trace …");
     try {
-      const response = await fetch(`/api/trace?${new URLSearchParams({ id })}`);
+      const response = await fetched(`/api/trace?${new URLSearchParams({ id })}`, {}, RANKS_WITHIN_MS);
       if (!response.ok) throw new Error((await response.json()).said);
       const address = URL.createObjectURL(await response.blob());
       el("a", { href: address, download: `trace-${id}.json` }).click();
@@ -161,7 +161,7 @@ export class Job {
     this.askButton.disabled = true;
     say(this.answers, "Asking …");
     try {
-      const { ranks } = await ask("/api/ranks", { id });
+      const { ranks } = await ask("/api/ranks", { id }, RANKS_WITHIN_MS);
       if (id !== this.id) return;
       this.answers.replaceChildren(el("p", { class: "note" }, `As of ${clock(Date.now() / 1000)}:`), ...ranks.slice(0, RANKS_SHOWN).map((rank) =>
         el("details", {}, el("summary", {}, el("b", {}, `rank ${rank.rank}`), ` ${visible(rank.host ?? "")} ${rank.pid ? `pid ${rank.pid}` : ""}: ${visible(rank.doing)}`),

@@ -49,8 +49,12 @@ export class Logs {
       let more = true; // of a rank that prints without end there is always more
       for (let turn = 0; more && turn < PARTS_AT_ONCE && this.job !== null; turn++) {
         const found = await ask("/api/output", { id: this.job, after: this.next });
-        if (this.instance && found.instance !== this.instance) this.clear();
+        const anew = this.instance && found.instance !== this.instance;
         this.instance = found.instance;
+        if (anew) {
+          this.clear(); // its chunks have numbers of their own
+          continue;
+        }
         if (found.missing) this.dropped = true;
         this.next = found.next;
         for (const [rank, data] of found.chunks) this.take(rank, data);

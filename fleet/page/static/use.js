@@ -11,6 +11,7 @@ export class Use {
   constructor(place, job) {
     this.job = job;
     this.before = new Map(); // by rank: the last answer
+    this.counted = new Map(); // by worker and collective: the last answer
     this.place = place;
     place.append(
       this.times = el("div", { class: "times", hidden: true }),
@@ -48,9 +49,9 @@ export class Use {
 
   take(used) {
     const cpu = [], memory = [], names = [];
-    this.stream(summed(used));
     const ranks = used.flatMap((one) => one.ranks.map((rank) => ({ ...rank, at_s: one.at_s }))).sort((a, b) => a.rank - b.rank);
     if (ranks.every((rank) => this.before.get(rank.rank)?.at_s === rank.at_s) && ranks.length) return; // the same answer
+    this.stream(this.rated(used));
     for (const rank of ranks) {
       const before = this.before.get(rank.rank);
       cpu.push(before && before.pid === rank.pid && rank.at_s > before.at_s ? Math.max(0, (rank.cpu_s - before.cpu_s) / (rank.at_s - before.at_s)) : null);
@@ -108,26 +109,43 @@ export class Use {
     }
   }
 
+  // Collectives of all workers' ranks by what and how, and how much of them is made in a second. A worker's answers say when they
+  // are of; of a new attempt it has counted less than before, and nothing is known of it yet.
+  rated(used) {
+    const sums = new Map(), names = ["count", "byte_count", "seconds"];
+    for (const worker of used) {
+      for (const one of worker.collectives) {
+        const key = `${one.operation}/${one.path}`, counted = `${worker.worker_id}/${key}`, before = this.counted.get(counted);
+        const sum = sums.get(key) ?? { operation: one.operation, path: one.path, count: 0, byte_count: 0, seconds: 0, known: false, now: { count: 0, byte_count: 0, seconds: 0 } };
+        const elapsed = before ? worker.at_s - before.at_s : 0, known = elapsed > 0 && one.count >= before.count;
+        for (const name of names) {
+          sum[name] += one[name];
+          if (known) sum.now[name] += Math.max(0, one[name] - before[name]) / elapsed;
+        }
+        sum.known ||= known;
+        sums.set(key, sum);
+        if (elapsed !== 0 || !before) this.counted.set(counted, { ...one, at_s: worker.at_s });
+      }
+    }
+    return [...sums.values()].sort((a, b) => b.seconds - a.seconds);
+  }
+
   // A table of the collectives of a job by what and how, with their rates since the last look, and the sum as a curve.
   stream(found) {
-    const now = performance.now() / 1000, rows = [];
-    const last = this.counted;
-    this.counted = { at: now, by: new Map(found.map((one) => [`${one.operation}/${one.path}`, one])) };
+    const rows = [];
     this.collectives.hidden = !found.length;
     if (!found.length) return;
     let sum = 0;
     for (const one of found) {
-      const before = last?.by.get(`${one.operation}/${one.path}`);
-      const per = before ? 1 / (now - last.at) : 0;
-      const count = before ? one.count - before.count : 0, bytes = before ? one.byte_count - before.byte_count : 0, seconds = before ? one.seconds - before.seconds : 0;
-      sum += bytes * per;
-      rows.push([one.operation, one.path, many(Math.round(one.count / (this.world || 1)), "call"), amount(one.byte_count / Math.max(1, one.count)), count ? `${rate(count * per / (this.world || 1))} /s` : "–",
+      const { count, byte_count: bytes, seconds } = one.now;
+      sum += bytes;
+      rows.push([one.operation, one.path, many(Math.round(one.count / (this.world || 1)), "call"), amount(one.byte_count / Math.max(1, one.count)), count ? `${rate(count / (this.world || 1))} /s` : "–",
         count ? `${(1000 * seconds / count).toPrecision(3)} ms` : "–", count ? `${amount(bytes / Math.max(1e-9, seconds))}/s` : "–"]);
     }
     this.collectives.replaceChildren(el("h3", {}, "Collectives"), el("div", { class: "scroll", tabIndex: 0 }, el("table", {},
       el("thead", {}, el("tr", {}, ...["what", "path", "in all", "size", "now", "each", "bandwidth"].map((name) => el("th", { scope: "col" }, name)))),
       el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((word) => el("td", {}, word))))))));
-    if (last) {
+    if (found.some((one) => one.known)) {
       this.rates ??= new Chart(this.charts, "Bytes in collectives, all ranks", (bytes) => `${amount(bytes)}/s`);
       this.rates.add(Date.now() / 1000, [sum], ["bytes"]);
     }
@@ -135,17 +153,6 @@ export class Use {
 }
 
 const rate = (number) => number.toFixed(number < 10 ? 1 : 0);
-
-// Collectives of all workers' ranks, by what and how.
-function summed(used) {
-  const sums = new Map();
-  for (const one of used.flatMap((worker) => worker.collectives)) {
-    const sum = sums.get(`${one.operation}/${one.path}`) ?? { ...one, count: 0, byte_count: 0, seconds: 0 };
-    for (const name of ["count", "byte_count", "seconds"]) sum[name] += one[name];
-    sums.set(`${one.operation}/${one.path}`, sum);
-  }
-  return [...sums.values()].sort((a, b) => b.seconds - a.seconds);
-}
 
 const ORDER = ["data", "forward", "backward", "update"]; // of a step
 const placed = (name) => (ORDER.includes(name) ? ORDER.indexOf(name) : ORDER.length);
