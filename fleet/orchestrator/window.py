@@ -111,7 +111,11 @@ class Window:
             printed = self._printed.get(job_id)
             if printed is None:
                 return OutputPart([], 0, after > 0, False)
-            first = max(0, after - printed.dropped_count)
+            existing = printed.dropped_count + len(printed.chunks)
+            forgotten = (
+                after > existing
+            )  # by a reader of what was there before all of it was dropped: numbers began again
+            first = 0 if forgotten else max(0, after - printed.dropped_count)
             chunks: list[Chunk] = []
             left = PRINTED_AT_ONCE_BYTES
             for number in range(first, len(printed.chunks)):
@@ -122,7 +126,7 @@ class Window:
                 chunks.append(chunk)
             following = printed.dropped_count + first + len(chunks)
             more = first + len(chunks) < len(printed.chunks)
-            return OutputPart(chunks, following, after < printed.dropped_count, more)
+            return OutputPart(chunks, following, forgotten or after < printed.dropped_count, more)
 
     def note_event(self, level: str, text: str) -> None:
         with self._lock:

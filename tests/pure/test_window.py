@@ -27,6 +27,10 @@ def test_output_is_read_from_where_the_reader_was(tmp_path: Path) -> None:
     window.forget("a")
     assert window.output("a", 2) == ([], 0, True, False)  # it is said that something is missing
     assert window.output("b", 0).chunks == [(0, b"other")]
+    window.note_output("a", 0, b"again")  # numbered anew
+    assert window.output("a", 2) == ([(0, b"again")], 1, True, False)
+    assert window.output("a", 3000) == ([(0, b"again")], 1, True, False)
+    assert window.output("a", 1) == ([], 1, False, False)
 
 
 def test_a_rank_that_prints_without_end_costs_what_is_kept_of_its_job(tmp_path: Path) -> None:
