@@ -74,26 +74,28 @@ def collectives(job: TracedJob, label: str) -> Html | None:
 
     Those of the rank that came last have a border.
     """
-    count = min(len(job.ranks), RANKS_AT_MOST)
-    shown = {place: job.by_rank[place][-LAST:] for place in range(count)}
-    ones = [one for found in shown.values() for one in found]
-    if not ones:
+    places = [place for place, found in enumerate(job.by_rank) if found]
+    if not places:
         return None
+    shown = {place: job.by_rank[place][-LAST:] for place in places[:RANKS_AT_MOST]}
+    ones = [one for found in shown.values() for one in found]
     # From where each rank has some: a rank that was in more of them has them of less time.
     first = max((found[0].began for found in shown.values() if len(found) == LAST), default=0)
     first = max(first, min(one.began for one in ones))
     until = max(one.ended for one in ones)
     scale, last = (WIDTH - LEFT) / max(1, until - first), last_of_each(job)
     names = _ordered({one.made.operation for one in ones})
-    drawn = [*_seconds(first, until, count * ROW)]
-    for place, found in shown.items():
-        drawn.append(tag("text", f"rank {job.ranks[place].rank}", x=LEFT - 8, y=place * ROW + 15, class_="name"))
+    height = len(shown) * ROW
+    drawn = [*_seconds(first, until, height)]
+    for row, (place, found) in enumerate(shown.items()):
+        drawn.append(tag("text", f"rank {job.ranks[place].rank}", x=LEFT - 8, y=row * ROW + 15, class_="name"))
         for one in found:
             if one.ended > first:
                 came = last.get(key_of(job.ranks[place], one.made))
                 is_last = came is not None and came.place == place and came.is_clear
-                drawn.append(_slice(one, LEFT + (max(one.began, first) - first) * scale, scale, first, is_last, names))
-    return tag("figure", _svg(drawn, count * ROW + 18, label), _legend(names), _cut(len(job.ranks)))
+                x = LEFT + (max(one.began, first) - first) * scale
+                drawn.append(_slice(one, x, row * ROW, scale, first, is_last, names))
+    return tag("figure", _svg(drawn, height + 18, label), _legend(names), _cut(len(places)))
 
 
 def steps(job: TracedJob, label: str) -> Html | None:
@@ -135,13 +137,13 @@ def duration(milliseconds: float) -> str:
     return f"{milliseconds:.3g} ms" if milliseconds < 999.5 else f"{milliseconds / 1000:.2f} s"
 
 
-def _slice(one: Arrival, x: float, scale: float, first: int, is_last: bool, names: Sequence[str]) -> Html:
+def _slice(one: Arrival, x: float, y: float, scale: float, first: int, is_last: bool, names: Sequence[str]) -> Html:
     made, took = one.made, (one.ended - one.began) / 1e6
     end = "" if made.ended else ", has not ended"
     title = f"{made.operation} #{made.sequence}, {made.byte_count} bytes, {took:.3f} ms{end}, at {made.line}"
     width = max(0.5, (one.ended - max(one.began, first)) * scale)
     kind = _colour(names.index(made.operation)) + (" last" if is_last else "")
-    return tag("rect", tag("title", title), x=x, y=one.place * ROW + 3, width=width, height=ROW - 6, class_=kind)
+    return tag("rect", tag("title", title), x=x, y=y + 3, width=width, height=ROW - 6, class_=kind)
 
 
 def _seconds(first: int, until: int, height: float) -> Iterator[Html]:

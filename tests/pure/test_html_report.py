@@ -110,3 +110,12 @@ def test_where_the_time_went() -> None:
     assert steps(traced(), "steps") is not None
     assert collectives(traced_job([TracedRank(1, 0, "host", 1, Trace(1.0, True))]), "collectives") is None
     assert steps(traced_job([TracedRank(1, 0, "host", 1, Trace(1.0, True))]), "steps") is None
+
+
+def test_collectives_are_drawn_of_the_ranks_that_have_some() -> None:
+    made = TracedCollective(1, 0, 1, "all_reduce", 4000, "shared", 1.0, 2.0, "train.py:1")
+    none, one = Trace(9.0, True, clock="a"), Trace(9.0, True, (made,), clock="a")
+    ranks = [TracedRank(1, number, "host", 812, one if number == 40 else none) for number in range(41)]
+    drawn = str(collectives(traced_job(ranks), "collectives"))
+    assert "rank 40" in drawn
+    assert "rank 0" not in drawn
