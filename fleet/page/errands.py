@@ -24,6 +24,7 @@ THREADS, ACTION_THREADS = 2, 2  # an action does not wait until a trace is writt
 WITHIN_S = 25.0  # whoever has asked is told sooner than the HTTP server gives up
 PENDING_AT_MOST = 32
 TRACED_S = 60.0
+SLICES_AT_MOST = 60_000  # of a trace: it is made in the orchestrator's process
 COLLECTIVES_TOLD = 20  # of each rank
 MEASURED_EVERY_S, MEASURED_WORKERS_A_SECOND = 0.9, 128  # of one job, for all its viewers
 JOBS_MEASURED = 16
@@ -110,7 +111,7 @@ class Errands:
                 raise UsageError("no rank has a trace: none has called fleet.init() yet")
             with tempfile.TemporaryDirectory(prefix="fleet-trace-") as folder:
                 path = Path(folder) / "trace.json"
-                write(traced_job(ranks, clocks), path)
+                write(traced_job(ranks, clocks, SLICES_AT_MOST), path)
                 return path.read_bytes()
 
         return self._later(act, self._threads)

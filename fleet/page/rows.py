@@ -130,7 +130,9 @@ def _worker_row(view: ClusterView, worker: WorkerState, many: bool) -> WorkerRow
     if not many:
         torch = f", torch {versions.torch}" if versions.torch else ""
         version = f"fleet {versions.fleet}, Python {versions.python}{torch}"
-    return WorkerRow(worker.host, worker.state, worker.slots, worker.busy, load, tuple(held), worker.gpus, version)
+    return WorkerRow(
+        shown(worker.host), worker.state, worker.slots, worker.busy, load, tuple(held), worker.gpus, version
+    )
 
 
 def _job_row(view: ClusterView, job_id: str) -> JobRow | None:
@@ -145,13 +147,13 @@ def _job_row(view: ClusterView, job_id: str) -> JobRow | None:
         kind=info.kind,
         ranks=info.world_size,
         submitted_at=round(info.submitted_at, 1),
-        name=info.options.name,
-        sweep=info.options.sweep,
+        name=shown(info.options.name),
+        sweep=shown(info.options.sweep),
         attempt=info.attempt,
         started_at=round(info.started_at, 1),
         ended_at=round(info.ended_at, 1),
-        waits_for=_short(info.waits_for, REASON_CHARS),
-        reason=_short(info.reason, REASON_CHARS),
+        waits_for=_short(shown(info.waits_for), REASON_CHARS),
+        reason=_short(shown(info.reason), REASON_CHARS),
         workers=len(set(info.workers)),
         detached=info.detached,
         priority=info.options.priority,

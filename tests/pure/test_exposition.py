@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -176,6 +177,26 @@ def test_a_fault_with_one_connection_is_logged_and_ends_that_one_alone(
         assert get(exposition.port)[0] == 200
     (record,) = [record for record in caplog.records if record.name == "fleet.http"]
     assert record.exc_info is not None
+
+
+def test_an_answer_of_another_thread_has_its_readers_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time in which it is made counts on its own."""
+    monkeypatch.setattr("fleet.httpd.LATER_WITHIN_S", 0.3)
+    made: Future[HttpResponse] = Future()
+    server = HttpServer("127.0.0.1", 0, {"/later": lambda request: made})
+    try:
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(("127.0.0.1", server.port))
+            slow.settimeout(10)
+            slow.sendall(b"GET /later HTTP/1.0\r\n\r\n")
+            made.set_result(HttpResponse("text/plain", bytes(8_000_000)))
+            found = slow.recv(1)
+            threading.Event().wait(0.4)  # past the time for its making, which sends no event to this side
+            found += b"".join(iter(lambda: slow.recv(1 << 16), b""))
+    finally:
+        server.close()
+    assert len(found) > 8_000_000
 
 
 def test_a_collector_that_fails_is_said_and_survived() -> None:
