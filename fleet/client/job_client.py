@@ -14,6 +14,7 @@ from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Lost
 from fleet.client.connection import Connection
 from fleet.client.handshake import AT_ONCE
+from fleet.client.queries import CHECK_EVERY_S
 from fleet.client.target import Target
 from fleet.errors import FleetError, UsageError
 from fleet.stillness import LifeClock
@@ -24,7 +25,6 @@ UNKNOWN = "the orchestrator does not know this job, or no longer"
 WORKER_ANSWERS_WITHIN_S = 30.0  # with a page of a listing, or with a few parts of a file
 ASKED_TIMES = 3
 MEASURED_WITHIN_S = 2.0
-CHECK_EVERY_S = 0.25
 
 A = TypeVar("A", bound=m.Jobs | m.LogPart | m.Drained | m.Files | m.FilePart)
 

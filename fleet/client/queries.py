@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from fleet import messages as m
 from fleet.bus.context import Bus
@@ -15,9 +15,18 @@ from fleet.client.target import Target
 from fleet.errors import ConfigError
 from fleet.stillness import Deadline
 
+CHECK_EVERY_S = 0.25
 
-def answers(target: Target, question: m.ListWorkers | m.Why | None, deadline: Deadline) -> Iterator[m.Message]:
+
+def answers(
+    target: Target,
+    question: m.ListWorkers | m.Why | None,
+    deadline: Deadline,
+    check: Callable[[], None] | None = None,
+) -> Iterator[m.Message]:
     """The Welcome and the messages after it, until the deadline, which may be moved meanwhile. The question's number is 1.
+
+    `check` is called a few times a second: what it raises ends the wait.
 
     Raises ConfigError where no orchestrator answers, or it refuses this client; FleetError where it fails at the question.
     """
@@ -26,7 +35,9 @@ def answers(target: Target, question: m.ListWorkers | m.Why | None, deadline: De
         if question is not None:
             connection.ask(question, standing=True)
         while deadline.left_s or not connection.ever_welcomed:
-            connection.wait(deadline.left_s)
+            if check is not None:
+                check()
+            connection.wait(deadline.left_s if check is None else min(deadline.left_s, CHECK_EVERY_S))
             for event in connection.receive():
                 if not isinstance(event, Lost | Arrived):
                     yield event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
@@ -29,11 +30,18 @@ class Activity(NamedTuple):
     heard_at: dict[int, float]  # by rank: when its answer came
 
 
-def ask(target: Target, job_id: str, trace_s: float = 0.0, stacks: bool = False) -> Activity:
+def ask(
+    target: Target,
+    job_id: str,
+    trace_s: float = 0.0,
+    stacks: bool = False,
+    check: Callable[[], None] | None = None,
+) -> Activity:
     """The activity of the ranks of a job. An empty id means the only job that runs.
 
     With `trace_s`, each answer has a trace of the last so many seconds, and no records. A rank keeps its last 512 collectives
-    of each communicator and its last 4096 spans, phases and steps: ask again and again for a longer trace.
+    of each communicator and its last 4096 spans, phases and steps: ask again and again for a longer trace. What `check` raises,
+    which is called a few times a second, ends the wait.
 
     Raises ConfigError where no orchestrator answers, UsageError where there is no such job.
     """
@@ -43,7 +51,7 @@ def ask(target: Target, job_id: str, trace_s: float = 0.0, stacks: bool = False)
     expected: int | None = None
     straggler, asked_at, heard_at = None, monotonic(), dict[int, float]()
     deadline = Deadline(target.timeout_s)
-    for message in answers(target, m.Why(job_id, trace_s=trace_s, stacks=stacks), deadline):
+    for message in answers(target, m.Why(job_id, trace_s=trace_s, stacks=stacks), deadline, check):
         if isinstance(message, m.Because) and message.question == 1:
             if message.error:
                 raise UsageError(message.error)

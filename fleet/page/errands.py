@@ -87,7 +87,7 @@ class Errands:
         """What each rank does now, as `fleet why --json` says it."""
 
         def act() -> list[dict[str, object]]:
-            found = ask(self._target, job_id, stacks=True)
+            found = ask(self._target, job_id, stacks=True, check=self._check)
             return as_values(found.answers, found.silent, COLLECTIVES_TOLD, found.straggler)
 
         return self._later(act, self._threads)
@@ -106,7 +106,7 @@ class Errands:
             if job.outcome and not ranks:
                 raise untraced(job)
             if not job.outcome:
-                ranks, clocks = of_activity(ask(self._target, job_id, trace_s=TRACED_S))
+                ranks, clocks = of_activity(ask(self._target, job_id, trace_s=TRACED_S, check=self._check))
             if not ranks:
                 raise UsageError("no rank has a trace: none has called fleet.init() yet")
             with tempfile.TemporaryDirectory(prefix="fleet-trace-") as folder:

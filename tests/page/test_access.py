@@ -11,18 +11,22 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from time import monotonic
 
+import msgspec
 import pytest
 
+from fleet import messages as m
 from fleet.bus.context import Bus
 from fleet.bus.control import Arrived, Router
 from fleet.bus.lock import Lock
 from fleet.client.target import Target
 from fleet.httpd import STREAMS_AT_MOST, HttpServer
 from fleet.orchestrator.logs import JobLogs
+from fleet.orchestrator.state import Received
 from fleet.orchestrator.window import Window
 from fleet.page.errands import Errands
 from fleet.page.pages import STATIC, ClusterPages
-from tests.pure.test_orchestrator import cluster
+from fleet.page.rows import Rows
+from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster
 
 TOKEN = "5" * 64
 
@@ -220,6 +224,15 @@ def test_viewers_are_so_many_at_most_and_one_more_is_told(page: Served) -> None:
             stream.close()
 
 
+def test_rows_show_marks_that_turn_the_direction_of_text_and_do_not_have_them(page: Served) -> None:
+    core, marked = page.window._core, "a\u202eb"
+    core.step(Received(b"w7/1", m.WorkerHello("w7", "1", marked, 1, VERSIONS)), 1.0)
+    core.step(Received(CLIENT, m.Submit("j", 9, SPEC, options=m.JobOptions(name=marked))), 1.0)
+    told = msgspec.json.encode(Rows(page.window).rows()).decode()
+    assert told.count(r"a\\u202eb") == 2
+    assert marked not in told
+
+
 def test_a_page_ends_while_its_orchestrator_answers_no_errand_any_more(tmp_path: Path) -> None:
     """As at the orchestrator's end: its loop is over, and its port is there."""
     with closing(Bus(Lock())) as bus:
@@ -228,6 +241,7 @@ def test_a_page_ends_while_its_orchestrator_answers_no_errand_any_more(tmp_path:
         errands = Errands(target)
         asked = [errands.cancel("a" * 12, False), errands.drain("w1", 1.0, False), errands.use("a" * 12, 1)]
         asked += [errands.cancel("a" * 12, False) for _ in range(4)]
+        asked += [errands.ranks("a" * 12), errands.trace("a" * 12), errands.ranks("a" * 12)]
         while not any(isinstance(thing, Arrived) for thing in router.receive()):
             threading.Event().wait(0.01)
         begun = monotonic()
