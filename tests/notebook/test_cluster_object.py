@@ -98,7 +98,9 @@ def refuses(cluster: fleet.Cluster) -> None:
     assert shown[-4:] == ["ValueError: two", "lines", "and a note", "all 3 ranks failed: ValueError: two"]
     with pytest.raises(CellError, match="cannot be pickled"):
         cluster.run("(rank for _ in ())")
-    with pytest.raises(CellError, match="rank 1 failed: KeyError: 1\nrank 2 failed too: KeyError: 2") as caught:
+    with pytest.raises(
+        CellError, match=r"rank (1|2) failed: KeyError: \1\nrank (2|1) failed too: KeyError: \2"
+    ) as caught:
         cluster.run("comm.barrier()\nif rank: raise KeyError(comm.barrier() if 0 else rank)")
     assert caught.value.rank in (1, 2)
     assert caught.value.traceback.startswith('Traceback (most recent call last):\n  File "<cell ')
