@@ -25,7 +25,7 @@ from fleet.client.executor import MAX_BUNDLE
 from fleet.client.local_cluster import Place, local_place
 from fleet.client.output_sequence import OutputSequence
 from fleet.client.target import cluster_target
-from fleet.errors import UsageError, rank_set
+from fleet.errors import ConfigError, FleetError, UsageError, rank_set
 from fleet.notebook import cells
 from fleet.notebook.gang import Event, Gang, Interrupted, Present
 from fleet.notebook.round import CellInterrupted, NeverBegun, RanksLost, Round, how_it_ended
@@ -251,11 +251,14 @@ class Cluster:
         except CellInterrupted as error:
             ranks.end, ranks.told = m.JobEnded(ranks.gang.job_id, str(error), -1), True
             raise CellInterrupted(f"{error}; with the next cell {NEW_RANKS}") from None
-        except RanksLost as error:
+        except FleetError as error:
             ranks.told = True
+            if isinstance(error, ConfigError):
+                raise
             if called.interrupted:
                 raise CellInterrupted(f"the ranks were killed; with the next cell {NEW_RANKS}") from None
-            raise type(error)(f"{error}\nwith the next cell {NEW_RANKS}") from None
+            kind = NeverBegun if isinstance(error, NeverBegun) else RanksLost
+            raise kind(f"{error}\nwith the next cell {NEW_RANKS}") from None
         except BaseException:
             ranks.told = True
             raise

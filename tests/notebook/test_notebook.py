@@ -111,6 +111,16 @@ async def check_failures(notebook: Notebook, folder: Path) -> None:
     anew = await notebook.cell("%%fleet\nimport os\nprint(os.getpid())\n'x' in globals()")
     assert value(anew) == "4 ranks| False"
 
+    slots = "import psutil; [p] = [p for p in psutil.Process().children() if 'local-slots' in p.cmdline()]; p.kill()"
+    lost = await notebook.cell(
+        f"import threading\nthreading.Timer(0.3, lambda: exec({slots!r}, {{}})).start()\n"
+        "get_ipython().run_cell_magic('fleet', '', 'import time; time.sleep(60)')"
+    )
+    assert error(lost).startswith(
+        "the process with the ranks of this machine was killed by signal 9\nwith the next cell"
+    )
+    anew = await notebook.cell("%%fleet\nimport os\nprint(os.getpid())")
+
     pids = dict(line.split("| ") for line in printed(anew).splitlines())
     alive = [psutil.Process(int(pid)) for pid in pids.values()]
     os.kill(int(pids["3"]), signal.SIGKILL)
