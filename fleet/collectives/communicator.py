@@ -98,37 +98,6 @@ class Communicator:
         signature = self._signatures.reduction("all_reduce", op, buffer, wire=wire)
         return self._conductor.run(signature, self._path.all_reduce, (buffer.flat,), buffer, timeout_s, async_op)
 
-    def own_share(self, x: Any) -> slice:
-        """The elements of `x`, as if it were flat, that this rank alone reads in `all_reduce_from`; often none."""
-        return self._endpoint.own_share(as_buffer(x, "x", written=True).flat)
-
-    def all_reduce_from(
-        self,
-        x: Any,
-        own: Sequence[Any],
-        op: Op = "sum",
-        *,
-        timeout_s: float | None = None,
-        async_op: bool = False,
-        wire: str = "",
-    ) -> Work | None:
-        """As all_reduce, but the elements of `own_share(x)` are read from `own`, which spares copying them into x before.
-
-        own: arrays or tensors of x's dtype that hold these elements, one after the other. Those that are parts of x must lie
-        in their places. Ranks may choose between this method and all_reduce.
-        """
-        buffer = as_buffer(x, "x", written=True)
-        share = self._endpoint.own_share(buffer.flat)
-        parts = [as_buffer(part, f"own[{number}]", written=False) for number, part in enumerate(own)]
-        count = sum(len(part.flat) for part in parts)
-        if count != share.stop - share.start or any(part.dtype != buffer.dtype for part in parts):
-            raise UsageError(
-                f"own holds {count} elements: it must hold the {share.stop - share.start} of own_share(x), in {buffer.dtype}"
-            )
-        signature = self._signatures.reduction("all_reduce", op, buffer, wire=wire)
-        arguments = buffer.flat, [part.flat for part in parts]
-        return self._conductor.run(signature, self._endpoint.all_reduce_from, arguments, buffer, timeout_s, async_op)
-
     def all_reduce_moving(
         self, x: Any, offer: Offer, op: Op = "sum", *, timeout_s: float | None = None, async_op: bool = False
     ) -> Work | None:

@@ -145,16 +145,6 @@ class Endpoint:
                     flat = window.view(flat.dtype)  # `flat` may be no memory now
         self.path.all_reduce(operation, flat)
 
-    def own_share(self, flat: Array) -> slice:
-        return self.path.own_share(flat) if isinstance(self.path, SharedPath) else slice(0, 0)
-
-    def all_reduce_from(self, operation: Operation, flat: Array, own: Sequence[Array]) -> None:
-        """all_reduce of `flat`, but for the elements that are in `own`. See Communicator."""
-        if isinstance(self.path, SharedPath):
-            self.path.all_reduce_from(operation, flat, own)
-        else:
-            self.path.all_reduce(operation, flat)
-
     def _find_path(self, fabric: Fabric, channel: Channel, forming: FormingCall) -> None:
         try:
             self.path, self._arena = find_path(fabric, channel, self.windows, forming.deadline)

@@ -49,19 +49,6 @@ class SharedPath:
 
     # Reductions
 
-    def own_share(self, flat: Array) -> slice:
-        """The elements of `flat` that no other rank reads in `all_reduce_from`; none if it is not reduced where it lies."""
-        is_direct = flat.nbytes >= DIRECT_BYTES_AT_LEAST and self._windows.find(flat) is not None
-        return share(len(flat), self.index, self.count) if is_direct else slice(0, 0)
-
-    def all_reduce_from(self, operation: Operation, flat: Array, own: Sequence[Array]) -> None:
-        """As all_reduce, but the elements of `own_share(flat)` are in `own`, one array after the other, in place of `flat`.
-
-        An array may be flat's own memory in its place.
-        """
-        if not own or not self._direct(operation, flat, own):
-            self.all_reduce(operation, flat)
-
     def all_reduce(self, operation: Operation, flat: Array) -> None:
         size = flat.nbytes
         if size <= ONE_STEP_BYTES:
@@ -140,10 +127,10 @@ class SharedPath:
             if out is not None:
                 out[piece] = slots[count]
 
-    def _direct(self, operation: Operation, flat: Array, own: Sequence[Array] = ()) -> bool:
+    def _direct(self, operation: Operation, flat: Array) -> bool:
         """Reduces tensors of one window in place. Returns False if this rank's is an ordinary one.
 
-        If another rank's tensor is an ordinary one, or in another window, all ranks stage theirs. own: see all_reduce_from.
+        If another rank's tensor is an ordinary one, or in another window, all ranks stage theirs.
         """
         arena, kernel = self._arena, operation.kernel
         lies = self._windows.find(flat)
@@ -153,28 +140,21 @@ class SharedPath:
         # The slot is still empty: `_staged` writes it before this rank gives way to a rank with an ordinary tensor.
         word = arena.post(DIRECT)
         arena.await_all(word, operation.deadline)
-        start = share(len(flat), self.index, self.count).start
         # Other windows than this rank's own may be unmapped here.
         if not arena.all_direct(word) or any(arena.window_of(rank)[0] != lies[0] for rank in arena.others):
-            for some in own:
-                flat[start : start + len(some)] = some
-                start += len(some)
             self._staged(operation, flat, flat, word)
             return True
         views = [
             self._windows.view(rank, *arena.window_of(rank), like=flat) if rank != self.index else flat
             for rank in range(self.count)
         ]
+        mine = share(len(flat), self.index, self.count)
         per = max(1, DIRECT_PIECES_BYTES // self.count // flat.itemsize)
-        for some in own or [flat[share(len(flat), self.index, self.count)]]:
-            for piece in _pieces(len(some), per):
-                results = [view[start + piece.start : start + piece.stop] for view in views]
-                terms = results.copy()
-                terms[self.index] = some[piece]
-                kernel.many(terms, results[0])
-                for result in results[1:]:
-                    result[:] = results[0]
-            start += len(some)
+        for piece in _pieces(mine.stop - mine.start, per, mine.start):
+            parts = [view[piece] for view in views]
+            kernel.many(parts, parts[0])
+            for part in parts[1:]:
+                part[:] = parts[0]
         arena.fold(operation.deadline)
         return True
 

@@ -48,43 +48,13 @@ def _watch_optimizers() -> None:
 
 
 class _Bucket:
-    """Gradients of some parameters, one after the other in `flat`. They are reduced in one call.
+    """Gradients of some parameters, one after the other in `flat`. They are reduced in one call."""
 
-    `own` are the elements that no other rank reads: fresh gradients are not copied there, but combined where they are.
-    """
-
-    def __init__(self, flat: torch.Tensor, parameters: list[torch.nn.Parameter], own: slice) -> None:
+    def __init__(self, flat: torch.Tensor, parameters: list[torch.nn.Parameter]) -> None:
         self.flat = flat
         parts = torch.split(flat, [parameter.numel() for parameter in parameters])
         self.views = {p: part.view(p.shape) for p, part in zip(parameters, parts, strict=True)}
         self.missing = set(parameters)  # those whose gradient this backward has not computed yet
-        # The elements of `own` by parameter, as slices of its flat gradient; and where they are.
-        self._own: dict[torch.nn.Parameter, slice] = {}
-        self._parts: dict[torch.nn.Parameter, torch.Tensor] = {}
-        start = 0
-        for parameter, part in zip(parameters, parts, strict=True):
-            some = slice(*(min(max(end - start, 0), len(part)) for end in (own.start, own.stop)))
-            if some.start < some.stop:
-                self._own[parameter], self._parts[parameter] = some, part[some]
-            start += len(part)
-
-    def put(self, parameter: torch.nn.Parameter, grad: torch.Tensor, is_whole: bool) -> None:
-        """Copies a gradient to its place, but for the elements of `own` unless `is_whole`: these are kept where they are."""
-        view, own = self.views[parameter], self._own.get(parameter)
-        if is_whole or own is None or grad.layout != torch.strided or grad.dtype != view.dtype:
-            view.copy_(grad)
-            return
-        fresh, part = grad.reshape(-1), view.view(-1)
-        part[: own.start].copy_(fresh[: own.start])
-        part[own.stop :].copy_(fresh[own.stop :])
-        self._parts[parameter] = fresh[own]
-
-    def take_own(self) -> list[torch.Tensor]:
-        """The elements of `own`, where they are. After the call that gets them they are in `flat`."""
-        taken = list(self._parts.values())
-        for parameter, own in self._own.items():
-            self._parts[parameter] = self.views[parameter].view(-1)[own]
-        return taken
 
 
 class DataParallel(torch.nn.Module):
@@ -141,7 +111,7 @@ class DataParallel(torch.nn.Module):
             self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.views}
             for parameter in self._names:
                 if parameter.grad is not None:
-                    self._to_bucket(parameter, is_whole=True)
+                    self._to_bucket(parameter)
         self._backward = -1  # torch's number of the backward that is under way
         self._works: list[Work] = []  # of the buckets that it has begun to reduce, which are the first ones
 
@@ -193,35 +163,27 @@ class DataParallel(torch.nn.Module):
                     size = 0
                 groups[-1].append(parameter)
                 size += parameter.nbytes
-        buckets = []
-        for group in groups:
-            flat = self.comm.empty(sum(p.numel() for p in group), group[0].dtype)
-            buckets.append(_Bucket(flat, group, self.comm.own_share(flat)))
-        return buckets
+        return [_Bucket(self.comm.empty(sum(p.numel() for p in group), group[0].dtype), group) for group in groups]
 
-    def _to_bucket(self, parameter: torch.nn.Parameter, is_whole: bool) -> None:
-        """Puts a gradient that torch or the script has made anew, as after zero_grad(), back to its place.
-
-        Unless `is_whole`, its bucket is reduced before anyone looks at it.
-        """
-        bucket, grad = self._bucket_of[parameter], parameter.grad
-        view = bucket.views[parameter]
+    def _to_bucket(self, parameter: torch.nn.Parameter) -> None:
+        """Puts a gradient that torch or the script has made anew, as after zero_grad(), back to its place."""
+        view = self._bucket_of[parameter].views[parameter]
+        grad = parameter.grad
         if grad is not view:
             if grad is None:
                 view.zero_()
             else:
-                bucket.put(parameter, grad.detach(), is_whole)
+                view.copy_(grad.detach())
             parameter.grad = view
 
     def _accumulated(self, parameter: torch.nn.Parameter) -> None:
         """Called by torch in each backward once a parameter's gradient is there."""
+        self._to_bucket(parameter)
         if not self._is_syncing:
-            self._to_bucket(parameter, is_whole=True)
             return
         backward = torch._C._current_graph_task_id()
         if backward != self._backward:
             self._begin(backward)
-        self._to_bucket(parameter, is_whole=False)
         self._bucket_of[parameter].missing.discard(parameter)
         # All ranks reduce buckets in one order. The last one is reduced in `_finish`, without a change of threads.
         while len(self._works) < len(self._buckets) - 1 and not self._buckets[len(self._works)].missing:
@@ -236,7 +198,6 @@ class DataParallel(torch.nn.Module):
         self._backward = backward
         for bucket in self._buckets:
             bucket.missing = set(bucket.views)
-            bucket.take_own()  # what a backward that an error has ended left there
         Variable._execution_engine.queue_callback(self._finish)
 
     def _reduce_next(self) -> None:
@@ -246,14 +207,14 @@ class DataParallel(torch.nn.Module):
 
     def _reduce(self, bucket: _Bucket, async_op: bool) -> Work | None:
         wire = self._wire if bucket.flat.dtype == torch.float32 else ""
-        return self.comm.all_reduce_from(bucket.flat, bucket.take_own(), "mean", async_op=async_op, wire=wire)
+        return self.comm.all_reduce(bucket.flat, "mean", async_op=async_op, wire=wire)
 
     def _finish(self) -> None:
         """Called by torch at the end of a backward. Reduces what is left, so that no other rank waits for this one."""
         TIMELINE.enter("waiting")
         unused = [p for bucket in self._buckets for p in bucket.views if p in bucket.missing]
         for parameter in unused:
-            self._to_bucket(parameter, is_whole=True)
+            self._to_bucket(parameter)
         while len(self._works) < len(self._buckets) - 1:
             self._reduce_next()
         self._reduce(self._buckets[-1], async_op=False)

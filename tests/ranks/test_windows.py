@@ -12,7 +12,6 @@ from grid import TRANSPORTS, digest
 from fleet.bus.shared_memory import PAGE_BYTES
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.windows import Windows
-from fleet.errors import UsageError
 from tests.wanted import torch
 
 COUNTS = (0, 1, 7, 1000, 70_000, 1_200_000)
@@ -67,42 +66,6 @@ def test_only_some_ranks_tensors_are_shared(run_world: Any, n: int, transport: s
     assert all(found == digests[0] for found in digests), "the ranks hold different bits"
     for half in (digests[0][: len(choices)], digests[0][len(choices) :]):
         assert transport != "shared" or len(set(half)) == 1, "the bits hang on where the tensors lie"
-
-
-@pytest.mark.parametrize(("n", "transport"), [(1, "ipc"), (2, "shared"), (3, "shared"), (5, "shared"), (5, 2)])
-def test_a_share_that_lies_elsewhere(run_world: Any, n: int, transport: str | int) -> None:
-    """all_reduce_from gives the bits of all_reduce, beside ranks that call that one, and with an ordinary tensor among them."""
-
-    def reduce(comm: Communicator) -> None:
-        for count in (1000, 70_000, 400_003):
-            x, values = comm.empty(count), np.sin(np.arange(count, dtype=np.float32) + comm.rank)
-            own = comm.own_share(x)
-            assert transport != "shared" or count == 1000 or own.stop - own.start in (count // n, count // n + 1)
-            assert own == slice(0, 0) or transport == "shared"
-            cut = (own.start * 2 + own.stop) // 3
-            want = values.copy()
-            comm.all_reduce(want, "mean")
-
-            def check(with_from: bool, ordinary: bool) -> None:
-                tensor = np.empty_like(values) if ordinary else x  # noqa: B023
-                tensor[:] = values  # noqa: B023
-                mine = comm.own_share(tensor)
-                if not with_from:
-                    comm.all_reduce(tensor, "mean")
-                else:
-                    tensor[mine] = -1e9
-                    tensor[cut : mine.stop] = values[cut : mine.stop]  # noqa: B023
-                    parts = [values[mine.start : cut], tensor[cut : mine.stop]] if mine.stop else []  # noqa: B023
-                    comm.all_reduce_from(tensor, parts, "mean")
-                assert (tensor == want).all()  # noqa: B023
-
-            check(with_from=True, ordinary=False)
-            check(with_from=comm.rank != 1, ordinary=False)
-            check(with_from=True, ordinary=comm.rank == 1)
-        with pytest.raises(UsageError, match="own holds 3 elements"):
-            comm.all_reduce_from(x, [np.empty(3, np.float32)])
-
-    run_world(n, reduce, transport=transport)
 
 
 @pytest.mark.parametrize("transport", ["shared", 2])
