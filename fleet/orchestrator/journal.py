@@ -46,7 +46,10 @@ class Journal:
                 self._waiting.append(effect)  # its log is removed too
 
     def committed(self, error: str = "") -> list[Event]:
-        """A commit took all that was unsaved, or nothing for this reason. The core hears of new jobs, and of a change."""
+        """A commit took all that was unsaved, or nothing for this reason. The core hears of new jobs, and of a change.
+
+        Each new job has an event of its own: a step that fails at one costs no other its answer.
+        """
         new, self._new = self._new, []
         if error:
             for job_id in new:
@@ -54,7 +57,8 @@ class Journal:
         else:
             self.records, self.drained = {}, None
         changed, self._failing = self._failing != bool(error), bool(error)
-        return [Saved(tuple(new), error)] if new or changed else []
+        told: list[tuple[str, ...]] = [(job_id,) for job_id in new] or ([()] if changed else [])
+        return [Saved(job_ids, error) for job_ids in told]
 
     def ready(self) -> list[Effect]:
         """Effects that may be carried out now, in their order."""

@@ -86,7 +86,7 @@ class BundleRefused(msgspec.Struct, frozen=True):
 class Saved(msgspec.Struct, frozen=True):
     """New jobs are on the disk. `error`: it takes nothing now; these are not saved, all other records are tried again."""
 
-    job_ids: tuple[str, ...]
+    job_ids: tuple[str, ...]  # one, or none: only whether the disk takes anything has changed
     error: str = ""
 
 

@@ -8,6 +8,7 @@ from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.job import Job, JobState, recalled, record
+from fleet.orchestrator.journal import Journal
 from fleet.orchestrator.membership import RECONNECT_GRACE_S, RETURN_WITHIN_S
 from fleet.orchestrator.view import ClusterView
 from tests.pure.test_assignments import alive, finish, submit
@@ -174,6 +175,22 @@ def test_a_job_is_acknowledged_once_it_is_written_down_and_starts_then() -> None
     effects = core.step(o.Saved(("j",)), 0.0)
     assert sent(effects, CLIENT) == [m.Accepted("j")]
     assert [type(x) for x in sent(effects, b"w0/1")] == [m.Assign]
+
+
+@pytest.mark.parametrize(("error", "answer"), [("", m.Accepted), ("full", m.Rejected)])
+def test_a_new_job_that_the_core_fails_at_costs_no_other_its_answer(error: str, answer: type) -> None:
+    core, journal = durable(1), Journal()
+    for job_id in ("bad", "good"):
+        journal.decided(submit(core, job_id))
+    del core.scheduler.jobs["bad"].spec, core.scheduler.jobs["bad"].options  # its next step fails
+    failed, answers = 0, []
+    for event in journal.committed(error):
+        try:
+            answers += sent(core.step(event, 0.0), CLIENT)
+        except AttributeError:
+            failed += 1
+            core.effects.decided()
+    assert (failed, [(type(x), x.job_id) for x in answers]) == (1, [(answer, "good")])
 
 
 def test_a_disk_that_takes_nothing_refuses_new_jobs_and_keeps_the_old() -> None:

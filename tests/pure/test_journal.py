@@ -35,6 +35,15 @@ def test_a_disk_that_refuses_takes_no_new_job_and_everything_else_later() -> Non
     assert journal.committed() == [Saved(("j",))]
 
 
+def test_each_new_job_of_a_commit_has_an_event_of_its_own() -> None:
+    """The core may fail at one of them, and the others get their answers all the same."""
+    journal = Journal()
+    both = [FIRST, Save("k", 2, b"r", is_new=True)]
+    for error in ("", "full", "full", ""):
+        journal.decided(both)
+        assert journal.committed(error) == [Saved(("j",), error), Saved(("k",), error)]
+
+
 def test_a_job_that_is_erased_is_not_written_and_its_log_goes_after_the_commit() -> None:
     journal = Journal()
     journal.decided([AGAIN, Erase("j")])
