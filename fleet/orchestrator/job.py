@@ -198,10 +198,13 @@ def record(job: Job, epoch: float) -> bytes:
 
 
 def recalled(data: bytes, epoch: float) -> Job:
-    """Job of a record. Raises ValueError for bytes that are no record."""
+    """Job of a record. Raises ValueError for bytes that are no record; it names the job if they say which one it is."""
     kept = msgspec.msgpack.decode(data, type=dict[str, Any])  # msgspec's errors are ValueErrors
-    exits = msgspec.convert(kept.pop("exits", ()), tuple[m.RankStatus, ...])
-    job = msgspec.convert(kept, Job)
+    try:
+        exits = msgspec.convert(kept.pop("exits", ()), tuple[m.RankStatus, ...])
+        job = msgspec.convert(kept, Job)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"job {kept.get('job_id', 'without a name')}: {error}") from None
     job.exits = {status.member_id: status for status in exits}
     job.move_times(epoch)
     job.queued_at -= epoch

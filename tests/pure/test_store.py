@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -187,6 +188,21 @@ def test_logs_of_jobs_that_nobody_knows_are_removed(tmp_path: Path) -> None:
     logs.close()
     assert (logs.read("old", 0, 0)[1], logs.read("new", 0, 0)[1]) == (b"", b"new")
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"state": "PAUSED"}, "Invalid enum value 'PAUSED'"),
+        ({"number": "7"}, "Expected `int`"),
+        ({"exits": 1}, "Expected `array`"),
+    ],
+)
+def test_a_record_that_cannot_be_read_is_named_by_its_job(change: dict[str, Any], why: str) -> None:
+    job = Job("ab12", b"", 4, m.Spec("script", "train.py"), m.JobOptions())
+    kept = msgspec.msgpack.decode(record(job, 0.0))
+    with pytest.raises(ValueError, match=f"^job ab12: {why}"):
+        recalled(msgspec.msgpack.encode(kept | change), 0.0)
 
 
 def test_a_record_of_an_orchestrator_before_members_had_ids_is_read() -> None:
