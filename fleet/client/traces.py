@@ -39,7 +39,7 @@ def of_activity(activity: Activity) -> tuple[list[TracedRank], Clocks]:
 
 
 def of_folder(folder: Path) -> list[TracedRank]:
-    """Traces that members wrote; a file that is cut off or damaged counts up to there."""
+    """Traces that members wrote: of a file that is cut off or damaged, what can be read."""
     found = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not path.name.endswith(BEFORE):
@@ -142,7 +142,7 @@ def _answers(path: Path) -> list[m.Answer]:
         try:
             answer = m.decode(data[at - size : at])
         except ProtocolError:
-            break
+            continue
         if isinstance(answer, m.Answer) and answer.trace is not None:
             found.append(answer)
     return found

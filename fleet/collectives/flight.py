@@ -14,7 +14,7 @@ from fleet.bounds import TEXT_CHARS
 from fleet.bus.process import clock
 from fleet.collectives.frames import frames_of
 from fleet.collectives.generations import Generation, News
-from fleet.collectives.operation import Operation
+from fleet.collectives.operation import END_UNKNOWN, Operation
 from fleet.collectives.recorder import Recorder, text
 from fleet.collectives.script_line import described, is_users, sendable, users_frame
 from fleet.collectives.stacks import stacks_of_all_threads
@@ -92,7 +92,9 @@ class Flights:
             # The operation before the first one that is kept may have ended later.
             is_whole = is_whole and (not kept or kept[0].sequence <= 1 or kept[0].started <= since)
             collectives += [
-                traced(generation, communicator_id, recorder, one) for one in kept if one.ended > since or not one.ended
+                traced(generation, communicator_id, recorder, one)
+                for one in kept
+                if max(one.started, one.ended) > since or not one.ended
             ]
         collectives.sort(key=lambda one: one.began)
         slices = tuple(TracedSlice(*found) for found in TIMELINE.since(since))
@@ -110,10 +112,10 @@ class Flights:
         )
 
     def by_communicator(self) -> list[tuple[int, int, Recorder]]:
-        """(generation, communicator id, its recorder); groups that fleet does not carry are of the last generation."""
+        """(generation, communicator id, its recorder). Groups that fleet does not carry are of the attempt's first generation,
+        whichever forms after they were made."""
         found = [(g.world.generation, cid, recorder) for g in self._news.generations for cid, recorder in g.recorders]
-        last = self._news.generations[-1].world.generation if self._news.generations else 0
-        return found + [(last, number, recorder) for number, _, recorder in self.others]
+        return found + [(self._settings.attempt, number, recorder) for number, _, recorder in self.others]
 
     def _unreached(self, generations: Sequence[Generation]) -> tuple[int, ...]:
         closed = self.unreached()
@@ -135,10 +137,13 @@ def _latest(recorders: Sequence[Recorder]) -> Recorder:
 
 
 def traced(generation: int, communicator_id: int, recorder: Recorder, one: Operation) -> TracedCollective:
-    signature = one.signature
+    """Where nobody tells its end, it ends as it begins, and its name says so: clocks are not aligned by such a name."""
+    signature, name, ended = one.signature, one.signature.name, one.ended  # read once: another thread ends it
+    if ended == END_UNKNOWN:
+        name, ended = f"{name}, end unknown", one.started
     return TracedCollective(
-        generation, communicator_id, one.sequence, signature.name, signature.byte_count, recorder.counts.path,
-        one.started, one.ended, sendable(one.where, TEXT_CHARS),
+        generation, communicator_id, one.sequence, name, signature.byte_count, recorder.counts.path,
+        one.started, ended, sendable(one.where, TEXT_CHARS),
     )  # fmt: skip
 
 

@@ -35,9 +35,8 @@ class TraceLog:
 
     def __init__(self, folder: Path, attempt: int, member_id: int, flights: Flights) -> None:
         self._flights = flights
-        self._told: dict[
-            tuple[int, int], int
-        ] = {}  # by generation and communicator: number of its last told collective
+        # By generation and communicator: number of its last told collective, and of those that had not ended.
+        self._told: dict[tuple[int, int], tuple[int, frozenset[int]]] = {}
         Recorder.kept = KEPT
         self._slices = TIMELINE.untold = deque[Slice](maxlen=KEPT)
         self._path = folder / f"{attempt}-{member_id}"
@@ -69,13 +68,15 @@ class TraceLog:
         """Those that were not told, and those that had not ended when they were."""
         for generation, communicator_id, recorder in self._flights.by_communicator():
             key, last = (generation, communicator_id), recorder.last
-            told = self._told.get(key, 0)
-            if last is None or last.sequence <= told:
+            told, open_then = self._told.get(key, (0, frozenset[int]()))
+            if last is None or (last.sequence <= told and not open_then):
                 continue
-            self._told[key] = last.sequence - (not last.ended)
-            for operation in list(recorder.operations):
-                if told < operation.sequence <= last.sequence:
-                    yield traced(generation, communicator_id, recorder, operation)
+            made = list(recorder.operations)
+            # Before they are told: of one that ends meanwhile, the end is told twice.
+            self._told[key] = made[-1].sequence, frozenset(one.sequence for one in made if not one.ended)
+            for one in made:
+                if one.sequence > told or one.sequence in open_then:
+                    yield traced(generation, communicator_id, recorder, one)
 
     @contextlib.contextmanager
     def _noting(self) -> Iterator[None]:
