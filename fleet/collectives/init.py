@@ -23,13 +23,16 @@ class LocalMember:
 
     def __init__(self, settings: RankSettings) -> None:
         self._settings = settings
+        before = _session
         self._session = _open_session(settings)
+        self._made_session = self._session is not before  # else it serves records of other backends, too
         try:
             welcome = self._session.welcome()
             lock = Lock(welcome.security, welcome.secret if welcome.security != "open" else "")
             mesh = Mesh(lock, welcome.bind, self._session.strangers)
         except BaseException:
-            _close_session()
+            if self._made_session:
+                _close_session()
             raise
         self._session.flights.unreached = mesh.unreached
         self._receiver = Receiver(mesh)
@@ -52,8 +55,10 @@ class LocalMember:
         )  # fmt: skip
 
     def close(self, linger: bool = True) -> None:
+        self._session.flights.unreached = tuple
         self._receiver.close(linger)
-        _close_session()
+        if self._made_session:
+            _close_session()
 
 
 _lock = threading.Lock()
@@ -129,5 +134,4 @@ def _end() -> None:
     if _comm is not None and _member is not None:
         _comm.close()
         _member.close()
-    else:
-        _close_session()
+    _close_session()
