@@ -64,7 +64,7 @@ class OtherGroup:
         self.recorder = Recorder()
         # Odd, and the ids of fleet's communicators are even.
         self.group_id = int.from_bytes(blake2b(self._name.encode(), digest_size=7).digest(), "little") | 1
-        self._under_way: dict[int, Operation] = {}  # by thread, from the call until it is handed over
+        self._under_way: dict[int, Operation] = {}  # by thread, from the call until its backend has taken it
         self._signatures: dict[Any, Signature] = {}
         self._has_failed = False
 
@@ -76,6 +76,7 @@ class OtherGroup:
             log.warning("a collective of %s is not recorded", self.title, exc_info=True)
 
     def _begin(self, call: Any) -> None:
+        self._under_way.pop(get_ident(), None)  # the backend has raised an error in place of taking that one
         name = NAMES.get(call.name.name)
         if name is None:
             return
@@ -84,27 +85,30 @@ class OtherGroup:
         device = tensors[0].device.type if tensors else ""
         if self._backends.get(device) == NAME:
             return  # fleet records it
-        if (refused := self._under_way.pop(get_ident(), None)) is not None:
-            refused.ended = monotonic()  # the backend has raised an error in place of taking it
         frame, last = calling_frame(sys._getframe(1)), self.recorder.last
         signature = self._signature(name, inputs, outputs, device, call.root)
         operation = Operation(signature, monotonic(), 0.0, frame.f_code, frame.f_lineno)
         operation.sequence = last.sequence + 1 if last is not None else 1
-        if device not in ("", "cpu"):  # to ask for the end of work on a GPU breaks the capture of a CUDA graph
-            operation.ended = END_UNKNOWN
+        operation.ended = END_UNKNOWN  # it does not run until its backend has taken it, which may refuse it
         self.recorder.operations.append(operation)
-        self._under_way[get_ident()] = operation
+        if device in ("", "cpu"):  # to ask for the end of work on a GPU breaks the capture of a CUDA graph
+            self._under_way[get_ident()] = operation
 
     def after(self, call: Any) -> None:
-        """Called by torch once the operation is handed over to its backend, in the same thread."""
-        operation = self._under_way.pop(get_ident(), None) if call.name.name in NAMES else None
-        if operation is None:
+        """Called by torch once the backend has taken the operation, in the same thread. Raises nothing, as `before`."""
+        try:
+            if call.name.name in NAMES and (operation := self._under_way.pop(get_ident(), None)) is not None:
+                self._follow(operation, call.work)
+        except Exception:
+            log.warning("the end of a collective of %s is not recorded", self.title, exc_info=True)
+
+    def _follow(self, operation: Operation, work: Any) -> None:
+        try:
+            future = work.get_future()
+        except RuntimeError:  # Gloo's reduce_scatter has none
             return
-        if not operation.ended:
-            try:
-                call.work.get_future().add_done_callback(partial(self._done, operation))
-            except RuntimeError:  # Gloo's reduce_scatter has none
-                operation.ended = END_UNKNOWN
+        operation.ended = 0.0
+        future.add_done_callback(partial(self._done, operation))
 
     def _signature(self, name: str, inputs: Any, outputs: Any, device: str, root: int) -> Signature:
         """What this rank has called, with the shape where the tensors of all ranks have the same one."""
