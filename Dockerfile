@@ -20,7 +20,8 @@ COPY fleet fleet
 RUN pip install --no-deps --no-build-isolation -c constraints.txt . && python -m compileall -q -o 0 "$(python -c 'import fleet; print(fleet.__path__[0])')"
 # A volume that is mounted here for the first time takes over the owner.
 RUN install -d -o fleet -g fleet -m 700 /var/lib/fleet
-ENV FLEET_STATE_DIR=/var/lib/fleet
+# Metrics are for Prometheus, in the containers' network; the page there wants its token.
+ENV FLEET_STATE_DIR=/var/lib/fleet FLEET_METRICS_HOST=0.0.0.0
 USER fleet
 WORKDIR /home/fleet
 EXPOSE 50051 8080
