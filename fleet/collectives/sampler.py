@@ -30,10 +30,8 @@ from fleet.values import PaceRow
 OFTEN_S, OFTEN_COUNT, SELDOM_S = 0.005, 2000, 0.02
 # Looks at a tight loop of collectives, or at a rank that has not begun: so many find that it has left a collective just now.
 LOOPS, LOOP_WORK_S, LOOP_S = 3, 0.001, 0.1
-LATE_S, LATE_AT_MOST_S = (
-    0.0003,
-    0.1,
-)  # of a look; then looks up where the main thread was, or else leaves some looks out
+# A look that is late by more looks up where the main thread was when it was due; one by far more leaves some looks out.
+LATE_S, LATE_AT_MOST_S = 0.0003, 0.1
 LOOKS_BACK = 32  # collectives since a look was due
 _GOLDEN = 0.6180339887498949
 LINES_TOLD = 8
