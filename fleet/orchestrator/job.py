@@ -5,7 +5,6 @@ MOVES is the one table of states; tests/pure/test_docs.py draws the diagram in d
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from enum import Enum
 from operator import attrgetter
 from typing import Any
@@ -49,18 +48,17 @@ MOVES = {  # from where to where, and when
 ON_WORKERS = frozenset({JobState.ASSIGNED, JobState.RUNNING, JobState.STOPPING})
 
 
-@dataclass(slots=True)
-class Job:
+class Job(msgspec.Struct):
     """One submitted job. `seats` is the worker_id of each member, empty until it is placed. Times are monotonic.
 
-    Fields down to `left` are its record on the disk. A new one needs a default, since old records lack it.
+    Fields down to `straggler` are its record on the disk. A new one stands above it, and has a default: old records lack it.
     """
 
     job_id: str
     client: bytes  # that gets its output, and takes it along when leaving; empty: none, the job is detached
     world_size: int
     spec: m.Spec
-    options: m.JobOptions = field(default_factory=m.JobOptions)
+    options: m.JobOptions = m.JobOptions()
     detached: bool = False
     number: int = 0  # in the order of submission
     submitted_at: float = 0.0
@@ -71,8 +69,8 @@ class Job:
     attempt: int = 1
     seats: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()  # the advertised host of each member, as long as `seats`
-    ports: dict[str, int] = field(default_factory=dict)  # by worker that is prepared
-    exits: dict[int, m.RankStatus] = field(default_factory=dict)
+    ports: dict[str, int] = {}  # by worker that is prepared
+    exits: dict[int, m.RankStatus] = msgspec.field(default_factory=dict, name="exits_by_member")  # a list in the record
     cause: int = -1  # the member that failed first
     reason: str = ""  # why it ends, unless by itself
     outcome: str = ""  # see JobInfo
@@ -80,27 +78,27 @@ class Job:
     losses: int = 0  # attempts that ended with the loss of a worker
     history: tuple[str, ...] = ()  # how earlier attempts ended
     # By worker of any attempt, each of which may hold some of the output: the storage that it is in.
-    held_by: dict[str, str] = field(default_factory=dict)
+    held_by: dict[str, str] = {}
     left: tuple[str, ...] = ()  # files that were deleted with its working folders, in words
     straggler: Straggler | None = None  # once it has ended
     # Facts that a restarted orchestrator need not know
     waits_for: str = ""  # as last told to the client
     unfit: frozenset[str] = frozenset()  # workers that could not prepare it
-    joined: dict[int, m.Member] = field(default_factory=dict)
+    joined: dict[int, m.Member] = {}
     # By member_id of those that have ended: the collectives that each made.
-    made: dict[int, Made] = field(default_factory=dict)
-    kept: dict[int, int] = field(default_factory=dict)  # by member_id: the number of its last output in the log
-    printed: dict[int, int] = field(default_factory=dict)  # by member_id: the number of its last output for the client
+    made: dict[int, Made] = {}
+    kept: dict[int, int] = {}  # by member_id: the number of its last output in the log
+    printed: dict[int, int] = {}  # by member_id: the number of its last output for the client
     # By member_id: the number of the last output that the client has.
-    acked: dict[int, int] = field(default_factory=dict)
+    acked: dict[int, int] = {}
     # By member_id: `kept` at the last request for the output that follows
-    asked: dict[int, int] = field(default_factory=dict)
+    asked: dict[int, int] = {}
     kept_unknown: bool = False  # an orchestrator before this one kept some of the output
     # By the number that ranks were asked with: the client that asked why, and the number of its question. The newest ones.
-    curious: dict[int, tuple[bytes, int]] = field(default_factory=dict)
-    paces: Paces = field(default_factory=Paces)  # of the ranks of this attempt
-    watchers: set[bytes] = field(default_factory=set)  # clients that are told when it has ended
-    _shares: tuple[tuple[str, ...], dict[str, tuple[int, ...]]] = field(default=((), {}), repr=False, compare=False)
+    curious: dict[int, tuple[bytes, int]] = {}
+    paces: Paces = msgspec.field(default_factory=Paces)  # of the ranks of this attempt
+    watchers: set[bytes] = set()  # clients that are told when it has ended
+    _shares: tuple[tuple[str, ...], dict[str, tuple[int, ...]]] = ((), {})
 
     @property
     def shape(self) -> Shape:
@@ -184,10 +182,17 @@ def _with_tail(status: m.RankStatus, chars: int) -> m.RankStatus:
     return msgspec.structs.replace(status, stderr_tail=status.stderr_tail[len(status.stderr_tail) - chars :])
 
 
-_KEPT = Job.__match_args__[: Job.__match_args__.index("straggler") + 1]
+class Exits(msgspec.Struct):
+    """What a record has of the exits of its job."""
+
+    exits: tuple[m.RankStatus, ...] = ()
+
+
+_KEPT = Job.__struct_fields__[: Job.__struct_fields__.index("straggler") + 1]
 _TIMES = ("submitted_at", "queued_at", "started_at", "ended_at")
 _kept_of = attrgetter(*_KEPT)  # a job is written down three times in its life, at the least
 _encoder = msgspec.msgpack.Encoder()
+_jobs, _exits = msgspec.msgpack.Decoder(Job), msgspec.msgpack.Decoder(Exits)
 
 
 def record(job: Job, epoch: float) -> bytes:
@@ -199,12 +204,11 @@ def record(job: Job, epoch: float) -> bytes:
 
 def recalled(data: bytes, epoch: float) -> Job:
     """Job of a record. Raises ValueError for bytes that are no record; it names the job if they say which one it is."""
-    kept = msgspec.msgpack.decode(data, type=dict[str, Any])  # msgspec's errors are ValueErrors
     try:
-        exits = msgspec.convert(kept.pop("exits", ()), tuple[m.RankStatus, ...])
-        job = msgspec.convert(kept, Job)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"job {kept.get('job_id', 'without a name')}: {error}") from None
+        job, exits = _jobs.decode(data), _exits.decode(data).exits
+    except msgspec.ValidationError as error:  # which is a ValueError
+        job_id = msgspec.msgpack.decode(data, type=dict[str, Any]).get("job_id", "without a name")
+        raise ValueError(f"job {job_id}: {error}") from None
     job.exits = {status.member_id: status for status in exits}
     job.move_times(epoch)
     job.queued_at -= epoch

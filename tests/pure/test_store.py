@@ -212,3 +212,5 @@ def test_a_record_of_an_orchestrator_before_members_had_ids_is_read() -> None:
     found = msgspec.msgpack.decode(record(job, 0.0))
     assert (found["options"]["group"], [exit["rank"] for exit in found["exits"]]) == ("s", [3])
     assert recalled(record(job, 0.0), 0.0).exits == {3: status}
+    older = msgspec.msgpack.encode({key: found[key] for key in found if key not in ("straggler", "left", "held_by")})
+    assert recalled(older, 0.0) == recalled(record(job, 0.0), 0.0)
