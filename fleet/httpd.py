@@ -227,7 +227,8 @@ class HttpServer:
         assert connection.more is not None
         try:
             connection.answer = memoryview(connection.more())
-        except Exception:  # of whatever kind: its reader connects again, and sees what the page's first request says
+        except Exception:  # of whatever kind: its reader connects again
+            log.exception("a stream of events is dropped, by a fault of fleet")
             self._drop(connection)
             return False
         return len(connection.answer) > 0

@@ -45,8 +45,9 @@ class Chunk(NamedTuple):
 class OutputTail:
     """The last output of one job, in the order in which it came."""
 
-    chunks: deque[Chunk] = field(default_factory=deque)
     dropped_count: int = 0  # of the oldest chunks: the number of the first one that is here
+    line_count: int = 0  # of all that it printed, also of what is not kept
+    chunks: deque[Chunk] = field(default_factory=deque)
     size_bytes: int = 0
 
 
@@ -57,6 +58,7 @@ class OutputPart(NamedTuple):
     next: int  # number to ask with for what follows
     missing: bool  # chunks before these are not kept any more
     more: bool  # there is more already
+    lines: int  # that the job has printed in all, as far as this process knows
 
 
 class Pages(Protocol):
@@ -93,6 +95,8 @@ class Window:
         self._event_count = 0
         self._printed: dict[str, OutputTail] = {}  # the job that printed last stands last
         self._printed_bytes = 0
+        # Of jobs with no output left here: the number of the next chunk, and of lines. Numbers never begin again.
+        self._emptied: dict[str, tuple[int, int]] = {}
 
     @contextmanager
     def look(self) -> Iterator[ClusterView]:
@@ -108,13 +112,9 @@ class Window:
     def output(self, job_id: str, after: int) -> OutputPart:
         """What the job has printed since chunk number `after`."""
         with self._lock:
-            printed = self._printed.get(job_id)
-            if printed is None:
-                return OutputPart([], 0, after > 0, False)
+            printed = self._printed.get(job_id) or OutputTail(*self._emptied.get(job_id, ()))
             existing = printed.dropped_count + len(printed.chunks)
-            forgotten = (
-                after > existing
-            )  # by a reader of what was there before all of it was dropped: numbers began again
+            forgotten = after > existing  # by a reader of what was forgotten with its job
             first = 0 if forgotten else max(0, after - printed.dropped_count)
             chunks: list[Chunk] = []
             left = PRINTED_AT_ONCE_BYTES
@@ -125,8 +125,8 @@ class Window:
                     break
                 chunks.append(chunk)
             following = printed.dropped_count + first + len(chunks)
-            more = first + len(chunks) < len(printed.chunks)
-            return OutputPart(chunks, following, forgotten or after < printed.dropped_count, more)
+            missing = forgotten or after < printed.dropped_count
+            return OutputPart(chunks, following, missing, following < existing, printed.line_count)
 
     def note_event(self, level: str, text: str) -> None:
         with self._lock:
@@ -135,20 +135,23 @@ class Window:
 
     def note_output(self, job_id: str, member_id: int, data: bytes) -> None:
         with self._lock:
-            printed = self._printed.pop(job_id, None) or OutputTail()
+            printed = self._printed.pop(job_id, None) or OutputTail(*self._emptied.pop(job_id, ()))
             self._printed[job_id] = printed
             printed.chunks.append(Chunk(member_id, data))
+            printed.line_count += data.count(b"\n")
             self._grow(printed, len(data) + CHUNK_BYTES)
             while printed.size_bytes > PRINTED_OF_A_JOB_BYTES:
                 self._drop_first(printed)
             while self._printed_bytes > PRINTED_BYTES:
-                oldest = next(iter(self._printed))
-                self._drop_first(self._printed[oldest])
-                if not self._printed[oldest].chunks:
+                oldest, tail = next(iter(self._printed.items()))
+                self._drop_first(tail)
+                if not tail.chunks:
                     del self._printed[oldest]
+                    self._emptied[oldest] = tail.dropped_count, tail.line_count
 
     def forget(self, job_id: str) -> None:
         with self._lock:
+            self._emptied.pop(job_id, None)
             if (printed := self._printed.pop(job_id, None)) is not None:
                 self._printed_bytes -= printed.size_bytes
 

@@ -211,6 +211,20 @@ def test_a_viewer_that_never_reads_is_dropped_and_holds_up_nobody(
                 assert monotonic() < until
 
 
+def test_a_stream_that_cannot_be_told_on_is_logged_and_dropped(
+    page: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with page.events(page.cookie()) as stream:
+        stream.readline()
+        monkeypatch.setattr(page.pages, "_read", lambda: {}["a fault of fleet"])
+        stream.read()  # to its end
+    assert "a stream of events is dropped, by a fault of fleet" in caplog.text
+    assert "KeyError: 'a fault of fleet'" in caplog.text
+    monkeypatch.undo()
+    with page.events(page.cookie()) as again:
+        assert again.readline()
+
+
 def test_viewers_are_so_many_at_most_and_one_more_is_told(page: Served) -> None:
     cookie = page.cookie()
     streams = [page.events(cookie) for _ in range(STREAMS_AT_MOST)]

@@ -146,7 +146,7 @@ def a_job_runs_and_what_it_prints_is_shown_and_not_obeyed(visit: Visit) -> str:
     assert visit.seen.run("return document.querySelectorAll('img, .log script, b b').length") == 0
     search = "const s = document.querySelector('.log').parentElement.querySelector('input'); s.value = arguments[0];"
     visit.seen.run(search + "s.dispatchEvent(new Event('input'))", "step 7")
-    assert "shown: 1 of" in visit.seen.text(".part.output .note")
+    assert "shown: 2 of" in visit.seen.text(".part.output .note")
     visit.press(".part.output .head button")  # the same text, in the logs on the disk
     visit.seen.until("document.querySelector('.part.output').innerText.includes('2 lines with “step 7” in all')")
     return job

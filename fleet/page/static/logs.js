@@ -14,6 +14,7 @@ export class Logs {
     this.rest = new Map(); // by rank: the line that is not whole yet
     this.decoders = new Map();
     this.dropped = false;
+    this.printed = 0; // lines of all ranks in all, also those that never came here
     this.top = 0;
     place.append(
       el("div", { class: "head" },
@@ -57,6 +58,7 @@ export class Logs {
         }
         if (found.missing) this.dropped = true;
         this.next = found.next;
+        this.printed = found.lines;
         for (const [rank, data] of found.chunks) this.take(rank, data);
         more = found.more;
       }
@@ -125,7 +127,7 @@ export class Logs {
     const parts = [];
     if (!this.lines.length) parts.push(this.dropped ? "What it printed is not kept here any more: `fleet logs` shows that of submitted jobs." : "Nothing yet: no rank has printed a line.");
     else if (!found.length) parts.push(`No match among ${this.lines.length} lines.`);
-    else if (shown.length < this.lines.length) parts.push(`shown: ${shown.length} of ${this.lines.length} lines`);
+    else if (of(shown) < Math.max(this.printed, of(this.lines))) parts.push(`shown: ${of(shown)} of ${Math.max(this.printed, of(this.lines))} lines`);
     if (this.lines.length && this.dropped) parts.push("earlier ones are not kept here");
     note(this.said, parts.join("; "));
     if (this.follow.checked) {
@@ -165,6 +167,9 @@ export class Logs {
     return this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 24;
   }
 }
+
+// Lines as the ranks printed them: a folded one is one of each of its ranks.
+const of = (lines) => lines.reduce((sum, line) => sum + line.ranks.size, 0);
 
 const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
 
