@@ -66,14 +66,12 @@ class Deadlines(Generic[Key]):
                 return when
         return None
 
-    def due(self, now: float) -> list[Key]:
-        """Takes away those that have come, the earliest first."""
-        found = []
+    def due(self, now: float) -> Iterator[Key]:
+        """Takes away those that have come, one by one, the earliest first. An error of the caller at one leaves the others."""
         while (when := self.next()) is not None and when <= now:
             _, _, key = heappop(self.heap)
             del self._when[key]
-            found.append(key)
-        return found
+            yield key
 
     def _push(self, key: Key, when: float) -> None:
         self._count += 1

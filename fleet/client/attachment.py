@@ -83,7 +83,7 @@ class Attachment:
 
     def tick(self, now: float) -> list[Effect]:
         """Acts on deadlines that are over. All that arrived before has been taken."""
-        due = self._deadlines.due(now)
+        due = list(self._deadlines.due(now))
         if "leave" in due and self.ended is None:
             self._end("cancelled; the orchestrator did not answer, it stops the ranks by itself")
         if "say" in due:

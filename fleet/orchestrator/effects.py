@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from fleet import messages as m
 from fleet.orchestrator.job import Job, record
 from fleet.orchestrator.state import Counts, Effect, Erase, Log, Save, Send
+
+Thing = TypeVar("Thing")
+
+
+def at_each(things: Sequence[Thing], act: Callable[[Thing], None]) -> None:
+    """Acts on each thing, in their order. An error at one costs no other its turn, and is raised behind the last."""
+    with ExitStack() as turns:
+        for thing in reversed(things):
+            turns.callback(act, thing)
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ from fleet.deadlines import Deadlines
 from fleet.messages import how
 from fleet.orchestrator.assignments import PREPARE_WITHIN_S, Assignments
 from fleet.orchestrator.clients import Clients
-from fleet.orchestrator.effects import Effects
+from fleet.orchestrator.effects import Effects, at_each
 from fleet.orchestrator.job import ON_WORKERS, Job, JobState
 from fleet.orchestrator.job_output import JobOutput
 from fleet.orchestrator.membership import Gone, Membership
@@ -152,8 +152,7 @@ class Scheduler:
             self.output.worker_gone(worker.worker_id)
             for job in self.assignments.give_up(worker.worker_id):
                 lost.setdefault(job.job_id, []).append(worker)
-        for job_id, workers in lost.items():
-            self._lose(self.jobs[job_id], workers)
+        at_each(list(lost), lambda job_id: self._lose(self.jobs[job_id], lost[job_id]))
 
     def _lose(self, job: Job, gone: Sequence[Gone]) -> None:
         """The job has lost its ranks on these workers. The first of them that had a rank is the reason."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fleet import messages as m
 from fleet.deadlines import Deadlines
 from fleet.orchestrator.clients import Clients
-from fleet.orchestrator.effects import Effects
+from fleet.orchestrator.effects import Effects, at_each
 from fleet.orchestrator.job import Job, JobState
 from fleet.orchestrator.placement import POLICIES
 from fleet.orchestrator.scheduler import Scheduler
@@ -96,14 +96,12 @@ class Submissions:
         """The bundle is here, whichever client sent it."""
         for upload in [upload for upload in self.uploads if upload[1] == digest]:
             self._ended(upload)
-        for job in self._fetching(digest):
-            self._write_down(job)
+        at_each(self._fetching(digest), self._write_down)
 
     def refused(self, peer: bytes, digest: str, reason: str) -> None:
         self._ended((peer, digest))
-        for job in self._fetching(digest):
-            if job.client == peer:
-                self._reject(job, reason)
+        theirs = [job for job in self._fetching(digest) if job.client == peer]
+        at_each(theirs, lambda job: self._reject(job, reason))
 
     def connected_again(self, peer: bytes) -> None:
         """The client has a new connection: requests for parts over the one before may be lost."""

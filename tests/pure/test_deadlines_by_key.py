@@ -37,6 +37,16 @@ def test_they_are_those_of_a_plain_dict(steps: list[tuple[str, str, float]]) -> 
         assert {key: deadlines[key] for key in deadlines} == model
 
 
+def test_an_error_at_one_leaves_the_others() -> None:
+    deadlines: Deadlines[str] = Deadlines()
+    for key in "abc":
+        deadlines.set(key, 1.0)
+    for key in deadlines.due(2.0):
+        if key == "b":
+            break
+    assert (list(deadlines), list(deadlines.due(2.0))) == (["c"], ["c"])
+
+
 def test_what_is_postponed_over_and_over_takes_no_more_memory() -> None:
     deadlines: Deadlines[int] = Deadlines()
     for now in range(1000):
@@ -63,5 +73,5 @@ def test_the_earliest_of_several() -> None:
     parts[1].set("a", 3.0)
     parts[2].set("b", 2.0)
     assert earliest(parts) == 2.0
-    assert parts[2].due(2.0) == ["b"]
+    assert list(parts[2].due(2.0)) == ["b"]
     assert earliest(parts) == 3.0

@@ -139,8 +139,8 @@ def test_a_client_that_is_away_is_sent_nothing_until_it_is_given_up_or_back() ->
     clients.effects.begin(29.0)
     clients.away.postpone(29.0 + RETURN_WITHIN_S)
     clients.effects.begin(30.0)
-    assert clients.away.due(clients.effects.now) == []
+    assert list(clients.away.due(clients.effects.now)) == []
     clients.effects.begin(29.0 + RETURN_WITHIN_S)
-    assert clients.away.due(clients.effects.now) == [CLIENT]
+    assert list(clients.away.due(clients.effects.now)) == [CLIENT]
     clients.forget(CLIENT)
     assert (clients.known, earliest(deadlines_of(clients))) == (set(), None)

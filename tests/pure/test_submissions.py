@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fleet import messages as m
 from fleet.orchestrator import state as o
 from fleet.orchestrator.core import Core
@@ -69,6 +71,37 @@ def test_a_damaged_bundle_is_refused_for_its_sender_alone() -> None:
     assert of_files(effects) == []
     effects = core.step(o.BundleRefused(OTHER, SPEC.digest, "it arrived damaged"), 1.0)
     assert of_files(effects) == [o.ReleaseBundle]
+
+
+@pytest.mark.parametrize(
+    ("event", "field", "answer"),
+    [
+        (o.BundleStored(SPEC.digest), "options", m.Accepted),
+        (o.BundleRefused(CLIENT, SPEC.digest, "it arrived damaged"), "held_by", m.Rejected),
+    ],
+)
+def test_a_job_that_the_core_fails_at_costs_no_other_with_the_same_files_its_answer(
+    event: o.Event, field: str, answer: type
+) -> None:
+    core = two_clients()
+    for job_id in ("bad", "good", "better"):
+        submit(core, job_id)
+    delattr(core.scheduler.jobs["bad"], field)  # its next step fails
+    with pytest.raises(AttributeError, match=field):
+        core.step(event, 1.0)
+    answers = sent(core.effects.decided(), CLIENT)  # the shell carries out what a step decides before it fails
+    assert [x.job_id for x in answers if isinstance(x, answer)][-2:] == ["good", "better"]
+
+
+def test_an_upload_at_whose_end_the_core_fails_costs_no_other_its_end() -> None:
+    core = two_clients()
+    submit(core, "bad")
+    submit(core, "good", OTHER)
+    del core.scheduler.jobs["bad"].held_by
+    with pytest.raises(AttributeError, match="held_by"):
+        core.step(o.Tick(), NEXT_PART_WITHIN_S)
+    core.effects.decided()
+    assert [type(x) for x in sent(core.step(o.Tick(), NEXT_PART_WITHIN_S), OTHER)] == [m.Rejected]
 
 
 def test_what_a_client_that_went_had_sent_is_dropped() -> None:
