@@ -1,6 +1,6 @@
 """Benchmark of data parallel training on this machine: steps per second on Gloo, on fleet, and without communication.
 
-    python bench/ddp.py [--models mlp,conv,gpt] [--world-sizes 2,4,8] [--systems ...] [--rounds 3] [--steps 10]
+    python bench/ddp.py [--models mlp,conv,gpt] [--world-sizes 2,4,8] [--systems ...] [--rounds 2] [--steps 10]
                         [--json FILE] [--plot FILE]
     python bench/ddp.py --from FILE [--plot FILE]
 
@@ -11,21 +11,25 @@ bench/ddp_models.py has the models.
 
 Each round runs all systems in turn, in new processes. A run's figure is that of its median step; a cell is the median of the
 rounds. The share of communication is what a step takes beyond the ceiling's. CPU time is user and system time of a rank in a
-step: other programs on the machine disturb it less. All systems but the ceiling must end with the same loss.
+step: other programs on the machine disturb it less. All systems but the ceiling must end with the same loss; the exit code is 1
+if they do not. A run that fails is told, and tried again (tries.py); a cell without a run that has succeeded is shown as failed,
+and has no record. --json is written after each world size, so that what was measured stays.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tries import seconds_of
 
 MODELS = ("mlp", "conv", "gpt")
 # By system: what starts the ranks, and the wrapper and the backend that ddp_rank.py is given.
@@ -43,7 +47,7 @@ SYSTEMS = {
 }
 RANK = Path(__file__).resolve().with_name("ddp_rank.py")
 LOSS_TOLERANCE = 1e-3  # relative: additions come in other orders
-RUN_WITHIN_S = 600
+RUN_WITHIN_S = 180
 ZERO_WORDS_AT_LEAST = 0.97  # of what the backend by name reaches
 
 Records = Sequence[dict[str, Any]]
@@ -53,21 +57,30 @@ def main() -> int:
     options = parse()
     if options.read:
         records: list[dict[str, Any]] = json.loads(options.read.read_text(encoding="utf-8"))
+        for model, world_size in dict.fromkeys((record["model"], record["world_size"]) for record in records):
+            report(model, world_size, [r for r in records if (r["model"], r["world_size"]) == (model, world_size)])
+        equal = True
     else:
-        records = []
-        for model in options.models:
-            for world_size in options.world_sizes:
-                systems = [s for s in options.systems if model == options.models[0] or not s.startswith("fsdp")]
-                records += measure(model, world_size, systems, options.rounds, options.steps)
-                report([record for record in records if (record["model"], record["world_size"]) == (model, world_size)])
-    if options.read:
-        for key in dict.fromkeys((record["model"], record["world_size"]) for record in records):
-            report([record for record in records if (record["model"], record["world_size"]) == key])
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    if options.plot:
+        records, equal = measure_all(options)
+    if options.plot and records:
         plot(records, options.plot)
-    return 0
+    return 0 if equal else 1
+
+
+def measure_all(options: argparse.Namespace) -> tuple[list[dict[str, Any]], bool]:
+    """All records, and whether all losses agree. Reports each number of ranks once it is measured."""
+    records: list[dict[str, Any]] = []
+    equal, started = True, time.perf_counter()
+    for model in options.models:
+        for world_size in options.world_sizes:
+            systems = [s for s in options.systems if model == options.models[0] or not s.startswith("fsdp")]
+            found, agreed = measure(model, world_size, systems, options.rounds, options.steps)
+            records, equal = records + found, equal and agreed
+            report(model, world_size, found, systems)
+            if options.json:
+                options.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{time.perf_counter() - started:.0f} s in all")
+    return records, equal
 
 
 def parse() -> argparse.Namespace:
@@ -75,12 +88,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", type=words(MODELS), default=list(MODELS))
     parser.add_argument("--world-sizes", type=lambda text: [int(word) for word in text.split(",")], default=[2, 4, 8])
     parser.add_argument("--systems", type=words(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="needs matplotlib")
+    parser.add_argument("--plot", type=Path, help="PNG or SVG; needs matplotlib")
     parser.add_argument("--from", dest="read", type=Path, help="report what --json has written, and measure nothing")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error(
+            "--plot needs matplotlib, which is not installed: leave --plot out, and plot what --json has written"
+        )
+    return options
 
 
 def words(legal: Any) -> Any:
@@ -95,14 +113,16 @@ def words(legal: Any) -> Any:
     return parsed
 
 
-def measure(model: str, world_size: int, systems: Sequence[str], rounds: int, steps: int) -> list[dict[str, Any]]:
-    """The records of one model on one number of ranks."""
+def measure(
+    model: str, world_size: int, systems: Sequence[str], rounds: int, steps: int
+) -> tuple[list[dict[str, Any]], bool]:
+    """The records of one model on one number of ranks, and whether the losses agree."""
     found: dict[str, list[dict[str, float]]] = {system: [] for system in systems}
     for _ in range(rounds):
         for system in systems:
-            found[system].append(run(system, model, world_size, steps))
-        check_losses({system: runs[-1]["loss"] for system, runs in found.items()})
-    return [
+            if (figures := run(system, model, world_size, steps)) is not None:
+                found[system].append(figures)
+    records = [
         {
             "bench": "ddp",
             "system": system,
@@ -110,44 +130,43 @@ def measure(model: str, world_size: int, systems: Sequence[str], rounds: int, st
             "world_size": world_size,
             "steps_per_s": statistics.median(1 / one["step_s"] for one in runs),
             "cpu_s": statistics.median(one["cpu_s"] / world_size for one in runs),
-            "rounds": rounds,
+            "rounds": len(runs),
             "steps": steps,
         }
         for system, runs in found.items()
+        if runs
     ]
+    return records, agree({system: runs[-1]["loss"] for system, runs in found.items() if runs})
 
 
-def run(system: str, model: str, world_size: int, steps: int) -> dict[str, float]:
-    """What ddp_rank.py writes: step_s, cpu_s of all ranks, loss."""
+def run(system: str, model: str, world_size: int, steps: int) -> dict[str, float] | None:
+    """What ddp_rank.py writes: step_s, cpu_s of all ranks, loss. None if the ranks have failed."""
     starter, wrapper, backend = SYSTEMS[system]
     with tempfile.TemporaryDirectory() as folder:
         into = Path(folder, "result")
         script = [str(RANK), wrapper, backend, model, str(steps), str(into)]
-        ended = subprocess.run(
-            [sys.executable, "-m", *starter, str(world_size), *script],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            timeout=RUN_WITHIN_S,
-            check=False,
-        )
-        if ended.returncode:
-            raise SystemExit(f"{system}, {model}, {world_size} ranks has failed:\n{ended.stdout}{ended.stderr}")
+        command = [sys.executable, "-m", *starter, str(world_size), *script]
+        what = f"{system} of {model} on {world_size} ranks"
+        if seconds_of(what, command, RUN_WITHIN_S, {"OMP_NUM_THREADS": "1"}) is None:
+            return None
         found: dict[str, float] = json.loads(into.read_text(encoding="utf-8"))
     return found
 
 
-def check_losses(losses: dict[str, float]) -> None:
+def agree(losses: dict[str, float]) -> bool:
+    """Whether the losses are the same in all systems but the ceiling. Tells if they are not."""
     trained = {system: loss for system, loss in losses.items() if system != "ceiling"}
     if trained and max(trained.values()) - min(trained.values()) > LOSS_TOLERANCE * max(trained.values()):
-        raise SystemExit(f"the losses after the last step differ: {trained}")
+        print(f"note: the losses after the last step differ: {trained}")
+        return False
+    return True
 
 
-def report(records: Records) -> None:
-    """Prints the rows of one model and one number of ranks."""
+def report(model: str, world_size: int, records: Records, systems: Sequence[str] = ()) -> None:
+    """Prints the rows of one model and one number of ranks. A system without a record has failed."""
     rates = {record["system"]: record["steps_per_s"] for record in records}
     ceiling = rates.get("ceiling", 0.0)
-    print(f"\n{records[0]['model']}, {records[0]['world_size']} ranks")
+    print(f"\n{model}, {world_size} ranks")
     print(f"{'system':14}{'steps/s':>9}{'of gloo':>9}{'of ceiling':>12}{'communication':>15}{'CPU ms/rank':>13}")
     for record in records:
         system, rate = record["system"], record["steps_per_s"]
@@ -155,13 +174,16 @@ def report(records: Records) -> None:
         of_base = f"{rate / base:.2f} x" if base else ""
         of_ceiling, share = (f"{rate / ceiling:.2f}", f"{max(0.0, 1 - rate / ceiling):.0%}") if ceiling else ("", "")
         print(f"{system:14}{rate:9.2f}{of_base:>9}{of_ceiling:>12}{share:>15}{record['cpu_s'] * 1e3:13.1f}")
+    for system in systems:
+        if system not in rates:
+            print(f"{system:14}{'failed':>9}")
     for slow, fast in (
         ("gloo", "zero-words"),
         ("gloo", "fleet"),
         ("gloo", "data-parallel"),
         ("fsdp-gloo", "fsdp-fleet"),
     ):
-        if rates.get(fast, slower := rates.get(slow, 0.0)) < slower:
+        if rates.get(fast, float("inf")) < rates.get(slow, 0.0):
             print(f"note: {fast} is slower than {slow}")
     if "zero-words" in rates and rates["zero-words"] < ZERO_WORDS_AT_LEAST * rates.get("fleet", 0.0):
         print(f"note: zero-words reaches {rates['zero-words'] / rates['fleet']:.2f} of fleet")

@@ -5,6 +5,7 @@
 
 Both start the same way a user would, on the same machine in the same run. With `--script ddp` both run one script, a step of
 DistributedDataParallel on the backend that it is given; else fleet's calls fleet.init(). Reports medians, and their ratio.
+A start that fails is told, and tried again: tries.py says why Gloo's do.
 `--import-torch` reports what the entry point of fleet adds to `import torch`.
 """
 
@@ -17,9 +18,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
+from tries import seconds_of
+
+WITHIN_S = 120
 FLEET = """
 import torch, fleet
 comm = fleet.init()
@@ -84,9 +87,10 @@ def starts(options: argparse.Namespace) -> list[dict[str, object]]:
         times: dict[str, list[float]] = {system: [] for system in commands}
         for _ in range(options.rounds):
             for system, command in commands.items():
-                started = time.perf_counter()
-                subprocess.run(command, check=True, capture_output=True, timeout=120)
-                times[system].append(time.perf_counter() - started)
+                if (seconds := seconds_of(f"a start of {system}", command, WITHIN_S)) is not None:
+                    times[system].append(seconds)
+    if failed := [system for system, values in times.items() if not values]:
+        raise SystemExit(f"{' and '.join(failed)}: no start has succeeded")
     medians = {system: statistics.median(values) for system, values in times.items()}
     for system, values in times.items():
         print(f"{system:10} median {medians[system]:6.2f} s   rounds {' '.join(f'{value:.2f}' for value in values)}")

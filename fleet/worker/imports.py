@@ -16,6 +16,9 @@ from pathlib import Path
 # Modules that are slow to import, and safe to fork once imported.
 PRELOADABLE = ("numpy", "scipy", "pandas", "sklearn", "torch", "fleet")
 OWN_AT_MOST = 40  # modules of a script's own that are read
+# Optimizers, DDP and FSDP of torch import this one when the first is made, for a second of CPU time in every rank.
+LAZY = "torch._dynamo"
+_USES_LAZY = frozenset({"optim", "DistributedDataParallel", "FullyShardedDataParallel", "fully_shard"})
 _READS = frozenset({"get", "copy", "items", "keys", "values"})  # of os.environ
 # After a call of one of these, on any object, later imports may find other modules, or behave otherwise.
 _CHANGES = frozenset(
@@ -49,6 +52,10 @@ def imports_of(tree: ast.Module, folder: Path, packages: Sequence[Path] = ()) ->
     late: set[str] = set()
     for index, (what, name) in enumerate(found):
         top = name.partition(".")[0]
+        if what == "use":
+            if not changes and any(module.partition(".")[0] == "torch" for module in early):
+                early[LAZY] = None
+            continue
         if what == "change" or top in sys.stdlib_module_names:
             continue
         before = index < first_change if what == "import" else not changes
@@ -71,7 +78,8 @@ class _Walk:
         self._seen: set[Path] = set()
 
     def steps(self, tree: ast.Module, beside: Path) -> Iterator[tuple[str, str]]:
-        """("import", name), the same with "perhaps" and "seldom", and ("change", ""). `beside` is the file's folder."""
+        """("import", name), the same with "perhaps" and "seldom", ("use", ""), of what makes torch import LAZY, and
+        ("change", ""). `beside` is the file's folder."""
         for node, when in _in_order(tree, "import"):
             base, names = self._folder, []
             if isinstance(node, ast.Import):
@@ -93,9 +101,11 @@ class _Walk:
                 own = list(_own_modules(name, base))
                 for path in own:
                     for what, inner_name in self.own(path):
-                        yield (what if when == "import" or what == "change" else when), inner_name
+                        yield (what if when == "import" or what in ("change", "use") else when), inner_name
                 if not own and base is self._folder and (isinstance(node, ast.Import) or name == names[0]):
                     yield when, name
+            if when != "seldom" and not _USES_LAZY.isdisjoint(_words(node, names)):
+                yield "use", ""
 
     def own(self, path: Path) -> Iterator[tuple[str, str]]:
         if path in self._seen:
@@ -109,6 +119,13 @@ class _Walk:
             yield "change", ""  # perhaps
         else:
             yield from self.steps(tree, path.parent)
+
+
+def _words(node: ast.AST, imported: Sequence[str]) -> list[str]:
+    """The words by which a node names modules and what is in them."""
+    if isinstance(node, ast.Name | ast.Attribute):
+        return [node.id if isinstance(node, ast.Name) else node.attr]
+    return [word for name in imported for word in name.split(".")]
 
 
 def _own_modules(name: str, folder: Path) -> Iterator[Path]:

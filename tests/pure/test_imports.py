@@ -50,6 +50,15 @@ def early(folder: Path, source: str) -> list[str]:
         # `import fleet` imports no numpy, fleet.init() does.
         ("import fleet, os\nos.environ['OMP_NUM_THREADS'] = '1'\nfleet.init()", []),
         ("import collections", []),
+        # What torch imports when the script makes its first optimizer or wrapper.
+        ("import torch\nmodel = f()\ntorch.optim.SGD(model.parameters())", ["torch", "torch._dynamo"]),
+        ("import torch\ndef f(m):\n    return torch.optim.SGD(m)", ["torch", "torch._dynamo"]),
+        ("import torch\nfrom torch.optim import SGD", ["torch", "torch.optim", "torch._dynamo"]),
+        ("from torch.nn.parallel import DistributedDataParallel as D", ["torch.nn.parallel", "torch._dynamo"]),
+        ("from torch.distributed.fsdp import fully_shard", ["torch.distributed.fsdp", "torch._dynamo"]),
+        ("import torch\nif f():\n    torch.optim.SGD(m)", ["torch"]),
+        ("import torch\ntorch.optim.SGD(m)\nimport os\nos.environ['TORCHDYNAMO_DISABLE'] = '1'", ["torch"]),
+        ("import numpy\nfrom optim import best", ["numpy"]),
         # What a script imports only in some cases.
         ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pandas", []),
         ("try:\n    import fast\nexcept ImportError:\n    import pandas", []),
