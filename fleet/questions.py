@@ -11,12 +11,11 @@ from typing import Annotated, Literal
 import msgspec
 
 from fleet import bounds as b
-from fleet.values import JobInfo, JobMessage, Message, Straggler, WorkerState
+from fleet.values import SUMS_AT_MOST, JobInfo, JobMessage, Message, Straggler, WorkerState
 
 LOG_PART_BYTES = 1 << 20  # at most, in one answer
 FILES_AT_ONCE = 1000
 LEFT_OUT_NAMED = 4  # in one answer
-SUMS_AT_MOST = 64
 
 # newest: in the contrary order of submission. state: what runs, the queue from its head, what has ended. ranks, time: most first.
 JobOrder = Literal["newest", "state", "ranks", "time"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -14,6 +15,7 @@ from fleet import bounds as b
 from fleet.errors import rank_set
 from fleet.text import shown_lines
 
+SUMS_AT_MOST = 64  # operations times paths
 _UNDECODED = re.compile("[\ud800-\udfff]")  # by which os.fsdecode replaces bytes that are no UTF-8
 ON_WORKER = "on worker "  # begins a sentence about files that were not deleted
 COLLECTIVE_SECONDS = (5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0)
@@ -256,6 +258,19 @@ class CountsRow(msgspec.Struct, frozen=True):
     byte_count: b.Number
     seconds: b.Seconds
     buckets: Annotated[tuple[b.Number, ...], msgspec.Meta(max_length=64)]
+
+
+CountsSums = dict[tuple[str, CollectivePath], CountsRow]  # by operation and path
+
+
+def add_counts(sums: CountsSums, rows: Iterable[CountsRow]) -> None:
+    """Adds collectives of one rank. What a script makes up beyond some dozens of kinds is not counted."""
+    for row in rows:
+        key = row.operation, row.path
+        if (key in sums or len(sums) < SUMS_AT_MOST) and len(row.buckets) == len(COLLECTIVE_SECONDS) + 1:
+            before = sums.get(key, CountsRow(*key, 0, 0.0, (0,) * len(row.buckets)))
+            buckets = tuple(map(operator.add, before.buckets, row.buckets))
+            sums[key] = CountsRow(*key, before.byte_count + row.byte_count, before.seconds + row.seconds, buckets)
 
 
 class PaceRow(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -15,33 +16,26 @@ from fleet.orchestrator.view import ClusterView
 from fleet.values import cumulative
 
 
+@dataclass(eq=False)
 class OrchestratorMetrics(Collector):
     """`lock` keeps the core still while it is read; `clock` is the core's own.
 
     `dropped` counts messages by the reason for which they were dropped, `refused` connections without the secret.
     """
 
-    def __init__(
-        self,
-        core: Core,
-        lock: AbstractContextManager[object],
-        clock: Callable[[], float],
-        dropped: Mapping[str, int],
-        refused: Callable[[], int] = lambda: 0,
-    ) -> None:
-        self._core = core
-        self._lock = lock
-        self._clock = clock
-        self._refused = refused
-        self._dropped = dropped
+    core: Core
+    lock: AbstractContextManager[object]
+    clock: Callable[[], float]
+    dropped: Mapping[str, int]
+    refused: Callable[[], int] = lambda: 0
 
     def collect(self) -> Iterator[Metric]:
-        with self._lock:
+        with self.lock:
             yield from list(self._families())
 
     def _families(self) -> Iterator[Metric]:
-        core, counts = self._core, self._core.counts
-        totals = ClusterView(core.scheduler, self._clock()).totals()
+        core, counts = self.core, self.core.counts
+        totals = ClusterView(core.scheduler, self.clock()).totals()
         names = ("version", "python")
         info = GaugeMetricFamily("fleet_orchestrator_info", "Versions of the orchestrator; always 1.", labels=names)
         yield filled(info, {core.versions.python: 1}, core.versions.fleet)
@@ -66,8 +60,8 @@ class OrchestratorMetrics(Collector):
             ("fleet_workers_lost", "Workers that went away without a goodbye.", counts.workers_lost),
             ("fleet_failovers", "Jobs that started again on other workers.", counts.failovers),
             ("fleet_generations", "Worlds of ranks that formed.", counts.generations),
-            ("fleet_strangers_refused", "Connections that did not prove that they hold the secret.", self._refused()),
+            ("fleet_strangers_refused", "Connections that did not prove that they hold the secret.", self.refused()),
         ):
             yield CounterMetricFamily(name, text, count)
         dropped = CounterMetricFamily("fleet_messages_dropped", "Messages that were dropped, by why.", labels=("why",))
-        yield filled(dropped, self._dropped)
+        yield filled(dropped, self.dropped)

@@ -47,7 +47,7 @@ from fleet.worker.zygote import Zygote
 
 REFUSED_MANY = 10  # connections of strangers to a rank, in a second
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # longest wait of the loop, and the time after which the loop counts as hung
-LINKS: dict[Link, Event] = {Link.UP: w.LinkUp(), Link.DOWN: w.LinkDown(), Link.DENIED: w.LinkDenied()}
+LINKS: dict[Link, Event] = {Link.UP: w.LinkNews("up"), Link.DOWN: w.LinkNews("down"), Link.DENIED: w.LinkNews("denied")}
 
 log = logging.getLogger("fleet.worker")
 
@@ -160,7 +160,7 @@ class Agent:
                 peer = self._core.sessions.runner_of(*runner)
                 if peer and self._ranks.send(peer, arrived.data, arrived.rest) is Sent.FULL:
                     # The client sends again what the runner may lack, once this worker is back.
-                    self._step(w.LinkFull())
+                    self._step(w.LinkNews("full"))
                 continue
             try:
                 self._step(w.FromOrchestrator(m.decode(arrived.data)))
@@ -182,7 +182,7 @@ class Agent:
         if (runner := m.relayed(arrived.data)) is not None:
             is_runner = self._core.sessions.runner_of(*runner) == arrived.peer
             if is_runner and self._orchestrator.send(arrived.data, arrived.rest) is Sent.FULL:
-                self._step(w.LinkFull())
+                self._step(w.LinkNews("full"))
             return
         try:
             message = m.decode(arrived.data)
@@ -191,7 +191,7 @@ class Agent:
             return
         if isinstance(message, m.CollectiveCounts):
             with self._turning:
-                self._metrics.add(message.rows)
+                m.add_counts(self._metrics.sums, message.rows)
                 self._metrics.refused_count += message.refused_count
             self._say_refused(message)
         self._step(w.FromRank(arrived.peer, message))
@@ -229,7 +229,7 @@ class Agent:
         """Carries out one effect. Returns the events that come of it at once."""
         if isinstance(effect, w.ToOrchestrator):
             if self._orchestrator.send(m.encode(effect.message)) is Sent.FULL:
-                return [w.LinkFull()]
+                return [w.LinkNews("full")]
         elif isinstance(effect, w.ToRank):
             if self._ranks.send(effect.peer, m.encode(effect.message)) is Sent.FULL:
                 return [w.NotDelivered(effect.peer, effect.message)]
@@ -246,11 +246,11 @@ class Agent:
         elif isinstance(effect, w.ToFiles):
             self._files.take(effect.message)
         elif isinstance(effect, w.Remove):
-            self._children.remove(effect.job_id, effect.attempt)
-            self._files.remove(effect.job_id, effect.attempt)
+            self._children.remove(effect.key)
+            self._files.remove(effect.key)
             self._sweep_memory()
         elif isinstance(effect, w.Gather):
-            self._files.gather(effect.job_id, effect.attempt)
+            self._files.gather(effect.key)
         elif isinstance(effect, w.MeasureRanks):
             self._file_thread.put(partial(self._measured, effect))
         elif isinstance(effect, w.Log):
@@ -301,7 +301,7 @@ class Agent:
             ask.job_id, ask.question, settings.worker_id, settings.advertise, monotonic(), usage.cpu, usage.cores,
             usage.memory_bytes, usage.memory_limit_bytes, tuple(ranks), measure.collectives, ask.asker,
         )  # fmt: skip
-        return [w.FromFiles(used)]
+        return [used]
 
     def _sweep_memory(self) -> None:
         """Removes shared memory whose maker was killed before the other ranks had mapped it."""

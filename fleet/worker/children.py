@@ -15,7 +15,7 @@ from fleet.worker.guard import Guard
 from fleet.worker.output_window import Stream
 from fleet.worker.progress import last_task
 from fleet.worker.rank_process import Plan
-from fleet.worker.state import Event, Key, Printed, ProcessExited, ReadOutput, SignalGroup, Spawned
+from fleet.worker.state import AttemptKey, Event, Key, Printed, ProcessExited, ReadOutput, SignalGroup, Spawned
 from fleet.worker.usage import oom_kill_count
 from fleet.worker.zygote import Child, Zygote
 
@@ -87,12 +87,12 @@ class Children:
                 else:
                     self._poller.remove(descriptor)
 
-    def remove(self, job_id: str, attempt: int) -> None:
+    def remove(self, attempt: AttemptKey) -> None:
         """Closes the pipes of an attempt. Processes of it that wait for the zygote are not started."""
-        for descriptor in [d for d, (key, _) in self._readers.items() if key[:2] == (job_id, attempt)]:
+        for descriptor in [d for d, (key, _) in self._readers.items() if key[:2] == attempt]:
             self._close(descriptor)
         if self._early is not None:
-            self._early = [one for one in self._early if one[0][:2] != (job_id, attempt)]
+            self._early = [one for one in self._early if one[0][:2] != attempt]
 
     def close(self) -> None:
         """Kills all ranks and the processes that they have started."""

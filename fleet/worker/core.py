@@ -51,16 +51,11 @@ class Core:
             self.preparation.prepared(event)
         elif isinstance(event, m.AssignFailed):
             self.preparation.failed(event)
-        elif isinstance(event, w.LinkUp):
-            self.link.connected()
-        elif isinstance(event, w.LinkDown):
-            self.link.lost()
-        elif isinstance(event, w.LinkDenied):
-            self.link.denied()
-        elif isinstance(event, w.LinkFull):
-            self.link.full()
-        elif isinstance(event, w.FromFiles):
-            self.effects.send(event.message)
+        elif isinstance(event, m.Message):
+            self.effects.send(event)
+        elif isinstance(event, w.LinkNews):
+            link = self.link
+            {"up": link.connected, "down": link.lost, "denied": link.denied, "full": link.full}[event.what]()
         elif isinstance(event, w.RankGone):
             self.sessions.gone(event.peer)
         elif isinstance(event, w.NotDelivered):

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fleet.bus.poller import Wake
 from fleet.worker.state import Event
 
-Work = Callable[[], list[Event]]
+Work = Callable[[], Sequence[Event]]
 
 CLOSE_WITHIN_S = 60.0
 

@@ -19,7 +19,7 @@ from fleet.transfer import FileStore
 from fleet.values import native
 from fleet.worker.archive import UnpackCancelled, unpack
 from fleet.worker.file_thread import FileThread
-from fleet.worker.state import AttemptKey, Event, ForFiles, FromFiles, Prepared
+from fleet.worker.state import AttemptKey, Event, ForFiles, Prepared
 from fleet.worker.storage import Storage
 
 KEEP_BYTES = 128 << 20  # of archives that no attempt needs: the next point of a sweep has the same one
@@ -69,16 +69,16 @@ class JobFiles:
             return
         if isinstance(message, m.Welcome):
             self._storage.cluster_id = message.cluster_id
-            self._files.put(self._ask_again)
+            self._files.put(self._archives.wants)
         self._files.put(partial(self._take, message))
 
-    def gather(self, job_id: str, attempt: int) -> None:
+    def gather(self, key: AttemptKey) -> None:
         """Keeps files of a working folder, see Storage.gather. Answered by Left, if files are left."""
-        self._files.put(partial(self._gather, self._attempts[job_id, attempt]))
+        self._files.put(partial(self._gather, self._attempts[key]))
 
-    def remove(self, job_id: str, attempt: int) -> None:
+    def remove(self, key: AttemptKey) -> None:
         """Removes the files of an attempt. Its preparation is broken off."""
-        if (files := self._attempts.pop((job_id, attempt), None)) is not None:
+        if (files := self._attempts.pop(key, None)) is not None:
             files.dropped.set()
             self._files.put(partial(self._remove, files))
 
@@ -94,17 +94,14 @@ class JobFiles:
         if isinstance(message, m.Part):
             return self._store(message)
         if isinstance(message, m.ListFiles | m.ReadFile):
-            return [FromFiles(self._storage.answer(message))]
+            return [self._storage.answer(message)]
         if isinstance(message, m.Discard):
             self._storage.discard(message.job_ids)
             for job_id in message.job_ids:
                 log.info("removed what job %s wrote: the cluster has forgotten it", job_id)
             return []
         jobs = self._storage.jobs()
-        return [FromFiles(m.Stored(jobs[at : at + STORED_AT_ONCE])) for at in range(0, len(jobs), STORED_AT_ONCE)]
-
-    def _ask_again(self) -> list[Event]:
-        return [FromFiles(want) for want in self._archives.wants()]
+        return [m.Stored(jobs[at : at + STORED_AT_ONCE]) for at in range(0, len(jobs), STORED_AT_ONCE)]
 
     def _prepare(self, attempt: _Files) -> list[Event]:
         spec = attempt.assign.spec
@@ -122,7 +119,7 @@ class JobFiles:
             if self._archives.is_coming(spec.digest):
                 return []
             want = self._archives.fetch(spec.digest, spec.bundle_bytes)
-            return [] if want is None else [FromFiles(want)]
+            return [] if want is None else [want]
         except Exception as error:  # of any kind: the job must not wait for ever
             return attempt.failed(f"its folders cannot be made there: {error}")
 
@@ -151,7 +148,7 @@ class JobFiles:
                 attempt.waits = False
             return [event for one in waiting for event in one.failed(f"its bundle cannot be stored: {error}")]
         if want is not None:
-            return [FromFiles(want)]
+            return [want]
         for attempt in waiting if self._archives.has(part.digest) else ():
             attempt.waits = False
             self._files.put(partial(self._prepare, attempt), attempt.dropped)
@@ -168,7 +165,7 @@ class JobFiles:
             log.exception("what job %s wrote cannot be gathered", assign.job_id)
             why = f"what it wrote could not be looked at: {str(error)[:500]}"
             left = m.Left(assign.job_id, assign.attempt, 0, 0, error=why)
-        return [FromFiles(left)] if left.file_count or left.error else []
+        return [left] if left.file_count or left.error else []
 
     def _remove(self, attempt: _Files) -> list[Event]:
         digest = attempt.assign.spec.digest

@@ -77,7 +77,7 @@ class Members:
                 self.deadlines.discard((process.key, what))
         self._gather(attempt)
         del self.attempts[attempt.key]
-        self.effects.add(w.Remove(*attempt.key))
+        self.effects.add(w.Remove(attempt.key))
 
     def say_again(self) -> None:
         """Sends again all that the orchestrator may have missed before its welcome."""
@@ -260,7 +260,7 @@ class Members:
         """Once for each attempt that has a working folder of its own."""
         if attempt.launched and not attempt.gathered and attempt.assign.spec.digest:
             attempt.gathered = True
-            self.effects.add(w.Gather(*attempt.key))
+            self.effects.add(w.Gather(attempt.key))
 
     def _signal(self, process: Process, number: int) -> None:
         self.effects.add(w.SignalGroup(process.key, process.pid, number))
@@ -277,7 +277,11 @@ class Members:
             return w.MeasureRanks(ask, ())
         last = max(attempts, key=lambda attempt: attempt.key[1])
         pids = ((process.member_id, process.pid) for process in last.processes.values() if process.running)
-        return w.MeasureRanks(ask, tuple(pids), tuple(last.collectives.values()))
+        sums = (
+            m.CollectiveSum(row.operation, row.path, sum(row.buckets), row.byte_count, row.seconds)
+            for row in last.collectives.values()
+        )
+        return w.MeasureRanks(ask, tuple(pids), tuple(sums))
 
     def active_count(self) -> int:
         """The number of attempts with a process that has not ended."""

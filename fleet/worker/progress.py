@@ -5,8 +5,8 @@ If the runner dies, that task is to blame. Results of earlier tasks may be lost 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-import sys
 from pathlib import Path
 from struct import Struct
 from struct import error as StructError
@@ -54,13 +54,10 @@ def seen(control: str, job_id: str, member_id: int) -> Seen | None:
 
 def last_task(control: str, job_id: str, member_id: int) -> int:
     """The task that the runner was in: IDLE between tasks, UNKNOWN if it never noted any. Removes the file."""
-    path = _path(control, job_id, member_id)
-    try:
-        data = path.read_bytes()
-        path.unlink()
-    except OSError:
-        return UNKNOWN
-    return int.from_bytes(data[:8], sys.byteorder, signed=True)
+    found = seen(control, job_id, member_id)
+    with contextlib.suppress(OSError):
+        _path(control, job_id, member_id).unlink()
+    return UNKNOWN if found is None else found.task
 
 
 def _path(control: str, job_id: str, member_id: int) -> Path:

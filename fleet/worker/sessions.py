@@ -27,9 +27,8 @@ class Sessions:
 
     def runner_of(self, job_id: str, member_id: int) -> bytes:
         """The connection of a task runner. Empty: this one is not here."""
-        process = self.members.find(
-            job_id, 1, member_id
-        )  # a runner has one attempt: its client asks for another runner
+        # A runner has one attempt: its client asks for another runner.
+        process = self.members.find(job_id, 1, member_id)
         return process.runner if process is not None else b""
 
     def receive(self, peer: bytes, message: FromSession) -> None:
@@ -38,7 +37,7 @@ class Sessions:
             return
         if isinstance(message, m.CollectiveCounts):
             process.inside_since = self.effects.now - message.inside_s if message.inside_s else None
-            self.members.attempts[process.key[:2]].count(message.rows)
+            m.add_counts(self.members.attempts[process.key[:2]].collectives, message.rows)
             if message.pace is not None:
                 self.effects.send(replace(message, refused_count=0, made=None))
             if message.made is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from signal import SIGTERM
+from typing import Literal
 
 import msgspec
 
@@ -83,16 +83,7 @@ class Attempt:
     failure: m.AssignFailed | None = None  # why the attempt cannot be prepared
     launched: bool = False
     gathered: bool = False  # a Gather was decided
-    collectives: dict[tuple[str, str], m.CollectiveSum] = field(default_factory=dict)  # by operation and path
-
-    def count(self, rows: Iterable[m.CountsRow]) -> None:
-        """Adds collectives of one of its ranks. What a script makes up beyond some dozens of kinds is not counted."""
-        for row in rows:
-            key = row.operation, row.path
-            if key in self.collectives or len(self.collectives) < m.SUMS_AT_MOST:
-                before = self.collectives.get(key) or m.CollectiveSum(*key, 0, 0, 0.0)
-                count, byte_count = before.count + sum(row.buckets), before.byte_count + row.byte_count
-                self.collectives[key] = m.CollectiveSum(*key, count, byte_count, before.seconds + row.seconds)
+    collectives: m.CountsSums = field(default_factory=dict)  # of its ranks
 
     @property
     def key(self) -> AttemptKey:
@@ -103,7 +94,7 @@ class Attempt:
         return any(process.status is None for process in self.processes.values())
 
 
-# Events
+# Events. A message is one, too: of the file thread, for the orchestrator, but for AssignFailed.
 
 
 class FromOrchestrator(msgspec.Struct, frozen=True):
@@ -121,20 +112,10 @@ class RankGone(msgspec.Struct, frozen=True):
     peer: bytes
 
 
-class LinkUp(msgspec.Struct, frozen=True):
-    pass
+class LinkNews(msgspec.Struct, frozen=True):
+    """News of the connection to the orchestrator. `full`: a message to it, or to a task runner, was lost in a full queue."""
 
-
-class LinkDown(msgspec.Struct, frozen=True):
-    pass
-
-
-class LinkDenied(msgspec.Struct, frozen=True):
-    pass
-
-
-class LinkFull(msgspec.Struct, frozen=True):
-    """A message was lost, since the queue to the orchestrator, or to a task runner, is full."""
+    what: Literal["up", "down", "denied", "full"]
 
 
 class NotDelivered(msgspec.Struct, frozen=True):
@@ -177,12 +158,6 @@ class Shutdown(msgspec.Struct, frozen=True):
     drain: bool = False
 
 
-class FromFiles(msgspec.Struct, frozen=True):
-    """A message of the file thread for the orchestrator."""
-
-    message: m.Message
-
-
 class Tick(msgspec.Struct, frozen=True):
     """All other events have been told. With a heartbeat due, `load` is that of this machine or container: 1.0 is all cores."""
 
@@ -190,8 +165,8 @@ class Tick(msgspec.Struct, frozen=True):
 
 
 Event = (
-    FromOrchestrator | FromRank | RankGone | LinkUp | LinkDown | LinkDenied | LinkFull | NotDelivered | Prepared | m.AssignFailed
-    | Spawned | Printed | ProcessExited | Shutdown | FromFiles | Tick
+    FromOrchestrator | FromRank | RankGone | LinkNews | NotDelivered | Prepared | Spawned | Printed | ProcessExited | Shutdown
+    | m.Message | Tick
 )  # fmt: skip
 
 
@@ -245,15 +220,13 @@ class ReadOutput(msgspec.Struct, frozen=True):
 class Remove(msgspec.Struct, frozen=True):
     """Remove all files and pipes of an attempt, and break off its preparation."""
 
-    job_id: str
-    attempt: int
+    key: AttemptKey
 
 
 class Gather(msgspec.Struct, frozen=True):
     """Move files of an attempt that are to be kept from its working folder to the output folder of its job."""
 
-    job_id: str
-    attempt: int
+    key: AttemptKey
 
 
 class ToFiles(msgspec.Struct, frozen=True):
@@ -268,7 +241,7 @@ class ToFiles(msgspec.Struct, frozen=True):
 
 
 class MeasureRanks(msgspec.Struct, frozen=True):
-    """Measure what this worker and ranks of a job use, in the file thread. Answered by FromFiles."""
+    """Measure what this worker and ranks of a job use, in the file thread. Answered by Used."""
 
     ask: m.Measure
     pids: tuple[tuple[int, int], ...]  # member and pid of each rank

@@ -70,12 +70,7 @@ class Meter:
                 return usage / 1e6
             if (nanoseconds := _number(_V1_CPU / "cpuacct.usage")) is not None:
                 return nanoseconds / 1e9
-        total = 0.0
-        for process in _family():
-            with contextlib.suppress(*_UNREADABLE):
-                times = process.cpu_times()
-                total += times.user + times.system + times.children_user + times.children_system
-        return total
+        return _family().cpu_s
 
     def _memory_bytes(self) -> int:
         if self._container:
@@ -87,11 +82,7 @@ class Meter:
                     # As `docker stats` does: page cache that can be dropped at once is not in use.
                     idle = _number(stat, "inactive_file") or _number(stat, "total_inactive_file") or 0
                     return max(0, used - idle)
-        total = 0
-        for process in _family():
-            with contextlib.suppress(*_UNREADABLE):
-                total += process.memory_info().rss
-        return total
+        return _family().memory_bytes
 
 
 class Family(NamedTuple):
@@ -144,12 +135,9 @@ def oom_kill_count() -> int:
     return sum(_number(path, "oom_kill") or 0 for path in (_V2 / "memory.events", Path("/proc/vmstat")))
 
 
-def _family() -> list[psutil.Process]:
-    family: list[psutil.Process] = []
-    with contextlib.suppress(*_UNREADABLE):
-        family.append(psutil.Process())
-        family += family[0].children(recursive=True)
-    return family
+def _family() -> Family:
+    """This process and all that it has started: the whole worker."""
+    return families_of([os.getpid()]).get(os.getpid(), Family(0.0, 0, 0))
 
 
 def _number(path: Path, key: str = "") -> int | None:

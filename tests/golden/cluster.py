@@ -79,12 +79,12 @@ class Cluster:
     def connect(self, name: str) -> None:
         self.peers[name] = f"{name}/{self.starts[name]}".encode()
         if name in self.agents:
-            self.events.append((name, w.LinkUp()))
+            self.events.append((name, w.LinkNews("up")))
         else:
             self.say(name, "orchestrator", m.ClientHello(VERSIONS))
 
     def cut(self, name: str) -> None:
-        self.events += [(name, w.LinkDown()), ("orchestrator", o.PeerLost(self.peers.pop(name)))]
+        self.events += [(name, w.LinkNews("down")), ("orchestrator", o.PeerLost(self.peers.pop(name)))]
 
     def die(self, name: str) -> None:
         self.agents.pop(name, None)
@@ -94,7 +94,7 @@ class Cluster:
     def restart_orchestrator(self) -> None:
         self.orchestrator = Orchestrator(VERSIONS, durable=True)
         self.orchestrator.recall([recalled(record, 0.0) for _, record in sorted(self.disk.values())], (), self.now)
-        self.events += [(name, w.LinkDown()) for name in self.peers]
+        self.events += [(name, w.LinkNews("down")) for name in self.peers]
         self.peers.clear()
 
     def process(self, job_id: str, member_id: int) -> w.Key:

@@ -52,9 +52,9 @@ def of_worker(cluster: Cluster, name: str, effect: w.Effect) -> None:
         if effect.signal != SIGTERM or effect.key not in cluster.deaf:
             cluster.exit(effect.key, 0, effect.signal)
     elif isinstance(effect, w.Gather):
-        cluster.lines.append(f"{name} moves kept files of {effect.job_id} from the working folder to the output folder")
-        left = m.Left(effect.job_id, effect.attempt, 3, 12_000, ("cache/",))
-        cluster.events.append((name, w.FromFiles(left)))
+        cluster.lines.append(f"{name} moves kept files of {effect.key[0]} from the working folder to the output folder")
+        left = m.Left(*effect.key, 3, 12_000, ("cache/",))
+        cluster.events.append((name, left))
     elif isinstance(effect, w.Exit):
         cluster.lines.append(f"{name} ends")
         cluster.die(name)
@@ -71,10 +71,10 @@ def _files(cluster: Cluster, name: str, message: w.ForFiles) -> None:
         _prepared(cluster, name)
     elif isinstance(message, m.ListFiles):
         found = m.Files(*_place(message), (m.FileInfo(b"model.pt", 5, 0),), asker=message.asker)
-        cluster.events.append((name, w.FromFiles(found)))
+        cluster.events.append((name, found))
     elif isinstance(message, m.ReadFile):
         part = m.FilePart(*_place(message), message.path, message.offset, b"model", asker=message.asker)
-        cluster.events.append((name, w.FromFiles(part)))
+        cluster.events.append((name, part))
 
 
 def _prepared(cluster: Cluster, name: str) -> None:

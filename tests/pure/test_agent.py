@@ -17,7 +17,7 @@ KEY = ("j", 1, 0)
 
 def agent() -> Agent:
     core = Agent(w.Settings("w0", 2, "o:1", "h", VERSIONS, "1"), 0.0)
-    core.step(w.LinkUp(), 0.0)
+    core.step(w.LinkNews("up"), 0.0)
     core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.0)
     core.step(w.FromOrchestrator(m.Assign("j", 1, 1, (0,), 0, 1, SPEC)), 0.0)
     core.step(w.Prepared("j", 1, Path("/"), 5), 0.0)
@@ -60,7 +60,7 @@ def test_a_rank_has_ended_when_it_is_dead_and_read() -> None:
     (exited,) = up(core.step(w.Printed(KEY, "stderr", b""), 0.2), m.RankExited)
     assert isinstance(exited, m.RankExited)
     assert (exited.status.code, exited.status.stderr_tail, exited.status.stopped) == (3, "Boom\n", False)
-    assert kinds(core.step(w.FromOrchestrator(m.Forget("j", 1)), 0.3), w.Remove) == [w.Remove("j", 1)]
+    assert kinds(core.step(w.FromOrchestrator(m.Forget("j", 1)), 0.3), w.Remove) == [w.Remove(("j", 1))]
 
 
 def test_output_that_a_grandchild_holds_open_is_given_up() -> None:
@@ -199,7 +199,7 @@ def test_an_unreachable_orchestrator_is_said_once_and_a_locked_door_is_final() -
     said = [effect for now in (1.0, 2.5, 60.0) for effect in core.step(w.Tick(), now)]
     assert len(kinds(said, w.Log)) == 1
     assert core.next_deadline() is None
-    effects = [effect for _ in range(3) for effect in core.step(w.LinkDenied(), 61.0)]
+    effects = [effect for _ in range(3) for effect in core.step(w.LinkNews("denied"), 61.0)]
     assert "secret is wrong" in kinds(effects, w.Exit)[0].reason  # type: ignore[attr-defined]
 
 
@@ -242,8 +242,8 @@ def test_a_lost_connection_takes_acknowledgements_along_and_no_rank_waits_for_th
     """Found by tests/sim: a rank that had filled its window stayed paused for ever."""
     core = started()
     core.step(w.Printed(KEY, "stdout", b"x" * WINDOW_BYTES), 0.1)
-    core.step(w.LinkDown(), 0.2)
-    core.step(w.LinkUp(), 0.3)
+    core.step(w.LinkNews("down"), 0.2)
+    core.step(w.LinkNews("up"), 0.3)
     effects = core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.4)
     assert [x.number for x in up(effects, m.Output) if isinstance(x, m.Output)] == [1]  # acknowledged again, if it came
     effects = core.step(w.FromOrchestrator(m.OutputAck("j", 1, 0, 1)), 0.5)
@@ -253,7 +253,7 @@ def test_a_lost_connection_takes_acknowledgements_along_and_no_rank_waits_for_th
 def test_a_failure_to_prepare_is_told_again_to_an_orchestrator_that_did_not_hear_it() -> None:
     """Found by tests/sim: it was sent over a connection that was lost, and its gang waited for ever."""
     core = Agent(agent().settings, 0.0)
-    core.step(w.LinkUp(), 0.0)
+    core.step(w.LinkNews("up"), 0.0)
     core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.0)
     assign = m.Assign("j", 1, 1, (0,), 0, 1, SPEC)
     core.step(w.FromOrchestrator(assign), 0.0)
@@ -265,7 +265,7 @@ def test_a_failure_to_prepare_is_told_again_to_an_orchestrator_that_did_not_hear
 
 def test_a_job_that_nothing_comes_of_is_given_back_so_that_no_disk_holds_it_for_ever() -> None:
     core = Agent(agent().settings, 0.0)
-    core.step(w.LinkUp(), 0.0)
+    core.step(w.LinkNews("up"), 0.0)
     core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1e6)), 0.0)
     digest = "d" * 64
     core.step(w.FromOrchestrator(m.Assign("j", 1, 1, (0,), 0, 1, m.Spec("script", "x", digest=digest))), 0.0)
@@ -274,9 +274,9 @@ def test_a_job_that_nothing_comes_of_is_given_back_so_that_no_disk_holds_it_for_
     assert core.next_deadline() == STUCK_AFTER_S
     core.step(w.FromOrchestrator(m.Part(digest, 0, b"some")), 10.0)
     assert up(core.step(w.Tick(), STUCK_AFTER_S), m.AssignFailed) == []
-    core.step(w.LinkDown(), 20.0)
+    core.step(w.LinkNews("down"), 20.0)
     assert up(core.step(w.Tick(), 20.0 + STUCK_AFTER_S), m.AssignFailed) == []  # nothing can come now
-    core.step(w.LinkUp(), 700.0)
+    core.step(w.LinkNews("up"), 700.0)
     core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1e6)), 700.0)
     assert core.next_deadline() == 700.0 + STUCK_AFTER_S
     (failed,) = up(core.step(w.Tick(), 700.0 + STUCK_AFTER_S), m.AssignFailed)
@@ -288,9 +288,9 @@ def test_a_job_that_nothing_comes_of_is_given_back_so_that_no_disk_holds_it_for_
 
 def test_what_is_printed_while_there_is_no_orchestrator_is_kept_for_the_next() -> None:
     core = started()
-    core.step(w.LinkDown(), 0.1)
+    core.step(w.LinkNews("down"), 0.1)
     assert up(core.step(w.Printed(KEY, "stdout", b"one"), 0.2), m.Output) == []
-    core.step(w.LinkUp(), 0.3)
+    core.step(w.LinkNews("up"), 0.3)
     assert up(core.step(w.Printed(KEY, "stdout", b"two"), 0.4), m.Output) == []
     effects = core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.5)
     assert [x.data for x in up(effects, m.Output) if isinstance(x, m.Output)] == [b"onetwo"]
@@ -308,7 +308,7 @@ def test_a_rank_that_was_stopped_before_its_launch_is_not_started() -> None:
 def test_ranks_get_slots_whatever_the_agent_still_holds() -> None:
     """Found by tests/sim: attempts that had ended, and were not forgotten yet, took all slots, and a rank was left out."""
     core = Agent(agent().settings, 0.0)
-    core.step(w.LinkUp(), 0.0)
+    core.step(w.LinkNews("up"), 0.0)
     for number in range(9):
         core.step(w.FromOrchestrator(m.Assign(f"j{number}", 1, 1, (0,), 0, 1, SPEC)), 0.0)
     assert all(len(attempt.processes) == 1 for attempt in core.members.attempts.values())

@@ -16,7 +16,7 @@ SETTINGS = w.Settings("w0", 2, "o:1", "10.0.0.0", VERSIONS, "1", drain_s=20.0)
 
 def agent_with_a_rank() -> Agent:
     agent = Agent(SETTINGS, 0.0)
-    agent.step(w.LinkUp(), 0.0)
+    agent.step(w.LinkNews("up"), 0.0)
     agent.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.0)
     agent.step(w.FromOrchestrator(m.Assign("j", 1, 2, (0,), 0, 2, SPEC)), 0.0)
     agent.step(w.Prepared("j", 1, Path("/"), 1), 0.0)
@@ -71,8 +71,8 @@ def test_without_work_it_leaves_at_once() -> None:
 def test_a_worker_that_drains_says_so_to_an_orchestrator_that_was_away() -> None:
     agent = agent_with_a_rank()
     agent.step(w.Shutdown(drain=True), 1.0)
-    agent.step(w.LinkDown(), 2.0)
-    (hello,) = (x for x in told(agent.step(w.LinkUp(), 3.0)) if isinstance(x, m.WorkerHello))
+    agent.step(w.LinkNews("down"), 2.0)
+    (hello,) = (x for x in told(agent.step(w.LinkNews("up"), 3.0)) if isinstance(x, m.WorkerHello))
     assert hello.leaving
     core = cluster()
     core.step(o.Received(b"w0/1", hello), 3.0)
@@ -152,7 +152,7 @@ def test_a_ping_is_answered_whatever_else_is_true() -> None:
         assert isinstance(reply, w.ToRank)
         assert isinstance(reply.message, m.Pong)
         assert reply.message.ever_welcomed is welcomed
-        agent.step(w.LinkUp(), 0.0)
+        agent.step(w.LinkNews("up"), 0.0)
         agent.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.0)
 
 

@@ -255,9 +255,10 @@ def test_figures_that_cannot_be_read_end_nobody(monkeypatch: pytest.MonkeyPatch)
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     meter = usage.Meter()
-    for name in ("cpu_percent", "virtual_memory", "Process"):
+    for name in ("cpu_percent", "virtual_memory"):
         monkeypatch.setattr(usage.psutil, name, fails)
     monkeypatch.setattr(usage.Path, "read_text", fails)
+    monkeypatch.setattr(usage.os, "listdir", fails)
     assert 0.0 <= meter.load() <= 1.0
     assert meter.read().memory_bytes == 0
     assert usage.Meter().read().cpu == 0.0

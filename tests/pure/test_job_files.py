@@ -12,7 +12,7 @@ from fleet import messages as m
 from fleet.bus.poller import Poller, Wake
 from fleet.worker.file_thread import FileThread
 from fleet.worker.job_files import JobFiles
-from fleet.worker.state import Event, FromFiles
+from fleet.worker.state import Event
 from fleet.worker.storage import Storage
 from tests.pure.test_transfer import digest_of, names, part
 
@@ -51,12 +51,12 @@ def test_archives_on_a_worker_stay_bounded(bench: Bench, tmp_path: Path) -> None
     several = [os.urandom(1000) for _ in range(6)]
     for number, data in enumerate(several):
         bench.assign(data, str(number))
-        assert bench.event() == FromFiles(m.Want(digest_of(data), 0))
+        assert bench.event() == m.Want(digest_of(data), 0)
         bench.files.take(part(data, 0))
         failed = bench.event()
         assert isinstance(failed, m.AssignFailed)  # once it is whole, it turns out to be no archive
         assert failed.permanent
-        bench.files.remove(str(number), 1)
+        bench.files.remove((str(number), 1))
     bench.files.close()
     assert set(names(tmp_path / "worker")) == {digest_of(data) for data in several[-2:]}
 
@@ -64,15 +64,15 @@ def test_archives_on_a_worker_stay_bounded(bench: Bench, tmp_path: Path) -> None
 def test_what_is_on_its_way_for_nobody_is_dropped(bench: Bench, tmp_path: Path) -> None:
     data = os.urandom(2 * m.PART_BYTES)
     bench.assign(data, "a")
-    assert bench.event() == FromFiles(m.Want(digest_of(data), 0))
+    assert bench.event() == m.Want(digest_of(data), 0)
     bench.assign(data, "b")  # which asks for nothing: the archive is on its way
     bench.files.take(part(data, 0))
-    assert bench.event() == FromFiles(m.Want(digest_of(data), m.PART_BYTES))
-    bench.files.remove("a", 1)
+    assert bench.event() == m.Want(digest_of(data), m.PART_BYTES)
+    bench.files.remove(("a", 1))
     welcome = m.Welcome(m.Versions("", "", ""), 1.0)
     bench.files.take(welcome)
-    assert bench.event() == FromFiles(m.Want(digest_of(data), m.PART_BYTES)), "it is asked for again"
-    bench.files.remove("b", 1)
+    assert bench.event() == m.Want(digest_of(data), m.PART_BYTES), "it is asked for again"
+    bench.files.remove(("b", 1))
     bench.files.take(welcome)
     bench.files.take(part(data, m.PART_BYTES))  # it comes too late
     bench.files.close()

@@ -59,7 +59,7 @@ def test_a_full_queue_to_the_orchestrator_is_a_lost_connection() -> None:
     """It says hello until it is welcome, nothing else before, and then all that may be lost, in its order."""
     core = started()
     core.step(w.Printed(KEY, "stdout", b"first\n"), 0.1)
-    core.step(w.LinkFull(), 0.1)
+    core.step(w.LinkNews("full"), 0.1)
     effects = [
         *core.step(w.Printed(KEY, "stdout", b"second\n"), 0.2),
         *core.step(w.ProcessExited(KEY, 0, 0, False), 0.3),

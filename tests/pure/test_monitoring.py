@@ -24,7 +24,7 @@ from fleet.orchestrator.metrics import OrchestratorMetrics
 from fleet.pulse import Pulse
 from fleet.worker import state as w
 from fleet.worker import usage
-from fleet.worker.metrics import SERIES_AT_MOST, WorkerMetrics
+from fleet.worker.metrics import WorkerMetrics
 from tests.pure.test_drain import agent_with_a_rank, end_rank
 from tests.pure.test_orchestrator import CLIENT, SPEC, cluster, running
 
@@ -44,8 +44,8 @@ def worker_metrics() -> WorkerMetrics:
     agent = agent_with_a_rank()
     agent.step(w.FromRank(b"r", m.CollectiveCounts("j", 1, 0, (), inside_s=3.0)), NOW - 1)
     found = WorkerMetrics(agent, threading.Lock(), lambda: NOW, DROPPED)
-    found.add((row(),))
-    found.add((row(),))
+    m.add_counts(found.sums, (row(),))
+    m.add_counts(found.sums, (row(),))
     return found
 
 
@@ -106,10 +106,10 @@ def test_a_job_that_has_ended_is_counted_once() -> None:
 
 def test_what_a_script_makes_up_is_bounded() -> None:
     found = worker_metrics()
-    found.add(tuple(row("made_up_" + "x" * number) for number in range(2 * SERIES_AT_MOST)))
-    found.add((row("all_reduce", 1, 2),))  # of another version: too few buckets
+    m.add_counts(found.sums, tuple(row("made_up_" + "x" * number) for number in range(2 * m.SUMS_AT_MOST)))
+    m.add_counts(found.sums, (row("all_reduce", 1, 2),))  # of another version: too few buckets
     samples = families(found)["fleet_collective_bytes"].samples
-    assert len(samples) == SERIES_AT_MOST
+    assert len(samples) == m.SUMS_AT_MOST
     assert value(families(found), "fleet_collective_bytes_total", operation="all_reduce") == 8192
 
 

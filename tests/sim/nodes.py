@@ -137,10 +137,10 @@ class Worker(Node):
         self.connect()
 
     def link_up(self) -> None:
-        self.step(w.LinkUp())
+        self.step(w.LinkNews("up"))
 
     def link_down(self) -> None:
-        self.step(w.LinkDown())
+        self.step(w.LinkNews("down"))
 
     def take(self, message: m.Message) -> None:
         self.step(w.FromOrchestrator(message))
@@ -197,7 +197,7 @@ class Worker(Node):
         sim, source = self.sim, self.sim.source
         if isinstance(effect, w.ToOrchestrator):
             if not self.send(effect.message):
-                return [w.LinkFull()]
+                return [w.LinkNews("full")]
         elif isinstance(effect, w.ReadOutput):
             process = self.processes.get(effect.key)
             if process is not None and process.heard is not effect.on:
