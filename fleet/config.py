@@ -170,6 +170,11 @@ def leave_job() -> None:
     os.environ.pop("FLEET_CONTROL", None)
 
 
+def threads_of_a_rank(slots: int) -> int:
+    """How many threads the arithmetic of each rank may use where so many ranks share this machine."""
+    return max(1, usable_cores() // slots)
+
+
 def limit_threads(threads: int) -> None:
     """Sets OMP_NUM_THREADS where the user has not. The zygote's imports read that variable once."""
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

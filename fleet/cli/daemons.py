@@ -37,7 +37,7 @@ from fleet.worker.agent import Agent, Surroundings
 from fleet.worker.rank_sockets import RankSockets
 from fleet.worker.state import Settings
 from fleet.worker.storage import Storage
-from fleet.worker.zygote import RUNNER
+from fleet.worker.zygote import RANK, RUNNER
 
 RESOLVE_EVERY_S = 1.0
 
@@ -88,13 +88,13 @@ def run_worker(
     data_port = config.worker_port()
     stopping = threading.Event()
     _on_signals(lambda _: stopping.set())
-    threads = max(1, config.usable_cores() // slots)
+    threads = config.threads_of_a_rank(slots)
     what = f"a worker of {slots} slot{'s' if slots > 1 else ''}"
     with claimed_ports(data_port, slots), runtime_folder() as runtime:
         lock = worker_lock(host, secret_file, insecure, stopping)
         if lock is None:
             return  # a signal came before the secret
-        with fork_server(what, slots, threads, (*RUNNER, *(config.preload() or ()))) as zygote:
+        with fork_server(what, slots, threads, (RANK, RUNNER, *(config.preload() or ()))) as zygote:
             advertise = config.advertised_host() or _own_address(host, port, stopping)
             if advertise is None:
                 return  # a signal came before the name of the orchestrator resolved

@@ -10,13 +10,13 @@ from typing import Literal
 
 from fleet import config
 from fleet.bus.lock import Lock
-from fleet.cli.agents import embedded, embedded_orchestrator, fork_server
-from fleet.cli.page import new_token, serving, with_token
+from fleet.cli.agents import embedded, embedded_orchestrator
 from fleet.client.target import Target
 from fleet.worker.agent import Agent, Surroundings
 from fleet.worker.rank_sockets import RankSockets
 from fleet.worker.state import Settings
 from fleet.worker.storage import Storage
+from fleet.worker.zygote import Zygote
 
 Transport = Literal["tcp", "ipc"]
 HOST = "127.0.0.1"
@@ -27,35 +27,36 @@ def embedded_cluster(
     runtime: Path,
     slots: int,
     transport: Transport,
-    preload: tuple[str, ...],
+    zygote: Zygote,
     storage: Storage,
     gpus: int = 0,
     stdin: Callable[[int], int | None] = lambda member_id: None,
     page: Callable[[str], None] | None = None,  # is told the address of a page; None: there is none
 ) -> Iterator[Target]:
     """The cluster runs when entered, and has ended when left. Control messages go over sockets in the runtime folder."""
-    threads = max(1, config.usable_cores() // slots)
-    what = f"a job of {slots} rank{'s' if slots > 1 else ''} on this machine"
-    with fork_server(what, slots, threads, preload) as zygote:
-        sockets = RankSockets(
-            HOST,
-            "open" if transport == "ipc" else config.data_security("plain"),
-            secrets.token_hex(16),  # thrown away with the job
-            folder=runtime if transport == "ipc" else None,
-        )
-        here = f"ipc://{runtime}/orchestrator"
+    sockets = RankSockets(
+        HOST,
+        "open" if transport == "ipc" else config.data_security("plain"),
+        secrets.token_hex(16),  # thrown away with the job
+        folder=runtime if transport == "ipc" else None,
+    )
+    here = f"ipc://{runtime}/orchestrator"
+    if page is None:
+        service = embedded_orchestrator(here, Lock(), runtime, "least-loaded")
+    else:
+        from fleet.cli.page import new_token, serving, with_token
+
         token = new_token()
-        served = None if page is None else serving(HOST, config.metrics_port() or 0, Lock(), token)
+        served = serving(HOST, config.metrics_port() or 0, Lock(), token)
         service = embedded_orchestrator(here, Lock(), runtime, "least-loaded", served)
-        if page is not None:
-            page(with_token(service.metrics_at, token))
-        agent = Agent(
-            Settings("local", slots, "this machine", advertise=HOST, gpus=gpus),
-            Surroundings(runtime, threads, storage, sockets, stdin=stdin),
-            zygote,
-            here,
-            Lock(),
-        )
-        target = Target("this machine", here, Lock(), timeout_s=60.0, local=True)
-        with embedded(service, agent, target):
-            yield target
+        page(with_token(service.metrics_at, token))
+    agent = Agent(
+        Settings("local", slots, "this machine", advertise=HOST, gpus=gpus),
+        Surroundings(runtime, config.threads_of_a_rank(slots), storage, sockets, stdin=stdin),
+        zygote,
+        here,
+        Lock(),
+    )
+    target = Target("this machine", here, Lock(), timeout_s=60.0, local=True)
+    with embedded(service, agent, target):
+        yield target

@@ -8,13 +8,12 @@ import sys
 from functools import partial
 
 from fleet.cli import open_what_is_closed
-from fleet.cli.embedded_cluster import embedded_cluster
+from fleet.cli.agents import local_fork_server
 from fleet.cli.runtime import runtime_folder
 from fleet.client.embedded import Failure
 from fleet.config import check_system
 from fleet.errors import FleetError
 from fleet.text import shown_lines
-from fleet.worker.storage import Storage
 from fleet.worker.zygote import RUNNER
 
 
@@ -35,15 +34,17 @@ def _serve(answer: int, slots: int, gpus: int, preload: str) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         # A terminal's signals are the parent's to act on. Not SIG_IGN, which runners would inherit.
         signal.signal(number, lambda number, frame: None)
-    names = (*RUNNER, *(name for name in preload.split(",") if name))
-    with (
-        runtime_folder() as runtime,
-        embedded_cluster(runtime, slots, "tcp", names, Storage(runtime / "output"), gpus) as target,
-    ):
-        with open(answer, "w", encoding="utf-8") as file:
-            file.write(f"{target.endpoint}\n")
-        target.failure.listen(partial(_end, target.failure))
-        sys.stdin.buffer.read()
+    names = (RUNNER, *(name for name in preload.split(",") if name))
+    with runtime_folder() as runtime, local_fork_server(slots, names) as zygote:
+        # Imported beside the fork server's own imports, which take as long.
+        from fleet.cli.embedded_cluster import embedded_cluster
+        from fleet.worker.storage import Storage
+
+        with embedded_cluster(runtime, slots, "tcp", zygote, Storage(runtime / "output"), gpus) as target:
+            with open(answer, "w", encoding="utf-8") as file:
+                file.write(f"{target.endpoint}\n")
+            target.failure.listen(partial(_end, target.failure))
+            sys.stdin.buffer.read()
 
 
 def _end(failure: Failure) -> None:

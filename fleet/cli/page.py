@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fleet.bus.address import is_loopback, parse
 from fleet.bus.address import shown as place
@@ -11,7 +12,9 @@ from fleet.bus.lock import Lock, derive_secret
 from fleet.client.queries import welcome
 from fleet.client.target import Target
 from fleet.errors import ConfigError
-from fleet.orchestrator.window import Pages, Serving, Window
+
+if TYPE_CHECKING:
+    from fleet.orchestrator.window import Pages, Serving, Window
 
 ANSWER_WITHIN_S = 5.0
 
@@ -23,6 +26,8 @@ def token_of(lock: Lock) -> str:
 
 def serving(host: str, port: int, lock: Lock, token: str, reachable: Callable[[str], str] = str) -> Serving:
     """The HTTP port of an orchestrator with its page. `reachable` turns its endpoint into one that a client here connects to."""
+
+    from fleet.orchestrator.window import Serving
 
     def pages(window: Window) -> Pages:
         from fleet.page.pages import ClusterPages  # costs a start without a page nothing

@@ -9,15 +9,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 import msgspec
 
 from fleet import config
 from fleet import messages as m
 from fleet.bus.address import parse
+from fleet.cli.agents import local_fork_server
 from fleet.cli.command_line import CommandLine
-from fleet.cli.embedded_cluster import Transport, embedded_cluster
 from fleet.cli.files import check_file
 from fleet.cli.job_report import save_report
 from fleet.cli.options import RunOptions
@@ -25,7 +25,6 @@ from fleet.cli.output import MB, LocalOutput, bring, check_folder, local_output
 from fleet.cli.page import address_of
 from fleet.cli.runtime import runtime_folder
 from fleet.cli.script import preload_for
-from fleet.cli.slurm import serve, step_cluster
 from fleet.cli.stdin import Readers, readers, standard_input
 from fleet.cli.submission import Submission, submission_of
 from fleet.cli.trace import save_trace, take_traces
@@ -35,6 +34,9 @@ from fleet.client.report import exit_code, report
 from fleet.client.target import Target, cluster_target
 from fleet.errors import UsageError
 from fleet.worker.imports import Imports
+
+if TYPE_CHECKING:
+    from fleet.cli.embedded_cluster import Transport
 
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -81,6 +83,8 @@ def run_job(command: CommandLine, options: RunOptions) -> int:
         # Of a cluster that is there already, task 0 alone is the client.
         if orchestrator is not None:
             return 0
+        from fleet.cli.slurm import serve
+
         return serve(task, _preload(imports), options.timeout, local_output(options.output).storage)
     try:
         printer = Printer(submission.workers, sys.stdout, sys.stderr, _coloured, options.log_dir)
@@ -146,17 +150,22 @@ def _on_this_machine(
         if task is None:
             gpus = submission.workers * job.gpus
             stdin = stack.enter_context(standard_input(who, submission.workers))
+            zygote = stack.enter_context(local_fork_server(submission.workers, preload))
+            from fleet.cli.embedded_cluster import embedded_cluster  # beside the imports of the fork server
+
             cluster = embedded_cluster(
                 runtime,
                 submission.workers,
-                cast(Transport, options.transport),
-                preload,
+                cast("Transport", options.transport),
+                zygote,
                 output.storage,
                 gpus,
                 stdin,
                 _say_page if options.dashboard else None,
             )
         else:
+            from fleet.cli.slurm import step_cluster
+
             cluster = step_cluster(
                 task, runtime, preload, options.timeout, lambda: interruption.early_count > 0, output.storage
             )

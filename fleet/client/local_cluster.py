@@ -17,7 +17,8 @@ from fleet.client.target import Target
 from fleet.errors import FleetError
 from fleet.values import Spec, portable
 
-PRELOADED = ("numpy", "torch")  # where the caller has imported them: a runner then costs a fork
+# Modules that runners find imported where the caller has imported them: a runner then costs a fork.
+PRELOADED = ("fleet.collectives.init", "numpy", "torch")
 END_WITHIN_S = 10.0
 ENDED_WITHIN_S = 1.0  # after the loss of its connection
 

@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, time
+from typing import TYPE_CHECKING
 
 from fleet import messages as m
 from fleet.bus.context import Bus
@@ -23,19 +24,18 @@ from fleet.bus.poller import Poller, Wake
 from fleet.bus.process import numbering, watch_end
 from fleet.dropped import Dropped
 from fleet.errors import ConfigError, ProtocolError
-from fleet.exposition import health_route, metrics_route
-from fleet.httpd import HttpServer
 from fleet.orchestrator import state
 from fleet.orchestrator.core import Core
 from fleet.orchestrator.job import recalled
 from fleet.orchestrator.journal import Journal
 from fleet.orchestrator.logs import JobLogs
-from fleet.orchestrator.metrics import OrchestratorMetrics
 from fleet.orchestrator.store import Store
-from fleet.orchestrator.window import Serving, Window
 from fleet.pulse import Pulse
 from fleet.stillness import LifeClock
 from fleet.transfer import FileStore
+
+if TYPE_CHECKING:
+    from fleet.orchestrator.window import Serving, Window
 
 FAILED_TICK_S = 0.25
 JUDGE_EVERY_S = 1.0  # at least: deadlines are looked at
@@ -109,6 +109,12 @@ class Service:
 
     def _serve(self, serving: Serving, opened: ExitStack) -> str:
         """Opens the HTTP port, and returns its HOST:PORT. Raises ConfigError."""
+        # Not needed by the orchestrator of one job, of whose start they are a tenth.
+        from fleet.exposition import health_route, metrics_route
+        from fleet.httpd import HttpServer
+        from fleet.orchestrator.metrics import OrchestratorMetrics
+        from fleet.orchestrator.window import Window
+
         metrics = OrchestratorMetrics(
             self._core,
             self._core_lock,

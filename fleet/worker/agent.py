@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from fleet import config
 from fleet import messages as m
@@ -26,8 +27,6 @@ from fleet.bus.strangers import LOG_EVERY_S
 from fleet.bus.trees import remove_tree
 from fleet.dropped import Dropped
 from fleet.errors import FleetError, OtherProtocol, ProtocolError
-from fleet.exposition import health_route, metrics_route
-from fleet.httpd import HttpServer
 from fleet.pulse import Pulse
 from fleet.stillness import LifeClock
 from fleet.values import native
@@ -44,6 +43,9 @@ from fleet.worker.state import Effect, Event, Settings
 from fleet.worker.storage import Storage
 from fleet.worker.usage import families_of
 from fleet.worker.zygote import Zygote
+
+if TYPE_CHECKING:
+    from fleet.httpd import HttpServer
 
 REFUSED_MANY = 10  # connections of strangers to a rank, in a second
 BEAT_EVERY_S, LATE_AFTER_S = 5.0, 15.0  # longest wait of the loop, and the time after which the loop counts as hung
@@ -99,6 +101,9 @@ class Agent:
         self._metrics = WorkerMetrics(self._core, self._turning, self._clock.look, self._dropped.counts)
         self._exposition: HttpServer | None = None
         if surroundings.metrics_at is not None:
+            from fleet.exposition import health_route, metrics_route
+            from fleet.httpd import HttpServer
+
             routes = {"/metrics": metrics_route(self._metrics), "/healthz": health_route(self._pulse.wrong)}
             self._exposition = HttpServer(*surroundings.metrics_at, routes)
 

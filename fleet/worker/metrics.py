@@ -8,18 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
-
-from fleet.exposition import filled
 from fleet.values import COLLECTIVE_SECONDS, CountsSums, cumulative
 from fleet.worker.core import Core
 from fleet.worker.usage import Meter, Usage
 
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
 
 @dataclass(eq=False)
-class WorkerMetrics(Collector):
+class WorkerMetrics:
     """`lock` keeps the core still while it is read, and its holder adds to `sums`. `dropped` counts messages by why."""
 
     core: Core
@@ -40,6 +40,11 @@ class WorkerMetrics(Collector):
         yield from found
 
     def _families(self, usage: Usage) -> Iterator[Metric]:
+        # Most agents are those of one job on one machine, and nobody scrapes them.
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        from fleet.exposition import filled
+
         core, settings = self.core, self.core.settings
         worker_id, versions = settings.worker_id, settings.versions
         labels: tuple[str, ...] = "worker", "version", "python", "torch"

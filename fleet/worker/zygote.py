@@ -20,7 +20,7 @@ from fleet.worker.fork_server import ANSWER, READY, SIGNALS
 from fleet.worker.rank_process import Plan
 
 RANK = "fleet.collectives.init"  # imports all that fleet.init() needs, with numpy
-RUNNER = (RANK, "fleet.worker.task_runner")
+RUNNER = "fleet.worker.task_runner"
 
 
 @dataclass
