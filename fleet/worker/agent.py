@@ -150,7 +150,8 @@ class Agent:
         """Waits for events, and takes all that have come."""
         now = self._clock.now()
         deadline = min(self._core.next_deadline() or math.inf, now + BEAT_EVERY_S)
-        ready = self._poller.wait(self._clock.waits(max(0.0, deadline - now)))
+        wait_s = 0.0 if self._children.has_more else max(0.0, deadline - now)
+        ready = self._poller.wait(self._clock.waits(wait_s))
         self._clock.now()
         self._wake.clear()
         self._pulse.beat(well=self._core.link.ever_welcomed)

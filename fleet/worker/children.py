@@ -6,8 +6,10 @@ import contextlib
 import errno
 import logging
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
 from signal import SIGKILL
+from time import monotonic
 
 from fleet.bus.descriptors import left
 from fleet.bus.poller import Poller, Source
@@ -22,6 +24,8 @@ from fleet.worker.zygote import Child, Zygote
 READ_BYTES = 64 << 10
 # Descriptors for the start of a rank, and for its connections, which come later. libzmq aborts a process without any left.
 FILES_TO_START, FILES_OF_A_RANK = 7, 2
+# In one turn of the loop. Starting hundreds of ranks on a busy machine takes seconds, in which heartbeats are due.
+START_FOR_S = 0.5
 
 log = logging.getLogger("fleet.worker")
 
@@ -37,24 +41,32 @@ class Children:
         self._children: dict[Key, tuple[Child, int]] = {}  # with the number of out-of-memory kills before the start
         self._readers: dict[int, tuple[Key, Stream]] = {}  # by descriptor of an open pipe
         self._sentinels: dict[int, Key] = {}
-        # To be started once the zygote has done its imports; then None. A wait for the zygote would hold up the heartbeats.
-        self._early: list[tuple[Key, Plan, int | None]] | None = []
+        # To be started in turns to come. A wait for the zygote, or for many of its forks, would hold up the heartbeats.
+        self._waiting: deque[tuple[Key, Plan, int | None]] = deque()
+        self._imported = False  # the zygote has done its imports
+        self._starting_s = 0.0  # of this turn, for starts
         poller.add(zygote.fileno())
 
     def start(self, key: Key, plan: Plan, stdin: int | None) -> list[Event]:
         """Starts a process, at once or later. Answered by Spawned, or by ProcessExited if it cannot be started."""
-        if self._early is None:
+        if self._imported and not self._waiting and self._starting_s < START_FOR_S:
             return [self._start(key, plan, stdin)]
-        self._early.append((key, plan, stdin))
+        self._waiting.append((key, plan, stdin))
         return []
+
+    @property
+    def has_more(self) -> bool:
+        """Whether `take` has processes to start, whatever is ready."""
+        return self._imported and bool(self._waiting)
 
     def take(self, ready: Iterable[Source]) -> Iterator[Event]:
         """The events of the descriptors that are ready. Output comes before exits: the last output of a rank is read first."""
-        if self._early is not None and self._zygote.fileno() in ready:
+        if not self._imported and self._zygote.fileno() in ready:
             self._poller.remove(self._zygote.fileno())
-            early, self._early = self._early, None
-            for key, plan, stdin in early:
-                yield self._start(key, plan, stdin)
+            self._imported = True
+        self._starting_s = 0.0
+        while self.has_more and self._starting_s < START_FOR_S:
+            yield self._start(*self._waiting.popleft())
         for descriptor in [source for source in ready if source in self._readers]:
             yield from self._read(descriptor)
         for sentinel in [source for source in ready if source in self._sentinels]:
@@ -88,11 +100,10 @@ class Children:
                     self._poller.remove(descriptor)
 
     def remove(self, attempt: AttemptKey) -> None:
-        """Closes the pipes of an attempt. Processes of it that wait for the zygote are not started."""
+        """Closes the pipes of an attempt. Processes of it that wait for their start are not started."""
         for descriptor in [d for d, (key, _) in self._readers.items() if key[:2] == attempt]:
             self._close(descriptor)
-        if self._early is not None:
-            self._early = [one for one in self._early if one[0][:2] != attempt]
+        self._waiting = deque(one for one in self._waiting if one[0][:2] != attempt)
 
     def close(self) -> None:
         """Kills all ranks and the processes that they have started."""
@@ -103,7 +114,7 @@ class Children:
             os.close(descriptor)
 
     def _start(self, key: Key, plan: Plan, stdin: int | None) -> Event:
-        oom_kills_before = oom_kill_count()
+        oom_kills_before, begun = oom_kill_count(), monotonic()
         try:
             if left() < FILES_TO_START + FILES_OF_A_RANK * (len(self._children) + 1):
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
@@ -111,6 +122,8 @@ class Children:
         except (OSError, EOFError) as error:
             log.error("rank %d of job %s cannot be started: %s", key[2], key[0], error)
             return ProcessExited(key, 1, 0, False, reason=f"its worker cannot start it: {error}")
+        finally:
+            self._starting_s += monotonic() - begun
         self._guard.watch(child.pid)
         self._children[key] = child, oom_kills_before
         self._sentinels[child.sentinel] = key
