@@ -9,9 +9,8 @@ if (
     and sys.orig_argv[-len(sys.argv)] in ("fleet", "-mfleet")
     and not sys.flags.safe_path
 ):
-    del sys.path[
-        0
-    ]  # `python -m fleet` puts the current folder here, where files may have the names of modules imported below
+    # `python -m fleet` puts the current folder here, where files may have the names of modules imported below.
+    del sys.path[0]
 
 from typing import TYPE_CHECKING, Any
 

@@ -24,17 +24,19 @@ def _find_fleet() -> None:
     spec.loader.exec_module(package)
 
 
-if __name__ == "__main__" and _ASIDE:
-    _find_fleet()
-    if sys.argv[1] == "fork-server":
+if __name__ == "__main__":
+    if _ASIDE:
+        _find_fleet()
+    word = sys.argv[1] if _ASIDE else ""
+    if word == "fork-server":
         from fleet.worker.fork_server import main
 
         main(sys.argv[2:], _AT_START)
-    elif sys.argv[1] == "rank":
+    elif word == "rank":
         from fleet.worker.rank_process import main_afresh
 
         main_afresh(int(sys.argv[2]), _AT_START)
-    elif sys.argv[1] == "local-slots":  # a quarter of its start was the reading of options
+    elif word == "local-slots":  # a quarter of its start was the reading of options
         from fleet.cli.local_slots import main as local_slots
 
         local_slots(sys.argv[2:])
@@ -42,7 +44,3 @@ if __name__ == "__main__" and _ASIDE:
         from fleet.cli import main as command
 
         command()
-elif __name__ == "__main__":
-    from fleet.cli import main as command
-
-    command()

@@ -93,15 +93,9 @@ def torch_place() -> TorchPlace:
 
 
 @dataclass(frozen=True)
-class RankPlacement:
+class RankPlacement(RankSettings):
     """One rank's place, as its agent knows it."""
 
-    control: str
-    job_id: str
-    attempt: int
-    rank: int
-    world_size: int
-    local_rank: int
     local_world_size: int
     group_rank: int
     group_world_size: int
@@ -124,15 +118,15 @@ def rank_environment(place: RankPlacement, threads: int, extra: Mapping[str, str
         "FLEET_CONTROL": place.control,
         "FLEET_JOB": place.job_id,
         "FLEET_ATTEMPT": str(place.attempt),
-        "FLEET_RANK": str(place.rank),
-        "RANK": str(place.rank),
+        "FLEET_RANK": str(place.member_id),
+        "RANK": str(place.member_id),
         "LOCAL_RANK": str(place.local_rank),
         "WORLD_SIZE": str(place.world_size),
         "LOCAL_WORLD_SIZE": str(place.local_world_size),
         "GROUP_RANK": str(place.group_rank),
         "GROUP_WORLD_SIZE": str(place.group_world_size),
         "ROLE_NAME": "default",
-        "ROLE_RANK": str(place.rank),
+        "ROLE_RANK": str(place.member_id),
         "ROLE_WORLD_SIZE": str(place.world_size),
         "MASTER_ADDR": place.master_addr,
         "MASTER_PORT": str(place.master_port),
@@ -306,28 +300,30 @@ def data_security(default: Security) -> Security:
 
 def shared_memory() -> Path | None:
     """FLEET_SHM_DIR (/dev/shm): the tmpfs that ranks of one host share. None: FLEET_SHARED_MEMORY is off."""
-    wanted = os.environ.get("FLEET_SHARED_MEMORY") or "on"
-    if wanted not in ("on", "off"):
-        raise ConfigError(f"FLEET_SHARED_MEMORY is {wanted!r}: it must be on, or off for sockets between all ranks")
-    return Path(os.environ.get("FLEET_SHM_DIR") or "/dev/shm") if wanted == "on" else None
+    if not _is_on("FLEET_SHARED_MEMORY", "on", "on, or off for sockets between all ranks"):
+        return None
+    return Path(os.environ.get("FLEET_SHM_DIR") or "/dev/shm")
 
 
 def keeps_pace() -> bool:
     """Whether this rank finds out who holds the others up."""
-    wanted = os.environ.get("FLEET_PACE") or "on"
-    if wanted not in ("on", "off"):
-        raise ConfigError(
-            f"FLEET_PACE is {wanted!r}: it must be on, or off to find out nothing of who holds the others up"
-        )
-    return wanted == "on"
+    return _is_on("FLEET_PACE", "on", "on, or off to find out nothing of who holds the others up")
 
 
 def trace_folder() -> Path | None:
     """Where this rank writes its trace: in FLEET_OUTPUT_DIR, if FLEET_TRACE is on. None: nowhere."""
-    wanted, output = os.environ.get(TRACE) or "off", os.environ.get("FLEET_OUTPUT_DIR")
+    is_on, output = (
+        _is_on(TRACE, "off", "off, or on for a trace of what each rank does"),
+        os.environ.get("FLEET_OUTPUT_DIR"),
+    )
+    return Path(output) / TRACE_FOLDER if is_on and output else None
+
+
+def _is_on(variable: str, default: str, choice: str) -> bool:
+    wanted = os.environ.get(variable) or default
     if wanted not in ("on", "off"):
-        raise ConfigError(f"{TRACE} is {wanted!r}: it must be off, or on for a trace of what each rank does")
-    return Path(output) / TRACE_FOLDER if wanted == "on" and output else None
+        raise ConfigError(f"{variable} is {wanted!r}: it must be {choice}")
+    return wanted == "on"
 
 
 def secret(file: Path | None = None) -> str | None:

@@ -34,6 +34,12 @@ class AttemptMessage(JobMessage, frozen=True):
     attempt: b.Attempt
 
 
+class MemberMessage(AttemptMessage, frozen=True):
+    """Base of all messages of, or about, one member in an attempt."""
+
+    member_id: b.MemberId
+
+
 # Handshake and liveness
 
 
@@ -212,9 +218,8 @@ class Left(AttemptMessage, frozen=True):
 
     file_count: b.Number
     size_bytes: b.Size
-    names: Annotated[
-        tuple[b.Text, ...], msgspec.Meta(max_length=16)
-    ] = ()  # of files and folders at the top, those with the most bytes
+    # Of files and folders at the top, those with the most bytes.
+    names: Annotated[tuple[b.Text, ...], msgspec.Meta(max_length=16)] = ()
     error: b.Text = ""  # why some files that were to be kept are lost too
 
 
@@ -223,18 +228,16 @@ class RankExited(AttemptMessage, frozen=True):
     made: b.Made | None = None  # see CollectiveCounts
 
 
-class Output(AttemptMessage, frozen=True):
-    member_id: b.MemberId
+class Output(MemberMessage, frozen=True):
     stream: Literal["stdout", "stderr"]
     data: Annotated[bytes, msgspec.Meta(max_length=PART_BYTES)]
     # Counts the messages of a member in an attempt: one that comes twice is dropped, one that is missing comes again.
     number: b.Number = 1
 
 
-class OutputAck(AttemptMessage, frozen=True):
+class OutputAck(MemberMessage, frozen=True):
     """Acknowledgement of a client: it has printed all output of a member up to this number. The worker keeps what comes after."""
 
-    member_id: b.MemberId
     number: b.Number
 
 
@@ -249,8 +252,7 @@ class Repeated(AttemptMessage, frozen=True):
 # A rank and its agent; Join, Formed, Ask and Answer go on through the orchestrator
 
 
-class RankHello(AttemptMessage, frozen=True):
-    member_id: b.MemberId
+class RankHello(MemberMessage, frozen=True):
     pid: b.Pid
 
 
@@ -263,8 +265,7 @@ class RankWelcome(Message, frozen=True):
     secret: b.Word  # of the job; also where sockets are open, for the names of files. Empty: the cluster has none
 
 
-class Join(AttemptMessage, frozen=True):
-    member_id: b.MemberId
+class Join(MemberMessage, frozen=True):
     pid: b.Pid
     address: b.Endpoint
     memory: b.Word = ""  # see world.Member
@@ -315,10 +316,9 @@ class Answer(AttemptMessage, frozen=True):
     stacks: b.Text = ""
 
 
-class CollectiveCounts(AttemptMessage, frozen=True):
+class CollectiveCounts(MemberMessage, frozen=True):
     """From a rank to its agent: counts of its collectives since the last such message, one row for an operation and a path."""
 
-    member_id: b.MemberId
     rows: Annotated[tuple[v.CountsRow, ...], msgspec.Meta(max_length=1000)]
     inside_s: b.Seconds = 0.0  # how long it has been inside the collective that it is in; 0: in none
     refused_count: b.Number = 0  # strangers at its inbox since then

@@ -226,6 +226,14 @@ class FilePart(FilesMessage, frozen=True):
     away: bool = False  # the error is that the worker is not connected
 
 
+def no_files(ask: ListFiles | ReadFile, error: str, away: bool = False) -> Files | FilePart:
+    """Answer to a question about files that cannot be answered otherwise."""
+    if isinstance(ask, ListFiles):
+        return Files(ask.job_id, ask.worker_id, ask.question, asker=ask.asker, error=error)
+    part = ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset
+    return FilePart(*part, error=error, asker=ask.asker, away=away)
+
+
 class Unanswered(Message, frozen=True):
     """Word that the orchestrator failed at a question, and has dropped it."""
 

@@ -98,9 +98,8 @@ class Spec(msgspec.Struct, frozen=True):
     digest: b.DigestOrNone = ""  # of the bundle; empty: no bundle, `directory` exists on every worker
     bundle_bytes: b.Size = 0
     environment: Annotated[dict[str, str], msgspec.Meta(max_length=1 << 14)] = {}
-    keep: Annotated[
-        tuple[b.Text, ...], msgspec.Meta(max_length=1000)
-    ] = ()  # of files in its working folder that are kept as output
+    # Patterns of files in its working folder that are kept as output.
+    keep: Annotated[tuple[b.Text, ...], msgspec.Meta(max_length=1000)] = ()
 
 
 # Of the files of one job, before compression.
@@ -116,9 +115,8 @@ class JobOptions(msgspec.Struct, frozen=True):
     """Options of a job: its place in the queue, its workers, and how long it outlives its client's connection."""
 
     name: b.Word = ""
-    sweep: b.Word = msgspec.field(
-        default="", name="group"
-    )  # that it is a point of; the key in jobs.sqlite and --json is "group"
+    # The sweep that it is a point of. The key in jobs.sqlite and --json is "group".
+    sweep: b.Word = msgspec.field(default="", name="group")
     priority: Annotated[int, msgspec.Meta(ge=-PRIORITY_AT_MOST, le=PRIORITY_AT_MOST)] = 0  # higher starts earlier
     policy: b.Word = ""  # how its ranks are spread; empty: as the cluster does
     max_restarts: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 3  # after a lost worker, before it is given up
@@ -161,9 +159,8 @@ class RankTimes(msgspec.Struct, frozen=True):
     queued: b.Seconds  # that its main thread was ready to run, and had no core
     phases: tuple[tuple[b.Word, b.Seconds], ...] = ()  # of its steps
     spans: tuple[tuple[b.Word, b.Seconds], ...] = ()  # of the script's own; they may lie in each other
-    lines: tuple[
-        tuple[b.Word, b.Seconds], ...
-    ] = ()  # where its main thread was outside of collectives, most of it first
+    # Where its main thread was outside of collectives, most of it first.
+    lines: tuple[tuple[b.Word, b.Seconds], ...] = ()
     step_count: b.Number = 0  # in all
     steps_per_s: b.Seconds = 0.0
 
@@ -193,9 +190,8 @@ class JobInfo(msgspec.Struct, frozen=True):
     # Files that were deleted with its working folders, in words; sentences about other files begin with ON_WORKER.
     left: tuple[str, ...] = ()
     straggler: Straggler | None = None  # lately; of a job that has ended, in all
-    times: tuple[
-        RankTimes, ...
-    ] = ()  # of a job that runs, if it is shown alone; in the order of the ranks that have told
+    # Of a job that runs, if it is shown alone; in the order of the ranks that have told.
+    times: tuple[RankTimes, ...] = ()
 
     @property
     def status(self) -> str:

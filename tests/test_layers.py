@@ -96,7 +96,18 @@ DECIDERS = (
 IMPURE = frozenset({"time", "random", "os", "socket", "threading", "subprocess", "zmq", "multiprocessing"})
 
 # Classes that others are made of by inheritance: values and errors. Every other class is whole in its file.
-BASES = frozenset({"Message", "JobMessage", "AttemptMessage", "FilesMessage", "TaskMessage", "FleetError"})
+BASES = frozenset(
+    {
+        "Message",
+        "JobMessage",
+        "AttemptMessage",
+        "MemberMessage",
+        "FilesMessage",
+        "TaskMessage",
+        "FleetError",
+        "RankSettings",
+    }
+)
 LONG_FUNCTIONS = 60
 PARAMETERS_AT_MOST = 8  # of a constructor
 # What is as it is for a reason.

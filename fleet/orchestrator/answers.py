@@ -154,12 +154,8 @@ class Answers:
         else:
             self.effects.send(worker.peer, replace(ask, asker=peer))
             return
-        if isinstance(ask, m.ListFiles):
-            self.clients.send(peer, m.Files(ask.job_id, ask.worker_id, ask.question, error=error))
-        else:
-            away = job is not None and ask.worker_id in job.held_by
-            part = m.FilePart(ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset, error=error, away=away)
-            self.clients.send(peer, part)
+        away = job is not None and ask.worker_id in job.held_by
+        self.clients.send(peer, m.no_files(ask, error, away))
 
     def _holder(self, job: Job, worker_id: str) -> Worker | None:
         workers = self.membership.workers

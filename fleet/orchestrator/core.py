@@ -60,7 +60,8 @@ class Core:
         if isinstance(event, state.Received):
             self._received(event.peer, event.message)
         elif isinstance(event, state.PeerLost):
-            self._lost(event.peer)
+            self.behind.discard(event.peer)
+            self._disconnected(event.peer)
         elif isinstance(event, state.PeerBehind):
             self._behind(event.peer)
         elif isinstance(event, state.PeerDied):
@@ -173,7 +174,7 @@ class Core:
 
     def _about_job(self, job: Job, worker: state.Worker, message: m.AttemptMessage) -> None:
         """About the attempt that is on workers, from one of them."""
-        if isinstance(message, m.RankExited | m.Output | m.Join | m.CollectiveCounts):
+        if isinstance(message, m.RankExited | m.MemberMessage):
             member_id = message.status.member_id if isinstance(message, m.RankExited) else message.member_id
             if job.seats[member_id : member_id + 1] != (worker.worker_id,):
                 return  # there is no such member, or not there
@@ -216,10 +217,6 @@ class Core:
             self.answers.answer(peer, message)
 
     # Absences, and time
-
-    def _lost(self, peer: bytes) -> None:
-        self.behind.discard(peer)
-        self._disconnected(peer)
 
     def _behind(self, peer: bytes) -> None:
         """A peer that does not read counts as lost until it says hello; then all that it missed is said again."""

@@ -183,12 +183,12 @@ class Rooms:
     def _place(
         self, job_id: str, shape: Shape, policy: str, kept_for: Shape | None, unfit: Container[str]
     ) -> tuple[str, ...] | None:
-        heap, key = self._heap(policy), POLICIES[policy]
+        heap = self._heap(policy)
         counts: dict[str, int] = {}
         passed: list[Room] = []
         placed = 0
         while placed < shape.world_size:
-            room = self._pop(heap, key)
+            room = self._pop(heap)
             if room is None:
                 break
             if room.worker_id in unfit or not room.fits(shape, kept_for):
@@ -274,7 +274,7 @@ class Rooms:
                 if len(heap) > 4 * len(self.by_worker) + 64:
                     self._rebuild(policy)
 
-    def _pop(self, heap: list[tuple[Key, int, str]], key: Policy) -> Room | None:
+    def _pop(self, heap: list[tuple[Key, int, str]]) -> Room | None:
         while heap:
             _, version, worker_id = heappop(heap)
             room = self.by_worker.get(worker_id)

@@ -280,10 +280,7 @@ class Scheduler:
         job.reason = reason
         if job.state is JobState.FETCHING:
             self.clients.send(job.client, m.Rejected(job.job_id, reason))  # which waits for Accepted
-        if job.state in (JobState.FETCHING, JobState.QUEUED):
-            self._end(job, reason)
-            return
-        if job.state is JobState.ASSIGNED:
+        if job.state is not JobState.RUNNING:  # and where it has no workers yet, none is told
             self.membership.tell(job.workers, m.Stop(job.job_id, job.attempt, reason, kill=True))
             self._end(job, reason)
             return

@@ -272,7 +272,7 @@ class Agent:
             control=self._surroundings.control,
             job_id=assign.job_id,
             attempt=assign.attempt,
-            rank=spawn.key[2],
+            member_id=spawn.key[2],
             world_size=assign.world_size,
             local_rank=local_rank,
             local_world_size=local_count,

@@ -156,7 +156,7 @@ class Members:
             return
         process.output.add(event.stream, event.data)
         self._send_output(process)
-        if process.output.is_to_pause():
+        if process.output.turns():
             self.effects.add(w.ReadOutput(event.key, False))
         self._put_off_end(process)
 
@@ -167,7 +167,7 @@ class Members:
         process.output.acknowledge(ack.number)
         self._send_output(process)
         self._end_if_drained(process)
-        if process.output.is_to_go_on():
+        if process.output.turns():
             self._put_off_end(process)
             self.effects.add(w.ReadOutput(process.key, True))
 

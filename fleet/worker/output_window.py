@@ -60,19 +60,11 @@ class OutputWindow:
         while self.sent and self.sent[0].number <= number:
             self.unread_bytes -= len(self.sent.popleft().data)
 
-    def is_to_pause(self) -> bool:
-        """Whether reading from the process is to stop. The answer True marks it as stopped."""
-        if self.paused or self.unread_bytes < WINDOW_BYTES:
-            return False
-        self.paused = True
-        return True
-
-    def is_to_go_on(self) -> bool:
-        """Whether reading from the process is to begin again. The answer True marks it as begun."""
-        if not self.paused or self.unread_bytes > WINDOW_BYTES // 2:
-            return False
-        self.paused = False
-        return True
+    def turns(self) -> bool:
+        """Whether reading from the process is to stop, or to begin again. The answer True has changed `paused`."""
+        is_due = self.unread_bytes <= WINDOW_BYTES // 2 if self.paused else self.unread_bytes >= WINDOW_BYTES
+        self.paused = self.paused is not is_due
+        return is_due
 
     def drop_unsent(self) -> None:
         self.unread_bytes -= sum(len(data) for _, data in self.unsent)

@@ -100,9 +100,7 @@ class Storage:
         except Exception as error:  # of any kind: the client must not wait for ever
             log.exception("what job %s wrote cannot be told", ask.job_id)
             why = f"its worker failed at it: {type(error).__name__}"
-        if isinstance(ask, m.ListFiles):
-            return m.Files(ask.job_id, ask.worker_id, ask.question, asker=ask.asker, error=why)
-        return m.FilePart(ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset, error=why, asker=ask.asker)
+        return m.no_files(ask, why)
 
     def _page(self, ask: m.ListFiles) -> m.Files:
         """One page of the files of a job, in the order of their paths, beginning behind `ask.after`."""

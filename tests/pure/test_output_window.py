@@ -50,15 +50,14 @@ def test_it_pauses_when_its_window_is_full_and_goes_on_at_half() -> None:
     output = window()
     output.add("stdout", bytes(WINDOW_BYTES // 2))
     list(output.send())
-    assert not output.is_to_pause()
+    assert not output.turns()
     output.add("stdout", bytes(WINDOW_BYTES // 2))
     list(output.send())
-    assert output.is_to_pause()
-    assert not output.is_to_pause(), "it is paused already"
-    assert not output.is_to_go_on()
+    assert (output.turns(), output.paused) == (True, True)
+    assert not output.turns(), "it is paused already"
     output.acknowledge(1)
-    assert output.is_to_go_on()
-    assert not output.is_to_go_on()
+    assert (output.turns(), output.paused) == (True, False)
+    assert not output.turns()
 
 
 def test_what_nobody_reads_is_dropped_and_the_tail_of_stderr_is_kept() -> None:
