@@ -6,14 +6,17 @@
 
 gloo is DistributedDataParallel on Gloo under torchrun; zero-words is the same script, unchanged, under `fleet run
 --torch-backend fleet`; fleet is the backend fleet by name; data-parallel is fleet.torch.DataParallel; ceiling is the same step
-without communication, so the ranks' models differ. fsdp-gloo and fsdp-fleet are fully_shard, of the first model alone.
-bench/ddp_models.py has the models.
+without communication, so the ranks' models differ; together is the ceiling with an all_reduce of one number in each step, so
+that ranks wait for the last one. fsdp-gloo and fsdp-fleet are fully_shard, of the first model alone. bench/ddp_models.py has
+the models.
 
-Each round runs all systems in turn, in new processes. A run's figure is that of its median step; a cell is the median of the
-rounds. The share of communication is what a step takes beyond the ceiling's. CPU time is user and system time of a rank in a
-step: other programs on the machine disturb it less. All systems but the ceiling must end with the same loss; the exit code is 1
-if they do not. A run that fails is told, and tried again (tries.py); a cell without a run that has succeeded is shown as failed,
-and has no record. --json is written after each world size, so that what was measured stays.
+Each round runs all systems in turn, in new processes. A run's figure is the mean of its ranks' median steps; a cell is the
+median of the rounds. The share of communication is what a step takes beyond the ceiling's. CPU time is user and system time of
+a rank in a step: other programs on the machine disturb it less.
+
+All systems that train one model must end with the same loss; the exit code is 1 if they do not. A run that fails is told, and
+tried again (tries.py); a cell without a run that has succeeded is shown as failed, and has no record. --json is written after
+each world size, so that what was measured stays.
 """
 
 from __future__ import annotations
@@ -41,11 +44,13 @@ SYSTEMS = {
     "zero-words": (ZERO_WORDS, "ddp", "gloo"),
     "fleet": (FLEET_RUN, "ddp", "fleet"),
     "data-parallel": (FLEET_RUN, "data-parallel", "none"),
+    "together": (FLEET_RUN, "together", "none"),
     "ceiling": (FLEET_RUN, "ceiling", "none"),
     "fsdp-gloo": (TORCHRUN, "fsdp", "gloo"),
     "fsdp-fleet": (FLEET_RUN, "fsdp", "fleet"),
 }
 RANK = Path(__file__).resolve().with_name("ddp_rank.py")
+APART = ("together", "ceiling")  # each rank trains a model of its own
 LOSS_TOLERANCE = 1e-3  # relative: additions come in other orders
 RUN_WITHIN_S = 180
 ZERO_WORDS_AT_LEAST = 0.97  # of what the backend by name reaches
@@ -154,8 +159,8 @@ def run(system: str, model: str, world_size: int, steps: int) -> dict[str, float
 
 
 def agree(losses: dict[str, float]) -> bool:
-    """Whether the losses are the same in all systems but the ceiling. Tells if they are not."""
-    trained = {system: loss for system, loss in losses.items() if system != "ceiling"}
+    """Whether the losses are the same in all systems that train one model. Tells if they are not."""
+    trained = {system: loss for system, loss in losses.items() if system not in APART}
     if trained and max(trained.values()) - min(trained.values()) > LOSS_TOLERANCE * max(trained.values()):
         print(f"note: the losses after the last step differ: {trained}")
         return False
@@ -207,7 +212,7 @@ def plot(records: Records, file: Path) -> None:
             base = "fsdp-gloo" if system.startswith("fsdp") else "gloo"
             places = [column + (number - len(systems) / 2) * 0.8 / len(systems) for column in range(len(worlds))]
             ratios = [here[system, n] / here[base, n] if (base, n) in here else 0.0 for n in worlds]
-            color = "0.8" if system == "ceiling" else f"C{list(SYSTEMS).index(system)}"
+            color = {"together": "0.6", "ceiling": "0.8"}.get(system) or f"C{list(SYSTEMS).index(system)}"
             panel.bar(places, ratios, 0.8 / len(systems), align="edge", label=system, color=color)
         panel.set_xticks(range(len(worlds)), [f"{world_size} ranks" for world_size in worlds])
         panel.set_title(model)

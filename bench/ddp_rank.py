@@ -1,6 +1,7 @@
 """Rank of bench/ddp.py: `ddp_rank.py WRAPPER BACKEND MODEL STEPS FILE`. Trains a model of ddp_models.py.
 
-Rank 0 writes what it found as JSON: seconds of its median step, CPU seconds of all ranks in a step, their mean last loss.
+Rank 0 writes what it found as JSON: seconds of a median step, mean of all ranks; CPU seconds of all ranks in a step; their mean
+last loss.
 """
 
 from __future__ import annotations
@@ -39,13 +40,17 @@ def main() -> None:
         optimizer.zero_grad()
         loss = batch()(model)
         loss.backward()
+        if wrapper == "together":
+            add_up(torch.zeros(1))
         optimizer.step()
         if step >= WARM_STEPS:
             seconds.append(time.perf_counter() - started)
-    sums = torch.tensor([(time.process_time() - cpu_s) / steps, loss.item() / world_size], dtype=torch.float64)
+    cpu_s = (time.process_time() - cpu_s) / steps
+    sums = torch.tensor([statistics.median(seconds), cpu_s, loss.item()], dtype=torch.float64)
     add_up(sums)
     if rank == 0:
-        found = {"step_s": statistics.median(seconds), "cpu_s": sums[0].item(), "loss": sums[1].item()}
+        step_s, cpu_s, mean_loss = (sums / torch.tensor([world_size, 1, world_size])).tolist()
+        found = {"step_s": step_s, "cpu_s": cpu_s, "loss": mean_loss}
         into.write_text(json.dumps(found), encoding="utf-8")
     if dist.is_initialized():
         is_gloo = dist.get_backend() == "gloo"
