@@ -43,7 +43,8 @@ bench: .venv/.bench ## how long a gang takes to start, and to end when it failed
 	$(BIN)/python bench/failures.py
 	$(BIN)/python bench/allreduce.py --systems fleet,fleet-shared,fleet-tcp,gloo
 	$(BIN)/python bench/dispatch.py --systems fleet,processpool
-	$(BIN)/python bench/blame.py --runs 5 --cost
+	$(BIN)/python bench/blame.py --runs 5
+	$(BIN)/python bench/observed.py
 	$(BIN)/python bench/orchestrator.py
 
 docs: .docs/.installed ## the documentation site, in build/docs; a warning is an error

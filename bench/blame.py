@@ -1,14 +1,16 @@
 """Benchmark of the sentence with which `fleet run` ends: is a straggler named with its line, and nobody where there is none?
 
-    python bench/blame.py [--runs 20] [--seconds 5] [--cases data,none2] [--cost] [--json FILE]
+    python bench/blame.py [--runs 20] [--seconds 2.5] [--cases data,none2] [--stretch 1] [--json FILE]
 
-Ranks train in steps of about 10 ms: they sleep as for data, compute for a millisecond, and reduce. In each run of a case another
-rank, or all ranks of one of two workers, take a tenth of a step longer: in `load_batch`, in `train`, or in a garbage collection.
-A run counts if the sentence names exactly those, and the place; in the cases without a straggler, if there is no sentence.
---stretch 5 makes all of that five times as long, for a machine on which others run.
+Ranks train in steps of about 10 ms: they sleep as for data, compute for up to a millisecond, and reduce. In each run of a case
+another rank, or all ranks of one of two workers, take a millisecond longer: in `load_batch`, in `train`, or in a garbage
+collection. A run counts if the sentence names exactly those, and the place; in the cases without a straggler, if there is no
+sentence. --stretch 5 makes all of that five times as long, for a machine on which others run.
 
-With --cost, what it costs: a step of 5 ms of arithmetic, and a 4 KB all_reduce in a loop, with and without (FLEET_PACE=off),
-interleaved.
+With fewer cores than ranks, all ranks together compute for half a millisecond of all cores. With more than that, three ranks wait
+for each other's cores while a fourth sleeps a millisecond longer; it then finds a core free, and holds nobody up.
+
+bench/observed.py has what it costs.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,7 +42,11 @@ class Case(NamedTuple):
     place: str = ""
     memory: str = "on"
     on_workers: bool = False  # the ranks of one worker are slow
-    arithmetic: float = 1.0  # of each rank in a step, in units: less where ranks share cores
+
+    @property
+    def arithmetic(self) -> float:
+        """That of each rank in a step, in units."""
+        return min(1.0, len(os.sched_getaffinity(0)) / (2 * self.world_size))
 
 
 class Sizes(NamedTuple):
@@ -56,33 +61,12 @@ CASES = {
     "data": Case("data", 4, "load_batch"),
     "compute": Case("compute", 2, " in train"),
     "collection": Case("collection", 4, "in a garbage collection"),
-    "one-of-8": Case("data", 8, "load_batch", arithmetic=0.25),
+    "one-of-8": Case("data", 8, "load_batch"),
     "sockets": Case("data", 4, "load_batch", "off"),
     "worker": Case("data", 4, "load_batch", on_workers=True),
     "none2": Case("none", 2),
-    "none4": Case("none", 4),
-    "none8": Case("none", 8, arithmetic=0.25),
+    "none8": Case("none", 8),
 }
-
-COST = """
-import sys, time
-import numpy as np
-import fleet
-
-comm = fleet.init()
-what, dots = sys.argv[1], int(sys.argv[2])
-matrix, out, x = np.ones((64, 64), np.float32), np.empty((64, 64), np.float32), np.ones(1000, np.float32)
-found, batch = [], 1 if what == "step" else 500
-for _ in range(400):
-    begun = time.perf_counter()
-    for _ in range(batch):
-        for _ in range(5 * dots if what == "step" else 0):
-            np.dot(matrix, matrix, out=out)
-        comm.all_reduce(x, op="max")
-    found.append((time.perf_counter() - begun) / batch)
-if comm.rank == 0:
-    print(sorted(found)[len(found) // 2])
-"""
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -134,8 +118,8 @@ def two_workers(folder: Path, slow: int) -> Iterator[dict[str, str]]:
 
 def sentence(case: Case, slow: int, sizes: Sizes, variables: dict[str, str]) -> str:
     """What `fleet run` says of a straggler."""
-    dots = max(1, round(sizes.dots * case.arithmetic))
-    words = [case.what, str(-1 if case.on_workers else slow), str(sizes.unit_s), str(dots), str(sizes.seconds)]
+    dots = max(1, round(sizes.dots * case.arithmetic)), sizes.dots
+    words = [case.what, str(-1 if case.on_workers else slow), str(sizes.unit_s), *map(str, dots), str(sizes.seconds)]
     options = ["--workers", str(case.world_size), *(["--insecure"] if case.on_workers else [])]
     command = [*FLEET, "run", *options, RANK, *words]
     done = subprocess.run(
@@ -166,31 +150,12 @@ def run(name: str, number: int, sizes: Sizes) -> tuple[bool, str]:
     return f"rank {slow} held" in found and case.place in found, found
 
 
-def cost(dots: int, rounds: int) -> dict[str, float]:
-    """Medians of a step and of an all_reduce in seconds, with and without."""
-    found: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "cost.py"
-        script.write_text(COST)
-        for number in range(rounds):
-            for what in ("step", "all_reduce"):
-                for pace in ("on", "off") if number % 2 else ("off", "on"):
-                    command = [*FLEET, "run", "--workers", "2", str(script), what, str(dots)]
-                    done = subprocess.run(
-                        command, env=environment(FLEET_PACE=pace), capture_output=True, text=True, check=True
-                    )
-                    value = next(word for word in done.stdout.split() if word[0].isdigit() and "." in word)
-                    found.setdefault(f"{what}_{pace}_s", []).append(float(value))
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each run, beside its start")
+    parser.add_argument("--seconds", type=float, default=2.5, help="of each run, beside its start")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--stretch", type=float, default=1.0)
-    parser.add_argument("--cost", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     names = [name for name in options.cases.split(",") if name]
@@ -199,20 +164,20 @@ def main() -> None:
     unit_s = 0.001 * options.stretch
     sizes = Sizes(unit_s, dots_of(unit_s), options.seconds)
     records: list[dict[str, object]] = []
+    print(f"{'case':12}{'ranks':>7}{'right':>12}{'a run':>10}")
     for name in names:
+        began = time.monotonic()
         runs = [run(name, number, sizes) for number in range(options.runs)]
+        run_s = (time.monotonic() - began) / max(1, len(runs))
         right = sum(good for good, _ in runs)
-        print(f"{name:12} {right:3} of {len(runs)} right", flush=True)
+        print(f"{name:12}{CASES[name].world_size:>7}{right:>6} of {len(runs):2}{run_s:>8.1f} s", flush=True)
         for number, (good, said) in enumerate(runs):
             if not good:
                 print(f"    run {number}: {said or 'nobody was named'}", flush=True)
-        records.append({"bench": "blame", "case": name, "right": right, "runs": len(runs)})
-    if options.cost:
-        found = cost(dots_of(0.001), max(3, options.runs))
-        for what in ("step", "all_reduce"):
-            on, off = found[f"{what}_on_s"], found[f"{what}_off_s"]
-            print(f"{what:12} {off * 1e6:9.2f} µs without, {on * 1e6:9.2f} µs with: {100 * (on / off - 1):+.2f} %")
-        records.append({"bench": "blame", "case": "cost", **found})
+        said = [said for _, said in runs]
+        records.append(
+            {"bench": "blame", "case": name, "right": right, "runs": len(runs), "run_s": run_s, "said": said}
+        )
     if options.json:
         options.json.write_text(json.dumps(records, indent=1) + "\n")
 

@@ -1,7 +1,7 @@
-"""Rank of bench/blame.py: `blame_rank.py CASE SLOW_RANK UNIT_S DOTS SECONDS`. Trains in steps of about ten units.
+"""Rank of bench/blame.py: `blame_rank.py CASE SLOW_RANK UNIT_S DOTS UNIT_DOTS SECONDS`. Trains in steps of about ten units.
 
-CASE is the part of a step in which the slow rank takes a unit longer. DOTS are those of a unit of arithmetic. SLOW_RANK is -1 for
-the ranks of the worker with BLAME_SLOW in its environment, and -2 for none.
+CASE is the part of a step in which the slow rank takes a unit longer. DOTS is the arithmetic of each rank in a step, UNIT_DOTS
+that of a unit. SLOW_RANK is -1 for the ranks of the worker with BLAME_SLOW in its environment, and -2 for none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 import fleet
 
 case = sys.argv[1]
-slow_rank, unit_s, dots, seconds = int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4]), float(sys.argv[5])
+slow_rank, unit_s, seconds = int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[6])
+dots, unit_dots = int(sys.argv[4]), int(sys.argv[5])
 comm = fleet.init()
 is_slow = comm.rank == slow_rank or (slow_rank == -1 and "BLAME_SLOW" in os.environ)
 matrix, out = np.ones((64, 64), np.float32), np.empty((64, 64), np.float32)
@@ -29,7 +30,7 @@ def load_batch() -> None:
 
 
 def train() -> None:
-    for _ in range(2 * dots if is_slow and case == "compute" else dots):
+    for _ in range(dots + (unit_dots if is_slow and case == "compute" else 0)):
         np.dot(matrix, matrix, out=out)
 
 

@@ -1,8 +1,8 @@
 """Sampler of one rank: lines of the script that its main thread is in outside of collectives, and garbage collections.
 
-Its findings and the rank's pace make one row, for the agent. A thread of its own looks at the main thread, often at first and
-then 50 times a second. It gets no turn while the main thread holds the GIL. Hence garbage collections are timed, and a look
-that is late finds out whether the main thread has entered or left a collective meanwhile. Knows no message.
+Its findings and the rank's pace make one row, for the agent. A thread of its own looks at the main thread, 200 times a second at
+first and then ever less often, down to 50 times. It gets no turn while the main thread holds the GIL. Hence garbage collections
+are timed, and a look that is late finds out whether the main thread has entered or left a collective meanwhile. Knows no message.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from fleet.values import PaceRow
 
 # One look is due in each stretch of this length, at places without a period that a script's steps could share. They do not
 # depend on the looks before: else looks would follow what the main thread does. The first seconds of a short job have to tell.
-OFTEN_S, OFTEN_COUNT, SELDOM_S = 0.005, 2000, 0.02
+# Later a look changes little in what has been found, and its thread's turn costs the main thread about 25 µs.
+OFTEN_S, SELDOM_S, SELDOM_AFTER_S = 0.005, 0.02, 8.0
 # Looks at a tight loop of collectives, or at a rank that has not begun: so many find that it has left a collective just now.
 LOOPS, LOOP_WORK_S, LOOP_S = 3, 0.001, 0.1
 # A look that is late by more looks up where the main thread was when it was due; one by far more leaves some looks out.
@@ -36,6 +37,11 @@ LOOKS_BACK = 32  # collectives since a look was due
 _GOLDEN = 0.6180339887498949
 LINES_TOLD = 8
 COLLECTION = "a garbage collection"
+
+
+def stretch_s(elapsed_s: float) -> float:
+    """Seconds for which one look stands, of a job that runs for so long: the same share of its time, within bounds."""
+    return min(SELDOM_S, max(OFTEN_S, SELDOM_S * elapsed_s / SELDOM_AFTER_S))
 
 
 class Sampler:
@@ -91,9 +97,10 @@ class Sampler:
         self._thread.join()
 
     def _run(self) -> None:
-        start, number, loops = monotonic(), 0, 0
+        began = start = monotonic()
+        number = loops = 0
         while True:
-            each_s = LOOP_S if loops >= LOOPS else OFTEN_S if number < OFTEN_COUNT else SELDOM_S
+            each_s = LOOP_S if loops >= LOOPS else stretch_s(start - began)
             due = start + each_s * (number * _GOLDEN % 1.0)
             if self._open.acquire(timeout=max(0.0, due - monotonic())):
                 return
