@@ -67,7 +67,7 @@ def by_step(core: Core, sender: bytes, message: m.Message, _: bytes) -> None:
     """Handles one event, and the disk's answer to it."""
     for effect in core.step(Received(sender, message), 0.5):
         if isinstance(effect, Save) and effect.is_new:
-            core.step(Saved((effect.job_id,)), 0.5)
+            core.step(Saved(effect.job_id), 0.5)
 
 
 def by_bytes(core: Core, sender: bytes, _: m.Message, data: bytes) -> None:
@@ -75,7 +75,7 @@ def by_bytes(core: Core, sender: bytes, _: m.Message, data: bytes) -> None:
     effects = core.step(Received(sender, m.decode(data)), 0.5)
     for effect in effects:
         if isinstance(effect, Save) and effect.is_new:
-            effects = effects + core.step(Saved((effect.job_id,)), 0.5)
+            effects = effects + core.step(Saved(effect.job_id), 0.5)
     for effect in effects:
         if isinstance(effect, Send):
             m.encode(effect.message)
@@ -182,7 +182,7 @@ def bundled_s(core: Core) -> float:
         core.step(Received(CLIENT, m.Submit(f"files-{number}", 1, spec)), 0.5)
         for effect in core.step(BundleStored(spec.digest), 0.5):
             if isinstance(effect, Save) and effect.is_new:
-                core.step(Saved((effect.job_id,)), 0.5)
+                core.step(Saved(effect.job_id), 0.5)
     assert f"files-{count - 1}" in core.assignments.queue
     return (time.perf_counter() - started) / count
 
@@ -194,7 +194,7 @@ def restart_s(workers: int) -> float:
     for number in range(workers):
         effects = core.step(Received(CLIENT, m.Submit(f"job-{number}", 1, SPEC, detached=True)), 0.5)
         assert any(isinstance(effect, Save) for effect in effects)
-        for effect in core.step(Saved((f"job-{number}",)), 0.5):
+        for effect in core.step(Saved(f"job-{number}"), 0.5):
             if isinstance(effect, Save):
                 records[effect.job_id] = effect.record
         (worker_id,) = core.scheduler.jobs[f"job-{number}"].seats

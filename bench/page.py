@@ -108,7 +108,9 @@ class Cluster:
             dealer.send(m.encode(m.RankExited(message.job_id, 1, status)))
         elif isinstance(message, m.Measure):
             use = (m.RankUse(rank, 1, time.monotonic(), 1 << 30, 2),)
-            used = m.Used(JOB, message.question, f"worker-{rank}", "127.0.0.1", time.monotonic(), 0.5, 8.0, 1, 2, use)
+            used = m.Used(
+                JOB, f"worker-{rank}", "127.0.0.1", time.monotonic(), 0.5, 8.0, 1, 2, use, question=message.question
+            )
             dealer.send(m.encode(replace(used, asker=message.asker)))
 
 

@@ -21,6 +21,18 @@ LEFT_OUT_NAMED = 4  # in one answer
 JobOrder = Literal["newest", "state", "ranks", "time"]
 
 
+class NumberedMessage(Message, frozen=True, kw_only=True):
+    """Base of questions to the orchestrator, and of their answers."""
+
+    question: b.Number = 0
+
+
+class NumberedJobMessage(JobMessage, frozen=True, kw_only=True):
+    """Base of those about one job."""
+
+    question: b.Number = 0
+
+
 class Ping(Message, frozen=True):
     """Question to an agent, from any process on its machine: is it alive?"""
 
@@ -31,103 +43,90 @@ class Pong(Message, frozen=True):
     state: b.Text  # in words
 
 
-class ListJobs(Message, frozen=True):
+class ListJobs(NumberedMessage, frozen=True):
     """Question for one job, the jobs of a sweep, or all. Answered by Jobs, a page at a time where they are newest first."""
 
     job_id: b.JobPrefix = ""
     sweep: b.Word = ""
     limit: b.Number = 1000
     before: b.Number = 0  # of the page before, its `next`
-    question: b.Number = 0
     order: JobOrder = "newest"
     wanted: b.Word = ""  # only those with this in their id, name, sweep, command or state, in letters of any case
 
 
-class Jobs(Message, frozen=True):
+class Jobs(NumberedMessage, frozen=True):
     jobs: tuple[JobInfo, ...]
     left_out: b.Number = 0  # older ones, over the limit or on pages to come
     next: b.Number = 0  # `before` of the question for the next page; 0: there is none
-    question: b.Number = 0
 
 
-class WatchJob(JobMessage, frozen=True):
+class WatchJob(NumberedJobMessage, frozen=True):
     """Request to be told of a job's end. Answered by Jobs at once (empty: there is no such job), and by JobEnded then."""
 
-    question: b.Number = 0
 
-
-class ReadLog(JobMessage, frozen=True):
+class ReadLog(NumberedJobMessage, frozen=True):
     """Question for the output of one member of a detached job, from an offset on; negative: from the end. Answered by LogPart."""
 
     member_id: b.MemberId
     offset: b.Offset
-    question: b.Number = 0
 
 
-class LogPart(JobMessage, frozen=True):
+class LogPart(NumberedJobMessage, frozen=True):
     member_id: b.MemberId
     offset: b.Offset
     data: Annotated[bytes, msgspec.Meta(max_length=LOG_PART_BYTES)]
     ended: bool  # nothing will follow after this part
     error: b.Text = ""
-    question: b.Number = 0
 
 
-class Drain(Message, frozen=True):
+class Drain(NumberedMessage, frozen=True):
     """Request to give a worker no new work; jobs there start again elsewhere after `within_s`. `undo`: the contrary."""
 
     worker_id: b.WorkerId
     within_s: b.Seconds = 0.0
     undo: bool = False
-    question: b.Number = 0
 
 
-class Drained(Message, frozen=True):
+class Drained(NumberedMessage, frozen=True):
     """Answer to Drain: the jobs that run there, or the reason why it cannot be done."""
 
     worker_id: b.WorkerId
     jobs: b.JobIds = ()
     error: b.Text = ""
-    question: b.Number = 0
 
 
-class ListWorkers(Message, frozen=True):
+class ListWorkers(NumberedMessage, frozen=True):
     """Question for the workers of the cluster."""
 
-    question: b.Number = 0
     health: bool = False  # with the state of the cluster in a sentence
 
 
-class Workers(Message, frozen=True):
+class Workers(NumberedMessage, frozen=True):
     workers: tuple[WorkerState, ...]
-    question: b.Number = 0
     level: b.Word = ""  # how much the sentence matters: orchestrator.view.Health
     sentence: b.Text = ""
 
 
-class Why(Message, frozen=True):
+class Why(NumberedMessage, frozen=True):
     """Question for the activity of the ranks of a running job, now and before. An empty id: the only job that runs."""
 
     job_id: b.JobPrefix
-    question: b.Number = 0
     trace_s: b.Seconds = 0.0  # with traces of the last so many seconds, in place of the contents of flight recorders
     stacks: bool = False  # with those of all threads
 
 
-class Because(Message, frozen=True):
+class Because(NumberedMessage, frozen=True):
     """First answer to Why: an error in words, or how many ranks will answer, with the same number."""
 
     job_id: b.JobPrefix
     error: b.Text
     rank_count: b.Count = 0
-    question: b.Number = 0
     straggler: Straggler | None = None  # lately
 
 
-class Measure(JobMessage, frozen=True):
+class Measure(NumberedJobMessage, frozen=True):
     """Question for what the ranks of a job that runs use. Answered by a Used of each of its workers."""
 
-    question: b.Number = 0
     asker: b.Peer = b""  # the client's connection; the orchestrator fills it in
 
 
@@ -155,10 +154,9 @@ class RankUse(msgspec.Struct, frozen=True):
     tasks_done: b.Number = 0
 
 
-class Used(JobMessage, frozen=True):
+class Used(NumberedJobMessage, frozen=True):
     """Answer to Measure of one worker: what it uses of what it may use, and what its ranks of the job use."""
 
-    question: b.Number = 0
     worker_id: b.WorkerId = "-"  # of an error: no worker
     host: b.Host = ""
     at_s: b.Seconds = 0.0  # of the worker's clock, for the difference to the answer before

@@ -37,7 +37,7 @@ class Answers:
         if isinstance(ask, m.ListWorkers):
             view = self._view()
             level, sentence = view.health(view.totals()) if ask.health else ("", "")
-            self.clients.send(peer, m.Workers(view.workers(), ask.question, level, sentence))
+            self.clients.send(peer, m.Workers(view.workers(), level, sentence, question=ask.question))
         elif isinstance(ask, m.ListJobs):
             self.clients.send(peer, self._view().jobs(ask))
         elif isinstance(ask, m.WatchJob):
@@ -78,12 +78,14 @@ class Answers:
         else:
             self.effects.add(ToFiles(peer, ask, job.state is JobState.ENDED))
             return
-        self.clients.send(peer, m.LogPart(ask.job_id, ask.member_id, ask.offset, b"", True, error, ask.question))
+        self.clients.send(
+            peer, m.LogPart(ask.job_id, ask.member_id, ask.offset, b"", True, error, question=ask.question)
+        )
 
     def _drain(self, peer: bytes, drain: m.Drain) -> None:
         error = self.membership.drain(drain)
         jobs = () if error else tuple(self.scheduler.assignments.held.get(drain.worker_id, ()))
-        self.clients.send(peer, m.Drained(drain.worker_id, jobs, error, drain.question))
+        self.clients.send(peer, m.Drained(drain.worker_id, jobs, error, question=drain.question))
         worker = self.membership.workers.get(drain.worker_id)
         if worker is not None and not error:
             if not drain.undo:
@@ -110,7 +112,7 @@ class Answers:
         if len(job.curious) > CURIOUS_AT_MOST:
             del job.curious[next(iter(job.curious))]
         lately = straggler(job.paces.lately, job.seats)
-        self.clients.send(peer, m.Because(job_id, "", job.world_size, why.question, lately))
+        self.clients.send(peer, m.Because(job_id, "", job.world_size, lately, question=why.question))
         ask = m.Ask(
             job.job_id,
             job.attempt,
@@ -126,7 +128,7 @@ class Answers:
         job = self.scheduler.jobs.get(ask.job_id)
         if job is None or job.state not in (JobState.RUNNING, JobState.STOPPING):
             what = "unknown here" if job is None else job.state.name.lower()
-            self.clients.send(peer, m.Used(ask.job_id, ask.question, error=f"job {ask.job_id} is {what}"))
+            self.clients.send(peer, m.Used(ask.job_id, error=f"job {ask.job_id} is {what}", question=ask.question))
         else:
             self.membership.tell(job.workers, replace(ask, asker=peer))
 

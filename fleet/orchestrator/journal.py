@@ -57,8 +57,7 @@ class Journal:
         else:
             self.records, self.drained = {}, None
         changed, self._failing = self._failing != bool(error), bool(error)
-        told: list[tuple[str, ...]] = [(job_id,) for job_id in new] or ([()] if changed else [])
-        return [Saved(job_ids, error) for job_ids in told]
+        return [Saved(job_id, error) for job_id in new or ([""] if changed else [])]
 
     def ready(self) -> list[Effect]:
         """Effects that may be carried out now, in their order."""

@@ -111,7 +111,6 @@ class Rooms:
         self._could_hold: dict[Shape, bool] = {}  # as long as the same workers are open
 
     def add(self, worker_id: str, slots: int, gpus: int, python: str = "") -> None:
-        self._could_hold.clear()
         room = Room(worker_id, self._joined_count, slots, gpus, python=python)
         self._joined_count += 1
         self.by_worker[worker_id] = room
@@ -119,13 +118,11 @@ class Rooms:
         self._push(room)
 
     def remove(self, worker_id: str) -> None:
-        self._could_hold.clear()
         self._count(self.by_worker.pop(worker_id), -1)
 
     def set_open(self, worker_id: str, is_open: bool) -> None:
         room = self.by_worker[worker_id]
         if room.open is not is_open:
-            self._could_hold.clear()
             self._count(room, -1)
             room.open = is_open
             self._count(room, 1)
@@ -254,6 +251,7 @@ class Rooms:
     # The heaps: an entry is valid while its version is its room's
 
     def _count(self, room: Room, sign: int) -> None:
+        self._could_hold.clear()
         if room.open:
             self.free += sign * (room.slots - room.taken)
             self.total += sign * room.slots

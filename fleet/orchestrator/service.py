@@ -358,8 +358,8 @@ class Service:
             offset, data, at_end = self._logs.read(ask.job_id, ask.member_id, ask.offset)
         except OSError as error:
             why = f"its log cannot be read: {error.strerror}"
-            return m.LogPart(ask.job_id, ask.member_id, ask.offset, b"", True, why, ask.question)
-        return m.LogPart(ask.job_id, ask.member_id, offset, data, ended and at_end, "", ask.question)
+            return m.LogPart(ask.job_id, ask.member_id, ask.offset, b"", True, why, question=ask.question)
+        return m.LogPart(ask.job_id, ask.member_id, offset, data, ended and at_end, "", question=ask.question)
 
 
 def _show(window: Window, effect: state.Effect) -> None:

@@ -84,9 +84,9 @@ class BundleRefused(msgspec.Struct, frozen=True):
 
 
 class Saved(msgspec.Struct, frozen=True):
-    """New jobs are on the disk. `error`: it takes nothing now; these are not saved, all other records are tried again."""
+    """A new job is on the disk. `error`: it takes nothing now; the job is not saved, all other records are tried again."""
 
-    job_ids: tuple[str, ...]  # one, or none: only whether the disk takes anything has changed
+    job_id: str  # empty: only whether the disk takes anything has changed
     error: str = ""
 
 

@@ -147,14 +147,13 @@ class Submissions:
             self.effects.log("error", f"jobs cannot be written down ({error}): no new ones are taken, known ones go on")
         elif before and not error:
             self.effects.log("info", "jobs can be written down again: new ones are taken")
-        for job_id in event.job_ids:
-            job = self.scheduler.jobs.get(job_id)
-            if job is None or job.state is not JobState.FETCHING:
-                continue
-            if error:
-                self._reject(job, f"the orchestrator cannot write it down ({error}), so it is not taken")
-            else:
-                self.scheduler.admit(job)
+        job = self.scheduler.jobs.get(event.job_id)
+        if job is None or job.state is not JobState.FETCHING:
+            return
+        if error:
+            self._reject(job, f"the orchestrator cannot write it down ({error}), so it is not taken")
+        else:
+            self.scheduler.admit(job)
 
     def _reject(self, job: Job, reason: str) -> None:
         self.with_files.pop(job.job_id, None)

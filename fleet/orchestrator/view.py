@@ -106,7 +106,7 @@ class ClusterView:
             page.append(info)
         left_out = len(found) - len(page)
         following = found[len(page) - 1].number if left_out and page and ask.order == "newest" else 0
-        return m.Jobs(tuple(page), left_out, following, ask.question)
+        return m.Jobs(tuple(page), left_out, following, question=ask.question)
 
     def waits_for(self, job: Job) -> str:
         """The reason, in words, why a job has not started; empty for a job that has."""

@@ -241,7 +241,7 @@ class Agent:
                 return [w.NotDelivered(effect.peer, effect.message)]
         elif isinstance(effect, w.WelcomeRank):
             sockets, advertise = self._surroundings.sockets, self._settings.advertise
-            welcome = sockets.welcome(effect.job_id, effect.member_id, effect.slot, advertise)
+            welcome = sockets.welcome(effect.key[0], effect.key[2], effect.slot, advertise)
             return self._perform(w.ToRank(effect.peer, welcome))
         elif isinstance(effect, w.ReadOutput):
             self._children.read(effect)
@@ -304,8 +304,8 @@ class Agent:
             if pid in families
         )
         used = m.Used(
-            ask.job_id, ask.question, settings.worker_id, settings.advertise, monotonic(), usage.cpu, usage.cores,
-            usage.memory_bytes, usage.memory_limit_bytes, tuple(ranks), measure.collectives, ask.asker,
+            ask.job_id, settings.worker_id, settings.advertise, monotonic(), usage.cpu, usage.cores, usage.memory_bytes,
+            usage.memory_limit_bytes, tuple(ranks), measure.collectives, ask.asker, question=ask.question,
         )  # fmt: skip
         return [used]
 

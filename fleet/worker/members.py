@@ -46,19 +46,12 @@ class Members:
         used = {gpu for process in running for gpu in process.gpus}
         gpus = iter([gpu for gpu in range(self.settings.gpus) if gpu not in used])
         under_way = max(1, min(UNDER_WAY, UNDER_WAY_OF_JOB // assign.world_size))
-        attempt = assign.job_id, assign.attempt
-        self.attempts[attempt] = Attempt(
-            assign,
-            {
-                member_id: Process(
-                    (*attempt, member_id),
-                    slot,
-                    tuple(islice(gpus, assign.gpus)),
-                    OutputWindow(*attempt, member_id, under_way),
-                )
-                for member_id, slot in zip(assign.member_ids, slots, strict=False)
-            },
-        )
+        attempt = Attempt(assign, {})
+        self.attempts[attempt.key] = attempt
+        for member_id, slot in zip(assign.member_ids, slots, strict=False):
+            key = *attempt.key, member_id
+            own_gpus = tuple(islice(gpus, assign.gpus))
+            attempt.processes[member_id] = Process(key, slot, own_gpus, OutputWindow(key, under_way))
 
     def launch(self, attempt: Attempt, launch: m.Launch) -> None:
         if attempt.launched or attempt.prepared is None:

@@ -25,9 +25,7 @@ STDERR_TAIL_BYTES = 8 << 10
 class OutputWindow:
     """Invariant: `unread_bytes` is the size of all that is in `sent` and `unsent`."""
 
-    job_id: str
-    attempt: int
-    member_id: int
+    key: tuple[str, int, int]  # (job_id, attempt, member_id)
     under_way: int  # messages at most
     sent: deque[m.Output] = field(default_factory=deque)  # not acknowledged, in the order of their numbers
     unsent: deque[tuple[Stream, bytearray]] = field(default_factory=deque)  # printed since too much is under way
@@ -51,7 +49,7 @@ class OutputWindow:
         while self.unsent and len(self.sent) < self.under_way:
             stream, data = self.unsent.popleft()
             self.sent_count += 1
-            output = m.Output(self.job_id, self.attempt, self.member_id, stream, bytes(data), self.sent_count)
+            output = m.Output(*self.key, stream, bytes(data), self.sent_count)
             self.sent.append(output)
             yield output
 

@@ -73,7 +73,7 @@ class Sessions:
             self.effects.add(ToRank(peer, m.Refused(reason)))
             return
         process.peer, process.holder = peer, pid
-        self.effects.add(WelcomeRank(peer, process.key[0], process.member_id, process.slot))
+        self.effects.add(WelcomeRank(peer, process.key, process.slot))
 
     def send(self, attempt: Attempt, message: m.Formed | m.MemberLost | m.Answer) -> None:
         """Sends a message to all ranks of an attempt, an answer only to the rank that asked."""

@@ -186,8 +186,7 @@ class WelcomeRank(msgspec.Struct, frozen=True):
     """Send RankWelcome to a rank. The shell knows the endpoint of the rank's inbox and the secret of its job."""
 
     peer: bytes
-    job_id: str
-    member_id: int
+    key: Key
     slot: int
 
 

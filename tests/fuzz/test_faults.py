@@ -48,7 +48,7 @@ def test_members_that_are_wrong_end_nobody(tmp_path: Path) -> None:
             worker.send(data)  # one that was let in runs jobs: its message is dropped, and it is not sent away
         asking = Member(bus, service.endpoint)
         asking.enter()
-        asking.send(m.ListWorkers(7))
+        asking.send(m.ListWorkers(question=7))
         (state,) = asking.wait_for(m.Workers).workers
         assert (state.worker_id, state.state) == ("w0", "ready")
         assert not any(isinstance(message, m.Refused) for message in worker.receive())
@@ -72,7 +72,7 @@ def test_a_fault_of_its_own_costs_one_message_and_is_answered(tmp_path: Path, mo
         monkeypatch.setattr(core, "step", failing)
         client = Member(bus, service.endpoint)
         client.enter()
-        client.send(m.ListWorkers(7))
+        client.send(m.ListWorkers(question=7))
         assert isinstance(client.wait_for(m.Workers), m.Workers)  # what had been decided is done
         unanswered = client.wait_for(m.Unanswered)
         assert (unanswered.question, "KeyError" in unanswered.reason) == (7, True)

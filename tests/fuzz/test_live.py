@@ -65,6 +65,6 @@ def test_any_message_twice_changes_nothing_for_others(place: tuple[Service, Bus]
             member.dealer.send(m.encode(message))
     asking = Member(bus, service.endpoint)
     asking.enter()
-    asking.send(m.ListWorkers(7))
+    asking.send(m.ListWorkers(question=7))
     assert asking.wait_for(m.Workers).question == 7
     assert service._dropped.counts["failed"] == 0

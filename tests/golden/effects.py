@@ -38,9 +38,9 @@ def of_worker(cluster: Cluster, name: str, effect: w.Effect) -> None:
     elif isinstance(effect, w.ToRank):
         cluster.lines.append(f"{name} -> member {effect.peer.decode().split(' ')[1]}: {told(effect.message)}")
     elif isinstance(effect, w.WelcomeRank):
-        cluster.lines.append(f"{name} -> member {effect.member_id}: RankWelcome")
-        key = cluster.process(effect.job_id, effect.member_id)
-        cluster.say_to_agent(key, m.Join(*key, 7, f"tcp://host-of-{name}:{50100 + effect.member_id}"))
+        key = effect.key
+        cluster.lines.append(f"{name} -> member {key[2]}: RankWelcome")
+        cluster.say_to_agent(key, m.Join(*key, 7, f"tcp://host-of-{name}:{50100 + key[2]}"))
     elif isinstance(effect, w.ToFiles):
         _files(cluster, name, effect.message)
     elif isinstance(effect, w.Spawn):

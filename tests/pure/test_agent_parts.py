@@ -128,7 +128,7 @@ def test_a_rank_is_told_again_what_it_did_not_read_and_what_it_asked_is_not() ->
     held = members(found)
     sessions = Sessions(SETTINGS, found, held)
     sessions.receive(b"peer", m.RankHello("j", 1, 0, 40))
-    assert found.decided == [w.WelcomeRank(b"peer", "j", 0, 0)]
+    assert found.decided == [w.WelcomeRank(b"peer", ("j", 1, 0), 0)]
     welcome = m.RankWelcome("tcp://h:1", "", "open", "")
     for message in (welcome, m.Ask("j", 1, 1, 5)):
         sessions.not_delivered(b"peer", message)
@@ -156,7 +156,7 @@ def test_a_second_process_does_not_take_the_place_of_a_rank_that_is_there() -> N
     sessions.gone(b"first again")
     found.begin(0.0)
     sessions.receive(b"second", m.RankHello("j", 1, 0, 99))
-    assert found.decided == [w.WelcomeRank(b"second", "j", 0, 0)]
+    assert found.decided == [w.WelcomeRank(b"second", ("j", 1, 0), 0)]
 
 
 def test_the_agent_answers_for_a_rank_that_cannot() -> None:

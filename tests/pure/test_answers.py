@@ -117,14 +117,14 @@ def test_why_without_a_name_is_about_the_only_job_that_runs() -> None:
 
 def test_what_ranks_use_is_asked_of_each_worker_and_told_to_who_asked_alone() -> None:
     core = cluster(1, 1)
-    (unknown,) = sent(core.step(o.Received(CLIENT, m.Measure("j", 4)), 0.0), CLIENT)
+    (unknown,) = sent(core.step(o.Received(CLIENT, m.Measure("j", question=4)), 0.0), CLIENT)
     assert (unknown.question, unknown.error) == (4, "job j is unknown here")
     running(core, 2)
     core.step(o.Received(CURIOUS, m.ClientHello(VERSIONS)), 0.5)
-    effects = core.step(o.Received(CURIOUS, m.Measure("j", 5)), 1.0)
+    effects = core.step(o.Received(CURIOUS, m.Measure("j", question=5)), 1.0)
     for peer in (b"w0/1", b"w1/1"):
-        assert sent(effects, peer) == [m.Measure("j", 5, CURIOUS)]
-    used = m.Used("j", 5, "w0", "h", 7.0, ranks=(m.RankUse(0, 812, 1.5, 1 << 20, 1),), asker=CURIOUS)
+        assert sent(effects, peer) == [m.Measure("j", CURIOUS, question=5)]
+    used = m.Used("j", "w0", "h", 7.0, ranks=(m.RankUse(0, 812, 1.5, 1 << 20, 1),), asker=CURIOUS, question=5)
     effects = core.step(o.Received(b"w0/1", used), 1.1)
     assert sent(effects, CURIOUS) == [replace(used, asker=b"")]
     core.step(o.Received(CURIOUS, m.Goodbye()), 1.2)
@@ -135,9 +135,9 @@ def test_why_asks_all_ranks_and_their_answers_go_to_those_who_asked_alone() -> N
     core = cluster(1, 1)
     running(core, 2)
     core.step(o.Received(CURIOUS, m.ClientHello(VERSIONS)), 0.5)
-    core.step(o.Received(CURIOUS, m.Why("j", 6)), 0.9)
-    effects = core.step(o.Received(CURIOUS, m.Why("j", 7)), 1.0)
-    assert sent(effects, CURIOUS) == [m.Because("j", "", 2, 7)]
+    core.step(o.Received(CURIOUS, m.Why("j", question=6)), 0.9)
+    effects = core.step(o.Received(CURIOUS, m.Why("j", question=7)), 1.0)
+    assert sent(effects, CURIOUS) == [m.Because("j", "", 2, question=7)]
     for peer in (b"w0/1", b"w1/1"):
         assert sent(effects, peer) == [m.Ask("j", 1, -1, 2, records=True)]
     answer = m.Answer("j", 1, -1, 2, 1, "h", 7, 3, True, "is in barrier()", records="#3 barrier()")
@@ -170,12 +170,12 @@ def test_an_answer_repeats_the_number_of_its_question() -> None:
     core = cluster(1)
     questions = [
         m.ListJobs(question=11),
-        m.WatchJob("none", 12),
-        m.ReadLog("none", 0, 0, 13),
+        m.WatchJob("none", question=12),
+        m.ReadLog("none", 0, 0, question=13),
         m.Drain("none", question=14),
-        m.ListWorkers(15),
-        m.Why("none", 16),
-        m.Measure("none", 19),
+        m.ListWorkers(question=15),
+        m.Why("none", question=16),
+        m.Measure("none", question=19),
         m.ListFiles("none", "w0", 17),
         m.ReadFile("none", "w0", 18, b"x", 0),
     ]

@@ -172,7 +172,7 @@ def test_a_job_is_acknowledged_once_it_is_written_down_and_starts_then() -> None
     (save,) = (x for x in effects if isinstance(x, o.Save))
     assert save.is_new
     assert sent(effects, CLIENT) == []
-    effects = core.step(o.Saved(("j",)), 0.0)
+    effects = core.step(o.Saved("j"), 0.0)
     assert sent(effects, CLIENT) == [m.Accepted("j")]
     assert [type(x) for x in sent(effects, b"w0/1")] == [m.Assign]
 
@@ -196,28 +196,28 @@ def test_a_new_job_that_the_core_fails_at_costs_no_other_its_answer(error: str, 
 def test_a_disk_that_takes_nothing_refuses_new_jobs_and_keeps_the_old() -> None:
     core = durable(1)
     submit(core, "old")
-    core.step(o.Saved(("old",)), 0.0)
+    core.step(o.Saved("old"), 0.0)
     submit(core, "new")
-    effects = core.step(o.Saved(("new",), "database or disk is full"), 0.1)
+    effects = core.step(o.Saved("new", "database or disk is full"), 0.1)
     (rejected,) = sent(effects, CLIENT)
     assert isinstance(rejected, m.Rejected)
     assert "database or disk is full" in rejected.reason
     # The next one is tried all the same: there may be room again, and nobody else would find that out.
     (save,) = [effect for effect in submit(core, "newer") if isinstance(effect, o.Save)]
     assert save.is_new
-    assert isinstance(sent(core.step(o.Saved(("newer",), "full"), 0.1), CLIENT)[0], m.Rejected)
+    assert isinstance(sent(core.step(o.Saved("newer", "full"), 0.1), CLIENT)[0], m.Rejected)
     finish(core, "old", 1.0)
     assert core.scheduler.jobs["old"].outcome == "succeeded"
-    core.step(o.Saved(()), 2.0)
+    core.step(o.Saved(""), 2.0)
     submit(core, "newest")
-    assert isinstance(sent(core.step(o.Saved(("newest",)), 2.0), CLIENT)[0], m.Accepted)
+    assert isinstance(sent(core.step(o.Saved("newest"), 2.0), CLIENT)[0], m.Accepted)
 
 
 def test_a_restarted_orchestrator_finds_what_waits_what_runs_and_what_has_ended() -> None:
     core = durable(1, 1)
     for job_id in ("done", "runs", "waits"):
         submit(core, job_id)
-        core.step(o.Saved((job_id,)), 0.0)
+        core.step(o.Saved(job_id), 0.0)
     finish(core, "done", 1.0)
     runs = core.scheduler.jobs["runs"]
     (worker_id,) = runs.workers
@@ -246,7 +246,7 @@ def test_what_has_ended_is_kept_by_number_and_by_time() -> None:
     effects: list[o.Effect] = []
     for number in range(4):
         submit(core, f"j{number}")
-        core.step(o.Saved((f"j{number}",)), 0.0)
+        core.step(o.Saved(f"j{number}"), 0.0)
         finish(core, f"j{number}", float(number))
     assert list(core.scheduler.jobs) == ["j2", "j3"]
     effects = core.step(o.Tick(), 102.5)
@@ -276,7 +276,7 @@ def test_an_exit_before_the_start_was_written_down_begins_the_job_again() -> Non
 def test_a_part_that_was_done_before_a_restart_is_not_lost_with_its_worker() -> None:
     core = durable(1, 1)
     submit(core, "j", ranks=2)
-    core.step(o.Saved(("j",)), 0.0)
+    core.step(o.Saved("j"), 0.0)
     for worker in ("w0", "w1"):
         core.step(o.Received(f"{worker}/1".encode(), m.Assigned("j", 1, 5)), 0.0)
     effects = core.step(o.Received(b"w0/1", m.RankExited("j", 1, m.RankStatus(0, "w0", "h", 7, 0))), 1.0)

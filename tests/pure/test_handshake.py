@@ -29,7 +29,7 @@ def welcomed() -> Handshake:
 
 
 def test_requests_wait_for_the_welcome_and_are_made_again_over_the_next_connection() -> None:
-    client, question = handshake(), m.ReadLog("j", 0, 0, 1)
+    client, question = handshake(), m.ReadLog("j", 0, 0, question=1)
     client.requests.add(1, (question,))
     assert (client.connected(), client.due()) == ([HELLO], [])
     assert (client.take(WELCOME), client.due(), client.due()) == ([], [question], [])
@@ -103,7 +103,7 @@ def test_the_deadline_is_that_of_the_first_welcome() -> None:
 
 
 def message(key: int) -> m.Message:
-    return m.ReadLog("j", 0, key, key)
+    return m.ReadLog("j", 0, key, question=key)
 
 
 def test_a_bounded_weight_is_under_way() -> None:

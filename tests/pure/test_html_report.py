@@ -72,7 +72,7 @@ def test_hostile_text_stays_text() -> None:
     status = m.RankStatus(
         1, "w2", HOSTILE, 812, 1, stderr_tail=f"Traceback (most recent call last):\nValueError: {HOSTILE}\n"
     )
-    used = m.Used("0123456789ab", 1, "w1", "host", ranks=(m.RankUse(0, 811, 5.0, 1 << 30, 3),))
+    used = m.Used("0123456789ab", "w1", "host", ranks=(m.RankUse(0, 811, 5.0, 1 << 30, 3),), question=1)
     ended = m.JobEnded(
         "0123456789ab", "rank 1 failed", 1, (m.RankStatus(0, "w1", "host", 811, 0, 15, stopped=True), status), "failed"
     )

@@ -14,7 +14,7 @@ def test_effects_wait_for_the_commit_and_keep_their_order() -> None:
     journal.decided([SAID, FIRST])
     journal.decided([SAID_LATER, SaveDrained(("w",)), AGAIN])
     assert (journal.unsaved, journal.records, journal.drained) == (True, {"j": (1, b"again")}, ("w",))
-    assert journal.committed() == [Saved(("j",))]
+    assert journal.committed() == [Saved("j")]
     assert not journal.unsaved
     assert journal.ready() == [SAID, SAID_LATER]
     assert (journal.ready(), journal.waits) == ([], False)
@@ -23,16 +23,16 @@ def test_effects_wait_for_the_commit_and_keep_their_order() -> None:
 def test_a_disk_that_refuses_takes_no_new_job_and_everything_else_later() -> None:
     journal = Journal()
     journal.decided([FIRST, Save("old", 2, b"r", is_new=False), SAID])
-    assert journal.committed("full") == [Saved(("j",), "full")]
+    assert journal.committed("full") == [Saved("j", "full")]
     assert journal.records == {"old": (2, b"r")}
     assert journal.ready() == [SAID]  # known jobs go on
     assert journal.committed("full") == []  # it is said once
     journal.decided([FIRST])
-    assert journal.committed("full") == [Saved(("j",), "full")]  # and of each new job
+    assert journal.committed("full") == [Saved("j", "full")]  # and of each new job
     assert journal.unsaved
-    assert journal.committed() == [Saved(())]
+    assert journal.committed() == [Saved("")]
     journal.decided([FIRST])
-    assert journal.committed() == [Saved(("j",))]
+    assert journal.committed() == [Saved("j")]
 
 
 def test_each_new_job_of_a_commit_has_an_event_of_its_own() -> None:
@@ -41,7 +41,7 @@ def test_each_new_job_of_a_commit_has_an_event_of_its_own() -> None:
     both = [FIRST, Save("k", 2, b"r", is_new=True)]
     for error in ("", "full", "full", ""):
         journal.decided(both)
-        assert journal.committed(error) == [Saved(("j",), error), Saved(("k",), error)]
+        assert journal.committed(error) == [Saved("j", error), Saved("k", error)]
 
 
 def test_a_job_that_is_erased_is_not_written_and_its_log_goes_after_the_commit() -> None:

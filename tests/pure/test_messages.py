@@ -118,10 +118,9 @@ EXAMPLES: list[Message] = [
     m.Because("job", "no such job"),
     m.MemberLost("job", 2, STATUS, "killed by signal 9 (SIGKILL)"),
     m.Why("job"),
-    m.Measure("job", 3, b"client"),
+    m.Measure("job", b"client", question=3),
     m.Used(
         "job",
-        3,
         "w",
         "h",
         5.0,
@@ -132,6 +131,7 @@ EXAMPLES: list[Message] = [
         (m.RankUse(1, 812, 3.5, 1 << 20, 2, 7, 0.5, 6),),
         (m.CollectiveSum("barrier", "shared", 3, 0, 0.5),),
         b"client",
+        question=3,
     ),
     m.Because("job", "", 4),
     # Defaults and emptiness are values too.

@@ -10,7 +10,7 @@ from fleet.worker.output_window import MESSAGE_BYTES, WINDOW_BYTES, OutputWindow
 
 
 def window(under_way: int = 4) -> OutputWindow:
-    return OutputWindow("j", 1, 3, under_way)
+    return OutputWindow(("j", 1, 3), under_way)
 
 
 PRINTS = st.tuples(st.sampled_from(["stdout", "stderr"]), st.binary(min_size=1, max_size=9))

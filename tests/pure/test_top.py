@@ -139,7 +139,7 @@ def test_a_job_on_a_screen_of_80_by_24() -> None:
 def test_what_is_not_there_is_said_as_what_it_is() -> None:
     top = Top("here:50051")
     top.due(0.0)
-    top.take("workers", m.Workers((), 0, "attention", "no worker is connected"), 0.0)
+    top.take("workers", m.Workers((), "attention", "no worker is connected"), 0.0)
     assert "JOBS  loading ..." in text(top)
     top.take("jobs", m.Jobs(()), 0.0)
     assert "No worker is connected." in text(top)
@@ -160,7 +160,7 @@ def test_of_many_the_screen_says_how_many_it_shows() -> None:
     workers[63] = m.WorkerState("w63", "host7", "lost", 2, 0, versions)
     top = Top("here:50051")
     top.due(0.0)
-    top.take("workers", m.Workers(tuple(workers), 0, "good", "all is well"), 0.0)
+    top.take("workers", m.Workers(tuple(workers), "good", "all is well"), 0.0)
     jobs = tuple(info(job_id=f"j{n}", world_size=n + 1, options=m.JobOptions(name="列" * 90)) for n in range(24))
     top.take("jobs", m.Jobs(jobs, left_out=5210), 0.0)
     first = text(top)

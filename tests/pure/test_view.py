@@ -127,7 +127,7 @@ def test_of_many_arguments_the_first_are_shown() -> None:
 
 
 def listed(core: Core, limit: int = 1000, before: int = 0) -> m.Jobs:
-    (jobs,) = sent(core.step(o.Received(CLIENT, m.ListJobs("", "", limit, before, 7)), 0.0), CLIENT)
+    (jobs,) = sent(core.step(o.Received(CLIENT, m.ListJobs("", "", limit, before, question=7)), 0.0), CLIENT)
     assert isinstance(jobs, m.Jobs)
     assert jobs.question == 7
     return jobs
@@ -165,7 +165,7 @@ def test_a_job_with_more_arguments_than_a_frame_holds_is_listed_all_the_same() -
 
 def test_a_watch_of_a_job_that_is_not_known_is_answered_with_its_number() -> None:
     core = cluster(1)
-    assert sent(core.step(o.Received(CLIENT, m.WatchJob("gone", 5)), 0.0), CLIENT) == [m.Jobs((), question=5)]
+    assert sent(core.step(o.Received(CLIENT, m.WatchJob("gone", question=5)), 0.0), CLIENT) == [m.Jobs((), question=5)]
 
 
 def test_a_rank_that_holds_the_others_up_is_told_everywhere() -> None:
@@ -203,7 +203,7 @@ def test_a_rank_that_holds_the_others_up_is_told_everywhere() -> None:
     assert told["times"][0]["phases"] == [["data", 0.5]]
     metric = metrics(core)
     assert (metric("fleet_jobs_held_up"), metric("fleet_held_up_share")) == (1.0, pytest.approx(0.2))
-    (because,) = sent(core.step(o.Received(CLIENT, m.Why("j", 1)), NOW), CLIENT)
+    (because,) = sent(core.step(o.Received(CLIENT, m.Why("j", question=1)), NOW), CLIENT)
     assert isinstance(because, m.Because)
     assert rank_activity.described([], 0, 5, because.straggler) == f"{sentence}"
     (told_of_rank,) = rank_activity.as_values(
