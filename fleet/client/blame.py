@@ -1,6 +1,7 @@
 """Ranks that an error blames: others waited for them, they called something else, or they had ended; pure.
 
-A rank's error reaches its client as text: one line at the end of stderr, the same on all ranks (fleet/errors.py).
+A rank's error reaches its client as text: one line at the end of stderr, the same on all ranks (fleet/errors.py). Out of the
+backend of torch the same text comes in a class of torch, and torch's hook puts `[rank1]: ` before each line.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from collections.abc import Iterable
 TRACEBACK = "Traceback (most recent call last):"  # end of the first line of a traceback
 # Compiled only for a failure.
 _SET = r"(\d+(?:[,-]\d+)*)"  # as errors.rank_set writes it
-_LATE = r"CollectiveTimeout: .*?waiting for (?=rank)(.*)"
+_OF_TORCH = "DistBackendError|RuntimeError"  # RuntimeError: out of backward
+_OURS = ("fleet.errors.", "torch.distributed.DistBackendError: ", "RuntimeError: ")
+_LATE = rf"(?:CollectiveTimeout|{_OF_TORCH}): .*?: not complete after .*?waiting for (?=rank)(.*)"
 _LATE_RANKS = rf"(?:^|; |: )ranks? {_SET}(?= \(|$)"
-_DIFFERENT = r"CollectiveMismatch: (.*?)(?:; every rank must|; shape and dtype)"
+_DIFFERENT = rf"(?:CollectiveMismatch|{_OF_TORCH}): (.*?)(?:; every rank must|; shape and dtype)"
 _CALLED = rf"ranks? {_SET} called "
 _RANKS = rf"\branks? {_SET}"
-_ENDED = r"RankEnded: rank (\d+) "
+_ENDED = rf"(?:RankEnded|{_OF_TORCH}): rank (\d+) \(.*?\) has ended \(exit code"
+_TORCHS_PREFIX = r"^\[rank\d+\]: "
 
 
 def headline(stderr: str) -> str:
     """The error's line at the end of a rank's stderr: the one behind the last traceback, else the last one."""
-    lines = [line for line in stderr.splitlines() if line.strip()]
+    lines = [line for line in re.sub(_TORCHS_PREFIX, "", stderr, flags=re.M).splitlines() if line.strip()]
     begun = max((number for number, line in enumerate(lines) if line.endswith(TRACEBACK)), default=None)
     if begun is not None:
         return next((line for line in lines[begun + 1 :] if not line[0].isspace()), "")
@@ -48,7 +52,7 @@ def alike(line: str) -> str:
 
     A rank that asks the others late may find some gone: it names fewer ranks, and the same calls.
     """
-    if not line.startswith("fleet.errors."):
+    if not line.startswith(_OURS) or not (line.startswith(_OURS[0]) or blamed(line)[0]):
         return line
     if found := re.search(_DIFFERENT, line):
         head, *calls = re.split(r"(?:(?<=: )|, )ranks? [\d,-]+ called ", found.group(1))

@@ -113,7 +113,9 @@ class LineFolder:
         self._tracebacks: dict[int, _Traceback] = {}  # by rank
 
     def step(self, rank: int, stream: str, text: str, now: float) -> list[FoldedText]:
-        """Takes a line of a rank; returns the lines to be shown now."""
+        """Takes a line of a rank; returns the lines to be shown now. A rank's number that torch put before it is not kept."""
+        if stream == "stderr":
+            text = text.removeprefix(f"[rank{rank}]: ")
         traceback = self._tracebacks.get(rank)
         if traceback is not None and stream == "stderr" and len(traceback.lines) < TRACEBACK_LINES:
             traceback.lines.append(text)

@@ -274,7 +274,8 @@ def end_at_users_code(error: BaseException) -> None:
             continue
         seen.append(one)
         ahead += [one.__cause__, one.__context__]
-        last, at = None, one.__traceback__ if isinstance(one, FleetError | KeyboardInterrupt) else None
+        is_told = isinstance(one, FleetError | KeyboardInterrupt) or type(one).__name__ == "DistBackendError"
+        last, at = None, one.__traceback__ if is_told else None
         while at is not None:
             if not at.tb_frame.f_code.co_filename.startswith(_PACKAGE):
                 last = at

@@ -272,6 +272,19 @@ def test_errors_that_blame_the_same_ranks_are_alike() -> None:
     ]
 
 
+def test_tracebacks_of_ranks_of_torch_are_one() -> None:
+    """torch's hook puts the rank before each line, which is before each line here anyway."""
+    fold = LineFolder(3)
+    error = [BEGINS, "  File 'train.py', line 1", "ValueError: bad batch"]
+    shown = [
+        folded for rank in range(3) for folded in told(fold, rank, [f"[rank{rank}]: {line}" for line in error], 0.0)
+    ]
+    assert shown + fold.flush() == [FoldedText("stderr", (0, 1, 2), "\n".join(error))]
+    assert fold.step(1, "stdout", "[rank1]: as it is", 5.0) == []
+    assert fold.step(1, "stderr", "[rank2]: as it is", 5.0) == []
+    assert [line.text for line in fold.flush()] == ["[rank1]: as it is", "[rank2]: as it is"]
+
+
 def test_what_a_rank_prints_after_a_traceback_comes_after_it() -> None:
     fold = LineFolder(3, hold_s=0.1, traceback_hold_s=1.0)
     told(fold, 0, [BEGINS, "ValueError: caught"], 0.0)

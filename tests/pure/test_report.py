@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fleet.client.blame import blamed, headline
+from fleet.client.blame import alike, blamed, headline
 from fleet.client.line_folding import LineFolder, LineSplitter
 from fleet.client.report import exit_code, report
 from fleet.errors import Called, CollectiveMismatch, CollectiveTimeout, Late, RankEnded, rank_set
@@ -129,6 +129,25 @@ def test_an_errors_line_says_whom_it_blames(error: Exception, ranks: list[int], 
     line = headline(f"{TRACEBACK}KeyError: 1\n\nDuring handling:\n\n{TRACEBACK}{name}: {error}\nnote\n")
     assert line == f"{name}: {error}"
     assert blamed(line) == (ranks, did)
+
+
+@pytest.mark.parametrize("name", ["torch.distributed.DistBackendError", "RuntimeError"])
+@pytest.mark.parametrize(
+    ("error", "ranks"),
+    [
+        (LATE, [1]),
+        (CollectiveMismatch(2, 0, "a", 1, "b", calls=CALLS), [0]),
+        (RankEnded(3, "w", "h", 7, "barrier()", 5, "t.py:1"), [3]),
+        ("waiting for rank 1", []),
+        ("rank 3 has no data", []),
+    ],
+)
+def test_an_error_out_of_torchs_backend_blames_the_same_ranks(name: str, error: object, ranks: list[int]) -> None:
+    """torch puts its own number of the rank before each line, and has its own class for the error."""
+    tail = "".join(f"[rank2]: {line}\n" for line in f"{TRACEBACK}{name}: {error}".splitlines())
+    assert headline(tail) == f"{name}: {error}"
+    assert blamed(headline(tail))[0] == ranks
+    assert alike(f"{name}: rank 3 is bad") == f"{name}: rank 3 is bad"  # no words of fleet: each is its own
 
 
 def test_a_rank_that_asked_late_does_not_change_whom_the_report_blames() -> None:

@@ -58,7 +58,9 @@ def test_a_rank_that_hangs_is_named_with_its_line(tmp_path: Path) -> None:
     ],
 )
 def test_ranks_that_disagree_are_named_with_their_calls(way: str, mine: str, other: str, tmp_path: Path) -> None:
-    run(tmp_path, way)
+    ended = run(tmp_path, way)
+    assert "called different things" in ended.stderr
+    assert "fleet/torch/" not in ended.stderr  # frames of fleet
     kind, text = noted(tmp_path, "error", 0)
     assert kind == "DistBackendError"
     assert text.startswith("different calls as collective #1: rank 0 called ")
