@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from operator import itemgetter
 from time import monotonic
 from typing import TextIO, cast
 
@@ -26,6 +28,7 @@ from fleet.text import shown
 
 INTERRUPT_AFTER_S = 1.0  # after the first failure: the other ranks may wait for that one
 OUTPUT_WITHIN_S = 1.0  # after the last ending, for what the ranks have printed
+SEND_EVERY_S = 0.1  # to the notebook
 ERRORS_SHOWN = 4  # of the ranks that failed otherwise than the first one
 
 
@@ -63,14 +66,13 @@ class NeverBegun(RanksLost):
 class _Shown(io.TextIOBase):
     """A stream of a notebook, as one that has no file: its own is the terminal of the kernel."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, unsent: list[tuple[str, str]]) -> None:
         self._name = name
+        self._unsent = unsent
 
     def write(self, text: str) -> int:
-        return int(getattr(sys, self._name).write(text))
-
-    def flush(self) -> None:
-        getattr(sys, self._name).flush()
+        self._unsent.append((self._name, text))
+        return len(text)
 
 
 class Round:
@@ -93,7 +95,9 @@ class Round:
         self._hurried: set[int] = set()  # ranks that were interrupted because another one had failed
         self._hurries_at: float | None = None
         self._until: float | None = None  # what has not come then does not come
-        out, err = cast(TextIO, _Shown("stdout")), cast(TextIO, _Shown("stderr"))
+        self._unsent: list[tuple[str, str]] = []  # a stream, and text for it; in the order of time
+        self._sends_at = 0.0  # not before
+        out, err = (cast(TextIO, _Shown(name, self._unsent)) for name in ("stdout", "stderr"))
         self._printer = Printer(size, out, err, lambda stream: False, None)
         self._printer.name_of = name_of
 
@@ -115,13 +119,31 @@ class Round:
             for source, rest in self._marks.rest().items():
                 self._printer.write(*source, rest, monotonic())
             self._printer.finish(monotonic())
+            self._send()
+
+    def _send(self) -> None:
+        """Passes on all that is to be shown, in a message for each stretch of one stream.
+
+        A message for each line would be too much: Jupyter drops output beyond a thousand messages a second.
+        """
+        for name, texts in groupby(self._unsent, itemgetter(0)):
+            stream = getattr(sys, name)
+            stream.write("".join(text for _, text in texts))
+            stream.flush()
+        self._unsent.clear()
+
+    def _say(self, text: str) -> None:
+        self._unsent.append(("stderr", f"fleet: {text}\n"))
 
     def _tick(self, now: float) -> None:
         self._printer.tick(now)
+        if self._unsent and now >= self._sends_at:
+            self._sends_at = now + SEND_EVERY_S
+            self._send()
         if self._says_at is not None and now >= self._says_at:
             self._says_at = None
             if self._gang.reached is None:
-                _say(f"no orchestrator answers at {self._gang.orchestrator} yet; trying on (interrupt: leave)")
+                self._say(f"no orchestrator answers at {self._gang.orchestrator} yet; trying on (interrupt: leave)")
         if self._leaves_at is not None and now >= self._leaves_at:
             self._leaves_at = None
             if not self._gang.reached:
@@ -140,7 +162,8 @@ class Round:
 
     def _patience(self) -> float | None:
         deadlines = (self._printer.next_deadline(), self._hurries_at, self._leaves_at, self._says_at, self._until)
-        at = min((at for at in deadlines if at is not None), default=None)
+        sends_at = self._sends_at if self._unsent else None
+        at = min((at for at in (*deadlines, sends_at) if at is not None), default=None)
         return None if at is None else max(0.0, at - monotonic())
 
     def _take(self, event: Event) -> None:
@@ -165,7 +188,7 @@ class Round:
             if self._killed:
                 self._gang.kill()  # the first one may be lost
         elif isinstance(event, m.JobWaiting) and not self._gang.local:
-            _say(f"the ranks wait: {shown(event.reason)}")
+            self._say(f"the ranks wait: {shown(event.reason)}")
         elif isinstance(event, m.JobEnded):
             started = bool(event.ranks) and not self.interrupted and not self.endings
             never_begun = started and all(0 <= status.task != self._number for status in event.ranks)
@@ -193,7 +216,7 @@ class Round:
         if self._gang.reached is False and not self._said_lost:
             self._said_lost = True
             where = self._gang.orchestrator
-            _say(f"lost the orchestrator at {where}; trying again until it is back (interrupt: leave)")
+            self._say(f"lost the orchestrator at {where}; trying again until it is back (interrupt: leave)")
 
     # What it came to
 
@@ -227,10 +250,6 @@ class Round:
             lines = [line.strip() for line in self.endings[rank].traceback.splitlines() if line.startswith("  File ")]
             at.setdefault(lines[-1].replace("File ", "in ") if lines else self.endings[rank].error, []).append(rank)
         return "; ".join(f"{_ranks(ranks, self._size)} {line}" for line, ranks in at.items()) or "all ranks had ended"
-
-
-def _say(text: str) -> None:
-    print(f"fleet: {text}", file=sys.stderr)
 
 
 def _ending(event: Returned) -> Ending:

@@ -91,6 +91,10 @@ async def check_failures(notebook: Notebook, folder: Path) -> None:
     misused = await notebook.cell("%%fleet --workers none\n1")
     assert "is not understood" in printed(misused, "stderr") + error(misused)
 
+    many = await notebook.cell("%%fleet\nfor number in range(3000):\n    print(number, flush=True)")
+    assert lines_by_rank(printed(many), 4) == [[str(number) for number in range(3000)]] * 4
+    # Jupyter drops output in more than a thousand messages a second.
+    assert len(many.outputs) < 300
     begun = folder / "begun"
     waiting = asyncio.create_task(
         notebook.cell(f"%%fleet\nif rank:\n    comm.barrier()\nopen({str(begun)!r}, 'w').close()\nwhile True: pass")
@@ -100,7 +104,7 @@ async def check_failures(notebook: Notebook, folder: Path) -> None:
     await notebook.client.km.interrupt_kernel()
     interrupted = error(await waiting)
     assert interrupted.startswith("KeyboardInterrupt: rank 0 in "), interrupted
-    assert interrupted.endswith('; ranks 1-3 in "<cell 5>", line 3, in <module>')
+    assert interrupted.endswith('; ranks 1-3 in "<cell 6>", line 3, in <module>')
 
     lives = await notebook.cell("%%fleet\nn = np.array([x])\ncomm.all_reduce(n)\nn")
     assert value(lives) == "4 ranks| array([6])"
