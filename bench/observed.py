@@ -4,7 +4,7 @@
 
 `fleet run --dashboard` of two ranks. Its ranks work in blocks of a second: `off` has no blame (as with FLEET_PACE=off), no viewer
 and no scraper; `at-first` has blame, as in the first two seconds of a job, which looks at the script 200 times a second; `blame`
-is the same after eight seconds, with 50 looks; `all` has blame, a viewer who has the page and the job open, and a scrape of
+is the same after sixteen seconds, with 25 looks; `all` has blame, a viewer who has the page and the job open, and a scrape of
 /metrics once a second. The viewer runs on this machine, too. Each round has all of these, in another order each time; a figure is
 the median of the rounds' ratios to `off` of the same round, with the quartiles. Looks are the CPU time of the thread that looks,
 as a share of a core.

@@ -1,7 +1,7 @@
 """Sampler of one rank: lines of the script that its main thread is in outside of collectives, and garbage collections.
 
 Its findings and the rank's pace make one row, for the agent. A thread of its own looks at the main thread, 200 times a second at
-first and then ever less often, down to 50 times. It gets no turn while the main thread holds the GIL. Hence garbage collections
+first and then ever less often, down to 25 times. It gets no turn while the main thread holds the GIL. Hence garbage collections
 are timed, and a look that is late finds out whether the main thread has entered or left a collective meanwhile. Knows no message.
 """
 
@@ -27,8 +27,8 @@ from fleet.values import PaceRow
 
 # One look is due in each stretch of this length, at places without a period that a script's steps could share. They do not
 # depend on the looks before: else looks would follow what the main thread does. The first seconds of a short job have to tell.
-# Later a look changes little in what has been found, and its thread's turn costs the main thread about 25 µs.
-OFTEN_S, SELDOM_S, SELDOM_AFTER_S = 0.005, 0.02, 8.0
+# Later a look changes little in what has been found, and its thread's turn takes the main thread 25 to 100 µs.
+OFTEN_S, SELDOM_S, SELDOM_AFTER_S = 0.005, 0.04, 16.0
 # Looks at a tight loop of collectives, or at a rank that has not begun: so many find that it has left a collective just now.
 LOOPS, LOOP_WORK_S, LOOP_S = 3, 0.001, 0.1
 # A look that is late by more looks up where the main thread was when it was due; one by far more leaves some looks out.
