@@ -255,9 +255,9 @@ def state_folder(port: int) -> Path | None:
         return Path(text)
     if not port:
         return None
-    if (own := _own_folder("XDG_STATE_HOME", ".local/state")) is None:
+    if (own := _own_place("XDG_STATE_HOME", ".local/state", str(port))) is None:
         raise ConfigError("there is no home folder to keep jobs in: say a folder with --state or FLEET_STATE_DIR")
-    return own / str(port)
+    return own
 
 
 def storage_folder() -> Path | None:
@@ -267,8 +267,7 @@ def storage_folder() -> Path | None:
     """
     if text := os.environ.get("FLEET_STORAGE_DIR"):
         return Path(text)
-    own = _own_folder("XDG_STATE_HOME", ".local/state")
-    return None if own is None else own / "output"
+    return _own_place("XDG_STATE_HOME", ".local/state", "output")
 
 
 def advertised_host() -> str | None:
@@ -368,15 +367,14 @@ def secret_path() -> Path:
 
 
 def _own_secret() -> Path | None:
-    own = _own_folder("XDG_CONFIG_HOME", ".config")
-    return None if own is None else own / "secret"
+    return _own_place("XDG_CONFIG_HOME", ".config", "secret")
 
 
-def _own_folder(variable: str, place: str) -> Path | None:
-    """fleet's folder by the XDG base directory specification: in that of the variable, or in a place of the user's home."""
+def _own_place(variable: str, below_home: str, name: str) -> Path | None:
+    """A path of the user's by the XDG base directory specification: in the variable's folder, or in one of the home folder."""
     if base := os.environ.get(variable):
-        return Path(base) / "fleet"
-    return None if (own := home()) is None else own / place / "fleet"
+        return Path(base) / "fleet" / name
+    return None if (own := home()) is None else own / below_home / "fleet" / name
 
 
 def home() -> Path | None:

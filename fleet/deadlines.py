@@ -44,8 +44,9 @@ class Deadlines(Generic[Key]):
         if before is None or when < before:
             self._push(key, when)
 
-    def discard(self, key: Key) -> None:
-        self._when.pop(key, None)
+    def discard(self, *keys: Key) -> None:
+        for key in keys:
+            self._when.pop(key, None)
 
     def postpone(self, until: float) -> None:
         """None comes before then, and none that is set from here on."""

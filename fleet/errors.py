@@ -130,9 +130,6 @@ class Late:
     pid: int
     doing: str
 
-    def __str__(self) -> str:
-        return f"rank {self.rank} ({self.host}, pid {self.pid}) {self.doing}"
-
 
 @dataclass(frozen=True)
 class Blocked:

@@ -31,12 +31,8 @@ Parts = Sequence[Any]  # bytes-like objects that form one buffer in this order
 class RemoteTraceback(Exception):
     """Traceback of an exception on its worker: the cause of the exception that a future raises."""
 
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
     def __str__(self) -> str:
-        return f'\n"""\n{self.text}"""'
+        return f'\n"""\n{self.args[0]}"""'
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]

@@ -18,9 +18,8 @@ SLICE_S = 0.5  # longest wait in which a stillness still shows
 class LifeClock:
     """Monotonic clock of the time that the process runs. One thread calls `now` and `waits`; any thread may call `look`."""
 
-    def __init__(self, source: Callable[[], float] = monotonic, tolerated_s: float = TOLERATED_S) -> None:
+    def __init__(self, source: Callable[[], float] = monotonic) -> None:
         self._source = source
-        self._tolerated_s = tolerated_s
         self._read_at = source()
         self._waits_until = -math.inf
         self.still_s = 0.0  # in total
@@ -29,7 +28,7 @@ class LifeClock:
         """The time. A gap since the last reading, or since the end of the wait in between, is noted as stillness."""
         real = self._source()
         gap_s = real - max(self._read_at, self._waits_until)
-        if gap_s > self._tolerated_s:
+        if gap_s > TOLERATED_S:
             self.still_s += gap_s
         self._read_at, self._waits_until = real, -math.inf
         return real - self.still_s

@@ -104,20 +104,20 @@ class CallsReturned(TaskMessage, frozen=True):
 # Either way
 
 
-class ReadBuffer(TaskMessage, frozen=True):
+class PieceMessage(TaskMessage, frozen=True, array_like=True):
+    """Base of messages about a piece of a buffer."""
+
+    task_id: TaskId
+    index: Small
+    offset: Size
+
+
+class ReadBuffer(PieceMessage, frozen=True):
     """Asks for a piece of a buffer: a runner for a piece of arguments, a client for a piece of a result."""
 
-    task_id: TaskId
-    index: Small
-    offset: Size
 
-
-class BufferPiece(TaskMessage, frozen=True):
+class BufferPiece(PieceMessage, frozen=True):
     """The piece is in the next frame, which is empty if there is no such buffer."""
-
-    task_id: TaskId
-    index: Small
-    offset: Size
 
 
 _ALL = MakeCalls | ReturnCalls | Interrupt | Sync | Leave | Ready | Results | CallsReturned | ReadBuffer | BufferPiece

@@ -40,10 +40,7 @@ class Assignments:
             delay_s = min(BACKOFF_AT_MOST_S, BACKOFF_S * 2 ** min(job.losses - 1, 9))
             self.backoff.set(job.job_id, self.effects.now + delay_s)
         else:
-            self._into_queue(job)
-
-    def _into_queue(self, job: Job) -> None:
-        self.queue.add(job.shape, job.job_id, job.submitted_at, job.options.priority, job.number)
+            self.queue.add(job)
 
     def dequeue(self, job: Job) -> None:
         self.waits.pop(job.job_id, None)
@@ -53,7 +50,7 @@ class Assignments:
     def place(self) -> None:
         """Assigns the jobs that fit, in the order of job_queue.py."""
         for job_id in self.backoff.due(self.effects.now):
-            self._into_queue(self.waits[job_id])
+            self.queue.add(self.waits[job_id])
         passed: set[Shape] = set()
         kept_for: Shape | None = None  # the gang that room is kept for
         while self.queue and (found := self.queue.first(passed)) is not None:
@@ -100,7 +97,7 @@ class Assignments:
         """A job from before a restart: it waits again, or its workers are expected with it."""
         if job.state is JobState.QUEUED:
             self.waits[job.job_id] = job
-            self._into_queue(job)
+            self.queue.add(job)
         if job.state is JobState.ASSIGNED:
             self.preparing.set(job.job_id, self.effects.now + PREPARE_WITHIN_S)
         for worker_id in job.workers:

@@ -39,9 +39,7 @@ class Core:
         keep_s: float = KEEP_S,
         numbering: str = "",
     ) -> None:
-        self.versions = versions
         self.effects = Effects(durable, epoch)
-        self.counts = self.effects.counts
         self.membership = Membership(self.effects, versions, cluster_id)
         self.clients = Clients(self.effects, versions, numbering)
         self.assignments = Assignments(self.effects, self.membership, self.clients, policy)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Container
 from heapq import heapify, heappop, heappush
 
+from fleet.orchestrator.job import Job
 from fleet.orchestrator.placement import Shape
 
 AGE_S = 60.0
@@ -35,9 +36,9 @@ class JobQueue:
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._keys
 
-    def add(self, shape: Shape, job_id: str, submitted_at: float, priority: int, number: int) -> None:
-        key = submitted_at - priority * AGE_S, number, job_id
-        self._keys[job_id] = shape, key
+    def add(self, job: Job) -> None:
+        shape, key = job.shape, (job.submitted_at - job.options.priority * AGE_S, job.number, job.job_id)
+        self._keys[job.job_id] = shape, key
         heappush(self._heaps.setdefault(shape, []), key)
 
     def remove(self, job_id: str) -> None:

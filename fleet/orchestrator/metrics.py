@@ -34,11 +34,11 @@ class OrchestratorMetrics(Collector):
             yield from list(self._families())
 
     def _families(self) -> Iterator[Metric]:
-        core, counts = self.core, self.core.counts
+        core, counts, versions = self.core, self.core.effects.counts, self.core.membership.versions
         totals = ClusterView(core.scheduler, self.clock()).totals()
         names = ("version", "python")
         info = GaugeMetricFamily("fleet_orchestrator_info", "Versions of the orchestrator; always 1.", labels=names)
-        yield filled(info, {core.versions.python: 1}, core.versions.fleet)
+        yield filled(info, {versions.python: 1}, versions.fleet)
         slots = {"busy": totals.slots_busy, "free": totals.slots_free}
         yield filled(GaugeMetricFamily("fleet_workers", "Workers by state.", labels=("state",)), totals.workers)
         yield filled(GaugeMetricFamily("fleet_slots", "Slots of all workers by state.", labels=("state",)), slots)

@@ -151,9 +151,9 @@ class ClusterView:
     def health(self, totals: Totals) -> tuple[Health, str]:
         """The state of the cluster in a sentence, and how much it matters. A job that runs alone is told of."""
         there = sum(totals.workers.values())
+        wait = f"{_jobs(totals.jobs_waiting)} wait{'s' * (totals.jobs_waiting == 1)}"
         if not there:
-            wait = f", and {_jobs(totals.jobs_waiting)} wait{'s' * (totals.jobs_waiting == 1)}"
-            return "attention", "no worker is connected" + wait * bool(totals.jobs_waiting)
+            return "attention", "no worker is connected" + f", and {wait}" * bool(totals.jobs_waiting)
         lost, draining = totals.workers["lost"], totals.workers["draining"]
         parts = [f"{totals.workers['ready']} of {there} worker{'s are' if there > 1 else ' is'} ready"]
         parts += [f"{count} {state}" for count, state in ((lost, "lost"), (draining, "draining")) if count]
@@ -169,7 +169,6 @@ class ClusterView:
                     f"{held_up} by some of their ranks, for up to {100 * totals.held_up_share:.0f} % of the time"
                 )
         if totals.jobs_waiting:
-            wait = f"{_jobs(totals.jobs_waiting)} wait{'s' * (totals.jobs_waiting == 1)}"
             parts.append(f"{wait}, the oldest for {_span(totals.longest_wait_s)}")
         if not totals.jobs_running and not totals.jobs_waiting:
             parts.append("no job runs or waits")

@@ -38,7 +38,7 @@ class Imports:
 
     early: tuple[
         str, ...
-    ]  # PRELOADABLE modules and submodules, in order, that may be imported before the script starts
+    ]  # PRELOADABLE modules and submodules, in order: they may be imported before the script starts
     late: frozenset[str]  # top-level names of modules that the script may import after it has changed something
 
 

@@ -66,8 +66,7 @@ class Members:
         for process in attempt.processes.values():
             if process.running or (process.key, "kill") in self.deadlines:
                 self._signal(process, SIGKILL)
-            for what in get_args(What):
-                self.deadlines.discard((process.key, what))
+            self.deadlines.discard(*((process.key, what) for what in get_args(What)))
         self._gather(attempt)
         del self.attempts[attempt.key]
         self.effects.add(w.Remove(attempt.key))
@@ -106,8 +105,7 @@ class Members:
                 process.status = self._status(process, w.ProcessExited(process.key, 0, 0, False))
                 self.tell_exit(process)
         elif kill:
-            self.deadlines.discard((process.key, "term"))
-            self.deadlines.discard((process.key, "kill"))
+            self.deadlines.discard((process.key, "term"), (process.key, "kill"))
             self._signal(process, SIGKILL)
         elif first and process.warned:
             self.deadlines.set((process.key, "term"), self.effects.now + WORLD_CHANGED_GRACE_S)
@@ -123,8 +121,7 @@ class Members:
         if process is None:
             return
         process.exit = event
-        self.deadlines.discard((process.key, "term"))
-        self.deadlines.discard((process.key, "kill"))
+        self.deadlines.discard((process.key, "term"), (process.key, "kill"))
         if process.pid:
             # Its children end too. SIGTERM comes first: the resource tracker of multiprocessing ignores it, and removes shared
             # memory that the script has left, once all processes of the script have ended.
@@ -224,8 +221,7 @@ class Members:
         assert process.exit is not None
         if (process.key, "kill") in self.deadlines:
             self._signal(process, SIGKILL)
-        self.deadlines.discard((process.key, "kill"))
-        self.deadlines.discard((process.key, "end"))
+        self.deadlines.discard((process.key, "kill"), (process.key, "end"))
         process.output.drop_unsent()
         process.status = self._status(process, process.exit)
         attempt = self.attempts[process.key[:2]]

@@ -47,10 +47,9 @@ class WorkerMetrics:
 
         core, settings = self.core, self.core.settings
         worker_id, versions = settings.worker_id, settings.versions
-        labels: tuple[str, ...] = "worker", "version", "python", "torch"
-        info = GaugeMetricFamily("fleet_worker_info", "Versions of this worker; always 1.", labels=labels)
-        info.add_metric((worker_id, versions.fleet, versions.python, versions.torch), 1)
-        yield info
+        names = "worker", "version", "python", "torch"
+        info = GaugeMetricFamily("fleet_worker_info", "Versions of this worker; always 1.", labels=names)
+        yield filled(info, {versions.torch: 1}, worker_id, versions.fleet, versions.python)
         text = "Messages that were dropped, by why."
         dropped = CounterMetricFamily("fleet_worker_messages_dropped", text, labels=("worker", "why"))
         yield filled(dropped, self.dropped, worker_id)

@@ -42,8 +42,7 @@ class OrchestratorLink:
 
     def connected(self) -> None:
         self.up, self.denied_count = True, 0
-        self.deadlines.discard("gone")
-        self.deadlines.discard("missing")
+        self.deadlines.discard("gone", "missing")
         self._next_heartbeat()
         self.hello()
 
@@ -80,8 +79,7 @@ class OrchestratorLink:
             at, slots = self.settings.orchestrator, self.settings.slots
             self.effects.log("info", f"joined the orchestrator at {at}, {slots} slots")
         self.effects.welcomed = self.ever_welcomed = True
-        self.deadlines.discard("missing")
-        self.deadlines.discard("never came")
+        self.deadlines.discard("missing", "never came")
 
     def refused(self, reason: str) -> None:
         self.departure.exit(f"the orchestrator at {self.settings.orchestrator} refused this worker: {reason}")

@@ -117,8 +117,7 @@ class Sessions:
                 self.effects.send(process.join)
 
     def forget(self, attempt: Attempt) -> None:
-        for process in attempt.processes.values():
-            self.deadlines.discard(process.key)
+        self.deadlines.discard(*(process.key for process in attempt.processes.values()))
 
     def expire(self) -> None:
         for key in self.deadlines.due(self.effects.now):

@@ -63,26 +63,25 @@ class Zygote:
         Raises OSError.
         """
         self._settle()
-        ours: list[int] = []
-        with contextlib.ExitStack() as theirs:
-            descriptors = [_memory(marshal.dumps(tuple(vars(plan).values())))]
-            theirs.callback(os.close, descriptors[0])
-            try:
-                for _ in ("stdout", "stderr", "status"):
-                    read, write = os.pipe2(os.O_CLOEXEC)
-                    ours.append(read)
-                    descriptors.append(write)
-                    theirs.callback(os.close, write)
-                socket.send_fds(self._link, [b"+"], [*descriptors, self._nothing if stdin is None else stdin])
-                answer = self._link.recv(ANSWER.size, socket.MSG_WAITALL)
-                if len(answer) < ANSWER.size:
-                    raise ChildProcessError("the process that ranks are forked from has died")
-                if (pid := ANSWER.unpack(answer)[0]) < 0:
-                    raise OSError(-pid, os.strerror(-pid))
-            except OSError:
-                for descriptor in ours:
-                    os.close(descriptor)
-                raise
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as on_error:
+            plan_file = os.memfd_create("fleet-plan", os.MFD_CLOEXEC)
+            theirs.callback(os.close, plan_file)
+            with open(plan_file, "wb", closefd=False) as file:
+                file.write(marshal.dumps(tuple(vars(plan).values())))
+            ours, descriptors = [], [plan_file]
+            for _ in ("stdout", "stderr", "status"):
+                read, write = os.pipe2(os.O_CLOEXEC)
+                on_error.callback(os.close, read)
+                theirs.callback(os.close, write)
+                ours.append(read)
+                descriptors.append(write)
+            socket.send_fds(self._link, [b"+"], [*descriptors, self._nothing if stdin is None else stdin])
+            answer = self._link.recv(ANSWER.size, socket.MSG_WAITALL)
+            if len(answer) < ANSWER.size:
+                raise ChildProcessError("the process that ranks are forked from has died")
+            if (pid := ANSWER.unpack(answer)[0]) < 0:
+                raise OSError(-pid, os.strerror(-pid))
+            on_error.pop_all()
         stdout, stderr, status = ours
         for descriptor in (stdout, stderr):
             os.set_blocking(descriptor, False)
@@ -127,15 +126,3 @@ class Zygote:
             said = os.pread(self._errors, 4096, 0).decode(errors="replace").strip().splitlines()
             raise ChildProcessError(f"the process that ranks are forked from does not start: {' '.join(said[-1:])}")
         self._ready = True
-
-
-def _memory(data: bytes) -> int:
-    """A descriptor of a file in memory that holds `data`."""
-    descriptor = os.memfd_create("fleet-plan", os.MFD_CLOEXEC)
-    try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(data)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor

@@ -65,8 +65,8 @@ def test_a_job_that_waits_overtakes_a_higher_priority_that_comes_later() -> None
     submit(core, "young", priority=1, now=4.0)
     assert core.assignments.queue.before("old") == 1
     late = JobQueue()
-    late.add(Shape(1), "old", 0.0, 0, 1)
-    late.add(Shape(1), "young", AGE_S + 1, 1, 2)
+    late.add(Job("old", b"", 1, SPEC, submitted_at=0.0, number=1))
+    late.add(Job("young", b"", 1, SPEC, m.JobOptions(priority=1), submitted_at=AGE_S + 1, number=2))
     assert late.before("old") == 0
 
 

@@ -109,7 +109,7 @@ def test_a_job_that_is_handed_back_starts_again_on_others() -> None:
     assert (job.state, job.attempt, job.seats) == (JobState.ASSIGNED, 2, ("w1", "w2"))
     assert not any(isinstance(x, m.JobEnded) for x in sent(effects, CLIENT))
     assert m.Forget("j", 1) in sent(effects, b"w1/1")
-    assert core.counts.failovers == 1
+    assert core.effects.counts.failovers == 1
     # What comes of the attempt before is dropped.
     core.step(o.Received(b"w1/1", m.Assigned("j", 1, 5)), 2.2)
     assert job.ports == {}

@@ -30,7 +30,7 @@ def test_a_lost_workers_job_goes_to_another_at_once() -> None:
     effects = lose(core, "w0", 1.0)
     assert [type(x) for x in sent(effects, b"w1/1")] == [m.Assign]
     job = core.scheduler.jobs["j"]
-    assert (job.attempt, job.losses, core.counts.failovers) == (2, 1, 1)
+    assert (job.attempt, job.losses, core.effects.counts.failovers) == (2, 1, 1)
     assert job.history == (
         "attempt 1: worker w0 (10.0.0.0) was lost: its connection closed and did not come back in 2 s",
     )
@@ -70,7 +70,7 @@ def test_a_job_that_kills_worker_after_worker_is_quarantined_with_its_history() 
     assert (job.state, job.outcome, job.losses) == (JobState.ENDED, "quarantined", 3)
     assert "quarantined: all of its 3 attempts lost a worker" in job.reason
     assert len(job.history) == 2
-    assert core.counts.jobs["quarantined"] == 1
+    assert core.effects.counts.jobs["quarantined"] == 1
     assert waited == [1.0]  # none before the second attempt, a second before the third
 
 

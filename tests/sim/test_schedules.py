@@ -60,7 +60,7 @@ def test_an_orchestrator_that_stands_still_takes_it_out_on_nobody() -> None:
         sim, _ = run_with(seed, ["orchestrator stands still"])
         fired += sim.faults["orchestrator stands still"]
         assert sim.core is not None
-        assert sim.core.counts.workers_lost == 0, "\n".join([f"seed {seed}", *sim.trace])
+        assert sim.core.effects.counts.workers_lost == 0, "\n".join([f"seed {seed}", *sim.trace])
         lost = {job.job_id: job.history for job in sim.core.scheduler.jobs.values() if job.losses and job.history}
         assert all("cannot start it" in entry for history in lost.values() for entry in history), lost
     assert fired > 60
