@@ -44,10 +44,10 @@ SYSTEMS = {
     "zero-words": (ZERO_WORDS, "ddp", "gloo"),
     "fleet": (FLEET_RUN, "ddp", "fleet"),
     "data-parallel": (FLEET_RUN, "data-parallel", "none"),
-    "together": (FLEET_RUN, "together", "none"),
-    "ceiling": (FLEET_RUN, "ceiling", "none"),
     "fsdp-gloo": (TORCHRUN, "fsdp", "gloo"),
     "fsdp-fleet": (FLEET_RUN, "fsdp", "fleet"),
+    "together": (FLEET_RUN, "together", "none"),
+    "ceiling": (FLEET_RUN, "ceiling", "none"),
 }
 RANK = Path(__file__).resolve().with_name("ddp_rank.py")
 APART = ("together", "ceiling")  # each rank trains a model of its own
@@ -203,7 +203,9 @@ def plot(records: Records, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     models = list(dict.fromkeys(record["model"] for record in records))
-    figure, panels = plt.subplots(1, len(models), figsize=(2 + 4.5 * len(models), 4.5), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(models), figsize=(2 + 4.5 * len(models), 4.5), sharey=True, squeeze=False, layout="constrained"
+    )
     for panel, model in zip(panels[0], models, strict=True):
         here = {(r["system"], r["world_size"]): r["steps_per_s"] for r in records if r["model"] == model}
         worlds = sorted({world_size for _, world_size in here})
@@ -218,8 +220,7 @@ def plot(records: Records, file: Path) -> None:
         panel.set_title(model)
         panel.axhline(1, color="k", linewidth=0.8)
     panels[0][0].set_ylabel("steps per second, relative to Gloo")
-    panels[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(file, dpi=130)
 
 
