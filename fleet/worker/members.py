@@ -231,6 +231,9 @@ class Members:
         self.tell_exit(process)
 
     def _status(self, process: Process, exit: w.ProcessExited) -> m.RankStatus:
+        reason, kind = exit.reason, self.attempts[process.key[:2]].assign.spec.kind
+        if kind == "tasks" and exit.task >= 0 and not (exit.code or exit.signal or process.stopped):
+            reason = "exit code 0, which nobody had asked of it"  # its client waits for its results
         return m.RankStatus(
             member_id=process.member_id,
             worker_id=self.settings.worker_id,
@@ -241,7 +244,7 @@ class Members:
             out_of_memory=exit.out_of_memory and not process.stopped,
             stopped=process.stopped,
             stderr_tail=process.output.stderr_tail.decode(errors="replace"),
-            reason=exit.reason,
+            reason=reason,
             task=exit.task,
         )
 

@@ -13,7 +13,7 @@ from struct import error as StructError
 from time import monotonic, monotonic_ns
 from typing import NamedTuple
 
-IDLE, UNKNOWN = 0, -1
+IDLE, UNKNOWN = 0, -1  # unknown: it never noted any, or was let go
 _WORDS = Struct("=qqq")  # the current task, tasks that have ended, and when the current one began (monotonic, ns)
 
 
@@ -53,7 +53,7 @@ def seen(control: str, job_id: str, member_id: int) -> Seen | None:
 
 
 def last_task(control: str, job_id: str, member_id: int) -> int:
-    """The task that the runner was in: IDLE between tasks, UNKNOWN if it never noted any. Removes the file."""
+    """The task that the runner was in. Removes the file."""
     found = seen(control, job_id, member_id)
     with contextlib.suppress(OSError):
         _path(control, job_id, member_id).unlink()

@@ -29,7 +29,7 @@ from fleet.bus.poller import DescriptorPoller
 from fleet.bus.shared_memory import host_key
 from fleet.errors import ProtocolError
 from fleet.large_buffers import LargeBuffers
-from fleet.worker.progress import Progress
+from fleet.worker.progress import UNKNOWN, Progress
 
 ATTEND_EVERY_S = 0.02
 SEND_AFTER_S, SEND_FROM_BYTES = 0.001, 64 << 10  # results of short calls are sent together
@@ -101,6 +101,7 @@ class TaskRunner:
                     self._watch.wait(QUIET_AFTER_S)
             else:
                 self._send_results()
+        self._progress.begin(UNKNOWN)
         self._shelf.close()
         self._bus.close()
 

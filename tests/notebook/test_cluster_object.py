@@ -53,6 +53,7 @@ def test_calls_on_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str
         prints(cluster, capsys)
         refuses(cluster)
         is_stubborn(cluster, tmp_path, capsys)
+        ends_with_0(cluster, tmp_path, capsys)
         loses_its_place(cluster, capsys)
     assert repr(cluster) == "<fleet.Cluster of 3 ranks: 3 ranks closed>"
     with pytest.raises(UsageError, match="closed"):
@@ -132,6 +133,20 @@ def is_stubborn(cluster: fleet.Cluster, folder: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert cluster.run("'x' in globals()") == [False] * 3
     assert capsys.readouterr() == ("", "")  # the interrupt has told of it
+
+
+def ends_with_0(cluster: fleet.Cluster, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rank that ends is lost, whatever its exit code, in a call and between two."""
+    with pytest.raises(RanksLost, match=r"rank 1 failed \(.*\): exit code 0, which nobody had asked of it"):
+        cluster.run("import os\nif rank == 1: os._exit(0)")
+    os.mkfifo(folder / "end")
+    cluster.run(f"import os, threading\ndef end(): open({str(folder / 'end')!r}).close(), os._exit(0)")
+    cluster.run("if rank == 1: threading.Thread(target=end).start()")
+    (folder / "end").write_text("")
+    while "idle" in repr(cluster):
+        time.sleep(0.01)
+    assert cluster.run("rank") == [0, 1, 2]
+    assert "exit code 0, which nobody had asked of it" in capsys.readouterr().err
 
 
 def loses_its_place(cluster: fleet.Cluster, capsys: pytest.CaptureFixture[str]) -> None:

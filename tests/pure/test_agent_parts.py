@@ -11,6 +11,7 @@ from fleet.worker.effects import Effects
 from fleet.worker.members import DRAIN_S, STOP_GRACE_S, UNREAD_S, Members
 from fleet.worker.orchestrator_link import RECONNECT_WITHIN_S, OrchestratorLink
 from fleet.worker.preparation import STUCK_AFTER_S, Preparation
+from fleet.worker.progress import IDLE, UNKNOWN
 from fleet.worker.sessions import RETRY_S, Sessions
 from tests.pure.test_orchestrator import SPEC, VERSIONS
 
@@ -59,6 +60,22 @@ def test_nothing_is_sent_before_the_welcome() -> None:
 
 
 # Members
+
+
+def test_a_runner_that_ends_with_0_has_failed_unless_it_was_let_go() -> None:
+    found = effects()
+    held = members(found)
+    held.hold(m.Assign("r", 1, 2, (0, 1), 0, 1, m.Spec("tasks", "notebook")))
+    for key, task in ((KEY, UNKNOWN), (("r", 1, 0), IDLE), (("r", 1, 1), UNKNOWN)):
+        held.exited(w.ProcessExited(key, 0, 0, False, task))
+        for stream in ("stdout", "stderr"):
+            held.printed(w.Printed(key, stream, b""))
+    exits = [said.status for said in told(found, m.RankExited)]
+    assert [(status.failed, m.how(status)) for status in exits] == [
+        (False, "exit code 0"),
+        (True, "exit code 0, which nobody had asked of it"),
+        (False, "exit code 0"),
+    ]
 
 
 def test_members_share_neither_slots_nor_gpus_until_they_have_ended() -> None:
