@@ -211,7 +211,7 @@ class RankStatus(msgspec.Struct, frozen=True):
     out_of_memory: bool = False
     stopped: bool = False  # fleet had told it to stop before it ended
     stderr_tail: b.Text = ""
-    reason: b.Text = ""  # why it failed, where that is not its code: a lost worker; a runner's end that nobody had asked for
+    reason: b.Text = ""  # why it failed, where its code does not say it: a lost worker, a runner that ended unasked
     task: b.NumberOrNone = -1  # of a task runner: the task that it was making; 0: none, -1: not known, or it was let go
 
     @property

@@ -109,17 +109,22 @@ def _run(place: _Place, workers: int, printer: Printer, interruption: _Interrupt
         ended = job.run()
     except BrokenPipeError:
         return BROKEN_PIPE  # the reader of our output has gone; leaving ends the job
-    ranks = take_traces(place.target, job.job_id, place.output) if options.traces else []
-    if options.trace is not None:
-        save_trace(options.trace, ranks)
-    if options.report is not None:
-        save_report(place.target, job.job_id, options.report, ended, ranks)
+    cancelled_by = interruption.number if job.cancelled else 0
+    try:
+        with interruption.raised():
+            ranks = take_traces(place.target, job.job_id, place.output) if options.traces else []
+            if options.trace is not None:
+                save_trace(options.trace, ranks)
+            if options.report is not None:
+                save_report(place.target, job.job_id, options.report, ended, ranks)
+    except KeyboardInterrupt:
+        say("interrupted: the trace and the report of this job are not complete")
     if place.output is not None:
         place.output.say()
-    if job.cancelled:
+    if cancelled_by:
         if place.output is None:
             say(f"what it wrote to FLEET_OUTPUT_DIR stays on its workers: `fleet fetch {job.job_id}` brings it")
-        return 128 + interruption.number
+        return 128 + cancelled_by
     if text := report(ended, workers, printer.recent):
         print(text, file=sys.stderr, flush=True)
     elif ended.straggler is not None:

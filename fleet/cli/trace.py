@@ -55,8 +55,10 @@ def take_traces(target: Target, job_id: str, output: LocalOutput | None) -> list
     try:
         if output is not None:
             folder = output.storage.folder(job_id) / TRACE_FOLDER
-            ranks = of_folder(folder)
-            remove_tree(folder)
+            try:
+                ranks = of_folder(folder)
+            finally:
+                remove_tree(folder)
         else:
             with JobClient(target) as client:
                 ranks = of_ended(client, client.job(job_id))

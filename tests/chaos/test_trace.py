@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,22 @@ def test_a_killed_rank_has_its_trace(tmp_path: Path) -> None:
     _, found = made(tmp_path / "trace.json")
     assert found["rank 1 collective"] == ["all_reduce"] * 5
     assert found["rank 0 collective"] == [*["all_reduce"] * 5, "barrier"]
+
+
+@pytest.mark.chaos
+def test_an_interrupt_after_the_end_costs_the_trace_and_not_the_exit_code(tmp_path: Path) -> None:
+    script, trace = tmp_path / "train.py", tmp_path / "trace"
+    script.write_text("import fleet\ncomm = fleet.init()\nfor _ in range(1000): comm.barrier()\nraise SystemExit(3)")
+    os.mkfifo(trace)
+    words = ("--workers", "2", "--output", str(tmp_path / "out"), "--trace", str(trace), str(script))
+    with started("run", *words) as run, trace.open("rb") as reader:
+        run.send_signal(signal.SIGINT)  # while it writes more than a pipe takes
+        reader.read()
+        _, err = run.communicate(timeout=30)
+    assert run.returncode == 3
+    assert "interrupted: the trace" in err
+    assert ": exit code 3" in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.chaos
