@@ -364,8 +364,8 @@ class Service:
 
 def _show(window: Window, effect: state.Effect) -> None:
     """Keeps what people may want to see of an effect."""
-    if isinstance(effect, state.Send) and isinstance(effect.message, m.Output):
-        window.note_output(effect.message.job_id, effect.message.member_id, effect.message.data)
+    if isinstance(effect, state.Send) and isinstance(said := effect.message, m.Output):
+        window.note_output(said.job_id, said.member_id, said.data, (said.attempt, said.number))
     elif isinstance(effect, state.KeepOutput):
         window.note_output(effect.job_id, effect.member_id, effect.data)
     elif isinstance(effect, state.Log):

@@ -49,6 +49,7 @@ class OutputTail:
     line_count: int = 0  # of all that it printed, also of what is not kept
     chunks: deque[Chunk] = field(default_factory=deque)
     size_bytes: int = 0
+    last: dict[int, tuple[int, int]] = field(default_factory=dict)  # by rank: attempt and number of its last message
 
 
 class OutputPart(NamedTuple):
@@ -133,10 +134,15 @@ class Window:
             self._event_count += 1
             self._events.append((self._event_count, Event(time(), level, text)))
 
-    def note_output(self, job_id: str, member_id: int, data: bytes) -> None:
+    def note_output(self, job_id: str, member_id: int, data: bytes, number: tuple[int, int] | None = None) -> None:
+        """Keeps output. What has a number, an attempt's and the message's in it, may come again, and is kept once."""
         with self._lock:
             printed = self._printed.pop(job_id, None) or OutputTail(*self._emptied.pop(job_id, ()))
             self._printed[job_id] = printed
+            if number is not None:
+                if number <= printed.last.get(member_id, (0, 0)):
+                    return
+                printed.last[member_id] = number
             printed.chunks.append(Chunk(member_id, data))
             printed.line_count += data.count(b"\n")
             self._grow(printed, len(data) + CHUNK_BYTES)
