@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
+import resource
 from datetime import timedelta
 from typing import Any
 
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from fleet.torch import autoload
+from fleet.torch.shared_storage import move
 
 COUNT = 1 << 19  # elements: 2 MB
 
@@ -27,7 +31,7 @@ TOTAL = float(sum(range(1, world_size + 1)))
 
 
 def moved() -> int:
-    return len(operations._storages._windows)
+    return len(operations._storages.moved)
 
 
 def settled() -> None:
@@ -97,9 +101,90 @@ def memory_of_others_stays() -> None:
     known = tensor.numpy()
     reduces(tensor)
     assert (known == TOTAL).all()
+    tensor = torch.empty(COUNT + 2)
+    known = np.from_dlpack(tensor)
+    reduces(tensor)
+    assert (known == TOTAL).all()
+    given = torch.from_dlpack(np.empty(COUNT + 2, np.float32))
+    reduces(given)
     shared = torch.empty(COUNT + 3).share_memory_()
     reduces(shared)
     assert moved() == 0
+
+
+def a_storage_that_torch_gives_other_memory_is_found_there() -> None:
+    """As share_memory_() and queues do with the strategy file_system."""
+    x = torch.empty(COUNT + 10)
+    reduces(x)
+    assert moved() == 1
+    mp.set_sharing_strategy("file_system")
+    if rank == 0:
+        x.share_memory_()
+    else:
+        mp.SimpleQueue().put(x)
+    reduces(x)
+    assert moved() == 0
+    mp.set_sharing_strategy("file_descriptor")
+
+
+def a_forked_child_has_memory_of_its_own() -> None:
+    x = torch.empty(COUNT + 11)
+    reduces(x)
+    assert moved() == 1
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(read, 1)  # once the parent has written
+        is_snapshot = bool((x == TOTAL).all())
+        x.zero_()
+        os._exit(0 if is_snapshot else 1)
+    x.fill_(rank + 1)
+    os.write(write, b"x")
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(read)
+    os.close(write)
+    dist.all_reduce(x)
+    assert (x == TOTAL).all()
+    [loaded] = torch.utils.data.DataLoader(Adds(x), batch_size=None, num_workers=1, multiprocessing_context="fork")
+    assert loaded == TOTAL + 100
+    assert (x == TOTAL).all()
+
+
+class Adds(torch.utils.data.Dataset[float]):
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, _: int) -> float:
+        return self.x.add_(100)[0].item()
+
+
+def a_storage_stays_where_there_is_no_descriptor_for_its_move() -> None:
+    window = operations.comm.empty(COUNT).view(np.uint8)
+    x = torch.ones(COUNT)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = max(map(int, os.listdir("/proc/self/fd"))) + 1  # and those below may be free
+    spare = [os.open(os.devnull, os.O_RDONLY) for _ in range(used)]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(spare) + 1, hard))
+        for free in range(2):  # none, and one that is not enough
+            address = x.data_ptr()
+            assert not move(x.untyped_storage(), window)
+            assert x.data_ptr() == address
+            assert (x == 1).all()
+            if free == 0:
+                os.close(spare.pop())
+        while not move(x.untyped_storage(), window):
+            os.close(spare.pop())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in spare:
+            os.close(descriptor)
+    assert (x == 1).all()
+    x.fill_(2)
+    assert (window.view(np.float32) == 2).all()
 
 
 def ranks_need_not_be_alike() -> None:
@@ -164,6 +249,11 @@ settled()
 a_storage_that_has_moved_keeps_its_size()
 settled()
 memory_of_others_stays()
+a_storage_that_torch_gives_other_memory_is_found_there()
+settled()
+a_forked_child_has_memory_of_its_own()
+settled()
+a_storage_stays_where_there_is_no_descriptor_for_its_move()
 ranks_need_not_be_alike()
 one_rank_frees_what_the_others_map()
 settled()
