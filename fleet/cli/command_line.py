@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fleet.errors import UsageError
@@ -42,6 +42,8 @@ class CommandLine:
     kind: Literal["script", "module", "command"]
     target: str
     args: list[str]
+    misplaced: tuple[str, ...] = field(default=(), compare=False)  # fleet's options among the arguments
+    instead: str = field(default="", compare=False)  # the command line with these before the script's name
 
 
 def parse(words: Sequence[str], known: Mapping[str, bool], command: str = "run") -> CommandLine:
@@ -74,7 +76,32 @@ def parse(words: Sequence[str], known: Mapping[str, bool], command: str = "run")
     args = rest if kind == "command" else _take_workers(rest, options)
     if command == "sweep" and not _given(options, "--grid") and _given(args, "--grid"):
         raise UsageError(f"--grid stands before the script's name: fleet sweep --grid lr=0.1,0.01 {target}")
-    return CommandLine(options, kind, target, args)
+    if kind != "script":
+        return CommandLine(options, kind, target, args)
+    until = rest.index("--") if "--" in rest else len(rest)  # what comes after it is meant for the script
+    moved, stays = _sorted_out(rest[:until], known)
+    if not moved:
+        return CommandLine(options, kind, target, args)
+    misplaced = tuple(dict.fromkeys(name for word in moved if (name := word.partition("=")[0]) in known))
+    instead = shlex.join([*words[:at], *moved, target, *stays, *rest[until:]])
+    return CommandLine(options, kind, target, args, misplaced, f"fleet {command} {instead}")
+
+
+def _sorted_out(words: Sequence[str], known: Mapping[str, bool]) -> tuple[list[str], list[str]]:
+    """Options of fleet among the words, by their long names and with their values; and the other words, with --workers."""
+    moved: list[str] = []
+    stays: list[str] = []
+    at = 0
+    while at < len(words):
+        name, equals, _ = words[at].partition("=")
+        if not name.startswith("--") or name in (WORKERS, HELP) or name not in known:
+            stays.append(words[at])
+            at += 1
+        else:
+            taken = 2 if known[name] and not equals else 1
+            moved += words[at : at + taken]
+            at += taken
+    return moved, stays
 
 
 def _take_workers(rest: Sequence[str], options: list[str]) -> list[str]:

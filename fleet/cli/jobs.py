@@ -15,8 +15,10 @@ import msgspec
 
 from fleet import messages as m
 from fleet.cli.runtime import runtime_folder
+from fleet.cli.script import hint_at_options
 from fleet.cli.submission import Submission
 from fleet.cli.table import in_json, span, table, terminal_width
+from fleet.client.attached_job import say
 from fleet.client.grid import POINTS_AT_MOST
 from fleet.client.job_client import JobClient
 from fleet.client.printer import Printer
@@ -44,6 +46,8 @@ def submit(target: Target, submission: Submission) -> str:
 def submit_each(target: Target, submission: Submission, each: Sequence[tuple[list[str], PointItems]]) -> list[str]:
     """Submits a job for each list of arguments, with its point of a sweep, and one bundle for all. Returns their ids."""
     submission.check()
+    if hint := hint_at_options(submission.command):
+        say(hint)
     with runtime_folder() as runtime, JobClient(target) as client:
         spec, bundle = submission.bundled(runtime)
         submits = [

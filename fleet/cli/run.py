@@ -24,7 +24,7 @@ from fleet.cli.options import RunOptions
 from fleet.cli.output import MB, LocalOutput, bring, check_folder, local_output
 from fleet.cli.page import address_of
 from fleet.cli.runtime import runtime_folder
-from fleet.cli.script import preload_for
+from fleet.cli.script import hint_at_options, preload_for
 from fleet.cli.stdin import Readers, readers, standard_input
 from fleet.cli.submission import Submission, submission_of
 from fleet.cli.trace import save_trace, take_traces
@@ -86,6 +86,8 @@ def run_job(command: CommandLine, options: RunOptions) -> int:
         from fleet.cli.slurm import serve
 
         return serve(task, _preload(imports), options.timeout, local_output(options.output).storage)
+    if hint := hint_at_options(command):
+        say(hint)
     try:
         printer = Printer(submission.workers, sys.stdout, sys.stderr, _coloured, options.log_dir)
     except OSError as error:

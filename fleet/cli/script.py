@@ -19,6 +19,7 @@ from fleet.errors import UsageError
 from fleet.worker.imports import Imports, imports_of
 from fleet.worker.zygote import RANK
 
+_NAMED = r"(?<!\w){}(?!\w)"
 NOTHING = Imports((), frozenset())
 
 
@@ -29,6 +30,26 @@ def check_target(command: CommandLine) -> Imports:
             _refuse_command(command)
         return check_script(Path(command.target))
     return check_module(command.target) if command.kind == "module" else NOTHING
+
+
+def hint_at_options(command: CommandLine) -> str:
+    """A sentence about fleet's options behind the script's name that the text of the script does not name; often empty."""
+    if not command.misplaced:
+        return ""
+    try:
+        source = Path(command.target).read_text(errors="replace")
+    except OSError:
+        return ""  # a folder
+    unnamed = [
+        name for name in command.misplaced if not re.search(_NAMED.format(name[2:].replace("-", "[-_]")), source)
+    ]
+    if not unnamed:
+        return ""
+    one = len(unnamed) == 1
+    return (
+        f"{', '.join(unnamed)} {'goes' if one else 'go'} to {command.target}, which does not name {'it' if one else 'them'}; "
+        f"an option of fleet stands before the script's name: {command.instead}"
+    )
 
 
 def _refuse_command(command: CommandLine) -> None:

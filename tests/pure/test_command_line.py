@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fleet.cli.command_line import CommandLine, parse
+from fleet.cli.script import hint_at_options
 from fleet.errors import UsageError
 
 KNOWN = {"--workers": True, "--log-dir": True, "--grid": True, "--gpus": True, "--insecure": False, "--help": False}
@@ -43,6 +46,36 @@ KNOWN = {"--workers": True, "--log-dir": True, "--grid": True, "--gpus": True, "
 )
 def test_command_lines(typed: str, command: CommandLine) -> None:
     assert parse(typed.split(), KNOWN) == command
+
+
+@pytest.mark.parametrize(
+    ("typed", "source", "answer"),
+    [
+        (
+            "{} --workers 2 --insecure --lr 1 --log-dir x",
+            "import argparse",
+            "--insecure, --log-dir go to t.py, which does not name them; an option of fleet stands before the script's name: "
+            "fleet run --insecure --log-dir x {} --workers 2 --lr 1",
+        ),
+        (
+            "--workers 2 {} --gpus=1 -- --log-dir",
+            "gpus_count = 1",
+            "--gpus goes to t.py, which does not name it; an option of fleet stands before the script's name: "
+            "fleet run --workers 2 --gpus=1 {} -- --log-dir",
+        ),
+        ("{} --log-dir x --gpus 1 --help -o x", "p.add_argument('--log_dir'); p.add_argument('--gpus')", ""),
+        ("{} -- --insecure", "", ""),
+        ("-m pkg --insecure", "", ""),
+        ("-- cmd --insecure", "", ""),
+    ],
+)
+def test_an_option_that_the_script_does_not_know_is_hinted_at(
+    typed: str, source: str, answer: str, tmp_path: Path
+) -> None:
+    script = tmp_path / "t.py"
+    script.write_text(source)
+    said = hint_at_options(parse(typed.format(script).split(), KNOWN))
+    assert said == answer.format(script).replace("to t.py", f"to {script}")
 
 
 @pytest.mark.parametrize(
