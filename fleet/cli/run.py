@@ -124,7 +124,7 @@ def _run(place: _Place, workers: int, printer: Printer, interruption: _Interrupt
     if place.output is not None:
         place.output.say()
     if cancelled_by:
-        if place.output is None:
+        if place.output is None and job.ever_started:
             say(f"what it wrote to FLEET_OUTPUT_DIR stays on its workers: `fleet fetch {job.job_id}` brings it")
         return 128 + cancelled_by
     if text := report(ended, workers, printer.recent):

@@ -60,6 +60,10 @@ class AttachedJob:
     def cancelled(self) -> bool:
         return self._attachment.cancelled or bool(self._cancels)
 
+    @property
+    def ever_started(self) -> bool:
+        return self._attachment.ever_started
+
     def run(self) -> m.JobEnded:
         """Returns once the job has ended and all of its output is printed. Raises ConfigError if it cannot start.
 
@@ -105,10 +109,10 @@ class AttachedJob:
     def _take(self, message: m.Message) -> None:
         if isinstance(message, m.Want) and self._bundle is not None:
             self._connection.put(read_part(self._bundle, message))
-        elif isinstance(message, m.Started) and not self._target.local:
+            return
+        if isinstance(message, m.Started) and not self._target.local:
             self._printer.name_of = lambda rank: f"{shown(message.workers[rank])}:{rank}"
-        else:
-            self._perform(self._attachment.step(message))
+        self._perform(self._attachment.step(message))
 
     def _perform(self, effects: Iterable[Effect]) -> None:
         for effect in effects:

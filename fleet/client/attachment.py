@@ -41,7 +41,9 @@ class Attachment:
         self._orchestrator = orchestrator
         self._local = local
         self._timeout_s = timeout_s
+        self.ever_started = False  # any rank, as far as this client was told
         self._welcomed = False
+        self._lost = False
         self._outputs = OutputSequence()
         self._deadlines: Deadlines[Literal["say", "leave"]] = Deadlines()
         if not local:
@@ -53,7 +55,7 @@ class Attachment:
         if again or not self._welcomed:
             self._end("cancelled")
         cancel = m.Cancel(self._job_id, again, signal)
-        if again:
+        if again or not self._welcomed:
             return [cancel]
         self._deadlines.set("leave", now + LEAVE_AFTER_S)
         return [Say("stopping all ranks (once more: at once)"), cancel]
@@ -61,12 +63,18 @@ class Attachment:
     def lost(self) -> list[Effect]:
         if self.cancelled:
             return []
+        self._lost = True
         return [Say(f"lost the orchestrator at {self._orchestrator}; trying again until it is back (Ctrl-C: leave)")]
 
     def step(self, message: m.Message) -> list[Effect]:
         if isinstance(message, m.Welcome):
             self._welcomed = True
             self._deadlines.discard("say")
+            was_lost, self._lost = self._lost, False
+            if was_lost:
+                return [Say(f"the orchestrator at {self._orchestrator} is back")]
+        elif isinstance(message, m.Started) and message.job_id == self._job_id:
+            self.ever_started = True
         elif isinstance(message, m.Rejected) and message.job_id == self._job_id:
             self._end(f"not taken: {message.reason}")
         elif isinstance(message, m.JobWaiting) and not self._local:

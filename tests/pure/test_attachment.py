@@ -58,7 +58,7 @@ def test_a_cancel_that_nobody_answers_is_over_after_a_while() -> None:
 
 def test_a_cancel_before_the_welcome_ends_at_once() -> None:
     job = attachment()
-    job.cancel(0, 1.0)
+    assert job.cancel(0, 1.0) == [m.Cancel("j", False, 0)]  # and nothing is said of ranks
     assert job.ended == m.JobEnded("j", "cancelled", -1)
 
 
@@ -81,3 +81,8 @@ def test_a_lost_orchestrator_is_said() -> None:
     (said,) = job.lost()
     assert isinstance(said, Say)
     assert said.text.startswith("lost the orchestrator at here:1")
+    assert job.step(WELCOME) == [Say("the orchestrator at here:1 is back")]
+    assert job.step(WELCOME) == []
+    assert not job.ever_started
+    job.step(m.Started("j", hosts=("h",), workers=("w",)))
+    assert job.ever_started
