@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from functools import partial
 
 from fleet.cli import open_what_is_closed
@@ -41,7 +42,8 @@ def _serve(answer: int, slots: int, gpus: int, preload: str) -> None:
         from fleet.worker.storage import Storage
 
         with embedded_cluster(runtime, slots, "tcp", zygote, Storage(runtime / "output"), gpus) as target:
-            with open(answer, "w", encoding="utf-8") as file:
+            # Where the parent was interrupted, nobody reads it, and standard input has ended.
+            with suppress(BrokenPipeError), open(answer, "w", encoding="utf-8") as file:
                 file.write(f"{target.endpoint}\n")
             target.failure.listen(partial(_end, target.failure))
             sys.stdin.buffer.read()

@@ -14,7 +14,8 @@ from pathlib import Path
 from fleet import interpreter
 from fleet.bus.lock import Lock
 from fleet.client.target import Target
-from fleet.errors import FleetError
+from fleet.config import gpu_count
+from fleet.errors import FleetError, UsageError
 from fleet.values import Spec, portable
 
 # Modules that runners find imported where the caller has imported them: a runner then costs a fork.
@@ -34,13 +35,23 @@ class Place:
     ended: Callable[[], str] = lambda: ""  # how the process of the local slots has ended, in words
 
 
+def check_gpus(count: int) -> None:
+    """Raises UsageError where this machine has fewer GPUs: processes would get numbers of some that are not there."""
+    if count > (found := gpu_count()):
+        raise UsageError(
+            f"{count} {'GPU is' if count == 1 else 'GPUs are'} asked for, and this machine has {found or 'none'} "
+            "(CUDA_VISIBLE_DEVICES, /dev/nvidia*); ORCHESTRATOR_ADDR says which cluster has some"
+        )
+
+
 @contextmanager
 def local_place(slots: int, gpus: int) -> Iterator[Place]:
     """Starts a process with an orchestrator, a worker and its slots. That ends with this process, however this one ends.
 
     It is no thread of this process, so that the caller's module is not imported a second time, and each has its own GIL.
-    Runners search for modules where the caller does.
+    Runners search for modules where the caller does. Raises UsageError where there are not so many GPUs.
     """
+    check_gpus(gpus)
     preload = ",".join(name for name in PRELOADED if name in sys.modules)
     words = ["local-slots", str(slots), str(gpus), preload]
     read, write = os.pipe()

@@ -22,7 +22,7 @@ from fleet import messages as m
 from fleet.client.call_packer import CallPacker, PackedCall
 from fleet.client.caller_code import cluster_place
 from fleet.client.executor import MAX_BUNDLE
-from fleet.client.local_cluster import Place, local_place
+from fleet.client.local_cluster import Place, check_gpus, local_place
 from fleet.client.output_sequence import OutputSequence
 from fleet.client.target import cluster_target
 from fleet.errors import ConfigError, FleetError, UsageError, rank_set
@@ -150,6 +150,8 @@ class Cluster:
         if timeout_s <= 0:
             raise UsageError(f"timeout_s is {timeout_s}: it must be above 0")
         address = addr or config.orchestrator_address()
+        if address is None:
+            check_gpus(size * gpus)
         python = "" if address is None else versions().python_minor
         options = JobOptions(name="notebook", max_restarts=0, slots=slots, gpus=gpus, python=python)
         self.timeout_s = timeout_s

@@ -110,6 +110,8 @@ def refuses(cluster: fleet.Cluster) -> None:
     for wrong in ({"workers": "2"}, {"workers": 2.5}, {"workers": 0}, {"workers": 1, "timeout_s": -1.0}):
         with pytest.raises(UsageError, match="must be"):
             fleet.Cluster(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="1000 GPUs are asked for"):
+        fleet.Cluster(2, gpus=500)
     with pytest.raises(UsageError, match="of type int"):
         cluster.run(5)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="no arguments"):

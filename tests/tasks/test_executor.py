@@ -346,6 +346,7 @@ def test_ctrl_c_ends_what_runs_at_once(tmp_path: Path, program: str) -> None:
         ({"retries": -1}, "retries is -1"),
         ({"timeout": 0}, "timeout is 0"),
         ({"slots": 0}, "must be at least 1"),
+        ({"max_workers": 2, "gpus": 500}, "1000 GPUs are asked for, and this machine has "),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_starts(options: dict[str, int], why: str) -> None:

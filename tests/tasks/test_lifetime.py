@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 import fleet
+from fleet import interpreter
 from fleet.cli.runtime import runtime_folder
 
 
@@ -52,6 +53,16 @@ def test_a_script_that_drops_its_executor_gets_its_results_before_it_ends() -> N
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "32\n", "")
+
+
+def test_a_pool_whose_caller_was_interrupted_meanwhile_ends_without_a_word() -> None:
+    read, write = os.pipe()
+    words = interpreter.command("local-slots", "1", "0", "", str(write))
+    pool = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=[write])
+    os.close(read)
+    os.close(write)
+    _, said = pool.communicate(timeout=20)
+    assert (pool.returncode, said) == (0, b"")
 
 
 def test_a_killed_pool_of_local_slots_is_a_lost_task_and_not_a_wait(tmp_path: Path) -> None:
