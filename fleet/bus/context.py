@@ -5,6 +5,7 @@ A shell has one Bus. Only the shell's thread uses the sockets of that Bus.
 
 from __future__ import annotations
 
+import errno
 import re
 from typing import Self
 
@@ -82,8 +83,10 @@ class Bus:
             socket.bind(endpoint)
         except zmq.ZMQError as error:
             holder = holder_of(endpoint) if error.errno == zmq.EADDRINUSE else ""
-            gone = "; it is no address of this machine (any more)" if error.errno == zmq.EADDRNOTAVAIL else ""
-            raise ConfigError(f"cannot listen on {endpoint}: {error.strerror}{holder}{gone}") from None
+            reason = (error.strerror or "").partition(" (addr=")[0]
+            if error.errno in (errno.EADDRNOTAVAIL, errno.ENODEV):
+                reason = "it is no address of this machine (any more), nor a name of one, nor an interface"
+            raise ConfigError(f"cannot listen on {endpoint}: {reason}{holder}") from None
         last = socket.last_endpoint
         found = (last if isinstance(last, bytes) else str(last).encode()).rstrip(b"\0").decode()
         bound = _MAPPED.sub(r"\1", found)

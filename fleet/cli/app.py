@@ -21,6 +21,7 @@ _MISTAKE: Any = typer.BadParameter.__mro__[2]  # base of typer's errors for what
 RUN_SOMETHING = ("run", "submit", "sweep")  # commands with a script's words behind their own
 
 app = typer.Typer(
+    cls=o.Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train a model with more than one Python process, on one machine or many.",
@@ -179,7 +180,10 @@ def secret_command(
 @o.command(app, "why")
 def why_command(
     job: Annotated[str, typer.Argument(help="The job's id.", show_default="the only one that runs")] = "",
-    last: Annotated[int, o.option("Collectives to show of each rank.")] = 20,
+    last: Annotated[
+        int | None,
+        o.option("Collectives to show of each rank.", check=o.not_negative, default="3; with --json 20"),
+    ] = None,
     stacks: Annotated[bool, o.option("With the stacks of all threads of each rank.", "--stacks")] = False,
     as_json: o.AsJson = False,
     *,

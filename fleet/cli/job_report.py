@@ -63,7 +63,8 @@ def _client(job_id: str, target: Target | None) -> Iterator[tuple[JobClient, Tar
             found.append(here)
     if not found:
         raise UsageError(
-            "no such job runs on this machine; set ORCHESTRATOR_ADDR for a cluster's, also of jobs that have ended"
+            f"no {'such ' if job_id else ''}job runs on this machine; set ORCHESTRATOR_ADDR for a cluster's, also of jobs that "
+            "have ended"
         )
     if len(found) > 1:
         raise UsageError("several jobs run on this machine: say which one; `fleet why --json` has their ids")

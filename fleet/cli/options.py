@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from fleet import config
 from fleet.client.target import Target, cluster_target
@@ -270,6 +271,27 @@ class DaemonOptions:
 # Commands
 
 
+class Command(TyperCommand):
+    """A command whose help gives its flags no type, since they take no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return flags_without_type(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """The same for a command with commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        return flags_without_type(super().get_params(ctx))
+
+
+def flags_without_type(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
+
+
 def command(
     app: typer.Typer, name: str, usage: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -283,7 +305,7 @@ def command(
         options = list(_options(function))
         vars(called)["__signature__"] = Signature(options)  # typer looks there, and at the annotations
         called.__annotations__ = {option.name: option.annotation for option in options}
-        app.command(name, options_metavar=usage)(called)
+        app.command(name, cls=Command, options_metavar=usage)(called)
         return function
 
     return declare

@@ -15,7 +15,7 @@ from fleet.client.attached_job import say
 from fleet.client.job_client import JobClient
 from fleet.client.target import Target
 from fleet.config import TRACE_FOLDER
-from fleet.errors import FleetError, UsageError
+from fleet.errors import FleetError, UsageError, rank_set
 
 if TYPE_CHECKING:
     from fleet.client.clocks import Clocks
@@ -44,7 +44,7 @@ def trace(job_id: str, target: Target | None, path: Path, seconds: float | None,
         raise UsageError(f"several jobs run on this machine: say which one ({ids})")
     ranks, clocks = of_activity(found[0])
     if found[0].silent:
-        say(f"{len(found[0].silent)} ranks did not answer: they are not in the trace")
+        say(f"ranks that did not answer are not in the trace: {rank_set(found[0].silent, 0)}")
     _write(path, ranks, clocks, merge)
 
 
@@ -90,6 +90,5 @@ def _write(path: Path, ranks: list[TracedRank], clocks: Clocks | None = None, me
     write(line, path, chain.from_iterable(profile.events() for profile in merged))
     how = metadata(line)["clocks"]
     clocks_said = "" if how == "one" else "; clocks: " + ", ".join(f"{host} {text}" for host, text in how.items())
-    say(
-        f"trace: {path} with {len(ranks)} ranks, {shown(line)} collectives and spans{clocks_said}; open it at ui.perfetto.dev"
-    )
+    count = f"{len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}"
+    say(f"trace: {path} with {count}, {shown(line)} collectives and spans{clocks_said}; open it at ui.perfetto.dev")

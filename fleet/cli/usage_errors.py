@@ -24,10 +24,12 @@ def check_command(words: Sequence[str], commands: Iterable[str]) -> None:
         raise UsageError(f"write fleet {of}--help")
     if first in ("-V", "-v"):
         raise UsageError("write fleet --version")
-    if first.startswith("-") or first.endswith(_RUNS):
-        raise UsageError(f"a command comes first, to run a script: fleet run {shlex.join(words)}")
     import difflib  # only for mistakes
 
+    if near := difflib.get_close_matches(first, ALONE, 1, 0.75):
+        raise UsageError(f"fleet does not know {first}: it is {near[0]}")
+    if first.startswith("-") or first.endswith(_RUNS):
+        raise UsageError(f"a command comes first, to run a script: fleet run {shlex.join(words)}")
     near = difflib.get_close_matches(first, names, 1, 0.6)
     hint = f" (is it {near[0]}?)" if near else ""
     raise UsageError(f"there is no command {first}{hint}; fleet --help lists them, and fleet run runs a script")
@@ -41,6 +43,9 @@ def answer(message: str, words: Sequence[str]) -> str:
     for word, kind in _NUMBERS:
         if bad and word in message:
             return f"{bad.group(1)} is {_given(bad.group(1), words)!r}: it must be {kind}"
+    if missing := re.match(r"Missing argument '(\w+?)s?'", message):
+        thing = missing.group(1)
+        return f"say which {thing}: fleet {words[0]} {thing.upper()}; `fleet {thing}s` lists them"
     text = " ".join(message.split()).rstrip(".")
     return f"{text[:1].lower()}{text[1:]}; fleet {words[0]} --help says what may be given"
 

@@ -11,15 +11,26 @@ from fleet.client.target import Target
 from fleet.errors import ConfigError, UsageError
 
 LOCAL_WITHIN_S = 2.0
+RECENT, RECENT_IN_JSON = 3, 20  # collectives of each rank: a screen shows eight ranks
 
 
-def explain(job_id: str, count: int, target: Target | None, as_json: bool, stacks: bool = False) -> str:
-    """Activity of the ranks of a job, in words or as JSON. Raises ConfigError, UsageError."""
+def explain(job_id: str, count: int | None, target: Target | None, as_json: bool, stacks: bool = False) -> str:
+    """Activity of the ranks of a job, in words or as JSON. Raises ConfigError, UsageError.
+
+    `count` is the number of each rank's last collectives; None: what suits either.
+    """
     found = activities(job_id, target, stacks=stacks)
+    if count is None:
+        count = RECENT_IN_JSON if as_json else RECENT
     if as_json:
         told = [rank for f in found for rank in as_values(f.answers, f.silent, count, f.straggler)]
         return json.dumps(told, indent=1)
-    return "\n".join(described(f.answers, len(f.silent), count, f.straggler) for f in found)
+    several = len(found) > 1
+    return "\n".join(
+        (f"job {f.answers[0].job_id}\n" if several and f.answers else "")
+        + described(f.answers, len(f.silent), count, f.straggler)
+        for f in found
+    )
 
 
 def targets_here() -> list[Target]:
@@ -46,6 +57,8 @@ def activities(job_id: str, target: Target | None, trace_s: float = 0.0, stacks:
             continue  # left by a killed one
     if found:
         return found
-    raise UsageError(
-        "; ".join(reasons) or "no job runs on this machine; set ORCHESTRATOR_ADDR to ask a cluster's orchestrator"
-    )
+    if not reasons:
+        raise UsageError("no job runs on this machine; set ORCHESTRATOR_ADDR to ask a cluster's orchestrator")
+    running = [name for reason in reasons if (name := reason.partition("running: ")[2])]
+    runs = f"running: {', '.join(running)}" if running else "no job runs"
+    raise UsageError(f"{reasons[0].partition('; ')[0]}; {runs}")

@@ -76,7 +76,7 @@ def described(answered: list[m.Answer], silent_count: int, count: int, straggler
             lines.append(f"    has no connection to {', '.join(f'rank {rank}' for rank in answer.unreached)}")
         lines += [f"    {shown(line)}" for line in answer.stacks.splitlines()]
         records = answer.records.split("\n") if answer.records else []
-        lines += [f"    {shown(line)}" for line in records[-count:]]
+        lines += [f"    {shown(line)}" for line in records[max(0, len(records) - count) :]]
     if silent_count:
         lines.append(f"{silent_count} ranks did not answer within {ANSWER_WITHIN_S:g} s: stopped, frozen or cut off")
     return "\n".join(lines)
@@ -90,7 +90,7 @@ def as_values(
     told: list[dict[str, object]] = [
         {"job_id": answer.job_id, "attempt": answer.attempt, "rank": answer.member_id}
         | {name: getattr(answer, name) for name in ("host", "pid", "doing", "call", "line", "inside", "unreached")}
-        | {"recent": answer.records.split("\n")[-count:] if answer.records else []}
+        | {"recent": answer.records.split("\n")[-count:] if answer.records and count else []}
         | ({"stacks": answer.stacks} if answer.stacks else {})
         | {"holds_up": msgspec.to_builtins(straggler) if answer.member_id in slow else None}
         for answer in answered

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fleet import config
 from fleet.cli.app import RUN_SOMETHING, app
-from fleet.client.rank_activity import as_values
+from fleet.client.rank_activity import as_values, described
 from fleet.messages import Answer
 
 COMMANDS: dict[str, Any] = {
@@ -34,6 +34,11 @@ def test_one_thing_has_one_name() -> None:
     assert not found & {"--drain", "--group"}  # --within, and --sweep as the command is called
     json = [name for name, command in COMMANDS.items() if any("--json" in p.opts for p in command.params)]
     assert {"why", "workers", "jobs", "status", "submit", "sweep", "wait", "cancel", "drain"} <= set(json)
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_a_flag_has_no_type_in_the_help(words: list[str]) -> None:
+    assert "<bool>" not in CliRunner().invoke(app, words, prog_name="fleet").output
 
 
 @pytest.mark.parametrize("name", RUN_SOMETHING)
@@ -69,7 +74,11 @@ def test_the_version_is_an_option_as_everywhere(
         ("run t.py --workers=", "--workers is '': it must be a whole number"),
         ("run --grace x t.py", "--grace is 'x': it must be a number"),
         ("status -h", "write fleet status --help"),
-        ("status", "missing argument 'job'; fleet status --help says what may be given"),
+        ("status", "say which job: fleet status JOB; `fleet jobs` lists them"),
+        ("wait", "say which job: fleet wait JOB; `fleet jobs` lists them"),
+        ("drain --within 3", "say which worker: fleet drain WORKER; `fleet workers` lists them"),
+        ("--versoin", "fleet does not know --versoin: it is --version"),
+        ("why --last -1", "--last is -1: it must not be negative"),
         ("doctor --json", "no such option: --json; fleet doctor --help says what may be given"),
         ("run --timeout nan t.py", "--timeout is nan: it must be a number of seconds above 0, up to 1e9"),
         ("jobs --timeout inf", "--timeout is inf: it must be a number of seconds above 0, up to 1e9"),
@@ -107,6 +116,13 @@ def test_mistakes_get_one_sentence(
         run()
     assert ended.value.code == 2
     assert capsys.readouterr().err == f"fleet: {sentence}\n"
+
+
+def test_why_shows_as_many_collectives_as_it_is_told() -> None:
+    answer = Answer("j", 1, 0, 0, 2, "h", 7, 5, True, "is at t.py:3", "", "t.py:3", "one\ntwo\nthree")
+    for count, shown in ((0, []), (2, ["two", "three"]), (9, ["one", "two", "three"])):
+        assert [line.strip() for line in described([answer], 0, count).splitlines()[1:]] == shown
+        assert as_values([answer], [], count)[0]["recent"] == shown
 
 
 def test_why_as_values() -> None:
