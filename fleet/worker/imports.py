@@ -52,17 +52,15 @@ def imports_of(tree: ast.Module, folder: Path, packages: Sequence[Path] = ()) ->
     late: set[str] = set()
     for index, (what, name) in enumerate(found):
         top = name.partition(".")[0]
-        if what == "use":
-            if not changes and any(module.partition(".")[0] == "torch" for module in early):
-                early[LAZY] = None
-            continue
-        if what == "change" or top in sys.stdlib_module_names:
+        if what in ("change", "use") or top in sys.stdlib_module_names:
             continue
         before = index < first_change if what == "import" else not changes
         if not before:
             late.add(top)
         elif what != "seldom" and top in PRELOADABLE and PathFinder.find_spec(top, [str(folder)]) is None:
             early[name] = None
+    if ("use", "") in found and not changes and any(name.partition(".")[0] == "torch" for name in early):
+        early[LAZY] = None  # the last one, since a server whose import fails leaves out what comes behind it
     # `import fleet` alone imports no other module of these, fleet.init() does.
     if changes and all(name.partition(".")[0] == "fleet" for name in early):
         late |= {name.partition(".")[0] for name in early}
