@@ -13,7 +13,7 @@ import msgspec
 
 from fleet import bounds as b
 from fleet.errors import rank_set
-from fleet.text import shown_lines
+from fleet.text import shown_lines, some
 
 SUMS_AT_MOST = 64  # operations times paths
 _UNDECODED = re.compile("[\ud800-\udfff]")  # by which os.fsdecode replaces bytes that are no UTF-8
@@ -165,6 +165,32 @@ class RankTimes(msgspec.Struct, frozen=True):
     steps_per_s: b.Seconds = 0.0
 
 
+WORKERS_NAMED = 64  # of an attempt that is over
+
+
+class PastAttempt(msgspec.Struct, frozen=True):
+    """Attempt of a job that is over, where the job goes on. Times are seconds since the epoch, 0: never, or not known."""
+
+    number: b.Attempt
+    reason: b.Text  # why it ended, in words
+    started_at: b.Seconds = 0.0  # its ranks
+    ended_at: b.Seconds = 0.0
+    workers: b.WorkerIds = ()  # WORKERS_NAMED of them at most
+    worker_count: b.Count = 0
+
+    def __str__(self) -> str:
+        return f"attempt {self.number}: {self.reason}"
+
+
+def came_and_went(before: PastAttempt, workers: Sequence[str]) -> str:
+    """Difference between the workers of an attempt and those of the one before it, in words; empty: none, or not known."""
+    if not before.workers or len(before.workers) < before.worker_count:
+        return ""
+    came = sorted(set(workers) - set(before.workers))
+    went = sorted(set(before.workers) - set(workers))
+    return ", ".join([f"{some(came)} came"] * bool(came) + [f"{some(went)} went"] * bool(went))
+
+
 class JobInfo(msgspec.Struct, frozen=True):
     """State of a job for a person. Times are seconds since the epoch by the orchestrator's clock, 0: not yet."""
 
@@ -184,7 +210,8 @@ class JobInfo(msgspec.Struct, frozen=True):
     workers: b.WorkerIds  # by member_id
     waits_for: str  # the reason, in words, why it waits
     reason: str  # why it ended, if not by itself
-    history: tuple[str, ...] = ()  # how earlier attempts ended
+    attempts: tuple[PastAttempt, ...] = ()  # those before this one
+    attempt_started_at: float = 0.0  # of this attempt, where `started_at` is of the first one
     exit_codes: tuple[int, ...] = ()  # by member_id, of those that have ended; minus the number of a signal
     held_by: tuple[str, ...] = ()  # workers of any attempt: each may hold some of its output
     # Files that were deleted with its working folders, in words; sentences about other files begin with ON_WORKER.

@@ -25,8 +25,8 @@ from fleet.client.printer import Printer
 from fleet.client.report import exit_code, report
 from fleet.client.target import Target
 from fleet.errors import UsageError
-from fleet.text import shown
-from fleet.values import ON_WORKER, native, portable
+from fleet.text import shown, some
+from fleet.values import ON_WORKER, came_and_went, native, portable
 
 LOOK_AGAIN_S = 0.2  # between two questions of `logs -f`
 CANCEL_WITHIN_S = 5.0
@@ -104,22 +104,45 @@ def described(job: m.JobInfo) -> str:
         ("state", job.status),
         ("runs", " ".join(map(native, (job.target, *job.args)))),
         ("ranks", f"{job.world_size}{_each(o)}"),
-        ("submitted", strftime("%Y-%m-%d %H:%M:%S", local(job.submitted_at))),
+        ("submitted", _at(job.submitted_at)),
         ("waits for", job.waits_for),
         ("slow", "" if job.straggler is None else job.straggler.told(is_over=bool(job.outcome))),
         ("steps", _steps(job)),
         ("why", job.reason),
         ("ran", span(_ran_s(job)) if job.started_at else ""),
-        ("attempt", f"{job.attempt} of at most {o.max_restarts + 1}"),
+        ("attempt", f"{job.attempt} of at most {o.max_restarts + 1}{_since(job)}"),
         ("priority", str(o.priority) if o.priority else ""),
         ("policy", o.policy),
         ("sweep", o.sweep),
         ("workers", ", ".join(f"{rank} on {worker}" for rank, worker in enumerate(job.workers))),
         ("exit codes", ", ".join(map(str, job.exit_codes))),
         *(("files" if sentence.startswith(ON_WORKER) else "deleted", sentence) for sentence in job.left),
-        *(("before", line) for line in job.history),
+        *(("before", past(attempt)) for attempt in job.attempts),
     ]
     return "\n".join(f"{name + ':':<12} {shown(text)}" for name, text in lines if text)
+
+
+def past(attempt: m.PastAttempt) -> str:
+    """An attempt that is over, in words: when and where it ran, and why it ended."""
+    if not attempt.ended_at:
+        return str(attempt)
+    ran = ", which never started"
+    if attempt.started_at:
+        ran = f" from {_at(attempt.started_at)} for {span(max(0.0, attempt.ended_at - attempt.started_at))}"
+    where = f" on {some(attempt.workers)}" if attempt.workers else ""
+    return f"attempt {attempt.number}{ran}{where}: {attempt.reason}"
+
+
+def _since(job: m.JobInfo) -> str:
+    """When an attempt after the first one started, and which workers came and went."""
+    if not job.attempts or not job.attempt_started_at:
+        return ""
+    changed = came_and_went(job.attempts[-1], job.workers)
+    return f", from {_at(job.attempt_started_at)}{f': {changed}' if changed else ''}"
+
+
+def _at(epoch_s: float) -> str:
+    return strftime("%Y-%m-%d %H:%M:%S", local(epoch_s))
 
 
 def wait(target: Target, prefixes: Sequence[str], as_json: bool) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from fleet import messages as m
+from fleet.cli.jobs import past
 from fleet.cli.table import span
 from fleet.cli.top_rows import job_style
 from fleet.cli.top_state import ANSWER_WITHIN_S, RECORDS_SHOWN, Top
@@ -68,7 +69,7 @@ def _sentences(top: Top, job: m.JobInfo, wall: float) -> list[tuple[str, str]]:
     if job.reason:
         found.append((job.reason, "red"))
     found.append((f"runs {' '.join(map(native, (job.target, *job.args)))}", "dim"))
-    return found + [(f"before: {line}", "dim") for line in job.history[-2:]]
+    return found + [(f"before: {past(attempt)}", "dim") for attempt in job.attempts[-2:]]
 
 
 def _wrapped(text: str, columns: int, style: str) -> list[Text]:

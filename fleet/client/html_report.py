@@ -12,7 +12,8 @@ from fleet.client.markup import Html, Inside, rows, tag, together
 from fleet.client.pictures import bars, collectives, duration, shares, steps
 from fleet.client.report import report
 from fleet.client.trace_events import TracedJob
-from fleet.values import amount_of, how, native
+from fleet.text import some
+from fleet.values import amount_of, came_and_went, how, native
 
 TAIL_CHARS = 20_000  # of what a rank printed last
 RANKS_AT_MOST = 256  # in a table
@@ -105,7 +106,7 @@ def _failure(facts: Facts) -> Html | None:
         tail = together(
             (tag("p", f"The end of stderr of rank {cause.member_id}:"), tag("pre", cause.stderr_tail[-TAIL_CHARS:]))
         )
-    return _section("The first failure", *(tag("p", line) for line in lines), tail)
+    return _section("Why it ended" if cause is None else "The first failure", *(tag("p", line) for line in lines), tail)
 
 
 def _where(facts: Facts) -> Html:
@@ -181,17 +182,27 @@ def _course(facts: Facts) -> Html:
     """What happened, in order: attempts, and the workers that were lost."""
     job = facts.job
     happened = [(when(job.submitted_at), "submitted")]
-    happened += [("", line) for line in job.history]
-    if job.started_at:
-        happened.append(
-            (when(job.started_at), f"attempt {job.attempt} started on {', '.join(dict.fromkeys(job.workers))}")
-        )
+    before = None
+    for past in job.attempts:
+        if past.started_at:
+            happened.append((when(past.started_at), _began(past.number, past.workers, past.worker_count, before)))
+        happened.append((when(past.ended_at) if past.ended_at else "", f"attempt {past.number} ended: {past.reason}"))
+        before = past
+    started_at = job.attempt_started_at or (0.0 if job.attempts else job.started_at)
+    workers = tuple(dict.fromkeys(job.workers))
+    if started_at or (workers and not job.waits_for):
+        happened.append((when(started_at) if started_at else "", _began(job.attempt, workers, len(workers), before)))
     elif job.waits_for:
         happened.append(("", f"waits for {job.waits_for}"))
     if job.ended_at:
         happened.append((when(job.ended_at), f"{job.status}{f': {job.reason}' if job.reason else ''}"))
     happened += [("", f"deleted or not kept: {sentence}") for sentence in job.left]
     return _section("Its course", rows(("when", "what"), happened))
+
+
+def _began(number: int, workers: Sequence[str], count: int, before: m.PastAttempt | None) -> str:
+    changed = came_and_went(before, workers) if before is not None and len(workers) == count else ""
+    return f"attempt {number} started on {some(workers, count)}{f'; {changed}' if changed else ''}"
 
 
 def _tables(facts: Facts) -> Iterator[Html]:

@@ -76,7 +76,8 @@ class Job(msgspec.Struct):
     outcome: str = ""  # see JobInfo
     starts_again: bool = False  # once its ranks have stopped: a worker was lost, or handed it back
     losses: int = 0  # attempts that ended with the loss of a worker
-    history: tuple[str, ...] = ()  # how earlier attempts ended
+    attempts: tuple[m.PastAttempt, ...] = ()  # those before this one
+    attempt_started_at: float = 0.0  # on the wall's clock; 0: not yet
     # By worker of any attempt, each of which may hold some of the output: the storage that it is in.
     held_by: dict[str, str] = {}
     left: tuple[str, ...] = ()  # files that were deleted with its working folders, in words
@@ -142,11 +143,16 @@ class Job(msgspec.Struct):
         ranks = tuple(_with_tail(self.exits[member_id], kept) for member_id in sorted(self.exits))
         return m.JobEnded(self.job_id, self.reason, self.cause, ranks, self.outcome, self.straggler)
 
-    def begin_again(self, now: float) -> None:
+    def begin_again(self, now: float, epoch: float) -> None:
         """Back into the queue, as the next attempt. Messages about the one before are dropped from now on."""
         self.move(JobState.QUEUED)
-        self.history += (f"attempt {self.attempt}: {self.reason}",)
-        self.attempt += 1
+        workers = self.workers
+        named = workers[: m.WORKERS_NAMED]
+        ended = m.PastAttempt(
+            self.attempt, self.reason, self.attempt_started_at, max(0.0, epoch + now), named, len(workers)
+        )
+        self.attempts += (ended,)
+        self.attempt, self.attempt_started_at = self.attempt + 1, 0.0
         self.queued_at = now
         self.seats, self.hosts, self.waits_for, self.reason, self.cause = (), (), "", "", -1
         self.starts_again = False
@@ -182,17 +188,18 @@ def _with_tail(status: m.RankStatus, chars: int) -> m.RankStatus:
     return msgspec.structs.replace(status, stderr_tail=status.stderr_tail[len(status.stderr_tail) - chars :])
 
 
-class Exits(msgspec.Struct):
-    """What a record has of the exits of its job."""
+class Beside(msgspec.Struct):
+    """What a record has beside the fields of its job."""
 
     exits: tuple[m.RankStatus, ...] = ()
+    history: tuple[str, ...] = ()  # of 0.1: how earlier attempts ended, each as a PastAttempt's text
 
 
 _KEPT = Job.__struct_fields__[: Job.__struct_fields__.index("straggler") + 1]
 _TIMES = ("submitted_at", "queued_at", "started_at", "ended_at")
 _kept_of = attrgetter(*_KEPT)  # a job is written down three times in its life, at the least
 _encoder = msgspec.msgpack.Encoder()
-_jobs, _exits = msgspec.msgpack.Decoder(Job), msgspec.msgpack.Decoder(Exits)
+_jobs, _beside = msgspec.msgpack.Decoder(Job), msgspec.msgpack.Decoder(Beside)
 
 
 def record(job: Job, epoch: float) -> bytes:
@@ -205,11 +212,13 @@ def record(job: Job, epoch: float) -> bytes:
 def recalled(data: bytes, epoch: float) -> Job:
     """Job of a record. Raises ValueError for bytes that are no record; it names the job if they say which one it is."""
     try:
-        job, exits = _jobs.decode(data), _exits.decode(data).exits
+        job, beside = _jobs.decode(data), _beside.decode(data)
     except msgspec.ValidationError as error:  # which is a ValueError
         job_id = msgspec.msgpack.decode(data, type=dict[str, Any]).get("job_id", "without a name")
         raise ValueError(f"job {job_id}: {error}") from None
-    job.exits = {status.member_id: status for status in exits}
+    job.exits = {status.member_id: status for status in beside.exits}
+    for number, words in enumerate(beside.history, start=1):
+        job.attempts += (m.PastAttempt(number, words.removeprefix(f"attempt {number}: ")),)
     job.move_times(epoch)
     job.queued_at -= epoch
     if job.detached:  # its first record, from before its acceptance, still names its client

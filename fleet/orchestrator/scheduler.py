@@ -77,6 +77,7 @@ class Scheduler:
         self.assignments.preparing.discard(job.job_id)
         job.move(JobState.RUNNING)
         job.started_at = self.effects.now if job.started_at is None else job.started_at
+        job.attempt_started_at = max(0.0, self.effects.epoch + self.effects.now)
         self.effects.counts.dispatched(self.effects.now - job.queued_at)
         self.effects.save(job)
         self.membership.tell(job.workers, job.launch())
@@ -243,7 +244,7 @@ class Scheduler:
         self.membership.tell(job.workers, m.Forget(job.job_id, job.attempt))
         self.assignments.release(job)
         self.effects.counts.failovers += 1
-        job.begin_again(self.effects.now)
+        job.begin_again(self.effects.now, self.effects.epoch)
         self.assignments.enqueue(job)
         self.effects.save(job)
         self.assignments.place()

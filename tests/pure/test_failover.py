@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from fleet import messages as m
@@ -11,6 +12,7 @@ from fleet.orchestrator.job import Job, JobState, recalled, record
 from fleet.orchestrator.journal import Journal
 from fleet.orchestrator.membership import RECONNECT_GRACE_S, RETURN_WITHIN_S
 from fleet.orchestrator.view import ClusterView
+from fleet.values import came_and_went
 from tests.pure.test_assignments import alive, finish, submit
 from tests.pure.test_orchestrator import CLIENT, SPEC, VERSIONS, cluster, running, sent
 
@@ -31,9 +33,13 @@ def test_a_lost_workers_job_goes_to_another_at_once() -> None:
     assert [type(x) for x in sent(effects, b"w1/1")] == [m.Assign]
     job = core.scheduler.jobs["j"]
     assert (job.attempt, job.losses, core.effects.counts.failovers) == (2, 1, 1)
-    assert job.history == (
-        "attempt 1: worker w0 (10.0.0.0) was lost: its connection closed and did not come back in 2 s",
-    )
+    reason = "worker w0 (10.0.0.0) was lost: its connection closed and did not come back in 2 s"
+    (past,) = job.attempts
+    assert past == m.PastAttempt(1, reason, 0.0, 1.0 + RECONNECT_GRACE_S, ("w0",), 1)
+    assert job.attempt_started_at == 0.0  # it is prepared
+    core.step(o.Received(b"w1/1", m.Assigned("j", 2, 5)), 3.5)
+    assert (job.attempt_started_at, job.started_at) == (3.5, 0.0)
+    assert came_and_went(past, ("w1",)) == "w1 came, w0 went"
     finish(core, "j", 4.0)
     assert (job.state, job.outcome, job.reason) == (JobState.ENDED, "succeeded", "")
 
@@ -69,7 +75,7 @@ def test_a_job_that_kills_worker_after_worker_is_quarantined_with_its_history() 
     job = core.scheduler.jobs["poison"]
     assert (job.state, job.outcome, job.losses) == (JobState.ENDED, "quarantined", 3)
     assert "quarantined: all of its 3 attempts lost a worker" in job.reason
-    assert len(job.history) == 2
+    assert [past.number for past in job.attempts] == [1, 2]
     assert core.effects.counts.jobs["quarantined"] == 1
     assert waited == [1.0]  # none before the second attempt, a second before the third
 
@@ -255,11 +261,25 @@ def test_what_has_ended_is_kept_by_number_and_by_time() -> None:
 
 def test_a_job_comes_back_from_the_disk_as_it_was() -> None:
     job = Job("j", CLIENT, 2, SPEC, m.JobOptions(priority=3), False, 7, 1.0, 2.0, 3.0, None, JobState.RUNNING, 2)
-    job.seats, job.hosts, job.ports, job.history = ("a", "b"), ("h", "i"), {"a": 5}, ("attempt 1: lost",)
+    job.seats, job.hosts, job.ports, job.attempts = (
+        ("a", "b"),
+        ("h", "i"),
+        {"a": 5},
+        (m.PastAttempt(1, "lost", 1e9, 1e9 + 5, ("a",), 1),),
+    )
     job.exits[1] = m.RankStatus(1, "b", "i", 9, 0)
     assert recalled(record(job, 1e9), 1e9) == job
     later = recalled(record(job, 1e9), 1e9 + 50)  # another monotonic clock, the same moment
     assert later.submitted_at == -49.0
+
+
+def test_a_record_of_a_job_whose_earlier_attempts_are_told_in_words_alone_is_read() -> None:
+    """As 0.1 wrote them."""
+    old = msgspec.msgpack.decode(record(Job("j", b"", 1, SPEC, attempt=3), 1e9))
+    del old["attempts"], old["attempt_started_at"]
+    data = msgspec.msgpack.encode(old | {"history": ["attempt 1: lost", "attempt 2: lost: again"]})
+    job = recalled(data, 1e9)
+    assert job.attempts == (m.PastAttempt(1, "lost"), m.PastAttempt(2, "lost: again"))
 
 
 def test_an_exit_before_the_start_was_written_down_begins_the_job_again() -> None:

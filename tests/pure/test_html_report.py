@@ -49,7 +49,9 @@ def job(outcome: str = "failed", **changes: object) -> m.JobInfo:
         "job_id": "0123456789ab", "state": "ended" if outcome else "running", "outcome": outcome, "kind": "script",
         "target": f"train{HOSTILE}.py", "args": ("--lr", HOSTILE), "world_size": 2, "options": m.JobOptions(name=HOSTILE),
         "detached": True, "attempt": 2, "submitted_at": 1e9, "started_at": 1e9 + 1, "ended_at": 1e9 + 90.0 if outcome else 0.0,
-        "workers": ("w1", "w2"), "waits_for": "", "reason": HOSTILE, "history": (f"attempt 1: {HOSTILE}",),
+        "workers": ("w1", "w2"), "waits_for": "", "reason": HOSTILE,
+        "attempts": (m.PastAttempt(1, HOSTILE, 1e9 + 1, 1e9 + 20, ("w1", "w0"), 2),),
+        "attempt_started_at": 1e9 + 25,
         "straggler": m.Straggler((1,), 0.18, HOSTILE),
     }  # fmt: skip
     return m.JobInfo(**values | changes)  # type: ignore[arg-type]
@@ -89,7 +91,10 @@ def test_hostile_text_stays_text() -> None:
     assert "\u202e" not in text
     for said in (
         "failed after 1 min 29 s", "rank 1 held the others up for 18 % of the time", "The first failure", "rank 1 failed",
-        "ValueError: </title></style></pre><img", "attempt 1: ", "killed by signal 15 (SIGTERM), told to stop", "5.0 s", "1.1 GB",
+        "ValueError: </title></style></pre><img", "attempt 1 started on w1, w0", "attempt 1 ended: ",
+        "2001-09-09 01:46:41 UTC", "2001-09-09 01:47:00 UTC",
+        "attempt 2 started on w1, w2; w2 came, w0 went", "2001-09-09 01:47:05 UTC",
+        "killed by signal 15 (SIGTERM), told to stop", "5.0 s", "1.1 GB",
         "2001-09-09 01:46:40 UTC", "32.0 kB",
     ):  # fmt: skip
         assert said in seen.text, said
@@ -99,7 +104,16 @@ def test_a_job_that_runs_and_of_which_little_is_known() -> None:
     seen = Parsed(page(Facts(job("", reason="", straggler=None), 1e9 + 11, "fleet"), STYLE))
     assert "running for 10.0 s" in seen.text
     assert "The first failure" not in seen.text
-    waits = job("", started_at=0.0, state="queued", workers=(), waits_for="0 of 1 slots free", reason="")
+    waits = job(
+        "",
+        started_at=0.0,
+        attempts=(),
+        attempt_started_at=0.0,
+        state="queued",
+        workers=(),
+        waits_for="0 of 1 slots free",
+        reason="",
+    )
     assert "waits for 0 of 1 slots free" in Parsed(page(Facts(waits, 1e9 + 11, "fleet"), STYLE)).text
 
 

@@ -195,7 +195,7 @@ def test_a_job_that_a_living_worker_does_not_prepare_goes_to_another_in_time() -
     live(400.0 + PREPARE_WITHIN_S)
     job = core.scheduler.jobs["j"]
     assert (job.attempt, job.losses, job.seats) == (2, 1, (f"w{1 - int(first[1])}",))
-    assert f"worker {first} (10.0.0.{first[1]}) did not prepare it within 600 s" in job.history[0]
+    assert f"worker {first} (10.0.0.{first[1]}) did not prepare it within 600 s" in job.attempts[0].reason
     assert core.membership.rooms.by_worker[first].taken == 0
 
 

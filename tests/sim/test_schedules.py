@@ -61,6 +61,6 @@ def test_an_orchestrator_that_stands_still_takes_it_out_on_nobody() -> None:
         fired += sim.faults["orchestrator stands still"]
         assert sim.core is not None
         assert sim.core.effects.counts.workers_lost == 0, "\n".join([f"seed {seed}", *sim.trace])
-        lost = {job.job_id: job.history for job in sim.core.scheduler.jobs.values() if job.losses and job.history}
-        assert all("cannot start it" in entry for history in lost.values() for entry in history), lost
+        lost = {job.job_id: job.attempts for job in sim.core.scheduler.jobs.values() if job.losses and job.attempts}
+        assert all("cannot start it" in past.reason for attempts in lost.values() for past in attempts), lost
     assert fired > 60

@@ -41,6 +41,7 @@ export class Chart {
     say(this.now, words);
     this.canvas.setAttribute("aria-label", `${this.place.firstChild.firstChild.data}: ${words}`);
     this.empty.hidden = this.times.length > 1;
+    this.canvas.hidden = !this.empty.hidden;
     const key = values.length > LINES_AT_MOST ? "bands" : names.join();
     if (key !== this.key) {
       this.key = key;

@@ -96,7 +96,7 @@ export class Job {
     const key = `${words}${first?.stderr_tail ?? ""}`;
     if (!words || this.failure.key === key) return;
     this.failure.key = key;
-    this.failure.replaceChildren(el("h3", {}, "First failure"), ...words.split("\n").map((line) => el("p", {}, visible(line.replace(/^fleet: /, "")))));
+    this.failure.replaceChildren(el("h3", {}, first ? "First failure" : "Why it ended"), ...words.split("\n").map((line) => el("p", {}, visible(line.replace(/^fleet: /, "")))));
     if (first?.stderr_tail) {
       this.failure.append(el("pre", { tabIndex: 0, "aria-label": `The end of stderr of rank ${cause}` }, visible(lastTraceback(first.stderr_tail))));
     }
@@ -124,11 +124,11 @@ export class Job {
   }
 
   renderHistory(job) {
-    const key = JSON.stringify([job.history, job.left]);
+    const key = JSON.stringify([job.attempts, job.attempt_started_at, job.ended_at, job.state, job.left]);
     if (this.history.key === key) return;
     this.history.key = key;
     this.history.replaceChildren();
-    if (job.history.length) this.history.append(el("h3", {}, "Earlier attempts"), el("ol", {}, ...job.history.map((line) => el("li", {}, visible(line)))));
+    if (job.attempts.length) this.history.append(el("h3", {}, "Attempts"), attempts(job));
     if (job.left?.length) this.history.append(el("h3", {}, "Files"), el("ul", {}, ...job.left.map((line) => el("li", {}, visible(line)))));
   }
 
@@ -178,4 +178,29 @@ export class Job {
 function lastTraceback(text) {
   const begin = text.lastIndexOf("Traceback (most recent call last):");
   return begin < 0 ? text.split("\n").slice(-30).join("\n") : text.slice(text.lastIndexOf("\n", begin) + 1);
+}
+
+// When each attempt started and ended, on which workers and which of them came and went, and why it ended.
+function attempts(job) {
+  const current = { number: job.attempt, started_at: job.attempt_started_at, ended_at: job.ended_at, workers: [...new Set(job.workers)], reason: job.reason || job.outcome || job.state };
+  const all = [...job.attempts, ...(job.workers.length || job.ended_at ? [current] : [])];
+  return el("ol", {}, ...all.map((one, at) => {
+    const change = at && changed(all[at - 1], one), from = one.started_at, to = one.ended_at;
+    const when = !from ? (to ? "never started" : "") : to ? `${moment(from)} to ${moment(to)}, ${span(to - from)}` : `since ${moment(from)}`;
+    return el("li", {}, `${one.number}. `, el("b", {}, when), one.workers.length ? ` on ${some(one)}` : "", change ? `; ${change}` : "", `: ${visible(one.reason)}`);
+  }));
+}
+
+const some = ({ workers, worker_count: count = workers.length }) => workers.slice(0, 8).join(", ") + (count > 8 ? ` and ${count - 8} more` : "");
+
+function changed(before, now) {
+  if (!before.workers.length || before.workers.length < before.worker_count || now.workers.length < (now.worker_count ?? 0)) return "";
+  const came = now.workers.filter((worker) => !before.workers.includes(worker)), went = before.workers.filter((worker) => !now.workers.includes(worker));
+  return [came.length ? `${some({ workers: came })} came` : "", went.length ? `${some({ workers: went })} went` : ""].filter(Boolean).join(", ");
+}
+
+// With its date, where that is not today's.
+function moment(seconds) {
+  const then = new Date(seconds * 1000);
+  return then.toDateString() === new Date().toDateString() ? clock(seconds) : `${then.toLocaleDateString()} ${clock(seconds)}`;
 }
