@@ -33,6 +33,12 @@ class NumberedJobMessage(JobMessage, frozen=True, kw_only=True):
     question: b.Number = 0
 
 
+class PassedOnMessage(NumberedJobMessage, frozen=True, kw_only=True):
+    """Base of questions that the orchestrator passes on to workers, and of their answers."""
+
+    asker: b.Peer = b""  # the client's connection; the orchestrator fills it in
+
+
 class Ping(Message, frozen=True):
     """Question to an agent, from any process on its machine: is it alive?"""
 
@@ -124,10 +130,8 @@ class Because(NumberedMessage, frozen=True):
     straggler: Straggler | None = None  # lately
 
 
-class Measure(NumberedJobMessage, frozen=True):
+class Measure(PassedOnMessage, frozen=True):
     """Question for what the ranks of a job that runs use. Answered by a Used of each of its workers."""
-
-    asker: b.Peer = b""  # the client's connection; the orchestrator fills it in
 
 
 class CollectiveSum(msgspec.Struct, frozen=True):
@@ -154,7 +158,7 @@ class RankUse(msgspec.Struct, frozen=True):
     tasks_done: b.Number = 0
 
 
-class Used(NumberedJobMessage, frozen=True):
+class Used(PassedOnMessage, frozen=True):
     """Answer to Measure of one worker: what it uses of what it may use, and what its ranks of the job use."""
 
     worker_id: b.WorkerId = "-"  # of an error: no worker
@@ -166,7 +170,6 @@ class Used(NumberedJobMessage, frozen=True):
     memory_limit_bytes: b.Size = 0
     ranks: Annotated[tuple[RankUse, ...], b.ONE_A_RANK] = ()
     collectives: Annotated[tuple[CollectiveSum, ...], msgspec.Meta(max_length=SUMS_AT_MOST)] = ()  # of these ranks
-    asker: b.Peer = b""
     error: b.Text = ""
 
 
@@ -179,25 +182,22 @@ class FileInfo(msgspec.Struct, frozen=True):
     executable: bool = False  # by its owner
 
 
-class FilesMessage(JobMessage, frozen=True):
+class FilesMessage(PassedOnMessage, frozen=True):
     """Base of all messages about files that a job has on a worker."""
 
     worker_id: b.WorkerId
-    question: b.Number
 
 
 class ListFiles(FilesMessage, frozen=True):
     """Question to one worker for the files of a job's output folder, behind the path `after`. Answered by Files."""
 
     after: b.Path = b""
-    asker: b.Peer = b""  # the client's connection; the orchestrator fills it in
 
 
 class Files(FilesMessage, frozen=True):
     files: Annotated[tuple[FileInfo, ...], msgspec.Meta(max_length=FILES_AT_ONCE)] = ()  # in the order of their paths
     more: bool = False  # there are others behind the last one
     storage_id: b.IdOrNone = ""  # workers with the same one share the folder
-    asker: b.Peer = b""
     error: b.Text = ""
     # Some of the files between these that are not brought, such as links, each with the reason.
     left_out: Annotated[tuple[b.Text, ...], msgspec.Meta(max_length=LEFT_OUT_NAMED)] = ()
@@ -209,7 +209,6 @@ class ReadFile(FilesMessage, frozen=True):
 
     path: b.Path
     offset: b.Size
-    asker: b.Peer = b""
 
 
 class FilePart(FilesMessage, frozen=True):
@@ -220,16 +219,15 @@ class FilePart(FilesMessage, frozen=True):
     data: bytes = b""
     digest: b.DigestOrNone = ""
     error: b.Text = ""
-    asker: b.Peer = b""
     away: bool = False  # the error is that the worker is not connected
 
 
 def no_files(ask: ListFiles | ReadFile, error: str, away: bool = False) -> Files | FilePart:
     """Answer to a question about files that cannot be answered otherwise."""
+    place = ask.job_id, ask.worker_id
     if isinstance(ask, ListFiles):
-        return Files(ask.job_id, ask.worker_id, ask.question, asker=ask.asker, error=error)
-    part = ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset
-    return FilePart(*part, error=error, asker=ask.asker, away=away)
+        return Files(*place, error=error, question=ask.question, asker=ask.asker)
+    return FilePart(*place, ask.path, ask.offset, error=error, away=away, question=ask.question, asker=ask.asker)
 
 
 class Unanswered(Message, frozen=True):

@@ -209,7 +209,7 @@ class RemoteOutput:
         pages: list[m.Files] = []
         after = b""
         while not pages or (pages[-1].more and pages[-1].files):
-            question = m.ListFiles(self._job_id, worker_id, 0, after)
+            question = m.ListFiles(self._job_id, worker_id, after)
             (answer,) = self._client.ask_workers([question])
             if answer.error and not (isinstance(answer, m.Files) and answer.files):
                 raise FleetError(answer.error if worker_id in answer.error else f"worker {worker_id}: {answer.error}")
@@ -247,7 +247,7 @@ class RemoteOutput:
 
     def _ask(self, places: Sequence[tuple[Source, int]], within_s: float) -> list[m.FilePart]:
         """Waits a while for a worker that is away, as after a restart of the orchestrator. Raises WorkerSilent."""
-        asked = [m.ReadFile(self._job_id, source.worker_id, 0, source.info.path, offset) for source, offset in places]
+        asked = [m.ReadFile(self._job_id, source.worker_id, source.info.path, offset) for source, offset in places]
         for tries in range(AWAY_TRIES):
             if tries:
                 self._client.pause(AWAY_PAUSE_S)

@@ -127,9 +127,7 @@ class Scheduler:
             return
         if status.stopped and job.state is JobState.RUNNING:  # its worker leaves, and its HandBack was lost
             self.hand_back(job, worker)
-            self._end_if_done(job)
-            return
-        if status.failed and not status.stopped and job.cause < 0 and not job.reason:
+        elif status.failed and not status.stopped and job.cause < 0 and not job.reason:
             job.cause = member_id
             self.membership.tell(job.workers, m.MemberLost(job.job_id, job.attempt, status, how(status)))
             self.stop(job, f"rank {member_id} failed")

@@ -305,7 +305,7 @@ class Agent:
         )
         used = m.Used(
             ask.job_id, settings.worker_id, settings.advertise, monotonic(), usage.cpu, usage.cores, usage.memory_bytes,
-            usage.memory_limit_bytes, tuple(ranks), measure.collectives, ask.asker, question=ask.question,
+            usage.memory_limit_bytes, tuple(ranks), measure.collectives, question=ask.question, asker=ask.asker,
         )  # fmt: skip
         return [used]
 

@@ -137,7 +137,7 @@ class JobFiles:
             return attempt.failed(reason, permanent=lies_with_archive(error))
 
     def _prepared(self, attempt: _Files, folder: Path) -> list[Event]:
-        return [Prepared(attempt.assign.job_id, attempt.assign.attempt, folder, free_port())]
+        return [Prepared((attempt.assign.job_id, attempt.assign.attempt), folder, free_port())]
 
     def _store(self, part: m.Part) -> list[Event]:
         waiting = [one for one in self._held if one.waits and one.assign.spec.digest == part.digest]

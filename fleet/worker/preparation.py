@@ -43,10 +43,10 @@ class Preparation:
         self.put_off(part.digest)
 
     def prepared(self, event: Prepared) -> None:
-        if attempt := self.members.attempts.get((event.job_id, event.attempt)):
+        if attempt := self.members.attempts.get(event.key):
             attempt.prepared = event
-            self.deadlines.discard(attempt.key)
-            self.effects.send(m.Assigned(event.job_id, event.attempt, event.port))
+            self.deadlines.discard(event.key)
+            self.effects.send(m.Assigned(*event.key, event.port))
 
     def failed(self, failure: m.AssignFailed) -> None:
         failure = replace(failure, reason=failure.reason[:REASON_CHARS])

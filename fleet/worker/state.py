@@ -126,8 +126,7 @@ class NotDelivered(msgspec.Struct, frozen=True):
 
 
 class Prepared(msgspec.Struct, frozen=True):
-    job_id: str
-    attempt: int
+    key: AttemptKey
     directory: Path
     port: int
 

@@ -18,6 +18,8 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from msgspec.structs import replace
+
 from fleet import messages as m
 from fleet.bounds import is_id
 from fleet.bus.trees import put, remove_tree
@@ -94,7 +96,8 @@ class Storage:
     def answer(self, ask: m.ListFiles | m.ReadFile) -> m.Files | m.FilePart:
         """The answer to a question about the folder of a job, be it an error."""
         try:
-            return self._page(ask) if isinstance(ask, m.ListFiles) else self._part(ask)
+            found = self._page(ask) if isinstance(ask, m.ListFiles) else self._part(ask)
+            return replace(found, question=ask.question, asker=ask.asker)
         except (OSError, ValueError) as error:
             why = _sentence(error)
         except Exception as error:  # of any kind: the client must not wait for ever
@@ -132,11 +135,9 @@ class Storage:
         return m.Files(
             ask.job_id,
             ask.worker_id,
-            ask.question,
             tuple(found),
             more,
             self.storage_id if found or left_out else "",
-            ask.asker,
             unseen,
             left_out=tuple(left_out[: m.LEFT_OUT_NAMED]),
             left_out_count=len(left_out),
@@ -150,7 +151,7 @@ class Storage:
             if not (data := file.read(m.PART_BYTES)):
                 file.seek(0)
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return m.FilePart(ask.job_id, ask.worker_id, ask.question, ask.path, ask.offset, data, digest, asker=ask.asker)
+        return m.FilePart(ask.job_id, ask.worker_id, ask.path, ask.offset, data, digest)
 
     def amount(self, job_id: str, since_ns: int = 0) -> tuple[int, int]:
         """Number and bytes of the files of a job that were written since a time."""

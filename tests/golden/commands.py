@@ -45,7 +45,7 @@ def run(cluster: Cluster, command: str) -> list[str]:
             submit |= {"again": "again" in words, "detached": "detached" in words, "options": fields}
             cluster.say(name, "orchestrator", convert(submit, m.Submit, strict=False))
         case [name, "reads", path, "of", job_id, "on", worker_id]:
-            cluster.say(name, "orchestrator", m.ReadFile(job_id, worker_id, 1, path.encode(), 0))
+            cluster.say(name, "orchestrator", m.ReadFile(job_id, worker_id, path.encode(), 0, question=1))
         case [name, "says", kind, *about]:  # any other message of a client: the first fields by their place
             cluster.peers.setdefault(name, name.encode())
             message = getattr(m, kind)

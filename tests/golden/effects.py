@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from signal import SIGTERM, Signals
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fleet import messages as m
 from fleet.orchestrator import state as o
@@ -70,18 +70,20 @@ def _files(cluster: Cluster, name: str, message: w.ForFiles) -> None:
     elif isinstance(message, m.Part):
         _prepared(cluster, name)
     elif isinstance(message, m.ListFiles):
-        found = m.Files(*_place(message), (m.FileInfo(b"model.pt", 5, 0),), asker=message.asker)
+        found = m.Files(message.job_id, message.worker_id, (m.FileInfo(b"model.pt", 5, 0),), **_numbers(message))
         cluster.events.append((name, found))
     elif isinstance(message, m.ReadFile):
-        part = m.FilePart(*_place(message), message.path, message.offset, b"model", asker=message.asker)
+        part = m.FilePart(
+            message.job_id, message.worker_id, message.path, message.offset, b"model", **_numbers(message)
+        )
         cluster.events.append((name, part))
 
 
 def _prepared(cluster: Cluster, name: str) -> None:
     assign = cluster.assigned[name]
     cluster.lines.append(f"{name} prepares {assign.job_id}")
-    cluster.events.append((name, w.Prepared(assign.job_id, assign.attempt, Path("/work"), 29500)))
+    cluster.events.append((name, w.Prepared((assign.job_id, assign.attempt), Path("/work"), 29500)))
 
 
-def _place(ask: m.ListFiles | m.ReadFile) -> tuple[str, str, int]:
-    return ask.job_id, ask.worker_id, ask.question
+def _numbers(ask: m.ListFiles | m.ReadFile) -> dict[str, Any]:
+    return {"question": ask.question, "asker": ask.asker}

@@ -20,7 +20,7 @@ def agent() -> Agent:
     core.step(w.LinkNews("up"), 0.0)
     core.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.0)
     core.step(w.FromOrchestrator(m.Assign("j", 1, 1, (0,), 0, 1, SPEC)), 0.0)
-    core.step(w.Prepared("j", 1, Path("/"), 5), 0.0)
+    core.step(w.Prepared(("j", 1), Path("/"), 5), 0.0)
     return core
 
 
@@ -270,7 +270,7 @@ def test_a_job_that_nothing_comes_of_is_given_back_so_that_no_disk_holds_it_for_
     digest = "d" * 64
     core.step(w.FromOrchestrator(m.Assign("j", 1, 1, (0,), 0, 1, m.Spec("script", "x", digest=digest))), 0.0)
     core.step(w.FromOrchestrator(m.Assign("k", 1, 1, (0,), 0, 1, SPEC)), 0.0)
-    core.step(w.Prepared("k", 1, Path("/"), 5), 1.0)
+    core.step(w.Prepared(("k", 1), Path("/"), 5), 1.0)
     assert core.next_deadline() == STUCK_AFTER_S
     core.step(w.FromOrchestrator(m.Part(digest, 0, b"some")), 10.0)
     assert up(core.step(w.Tick(), STUCK_AFTER_S), m.AssignFailed) == []
@@ -318,7 +318,7 @@ def test_what_an_attempt_wrote_is_gathered_before_its_end_is_told_and_once() -> 
     core = agent()
     sent_along = m.Spec("script", "t.py", digest="ab" * 32, keep=("runs/",))
     core.step(w.FromOrchestrator(m.Assign("k", 1, 1, (0,), 0, 1, sent_along)), 0.0)
-    core.step(w.Prepared("k", 1, Path("/k"), 5), 0.0)
+    core.step(w.Prepared(("k", 1), Path("/k"), 5), 0.0)
     core.step(w.FromOrchestrator(m.Launch("k", 1, "h", 5)), 0.0)
     key = ("k", 1, 0)
     core.step(w.Spawned(key, 42), 0.0)
@@ -333,7 +333,7 @@ def test_what_an_attempt_wrote_is_gathered_before_its_end_is_told_and_once() -> 
 def test_what_a_killed_attempt_wrote_is_gathered_before_its_folder_goes() -> None:
     core = agent()
     core.step(w.FromOrchestrator(m.Assign("k", 1, 1, (0,), 0, 1, m.Spec("script", "t.py", digest="ab" * 32))), 0.0)
-    core.step(w.Prepared("k", 1, Path("/k"), 5), 0.0)
+    core.step(w.Prepared(("k", 1), Path("/k"), 5), 0.0)
     core.step(w.FromOrchestrator(m.Launch("k", 1, "h", 5)), 0.0)
     core.step(w.Spawned(("k", 1, 0), 42), 0.0)
     effects = core.step(w.FromOrchestrator(m.Forget("k", 1)), 0.3)

@@ -30,7 +30,7 @@ def members(found: Effects) -> Members:
     held = Members(SETTINGS, found)
     held.hold(ASSIGN)
     attempt = held.attempts["j", 1]
-    attempt.prepared = w.Prepared("j", 1, Path("/"), 5)
+    attempt.prepared = w.Prepared(("j", 1), Path("/"), 5)
     held.launch(attempt, LAUNCH)
     for member_id in (0, 1):
         held.spawned(w.Spawned(("j", 1, member_id), 40 + member_id))

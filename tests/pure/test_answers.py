@@ -25,20 +25,22 @@ def ended() -> Orchestrator:
 
 def test_a_question_about_output_goes_to_the_worker_and_its_answer_to_who_asked() -> None:
     core = ended()
-    ask = m.ListFiles("j", "w1", 7)
-    assert sent(core.step(o.Received(CLIENT, ask), 2.0), b"w1/1") == [m.ListFiles("j", "w1", 7, b"", CLIENT)]
-    answer = m.Files("j", "w1", 7, (), asker=CLIENT)
-    assert sent(core.step(o.Received(b"w1/1", answer), 2.1), CLIENT) == [m.Files("j", "w1", 7)]
-    nobody = m.Files("j", "w1", 7, (), asker=b"client/gone")
+    ask = m.ListFiles("j", "w1", question=7)
+    assert sent(core.step(o.Received(CLIENT, ask), 2.0), b"w1/1") == [
+        m.ListFiles("j", "w1", b"", question=7, asker=CLIENT)
+    ]
+    answer = m.Files("j", "w1", (), asker=CLIENT, question=7)
+    assert sent(core.step(o.Received(b"w1/1", answer), 2.1), CLIENT) == [m.Files("j", "w1", question=7)]
+    nobody = m.Files("j", "w1", (), asker=b"client/gone", question=7)
     assert core.step(o.Received(b"w1/1", nobody), 2.1) == []
 
 
 @pytest.mark.parametrize(
     ("ask", "why"),
     [
-        (m.ListFiles("x", "w1", 7), "unknown"),
-        (m.ListFiles("j", "w9", 7), "no rank on worker w9"),
-        (m.ReadFile("j", "w9", 7, b"a", 0), "no rank on worker w9"),
+        (m.ListFiles("x", "w1", question=7), "unknown"),
+        (m.ListFiles("j", "w9", question=7), "no rank on worker w9"),
+        (m.ReadFile("j", "w9", b"a", 0, question=7), "no rank on worker w9"),
     ],
 )
 def test_a_question_that_no_worker_can_answer_is_answered(ask: m.Message, why: str) -> None:
@@ -51,7 +53,7 @@ def test_a_question_that_no_worker_can_answer_is_answered(ask: m.Message, why: s
 def test_a_worker_that_is_away_is_named_and_told_later_what_is_forgotten() -> None:
     core = ended()
     core.step(o.PeerLost(b"w1/1"), 2.0)
-    (answer,) = sent(core.step(o.Received(CLIENT, m.ListFiles("j", "w1", 7)), 2.1), CLIENT)
+    (answer,) = sent(core.step(o.Received(CLIENT, m.ListFiles("j", "w1", question=7)), 2.1), CLIENT)
     assert answer.error == "worker w1 is not connected"
     core.scheduler.keep_jobs = 0
     effects = core.step(o.Tick(), 2.2)
@@ -68,8 +70,8 @@ def test_a_worker_that_shares_the_storage_answers_for_one_that_is_gone() -> None
     running(core, 2)
     core.step(o.Received(b"s1/1", replace(hello, worker_id="s1")), 1.0)
     core.step(o.Received(b"s0/1", m.Goodbye()), 1.1)
-    effects = core.step(o.Received(CLIENT, m.ListFiles("j", "s0", 7)), 1.2)
-    assert sent(effects, b"s1/1") == [m.ListFiles("j", "s0", 7, b"", CLIENT)]
+    effects = core.step(o.Received(CLIENT, m.ListFiles("j", "s0", question=7)), 1.2)
+    assert sent(effects, b"s1/1") == [m.ListFiles("j", "s0", b"", question=7, asker=CLIENT)]
 
 
 def test_a_job_remembers_all_workers_that_it_was_on_and_what_they_deleted() -> None:
@@ -123,7 +125,7 @@ def test_what_ranks_use_is_asked_of_each_worker_and_told_to_who_asked_alone() ->
     core.step(o.Received(CURIOUS, m.ClientHello(VERSIONS)), 0.5)
     effects = core.step(o.Received(CURIOUS, m.Measure("j", question=5)), 1.0)
     for peer in (b"w0/1", b"w1/1"):
-        assert sent(effects, peer) == [m.Measure("j", CURIOUS, question=5)]
+        assert sent(effects, peer) == [m.Measure("j", question=5, asker=CURIOUS)]
     used = m.Used("j", "w0", "h", 7.0, ranks=(m.RankUse(0, 812, 1.5, 1 << 20, 1),), asker=CURIOUS, question=5)
     effects = core.step(o.Received(b"w0/1", used), 1.1)
     assert sent(effects, CURIOUS) == [replace(used, asker=b"")]
@@ -176,8 +178,8 @@ def test_an_answer_repeats_the_number_of_its_question() -> None:
         m.ListWorkers(question=15),
         m.Why("none", question=16),
         m.Measure("none", question=19),
-        m.ListFiles("none", "w0", 17),
-        m.ReadFile("none", "w0", 18, b"x", 0),
+        m.ListFiles("none", "w0", question=17),
+        m.ReadFile("none", "w0", b"x", 0, question=18),
     ]
     assert {type(question) for question in questions} == set(get_args(m.Question))
     for question in questions:

@@ -19,7 +19,7 @@ def agent_with_a_rank() -> Agent:
     agent.step(w.LinkNews("up"), 0.0)
     agent.step(w.FromOrchestrator(m.Welcome(VERSIONS, 1.0)), 0.0)
     agent.step(w.FromOrchestrator(m.Assign("j", 1, 2, (0,), 0, 2, SPEC)), 0.0)
-    agent.step(w.Prepared("j", 1, Path("/"), 1), 0.0)
+    agent.step(w.Prepared(("j", 1), Path("/"), 1), 0.0)
     agent.step(w.FromOrchestrator(m.Launch("j", 1, "h", 1)), 0.0)
     agent.step(w.Spawned(("j", 1, 0), 42), 0.0)
     return agent

@@ -45,7 +45,7 @@ def output_of(worker: Worker, *names: str) -> RemoteOutput:
 @pytest.mark.parametrize("paths", [(b"",), (b"a",), (b"b", b"a"), (b"a", b"a")])
 def test_a_listing_without_an_order_or_an_end_is_no_listing(paths: tuple[bytes, ...]) -> None:
     infos = tuple(m.FileInfo(path, 1, 0) for path in paths)
-    found = output_of(Worker(lambda ask: m.Files("j", "w", ask.question, infos, more=True))).listing()
+    found = output_of(Worker(lambda ask: m.Files("j", "w", infos, more=True, question=ask.question))).listing()
     assert (found.sources, found.errors) == (
         [],
         ["worker w answers something else than was asked: its part of the output is missing"],
@@ -53,12 +53,14 @@ def test_a_listing_without_an_order_or_an_end_is_no_listing(paths: tuple[bytes, 
 
 
 def test_pages_that_are_empty_end_a_listing() -> None:
-    assert output_of(Worker(lambda ask: m.Files("j", "w", ask.question, (), more=True))).listing() == Listing()
+    assert output_of(Worker(lambda ask: m.Files("j", "w", (), more=True, question=ask.question))).listing() == Listing()
 
 
 def test_what_a_worker_cannot_look_into_is_said_beside_what_it_has() -> None:
     infos = (m.FileInfo(b"a", 1, 0),)
-    found = output_of(Worker(lambda ask: m.Files("j", "w", ask.question, infos, error="b/ cannot be seen"))).listing()
+    found = output_of(
+        Worker(lambda ask: m.Files("j", "w", infos, error="b/ cannot be seen", question=ask.question))
+    ).listing()
     assert [source.path for source in found.sources] == ["a"]
     assert found.errors == ["on worker w b/ cannot be seen: what is in there is missing"]
 
@@ -67,9 +69,9 @@ def test_what_a_worker_cannot_look_into_is_said_beside_what_it_has() -> None:
 def test_parts_that_were_not_asked_for_are_no_parts(tmp_path: Path, wrong: str) -> None:
     def answer(ask: m.ReadFile) -> m.Message:
         if wrong == "kind":
-            return m.Files("j", "w", ask.question)
+            return m.Files("j", "w", question=ask.question)
         path, offset = (b"other", ask.offset) if wrong == "path" else (ask.path, ask.offset + 1)
-        return m.FilePart("j", "w", ask.question, path, offset, b"x")
+        return m.FilePart("j", "w", path, offset, b"x", question=ask.question)
 
     source = Source("w", m.FileInfo(b"a", 1, 0), "a", "a")
     done = output_of(Worker(answer)).fetch([source], tmp_path)
@@ -122,7 +124,7 @@ def test_a_worker_that_is_away_for_a_moment_is_waited_for(tmp_path: Path) -> Non
     def answer(ask: Any) -> m.Message:
         if isinstance(ask, m.ReadFile) and next(turns, False):
             return m.FilePart(
-                "j", "w", ask.question, ask.path, ask.offset, error="worker w is not connected", away=True
+                "j", "w", ask.path, ask.offset, error="worker w is not connected", away=True, question=ask.question
             )
         return folders(w=kept).answer(ask)
 
@@ -164,7 +166,7 @@ def test_a_full_disk_here_ends_a_fetch_with_one_sentence(tmp_path: Path) -> None
 def test_a_pipe_where_a_file_is_to_be_is_not_waited_for(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     descriptor = os.open(tmp_path / name, os.O_RDWR) if name != "a" else -1  # with a reader, opening it succeeds
-    worker = Worker(lambda ask: m.FilePart("j", "w", ask.question, ask.path, ask.offset, digest="0" * 64))
+    worker = Worker(lambda ask: m.FilePart("j", "w", ask.path, ask.offset, digest="0" * 64, question=ask.question))
     done = output_of(worker).fetch([Source("w", m.FileInfo(b"a", 0, 0), "a", "a")], tmp_path)
     if descriptor >= 0:
         os.close(descriptor)

@@ -33,7 +33,7 @@ def write(path: Path, text: str = "x") -> None:
 
 
 def names(kept: Storage, after: str = "") -> list[str]:
-    return [os.fsdecode(info.path) for info in kept.answer(m.ListFiles("j", "w", 1, os.fsencode(after))).files]
+    return [os.fsdecode(info.path) for info in kept.answer(m.ListFiles("j", "w", os.fsencode(after), question=1)).files]
 
 
 def test_files_come_in_pages_in_the_order_of_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_files_come_in_pages_in_the_order_of_their_paths(tmp_path: Path, monkeyp
     monkeypatch.setattr("fleet.worker.storage.PAGE_FILES", 2)
     found: list[m.FileInfo] = []
     while True:
-        page = kept.answer(m.ListFiles("j", "w", 1, found[-1].path if found else b""))
+        page = kept.answer(m.ListFiles("j", "w", found[-1].path if found else b"", question=1))
         found += page.files
         assert len(page.files) <= 2
         if not page.more:
@@ -74,7 +74,7 @@ def test_one_odd_file_or_folder_costs_none_of_the_others(tmp_path: Path) -> None
     os.utime(folder / "a", (1e11, 1e11))  # more nanoseconds than a message takes
     deep(folder / "b")
     write(folder / "z")
-    page = m.decode(m.encode(kept.answer(m.ListFiles("j", "w", 1))))
+    page = m.decode(m.encode(kept.answer(m.ListFiles("j", "w", question=1))))
     assert isinstance(page, m.Files)
     assert ([info.path for info in page.files], page.more) == ([b"a", b"z"], False)
     assert page.error.startswith("b/d/d/")
@@ -136,7 +136,7 @@ def test_a_strangers_folder_in_a_shared_storage_is_not_written_to(tmp_path: Path
 
 def test_a_folder_that_is_not_there_is_empty(tmp_path: Path) -> None:
     kept = storage(tmp_path)
-    assert kept.answer(m.ListFiles("j", "w", 1)) == m.Files("j", "w", 1)
+    assert kept.answer(m.ListFiles("j", "w", question=1)) == m.Files("j", "w", question=1)
     assert kept.jobs() == ()
 
 
@@ -148,9 +148,9 @@ def test_a_file_is_read_in_parts_and_its_digest_at_the_end(tmp_path: Path, monke
     monkeypatch.setattr(m, "PART_BYTES", 4)
     kept = storage(tmp_path)
     write(kept.make("j") / "d/f", "abcdefg")
-    data = [kept.answer(m.ReadFile("j", "w", 1, b"d/f", offset)).data for offset in (0, 4, 7)]
+    data = [kept.answer(m.ReadFile("j", "w", b"d/f", offset, question=1)).data for offset in (0, 4, 7)]
     assert data == [b"abcd", b"efg", b""]
-    assert kept.answer(m.ReadFile("j", "w", 1, b"d/f", 7)).digest == hashlib.sha256(b"abcdefg").hexdigest()
+    assert kept.answer(m.ReadFile("j", "w", b"d/f", 7, question=1)).digest == hashlib.sha256(b"abcdefg").hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_nothing_outside_of_a_jobs_folder_is_read(tmp_path: Path, path: str) -> 
     write(folder / "a/f")
     (folder / "out").symlink_to(kept.folder("other"))
     os.mkfifo(folder / "fifo")
-    part = kept.answer(m.ReadFile("j", "w", 1, path.encode(), 0))
+    part = kept.answer(m.ReadFile("j", "w", path.encode(), 0, question=1))
     assert part.error
     assert not part.data
     assert names(kept) == ["a/f"]
@@ -280,7 +280,7 @@ def test_what_vanishes_while_it_is_listed_hides_no_other_file(tmp_path: Path, mo
             yield path, why
 
     monkeypatch.setattr("fleet.worker.storage._entries", lambda folder, after: meanwhile(folder, after))
-    page = kept.answer(m.ListFiles("j", "w", 1))
+    page = kept.answer(m.ListFiles("j", "w", question=1))
     assert ([info.path for info in page.files], page.more) == ([b"a", b"c", b"d"], True)
 
 
@@ -290,7 +290,7 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
     write(folder / "a/__pycache__/a.pyc")
     (folder / "latest").symlink_to("a")
     os.mkfifo(folder / "pipe")
-    page = kept.answer(m.ListFiles("j", "w", 1))
+    page = kept.answer(m.ListFiles("j", "w", question=1))
     assert names(kept) == ["a/__pycache__/a.pyc"]
     assert (page.left_out, page.left_out_count) == (("latest (a link)", "pipe (no ordinary file)"), 2)
 

@@ -210,7 +210,7 @@ class Worker(Node):
                 failed = m.AssignFailed(assign.job_id, assign.attempt, "no space left", source.random() < 0.3)
                 sim.after(source.uniform(0, 0.5), lambda: self.step(failed))
             else:
-                done = w.Prepared(assign.job_id, assign.attempt, Path("/"), 1)
+                done = w.Prepared((assign.job_id, assign.attempt), Path("/"), 1)
                 sim.after(source.uniform(0, 0.5), lambda: self.step(done))
         elif isinstance(effect, w.Spawn):
             return [self._spawn(effect)]
