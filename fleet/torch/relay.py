@@ -92,6 +92,10 @@ class Relay:
         self._leaving = True
         self._wake.set()
 
+    @property
+    def has_ended(self) -> bool:
+        return self._thread is not None and not self._thread.is_alive()
+
     def close(self) -> None:
         """Ends the relay once this process's own member has said its last. The others stay without one. May come twice."""
         if self._closed:

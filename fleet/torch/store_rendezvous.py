@@ -231,10 +231,10 @@ class StoreMember:
         self.comm.close()
         self._close(error, at_exit)
 
-    def end_relay(self) -> None:
-        """Ends what still relays for other ranks after `close`."""
-        if self._forks == forks.count and self._rendezvous.relay is not None:
-            self._rendezvous.relay.close()
+    @property
+    def relay(self) -> Relay | None:
+        """What still relays for other ranks after `close`, until it is closed itself."""
+        return self._rendezvous.relay if self._forks == forks.count else None
 
     def _close(self, error: BaseException | None, at_exit: bool) -> None:
         if self._receiver is not None:

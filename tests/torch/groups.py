@@ -174,6 +174,37 @@ def what_gloo_answers_too() -> None:
             dist.barrier(group)
 
 
+def a_world_beside_the_default_one() -> None:
+    """As frameworks make one that joins a trainer and its rollouts: with a store, a rank and a size of its own."""
+    c10d: Any = dist.distributed_c10d
+    store = dist.PrefixStore(f"pair {RANK // 2}", c10d._get_default_store())
+    how = {"group_name": "beside", "timeout": 20 * SHORT}
+    made, _ = c10d._new_process_group_helper(2, RANK % 2, [], c10d.Backend("fleet"), store, **how)
+    c10d._world.pg_group_ranks[made] = {0: 0, 1: 1}
+    x = torch.tensor([float(RANK)])
+    dist.all_reduce(x, group=made)
+    assert (made.size(), x.item()) == (2, [1, 5][RANK // 2])
+    dist.all_reduce(x)
+    assert x.item() == 12
+    dist.destroy_process_group(made)
+    dist.barrier()
+
+
+def worlds_of_half_the_ranks(store: Any) -> None:
+    dist.init_process_group("fleet", store=dist.PrefixStore(f"half {RANK // 2}", store), rank=RANK % 2, world_size=2)
+    assert (dist.get_rank(), dist.get_world_size()) == (RANK % 2, 2)
+    for group in (None, dist.new_group([0, 1]), None):
+        x = torch.tensor([float(RANK)])
+        dist.all_reduce(x, group=group)
+        assert x.item() == [1, 5][RANK // 2]
+    dist.destroy_process_group()
+
+
+def a_rank_that_calls_itself_another_one(store: Any) -> None:
+    with pytest.raises(dist.DistBackendError, match=f"is rank {RANK} of the job's 4 ranks, and calls itself rank"):
+        dist.init_process_group("fleet", store=store, rank=SIZE - 1 - RANK, world_size=SIZE)
+
+
 for part in (
     names,
     meshes,
@@ -184,10 +215,15 @@ for part in (
     a_bad_call,
     what_gloo_answers_too,
     forks,
+    a_world_beside_the_default_one,
 ):
     part()
+last_store = dist.distributed_c10d._get_default_store()
 dist.destroy_process_group()
 assert not dist.is_initialized()
+a_rank_that_calls_itself_another_one(last_store)
+for _ in range(2):
+    worlds_of_half_the_ranks(last_store)
 dist.init_process_group("fleet")
 names()
 dist.destroy_process_group()

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.chaos
 
 UNDER_TORCHRUN = """
 import json, os, sys
+from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -41,6 +42,14 @@ if rank != 1:
     x = torch.full((3,), rank + 1.0)
     dist.all_reduce(x, group=group)
     found["group"] = x.tolist()
+if rank < 2:
+    c10d = dist.distributed_c10d
+    limit, store = timedelta(seconds=20), dist.PrefixStore("beside", c10d._get_default_store())
+    beside, _ = c10d._new_process_group_helper(2, rank, [], c10d.Backend("fleet"), store, group_name="beside", timeout=limit)
+    c10d._world.pg_group_ranks[beside] = {0: 0, 1: 1}
+    x = torch.full((3,), rank + 1.0)
+    dist.all_reduce(x, group=beside)
+    found["beside"] = x.tolist()
 torch.manual_seed(rank)
 model = DistributedDataParallel(torch.nn.Linear(10, 3))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -104,6 +113,7 @@ def test_torchrun(tmp_path: Path) -> None:
     found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(3)]
     assert [one["sum"] for one in found] == [[6.0] * 5] * 3
     assert [one.get("group") for one in found] == [[4.0] * 3, None, [4.0] * 3]
+    assert [one.get("beside") for one in found] == [[3.0] * 3, [3.0] * 3, None]
     assert found[0]["model"] == found[1]["model"] == found[2]["model"]
     assert "was forked from the one that called" in found[1]["fork"]
     assert [one["again"] for one in found] == [[9.0] * 5] * 3
@@ -234,7 +244,8 @@ def end(members: list[Any]) -> None:
     for one in members:
         one.close()
     for one in members:
-        one.end_relay()
+        if one.relay is not None:
+            one.relay.close()
 
 
 def test_missing_ranks_are_named() -> None:
