@@ -30,6 +30,7 @@ from fleet.values import ON_WORKER, came_and_went, native, portable
 
 LOOK_AGAIN_S = 0.2  # between two questions of `logs -f`
 CANCEL_WITHIN_S = 5.0
+ENDS_WITHIN_S = 5.0
 COLUMNS = ("JOB", "STATE", "RANKS", "WHAT", "AGE", "RAN", "TRY", "WHERE, OR WHY NOT")
 HOW = {"succeeded": "succeeded", "cancelled": "was cancelled", "quarantined": "was quarantined"}
 BEING_STOPPED = "is being stopped"
@@ -83,7 +84,8 @@ def status(target: Target, prefix: str, as_json: bool) -> str:
         job = client.job(prefix)
         if as_json:
             return in_json(msgspec.to_builtins(job) | {"used": _used(client, job)})
-        return described(job)
+        ended = next(client.ends([job.job_id], ENDS_WITHIN_S), None) if job.outcome == "failed" else None
+        return "\n".join([described(job), *([report(ended, job.world_size)] if ended is not None else [])])
 
 
 def _used(client: JobClient, job: m.JobInfo) -> list[m.Used]:

@@ -76,6 +76,8 @@ def described(answered: list[m.Answer], silent_count: int, count: int, straggler
             lines.append(f"    has no connection to {', '.join(f'rank {rank}' for rank in answer.unreached)}")
         lines += [f"    {shown(line)}" for line in answer.stacks.splitlines()]
         records = answer.records.split("\n") if answer.records else []
+        if sum(not record.startswith(" ") for record in records) == 1:
+            records = [record.strip() for record in records[1:]]  # without the name of the only communicator
         lines += [f"    {shown(line)}" for line in records[max(0, len(records) - count) :]]
     if silent_count:
         lines.append(f"{silent_count} ranks did not answer within {ANSWER_WITHIN_S:g} s: stopped, frozen or cut off")

@@ -72,6 +72,9 @@ class Communicator:
         self._children: list[Communicator] = []
         self._child_counts: Counter[tuple[int, ...]] = Counter()  # by their members
 
+    def __repr__(self) -> str:
+        return f"<fleet communicator: rank {self.rank} of {self.world_size}, path {self.path}>"
+
     @property
     def timeout_s(self) -> float:
         """Seconds until the deadline of calls that give none of their own."""

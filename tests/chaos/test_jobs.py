@@ -85,6 +85,7 @@ def test_a_submitted_job_from_its_id_to_its_result(cluster: Cluster) -> None:
     assert done.returncode == 1
     assert "rank 0 failed" in done.stderr
     assert "no data" in done.stderr
+    assert cluster.fleet("status", failed).stdout.endswith(done.stderr)
     listed = json.loads(cluster.fleet("jobs", "--json").stdout)
     assert [(job["job_id"], job["outcome"]) for job in listed] == [(failed, "failed"), (job_id, "succeeded")]
     assert set(cluster.fleet("logs", failed, "--rank", "0").stdout.splitlines()) == {"training", "no data"}

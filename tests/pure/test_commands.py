@@ -123,6 +123,12 @@ def test_why_shows_as_many_collectives_as_it_is_told() -> None:
     for count, shown in ((0, []), (2, ["two", "three"]), (9, ["one", "two", "three"])):
         assert [line.strip() for line in described([answer], 0, count).splitlines()[1:]] == shown
         assert as_values([answer], [], count)[0]["recent"] == shown
+    one = Answer("j", 1, 0, 0, 2, "h", 7, 5, True, "is at t.py:3", "", "t.py:3", "communicator 0:\n  #1\n  #2")
+    assert described([one], 0, 3).splitlines()[1:] == ["    #1", "    #2"]
+    two = Answer(
+        "j", 1, 0, 0, 2, "h", 7, 5, True, "is at t.py:3", "", "t.py:3", "communicator 0:\n  #1\ncommunicator 1:\n  #1"
+    )
+    assert described([two], 0, 2).splitlines()[1:] == ["    communicator 1:", "      #1"]
 
 
 def test_why_as_values() -> None:

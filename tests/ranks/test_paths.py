@@ -42,3 +42,10 @@ def test_parts_of_different_lengths(run_world: Any, n: int, transport: str | int
                 assert (part == other + 1).all(), "the input changed"
 
     run_world(n, uneven, transport=transport)
+
+
+def test_a_communicator_says_what_it_is(run_world: Any) -> None:
+    def told(comm: Communicator) -> None:
+        assert repr(comm) == f"<fleet communicator: rank {comm.rank} of 2, path {comm.path}>"
+
+    run_world(2, told, transport=TRANSPORTS[0])
