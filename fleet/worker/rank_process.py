@@ -12,6 +12,7 @@ import importlib.machinery
 import io
 import marshal
 import os
+import re
 import runpy
 import signal
 import sys
@@ -30,6 +31,7 @@ COMMAND_NOT_FOUND, COMMAND_NOT_EXECUTABLE = 127, 126  # exit codes, as of a shel
 _OF_ANY_MAIN = ("__annotations__", "__builtins__", "__name__")
 PLAN, STDOUT, STDERR, STATUS, STDIN = range(5)  # indices of the descriptors that a rank gets from its agent
 _PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
+_FRAMES_OF_CPP = "\n\nAt:\n"  # what stands before them in the text of an error that came through C++
 _RUNNING = _PACKAGE, runpy.__file__, "<frozen runpy>"  # files whose frames lead to the user's code
 
 
@@ -178,9 +180,21 @@ def _run_python(plan: Plan, at_start: Collection[str]) -> None:
         raise
     except WorldChanged:
         raise SystemExit(1) from None  # the report of the job names the lost rank: no traceback from every other one
-    except BaseException:
+    except BaseException as error:
+        if _says_that_one_is_gone(error):
+            raise SystemExit(1) from None
         _show_without_our_frames(plan.kind)
         raise
+
+
+def _says_that_one_is_gone(error: BaseException) -> bool:
+    """Whether it is a WorldChanged that came through torch, which leaves of it no more than its text."""
+    text = str(error) if type(error).__name__ == "DistBackendError" else _after(str(error), "DistBackendError: ")
+    return bool(text) and re.match(r"rank \d+ \(.*\) is gone: .*; generation \d+ has ended", text, re.S) is not None
+
+
+def _after(text: str, mark: str) -> str:
+    return text.partition(mark)[2]
 
 
 def _code(file: str, main: ModuleType) -> CodeType:
@@ -265,7 +279,7 @@ def users_part(traceback: TracebackType | None) -> TracebackType | None:
 
 def end_at_users_code(error: BaseException) -> None:
     """Cuts fleet's frames off the inner end of its errors, and of the errors that led to this one: their text says it all.
-    The same for Ctrl-C inside of a collective."""
+    The same for Ctrl-C inside of a collective, and for errors that came through torch."""
     seen: list[BaseException] = []
     ahead: list[BaseException | None] = [error]
     while ahead:
@@ -274,6 +288,8 @@ def end_at_users_code(error: BaseException) -> None:
             continue
         seen.append(one)
         ahead += [one.__cause__, one.__context__]
+        if isinstance(one, RuntimeError) and _after(text := str(one), "DistBackendError: "):
+            one.args = (text.partition(_FRAMES_OF_CPP)[0],)
         is_told = isinstance(one, FleetError | KeyboardInterrupt) or type(one).__name__ == "DistBackendError"
         last, at = None, one.__traceback__ if is_told else None
         while at is not None:

@@ -14,6 +14,7 @@ from fleet.client.line_folding import LineFolder, LineSplitter
 from fleet.client.report import exit_code, report
 from fleet.errors import Called, CollectiveMismatch, CollectiveTimeout, Late, RankEnded, rank_set
 from fleet.messages import JobEnded, RankStatus
+from fleet.worker.rank_process import end_at_users_code
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300)))
@@ -148,6 +149,14 @@ def test_an_error_out_of_torchs_backend_blames_the_same_ranks(name: str, error: 
     assert headline(tail) == f"{name}: {error}"
     assert blamed(headline(tail))[0] == ranks
     assert alike(f"{name}: rank 3 is bad") == f"{name}: rank 3 is bad"  # no words of fleet: each is its own
+
+
+def test_an_error_that_came_through_torch_ends_with_fleets_text() -> None:
+    told = "Got the following error when running the callback: DistBackendError: barrier() #2: not complete after 3 s"
+    error, other = RuntimeError(f"{told}\n\nAt:\n  fleet/torch/work.py(111): _settled\n"), RuntimeError("x\n\nAt:\n  y")
+    for one in (error, other):
+        end_at_users_code(one)
+    assert (str(error), str(other)) == (told, "x\n\nAt:\n  y")
 
 
 def test_a_rank_that_asked_late_does_not_change_whom_the_report_blames() -> None:

@@ -31,6 +31,7 @@ def test_a_rank_that_ends_is_named_to_the_others(way: str, tmp_path: Path) -> No
     """The error comes out of C++, which makes every error of a hook a RuntimeError; DistBackendError is one, too."""
     ended = run(tmp_path, way)
     assert "rank 1 failed" in ended.stderr
+    assert "DistBackendError" not in ended.stderr  # no traceback of a rank that has only lost another one
     kind, text = noted(tmp_path, "error", 0)
     assert kind in ("DistBackendError", "RuntimeError")
     assert "DistBackendError: rank 1 (" in text or kind == "DistBackendError"
