@@ -14,8 +14,8 @@ import torch
 
 from fleet.collectives.communicator import Communicator, Op
 from fleet.errors import FleetError, UsageError
+from fleet.torch import shared_storage
 from fleet.torch.reduce_ops import fleet_op
-from fleet.torch.shared_storage import SharedStorages
 from fleet.torch.staging import staged
 from fleet.torch.work import Work, seconds, torch_error
 
@@ -31,7 +31,7 @@ class Operations:
     def __init__(self, comm: Communicator, close: Callable[[], None] | None = None) -> None:
         self.comm = comm
         self.call_count = 0  # of collectives, as torch numbers them: every rank counts the same
-        self._storages = SharedStorages(comm)
+        self._storages = shared_storage.SharedStorages(comm)
         self.close = close or comm.close
 
     # Reductions
@@ -46,11 +46,13 @@ class Operations:
         return self._call(opts, tensors, self._storages.all_reduce, [(x, op) for x in tensors])
 
     def _integer_means(self, tensors: Tensors, opts: Any) -> Work:
-        """AVG of integers, rounded towards zero as by NCCL: Lightning averages counts. Done on return."""
-        self._call(opts, tensors, self.comm.all_reduce, [(x, "sum") for x in tensors]).wait()
-        for x in tensors:
-            x.div_(self.comm.world_size, rounding_mode="trunc")
-        return Work(None, tensors)
+        """AVG of integers, rounded towards zero as by NCCL: Lightning averages counts."""
+
+        def divide() -> None:
+            for x in tensors:
+                x.div_(self.comm.world_size, rounding_mode="trunc")
+
+        return self._call(opts, tensors, self.comm.all_reduce, [(x, "sum") for x in tensors]).with_end(divide)
 
     @staged(reads=0, writes=0)
     def reduce(self, tensors: Tensors, opts: Any) -> Work:
@@ -159,6 +161,8 @@ class Operations:
         if _not_yet_untraced:
             _leave_untraced()
         try:
+            if shared_storage.under_way:
+                shared_storage.settle(arguments)
             for one in arguments:
                 work = function(*one, timeout_s=limit_s, async_op=async_op)
         except FleetError as error:
@@ -167,6 +171,8 @@ class Operations:
 
     def _between_two(self, result: Any, function: Callable[..., Any], *arguments: Any) -> Work:
         try:
+            if shared_storage.under_way:
+                shared_storage.settle(arguments)
             return Work(function(*arguments, async_op=True), result)
         except FleetError as error:
             raise torch_error(error) from None

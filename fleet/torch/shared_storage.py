@@ -11,7 +11,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -35,6 +35,26 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 _libc.mremap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+# Asynchronous calls in which storages may move, by the address of torch's StorageImpl.
+under_way: dict[int, Work] = {}
+
+
+def settle(arguments: Sequence[Any]) -> None:
+    """Waits for calls that may move the tensors of a further call, which would take the address of memory that they leave.
+
+    A script that waits for each call before it uses its tensors again, as torch asks for, waits for none here.
+    """
+    for key, work in list(under_way.items()):
+        if work.done():
+            under_way.pop(key, None)
+    for one in arguments if under_way else ():
+        if isinstance(one, list | tuple):
+            settle(one)
+        is_dense = isinstance(one, torch.Tensor) and one.layout == torch.strided
+        if is_dense and (moving := under_way.get(one.untyped_storage()._cdata)) is not None:
+            moving.wait()
 
 
 class Moved(NamedTuple):
@@ -76,7 +96,7 @@ class SharedStorages:
         move = self._mover(x) if questions.left > 0 else None
         work = comm.all_reduce_moving(x, Offer(questions, move=move), op, **how)
         if move is not None and work is not None:
-            work.wait()  # a call that came now would take the address of memory that x leaves
+            under_way[x.untyped_storage()._cdata] = work
         return work
 
     def _placed(self, x: torch.Tensor) -> torch.Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -62,7 +61,6 @@ class HostCopies:
         # By the id of a copy: the copy, and what the script gave.
         self._given: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._results: list[tuple[torch.Tensor, torch.Tensor]] = []  # likewise, of what is written
-        self._bringing = threading.Lock()
 
     def of(self, x: Any, read: bool, written: bool) -> Any:
         """`x` with a copy in place of each CUDA tensor. What is read has its values after `synchronize`."""
@@ -93,19 +91,17 @@ class HostCopies:
             torch.cuda.current_stream(device).synchronize()
 
     def bring_back(self) -> None:
-        """Returns when the results are on the GPU; whoever comes first copies them.
+        """Copies the results to the GPU, and returns when they are there.
 
         The stream is one of its own: a kernel in the script's may be waiting for another rank.
         """
-        with self._bringing:
-            for device in self.devices if self._results else ():
-                stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch lacks its stub
-                with torch.cuda.stream(stream):
-                    for copy, x in self._results:
-                        if x.device == device:
-                            x.copy_(copy, non_blocking=True)
-                stream.synchronize()
-            self._results = []
+        for device in self.devices if self._results else ():
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch lacks its stub
+            with torch.cuda.stream(stream):
+                for copy, x in self._results:
+                    if x.device == device:
+                        x.copy_(copy, non_blocking=True)
+            stream.synchronize()
 
 
 def _say_once(device: torch.device) -> None:

@@ -6,6 +6,7 @@ already. They may make collectives and wait for them: see fleet/collectives/prog
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -42,17 +43,30 @@ class Work(dist.Work):
         self._tensors = tensors
         self._future: torch.futures.Future[Any] | None = None
         self._devices: list[torch.device] = []  # beside the CPU
-        self._bring_back: Callable[[], None] | None = None
+        self._left: list[Callable[[], None]] = []  # to do with the results, in order
 
     def staged(self, tensors: Any, devices: list[torch.device], bring_back: Callable[[], None]) -> Work:
         """This Work, for a call on host copies of `tensors`: it is done when `bring_back` has written the results to them.
 
-        `devices` are those of the tensors. `bring_back` may be called often, from any thread.
+        `devices` are those of the tensors.
         """
-        self._tensors, self._devices, self._bring_back = tensors, devices, bring_back
+        self._tensors, self._devices = tensors, devices
+        return self.with_end(bring_back)
+
+    def with_end(self, act: Callable[[], None]) -> Work:
+        """This Work, which is done when `act` has been called, too: once, by whichever thread first looks after the call."""
+        if not self._left:
+            self._ending = threading.Lock()
+        self._left.append(act)
         if self._work is None:
-            bring_back()
+            self._end()
         return self
+
+    def _end(self) -> None:
+        with self._ending:
+            while self._left:
+                self._left[0]()
+                del self._left[0]
 
     def wait(self, timeout: timedelta | float | None = None) -> bool:
         """True once the call is done. Raises DistBackendError with fleet's text, also after `timeout`; the call goes on then."""
@@ -61,14 +75,14 @@ class Work(dist.Work):
                 self._work.wait(seconds(timeout) or None)
             except (FleetError, TimeoutError) as error:
                 raise torch_error(error) from None
-        if self._bring_back is not None:
-            self._bring_back()
+        if self._left:
+            self._end()
         return True
 
     def is_completed(self) -> bool:
         is_done = self._work is None or self._work.done()
-        if is_done and self._bring_back is not None and self.exception() is None:
-            self._bring_back()
+        if is_done and self._left and self.exception() is None:
+            self._end()
         return is_done
 
     def is_success(self) -> bool:
@@ -109,6 +123,6 @@ class Work(dist.Work):
     def _settled(self, _: Any) -> Any:
         if (error := self.exception()) is not None:
             raise error
-        if self._bring_back is not None:
-            self._bring_back()
+        if self._left:
+            self._end()
         return self._tensors

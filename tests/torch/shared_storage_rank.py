@@ -84,6 +84,40 @@ def calls_that_follow_without_a_wait_find_the_memory() -> None:
     assert all((other == -1).all() for other in others)
 
 
+def asynchronous_calls_wait_for_nothing() -> None:
+    x, y = torch.ones(COUNT + 13), torch.zeros(4)
+    counts = torch.tensor([7, -7, 2**62 // world_size])
+    for _ in range(4):
+        for one, op in ((x, dist.ReduceOp.SUM), (counts, dist.ReduceOp.AVG)):
+            if rank == 0:
+                work = dist.all_reduce(one, op, async_op=True)
+                for other in range(1, world_size):
+                    dist.send(y, other)
+                work.wait()
+            else:
+                dist.recv(y, 0)
+                dist.all_reduce(one, op)
+            assert work.is_completed() if rank == 0 else True
+    assert (x == float(world_size**4)).all()
+    assert counts.tolist() == [7, -7, 2**62 // world_size]
+    counts += rank  # 0 + 1, or 0 + 1 + 2
+    future = dist.all_reduce(counts, dist.ReduceOp.AVG, async_op=True).get_future()
+    assert future.wait()[0][:2].tolist() == ([7, -6] if world_size == 2 else [8, -6])
+    assert moved() == 1
+
+
+def two_groups_called_in_two_orders() -> None:
+    groups = [dist.new_group() for _ in range(2)]
+    xs = [torch.ones(COUNT + 14) for _ in groups]
+    for _ in range(4):
+        order = (0, 1) if rank == 0 else (1, 0)
+        for work in [dist.all_reduce(xs[i], group=groups[i], async_op=True) for i in order]:
+            work.wait()
+    assert all((x == float(world_size**4)).all() for x in xs)
+    for group in groups:
+        dist.destroy_process_group(group)
+
+
 def a_storage_that_has_moved_keeps_its_size() -> None:
     x = torch.empty(COUNT)
     reduces(x)
@@ -245,6 +279,9 @@ def ddp_trains_in_shared_memory(**options: bool) -> None:
 
 views_follow_a_storage_that_moves()
 calls_that_follow_without_a_wait_find_the_memory()
+settled()
+asynchronous_calls_wait_for_nothing()
+two_groups_called_in_two_orders()
 settled()
 a_storage_that_has_moved_keeps_its_size()
 settled()
