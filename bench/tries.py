@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 
-TRIES = 2
+TRIES = 3
 ENDS_WITHIN_S = 15  # after a SIGTERM
 ERROR = re.compile(r"Error\b|^fleet: |terminate called|Fatal ")
 
