@@ -70,6 +70,10 @@ def check_script(path: Path) -> Imports:
         return _check(path / "__main__.py", path)
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is not a file: every rank reads the script for itself, so a pipe cannot be one")
+    if path.suffix == ".ipynb":
+        raise UsageError(
+            f"{path} is a notebook: `jupyter nbconvert --to script {path}` makes a script of it; in it, %%fleet runs a cell"
+        )
     compiled = path.suffix == ".pyc" or is_zipfile(path)
     return NOTHING if path.is_file() and compiled else _check(path, path.resolve().parent)
 
@@ -125,8 +129,16 @@ def _check(path: Path, folder: Path, packages: Sequence[Path] = ()) -> Imports:
         lineno = getattr(error, "lineno", None)  # None: the file is no text
         where = f"{path}:{lineno}" if lineno else str(path)
         text = f"\n    {error.text.strip()}" if isinstance(error, SyntaxError) and error.text else ""
+        if source.startswith(b"#!") and b"python" not in source.partition(b"\n")[0]:
+            raise UsageError(
+                f"{path} is no Python: a command goes behind -- (fleet run -- {_as_command(path)})"
+            ) from None
         raise UsageError(f"{where}: {getattr(error, 'msg', error)}; nothing was started{text}") from None
     return imports_of(tree, folder, packages)
+
+
+def _as_command(path: Path) -> str:
+    return shlex.quote(str(path) if "/" in str(path) else f"./{path}")
 
 
 def _find(name: str, inside: Sequence[str] | None) -> ModuleSpec | None:

@@ -31,7 +31,9 @@ GUARDED = (
     ("Cross-Origin-Resource-Policy", "same-origin"),
 )
 NOT_KEPT = ("Cache-Control", "no-store")
-_SEE_HERE = "this page needs its token: `fleet dashboard` prints the address with it"
+_SEE_HERE = (
+    "this page needs its token: `fleet dashboard` prints the address with it, as `fleet run --dashboard` has done"
+)
 _IN = b"""<!doctype html><html lang="en"><meta charset="utf-8"><meta http-equiv="refresh" content="0;url=/">
 <title>fleet</title><a href="/">The page</a></html>
 """

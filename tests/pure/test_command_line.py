@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fleet.cli.command_line import CommandLine, parse
-from fleet.cli.script import hint_at_options
+from fleet.cli.script import check_script, hint_at_options
 from fleet.errors import UsageError
 
 KNOWN = {"--workers": True, "--log-dir": True, "--grid": True, "--gpus": True, "--insecure": False, "--help": False}
@@ -114,6 +114,21 @@ def test_an_option_that_the_script_does_not_know_is_hinted_at(
 def test_mistakes_are_answered_with_what_to_type(typed: str, answer: str) -> None:
     with pytest.raises(UsageError) as refused:
         parse(typed.split(), KNOWN)
+    assert answer in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "answer"),
+    [
+        ("a.ipynb", "{}", "is a notebook: `jupyter nbconvert --to script"),
+        ("a.sh", "#!/bin/bash\necho hi", "is no Python: a command goes behind -- (fleet run -- /"),
+        ("a.py", "#!/usr/bin/env python3\necho hi", "a.py:2: invalid syntax; nothing was started"),
+    ],
+)
+def test_a_file_that_is_no_script_is_refused(name: str, source: str, answer: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(source)
+    with pytest.raises(UsageError) as refused:
+        check_script(tmp_path / name)
     assert answer in str(refused.value)
 
 

@@ -24,7 +24,7 @@ export async function act(path, body) {
 }
 
 async function answered(response) {
-  if (response.status === 401) throw new Error("this page needs its token again: `fleet dashboard` prints the address");
+  if (response.status === 401) throw new Error("this page needs its token again: `fleet dashboard` prints the address, as `fleet run --dashboard` has done");
   let value;
   try {
     value = await response.json();
