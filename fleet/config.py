@@ -244,6 +244,11 @@ def metrics_host() -> str | None:
     return os.environ.get("FLEET_METRICS_HOST") or None
 
 
+def page_at() -> str:
+    """FLEET_PAGE_AT: HOST:PORT at which people reach the page. Empty: unset, where it is served."""
+    return os.environ.get("FLEET_PAGE_AT", "")
+
+
 def drain_s() -> float:
     """FLEET_DRAIN_S: the seconds after SIGTERM in which a worker's ranks may end by themselves."""
     return float(_number("FLEET_DRAIN_S", DRAIN_S, 0, 7 * 24 * 3600))

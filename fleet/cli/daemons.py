@@ -61,7 +61,10 @@ def run_orchestrator(
         keeping = Keeping(folder, keep_jobs, keep_hours * 3600)
         close_to_others(folder)
         http_host, http_port = metrics or (None, _page_port(port))  # the page is there in any case, for this machine
-        served = serving(http_host or "127.0.0.1", http_port, lock, token_of(lock), partial(_from_here, host))
+        known_as = config.page_at()
+        if known_as:
+            parse(known_as, http_port, "FLEET_PAGE_AT")
+        served = serving(http_host or "127.0.0.1", http_port, lock, token_of(lock), partial(_from_here, host), known_as)
         service = Service(
             endpoint(host, port), lock, versions(), runtime, policy, served, keeping, config.health_file()
         )
@@ -69,7 +72,9 @@ def run_orchestrator(
         register(runtime, "orchestrator", _from_here(host, service.endpoint))
         log.info("orchestrator listens on %s and keeps its jobs in %s", service.endpoint, keeping.folder)
         _log_metrics(service.metrics_at)
-        log.info("page at http://%s/; `fleet dashboard` prints its address with the token", service.metrics_at)
+        log.info(
+            "page at http://%s/; `fleet dashboard` prints its address with the token", known_as or service.metrics_at
+        )
         service.run()
     log.info("orchestrator ended")
 

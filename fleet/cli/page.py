@@ -24,8 +24,13 @@ def token_of(lock: Lock) -> str:
     return derive_secret(lock.secret, "token of the page") if lock.secret else ""
 
 
-def serving(host: str, port: int, lock: Lock, token: str, reachable: Callable[[str], str] = str) -> Serving:
-    """The HTTP port of an orchestrator with its page. `reachable` turns its endpoint into one that a client here connects to."""
+def serving(
+    host: str, port: int, lock: Lock, token: str, reachable: Callable[[str], str] = str, known_as: str = ""
+) -> Serving:
+    """The HTTP port of an orchestrator with its page, and the HOST:PORT of it for people, if that is another one.
+
+    `reachable` turns the orchestrator's endpoint into one that a client here connects to.
+    """
 
     from fleet.orchestrator.window import Serving
 
@@ -35,7 +40,7 @@ def serving(host: str, port: int, lock: Lock, token: str, reachable: Callable[[s
         here = Target("this orchestrator", reachable(window.endpoint), lock, ANSWER_WITHIN_S, local=True)
         return ClusterPages(window, token, here)
 
-    return Serving(host, port, pages)
+    return Serving(host, port, pages, known_as)
 
 
 def new_token() -> str:

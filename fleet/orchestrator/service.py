@@ -129,7 +129,7 @@ class Service:
             routes |= pages.routes
         address = opened.enter_context(closing(HttpServer(serving.host, serving.port, routes))).address
         if serving.pages is not None:
-            self._core.clients.page_at = address
+            self._core.clients.page_at = serving.known_as or address
         return address
 
     def _find_files(self, folder: Path, durable: bool) -> FileStore:

@@ -77,6 +77,7 @@ class Serving:
     host: str
     port: int
     pages: Callable[[Window], Pages] | None = None
+    known_as: str = ""  # HOST:PORT at which people reach the pages; empty: that very address
 
 
 class Window:

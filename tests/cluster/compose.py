@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from fleet.bus.address import free_port
 from tests.chaos.commands import FLEET
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -49,6 +50,7 @@ class Cluster:
             "HOME": str(home),
             "ORCHESTRATOR_PORT": str(port),
             "PROMETHEUS_PORT": str(prometheus_port),
+            "PAGE_PORT": str(free_port("127.0.0.1")),
             "ORCHESTRATOR_ADDR": f"localhost:{port}",
             "FLEET_DRAIN_S": "4",
             "PATH": f"{Path(FLEET[0]).parent}:{os.environ['PATH']}",

@@ -35,6 +35,18 @@ def test_a_job_from_the_host_runs_on_all_workers_through_shared_memory(three: Cl
     assert "tensorfleet-worker-2  ready" in three.run("docker compose exec -T orchestrator fleet workers")
 
 
+def test_the_page_is_there_for_a_browser_on_the_host(three: Cluster) -> None:
+    """Whoever prints its address: fleet on the host, or in a container."""
+    port = three.environment["PAGE_PORT"]
+    for command in ("fleet dashboard", "docker compose exec -T orchestrator fleet dashboard"):
+        address = three.run(command).strip()
+        assert re.fullmatch(rf"http://127\.0\.0\.1:{port}/\?token=[0-9a-f]{{64}}", address)
+        page = three.run(f"curl -s --cookie-jar $HOME/jar '{address}' && curl -s -b $HOME/jar http://127.0.0.1:{port}/")
+        assert "<!doctype html>" in page
+        assert 'id="health"' in page
+    assert "needs its token" in three.run(f"curl -s http://127.0.0.1:{port}/")
+
+
 def test_sockets_are_used_where_shared_memory_is_off(three: Cluster, script: Path) -> None:
     three.run("docker compose up -d worker", FLEET_SHARED_MEMORY="off")
     try:

@@ -91,7 +91,8 @@ def test_the_page_survives(tmp_path: Path) -> None:
         a_job_has_hundreds_of_ranks(visit)
         with one_that_never_reads(address):
             a_rank_prints_without_end(visit)
-        assert seen.complaints() == []
+        # A job may end while the page asks what it uses.
+        assert [said for said in seen.complaints() if "409 (Conflict)" not in said] == []
 
 
 def a_job_has_hundreds_of_ranks(visit: Visit) -> None:
