@@ -240,6 +240,14 @@ def call_each(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> lis
     return [function(*args) for args in calls]
 
 
+def name_of(function: Any) -> str:
+    """Name of a function for a person."""
+    if isinstance(function, functools.partial):
+        return f"partial of {name_of(function.func)}"
+    name = getattr(function, "__qualname__", None)
+    return name if isinstance(name, str) else type(function).__qualname__
+
+
 def function_bytes(function: Callable[..., Any]) -> bytes:
     """The pickle of a function. Raises whatever its pickling raises."""
     return _whole(_Pickler, function)

@@ -156,6 +156,8 @@ class RankUse(msgspec.Struct, frozen=True):
     task: b.NumberOrNone = -1  # that it makes now; 0: none, -1: it is no runner
     task_s: b.Seconds = 0.0  # for how long
     tasks_done: b.Number = 0
+    function: b.Word = ""  # of that task; empty: not known
+    functions: Annotated[tuple[tuple[b.Word, b.Number], ...], msgspec.Meta(max_length=64)] = ()  # calls of each
 
 
 class Used(PassedOnMessage, frozen=True):

@@ -5,7 +5,6 @@ Large arguments are kept beside the pickle, in memory that runners of this machi
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import threading
 from collections.abc import Callable
@@ -58,7 +57,7 @@ class CallPacker:
             if not pickling.registered():
                 function = self._by_name.get(fn)
         else:
-            name = _name(fn)
+            name = pickling.name_of(fn)
         try:
             if function is None:
                 function = self._function(fn)
@@ -96,10 +95,3 @@ class CallPacker:
             self._functions.clear()
         self._by_name.clear()
         self._shelf.close()
-
-
-def _name(fn: Any) -> str:
-    if isinstance(fn, functools.partial):
-        return f"partial of {_name(fn.func)}"
-    name = getattr(fn, "__qualname__", None)
-    return name if isinstance(name, str) else type(fn).__qualname__

@@ -238,6 +238,7 @@ class TaskRunner:
         started = monotonic()
         try:
             function, args, kwargs = self._prepared(call)
+            self._progress.calls(args[0] if function is pickling.call_each else function)
             self._lock.release()
             try:
                 value = function(*args, **kwargs)

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from fleet.bus.address import free_port
-from tests.chaos.commands import fleet
+from tests.chaos.commands import environment, fleet
 from tests.chaos.place import Place
 from tests.page.browser import MISSING, Browser, browser
 
@@ -44,6 +46,18 @@ def load_batch(step):
 load_batch(0)
 comm.barrier()
 '''
+CALLS = """
+import time
+import fleet
+
+def load_batch(step):
+    if step > 20:
+        time.sleep(600)
+
+with fleet.Executor(max_workers=1, name="calls") as pool:
+    pool.submit(pow, 2, 3)
+    list(pool.map(load_batch, range(30)))
+"""
 LIVE = "document.querySelector('#link').dataset.state === 'live'"
 
 
@@ -54,6 +68,7 @@ class Visit:
         self.place, self.seen, self.folder = place, seen, folder
         (folder / "trains.py").write_text(TRAINS)
         (folder / "fails.py").write_text(FAILS)
+        (folder / "calls.py").write_text(CALLS)
 
     def fleet(self, *words: str) -> str:
         secret = str(self.folder / "secret")
@@ -95,6 +110,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         the_first_failure_stands_first(visit)
         what_waits_says_why(visit)
         each_rank_says_what_it_is_doing(visit, job)
+        tasks_of_an_executor_have_the_names_of_their_functions(visit)
         it_fits_a_narrow_window_and_the_dark(visit)
         it_can_be_used_by_keyboard_and_read_aloud(visit)
         assert seen.complaints() == []
@@ -182,6 +198,21 @@ def each_rank_says_what_it_is_doing(visit: Visit, job: str) -> None:
     assert "thread MainThread" in visit.seen.run("return document.querySelector('.doing pre').textContent")
     visit.press(".doing .trace")
     visit.seen.until("document.querySelector('#said').innerText.includes('is downloaded')")
+
+
+def tasks_of_an_executor_have_the_names_of_their_functions(visit: Visit) -> None:
+    variables = environment(ORCHESTRATOR_ADDR=visit.place.address, FLEET_SECRET_FILE=str(visit.folder / "secret"))
+    command = [sys.executable, str(visit.folder / "calls.py")]
+    with subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL) as caller:
+        named = "[...document.querySelectorAll('#jobs-table tr')].find(r => r.querySelector('.name')?.innerText === 'calls')"
+        job = visit.seen.until(f"{named}?.querySelector('a').innerText")
+        visit.open(job)
+        visit.seen.until(
+            "document.querySelector('.using').innerText.includes(arguments[0])", "Calls: load_batch 22, pow 1."
+        )
+        assert "22 tasks done, in task 23 (load_batch) for" in visit.seen.text(".using")
+        caller.kill()
+    visit.seen.until(f"{visit.row(job)}.dataset.status === 'cancelled'")
 
 
 def it_fits_a_narrow_window_and_the_dark(visit: Visit) -> None:

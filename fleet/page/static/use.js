@@ -74,8 +74,10 @@ export class Use {
   tasks(runner, now) {
     if (!runner) return;
     if (!this.doing) this.place.prepend(this.doing = el("p", { class: "slow" }));
-    const current = runner.task > 0 ? `in task ${runner.task} for ${span(runner.task_s)}` : "waiting for a task";
-    say(this.doing, `An Executor's runner: ${many(runner.tasks_done, "task")} done, ${current}.`);
+    const name = runner.function ? ` (${visible(runner.function)})` : "";
+    const current = runner.task > 0 ? `in task ${runner.task}${name} for ${span(runner.task_s)}` : "waiting for a task";
+    const by = [...runner.functions].sort((a, b) => b[1] - a[1]).map(([named, count]) => `${visible(named)} ${count}`).join(", ");
+    say(this.doing, `An Executor's runner: ${many(runner.tasks_done, "task")} done, ${current}.${by && ` Calls: ${by}.`}`);
     const before = this.made;
     this.made = { at: runner.at_s, count: runner.tasks_done };
     if (!before || runner.at_s <= before.at) return;
