@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import time
@@ -19,7 +19,7 @@ from fleet.config import VERSION
 from fleet.errors import ConfigError, FleetError, UsageError
 
 if TYPE_CHECKING:
-    from fleet.client.trace_events import TracedRank
+    from fleet.client.traces import Traces
 
 ENDS_WITHIN_S = 5.0
 LOG_BYTES = 16_000  # of a rank's output
@@ -38,11 +38,11 @@ def write_report(job_id: str, target: Target | None, path: Path) -> None:
         _write(path, client, at, job)
 
 
-def save_report(target: Target, job_id: str, path: Path, ended: m.JobEnded, ranks: Sequence[TracedRank]) -> None:
+def save_report(target: Target, job_id: str, path: Path, ended: m.JobEnded, traces: Traces) -> None:
     """Writes the report of a job of this command that has ended. Says why where that fails."""
     try:
         with JobClient(target) as client:
-            _write(path, client, target, client.job(job_id), ended, ranks)
+            _write(path, client, target, client.job(job_id), ended, traces)
     except FleetError as error:
         say(f"the report was not written: {error}")
 
@@ -89,7 +89,7 @@ def _write(
     target: Target,
     job: m.JobInfo,
     ended: m.JobEnded | None = None,
-    ranks: Sequence[TracedRank] = (),
+    traces: Traces | None = None,
 ) -> None:
     from fleet.client import html_report
     from fleet.client.html_report import Facts, page
@@ -98,10 +98,11 @@ def _write(
 
     if job.outcome and ended is None:
         ended = next(client.ends([job.job_id], ENDS_WITHIN_S), None)
-    ranks, note = (list(ranks), "") if ranks else _traces(client, target, job)
-    traced = traced_job(ranks, slices_at_most=SLICES_AT_MOST) if ranks else None
+    found, note = (traces, "") if traces is not None and traces.ranks else _traces(client, target, job)
+    traced = traced_job(found.ranks, found.clocks, SLICES_AT_MOST) if found.ranks else None
     if traced is not None:
-        note = f"From {shown(traced)} collectives, steps, phases and spans of {len(ranks)} ranks."
+        note = f"From {shown(traced)} collectives, steps, phases and spans of {len(found.ranks)} ranks."
+        note += f" Missing: {found.missing}." if found.missing else ""
     runs = job.state == "running"
     printed = {}
     for rank in (
@@ -120,16 +121,15 @@ def _write(
     say(f"report: {path}")
 
 
-def _traces(client: JobClient, target: Target, job: m.JobInfo) -> tuple[list[TracedRank], str]:
+def _traces(client: JobClient, target: Target, job: m.JobInfo) -> tuple[Traces, str]:
     """Traces of the job's ranks; or why there are none."""
-    from fleet.client.traces import of_activity, of_ended
+    from fleet.client.traces import Traces, of_activity, of_ended
 
     try:
         if job.outcome:
             return of_ended(client, job), NO_TRACE
         if job.state != "running":
-            return [], ""
-        ranks, _ = of_activity(activities(job.job_id, target, trace_s=TRACED_S)[0])
-        return ranks, "No rank has called fleet.init() yet."
+            return Traces([]), ""
+        return of_activity(activities(job.job_id, target, trace_s=TRACED_S)[0]), "No rank has called fleet.init() yet."
     except FleetError as error:
-        return [], f"Its traces could not be had: {error}."
+        return Traces([]), f"Its traces could not be had: {error}."

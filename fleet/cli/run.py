@@ -114,11 +114,12 @@ def _run(place: _Place, workers: int, printer: Printer, interruption: _Interrupt
     cancelled_by = interruption.number if job.cancelled else 0
     try:
         with interruption.raised():
-            ranks = take_traces(place.target, job.job_id, place.output) if options.traces else []
+            if options.traces:
+                traces = take_traces(place.target, job.job_id, place.output)
             if options.trace is not None:
-                save_trace(options.trace, ranks)
+                save_trace(options.trace, traces)
             if options.report is not None:
-                save_report(place.target, job.job_id, options.report, ended, ranks)
+                save_report(place.target, job.job_id, options.report, ended, traces)
     except KeyboardInterrupt:
         say("interrupted: the trace and the report of this job are not complete")
     if place.output is not None:

@@ -15,11 +15,10 @@ from fleet.client.attached_job import say
 from fleet.client.job_client import JobClient
 from fleet.client.target import Target
 from fleet.config import TRACE_FOLDER
-from fleet.errors import FleetError, UsageError, rank_set
+from fleet.errors import FleetError, UsageError
 
 if TYPE_CHECKING:
-    from fleet.client.clocks import Clocks
-    from fleet.client.trace_events import TracedRank
+    from fleet.client.traces import Traces
 
 ALL_S = 1e9
 
@@ -33,62 +32,61 @@ def trace(job_id: str, target: Target | None, path: Path, seconds: float | None,
         with JobClient(target) as client:
             job = client.job(job_id)
             if job.outcome:
-                ranks = of_ended(client, job)
-                if not ranks:
+                ended = of_ended(client, job)
+                if not ended.ranks:
                     raise untraced(job)
-                return _write(path, ranks, merge=merge)
+                return _write(path, ended, merge)
         job_id = job.job_id
     found = activities(job_id, target, trace_s=ALL_S if seconds is None else seconds)
     if len(found) > 1:
         ids = ", ".join(sorted({answer.job_id for activity in found for answer in activity.answers}))
         raise UsageError(f"several jobs run on this machine: say which one ({ids})")
-    ranks, clocks = of_activity(found[0])
-    if found[0].silent:
-        say(f"ranks that did not answer are not in the trace: {rank_set(found[0].silent, 0)}")
-    _write(path, ranks, clocks, merge)
+    _write(path, of_activity(found[0]), merge)
 
 
-def take_traces(target: Target, job_id: str, output: LocalOutput | None) -> list[TracedRank]:
+def take_traces(target: Target, job_id: str, output: LocalOutput | None) -> Traces:
     """Traces that a job of this command wrote, once it has ended. Says why there are none."""
-    from fleet.client.traces import of_ended, of_folder
+    from fleet.client.traces import Traces, of_ended, of_folder
 
     try:
         if output is not None:
             folder = output.storage.folder(job_id) / TRACE_FOLDER
             try:
-                ranks = of_folder(folder)
+                found = Traces(of_folder(folder))
             finally:
                 remove_tree(folder)
         else:
             with JobClient(target) as client:
-                ranks = of_ended(client, client.job(job_id))
-        if not ranks:
+                found = of_ended(client, client.job(job_id))
+        if not found.ranks:
             say("there is no trace: no rank of this job called fleet.init(), or used fleet's backend of torch")
-        return ranks
+        return found
     except (FleetError, OSError) as error:
         say(f"there is no trace: {error}")
-        return []
+        return Traces([])
 
 
-def save_trace(path: Path, ranks: list[TracedRank]) -> None:
+def save_trace(path: Path, found: Traces) -> None:
     """Writes the trace of a job of this command, if there is one."""
-    if ranks:
+    if found.ranks:
         try:
-            _write(path, ranks)
+            _write(path, found)
         except UsageError as error:
             say(str(error))
 
 
-def _write(path: Path, ranks: list[TracedRank], clocks: Clocks | None = None, merge: Sequence[Path] = ()) -> None:
+def _write(path: Path, found: Traces, merge: Sequence[Path] = ()) -> None:
     from fleet.client.trace_events import traced_job
     from fleet.client.traces import metadata, profiles, shown, write
 
-    if not ranks:
+    if not found.ranks:
         raise UsageError("no rank has a trace: none has called fleet.init() yet")
-    line = traced_job(ranks, clocks)
+    line = traced_job(found.ranks, found.clocks)
     merged = profiles(merge, line)
-    write(line, path, chain.from_iterable(profile.events() for profile in merged))
+    write(line, path, chain.from_iterable(profile.events() for profile in merged), found.missing)
     how = metadata(line)["clocks"]
     clocks_said = "" if how == "one" else "; clocks: " + ", ".join(f"{host} {text}" for host, text in how.items())
-    count = f"{len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}"
-    say(f"trace: {path} with {count}, {shown(line)} collectives and spans{clocks_said}; open it at ui.perfetto.dev")
+    amount = f"{len(found.ranks)} rank{'s' * (len(found.ranks) != 1)}, {shown(line)} collectives and spans"
+    say(f"trace: {path} with {amount}{clocks_said}; open it at ui.perfetto.dev")
+    if found.missing:
+        say(f"the trace is not whole: {found.missing}")

@@ -7,7 +7,9 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from math import inf
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -20,12 +22,22 @@ from fleet.client.torch_profile import Profile
 from fleet.client.trace_events import Event, TracedJob, TracedRank, events
 from fleet.collectives.trace_log import BEFORE, LENGTH
 from fleet.config import TRACE_FOLDER, VERSION
-from fleet.errors import FleetError, ProtocolError, UsageError
+from fleet.errors import FleetError, ProtocolError, UsageError, rank_set
+from fleet.values import amount_of
 
 EVENTS_AT_ONCE = 10_000
+ERRORS_SAID = 4  # of workers
 
 
-def of_activity(activity: Activity) -> tuple[list[TracedRank], Clocks]:
+class Traces(NamedTuple):
+    """Traces of a job's ranks, and what is not among them."""
+
+    ranks: list[TracedRank]
+    clocks: Clocks | None = None  # with what questions to the ranks told of them
+    missing: str = ""  # ranks and workers, in words
+
+
+def of_activity(activity: Activity) -> Traces:
     """Traces of ranks that have answered, and what the answers tell of their clocks."""
     ranks = [
         TracedRank(answer.attempt, answer.member_id, answer.host, answer.pid, answer.trace)
@@ -35,7 +47,7 @@ def of_activity(activity: Activity) -> tuple[list[TracedRank], Clocks]:
     clocks = Clocks(ranks[0].trace.clock if ranks else "")
     for rank in ranks:
         clocks.heard(rank.trace.clock, activity.asked_at, rank.trace.now, activity.heard_at[rank.rank])
-    return ranks, clocks
+    return Traces(ranks, clocks, _missing(ranks, len(activity.answers) + len(activity.silent)))
 
 
 def of_folder(folder: Path) -> list[TracedRank]:
@@ -49,15 +61,29 @@ def of_folder(folder: Path) -> list[TracedRank]:
     return sorted(found, key=lambda rank: (rank.attempt, rank.rank))
 
 
-def of_ended(client: JobClient, job: m.JobInfo) -> list[TracedRank]:
-    """Traces that the members of a job wrote, from its workers. Raises FleetError where its workers cannot be asked."""
+def of_ended(client: JobClient, job: m.JobInfo, bytes_at_most: float = inf) -> Traces:
+    """Traces that the members of a job wrote, from its workers.
+
+    Raises FleetError where there are none, and its workers cannot be asked; UsageError where they are larger than that.
+    """
     output = RemoteOutput(client, job)
     found = output.listing([TRACE_FOLDER])
-    if not found.sources and found.errors:
-        raise FleetError("; ".join(found.errors))
+    if found.size_bytes > bytes_at_most:
+        raise UsageError(
+            f"the trace has {amount_of(found.size_bytes)}, which is too much here: `fleet trace {job.job_id}` writes it"
+        )
     with tempfile.TemporaryDirectory(prefix="fleet-trace-") as folder:
-        output.fetch(found.sources, Path(folder))
-        return of_folder(Path(folder) / TRACE_FOLDER)
+        errors = found.errors + output.fetch(found.sources, Path(folder)).errors
+        ranks = of_folder(Path(folder) / TRACE_FOLDER)
+    if errors and not ranks:
+        raise FleetError("; ".join(errors))
+    return Traces(ranks, None, _missing(ranks, job.world_size, errors))
+
+
+def _missing(ranks: Sequence[TracedRank], world_size: int, errors: Sequence[str] = ()) -> str:
+    absent = set(range(world_size)) - {rank.rank for rank in ranks}
+    said = [f"nothing of {'rank' if len(absent) == 1 else 'ranks'} {rank_set([*absent], 0)}"] if absent else []
+    return "; ".join([*said, *errors[:ERRORS_SAID]])
 
 
 def profiles(paths: Iterable[Path], job: TracedJob) -> list[Profile]:
@@ -77,15 +103,18 @@ def profiles(paths: Iterable[Path], job: TracedJob) -> list[Profile]:
 
 
 def untraced(job: m.JobInfo) -> UsageError:
-    """The error of a job that has ended without traces."""
+    """The error of a job without traces."""
+    if not job.outcome:
+        return UsageError("no rank has a trace: none has called fleet.init() yet")
     return UsageError(
         f"job {job.job_id} has ended ({job.status}), and its ranks wrote no trace: submit it with --trace, or ask while it runs"
     )
 
 
-def write(line: TracedJob, path: Path, merged: Iterable[Event] = (), about: Event | None = None) -> None:
+def write(line: TracedJob, path: Path, merged: Iterable[Event] = (), missing: str = "") -> None:
     """Writes the trace. Raises UsageError where that cannot be."""
-    head = msgspec.json.encode({"displayTimeUnit": "ms", "otherData": metadata(line) | (about or {})})
+    about = metadata(line) | ({"missing": missing} if missing else {})
+    head = msgspec.json.encode({"displayTimeUnit": "ms", "otherData": about})
     encoder, batch = msgspec.json.Encoder(), list[bytes]()
     try:
         with path.open("wb") as file:

@@ -18,13 +18,14 @@ from fleet import messages as m
 from fleet.client.job_client import JobClient
 from fleet.client.rank_activity import as_values, ask
 from fleet.client.target import Target
-from fleet.errors import FleetError, UsageError
+from fleet.errors import FleetError
 
 THREADS, ACTION_THREADS = 2, 2  # an action does not wait until a trace is written
 WITHIN_S = 25.0  # whoever has asked is told sooner than the HTTP server gives up
 PENDING_AT_MOST = 32
 TRACED_S = 60.0
-SLICES_AT_MOST = 60_000  # of a trace: it is made in the orchestrator's process
+# Of a trace, which is made in the orchestrator's process; bytes of the files of a job that has ended, in memory 8 times as many
+SLICES_AT_MOST, TRACE_BYTES_AT_MOST = 60_000, 8_000_000
 COLLECTIVES_TOLD = 20  # of each rank
 MEASURED_EVERY_S, MEASURED_WORKERS_A_SECOND = 0.9, 128  # of one job, for all its viewers
 JOBS_MEASURED = 16
@@ -99,19 +100,16 @@ class Errands:
             from fleet.client.trace_events import traced_job
             from fleet.client.traces import of_activity, of_ended, untraced, write
 
-            clocks = None
             with self._client() as client:
                 job = client.job(job_id)
-                ranks = of_ended(client, job) if job.outcome else []
-            if job.outcome and not ranks:
+                found = of_ended(client, job, TRACE_BYTES_AT_MOST) if job.outcome else None
+            if found is None:
+                found = of_activity(ask(self._target, job_id, trace_s=TRACED_S, check=self._check))
+            if not found.ranks:
                 raise untraced(job)
-            if not job.outcome:
-                ranks, clocks = of_activity(ask(self._target, job_id, trace_s=TRACED_S, check=self._check))
-            if not ranks:
-                raise UsageError("no rank has a trace: none has called fleet.init() yet")
             with tempfile.TemporaryDirectory(prefix="fleet-trace-") as folder:
                 path = Path(folder) / "trace.json"
-                write(traced_job(ranks, clocks, SLICES_AT_MOST), path)
+                write(traced_job(found.ranks, found.clocks, SLICES_AT_MOST), path, missing=found.missing)
                 return path.read_bytes()
 
         return self._later(act, self._threads)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from time import monotonic
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from fleet import messages as m
-from fleet.client.traces import of_folder
+from fleet.client.traces import of_ended, of_folder
 from fleet.collectives.flight import Flights
 from fleet.collectives.generations import News
 from fleet.collectives.header import pack_call
@@ -16,8 +18,11 @@ from fleet.collectives.operation import END_UNKNOWN, Operation, Signature
 from fleet.collectives.recorder import Recorder
 from fleet.collectives.timeline import TIMELINE
 from fleet.collectives.trace_log import LENGTH, TraceLog
-from fleet.config import RankSettings
+from fleet.config import TRACE_FOLDER, RankSettings
+from fleet.errors import FleetError, UsageError
 from fleet.world import World, world_id
+from tests.pure.test_output_fetch import Worker
+from tests.pure.test_storage import storage
 
 
 @pytest.fixture
@@ -88,3 +93,26 @@ def test_collectives_that_end_out_of_order_across_generations(flights: Flights, 
         (operation.sequence, operation.ended) for operation in (first, second, third)
     ]
     assert list(trace_log._collectives()) == []
+
+
+def test_what_is_not_in_a_trace_is_said(flights: Flights, tmp_path: Path) -> None:
+    """A worker that cannot be asked, and ranks that nothing is known of: a trace of the others is no whole one."""
+    kept = storage(tmp_path)
+    begin(group := Recorder())
+    flights.others.append((7, "gloo, default_pg", group))
+    TraceLog(kept.make("j") / TRACE_FOLDER, 1, 1, flights).write()
+
+    def answer(ask: Any) -> m.Message:
+        lost = m.Files("j", ask.worker_id, ask.question, error=f"worker {ask.worker_id} is lost")
+        return kept.answer(ask) if ask.worker_id == "a" else lost
+
+    job: Any = SimpleNamespace(job_id="j", held_by=("a", "b"), world_size=4)
+    client: Any = Worker(answer)
+    found = of_ended(client, job)
+    assert [rank.rank for rank in found.ranks] == [1]
+    assert found.missing == "nothing of ranks 0,2-3; worker b is lost: its part of the output is missing"
+    with pytest.raises(UsageError, match=r"the trace has \d+ bytes, which is too much here: `fleet trace j` writes it"):
+        of_ended(client, job, 10)
+    job.held_by = ("b",)
+    with pytest.raises(FleetError, match="worker b is lost"):
+        of_ended(client, job)
