@@ -97,9 +97,14 @@ class Operations:
     def all_to_all_single(
         self, out: torch.Tensor, x: torch.Tensor, out_splits: list[int], x_splits: list[int], opts: Any
     ) -> Work:
-        """Splits are rows; empty lists: equal parts."""
-        # What is uneven on one rank is so on all: each must take the same way.
-        return self._call(opts, [out], self.comm.all_to_all, [(out, x, out_splits or None, x_splits or None)])
+        """Splits are rows; empty lists: equal parts, which other ranks may give as splits."""
+        splits = (out_splits or self._equal_rows(out), x_splits or self._equal_rows(x))
+        return self._call(opts, [out], self.comm.all_to_all, [(out, x, *splits)])
+
+    def _equal_rows(self, x: torch.Tensor) -> list[int] | None:
+        """The splits of equal parts; None where there are no such."""
+        rows, rest = divmod(x.shape[0] if x.shape else 1, self.comm.world_size)
+        return None if rest else [rows] * self.comm.world_size
 
     def barrier(self, opts: Any) -> Work:
         return self._call(opts, [], self.comm.barrier, [()])
@@ -108,14 +113,12 @@ class Operations:
 
     @staged(reads=0, writes=None)
     def send(self, tensors: Tensors, dst: int, tag: int) -> Work:
-        [x] = tensors
-        return self._between_two([], self.comm.send, x, dst, tag)
+        return self._between_two([], self.comm.send, _plain(tensors), dst, tag)
 
     @staged(reads=None, writes=0)
     def recv(self, tensors: Tensors, src: int | None, tag: int) -> Work:
         """src None: from any rank."""
-        [x] = tensors
-        return self._between_two(tensors, self.comm.recv, x, src, tag)
+        return self._between_two(tensors, self.comm.recv, _plain(tensors), src, tag)
 
     def monitored_barrier(self, timeout: timedelta | float | None) -> None:
         """Returns once every rank has called it. Raises DistBackendError that names all ranks that have not in time."""
@@ -186,6 +189,12 @@ def _leave_untraced() -> None:
     rules = sys.modules.get("torch._dynamo.trace_rules")
     if rules is not None and hasattr(rules, "add"):  # its import may be under way in another thread
         rules.add(_not_yet_untraced.pop())
+
+
+def _plain(tensors: Tensors) -> torch.Tensor:
+    """The one tensor; floats of 8 bits, which fleet has no arithmetic for, as bytes."""
+    [x] = tensors
+    return x.view(torch.uint8) if x.itemsize == 1 and x.is_floating_point() else x
 
 
 def _whole_and_part(whole: Any, part: torch.Tensor) -> tuple[Any, torch.Tensor]:

@@ -205,6 +205,12 @@ def uneven() -> Iterator[tuple[str, Case]]:
         dist.all_to_all_single(out, values((sum(x_rows), 2), torch.float32), x_rows, x_rows, group=group)
         return out
 
+    def all_to_all_single_where_one_rank_gives_no_splits(group: Any) -> Any:
+        x_rows = [2 if 0 in (rank, RANK) else rank + RANK for rank in range(SIZE)]
+        out, splits = torch.zeros(sum(x_rows), 2), None if RANK == 0 else x_rows
+        dist.all_to_all_single(out, values((sum(x_rows), 2), torch.float32), splits, splits, group=group)
+        return out
+
     def all_reduce_sparse(group: Any) -> Any:
         rows = torch.tensor([[0, RANK, RANK + 1, 0]])
         x = torch.sparse_coo_tensor(rows[:, : 4 - RANK % 2], values((4 - RANK % 2, 3), torch.float32), (SIZE + 1, 3))
@@ -212,6 +218,7 @@ def uneven() -> Iterator[tuple[str, Case]]:
         return x.to_dense()
 
     yield from named(all_gather_uneven, all_to_all_uneven, all_to_all_single_uneven, all_reduce_sparse)
+    yield from named(all_to_all_single_where_one_rank_gives_no_splits)
 
 
 def named(*cases: Case) -> Iterator[tuple[str, Case]]:
@@ -219,6 +226,35 @@ def named(*cases: Case) -> Iterator[tuple[str, Case]]:
 
 
 # Where Gloo has nothing to compare with: what should come, computed from all ranks' inputs.
+
+
+class Subclass(torch.nn.Parameter):
+    pass
+
+
+def unusual_tensors() -> Iterator[tuple[str, Case]]:
+    """Subclasses, which some frameworks make of their parameters, and floats of 8 bits."""
+    for dtype in (torch.bfloat16, torch.float32):
+
+        def all_reduce_and_broadcast(group: Any, dtype: torch.dtype = dtype) -> Any:
+            x = Subclass(values((3, 4), dtype), requires_grad=False)
+            y = values((5,), dtype).as_subclass(Subclass)
+            dist.all_reduce(x, group=group)
+            dist.broadcast(y, 0, group=group)
+            return [x.data, y.as_subclass(torch.Tensor)]
+
+        yield f"subclass of {dtype}", all_reduce_and_broadcast
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+
+        def send_and_recv_8_bits(group: Any, dtype: torch.dtype = dtype) -> Any:
+            x = values((4, 6), torch.float32).to(dtype)[:, ::2]
+            if RANK == 0 and SIZE > 1:
+                dist.recv(x, LAST, group=group)
+            elif RANK == LAST and SIZE > 1:
+                dist.send(x, 0, group=group)
+            return x.float()
+
+        yield f"send {dtype}", send_and_recv_8_bits
 
 
 def averages() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
@@ -360,7 +396,7 @@ def main(folder: Path) -> None:
         for dtype, shape in product(DTYPES, SHAPES)
         for name, case in in_shape(shape, dtype)
     ]
-    for name, case in [*cases, *between_ranks(), *uneven()]:
+    for name, case in [*cases, *between_ranks(), *uneven(), *unusual_tensors()]:
         of_gloo, of_fleet = outcome(case, GLOO), outcome(case, FLEET)
         if not isinstance(of_gloo, str):  # else Gloo lacks it
             compare(name, of_fleet, of_gloo)
