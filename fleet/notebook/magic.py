@@ -27,6 +27,8 @@ class Magic:
             self.close()
         elif words:
             raise UsageError(f"{line!r} is not understood: {USAGE}")
+        if self._cluster is None:
+            print("fleet: there are no ranks; %%fleet --workers N before a cell starts some", file=sys.stderr)
         return self._cluster
 
     def cell(self, line: str, cell: str) -> Any:
@@ -74,7 +76,9 @@ def _misread(error: SyntaxError) -> str:
 
 
 def load(ipython: Any) -> None:
-    """Gives the magics to an IPython. Here alone something of it is imported."""
+    """Gives the magics to an IPython, once: its ranks outlive %reload_ext. Here alone something of it is imported."""
+    if "fleet" in ipython.magics_manager.magics["cell"]:
+        return
     from IPython.core.error import UsageError as Misuse  # shown as one line
 
     magic = Magic()

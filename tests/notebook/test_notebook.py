@@ -91,6 +91,8 @@ async def check_failures(notebook: Notebook, folder: Path) -> None:
     misused = await notebook.cell("%%fleet --workers none\n1")
     assert "is not understood" in printed(misused, "stderr") + error(misused)
 
+    assert not error(await notebook.cell("%reload_ext fleet"))
+    assert value(await notebook.cell("%%fleet\nx")) == "0| 0\n1| 1\n2| 2\n3| 3"
     many = await notebook.cell("%%fleet\nfor number in range(3000):\n    print(number, flush=True)")
     assert lines_by_rank(printed(many), 4) == [[str(number) for number in range(3000)]] * 4
     # Jupyter drops output in more than a thousand messages a second.
@@ -104,7 +106,7 @@ async def check_failures(notebook: Notebook, folder: Path) -> None:
     await notebook.client.km.interrupt_kernel()
     interrupted = error(await waiting)
     assert interrupted.startswith("KeyboardInterrupt: rank 0 in "), interrupted
-    assert interrupted.endswith('; ranks 1-3 in "<cell 6>", line 3, in <module>')
+    assert interrupted.endswith('; ranks 1-3 in "<cell 7>", line 3, in <module>')
 
     lives = await notebook.cell("%%fleet\nn = np.array([x])\ncomm.all_reduce(n)\nn")
     assert value(lives) == "4 ranks| array([6])"
@@ -132,6 +134,9 @@ async def check_failures(notebook: Notebook, folder: Path) -> None:
     after = await notebook.cell("%%fleet\nrank")
     assert "rank 3 failed" in printed(after, "stderr")
     assert value(after) == "0| 0\n1| 1\n2| 2\n3| 3"
+    await notebook.cell("%fleet --close")
+    assert "there are no ranks" in printed(await notebook.cell("%fleet"), "stderr")
+    await notebook.cell("%%fleet --workers 4\n1")  # for what the end of the kernel leaves
 
 
 def test_cells_run_on_ranks_that_stay_alive(tmp_path: Path) -> None:
