@@ -12,7 +12,7 @@ from fleet import messages as m
 from fleet.bounds import is_id
 from fleet.client.queries import answers
 from fleet.client.target import Target
-from fleet.errors import ConfigError, UsageError
+from fleet.errors import ConfigError, UsageError, rank_set
 from fleet.stillness import Deadline
 from fleet.text import shown
 from fleet.values import Straggler
@@ -70,6 +70,7 @@ def ask(
 def described(answered: list[m.Answer], silent_count: int, count: int, straggler: Straggler | None = None) -> str:
     """The answers in words, with the last `count` collectives of each rank."""
     lines = [] if straggler is None else [shown(straggler.told(is_over=False))]
+    lines += _overview(answered)
     for answer in answered:
         lines.append(shown(f"rank {answer.member_id} ({answer.host}, pid {answer.pid}) {answer.doing}"))
         if answer.unreached:
@@ -82,6 +83,20 @@ def described(answered: list[m.Answer], silent_count: int, count: int, straggler
     if silent_count:
         lines.append(f"{silent_count} ranks did not answer within {ANSWER_WITHIN_S:g} s: stopped, frozen or cut off")
     return "\n".join(lines)
+
+
+def _overview(answered: list[m.Answer]) -> list[str]:
+    """A line for ranks that do the same, where there are fewer such lines than ranks; then an empty one."""
+    alike: dict[str, list[int]] = {}
+    for answer in answered:
+        alike.setdefault(answer.doing, []).append(answer.member_id)
+    if len(alike) == len(answered):
+        return []
+    said = [
+        f"rank {ranks[0]} {doing}" if len(ranks) == 1 else f"ranks {rank_set(ranks, 0)}: each {doing}"
+        for doing, ranks in alike.items()
+    ]
+    return [*map(shown, said), ""]
 
 
 def as_values(

@@ -131,6 +131,18 @@ def test_why_shows_as_many_collectives_as_it_is_told() -> None:
     assert described([two], 0, 2).splitlines()[1:] == ["    communicator 1:", "      #1"]
 
 
+def test_why_begins_with_ranks_that_do_the_same() -> None:
+    waits, late = "is in collective #5 barrier()", "is at t.py:3 in load"
+    ranks = [Answer("j", 1, 0, 0, n, "h", n, 5, n != 1, late if n == 1 else waits, "", "t.py:3") for n in range(4)]
+    assert described(ranks, 0, 3).splitlines() == [
+        f"ranks 0,2-3: each {waits}",
+        f"rank 1 {late}",
+        "",
+        *(f"rank {n} (h, pid {n}) {late if n == 1 else waits}" for n in range(4)),
+    ]
+    assert described(ranks[:2], 0, 3).splitlines()[0] == f"rank 0 (h, pid 0) {waits}"
+
+
 def test_why_as_values() -> None:
     answer = Answer("j", 1, 0, 0, 2, "h", 7, 5, True, "is in collective #5", "barrier()", "t.py:3", "one\ntwo\nthree")
     told, silent = as_values([answer], [3], 2)
