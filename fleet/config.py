@@ -304,9 +304,8 @@ def data_security(default: Security) -> Security:
 
 def shared_memory() -> Path | None:
     """FLEET_SHM_DIR (/dev/shm): the tmpfs that ranks of one host share. None: FLEET_SHARED_MEMORY is off."""
-    if not _is_on("FLEET_SHARED_MEMORY", "on", "on, or off for sockets between all ranks"):
-        return None
-    return Path(os.environ.get("FLEET_SHM_DIR") or "/dev/shm")
+    shares = _is_on("FLEET_SHARED_MEMORY", "on", "on, or off for sockets between all ranks")
+    return Path(os.environ.get("FLEET_SHM_DIR") or "/dev/shm") if shares else None
 
 
 def keeps_pace() -> bool:
@@ -316,11 +315,9 @@ def keeps_pace() -> bool:
 
 def trace_folder() -> Path | None:
     """Where this rank writes its trace: in FLEET_OUTPUT_DIR, if FLEET_TRACE is on. None: nowhere."""
-    is_on, output = (
-        _is_on(TRACE, "off", "off, or on for a trace of what each rank does"),
-        os.environ.get("FLEET_OUTPUT_DIR"),
-    )
-    return Path(output) / TRACE_FOLDER if is_on and output else None
+    traces = _is_on(TRACE, "off", "off, or on for a trace of what each rank does")
+    output = os.environ.get("FLEET_OUTPUT_DIR")
+    return Path(output) / TRACE_FOLDER if traces and output else None
 
 
 def _is_on(variable: str, default: str, choice: str) -> bool:

@@ -22,10 +22,7 @@ def numbering() -> str:
 
     The name consists of the kernel's boot id and the pid namespace, since each container has a namespace of its own.
     """
-    try:
-        return f"{BOOT_ID.read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
+    return _in_namespace("pid")
 
 
 @cache
@@ -34,8 +31,12 @@ def clock() -> str:
 
     The name consists of the kernel's boot id and the time namespace, see time_namespaces(7).
     """
+    return _in_namespace("time")
+
+
+def _in_namespace(kind: str) -> str:
     try:
-        return f"{BOOT_ID.read_text().strip()}/{os.readlink('/proc/self/ns/time')}"
+        return f"{BOOT_ID.read_text().strip()}/{os.readlink(f'/proc/self/ns/{kind}')}"
     except OSError:
         return ""
 

@@ -118,9 +118,7 @@ def logs_command(
 
 @o.command(job_commands, "trace")
 def trace_command(
-    job: Annotated[
-        str, typer.Argument(help="The job's id, or how it begins.", show_default="the only one that runs")
-    ] = "",
+    job: o.JobOrTheOnly = "",
     output: Annotated[Path, o.option("File to write.", "--output", "-o")] = Path("trace.json"),
     seconds: Annotated[
         float | None, o.option("Only the last so many.", check=o.above_0, default="all that ranks have kept")
@@ -142,9 +140,7 @@ def trace_command(
 
 @o.command(job_commands, "report")
 def report_command(
-    job: Annotated[
-        str, typer.Argument(help="The job's id, or how it begins.", show_default="the only one that runs")
-    ] = "",
+    job: o.JobOrTheOnly = "",
     output: Annotated[Path, o.option("HTML file to write.", "--output", "-o")] = Path("report.html"),
     *,
     cluster: o.AnyClusterOptions,

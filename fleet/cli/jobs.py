@@ -164,8 +164,7 @@ def wait(target: Target, prefixes: Sequence[str], as_json: bool) -> int:
             elif ended.straggler is not None:
                 print(f"fleet: {shown(str(ended.straggler))}", file=sys.stderr, flush=True)
         if as_json:
-            infos = [client.job(job_id) for job_id in by_id]
-            print(in_json(infos))
+            print(in_json([client.job(job_id) for job_id in by_id]))
     return next((code for job in jobs if (code := exit_code(ends[job.job_id]))), 0)
 
 
@@ -175,8 +174,7 @@ def cancel(target: Target, prefixes: Sequence[str], kill: bool, as_json: bool) -
         jobs = [client.job(prefix) for prefix in prefixes]
         ends = _cancelled(client, jobs, kill)
         if as_json:
-            infos = [client.job(job.job_id) for job in jobs]
-            return in_json(infos)
+            return in_json([client.job(job.job_id) for job in jobs])
     said = {job.job_id: f"had ended before: {job.outcome}" for job in jobs if job.outcome}
     return "\n".join(f"job {job.job_id} {said.get(job.job_id) or ends.get(job.job_id, BEING_STOPPED)}" for job in jobs)
 

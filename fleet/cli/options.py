@@ -91,6 +91,9 @@ SecretFile = Annotated[
 ]
 Insecure = Annotated[bool, option("No secret: whoever reaches the port may run code.", "--insecure")]
 Job = Annotated[str, typer.Argument(help="The job's id, or how it begins.")]
+JobOrTheOnly = Annotated[
+    str, typer.Argument(help="The job's id, or how it begins.", show_default="the only one that runs")
+]
 Workers = Annotated[int, option("Number of ranks.")]
 DryRun = Annotated[bool, option("Only list what would travel to the cluster, and what not.", "--dry-run")]
 MaxBundle = Annotated[int, option("Largest folder to send to a cluster, in MB.", check=bundle_mb)]

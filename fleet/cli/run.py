@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -103,7 +104,8 @@ def run_job(command: CommandLine, options: RunOptions) -> int:
 
 def _run(place: _Place, workers: int, printer: Printer, interruption: _Interruption, options: RunOptions) -> int:
     """Runs the job there, reports its end, and brings its output. Returns the exit code of the command."""
-    job = AttachedJob(place.target, place.spec, workers, place.options, place.bundle, printer)
+    submit = m.Submit(uuid.uuid4().hex[:12], workers, place.spec, options=place.options)
+    job = AttachedJob(place.target, submit, place.bundle, printer)
     if place.output is not None:
         place.output.job_id = job.job_id
     interruption.attach(job)

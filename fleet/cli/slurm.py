@@ -16,7 +16,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -134,8 +134,7 @@ def _agent(
     return agent
 
 
-@contextmanager
-def _zygote(task: config.SlurmTask, preload: tuple[str, ...]) -> Iterator[Zygote]:
+def _zygote(task: config.SlurmTask, preload: tuple[str, ...]) -> AbstractContextManager[Zygote]:
     """The fork server, and all that comes before it.
 
     Slurm may signal all processes of a task, not only the first (proctrack/linuxproc and pgid do), and ranks die with the zygote:
@@ -148,8 +147,7 @@ def _zygote(task: config.SlurmTask, preload: tuple[str, ...]) -> Iterator[Zygote
     logging.getLogger("fleet.worker").addHandler(handler)
     for number in _FORWARDED:
         signal.signal(number, signal.SIG_IGN)  # in this process only until there is an agent that forwards it
-    with fork_server("a task of this step", 1, task.cores, preload) as zygote:
-        yield zygote
+    return fork_server("a task of this step", 1, task.cores, preload)
 
 
 def _wait_for_all(task: config.SlurmTask, target: Target, interrupted: Callable[[], bool]) -> None:

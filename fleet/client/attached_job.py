@@ -6,7 +6,6 @@ Decisions are those of attachment.py and connection.py. Lines of fleet's own go 
 from __future__ import annotations
 
 import sys
-import uuid
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,18 +31,10 @@ ADVICE = (
 class AttachedJob:
     """A job that this client waits for. `cancel` may be called from a signal handler; a second call means at once."""
 
-    def __init__(
-        self,
-        target: Target,
-        spec: m.Spec,
-        world_size: int,
-        options: m.JobOptions,
-        bundle: Path | None,
-        printer: Printer,
-    ) -> None:
-        self.job_id = uuid.uuid4().hex[:12]
+    def __init__(self, target: Target, submit: m.Submit, bundle: Path | None, printer: Printer) -> None:
+        self.job_id = submit.job_id
         self._target = target
-        self._submit = m.Submit(self.job_id, world_size, spec, options=options)
+        self._submit = submit
         self._bundle = bundle
         self._printer = printer
         self._cancels: deque[int] = deque()

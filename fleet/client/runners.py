@@ -75,35 +75,27 @@ def differs(worker: str, python: str) -> str:
     )
 
 
+@dataclass(eq=False, repr=False)
 class Runners:
     """All runners of one Executor, by the ids of their jobs. Belongs to one thread at a time."""
 
-    def __init__(
-        self,
-        place: Place,
-        options: m.JobOptions,
-        initializer: PackedCall | None,
-        connection: Connection,
-        direct: DirectSocket | None,  # None: runners are reached through the relay
-        packed: Callable[[int], PackedCall | None],  # the call of a pending task
-        memory: str,
-        clock: LifeClock,
-    ) -> None:
-        self._place = place
-        self._options = options
-        self._initializer = initializer
-        self._connection = connection
-        self._direct = direct
-        self._packed = packed
-        self._clock = clock
-        self._jobs: dict[str, RunnerJob] = {}
-        self._memory = memory  # that this process shares with runners, see bus.shared_memory.host_key
-        self._reader = BlobReader()
-        self._output = TaskOutput()
-        # When a runner that did not read is asked again, by its job; under "" when results are acknowledged.
-        self._due: dict[str, float] = {}
-        self._said: set[str] = set()  # warnings, each once
-        self._dropped = Dropped(log, clock.look)
+    _place: Place
+    _options: m.JobOptions
+    _initializer: PackedCall | None
+    _connection: Connection
+    _direct: DirectSocket | None  # None: runners are reached through the relay
+    _packed: Callable[[int], PackedCall | None]  # the call of a pending task
+    _memory: str  # that this process shares with runners, see bus.shared_memory.host_key
+    _clock: LifeClock
+    _jobs: dict[str, RunnerJob] = field(default_factory=dict)
+    _reader: BlobReader = field(default_factory=BlobReader)
+    _output: TaskOutput = field(default_factory=TaskOutput)
+    # When a runner that did not read is asked again, by its job; under "" when results are acknowledged.
+    _due: dict[str, float] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set)  # warnings, each once
+
+    def __post_init__(self) -> None:
+        self._dropped = Dropped(log, self._clock.look)
 
     def __len__(self) -> int:
         return len(self._jobs)

@@ -47,17 +47,23 @@ def whole_of(
 ) -> tuple[Buffer | Parts, int]:
     """The argument that has one part for each rank: one array, or a list of arrays; and 0, or a digest of uneven lengths.
 
-    `part` is this rank's own one. Parts of a list may differ in length where `rank` is given, which all ranks then do
-    alike. Raises UsageError for shapes and dtypes that do not go together.
+    One array has the parts joined along dimension 0, or stacked. `part` is this rank's own one. Parts of a list may differ in
+    length where `rank` is given, which all ranks then do alike. Raises UsageError for shapes and dtypes that do not go together.
     """
-    if not isinstance(x, list | tuple):
-        whole = as_buffer(x, name, written)
-        check_parts(name, whole, part_name, part, world_size)
+    is_list = isinstance(x, list | tuple)
+    whole = as_parts(x, name, world_size, written) if is_list else as_buffer(x, name, written)
+    if whole.dtype != part.dtype:
+        raise UsageError(f"{name} has dtype {whole.dtype} and {part_name} has {part.dtype}: they must be the same")
+    if isinstance(whole, Buffer):
+        stacked = (world_size, *part.shape)
+        joined = (world_size * part.shape[0], *part.shape[1:]) if part.shape else stacked
+        if whole.shape not in (joined, stacked):
+            raise UsageError(
+                f"{name} has shape {list(whole.shape)}: for {world_size} ranks with {part_name} of shape "
+                f"{list(part.shape)} it must be {list(joined)} or {list(stacked)}"
+            )
         return whole, 0
-    parts = as_parts(x, name, world_size, written)
-    if parts.dtype != part.dtype:
-        raise UsageError(f"{name} has dtype {parts.dtype} and {part_name} has {part.dtype}: they must be the same")
-    lengths = [len(flat) for flat in parts.flats]
+    lengths = [len(flat) for flat in whole.flats]
     is_even = lengths == [len(part.flat)] * world_size
     if not is_even and (rank < 0 or lengths[rank] != len(part.flat)):
         wanted = "each part" if rank < 0 else f"{name}[{rank}]"
@@ -65,20 +71,7 @@ def whole_of(
             f"{name} has parts of {lengths} elements: with {part_name} of shape {list(part.shape)}, {wanted} must have "
             f"{len(part.flat)}"
         )
-    return parts, 0 if is_even else crc32(struct.pack(f"<{world_size}Q", *lengths))
-
-
-def check_parts(name: str, whole: Buffer, part_name: str, part: Buffer, world_size: int) -> None:
-    """Raises UsageError if `whole` does not hold one `part` per rank, joined along dimension 0 or stacked."""
-    if whole.dtype != part.dtype:
-        raise UsageError(f"{name} has dtype {whole.dtype} and {part_name} has {part.dtype}: they must be the same")
-    stacked = (world_size, *part.shape)
-    joined = (world_size * part.shape[0], *part.shape[1:]) if part.shape else stacked
-    if whole.shape not in (joined, stacked):
-        raise UsageError(
-            f"{name} has shape {list(whole.shape)}: for {world_size} ranks with {part_name} of shape "
-            f"{list(part.shape)} it must be {list(joined)} or {list(stacked)}"
-        )
+    return whole, 0 if is_even else crc32(struct.pack(f"<{world_size}Q", *lengths))
 
 
 def check_empty(shape: Sequence[int], dtype: str) -> None:

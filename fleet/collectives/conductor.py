@@ -123,6 +123,6 @@ class Conductor:
         finally:
             operation.ended = pace.left = ended = monotonic()
             signature, took_s = operation.signature, ended - operation.started
-            recorder.counts.add(signature.name, signature.byte_count, took_s)
+            recorder.count(signature.name, signature.byte_count, took_s)
         if took_s > pace.notable_s or work_s > pace.notable_s:
             pace.ended(operation, work_s, self._path.longest_work(operation))

@@ -6,7 +6,7 @@ Asks the other ranks for their calls. Knows no algorithm, and not how operations
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import monotonic, sleep
 
 from fleet.collectives.arena import RankMismatch, RankTimeout
@@ -21,31 +21,27 @@ from fleet.errors import Blocked, Called, CollectiveMismatch, CollectiveTimeout,
 COMPLETE_WITHIN_S = 0.4  # for ranks on their way to a collective that has failed, to be named with the others
 
 
+@dataclass(eq=False)
 class Diagnosis:
     """Diagnosis by one rank of a communicator, whose operations are in `order`."""
 
-    def __init__(
-        self,
-        rank: int,
-        order: Order,
-        inquire: Inquiry | None = None,  # None: nobody can be asked
-        inbox: Inbox | None = None,  # None: the communicator has no messages of its own
-    ) -> None:
-        self._rank = rank
-        self._members = members = order.members
-        self._communicator_id = order.communicator_id
-        self._recorder = order.recorder
-        self._inquire = inquire
-        self._inbox = inbox
-        # The world's ranks of all ranks, for errors; empty if they are the same numbers.
-        self.numbers = () if members == tuple(range(len(members))) else members
+    _rank: int
+    _order: Order
+    _inquire: Inquiry | None = None  # None: nobody can be asked
+    _inbox: Inbox | None = None  # None: the communicator has no messages of its own
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """The world's ranks of all ranks, for errors; empty if they are the same numbers."""
+        members = self._order.members
+        return () if members == tuple(range(len(members))) else members
 
     def explain(self, operation: Operation, error: BaseException) -> BaseException:
         """The error to raise in place of `error`, by which the operation ended, with all that is known of its cause."""
         if isinstance(error, RankMismatch):
             differing, theirs = operation, error.call
-            if theirs == operation.signature.data and len(self._recorder.operations) > 1:
-                differing, theirs = self._recorder.operations[-2], error.before
+            if theirs == operation.signature.data and len(self._order.recorder.operations) > 1:
+                differing, theirs = self._order.recorder.operations[-2], error.before
             mine = str(differing.signature)
             error = CollectiveMismatch(differing.sequence, self._rank, mine, error.rank, describe_call(theirs))
         elif isinstance(error, TimeoutError):
@@ -54,14 +50,14 @@ class Diagnosis:
             self._complete(error)
         if isinstance(error, CollectiveMismatch | CollectiveTimeout):
             error.members = self.numbers
-            error.recent = self._recorder.lines(SHOWN_ON_FAILURE)
+            error.recent = self._order.recorder.lines(SHOWN_ON_FAILURE)
         return error
 
     def not_begun(self, operation: Operation) -> CollectiveTimeout:
         """The error of an operation whose deadline passed while others went on before it."""
         return CollectiveTimeout(
-            0, str(operation.signature), self._rank, operation.limit_s, (), len(self._members),
-            line=operation.where, behind=str(self._recorder.last),
+            0, str(operation.signature), self._rank, operation.limit_s, (), len(self._order.members),
+            line=operation.where, behind=str(self._order.recorder.last),
         )  # fmt: skip
 
     def not_formed(self, call: str, waited_s: float) -> CollectiveTimeout:
@@ -76,11 +72,13 @@ class Diagnosis:
     def not_reached(self, call: str, missing: Sequence[int], within_s: float) -> FleetError:
         """The error of a call that forms a world, if no greeting came from these ranks of the world."""
         activities = self._activities()
-        frozen = [a.late for a in activities if a.late.doing == UNANSWERED and self._members[a.late.rank] in missing]
+        frozen = [
+            a.late for a in activities if a.late.doing == UNANSWERED and self._order.members[a.late.rank] in missing
+        ]
         if len(frozen) == len(missing):
             return self._timeout(call, within_s, frozen)
-        silent = {self._members[late.rank] for late in frozen}
-        me = self._members[self._rank]
+        silent = {self._order.members[late.rank] for late in frozen}
+        me = self._order.members[self._rank]
         ways = self._ways([(rank, me) for rank in missing if rank not in silent])
         return Unreachable(call, within_s, [*ways, *(way for way in self._blocked(activities) if way not in ways)])
 
@@ -90,7 +88,7 @@ class Diagnosis:
         return [a.late for a in activities if a.late.rank in ranks], self._blocked(activities)
 
     def _timeout(self, call: str, waited_s: float, late: Sequence[Late]) -> CollectiveTimeout:
-        return CollectiveTimeout(0, call, self._rank, waited_s, late, len(self._members), members=self.numbers)
+        return CollectiveTimeout(0, call, self._rank, waited_s, late, len(self._order.members), members=self.numbers)
 
     def _timed_out(self, operation: Operation, waited_for: int | None) -> FleetError:
         """A mismatch if another rank is in a different call, else a timeout that names the ranks that have not come."""
@@ -111,7 +109,7 @@ class Diagnosis:
     def _complete(self, error: CollectiveMismatch) -> None:
         """Adds the calls of all ranks. Ranks that are about to come are waited for, so that all ranks say the same."""
         if not error.line:
-            found = self._recorder.find(error.sequence)
+            found = self._order.recorder.find(error.sequence)
             error.line = found.where if found is not None else ""
         until = monotonic() + COMPLETE_WITHIN_S
         while True:
@@ -133,10 +131,10 @@ class Diagnosis:
         """The closed ways between running ranks of this communicator."""
         if self._inbox is None:
             return []
-        me = self._members[self._rank]
-        running = {me, *(self._members[a.late.rank] for a in activities if a.sequence >= 0)}
+        me = self._order.members[self._rank]
+        running = {me, *(self._order.members[a.late.rank] for a in activities if a.sequence >= 0)}
         found = [(me, target) for target in self._inbox.unreached()]
-        found += [(self._members[a.late.rank], target) for a in activities for target in a.unreached]
+        found += [(self._order.members[a.late.rank], target) for a in activities for target in a.unreached]
         return self._ways([(source, target) for source, target in found if target in running])
 
     def _ways(self, pairs: Sequence[tuple[int, int]]) -> list[Blocked]:
@@ -147,9 +145,9 @@ class Diagnosis:
         """Activities of the other ranks of this communicator, with their numbers here."""
         if self._inquire is None:
             return []
-        number = {member: rank for rank, member in enumerate(self._members)}
+        number = {member: rank for rank, member in enumerate(self._order.members)}
         found = []
-        for activity in self._inquire(self._communicator_id, sequence):
+        for activity in self._inquire(self._order.communicator_id, sequence):
             if activity.late.rank in number and number[activity.late.rank] != self._rank:
                 found.append(replace(activity, late=replace(activity.late, rank=number[activity.late.rank])))
         return found

@@ -7,23 +7,27 @@ with several ranks each is hierarchical. All other paths go over sockets, also i
 from __future__ import annotations
 
 import logging
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from time import monotonic
 from typing import NamedTuple
 
 import numpy as np
 
-from fleet.bus.shared_memory import PAGE_BYTES
+from fleet.bus.lock import derive
+from fleet.bus.shared_memory import DECIDED_WITHIN_S, PAGE_BYTES, share
 from fleet.collectives.arena import Arena, arena_bytes
 from fleet.collectives.buffer import Array
 from fleet.collectives.channel import Channel
 from fleet.collectives.conductor import Conductor
 from fleet.collectives.diagnosis import Diagnosis
-from fleet.collectives.fabric import Fabric, FormingTimeout
+from fleet.collectives.generations import Generation, Inquiry
 from fleet.collectives.greeting import Unheard, check_addresses, greet, partners
 from fleet.collectives.header import pack_call
 from fleet.collectives.hierarchy import HierarchicalPath
+from fleet.collectives.inbox import Inbox
 from fleet.collectives.operation import Operation, Signature
 from fleet.collectives.order import Order
 from fleet.collectives.pace import Pace
@@ -32,11 +36,13 @@ from fleet.collectives.point_to_point import PointToPoint
 from fleet.collectives.shared import SharedPath
 from fleet.collectives.sockets import SocketPath
 from fleet.collectives.windows import Windows
+from fleet.errors import FleetError
 from fleet.world import Member
 
 FORM_WITHIN_S = 30.0  # for a world, once all its ranks have joined
 # Ranks of one host that share memory. They find each other in one page, which has this many words.
 LOCAL_AT_MOST = PAGE_BYTES // 8
+NAME_CHARS = 40  # of a file in shared memory: 160 bits
 
 log = logging.getLogger("fleet.collectives")
 
@@ -62,6 +68,46 @@ class Offer(NamedTuple):
     has_moved: bool = False
     # Puts the tensor into a window of its size, with what is in it; False: it stays where it is. None: it cannot move.
     move: Callable[[Array], bool] | None = None
+
+
+class FormingTimeout(Exception):
+    """The ranks of a communicator did not all come by the deadline of the call that forms it."""
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """The parts that all communicators of one generation have in common."""
+
+    generation: Generation
+    inbox: Inbox
+    directory: FilePath  # of shared memory
+    secret: str = ""  # of the job
+    inquire: Inquiry | None = None
+
+    def share(self, name: str, size_bytes: int, index: int, ranks: Sequence[int], deadline: float) -> mmap.mmap | None:
+        """A zeroed mapping for these ranks of the world, where this rank is number `index`; or None on all of them.
+
+        Raises FormingTimeout after `deadline` (monotonic), FleetError if the rank that makes the mapping stands still.
+        """
+
+        def check() -> None:
+            self.generation.check()
+            if monotonic() > deadline:
+                raise FormingTimeout
+
+        try:
+            return share(self.directory, self.file_name(name), size_bytes, index, len(ranks), check)
+        except TimeoutError:
+            maker = self.generation.world.members[ranks[0]]
+            raise FleetError(
+                f"rank {ranks[0]} ({maker.worker_id}, pid {maker.pid}) made memory for the ranks of this host and stood "
+                f"still before all had it, for {DECIDED_WITHIN_S:g} s: was it stopped?"
+            ) from None
+
+    def file_name(self, name: str) -> str:
+        """A file name that only holders of the job's secret can compute, so nobody else can plant the file before."""
+        world_id = self.generation.world.world_id
+        return derive(self.secret, f"shared memory {world_id:x} {name}").hex()[:NAME_CHARS]
 
 
 class FormingCall:
@@ -109,7 +155,7 @@ class Endpoint:
             self.channel = Channel(fabric.inbox, communicator_id, self.members, self.order.check)
             self.point_to_point = PointToPoint(self.channel, self.order, self.diagnosis, pace)
             self._find_path(fabric, self.channel, forming or FormingCall())
-        recorder.counts.path = self.path.name
+        recorder.path = self.path.name
         self.conductor = Conductor(self.path, timeout_s, self.order, self.diagnosis, pace)
 
     def shared_bytes(self, size: int, deadline: float) -> Array:

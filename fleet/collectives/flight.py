@@ -142,7 +142,7 @@ def traced(generation: int, communicator_id: int, recorder: Recorder, one: Opera
     if ended == END_UNKNOWN:
         name, ended = f"{name}, end unknown", one.started
     return TracedCollective(
-        generation, communicator_id, one.sequence, name, signature.byte_count, recorder.counts.path,
+        generation, communicator_id, one.sequence, name, signature.byte_count, recorder.path,
         one.started, ended, sendable(one.where, TEXT_CHARS),
     )  # fmt: skip
 

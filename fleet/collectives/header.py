@@ -49,17 +49,9 @@ class Head(NamedTuple):
     work_s: float = 0.0
 
 
-def pack_head(
-    world_id: int,
-    communicator_id: int,
-    sequence: int,
-    source: int,
-    ordinal: int,
-    segment: int,
-    call: bytes,
-    work_s: float = 0.0,
-) -> bytes:
-    return _HEAD.pack(MAGIC, world_id, communicator_id, sequence, source, ordinal, segment, work_s, len(call)) + call
+def pack_head(place: tuple[int, int, int, int, int, int], call: bytes, work_s: float = 0.0) -> bytes:
+    """The bytes of a head. `place` has its fields before the call, in their order."""
+    return _HEAD.pack(MAGIC, *place, work_s, len(call)) + call
 
 
 def unpack_head(frame: memoryview) -> tuple[Head, memoryview]:

@@ -66,17 +66,17 @@ class HierarchicalPath:
         if not flat.nbytes:
             self._everyone.all_reduce(operation, flat)
             return
+        across = self._across
         if local is None:  # the only rank of its host: there is one share, the whole
-            assert self._across is not None
-            self._across.all_reduce(operation, flat)
+            assert across is not None
+            across.all_reduce(operation, flat)
             return
-        mine = np.empty_like(flat[share(len(flat), local.index, shares)]) if local.index < shares else None
+        mine = np.empty_like(flat[share(len(flat), local.index, shares)]) if across is not None else None
         local.reduce_to_shares(operation, flat, mine, shares)
-        if mine is not None:
-            assert self._across is not None
-            self._everyone.tell_work(operation, local.longest_work(operation))
-            self._across.all_reduce(operation, mine)
-            local.tell_work(operation, self._across.longest_work(operation))
+        if across is not None and mine is not None:
+            self._share_work(operation)
+            across.all_reduce(operation, mine)
+            self._share_work(operation)
         local.spread_shares(operation, flat, mine, shares)
 
     def broadcast(self, operation: Operation, flat: Array, root: int) -> None:
@@ -91,13 +91,16 @@ class HierarchicalPath:
             self._local.broadcast(operation, flat, host.index(leads))
 
     def barrier(self, operation: Operation) -> None:
-        if self._local is not None:
-            self._local.barrier(operation)
-        if self._local is not None and self._local.index == 0 and self._across is not None:
-            self._everyone.tell_work(operation, self._local.longest_work(operation))
+        local = self._local
+        if local is not None:
+            local.barrier(operation)
+        if self._across is not None and (local is None or local.index == 0):
+            self._share_work(operation)
             self._across.barrier(operation)
-            self._local.tell_work(operation, self._across.longest_work(operation))
-        elif self._local is None and self._across is not None:
-            self._across.barrier(operation)
-        if self._local is not None:
-            self._local.barrier(operation)
+            self._share_work(operation)
+        if local is not None:
+            local.barrier(operation)
+
+    def _share_work(self, operation: Operation) -> None:
+        """Tells the ranks of this host and of the others what either have told of their work."""
+        self.tell_work(operation, self.longest_work(operation))

@@ -198,7 +198,7 @@ class Inbox:
     ) -> Tracker | None:
         """Queues a message with the place (communicator id, sequence, ordinal, segment). See Mesh.send, and pace.py."""
         communicator_id, sequence, ordinal, segment = key
-        head = pack_head(self.world_id, communicator_id, sequence, self.rank, ordinal, segment, call, work_s)
+        head = pack_head((self.world_id, communicator_id, sequence, self.rank, ordinal, segment), call, work_s)
         return self.mesh.send(self.addresses[peer], head, payload, deadline, track, check)
 
     def take(

@@ -117,9 +117,8 @@ class Kernel:
                 narrow(wide[0] * np.float32(self._scale) if self._scale != 1.0 else wide[0], self.dtype, part)
             elif index:
                 self._ufunc(parts[index - 1], part, out=part)
-        if not self.half and self._scale != 1.0:
-            for part in parts:
-                np.multiply(part, part.dtype.type(self._scale), out=part)
+        for part in () if self.half else parts:
+            self.finish(part)
 
     def _many_halves(self, parts: Sequence[Array], out: Array, last: bool) -> None:
         if len(out) > SCRATCH_ELEMENTS:

@@ -12,8 +12,7 @@ from typing import Protocol
 
 from fleet.collectives.channel import Channel
 from fleet.collectives.communicator import Communicator
-from fleet.collectives.endpoint import Endpoint
-from fleet.collectives.fabric import Fabric
+from fleet.collectives.endpoint import Endpoint, Fabric
 from fleet.collectives.generations import Generation, News, RankActivity
 from fleet.collectives.inbox import Receiver
 from fleet.collectives.operation import Operation, Signatures

@@ -218,7 +218,7 @@ class Session:
         """Tells the agent counts of this member's collectives since the last time; at the end also their numbers in all."""
         s = self._settings
         made = self.flights.made() if last else None
-        rows = [row for recorder in self.flights.recorders() for row in recorder.counts.take()]
+        rows = [row for recorder in self.flights.recorders() for row in recorder.take_counts()]
         inside_s = max(0.0, monotonic() - min(self.flights.running(), default=monotonic()))
         inside_s = inside_s if inside_s >= COUNTS_EVERY_S else 0.0
         refused_count = self.strangers.refused_count - self._told_refused

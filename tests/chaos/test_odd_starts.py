@@ -20,7 +20,7 @@ from fleet.client.embedded import running
 from fleet.client.printer import Printer
 from fleet.client.target import Target
 from fleet.errors import FleetError
-from fleet.messages import JobOptions, Spec
+from fleet.messages import Spec, Submit
 
 EXECUTOR = "import fleet\nwith fleet.Executor(max_workers=1) as pool: print(pool.submit(abs, -3).result(30))\n"
 RUN = " ".join([*FLEET, "run", "--workers", "1"])
@@ -75,9 +75,8 @@ def test_little_address_space_gets_a_sentence(tmp_path: Path) -> None:
 
 def test_a_thread_of_the_embedded_cluster_that_fails_ends_the_run(tmp_path: Path) -> None:
     target = Target("this machine", f"ipc://{tmp_path}/nobody", Lock(), 60.0, local=True)
-    run = AttachedJob(
-        target, Spec("command", "true"), 1, JobOptions(), None, Printer(1, None, None, lambda stream: False, None)
-    )
+    printer = Printer(1, None, None, lambda stream: False, None)
+    run = AttachedJob(target, Submit("0123456789ab", 1, Spec("command", "true")), None, printer)
 
     def fails() -> None:
         raise OSError(24, "Too many open files")

@@ -48,7 +48,7 @@ def head() -> bytes:
 
 
 def tensor() -> bytes:
-    return MUTATOR.damaged(header.pack_head(1, 2, 3, 4, 5, 6, b"call") + b"payload")
+    return MUTATOR.damaged(header.pack_head((1, 2, 3, 4, 5, 6), b"call") + b"payload")
 
 
 def noise() -> bytes:

@@ -46,7 +46,7 @@ HEADS = st.builds(
 
 
 def packed(head: Head) -> bytes:
-    return pack_head(*head)
+    return pack_head(head[:6], head.call, head.work_s)
 
 
 @given(HEADS, st.binary(max_size=100))

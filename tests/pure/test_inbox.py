@@ -52,7 +52,7 @@ def mesh() -> FakeMesh:
 
 
 def send(mesh: FakeMesh, number: int, sequence: int, payload: bytes = b"", job_id: str = "job") -> None:
-    head = pack_head(world_id(job_id, 1, number), 0, sequence, 1, 0, 0, CALL)
+    head = pack_head((world_id(job_id, 1, number), 0, sequence, 1, 0, 0), CALL)
     mesh.arrived.append((Frame(head + payload), None))
 
 

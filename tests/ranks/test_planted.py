@@ -22,7 +22,7 @@ from fleet.bus import folders
 from fleet.bus.blobs import BlobReader
 from fleet.bus.shared_memory import PAGE_BYTES, PREFIX, host_key, share, sweep
 from fleet.cli import runtime, slurm, why
-from fleet.collectives.fabric import Fabric
+from fleet.collectives.endpoint import Fabric
 from fleet.collectives.generations import Generation
 from fleet.errors import ConfigError, UsageError
 from fleet.world import World, world_id

@@ -101,7 +101,7 @@ def test_whatever_a_script_is_called_and_however_much_it_did_its_rank_answers(tm
         operation = Operation(Signature(pack_call("barrier")), code=code, line=1)
         operation.sequence, operation.ended = 1, 1.0
         recorder.operations.extend([operation] * (KEPT if recorder is not recorders[0][1] else 1))
-        recorder.counts.add("barrier", 0, 0.1)
+        recorder.count("barrier", 0, 0.1)
     found: list[m.Message] = []
     with Bus(Lock()) as bus:
         agent = Router(bus, f"ipc://{tmp_path}/agent")

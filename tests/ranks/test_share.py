@@ -18,8 +18,7 @@ from fleet.bus.lock import Lock
 from fleet.bus.mesh import Mesh
 from fleet.bus.shared_memory import PAGE_BYTES, PREFIX, host_key, share, sweep
 from fleet.collectives.channel import Channel
-from fleet.collectives.endpoint import LOCAL_AT_MOST, find_path
-from fleet.collectives.fabric import Fabric
+from fleet.collectives.endpoint import LOCAL_AT_MOST, Fabric, find_path
 from fleet.collectives.generations import Generation
 from fleet.collectives.inbox import Receiver
 from fleet.collectives.windows import Windows

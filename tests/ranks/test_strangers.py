@@ -50,8 +50,8 @@ def receive_until(comm: Communicator, done: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("transport", ["ipc", "tcp"])
 def test_garbage_is_counted_and_survived(run_world: Any, transport: str) -> None:
     random = np.random.default_rng(4)
-    valid = pack_head(run_world.world_id, 0, 1, 1, 0, 0, pack_call("all_reduce", "sum", "float64", (3,)))
-    foreign = pack_head(run_world.world_id - 1, 0, 1, 1, 0, 0, pack_call("barrier"))
+    valid = pack_head((run_world.world_id, 0, 1, 1, 0, 0), pack_call("all_reduce", "sum", "float64", (3,)))
+    foreign = pack_head((run_world.world_id - 1, 0, 1, 1, 0, 0), pack_call("barrier"))
     garbage = [
         [b""],
         [b"", b""],
@@ -110,7 +110,7 @@ def test_bytes_that_are_not_even_zeromq(run_world: Any) -> None:
 
 def test_a_segment_of_the_wrong_size_is_a_protocol_error(run_world: Any) -> None:
     """Never a wrong result or a crash, not even where the head is right in everything."""
-    head = pack_head(run_world.world_id, 0, 1, 1, 0, 0, pack_call("all_reduce", "sum", "float64", (3,)))
+    head = pack_head((run_world.world_id, 0, 1, 1, 0, 0), pack_call("all_reduce", "sum", "float64", (3,)))
 
     def forged(comm: Communicator) -> None:
         if comm.rank == 0:
@@ -138,15 +138,15 @@ def forged(random: np.random.Generator, world_id: int) -> list[bytes]:
         call = random.bytes(int(random.integers(0, 30)))
     if random.random() < 0.5:
         call = pack_call("all_reduce", "sum", "float64", (3,))
-    head = pack_head(
+    place = (
         world_id,
         int(pick([0, 0, 0, 1, 2, 2**32 - 1])),
         int(pick([0, 1, 2, 3, 4, 5, 300, 2**63])),
         int(pick([0, 1, 2, 3, 2**32 - 1])),
         int(pick([0, 1, 2, PROBE])),
         int(pick([0, 0, 1, 2**32 - 1])),
-        call,
     )
+    head = pack_head(place, call)
     payload = random.bytes(int(pick([0, 1, 8, 23, 24, 25, 4096])))
     return [head + payload] if random.random() < 0.5 else [head, payload, *([b"more"] if random.random() < 0.1 else [])]
 
