@@ -46,7 +46,6 @@ DECIDERS = (
     "fleet/cli/top_rows.py",
     "fleet/cli/top_screen.py",
     "fleet/cli/top_state.py",
-    "fleet/cli/usage_errors.py",
     "fleet/client/attachment.py",
     "fleet/client/blame.py",
     "fleet/client/clocks.py",

@@ -15,7 +15,7 @@ import zmq.utils.garbage  # here, so that its exit hook runs after ours: the hoo
 from fleet.bus import forks
 from fleet.bus.address import holder_of
 from fleet.bus.descriptors import check_room
-from fleet.bus.lock import Doorkeeper, Lock
+from fleet.bus.lock import Doorkeeper, Lock, Watched
 from fleet.bus.strangers import WATCHED, Strangers
 from fleet.errors import ConfigError
 
@@ -76,8 +76,8 @@ class Bus:
         Bus binds may have `strangers`.
         """
         if self.lock.kind != "open" and self._doorkeeper is None:
-            monitor = socket.get_monitor_socket(WATCHED) if strangers is not None else None
-            self._doorkeeper = Doorkeeper(self._context, self.lock, monitor, strangers)
+            watched = Watched(socket.get_monitor_socket(WATCHED), strangers) if strangers is not None else None
+            self._doorkeeper = Doorkeeper(self._context, self.lock, watched)
         self.lock.bind(socket)
         try:
             socket.bind(endpoint)

@@ -299,10 +299,6 @@ def _queue(socket: zmq.Socket[bytes], frames: tuple[Frame, ...], copy: bool) -> 
     last = len(frames) - 1
     for index, frame in enumerate(frames):
         if not copy and len(frame) >= zmq.COPY_THRESHOLD and not isinstance(frame, zmq.Frame):
-            copy = not _may_share()
+            # libzmq may send from memory of Python's if pyzmq has a thread for that, with a context of its own.
+            copy = not (gc.is_alive() or has_room())
         socket.send(frame, zmq.DONTWAIT if index == last else _FURTHER, copy)
-
-
-def _may_share() -> bool:
-    """Whether libzmq may send from memory of Python's: pyzmq then has a thread, with a context of its own."""
-    return gc.is_alive() or has_room()

@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import zmq
 from zmq.utils import z85
@@ -80,22 +81,22 @@ class Lock:
         return derive_secret(self.secret, "plain").encode()
 
 
+class Watched(NamedTuple):
+    """A bound socket's monitor, and the refused connections of that socket."""
+
+    monitor: zmq.Socket[bytes]
+    strangers: Strangers
+
+
 class Doorkeeper:
     """ZAP handler of one context, in a thread of its own. Must start before any socket of the context binds.
 
-    Its thread also reads `monitor`, the monitor of one bound socket, and passes the events to `strangers`.
+    Its thread also reads the monitor of one bound socket, and passes the events to its strangers.
     """
 
-    def __init__(
-        self,
-        context: zmq.Context[zmq.Socket[bytes]],
-        lock: Lock,
-        monitor: zmq.Socket[bytes] | None = None,
-        strangers: Strangers | None = None,
-    ) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], lock: Lock, watched: Watched | None) -> None:
         self._lock = lock
-        self._monitor = monitor
-        self._strangers = strangers
+        self._watched = watched
         self._zap = context.socket(zmq.REP)
         self._zap.linger = 0
         self._zap.bind(_ZAP_ENDPOINT)
@@ -109,10 +110,11 @@ class Doorkeeper:
         self._stop.close()
 
     def _run(self) -> None:
-        sockets = [socket for socket in (self._zap, self._monitor) if socket is not None]
+        watched = self._watched
+        sockets = [self._zap] if watched is None else [self._zap, watched.monitor]
         poller = Poller([*sockets, self._stop])
         while True:
-            crowded = self._strangers is not None and self._strangers.crowded
+            crowded = watched is not None and watched.strangers.crowded
             ready = poller.wait(SILENT_S if crowded else None)
             if self._stop.fileno() in ready:
                 break
@@ -121,9 +123,9 @@ class Doorkeeper:
                 admitted = self._lock.admits(mechanism, credentials)
                 status = [b"200", b"OK"] if admitted else [b"400", b"wrong secret"]
                 self._zap.send_multipart([version, request_id, *status, b"fleet" if admitted else b"", b""])
-            if self._monitor is not None and self._strangers is not None:
-                while self._monitor.poll(0):
-                    self._strangers.saw(*happened(self._monitor))
-                self._strangers.thin_out()
+            if watched is not None:
+                while watched.monitor.poll(0):
+                    watched.strangers.saw(*happened(watched.monitor))
+                watched.strangers.thin_out()
         for socket in sockets:
             socket.close(linger=0)

@@ -6,22 +6,12 @@ import logging
 import resource
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fleet import config
 from fleet.bus import descriptors
-from fleet.client.embedded import running
 from fleet.errors import ConfigError
 from fleet.text import shown, shown_lines
 from fleet.worker.zygote import Zygote
-
-if TYPE_CHECKING:  # a fork server starts before these are imported, and imports beside them
-    from fleet.bus.lock import Lock
-    from fleet.client.target import Target
-    from fleet.orchestrator.service import Service
-    from fleet.orchestrator.window import Serving
-    from fleet.worker.agent import Agent
 
 # Open files of a process with an agent, an orchestrator and a client: 54 + 4 for each rank, measured. An agent starts no rank
 # unless all of its ranks have room for two connections.
@@ -56,29 +46,6 @@ def fork_server(what: str, slots: int, threads: int, preload: Sequence[str]) -> 
 
 
 def local_fork_server(slots: int, preload: Sequence[str]) -> AbstractContextManager[Zygote]:
-    """The fork server of a job or an Executor on this machine."""
+    """The fork server of a job or an Executor on this machine. Start it before orchestrator and agent are imported."""
     what = f"a job of {slots} rank{'s' if slots > 1 else ''} on this machine"
     return fork_server(what, slots, config.threads_of_a_rank(slots), preload)
-
-
-def embedded_orchestrator(
-    endpoint: str, lock: Lock, runtime: Path, policy: str, serving: Serving | None = None
-) -> Service:
-    """The orchestrator of one job or Executor. Nothing is logged, since it tells its client all that matters."""
-    from fleet.orchestrator.service import Service
-    from fleet.versions import versions
-
-    logging.getLogger("fleet.orchestrator").addHandler(logging.NullHandler())
-    bundles = runtime / "orchestrator-bundles"
-    bundles.mkdir()
-    return Service(endpoint, lock, versions(), bundles, policy, serving)
-
-
-@contextmanager
-def embedded(service: Service, agent: Agent, target: Target) -> Iterator[None]:
-    """Runs both in threads of this process. When left, both have ended."""
-    with (
-        running("orchestrator", service.run, service.stop, target.failure),
-        running("worker", agent.run, agent.stop, target.failure),
-    ):
-        yield

@@ -10,9 +10,8 @@ import typer
 
 from fleet import config
 from fleet.cli import options as o
-from fleet.cli.command_line import HELP, parse
+from fleet.cli.command_line import HELP, answer, check_command, parse
 from fleet.cli.job_commands import job_commands
-from fleet.cli.usage_errors import answer, check_command
 from fleet.errors import ConfigError, FleetError, UsageError
 from fleet.text import shown_lines
 

@@ -1,5 +1,7 @@
 """Parser of the command lines of `fleet run`, submit and sweep, into fleet's options and the script's words; pure.
 
+A mistake in any command line becomes a sentence that names the mistake, and the words to type instead.
+
 As with python and torchrun, fleet's options stand before the script's name, and the script's behind. `--workers` alone may
 stand behind, too, unless it stands before already: `fleet run train.py --lr 0.1 --workers 8`. All words after `--` are the
 script's. `--` in place of the script's name makes the rest a command.
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -32,6 +34,9 @@ _NEEDLESS = {
     ),
     "-u": "does not need {}: what ranks print is seen at once; leave it out",
 }
+_KINDS = (("integer", "a whole number"), ("number", "a number"), ("float", "a number"))  # as the parser names them
+ALONE = ("--help", "--version", "--install-completion", "--show-completion")  # options of `fleet` itself
+_RUNS = (".py", ".pyz", ".zip")
 
 
 @dataclass(frozen=True)
@@ -162,3 +167,50 @@ def _unknown(words: Sequence[str], at: int, known: Mapping[str, bool], command: 
     near = difflib.get_close_matches(name, known, 1, 0.75)
     hint = f" (is it {near[0]}?)" if near else ""
     return f"fleet {command} does not know {name}{hint}; options of the script come after the script's name"
+
+
+def check_command(words: Sequence[str], commands: Iterable[str]) -> None:
+    """Raises UsageError where the first word after `fleet` is no command."""
+    names = sorted(commands)
+    if not words or words[0] in names or words[0] in ALONE:
+        return
+    first = words[0]
+    if first in ("-h", "help"):
+        of = f"{words[1]} " if words[1:2] and words[1] in names else ""
+        raise UsageError(f"write fleet {of}--help")
+    if first in ("-V", "-v"):
+        raise UsageError("write fleet --version")
+    import difflib  # only for mistakes
+
+    if near := difflib.get_close_matches(first, ALONE, 1, 0.75):
+        raise UsageError(f"fleet does not know {first}: it is {near[0]}")
+    if first.startswith("-") or first.endswith(_RUNS):
+        raise UsageError(f"a command comes first, to run a script: fleet run {shlex.join(words)}")
+    near = difflib.get_close_matches(first, names, 1, 0.6)
+    hint = f" (is it {near[0]}?)" if near else ""
+    raise UsageError(f"there is no command {first}{hint}; fleet --help lists them, and fleet run runs a script")
+
+
+def answer(message: str, words: Sequence[str]) -> str:
+    """The sentence for a mistake that the parser of options has found in the words after `fleet`; `message` is the parser's."""
+    if "-h" in words[1:]:
+        return f"write fleet {words[0]} --help"
+    bad = re.match(r"Invalid value for '(?:\S+ / )?(-\S+)'", message)
+    for word, kind in _KINDS:
+        if bad and word in message:
+            return f"{bad.group(1)} is {_value_of(bad.group(1), words)!r}: it must be {kind}"
+    if missing := re.match(r"Missing argument '(\w+?)s?'", message):
+        thing = missing.group(1)
+        return f"say which {thing}: fleet {words[0]} {thing.upper()}; `fleet {thing}s` lists them"
+    text = " ".join(message.split()).rstrip(".")
+    return f"{text[:1].lower()}{text[1:]}; fleet {words[0]} --help says what may be given"
+
+
+def _value_of(option: str, words: Sequence[str]) -> str:
+    """The value of an option, the last one if there are several."""
+    value = ""
+    for at, word in enumerate(words):
+        name, equals, after = word.partition("=")
+        if name == option:
+            value = after if equals else "".join(words[at + 1 : at + 2])
+    return value

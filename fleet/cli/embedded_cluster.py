@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fleet import config
 from fleet.bus.lock import Lock
-from fleet.cli.agents import embedded, embedded_orchestrator
+from fleet.client.embedded import running
 from fleet.client.target import Target
+from fleet.orchestrator.service import Service
+from fleet.versions import versions
 from fleet.worker.agent import Agent, Surroundings
 from fleet.worker.rank_sockets import RankSockets
 from fleet.worker.state import Settings
 from fleet.worker.storage import Storage
 from fleet.worker.zygote import Zygote
+
+if TYPE_CHECKING:
+    from fleet.orchestrator.window import Serving
 
 Transport = Literal["tcp", "ipc"]
 HOST = "127.0.0.1"
@@ -60,3 +66,23 @@ def embedded_cluster(
     target = Target("this machine", here, Lock(), timeout_s=60.0, local=True)
     with embedded(service, agent, target):
         yield target
+
+
+def embedded_orchestrator(
+    endpoint: str, lock: Lock, runtime: Path, policy: str, serving: Serving | None = None
+) -> Service:
+    """The orchestrator of one job or Executor. Nothing is logged, since it tells its client all that matters."""
+    logging.getLogger("fleet.orchestrator").addHandler(logging.NullHandler())
+    bundles = runtime / "orchestrator-bundles"
+    bundles.mkdir()
+    return Service(endpoint, lock, versions(), bundles, policy, serving)
+
+
+@contextmanager
+def embedded(service: Service, agent: Agent, target: Target) -> Iterator[None]:
+    """Runs both in threads of this process. When left, both have ended."""
+    with (
+        running("orchestrator", service.run, service.stop, target.failure),
+        running("worker", agent.run, agent.stop, target.failure),
+    ):
+        yield

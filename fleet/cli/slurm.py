@@ -24,7 +24,8 @@ from fleet import config
 from fleet.bus.address import endpoint, is_loopback, listening_host, local_address_towards, parse, shown
 from fleet.bus.lock import Lock
 from fleet.bus.ownership import open_own
-from fleet.cli.agents import OneLineFormatter, embedded, embedded_orchestrator, fork_server
+from fleet.cli.agents import OneLineFormatter, fork_server
+from fleet.cli.embedded_cluster import embedded, embedded_orchestrator
 from fleet.cli.runtime import runtime_folder
 from fleet.client.attached_job import say
 from fleet.client.queries import workers

@@ -58,9 +58,8 @@ class Submission:
         selected = self._selected()
         bundle = pack(selected, runtime, self.max_bundle_bytes)
         say(selected.summary())
-        spec = self.spec(
-            Path(self.command.target).resolve().name if self.command.kind == "script" else self.command.target, ""
-        )
+        target = self.command.target
+        spec = self.spec(Path(target).resolve().name if self.command.kind == "script" else target, "")
         return replace(spec, digest=bundle.digest, bundle_bytes=bundle.size_bytes, keep=keep), bundle.path
 
     def listed(self) -> str:

@@ -77,9 +77,8 @@ class Known:
     log: m.LogPart | None = None
     used: dict[str, m.Used] = field(default_factory=dict)  # by worker
     cores_used: dict[int, float] = field(default_factory=dict)  # by rank
-    use_before: dict[int, tuple[int, float, float]] = field(
-        default_factory=dict
-    )  # by rank: pid, the worker's clock, CPU seconds
+    # By rank: pid, the worker's clock, CPU seconds.
+    use_before: dict[int, tuple[int, float, float]] = field(default_factory=dict)
     because: m.Because | None = None
     answers: dict[int, m.Answer] = field(default_factory=dict)
 

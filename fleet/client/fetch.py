@@ -76,18 +76,17 @@ class WorkerSilent(FleetError):
     """A worker does not answer: its other files need not be asked for."""
 
 
+@dataclass(eq=False)
 class RemoteOutput:
     """Output of one job, as its workers hold it."""
 
-    def __init__(
-        self, client: JobClient, job: m.JobInfo, told: Callable[[int, int], None] = lambda files, size: None
-    ) -> None:
-        """`told` is called now and then with the number of files, and of bytes, that have come."""
-        self._client = client
-        self._job_id = job.job_id
-        self._held_by = job.held_by
-        self._told = told
-        self._ahead: dict[tuple[bytes, int], m.FilePart] = {}  # parts of one worker's files, by path and offset
+    _client: JobClient
+    _job: m.JobInfo
+    # Called now and then with the number of files, and of bytes, that have come.
+    _told: Callable[[int, int], None] = lambda files, size: None
+    _ahead: dict[tuple[bytes, int], m.FilePart] = field(
+        default_factory=dict
+    )  # parts of one worker's, by path and offset
 
     def listing(self, patterns: Iterable[str] = ()) -> Listing:
         """The files of the job, each once where several workers share a storage. Raises ConfigError.
@@ -99,7 +98,7 @@ class RemoteOutput:
         storages: set[str] = set()
         files: set[str] = set()
         folders: set[str] = set()
-        for worker_id in self._held_by:
+        for worker_id in self._job.held_by:
             try:
                 pages = self._pages(worker_id)
             except FleetError as error:
@@ -132,7 +131,9 @@ class RemoteOutput:
         while left:
             batch = _batch(left)
             try:
-                self._read_ahead(_needed_ahead(batch, folder))
+                ahead = _needed_ahead(batch, folder)
+                parts = self._ask(ahead, WORKER_ANSWERS_WITHIN_S) if ahead else []
+                self._ahead = {(part.path, part.offset): part for part in parts}
                 for source in batch:
                     self._told(done.file_count, done.size_bytes)
                     self._take(source, folder, done)
@@ -209,7 +210,7 @@ class RemoteOutput:
         pages: list[m.Files] = []
         after = b""
         while not pages or (pages[-1].more and pages[-1].files):
-            question = m.ListFiles(self._job_id, worker_id, after)
+            question = m.ListFiles(self._job.job_id, worker_id, after)
             (answer,) = self._client.ask_workers([question])
             if answer.error and not (isinstance(answer, m.Files) and answer.files):
                 raise FleetError(answer.error if worker_id in answer.error else f"worker {worker_id}: {answer.error}")
@@ -220,11 +221,6 @@ class RemoteOutput:
             pages.append(answer)
             after = paths[-1]
         return pages
-
-    def _read_ahead(self, places: Sequence[tuple[Source, int]]) -> None:
-        """Asks for parts of several files at once; the answers are kept for `_parts`."""
-        parts = self._ask(places, WORKER_ANSWERS_WITHIN_S) if places else []
-        self._ahead = {(part.path, part.offset): part for part in parts}
 
     def _parts(
         self, source: Source, offsets: Sequence[int], within_s: float = WORKER_ANSWERS_WITHIN_S
@@ -247,7 +243,7 @@ class RemoteOutput:
 
     def _ask(self, places: Sequence[tuple[Source, int]], within_s: float) -> list[m.FilePart]:
         """Waits a while for a worker that is away, as after a restart of the orchestrator. Raises WorkerSilent."""
-        asked = [m.ReadFile(self._job_id, source.worker_id, source.info.path, offset) for source, offset in places]
+        asked = [m.ReadFile(self._job.job_id, source.worker_id, source.info.path, offset) for source, offset in places]
         for tries in range(AWAY_TRIES):
             if tries:
                 self._client.pause(AWAY_PAUSE_S)

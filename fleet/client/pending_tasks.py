@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from fleet import pickling, tasks
 from fleet.client.call_packer import PackedCall
 from fleet.client.caller_code import with_hint
-from fleet.client.incoming_results import Whole
 from fleet.client.task_scheduler import Task
 from fleet.errors import TaskError, UsageError
+from fleet.large_buffers import Whole
 
 T = TypeVar("T")
 

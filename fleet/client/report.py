@@ -31,15 +31,9 @@ def report(ended: JobEnded, world_size: int, printed: Iterable[str] | None = Non
     if cause is None:
         return f"fleet: the job did not succeed: {shown(ended.reason)}" if ended.reason else ""
     error = headline(cause.stderr_tail)
-    likewise = [
-        rank
-        for rank, status in sorted(by_rank.items())
-        if rank != cause.member_id and _failed_alike(status, cause, error)
-    ]
+    likewise = [rank for rank, status in sorted(by_rank.items()) if _failed_alike(status, cause, error)]
     error = fullest([error, *(headline(by_rank[rank].stderr_tail) for rank in likewise)])
-    others = [
-        status for status in ended.ranks if status.member_id != cause.member_id and status.member_id not in likewise
-    ]
+    others = [status for status in ended.ranks if status.member_id not in (cause.member_id, *likewise)]
     lines = _tail(cause) if printed is None else []
     lines += _whose_fault(cause, likewise, error, by_rank, world_size)
     if printed is not None and error and not cause.signal and alike(error) not in map(alike, printed):
@@ -96,8 +90,8 @@ def _ended_with_it(status: RankStatus) -> bool:
 
 
 def _failed_alike(status: RankStatus, cause: RankStatus, error: str) -> bool:
-    """Whether the rank failed by itself with the same code and error, even if it was told to stop meanwhile."""
-    same = (status.code, status.signal, status.reason) == (cause.code, 0, "")
+    """Whether another rank failed by itself with the same code and error, even if it was told to stop meanwhile."""
+    same = status is not cause and (status.code, status.signal, status.reason) == (cause.code, 0, "")
     return same and bool(error and status.code) and alike(headline(status.stderr_tail)) == alike(error)
 
 

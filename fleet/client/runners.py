@@ -17,12 +17,11 @@ from fleet.client import task_scheduler as scheduler
 from fleet.client.call_packer import PackedCall
 from fleet.client.connection import Connection
 from fleet.client.direct_socket import DirectSocket
-from fleet.client.incoming_results import IncomingResults, Whole
 from fleet.client.local_cluster import Place
 from fleet.client.task_output import TaskOutput
 from fleet.dropped import Dropped
 from fleet.errors import ConfigError, FleetError, ProtocolError
-from fleet.large_buffers import LargeBuffers
+from fleet.large_buffers import IncomingResults, LargeBuffers, Whole
 from fleet.stillness import LifeClock
 from fleet.transfer import read_part
 

@@ -30,16 +30,14 @@ def check_ranks(ranks: Sequence[int], rank: int, world_size: int) -> None:
         raise UsageError(f"ranks is {list(ranks)}: only its members call this, and this is rank {rank}")
 
 
-def check_peer(peer: int, name: str, tag: int, rank: int, world_size: int) -> None:
-    check_rank(peer, name, world_size)
-    check_tag(tag)
-    if peer == rank:
-        raise UsageError(f"{name} is this rank itself ({rank}): copy the array instead")
-
-
-def check_tag(tag: int) -> None:
+def check_peer(peer: int | None, name: str, tag: int, rank: int, world_size: int) -> None:
+    """Raises UsageError for a tag, or for a peer that is no other rank; None: any rank."""
+    if peer is not None:
+        check_rank(peer, name, world_size)
     if not 0 <= tag < TAGS:
         raise UsageError(f"tag is {tag}: it must be from 0 to {TAGS - 1}")
+    if peer == rank:
+        raise UsageError(f"{name} is this rank itself ({rank}): copy the array instead")
 
 
 def whole_of(

@@ -19,16 +19,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 
-from fleet.collectives.arguments import (
-    check_empty,
-    check_peer,
-    check_rank,
-    check_ranks,
-    check_tag,
-    parts_of,
-    splits_of,
-    whole_of,
-)
+from fleet.collectives.arguments import check_empty, check_peer, check_rank, check_ranks, parts_of, splits_of, whole_of
 from fleet.collectives.buffer import as_buffer, as_parts
 from fleet.collectives.endpoint import Endpoint, FormingCall, Offer
 from fleet.collectives.operation import Signatures
@@ -267,9 +258,7 @@ class Communicator:
         Shape and dtype must be the sender's. Calls with the same src and tag receive in their order. A CollectiveTimeout here
         breaks nothing: the call may be made again. The rank that sent is `source` of the Work of an asynchronous call.
         """
-        if src is not None:
-            check_peer(src, "src", tag, self.rank, self.world_size)
-        check_tag(tag)
+        check_peer(src, "src", tag, self.rank, self.world_size)
         buffer = as_buffer(x, "x", written=True)
         self._endpoint.order.check_usable()
         point_to_point, limit_s = self._endpoint.point_to_point, self._limit(timeout_s)

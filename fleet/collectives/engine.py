@@ -7,7 +7,9 @@ in segments, each sent on as soon as it is combined, so that all links and cores
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,19 +57,15 @@ class PlannedStep(NamedTuple):
 
 def compile_plan(plan: Plan) -> tuple[PlannedStep, ...]:
     """The planned steps of a plan, made once for many calls."""
-    send_ordinal = _ordinals([step.send_to for step in plan])
-    recv_ordinal = _ordinals([step.recv_from for step in plan])
+    send_ordinal = _ordinals([step.send for step in plan])
+    recv_ordinal = _ordinals([step.recv for step in plan])
     sent: set[int] = set()
     steps = []
     for index, step in enumerate(plan):
-        onward = []
-        if step.recv_from is not None:
-            for later in _followers(plan, index):
-                sent.add(later)
-                peer = plan[later].send_to
-                assert peer is not None
-                onward.append((send_ordinal[later], peer))
-        steps.append(PlannedStep(step, index in sent, send_ordinal[index], recv_ordinal[index], tuple(onward)))
+        followers = _followers(plan, index)
+        sent.update(later for later, _ in followers)
+        onward = tuple((send_ordinal[later], peer) for later, peer in followers)
+        steps.append(PlannedStep(step, index in sent, send_ordinal[index], recv_ordinal[index], onward))
     return tuple(steps)
 
 
@@ -107,16 +105,14 @@ class Exchange:
         # Combined pieces that a later step still needs, by chunk. Pieces that are sent on at once are never kept.
         kept: dict[int, list[Payload]] = {}
         for planned in steps:
-            step = planned.step
-            if step.send_to is not None and not planned.sent:
-                assert step.send_chunk is not None
-                ordinal, payloads = planned.send_ordinal + first_ordinal, kept.pop(step.send_chunk, None)
+            if planned.step.send is not None and not planned.sent:
+                peer, chunk = planned.step.send
+                ordinal, payloads = planned.send_ordinal + first_ordinal, kept.pop(chunk, None)
                 if payloads is None:
-                    self.send(step.send_to, _memory(mine, out, step.send_chunk), ordinal)
+                    self.send(peer, _memory(mine, out, chunk), ordinal)
                 for segment, payload in enumerate(payloads or ()):
-                    self._send_on(step.send_to, ordinal, segment, payload)
-            if step.recv_from is not None:
-                self._receive_chunk(planned, mine, out, kept, first_ordinal)
+                    self._send_on(peer, ordinal, segment, payload)
+            self._receive_chunk(planned, mine, out, kept, first_ordinal)
         self.finish()
 
     def finish(self) -> None:
@@ -129,15 +125,15 @@ class Exchange:
         self, planned: PlannedStep, mine: Chunks, out: Chunks, kept: dict[int, list[Payload]], first_ordinal: int
     ) -> None:
         step, kernel = planned.step, self._operation.signature.kernel
-        assert step.recv_from is not None
-        assert step.recv_chunk is not None
-        chunk = _memory(mine, out, step.recv_chunk)
-        before = kept.pop(step.recv_chunk, None)
-        target = out[step.recv_chunk] if step.action is not Action.REDUCE else None
+        if step.recv is None:
+            return
+        source, place = step.recv
+        chunk, before = _memory(mine, out, place), kept.pop(place, None)
+        target = out[place] if step.action is not Action.REDUCE else None
         after: list[Payload] = []
         for segment, piece in enumerate(segments(chunk)):
             ordinal = planned.recv_ordinal + first_ordinal
-            payload = self._expect(step.recv_from, ordinal, segment)
+            payload = self._expect(source, ordinal, segment)
             arrived = as_array(payload, chunk[piece])
             if step.action is not Action.COPY:
                 assert kernel is not None
@@ -153,7 +149,7 @@ class Exchange:
             if not planned.onward:
                 after.append(payload)
         if not planned.onward:
-            kept[step.recv_chunk] = after
+            kept[place] = after
 
     def _send_on(self, peer: int, ordinal: int, segment: int, payload: Payload) -> None:
         """Sends an arrived payload. A frame belongs to libzmq; the memory of several joined frames is lent."""
@@ -175,33 +171,27 @@ def as_array(payload: Payload, like: Array) -> Array:
     return np.frombuffer(payload.view, dtype=like.dtype)
 
 
-def _memory(mine: Chunks, out: Chunks, chunk: int | None) -> Array:
+def _memory(mine: Chunks, out: Chunks, chunk: int) -> Array:
     """The caller's memory for a chunk. Its length and dtype are the chunk's."""
-    assert chunk is not None
-    memory = mine[chunk]
-    if memory is None:
-        memory = out[chunk]
+    memory = mine[chunk] if mine[chunk] is not None else out[chunk]
     assert memory is not None
     return memory
 
 
-def _followers(plan: Plan, index: int) -> list[int]:
-    """Steps after the one at `index` that send its received chunk, and can therefore send each segment at once."""
-    chunk = plan[index].recv_chunk
-    found = []
+def _followers(plan: Plan, index: int) -> list[tuple[int, int]]:
+    """Steps after the one at `index` that send its received chunk, and can therefore send each segment at once; their peers."""
+    received, found = plan[index].recv, []
     for later in range(index + 1, len(plan)):
-        if plan[later].send_chunk != chunk:
+        send = plan[later].send
+        if received is None or send is None or send[1] != received[1]:
             break
-        found.append(later)
-        if plan[later].recv_from is not None:
+        found.append((later, send[0]))
+        if plan[later].recv is not None:
             break
     return found
 
 
-def _ordinals(peers: list[int | None]) -> list[int]:
-    seen: dict[int | None, int] = {}
-    found = []
-    for peer in peers:
-        found.append(seen.get(peer, 0))
-        seen[peer] = found[-1] + 1
-    return found
+def _ordinals(halves: list[tuple[int, int] | None]) -> list[int]:
+    """For the send, or the receive, of each step: how many earlier ones have the same peer."""
+    numbers: defaultdict[int | None, count[int]] = defaultdict(count)
+    return [next(numbers[half and half[0]]) for half in halves]

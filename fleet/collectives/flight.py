@@ -37,7 +37,7 @@ class Flights:
         self.others: list[tuple[int, str, Recorder]] = []
 
     def recorders(self) -> list[Recorder]:
-        return [recorder for generation in self._news.generations for _, recorder in generation.recorders]
+        return [recorder for _, _, recorder in self._own()]
 
     def running(self) -> list[float]:
         """The times at which collectives that are under way began, also those that fleet does not carry."""
@@ -46,12 +46,7 @@ class Flights:
 
     def made(self) -> tuple[tuple[int, int, int], ...]:
         """(generation, communicator id, collectives made) of the last communicators."""
-        found = [
-            (generation.world.generation, communicator_id, recorder.made_count)
-            for generation in self._news.generations
-            for communicator_id, recorder in generation.recorders
-        ]
-        return tuple(found[-MADE_AT_MOST:])
+        return tuple((number, cid, recorder.made_count) for number, cid, recorder in self._own()[-MADE_AT_MOST:])
 
     def answer(self, ask: m.Ask) -> m.Answer:
         """The activity of this member in the generation and the communicator that the question names."""
@@ -114,8 +109,10 @@ class Flights:
     def by_communicator(self) -> list[tuple[int, int, Recorder]]:
         """(generation, communicator id, its recorder). Groups that fleet does not carry are of the attempt's first generation,
         whichever forms after they were made."""
-        found = [(g.world.generation, cid, recorder) for g in self._news.generations for cid, recorder in g.recorders]
-        return found + [(self._settings.attempt, number, recorder) for number, _, recorder in self.others]
+        return self._own() + [(self._settings.attempt, number, recorder) for number, _, recorder in self.others]
+
+    def _own(self) -> list[tuple[int, int, Recorder]]:
+        return [(g.world.generation, cid, recorder) for g in self._news.generations for cid, recorder in g.recorders]
 
     def _unreached(self, generations: Sequence[Generation]) -> tuple[int, ...]:
         closed = self.unreached()

@@ -64,7 +64,6 @@ class Kernel:
         self.dtype = dtype
         self.half = dtype in HALVES
         self._ufunc = _UFUNCS[op]
-        self._op = op
         self._scale = factor if op == "premul_sum" else 1.0
         self._divide_by = world_size if op == "mean" else 1
         if self._divide_by & (self._divide_by - 1) == 0 and "float" in dtype:

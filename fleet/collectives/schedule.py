@@ -22,13 +22,11 @@ class Action(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One send, one receive, or both. Invariant: peer and chunk are both given or both None."""
+    """One send, one receive, or both, each with its peer and its chunk."""
 
-    send_to: int | None = None
-    send_chunk: int | None = None
-    recv_from: int | None = None
-    recv_chunk: int | None = None
-    action: Action | None = None
+    send: tuple[int, int] | None = None
+    recv: tuple[int, int] | None = None
+    action: Action | None = None  # of what is received
 
 
 Plan = list[Step]
@@ -53,7 +51,7 @@ def _ring(rank: int, world_size: int, first: int, actions: Sequence[Action]) -> 
     """A step to the next rank for each action. A rank sends the chunk `first`, then each chunk that it has received."""
     after, before = (rank + 1) % world_size, (rank - 1) % world_size
     return [
-        Step(after, (first - step) % world_size, before, (first - 1 - step) % world_size, action)
+        Step((after, (first - step) % world_size), (before, (first - 1 - step) % world_size), action)
         for step, action in enumerate(actions)
     ]
 
@@ -73,11 +71,11 @@ def tree_broadcast(rank: int, world_size: int, root: int = 0) -> Plan:
     # A rank receives from the rank with its own lowest set bit cleared, and sends to ranks with a lower bit set.
     low = virtual & -virtual if virtual else 1 << (world_size - 1).bit_length()
     if virtual:
-        plan.append(Step(recv_from=(virtual - low + root) % world_size, recv_chunk=0, action=Action.COPY))
+        plan.append(Step(recv=((virtual - low + root) % world_size, 0), action=Action.COPY))
     while low > 1:
         low //= 2
         if virtual + low < world_size:
-            plan.append(Step(send_to=(virtual + low + root) % world_size, send_chunk=0))
+            plan.append(Step(send=((virtual + low + root) % world_size, 0)))
     return plan
 
 
@@ -93,9 +91,9 @@ def tree_reduce(rank: int, world_size: int, root: int = 0) -> Plan:
         bit *= 2
     for child in children:
         last = not virtual and child == children[-1]
-        plan.append(Step(recv_from=child, recv_chunk=0, action=Action.REDUCE_LAST if last else Action.REDUCE))
+        plan.append(Step(recv=(child, 0), action=Action.REDUCE_LAST if last else Action.REDUCE))
     if virtual:
-        plan.append(Step(send_to=(virtual - bit + root) % world_size, send_chunk=0))
+        plan.append(Step(send=((virtual - bit + root) % world_size, 0)))
     return plan
 
 

@@ -79,12 +79,10 @@ class Timeline:
 
     def __init__(self) -> None:
         self.slices: deque[Slice] = deque(maxlen=KEPT)
-        self.untold: deque[Slice] | None = (
-            None  # the same, for the trace that this process writes; None: it writes none
-        )
-        self.cpu: deque[tuple[float, float]] = deque(
-            maxlen=KEPT
-        )  # now and then: the time, and the seconds of CPU by then
+        # The same, for the trace that this process writes; None: it writes none.
+        self.untold: deque[Slice] | None = None
+        # Now and then: the time, and the seconds of CPU by then.
+        self.cpu: deque[tuple[float, float]] = deque(maxlen=KEPT)
         self.slice_count = 0  # of all, also of those that are not kept any more
         self.step_count = 0
         self.spans = Times()

@@ -21,10 +21,9 @@ from fleet.bus.poller import Wake
 from fleet.bus.shared_memory import host_key
 from fleet.client.call_packer import PackedCall
 from fleet.client.connection import Connection
-from fleet.client.incoming_results import IncomingResults, Whole
 from fleet.client.local_cluster import Place
 from fleet.errors import FleetError, ProtocolError
-from fleet.large_buffers import LargeBuffers
+from fleet.large_buffers import IncomingResults, LargeBuffers, Whole
 from fleet.stillness import LifeClock
 from fleet.transfer import read_part
 

@@ -10,9 +10,9 @@ import pytest
 
 from fleet import pickling, tasks
 from fleet.client.call_packer import CallPacker
-from fleet.client.incoming_results import Whole
 from fleet.client.pending_tasks import PendingTasks, TaskOptions
 from fleet.client.task_scheduler import Task
+from fleet.large_buffers import Whole
 
 
 class Bench:

@@ -58,18 +58,18 @@ def run(plans: list[Plan], holds: list[list[Shares]]) -> Ran:
         for rank, plan in enumerate(plans):
             while at[rank] < len(plan):
                 step = plan[at[rank]]
-                if step.send_to is not None and not has_sent[rank]:
-                    assert step.send_chunk is not None
-                    message = (step.send_chunk, Counter(holds[rank][step.send_chunk]), clock[rank])
-                    wires[rank, step.send_to].append(message)
+                if step.send is not None and not has_sent[rank]:
+                    to, given = step.send
+                    wires[rank, to].append((given, Counter(holds[rank][given]), clock[rank]))
                     has_sent[rank] = moved = True
                 began = clock[rank]
-                if step.recv_from is not None:
-                    wire = wires[step.recv_from, rank]
+                if step.recv is not None:
+                    source, wanted = step.recv
+                    wire = wires[source, rank]
                     if not wire:
                         break
                     chunk, shares, sent_at = wire.popleft()
-                    assert chunk == step.recv_chunk, f"rank {rank} wants chunk {step.recv_chunk}, {chunk} came"
+                    assert chunk == wanted, f"rank {rank} wants chunk {wanted}, {chunk} came"
                     receive(ran, rank, step, shares, full)
                     began = max(began, sent_at)
                 clock[rank] = began + 1
@@ -81,18 +81,19 @@ def run(plans: list[Plan], holds: list[list[Shares]]) -> Ran:
 
 
 def receive(ran: Ran, rank: int, step: Step, shares: Shares, full: Shares) -> None:
-    assert step.recv_chunk is not None
+    assert step.recv is not None
+    _, chunk = step.recv
     if step.action is Action.COPY:
         assert shares == full, "what is copied must be final"
-        assert ran.holds[rank][step.recv_chunk] != full, "it was there already"
-        ran.holds[rank][step.recv_chunk] = shares
+        assert ran.holds[rank][chunk] != full, "it was there already"
+        ran.holds[rank][chunk] = shares
         return
-    combined = ran.holds[rank][step.recv_chunk] + shares
+    combined = ran.holds[rank][chunk] + shares
     assert max(combined.values()) == 1, f"counted twice: {combined}"
     assert (step.action is Action.REDUCE_LAST) == (combined == full)
-    ran.holds[rank][step.recv_chunk] = combined
+    ran.holds[rank][chunk] = combined
     if step.action is Action.REDUCE_LAST:
-        ran.completed.append((rank, step.recv_chunk))
+        ran.completed.append((rank, chunk))
 
 
 def own_shares(world_size: int, chunk_count: int) -> list[list[Shares]]:
@@ -101,11 +102,11 @@ def own_shares(world_size: int, chunk_count: int) -> list[list[Shares]]:
 
 
 def sent_chunks(plan: Plan) -> int:
-    return sum(step.send_to is not None for step in plan)
+    return sum(step.send is not None for step in plan)
 
 
 def received_chunks(plan: Plan) -> int:
-    return sum(step.recv_from is not None for step in plan)
+    return sum(step.recv is not None for step in plan)
 
 
 ALL_PLANS: list[Callable[[int, int], Plan]] = [
@@ -123,10 +124,9 @@ ALL_PLANS: list[Callable[[int, int], Plan]] = [
 def test_steps_are_well_formed(plan_of: Callable[[int, int], Plan], world_size: int) -> None:
     for rank in range(world_size):
         for step in plan_of(rank, world_size):
-            assert (step.send_to is None) == (step.send_chunk is None)
-            assert (step.recv_from is None) == (step.recv_chunk is None) == (step.action is None)
-            assert step.send_to is not None or step.recv_from is not None
-            for peer in {step.send_to, step.recv_from} - {None}:
+            assert (step.recv is None) == (step.action is None)
+            assert step.send is not None or step.recv is not None
+            for peer, _ in filter(None, (step.send, step.recv)):
                 assert peer in range(world_size)
                 assert peer != rank
 
@@ -144,7 +144,7 @@ def test_ring_reduce_scatter(world_size: int) -> None:
         assert ran.holds[rank][rank] == everyone(world_size)
         # N-1 steps of S/N bytes, each to the next rank.
         assert len(plans[rank]) == sent_chunks(plans[rank]) == received_chunks(plans[rank]) == world_size - 1
-        assert {step.send_to for step in plans[rank]} <= {(rank + 1) % world_size}
+        assert {step.send[0] for step in plans[rank] if step.send} <= {(rank + 1) % world_size}
     assert ran.rounds == world_size - 1
     assert sorted(ran.completed) == ([(rank, rank) for rank in range(world_size)] if world_size > 1 else [])
 
@@ -155,7 +155,7 @@ def test_the_order_of_a_rings_sum_is_fixed_by_the_chunk(world_size: int) -> None
     plans = [ring_reduce_scatter(rank, world_size) for rank in range(world_size)]
     for chunk in range(world_size):
         passed = [rank for step in range(world_size - 1) for rank in range(world_size)
-                  if plans[rank][step].send_chunk == chunk]  # fmt: skip
+                  if (plans[rank][step].send or (rank, -1))[1] == chunk]  # fmt: skip
         assert [*passed, chunk] == [(chunk + 1 + hop) % world_size for hop in range(world_size)]
 
 
@@ -204,7 +204,7 @@ def test_tree_reduce(world_size: int, root: int) -> None:
     assert [sent_chunks(plan) for plan in plans] == [int(rank != root) for rank in range(world_size)]
     # The same tree, upwards: children in the order of their distance, so the order of the sum is fixed.
     for rank, plan in enumerate(plans):
-        distances = [(step.recv_from - rank) % world_size for step in plan if step.recv_from is not None]
+        distances = [(step.recv[0] - rank) % world_size for step in plan if step.recv is not None]
         assert distances == sorted(distances)
 
 
@@ -220,17 +220,17 @@ def test_tree_all_reduce(world_size: int) -> None:
 
 def test_the_executor_notices_wrong_plans() -> None:
     """It would be no proof if it could not fail."""
-    swap = [[Step(send_to=1 - rank, send_chunk=0, recv_from=1 - rank, recv_chunk=0, action=Action.REDUCE_LAST)]
+    swap = [[Step((1 - rank, 0), (1 - rank, 0), Action.REDUCE_LAST)]
             for rank in range(2)]  # fmt: skip
     assert sorted(run(swap, own_shares(2, 1)).completed) == [(0, 0), (1, 0)]  # a legal exchange
     with pytest.raises(AssertionError, match="counted twice"):
         run([plan * 2 for plan in swap], own_shares(2, 1))
     with pytest.raises(AssertionError, match="left over"):
-        run([[Step(send_to=1, send_chunk=0)], []], own_shares(2, 1))
+        run([[Step(send=(1, 0))], []], own_shares(2, 1))
     with pytest.raises(AssertionError, match="stuck"):
-        run([[Step(recv_from=1, recv_chunk=0, action=Action.COPY)], []], own_shares(2, 1))
+        run([[Step(recv=(1, 0), action=Action.COPY)], []], own_shares(2, 1))
     with pytest.raises(AssertionError, match="must be final"):
         run(
-            [[Step(send_to=1, send_chunk=0)], [Step(recv_from=0, recv_chunk=0, action=Action.COPY)]],
+            [[Step(send=(1, 0))], [Step(recv=(0, 0), action=Action.COPY)]],
             own_shares(2, 1),
         )
