@@ -45,11 +45,13 @@ class Work:
     _deadline: float = 0.0
     _late: Callable[[], BaseException] | None = None  # None: the call has begun, and keeps its deadline itself
     _queue: CallQueue | None = None
-    source: int | None = None  # of a recv, once it is done: the rank that sent
-    _error: BaseException | None = None
-    _ended: threading.Event = field(default_factory=threading.Event)
-    _callbacks: list[Callable[[Work], object]] = field(default_factory=list)
-    _changing: threading.Lock = field(default_factory=threading.Lock)  # guards `_late`, `_ended` and `_callbacks`
+    # Of a recv, once it is done: the rank that sent.
+    source: int | None = field(default=None, init=False)
+    _error: BaseException | None = field(default=None, init=False)
+    _ended: threading.Event = field(default_factory=threading.Event, init=False)
+    _callbacks: list[Callable[[Work], object]] = field(default_factory=list, init=False)
+    # Guards `_late`, `_ended` and `_callbacks`.
+    _changing: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Returns once the call is done. Raises the call's error.
