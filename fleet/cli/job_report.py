@@ -50,17 +50,7 @@ def save_report(target: Target, job_id: str, path: Path, ended: m.JobEnded, trac
 @contextmanager
 def _client(job_id: str, target: Target | None) -> Iterator[tuple[JobClient, Target]]:
     """A client of the cluster, or of the one on this machine that has the job."""
-    found = []
-    for here in [target] if target is not None else targets_here():
-        try:
-            with JobClient(here) as client:
-                jobs = client.find(job_id).jobs if target is None else ()
-        except ConfigError:
-            if target is not None:
-                raise
-            continue  # left by a killed one
-        if jobs or target is not None:
-            found.append(here)
+    found = [target] if target is not None else [here for here in targets_here() if _has(here, job_id)]
     if not found:
         raise UsageError(
             f"no {'such ' if job_id else ''}job runs on this machine; set ORCHESTRATOR_ADDR for a cluster's, also of jobs that "
@@ -70,6 +60,14 @@ def _client(job_id: str, target: Target | None) -> Iterator[tuple[JobClient, Tar
         raise UsageError("several jobs run on this machine: say which one; `fleet why --json` has their ids")
     with JobClient(found[0]) as client:
         yield client, found[0]
+
+
+def _has(here: Target, job_id: str) -> bool:
+    try:
+        with JobClient(here) as client:
+            return bool(client.find(job_id).jobs)
+    except ConfigError:
+        return False  # left by a killed one
 
 
 def _only(client: JobClient) -> m.JobInfo:

@@ -22,7 +22,7 @@ from fleet.client.attached_job import say
 from fleet.client.grid import POINTS_AT_MOST
 from fleet.client.job_client import JobClient
 from fleet.client.printer import Printer
-from fleet.client.report import exit_code, report
+from fleet.client.report import exit_code, report, steps_made
 from fleet.client.target import Target
 from fleet.errors import UsageError
 from fleet.text import shown, some
@@ -109,7 +109,7 @@ def described(job: m.JobInfo) -> str:
         ("submitted", _at(job.submitted_at)),
         ("waits for", job.waits_for),
         ("slow", "" if job.straggler is None else job.straggler.told(is_over=bool(job.outcome))),
-        ("steps", _steps(job)),
+        ("steps", steps_made(job)),
         ("why", job.reason),
         ("ran", span(_ran_s(job)) if job.started_at else ""),
         ("attempt", f"{job.attempt} of at most {o.max_restarts + 1}{_since(job)}"),
@@ -247,13 +247,6 @@ def drain(target: Target, worker: str, within_s: float, undo: bool, as_json: boo
     many = "job runs" if len(jobs) == 1 else "jobs run"
     moves = f"what has not ended in {within_s:g} s starts again elsewhere"
     return f"worker {worker} gets no new work; {len(jobs)} {many} there, and {moves}"
-
-
-def _steps(job: m.JobInfo) -> str:
-    """The steps of the rank that has made fewest, if they are counted."""
-    if not job.times or not (least := min(job.times, key=lambda times: times.step_count)).step_count:
-        return ""
-    return f"{least.step_count}, {least.steps_per_s:.3g} a second"
 
 
 def _each(options: m.JobOptions) -> str:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from fleet import messages as m
 from fleet.client.markup import Html, Inside, rows, tag, together
 from fleet.client.pictures import bars, collectives, duration, shares, steps
-from fleet.client.report import report
+from fleet.client.report import report, steps_made
 from fleet.client.trace_events import TracedJob
 from fleet.text import some
 from fleet.values import amount_of, came_and_went, how, native
@@ -124,7 +124,7 @@ def _where(facts: Facts) -> Html:
         "versions": "; ".join(versions),
         "sweep": o.sweep,
         "point": ", ".join(f"{name}={value}" for name, value in o.point),
-        "steps": _steps(job),
+        "steps": steps_made(job),
     }
     return _section("What ran, and where", _list(said), rows(("worker", "host", "ranks"), _seats(facts)))
 
@@ -138,11 +138,6 @@ def _seats(facts: Facts) -> Iterator[Sequence[str]]:
         ranks[worker_id].append(str(rank))
     for worker_id, numbers in ranks.items():
         yield worker_id, hosts.get(worker_id, "not known any more"), ", ".join(numbers)
-
-
-def _steps(job: m.JobInfo) -> str:
-    least = min(job.times, key=lambda times: times.step_count, default=None)
-    return f"{least.step_count}, {least.steps_per_s:.3g} a second" if least is not None and least.step_count else ""
 
 
 def _pictures(facts: Facts) -> Iterator[Html]:

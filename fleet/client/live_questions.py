@@ -25,8 +25,7 @@ class LiveQuestions(Generic[K]):
         self._clock = LifeClock()
         advice = ": is it running, and is the address right?"
         self._connection = Connection(bus, target, self._clock, advice)
-        self._numbers: dict[K, int] = {}
-        self._kinds: dict[int, K] = {}
+        self._numbers: dict[K, int] = {}  # of the last question of each kind
         self._jobs: dict[str, K] = {}  # whose ends were asked for
         self._heard_at = self._clock.look()
         self.lost_since: float | None = None  # by `now`: the connection, which was last heard then
@@ -39,12 +38,10 @@ class LiveQuestions(Generic[K]):
         """Asks in place of the last question of that kind. Messages in `before` are sent just before it."""
         if (old := self._numbers.pop(kind, None)) is not None:
             self._connection.drop(old)
-            self._kinds.pop(old, None)
         is_watch = isinstance(question, m.WatchJob)
         if isinstance(question, m.WatchJob):
             self._jobs = {question.job_id: kind}
-        number = self._connection.ask(question, before=before, standing=is_watch)
-        self._numbers[kind], self._kinds[number] = number, kind
+        self._numbers[kind] = self._connection.ask(question, before=before, standing=is_watch)
 
     def wait(self, timeout_s: float, descriptor: int | None = None) -> None:
         """Waits for answers, at most so long, or until the descriptor can be read: in each call the same one."""
@@ -61,7 +58,6 @@ class LiveQuestions(Generic[K]):
                 self.lost_since = None
             elif isinstance(event, m.JobEnded) and event.job_id in self._jobs:
                 yield self._jobs[event.job_id], event
-            elif (
-                not isinstance(event, Arrived) and (kind := self._kinds.get(getattr(event, "question", 0))) is not None
-            ):
-                yield kind, event
+            elif not isinstance(event, Arrived):
+                number = getattr(event, "question", 0)
+                yield from [(kind, event) for kind, asked in self._numbers.items() if asked == number]

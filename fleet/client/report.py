@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fleet.client.blame import TRACEBACK, alike, blamed, fullest, headline
 from fleet.errors import rank_set
-from fleet.messages import JobEnded, RankStatus, how
+from fleet.messages import JobEnded, JobInfo, RankStatus, how
 from fleet.text import shown
 
 STDERR_LINES = 20
@@ -41,6 +41,12 @@ def report(ended: JobEnded, world_size: int, printed: Iterable[str] | None = Non
     if ended.reason not in ("", cause.reason, f"rank {cause.member_id} failed"):
         lines.append(f"fleet: {shown(ended.reason)}")
     return "\n".join(lines + _others(others, world_size))
+
+
+def steps_made(job: JobInfo) -> str:
+    """The steps of the rank that has made fewest, and how many a second; empty if they are not counted."""
+    least = min(job.times, key=lambda times: times.step_count, default=None)
+    return f"{least.step_count}, {least.steps_per_s:.3g} a second" if least is not None and least.step_count else ""
 
 
 def _tail(cause: RankStatus) -> list[str]:

@@ -6,7 +6,7 @@ import gzip
 import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import chain, islice
 from math import inf
 from pathlib import Path
 from typing import NamedTuple
@@ -115,18 +115,14 @@ def write(line: TracedJob, path: Path, merged: Iterable[Event] = (), missing: st
     """Writes the trace. Raises UsageError where that cannot be."""
     about = metadata(line) | ({"missing": missing} if missing else {})
     head = msgspec.json.encode({"displayTimeUnit": "ms", "otherData": about})
-    encoder, batch = msgspec.json.Encoder(), list[bytes]()
+    encode, left, between = msgspec.json.Encoder().encode, chain(events(line), merged), b""
     try:
         with path.open("wb") as file:
             file.write(head[:-1] + b',"traceEvents":[\n')
-            is_first = True
-            for event in chain(events(line), merged):
-                batch.append(encoder.encode(event))
-                if len(batch) == EVENTS_AT_ONCE:
-                    file.write((b"" if is_first else b",\n") + b",\n".join(batch))
-                    is_first = False
-                    batch.clear()
-            file.write((b"" if is_first or not batch else b",\n") + b",\n".join(batch) + b"\n]}\n")
+            while batch := [encode(event) for event in islice(left, EVENTS_AT_ONCE)]:
+                file.write(between + b",\n".join(batch))
+                between = b",\n"
+            file.write(b"\n]}\n")
     except OSError as error:
         raise UsageError(f"the trace cannot be written to {path}: {error.strerror}") from None
 

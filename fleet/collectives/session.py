@@ -173,9 +173,7 @@ class Session:
             self._look_after(agent.changes())
             if monotonic() >= counts_at:
                 counts_at = monotonic() + COUNTS_EVERY_S
-                self._tell_counts(agent)
-                TIMELINE.sample()
-                self._write_trace()
+                self._tell(agent)
             wait_s = agent.patience(watch.patience(max(0.0, counts_at - monotonic())))
             for ended in watch.descriptors & poller.wait(wait_s):
                 poller.remove(ended)
@@ -183,18 +181,14 @@ class Session:
             self._wake.clear()
         while not self._out.empty():
             self._say(agent, self._out.get())
-        self._tell_counts(agent, last=True)
-        TIMELINE.sample()
-        self._write_trace()
+        self._tell(agent, last=True)
 
-    def _write_trace(self) -> None:
-        """An error of any kind does not end this thread."""
+    def _tell(self, agent: Dealer, last: bool = False) -> None:
+        """Tells what this member has done since the last time: to the agent, and to the file with its trace."""
+        self._tell_counts(agent, last)
+        TIMELINE.sample()
         if self._trace is not None:
-            try:
-                self._trace.write()
-            except Exception:
-                log.exception("the trace of this rank is not written any more")
-                self._trace = None
+            self._trace.write()
 
     def _look_after(self, changes: list[Link]) -> None:
         """Hears of the agent's loss, if the agent is a member. The end of any other agent ends this process."""
@@ -214,7 +208,7 @@ class Session:
         except Exception:
             log.exception("%s could not be sent to this rank's agent", type(message).__name__)
 
-    def _tell_counts(self, agent: Dealer, last: bool = False) -> None:
+    def _tell_counts(self, agent: Dealer, last: bool) -> None:
         """Tells the agent counts of this member's collectives since the last time; at the end also their numbers in all."""
         s = self._settings
         made = self.flights.made() if last else None

@@ -45,18 +45,18 @@ class TraceLog:
             folder.mkdir(parents=True, exist_ok=True)
 
     def write(self) -> None:
-        """Writes what was done since the last call. Where that cannot be written, nothing ever is again."""
-        collectives = list(self._collectives())
-        slices = [TracedSlice(*self._slices.popleft()) for _ in range(len(self._slices))]
+        """Writes what was done since the last call. Where that cannot be written, nothing ever is again. Raises nothing."""
+        if self._is_broken:
+            return
         with self._noting():
+            collectives = list(self._collectives())
+            slices = [TracedSlice(*self._slices.popleft()) for _ in range(len(self._slices))]
             for at in range(0, max(len(collectives), 1), TRACE_COLLECTIVES_AT_MOST):
                 self._append(tuple(collectives[at : at + TRACE_COLLECTIVES_AT_MOST]), ())
             for at in range(0, len(slices), TRACE_SLICES_AT_MOST):
                 self._append((), tuple(slices[at : at + TRACE_SLICES_AT_MOST]))
 
     def _append(self, collectives: tuple[TracedCollective, ...], slices: tuple[TracedSlice, ...]) -> None:
-        if self._is_broken:
-            return
         data = m.encode(self._flights.told(made_of(collectives, slices, tuple(TIMELINE.cpu)[-1:])))
         with open(os.open(self._path, FLAGS, 0o600), "ab") as file:
             file.write(LENGTH.pack(len(data)) + data)
@@ -85,3 +85,6 @@ class TraceLog:
         except OSError as error:
             self._is_broken = True
             log.warning("the trace of this rank cannot be written to %s: %s", self._path, error.strerror)
+        except Exception:
+            self._is_broken = True
+            log.exception("the trace of this rank is not written any more")
