@@ -308,6 +308,7 @@ class PaceRow(msgspec.Struct, frozen=True):
     phases: Annotated[tuple[tuple[b.Word, b.Seconds], ...], msgspec.Meta(max_length=16)] = ()  # of steps
     spans: Annotated[tuple[tuple[b.Word, b.Seconds], ...], msgspec.Meta(max_length=16)] = ()  # of the script's own
     step_count: b.Number = 0
+    steps_made: b.Number = 0  # in all, since the rank's start
 
 
 TRACE_COLLECTIVES_AT_MOST, TRACE_SLICES_AT_MOST = 8192, 4096  # in one answer; the newest ones

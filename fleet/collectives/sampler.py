@@ -88,7 +88,7 @@ class Sampler:
         step_count = TIMELINE.step_count
         steps, self._told_step_count = step_count - self._told_step_count, step_count
         phases, spans = TIMELINE.phases.take(), TIMELINE.spans.take()
-        return PaceRow(elapsed_s, waited_s, squares, int(count), queued, tuple(lines), phases, spans, steps)
+        return PaceRow(elapsed_s, waited_s, squares, int(count), queued, tuple(lines), phases, spans, steps, step_count)
 
     def close(self) -> None:
         with suppress(ValueError):

@@ -78,6 +78,7 @@ class Paces:
 
     since_start: dict[int, PaceSum] = field(default_factory=dict)
     lately: dict[int, PaceSum] = field(default_factory=dict)
+    steps: dict[int, int] = field(default_factory=dict)  # that each rank has made in all, as it said last
     _found: Straggler | None = None  # when it was looked for last, and what has come since
     _found_at: float = -inf
     _has_more: bool = False
@@ -85,6 +86,7 @@ class Paces:
     def add(self, rank: int, row: PaceRow, collective_s: float = 0.0) -> None:
         self.since_start.setdefault(rank, PaceSum()).add(row, collective_s)
         self.lately.setdefault(rank, PaceSum()).add(row, collective_s, 0.5 ** (row.elapsed_s / HALF_LIFE_S))
+        self.steps[rank] = row.steps_made
         self._has_more = True
 
     def straggler(self, seats: Sequence[str], now: float) -> Straggler | None:
@@ -99,18 +101,16 @@ class Paces:
     def slowest(self) -> tuple[int, float] | None:
         """Steps in all, and steps a second lately, of the rank with fewest; None: no rank counts its steps."""
         found = [
-            (int(self.since_start[rank].step_count), pace.step_count / pace.elapsed_s)
+            (self.steps[rank], pace.step_count / pace.elapsed_s)
             for rank, pace in self.lately.items()
-            if pace.elapsed_s > 0.0 and pace.step_count
+            if pace.elapsed_s > 0.0 and self.steps[rank]
         ]
         return min(found, default=None)
 
     def times(self) -> tuple[RankTimes, ...]:
         """What is told of each rank lately."""
         return tuple(
-            _times(rank, pace, int(self.since_start[rank].step_count))
-            for rank, pace in sorted(self.lately.items())
-            if pace.elapsed_s > 0.0
+            _times(rank, pace, self.steps[rank]) for rank, pace in sorted(self.lately.items()) if pace.elapsed_s > 0.0
         )
 
 
@@ -149,13 +149,14 @@ def _most(seconds: Mapping[str, float], count: int) -> list[tuple[str, float]]:
 
 
 def _times(rank: int, pace: PaceSum, step_count: int) -> RankTimes:
+    """Shares of the time. What takes long counts where it ends, when some of the time before that has faded: hence the bounds."""
     whole = pace.elapsed_s
-    phases, spans = (
-        tuple((name, seconds / whole) for name, seconds in times.items()) for times in (pace.phases, pace.spans)
-    )
+    in_phases = max(whole, sum(pace.phases.values()))
+    phases = tuple((name, seconds / in_phases) for name, seconds in pace.phases.items())
+    spans = tuple((name, min(1.0, seconds / whole)) for name, seconds in pace.spans.items())
     lines = tuple((line, seconds / whole) for line, seconds in _most(pace.lines, LINES_TOLD))
-    collective, queued = pace.collective_s / whole, pace.queued_s / whole
-    return RankTimes(rank, pace.waited, collective, queued, phases, spans, lines, step_count, pace.step_count / whole)
+    waited, collective, queued = (min(1.0, s / whole) for s in (pace.waited_s, pace.collective_s, pace.queued_s))
+    return RankTimes(rank, waited, collective, queued, phases, spans, lines, step_count, pace.step_count / whole)
 
 
 def _share(paces: Mapping[int, PaceSum], ranks: set[int]) -> float:

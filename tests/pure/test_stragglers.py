@@ -121,6 +121,27 @@ def test_what_was_long_ago_fades() -> None:
     assert sum(found.lately[3].lines.values()) < 0.01
 
 
+def test_no_share_is_above_1_though_what_is_long_counts_where_it_ends() -> None:
+    found = Paces()
+    for _ in range(119):
+        found.add(0, PaceRow(1.0, 0.0, 0.0, 0, phases=(("data", 0.1),)))
+    found.add(0, PaceRow(1.0, 120.0, 14400.0, 1, phases=(("evaluation", 120.0),), spans=(("eval", 120.0),)), 120.0)
+    [times] = found.times()
+    assert (times.waited, times.collective, times.spans) == (1.0, 1.0, (("eval", 1.0),))
+    assert sum(share for _, share in times.phases) == pytest.approx(1.0)
+    assert dict(times.phases)["evaluation"] > 0.9
+
+
+def test_steps_are_those_that_the_rank_has_made_and_not_those_that_were_heard_of() -> None:
+    """An orchestrator that has started again has heard of few, and nothing is told before the first collective."""
+    found = Paces()
+    for made in (320, 330):
+        found.add(0, PaceRow(1.0, 0.0, 0.0, 1, step_count=10, steps_made=made))
+    found.add(0, PaceRow(1.0, 0.0, 0.0, 1, steps_made=330))
+    assert found.slowest() == (330, pytest.approx(20 / 3, rel=0.02))
+    assert [times.step_count for times in found.times()] == [330]
+
+
 def test_the_lines_of_a_rank_are_bounded() -> None:
     pace = PaceSum()
     for number in range(1000):

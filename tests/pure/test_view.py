@@ -184,6 +184,7 @@ def test_a_rank_that_holds_the_others_up_is_told_everywhere() -> None:
                 lines=line,
                 phases=(("data", 0.5),),
                 step_count=20,
+                steps_made=20 * (second + 1),
             )
             counts = m.CollectiveCounts("j", 1, rank, rows, pace=pace)
             core.step(o.Received(f"{seat}/1".encode(), counts), float(second))
