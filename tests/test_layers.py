@@ -111,7 +111,7 @@ LONG_FUNCTIONS = 60
 PARAMETERS_AT_MOST = 8  # of a constructor
 # What is as it is for a reason.
 EXCEPTIONS = (
-    "a constructor has 16 parameters",  # fleet.Executor: the public one, whose options are keywords
+    "a constructor has 17 parameters",  # fleet.Executor: the public one, whose options are keywords
 )
 
 # Names of classes and files that stand several times, each in the same role.

@@ -19,19 +19,19 @@ from fleet.worker.zygote import RUNNER
 
 
 def main(words: list[str]) -> None:
-    """Runs the process. `client/local_cluster.py` gives the words: slots, GPUs, modules to preload, a descriptor."""
-    slots, gpus, preload, answer = words
+    """Runs the process. `client/local_cluster.py` gives the words: slots, GPUs, modules, whether with a page, a descriptor."""
+    slots, gpus, preload, page, answer = words
     try:
         check_system()
         open_what_is_closed()
-        _serve(int(answer), int(slots), int(gpus), preload)
+        _serve(int(answer), int(slots), int(gpus), preload, bool(page))
     except FleetError as error:
         print(f"fleet: {shown_lines(str(error))}", file=sys.stderr)
         sys.exit(1)
 
 
-def _serve(answer: int, slots: int, gpus: int, preload: str) -> None:
-    """Writes the orchestrator's endpoint to the descriptor `answer`, and serves until standard input ends."""
+def _serve(answer: int, slots: int, gpus: int, preload: str, page: bool) -> None:
+    """Writes the orchestrator's endpoint and the page's address to the descriptor `answer`, and serves until stdin ends."""
     for number in (signal.SIGINT, signal.SIGHUP):
         # A terminal's signals are the parent's to act on. Not SIG_IGN, which runners would inherit.
         signal.signal(number, lambda number, frame: None)
@@ -41,10 +41,13 @@ def _serve(answer: int, slots: int, gpus: int, preload: str) -> None:
         from fleet.cli.embedded_cluster import embedded_cluster
         from fleet.worker.storage import Storage
 
-        with embedded_cluster(runtime, slots, "tcp", zygote, Storage(runtime / "output"), gpus) as target:
+        said: list[str] = []  # the address of the page
+        told = said.append if page else None
+        storage = Storage(runtime / "output")
+        with embedded_cluster(runtime, slots, "tcp", zygote, storage, gpus, page=told) as target:
             # Where the parent was interrupted, nobody reads it, and standard input has ended.
             with suppress(BrokenPipeError), open(answer, "w", encoding="utf-8") as file:
-                file.write(f"{target.endpoint}\n")
+                file.write("\n".join([target.endpoint, *said, ""]))
             target.failure.listen(partial(_end, target.failure))
             sys.stdin.buffer.read()
 

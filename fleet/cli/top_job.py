@@ -64,12 +64,23 @@ def _sentences(top: Top, job: m.JobInfo, wall: float) -> list[tuple[str, str]]:
     found = [(", ".join(filter(None, told)), f"bold {job_style(job)}")]
     if job.straggler is not None:
         found.append((job.straggler.told(is_over=bool(job.outcome)), "bold red"))
+    for rank in (rank for used in top.known.used.values() for rank in used.ranks if rank.task >= 0):
+        found.append((_tasks(rank), ""))
     if job.waits_for:
         found.append((f"waits for {job.waits_for}", "yellow"))
     if job.reason:
         found.append((job.reason, "red"))
     found.append((f"runs {' '.join(map(native, (job.target, *job.args)))}", "dim"))
     return found + [(f"before: {past(attempt)}", "dim") for attempt in job.attempts[-2:]]
+
+
+def _tasks(runner: m.RankUse) -> str:
+    """What a task runner of an Executor is at, and how many calls it has made."""
+    name = f" ({runner.function})" if runner.function else ""
+    now = f"in task {runner.task}{name} for {span(runner.task_s)}" if runner.task else "waits for a task"
+    calls = sorted(runner.functions, key=lambda one: -one[1])
+    by = f"; calls: {', '.join(f'{name} {count}' for name, count in calls)}" if calls else ""
+    return f"{now}; {runner.tasks_done} task{'s' * (runner.tasks_done != 1)} done{by}"
 
 
 def _wrapped(text: str, columns: int, style: str) -> list[Text]:

@@ -101,6 +101,7 @@ class Executor(View):
     one that does not fork.
 
     On a cluster the folder of the caller's script travels to the workers, `max_bundle` MB (2^20 bytes) at most.
+    With `dashboard` an Executor of this machine serves a page, at the address `page_at`, until it is shut down.
     `submit` waits while `max_pending` tasks or 256 MB of arguments are unfinished. No `if __name__ == "__main__"` is needed.
     Raises ConfigError where the cluster does not answer within `connect_timeout` seconds, UsageError for bad arguments.
     """
@@ -124,6 +125,7 @@ class Executor(View):
         insecure: bool = False,
         connect_timeout: float = 60.0,
         max_bundle: int = MAX_BUNDLE,
+        dashboard: bool = False,
     ) -> None:
         if isinstance(addr, int):
             if max_workers is not None:
@@ -131,15 +133,7 @@ class Executor(View):
             addr, max_workers = None, addr
         if max_workers is not None and max_workers < 1:
             raise UsageError(f"max_workers is {max_workers}: an Executor needs at least one process")
-        if max_tasks_per_child is not None and max_tasks_per_child < 1:
-            raise UsageError(f"max_tasks_per_child is {max_tasks_per_child}: it must be None (no limit) or at least 1")
-        if initializer is not None and not callable(initializer):
-            raise UsageError(f"initializer is {initializer!r}, which cannot be called")
-        if mp_context is not None and mp_context.get_start_method() == "fork":
-            raise UsageError(
-                "processes of an Executor are never forks of this one, which mp_context asks for: they inherit none of its "
-                "memory; give them what they need by initializer and initargs"
-            )
+        _check(max_tasks_per_child, initializer, mp_context)
         if slots < 1 or gpus < 0 or max_pending < 1:
             raise UsageError("slots and max_pending must be at least 1, gpus at least 0")
         self._options = TaskOptions(retries, timeout, priority)
@@ -148,12 +142,17 @@ class Executor(View):
         options = JobOptions(name=name, priority=priority, max_restarts=0, slots=slots, gpus=gpus, python=python)
         if address is None:
             count = max_workers or config.usable_cores()
-            cluster = local_place(count * slots, gpus * count)
+            cluster = local_place(count * slots, gpus * count, dashboard)
+        elif dashboard:
+            raise UsageError("a cluster has its page in any case: `fleet dashboard` prints the address")
         else:
             count = max_workers or 0
             cluster = cluster_place(cluster_target(address, None, insecure, connect_timeout), max_bundle << 20)
         with ExitStack() as stack:
             place = stack.enter_context(cluster)
+            self.page_at = place.page_at
+            if dashboard:
+                print(f"fleet: the page is at {self.page_at}", file=sys.stderr)
             self._thread = ExecutorThread(
                 place, options, count, max_pending, max_tasks_per_child, initializer, initargs, stack.pop_all()
             )
@@ -191,6 +190,19 @@ def as_completed(
     if not progress:
         return ended
     return with_progress(ended, progress if isinstance(progress, str) else "tasks", len(set(wanted)))
+
+
+def _check(max_tasks: int | None, initializer: object, context: BaseContext | None) -> None:
+    """Raises UsageError for what no process of an Executor can do."""
+    if max_tasks is not None and max_tasks < 1:
+        raise UsageError(f"max_tasks_per_child is {max_tasks}: it must be None (no limit) or at least 1")
+    if initializer is not None and not callable(initializer):
+        raise UsageError(f"initializer is {initializer!r}, which cannot be called")
+    if context is not None and context.get_start_method() == "fork":
+        raise UsageError(
+            "processes of an Executor are never forks of this one, which mp_context asks for: they inherit none of its "
+            "memory; give them what they need by initializer and initargs"
+        )
 
 
 def _results(submitted: Iterator[Future[T]], timeout: float | None, at_once: int | None) -> Iterator[T]:

@@ -33,6 +33,7 @@ class Place:
     spec: Spec
     bundle: Path | None = None  # the code, if it has to travel
     ended: Callable[[], str] = lambda: ""  # how the process of the local slots has ended, in words
+    page_at: str = ""  # address of its page, with the token; empty: there is none
 
 
 def check_gpus(count: int) -> None:
@@ -45,7 +46,7 @@ def check_gpus(count: int) -> None:
 
 
 @contextmanager
-def local_place(slots: int, gpus: int) -> Iterator[Place]:
+def local_place(slots: int, gpus: int, page: bool = False) -> Iterator[Place]:
     """Starts a process with an orchestrator, a worker and its slots. That ends with this process, however this one ends.
 
     It is no thread of this process, so that the caller's module is not imported a second time, and each has its own GIL.
@@ -53,7 +54,7 @@ def local_place(slots: int, gpus: int) -> Iterator[Place]:
     """
     check_gpus(gpus)
     preload = ",".join(name for name in PRELOADED if name in sys.modules)
-    words = ["local-slots", str(slots), str(gpus), preload]
+    words = ["local-slots", str(slots), str(gpus), preload, "page" if page else ""]
     read, write = os.pipe()
     with open(read, "rb") as answer:
         try:
@@ -66,7 +67,7 @@ def local_place(slots: int, gpus: int) -> Iterator[Place]:
             )
         finally:
             os.close(write)
-        endpoint = answer.readline().decode().strip()
+        endpoint, page_at, *_ = (*answer.read().decode().split("\n"), "", "")
     assert process.stdin is not None
     try:
         if not endpoint:
@@ -75,9 +76,8 @@ def local_place(slots: int, gpus: int) -> Iterator[Place]:
         door = endpoint.removeprefix("ipc://").removesuffix("orchestrator") + "client"
         search = tuple(dict.fromkeys(portable(os.path.abspath(entry)) for entry in sys.path))
         target = Target("this machine", endpoint, Lock(), 60.0, local=True)
-        yield Place(
-            target, door, Spec("tasks", door, search, portable(os.getcwd())), ended=lambda: _how_it_ended(process)
-        )
+        spec = Spec("tasks", door, search, portable(os.getcwd()))
+        yield Place(target, door, spec, ended=lambda: _how_it_ended(process), page_at=page_at)
     finally:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()

@@ -9,6 +9,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+import fleet
+from fleet.errors import UsageError
 from tests.chaos.commands import started, wait_for
 
 
@@ -60,3 +62,28 @@ def test_the_page_of_a_job_on_this_machine(tmp_path: Path) -> None:
         connection.close()
     with pytest.raises(ConnectionRefusedError):
         get(address.netloc, "/")
+
+
+def test_the_page_of_an_executor_of_this_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ORCHESTRATOR_ADDR", raising=False)
+    with fleet.Executor(1, dashboard=True) as pool:
+        assert pool.submit(pow, 2, 3).result() == 8
+        assert capsys.readouterr().err == f"fleet: the page is at {pool.page_at}\n"
+        address = urlsplit(pool.page_at)
+        assert get(address.netloc, "/")[0] == 401
+        status, _, cookie = get(address.netloc, f"/?{address.query}")
+        assert status == 200
+        connection = http.client.HTTPConnection(address.netloc, timeout=30)
+        connection.request("GET", "/events", headers={"Cookie": cookie})
+        with connection.getresponse() as stream:
+            tables = json.loads(next(line for line in stream if line.startswith(b"data: "))[6:])["tables"]
+        ((job_id, row),) = tables["jobs"]["put"]
+        assert (row["kind"], row["name"]) == ("tasks", "executor")
+        used = json.loads(get(address.netloc, f"/api/use?id={job_id}", cookie)[1])["used"][0]["ranks"][0]
+        assert (used["tasks_done"], used["functions"]) == (1, [["pow", 1]])
+    with pytest.raises(ConnectionRefusedError):
+        get(address.netloc, "/")
+    with pytest.raises(UsageError, match="`fleet dashboard` prints the address"):
+        fleet.Executor("127.0.0.1:1", dashboard=True)

@@ -136,6 +136,14 @@ def test_a_job_on_a_screen_of_80_by_24() -> None:
     assert text(top) == JOB
 
 
+def test_tasks_of_an_executor_have_the_names_of_their_functions() -> None:
+    top = opened(info(kind="tasks", target="executor", world_size=1, workers=("w0",), straggler=None, times=()))
+    top.due(0.1)
+    runner = m.RankUse(0, 7, 1.0, 1 << 20, 1, 23, 2.0, 22, "load_batch", (("pow", 1), ("evil\x1b[2J", 22)))
+    top.take("used", m.Used("j1", worker_id="w0", at_s=4.0, ranks=(runner,)), 0.2)
+    assert "in task 23 (load_batch) for 2.0s; 22 tasks done; calls: evil\\x1b[2J 22, pow 1" in text(top)
+
+
 def test_what_is_not_there_is_said_as_what_it_is() -> None:
     top = Top("here:50051")
     top.due(0.0)

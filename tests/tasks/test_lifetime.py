@@ -57,7 +57,7 @@ def test_a_script_that_drops_its_executor_gets_its_results_before_it_ends() -> N
 
 def test_a_pool_whose_caller_was_interrupted_meanwhile_ends_without_a_word() -> None:
     read, write = os.pipe()
-    words = interpreter.command("local-slots", "1", "0", "", str(write))
+    words = interpreter.command("local-slots", "1", "0", "", "", str(write))
     pool = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, pass_fds=[write])
     os.close(read)
     os.close(write)
