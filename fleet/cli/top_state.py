@@ -84,7 +84,11 @@ class Known:
 
     def forget_job(self) -> None:
         self.job = self.ended = self.log = self.because = None
-        for found in (self.used, self.cores_used, self.use_before, self.answers):
+        self.answers.clear()
+        self.forget_use()
+
+    def forget_use(self) -> None:
+        for found in (self.used, self.cores_used, self.use_before):
             found.clear()
 
     def take_use(self, used: m.Used) -> None:
@@ -214,7 +218,9 @@ class Top:
         elif isinstance(message, m.Jobs) and kind == "job":
             self._take_job(message.jobs[0] if message.jobs else None, now)
         elif isinstance(message, m.Jobs) and kind == "cancel":
-            self.say("the job is told to end" if message.jobs else "the orchestrator does not know this job", now)
+            outcome = message.jobs[0].outcome if message.jobs else ""
+            told = "is told to end" if outcome in ("", "cancelled") else f"has ended already: {outcome}"
+            self.say(f"the job {told}" if message.jobs else "the orchestrator does not know this job", now)
             self._again("jobs", "job")
         elif isinstance(message, m.JobEnded):
             known.ended = message
@@ -234,7 +240,7 @@ class Top:
             return
         before, self.known.job = self.known.job, job
         if before is not None and before.attempt != job.attempt:
-            self.known.cores_used.clear()
+            self.known.forget_use()
         if job.outcome and before is not None and not before.outcome:
             self._again("log")
 

@@ -32,6 +32,8 @@ class Totals:
     slots_free: int
     slots_busy: int
     jobs_waiting: int  # for slots, or for their files
+    jobs_preparing: int  # on their workers
+    jobs_stopping: int
     longest_wait_s: float  # of the jobs that wait now
     jobs_running: int
     jobs_held_up: int  # of those, by some of their ranks
@@ -133,21 +135,29 @@ class ClusterView:
             workers[worker.state] += 1
             room = membership.rooms.by_worker[worker.worker_id]
             slots, busy = slots + room.slots, busy + room.taken
-        waiting, running, oldest = 0, 0, self.now
+        waiting, preparing, stopping, running, oldest = 0, 0, 0, 0, self.now
         shares = []
         # Looked up once: an attribute of an Enum's class is slow.
-        runs, queued, fetching = JobState.RUNNING, JobState.QUEUED, JobState.FETCHING
+        runs, assigned, stops, ended = JobState.RUNNING, JobState.ASSIGNED, JobState.STOPPING, JobState.ENDED
         for job in self.scheduler.jobs.values():
+            if job.state is ended:
+                continue
             if job.state is runs:
                 running += 1
                 if (found := job.paces.straggler(job.seats, self.now)) is not None:
                     shares.append(found.share)
-            elif job.state is queued or job.state is fetching:
+            elif job.state is assigned:
+                preparing += 1
+            elif job.state is stops:
+                stopping += 1
+            else:
                 waiting += 1
                 if job.queued_at < oldest:
                     oldest = job.queued_at
         held_up_share = max(shares, default=0.0)
-        return Totals(workers, slots - busy, busy, waiting, self.now - oldest, running, len(shares), held_up_share)
+        return Totals(
+            workers, slots - busy, busy, waiting, preparing, stopping, self.now - oldest, running, len(shares), held_up_share
+        )  # fmt: skip
 
     def health(self, totals: Totals) -> tuple[Health, str]:
         """The state of the cluster in a sentence, and how much it matters. A job that runs alone is told of."""
@@ -171,7 +181,11 @@ class ClusterView:
                 )
         if totals.jobs_waiting:
             parts.append(f"{wait}, the oldest for {_span(totals.longest_wait_s)}")
-        if not totals.jobs_running and not totals.jobs_waiting:
+        if count := totals.jobs_preparing:
+            parts.append(f"{_jobs(count)} {'is' if count == 1 else 'are'} being prepared")
+        if count := totals.jobs_stopping:
+            parts.append(f"{_jobs(count)} stop{'s' * (count == 1)}")
+        if not totals.jobs_running + totals.jobs_waiting + totals.jobs_preparing + totals.jobs_stopping:
             parts.append("no job runs or waits")
         return "attention" if lost or totals.jobs_held_up else "good", "; ".join(parts)
 

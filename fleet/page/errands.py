@@ -69,8 +69,9 @@ class Errands:
     def cancel(self, job_id: str, kill: bool) -> Future[str]:
         def act() -> str:
             with self._client() as client:
-                client.cancel([client.job(job_id).job_id], kill)
-            return f"job {job_id} is told to end"
+                job = client.job(job_id)
+                client.cancel([job.job_id], kill)
+            return f"job {job_id} {f'has ended already: {job.outcome}' if job.outcome else 'is told to end'}"
 
         return self._later(act, self._actors)
 

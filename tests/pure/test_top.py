@@ -220,6 +220,21 @@ def test_a_job_is_cancelled_once_that_is_confirmed() -> None:
     top.press(["end", "c"], 3.0)
     assert top.said == "job done has ended: failed"
     assert not top.confirming
+    for outcome, said in (
+        ("", "is told to end"),
+        ("cancelled", "is told to end"),
+        ("failed", "has ended already: failed"),
+    ):
+        top.take("cancel", m.Jobs((info(outcome=outcome),)), 4.0)
+        assert top.said == f"the job {said}"
+
+
+def test_a_new_attempt_uses_nothing_yet() -> None:
+    top = opened(info())
+    for at_s in (4.0, 6.0):
+        top.take("used", used("w0", at_s, 0, 1), 0.2)
+    top.take("job", m.Jobs((info(attempt=2, workers=("w1", "w1", "w1")),)), 7.0)
+    assert (top.known.used, top.known.use_before, top.known.cores_used) == ({}, {}, {})
 
 
 def test_keys_are_named_however_their_bytes_arrive() -> None:

@@ -250,3 +250,21 @@ def test_the_state_of_the_cluster_in_a_sentence_comes_with_the_workers_where_it_
     view = ClusterView(core.scheduler, NOW)
     assert (told.level, told.sentence) == view.health(view.totals())
     assert untold.sentence == ""
+
+
+def test_jobs_that_are_prepared_or_stop_are_in_the_sentence() -> None:
+    core = cluster(2)
+
+    def ends_with() -> str:
+        view = ClusterView(core.scheduler, NOW)
+        return view.health(view.totals())[1].partition("slots are busy; ")[2]
+
+    assert ends_with() == "no job runs or waits"
+    core.step(o.Received(CLIENT, m.Submit("a", 1, SPEC)), 1.0)
+    assert ends_with() == "1 job is being prepared"
+    core.step(o.Received(CLIENT, m.Submit("b", 1, SPEC)), 1.0)
+    assert ends_with() == "2 jobs are being prepared"
+    for job_id in ("a", "b"):
+        core.step(o.Received(b"w0/1", m.Assigned(job_id, 1, 5)), 1.0)
+    core.step(o.Received(CLIENT, m.Cancel("a")), 1.0)
+    assert ends_with() == "job b runs on 1 of 1 rank; 1 job stops"
