@@ -351,12 +351,12 @@ class Communicator:
         """Whether `close` was called."""
         return self._endpoint.order.closed
 
-    def close(self) -> None:
+    def close(self, within_s: float = CLOSE_WITHIN_S) -> None:
         """Ends this rank's part, and that of its splits and subgroups. Happens by itself at exit.
 
-        Sent messages are still delivered. Queued calls of all these communicators have one second to end.
+        Sent messages are still delivered. Queued calls of all these communicators have `within_s` to end.
         """
-        self._close_by(monotonic() + CLOSE_WITHIN_S)
+        self._close_by(monotonic() + within_s)
 
     def _close_by(self, deadline: float) -> None:
         for child in self._children:

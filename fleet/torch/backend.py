@@ -87,7 +87,9 @@ class FleetBackend(c10d.Backend):
         return FleetBackend(operations, opts._timeout, [mine[rank] for rank in ranks], opts.group_name)
 
     def shutdown(self) -> None:
-        self._operations.close()
+        self._operations.shutdown()
         _open.discard(self)
 
-    abort = shutdown
+    def abort(self) -> None:
+        self._operations.close()
+        _open.discard(self)

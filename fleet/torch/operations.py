@@ -25,7 +25,7 @@ Tensors = list[torch.Tensor]
 class Operations:
     """The operations of one process group. All raise DistBackendError with the text of fleet's error.
 
-    `close` ends the group, and where it is the default one perhaps its world.
+    `close` ends the group, and where it is the default one perhaps its world. Queued calls have a second then.
     """
 
     def __init__(self, comm: Communicator, close: Callable[[], None] | None = None) -> None:
@@ -33,6 +33,12 @@ class Operations:
         self.call_count = 0  # of collectives, as torch numbers them: every rank counts the same
         self._storages = shared_storage.SharedStorages(comm)
         self.close = close or comm.close
+
+    def shutdown(self) -> None:
+        """As `close`, once queued calls have ended, by their own deadlines at the latest; at once while an error is handled."""
+        if sys.exception() is None:
+            self.comm.close(self.comm.timeout_s)
+        self.close()
 
     # Reductions
 

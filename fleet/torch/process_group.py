@@ -144,7 +144,7 @@ class FleetProcessGroup(dist.ProcessGroup):
         return made
 
     def shutdown(self) -> None:
-        self._operations.close()
+        self._operations.shutdown()
 
     def abort(self) -> None:
         self._operations.close()

@@ -6,6 +6,7 @@ import datetime
 import os
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -190,6 +191,37 @@ def a_world_beside_the_default_one() -> None:
     dist.barrier()
 
 
+def a_call_under_way_at_the_end(group: Any = None) -> None:
+    """Rank 0 ends its group while its call waits for the others, longer than a second."""
+    x = torch.ones(3)
+    if dist.get_rank() == 0:
+        work = dist.all_reduce(x, group=group, async_op=True)
+        dist.destroy_process_group(group)
+        work.wait()
+    else:
+        time.sleep(1.3)
+        dist.all_reduce(x, group=group)
+        dist.destroy_process_group(group)
+    assert x[0].item() in (2, 4)
+
+
+def an_error_waits_for_no_call() -> None:
+    """Where the script ends its group because of an error, the others may never make the call."""
+    group = dist.new_group()
+    store = dist.distributed_c10d._get_default_store()
+    if RANK == 0:
+        work = dist.all_reduce(torch.ones(3), group=group, async_op=True)
+        try:
+            raise ValueError
+        except ValueError:
+            dist.destroy_process_group(group)
+        with pytest.raises(dist.DistBackendError, match="closed"):
+            work.wait()
+        store.set("the error is over", "")
+    else:
+        store.wait(["the error is over"])
+
+
 def worlds_of_half_the_ranks(store: Any) -> None:
     dist.init_process_group("fleet", store=dist.PrefixStore(f"half {RANK // 2}", store), rank=RANK % 2, world_size=2)
     assert (dist.get_rank(), dist.get_world_size()) == (RANK % 2, 2)
@@ -197,7 +229,7 @@ def worlds_of_half_the_ranks(store: Any) -> None:
         x = torch.tensor([float(RANK)])
         dist.all_reduce(x, group=group)
         assert x.item() == [1, 5][RANK // 2]
-    dist.destroy_process_group()
+    a_call_under_way_at_the_end()
 
 
 def a_rank_that_calls_itself_another_one(store: Any) -> None:
@@ -216,6 +248,8 @@ for part in (
     what_gloo_answers_too,
     forks,
     a_world_beside_the_default_one,
+    an_error_waits_for_no_call,
+    lambda: a_call_under_way_at_the_end(dist.new_group()),
 ):
     part()
 last_store = dist.distributed_c10d._get_default_store()
