@@ -11,6 +11,8 @@ import select
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -72,8 +74,7 @@ class Printer:
             self._logs[rank].write(data)
         source = rank, stream
         lines = self._lines.setdefault(source, LineSplitter())
-        for text in lines.feed(data):
-            self._complete(source, text, now)
+        self._show([line for text in lines.feed(data) for line in self._complete(source, text, now)])
         if lines.unfinished:
             self._unfinished[source] = now
             self._draw(now)
@@ -102,16 +103,15 @@ class Printer:
     def finish(self, now: float) -> None:
         """Shows unfinished lines and all that was held, and closes log files. Nothing more comes."""
         for source, lines in self._lines.items():
-            for text in lines.rest():
-                self._complete(source, text, now)
+            self._show([line for text in lines.rest() for line in self._complete(source, text, now)])
         self._unfinished.clear()
         self._show(self._fold.flush())
         for file in self._logs.values():
             file.close()
         self._logs.clear()
 
-    def _complete(self, source: Source, text: str, now: float) -> None:
-        """Shows a line that has ended, or the rest of one that was shown in part."""
+    def _complete(self, source: Source, text: str, now: float) -> list[FoldedText]:
+        """Takes a line that has ended; shows the rest of one that was shown in part. Returns lines to be shown now."""
         shown = self._out.pop(source, "")
         if self._row is not None and self._row.source == source:
             row, self._row = self._row, None
@@ -120,21 +120,20 @@ class Printer:
             elif text.startswith(row.text):
                 self._put(source[1], f"{text[len(row.text) :]}\n")
                 self.recent.append(text)
-                return
+                return []
             else:
                 self._put(source[1], "\n")
-        if not shown or text != shown:
-            self._show(self._fold.step(*source, text.removeprefix(shown), now))
+        return self._fold.step(*source, text.removeprefix(shown), now) if not shown or text != shown else []
 
     def _show(self, folded: Iterable[FoldedText]) -> None:
-        together: dict[str, list[str]] = {}
-        for line in folded:
-            who = self.name_of(line.ranks[0]) if len(line.ranks) == 1 else rank_set(line.ranks, self._world_size)
-            prefix = self._prefix(who, line.stream)
-            lines = line.text.split("\n")
-            together.setdefault(line.stream, []).extend(f"{prefix}{text}\n" for text in lines)
-            self.recent.extend(lines)
-        for stream, texts in together.items():
+        for stream, together in groupby(folded, attrgetter("stream")):
+            texts: list[str] = []
+            for line in together:
+                who = self.name_of(line.ranks[0]) if len(line.ranks) == 1 else rank_set(line.ranks, self._world_size)
+                prefix = self._prefix(who, stream)
+                lines = line.text.split("\n")
+                texts += [f"{prefix}{text}\n" for text in lines]
+                self.recent.extend(lines)
             self._interrupt(stream)
             self._put(stream, "".join(texts))
 

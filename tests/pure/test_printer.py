@@ -112,6 +112,22 @@ def test_another_line_while_one_is_unfinished_loses_nothing() -> None:
     assert out.getvalue() == "0| half\n1| other\n"
 
 
+def test_lines_of_both_streams_stay_in_their_order_and_come_in_few_writes() -> None:
+    out = Terminal()
+    p = printer(2, out)
+    p.write(0, "stdout", b"1\n2\n", 0.0)
+    p.write(0, "stderr", b"3\n", 0.0)
+    p.write(0, "stdout", b"4\n", 0.0)
+    p.tick(1.0)
+    assert out.rows() == ["0| 1", "0| 2", "0| 3", "0| 4", ""]
+    writes: list[str] = []
+    out.write = writes.append  # type: ignore[method-assign, assignment]
+    for rank in range(2):
+        p.write(rank, "stdout", b"".join(b"%d\n" % number for number in range(500)), 2.0)
+    assert len(writes) == 1
+    assert "".join(writes) == "".join(f"2 ranks| {number}\n" for number in range(500))
+
+
 def test_without_a_stream_output_goes_nowhere() -> None:
     p = Printer(1, None, None, lambda stream: False, None)
     p.write(0, "stdout", b"half", 0.0)
