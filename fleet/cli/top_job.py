@@ -199,10 +199,10 @@ def stack_lines(top: Top, now: float) -> list[Text]:
         return [Text("asking each rank ...")]
     if known.because.error:
         return [Text(shown(known.because.error))]
-    missing = known.because.rank_count - len(known.answers)
+    missing = [rank for rank in range(known.because.rank_count) if rank not in known.answers]
     is_late = now - top.asked_at("why") > ANSWER_WITHIN_S
     answers = [known.answers[rank] for rank in sorted(known.answers)]
-    lines = described(answers, missing if is_late else 0, RECORDS_SHOWN, known.because.straggler).split("\n")
+    lines = described(answers, missing if is_late else (), RECORDS_SHOWN, known.because.straggler).split("\n")
     if missing and not is_late:
         lines.insert(0, f"asking: {len(answers)} of {known.because.rank_count} ranks have answered ...")
     lines = [part for line in lines for part in _folded(line, top.columns)]

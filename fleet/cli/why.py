@@ -28,7 +28,7 @@ def explain(job_id: str, count: int | None, target: Target | None, as_json: bool
     several = len(found) > 1
     return "\n".join(
         (f"job {f.answers[0].job_id}\n" if several and f.answers else "")
-        + described(f.answers, len(f.silent), count, f.straggler)
+        + described(f.answers, f.silent, count, f.straggler)
         for f in found
     )
 

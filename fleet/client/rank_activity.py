@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import NamedTuple
 
@@ -67,7 +67,7 @@ def ask(
     return Activity([found[rank] for rank in sorted(found)], silent, straggler, asked_at, heard_at)
 
 
-def described(answered: list[m.Answer], silent_count: int, count: int, straggler: Straggler | None = None) -> str:
+def described(answered: list[m.Answer], silent: Sequence[int], count: int, straggler: Straggler | None = None) -> str:
     """The answers in words, with the last `count` collectives of each rank."""
     lines = [] if straggler is None else [shown(straggler.told(is_over=False))]
     lines += _overview(answered)
@@ -80,8 +80,9 @@ def described(answered: list[m.Answer], silent_count: int, count: int, straggler
         if sum(not record.startswith(" ") for record in records) == 1:
             records = [record.strip() for record in records[1:]]  # without the name of the only communicator
         lines += [f"    {shown(line)}" for line in records[max(0, len(records) - count) :]]
-    if silent_count:
-        lines.append(f"{silent_count} ranks did not answer within {ANSWER_WITHIN_S:g} s: stopped, frozen or cut off")
+    if silent:
+        who = f"{'rank' if len(silent) == 1 else 'ranks'} {rank_set(silent, 0)}"
+        lines.append(f"{who} did not answer within {ANSWER_WITHIN_S:g} s: stopped, frozen or cut off")
     return "\n".join(lines)
 
 

@@ -121,26 +121,27 @@ def test_mistakes_get_one_sentence(
 def test_why_shows_as_many_collectives_as_it_is_told() -> None:
     answer = Answer("j", 1, 0, 0, 2, "h", 7, 5, True, "is at t.py:3", "", "t.py:3", "one\ntwo\nthree")
     for count, shown in ((0, []), (2, ["two", "three"]), (9, ["one", "two", "three"])):
-        assert [line.strip() for line in described([answer], 0, count).splitlines()[1:]] == shown
+        assert [line.strip() for line in described([answer], (), count).splitlines()[1:]] == shown
         assert as_values([answer], [], count)[0]["recent"] == shown
     one = Answer("j", 1, 0, 0, 2, "h", 7, 5, True, "is at t.py:3", "", "t.py:3", "communicator 0:\n  #1\n  #2")
-    assert described([one], 0, 3).splitlines()[1:] == ["    #1", "    #2"]
+    assert described([one], (), 3).splitlines()[1:] == ["    #1", "    #2"]
     two = Answer(
         "j", 1, 0, 0, 2, "h", 7, 5, True, "is at t.py:3", "", "t.py:3", "communicator 0:\n  #1\ncommunicator 1:\n  #1"
     )
-    assert described([two], 0, 2).splitlines()[1:] == ["    communicator 1:", "      #1"]
+    assert described([two], (), 2).splitlines()[1:] == ["    communicator 1:", "      #1"]
 
 
 def test_why_begins_with_ranks_that_do_the_same() -> None:
     waits, late = "is in collective #5 barrier()", "is at t.py:3 in load"
     ranks = [Answer("j", 1, 0, 0, n, "h", n, 5, n != 1, late if n == 1 else waits, "", "t.py:3") for n in range(4)]
-    assert described(ranks, 0, 3).splitlines() == [
+    assert described(ranks, (), 3).splitlines() == [
         f"ranks 0,2-3: each {waits}",
         f"rank 1 {late}",
         "",
         *(f"rank {n} (h, pid {n}) {late if n == 1 else waits}" for n in range(4)),
     ]
-    assert described(ranks[:2], 0, 3).splitlines()[0] == f"rank 0 (h, pid 0) {waits}"
+    assert described([], [1, 2, 5], 3) == "ranks 1-2,5 did not answer within 2 s: stopped, frozen or cut off"
+    assert described(ranks[:2], (), 3).splitlines()[0] == f"rank 0 (h, pid 0) {waits}"
 
 
 def test_why_as_values() -> None:
