@@ -27,6 +27,7 @@ import numpy as np
 import fleet
 
 comm = fleet.init()
+print("y" * 5000)
 print("{HOSTILE} \\x1b]0;title\\x07\\x1b[31mred\\x1b[0m \\u202egnp", flush=True)
 for step in range(100000):
     time.sleep(0.02)
@@ -157,6 +158,7 @@ def a_job_runs_and_what_it_prints_is_shown_and_not_obeyed(visit: Visit) -> str:
     log = visit.seen.text(".log")
     assert f"{HOSTILE} \\x1b]0;title\\x07red \\u202egnp" in log  # colours left out, the rest escaped
     assert log.count("step 19") == 1
+    assert "y … (shown: 4000 of 5000 characters)" in log
     assert re.search(r"r0-1\s*step 19", log)  # the lines of both ranks are one
     assert "fleet" in visit.seen.run("return document.title")  # and neither 1 nor 2
     assert visit.seen.run("return document.querySelectorAll('img, .log script, b b').length") == 0

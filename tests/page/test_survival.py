@@ -105,6 +105,8 @@ def a_job_has_hundreds_of_ranks(visit: Visit) -> None:
     seen.until("document.querySelector('.log').innerText.trim() === arguments[0]", f"{RANKS} ranksthere", within_s=90)
     seen.until("document.querySelector('.using').innerText.includes(arguments[0])", f"of {RANKS} ranks", within_s=60)
     there_s = time.monotonic() - begun
+    visit.press(".doing button:not(.trace)")
+    seen.until("document.querySelectorAll('.doing details').length === arguments[0]", RANKS, within_s=60)
     for width in (400, 1400):
         seen.window(width, 900)
         assert seen.run("return document.documentElement.scrollWidth") <= width

@@ -1,7 +1,7 @@
 // One job: its state, its first failure, its ranks, what it prints, and what can be done about it.
 
 import { RANKS_WITHIN_MS, act, ask, confirmed, fetched, tell } from "./ask.js";
-import { byId, clock, el, hue, many, rankSet, say, span, visible } from "./dom.js";
+import { byId, clock, el, hue, many, rankSet, say, shownOf, span, visible } from "./dom.js";
 import { isOver, sign, took } from "./jobs.js";
 import { Logs } from "./logs.js";
 import { Use } from "./use.js";
@@ -163,7 +163,7 @@ export class Job {
     try {
       const { ranks } = await ask("/api/ranks", { id }, RANKS_WITHIN_MS);
       if (id !== this.id) return;
-      this.answers.replaceChildren(el("p", { class: "note" }, `As of ${clock(Date.now() / 1000)}:`), ...ranks.slice(0, RANKS_SHOWN).map((rank) =>
+      this.answers.replaceChildren(el("p", { class: "note" }, [`As of ${clock(Date.now() / 1000)}`, shownOf(Math.min(RANKS_SHOWN, ranks.length), ranks.length, "ranks")].filter(Boolean).join("; ")), ...ranks.slice(0, RANKS_SHOWN).map((rank) =>
         el("details", {}, el("summary", {}, el("b", {}, `rank ${rank.rank}`), ` ${visible(rank.host ?? "")} ${rank.pid ? `pid ${rank.pid}` : ""}: ${visible(rank.doing)}`),
           el("pre", { tabIndex: 0 }, visible([rank.stacks || "", (rank.recent ?? []).length ? `last collectives:\n${rank.recent.join("\n")}` : "it has made no collective yet"].filter(Boolean).join("\n\n"))))));
     } catch (error) {

@@ -85,7 +85,7 @@ export class Logs {
     let rest = parts.pop();
     if (rest.length > LINE_CHARS) parts.push(rest), rest = "";
     this.rest.set(rank, rest);
-    for (const part of parts) this.fold(rank, visible(drawn(part)).slice(0, LINE_CHARS));
+    for (const part of parts) this.fold(rank, cut(visible(drawn(part))));
   }
 
   // A line that other ranks have printed a moment ago joins theirs, if this rank has printed nothing since.
@@ -167,6 +167,8 @@ export class Logs {
     return this.text.scrollHeight - this.text.scrollTop - this.text.clientHeight < 24;
   }
 }
+
+const cut = (text) => (text.length > LINE_CHARS ? `${text.slice(0, LINE_CHARS)} … (shown: ${LINE_CHARS} of ${text.length} characters)` : text);
 
 // Lines as the ranks printed them: a folded one is one of each of its ranks.
 const of = (lines) => lines.reduce((sum, line) => sum + line.ranks.size, 0);

@@ -131,6 +131,7 @@ export class Workers {
     if (newest === (events[0]?.[0] ?? "") && !events.length === !list.childElementCount) return;
     list.replaceChildren(...events.slice(0, EVENTS_SHOWN).map(([number, event]) =>
       el("li", { data: { number, level: event.level } }, el("time", {}, clock(event.at)), " ", event.text)));
+    if (events.length > EVENTS_SHOWN) list.append(el("li", {}, shownOf(EVENTS_SHOWN, events.length, "events")));
     if (!events.length) list.append(el("li", {}, "Nothing yet: no worker has come or gone, and no job, since this orchestrator started."));
   }
 }
