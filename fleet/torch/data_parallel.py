@@ -23,6 +23,7 @@ from fleet.collectives.timeline import TIMELINE
 from fleet.collectives.work import Work
 from fleet.errors import UsageError
 from fleet.torch.groups import JOIN_WITHIN_S
+from fleet.torch.shared_storage import own_in_forks
 
 BUCKET_BYTES = 8 << 20  # where ranks leave cores idle, or networks carry gradients
 ALL_IN_ONE = 1 << 62
@@ -52,6 +53,7 @@ class _Bucket:
 
     def __init__(self, flat: torch.Tensor, parameters: list[torch.nn.Parameter]) -> None:
         self.flat = flat
+        own_in_forks(flat.untyped_storage())
         parts = torch.split(flat, [parameter.numel() for parameter in parameters])
         self.views = {p: part.view(p.shape) for p, part in zip(parameters, parts, strict=True)}
         self.missing = set(parameters)  # those whose gradient this backward has not computed yet

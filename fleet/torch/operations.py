@@ -170,9 +170,9 @@ class Operations:
         if _not_yet_untraced:
             _leave_untraced()
         try:
-            if shared_storage.under_way:
-                shared_storage.settle(arguments)
             for one in arguments:
+                if shared_storage.under_way:
+                    shared_storage.settle(one)
                 work = function(*one, timeout_s=limit_s, async_op=async_op)
         except FleetError as error:
             raise torch_error(error) from None

@@ -12,6 +12,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
 _libc.mremap.restype = ctypes.c_void_p
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 
 # Asynchronous calls in which storages may move, by the address of torch's StorageImpl.
@@ -58,9 +60,8 @@ def settle(arguments: Sequence[Any]) -> None:
 
 
 class Moved(NamedTuple):
-    """A storage that lies in a window."""
+    """Place of a storage that lies in a window."""
 
-    storage: weakref.ref[torch.UntypedStorage]
     address: int  # of the storage's memory. torch may give the storage other memory later, as share_memory_() does
     window: torch.Tensor  # bytes: the same pages, where the communicator finds them
 
@@ -74,7 +75,6 @@ class SharedStorages:
         # By the address of torch's StorageImpl. A storage that ends leaves both.
         self._seen: set[int] = set()
         self.moved: dict[int, Moved] = {}
-        _of_process.add(self)
 
     def all_reduce(self, x: torch.Tensor, op: Op, **how: Any) -> Work | None:
         """As Communicator.all_reduce. A tensor that comes again is reduced where it lies from then on.
@@ -132,7 +132,8 @@ class SharedStorages:
         with _moving:
             if not move(storage, window):
                 return False
-            self.moved[storage._cdata] = Moved(weakref.ref(storage), storage.data_ptr(), torch.from_numpy(window))
+            self.moved[storage._cdata] = Moved(storage.data_ptr(), torch.from_numpy(window))
+            own_in_forks(storage)
         return True
 
 
@@ -143,8 +144,7 @@ def move(storage: torch.UntypedStorage, window: Array) -> bool:
     """
     size = storage.nbytes()
     address = window.ctypes.data
-    # With an old size of 0, mremap maps the same pages a second time. It fails for memory that is not shared.
-    again = _libc.mremap(address, 0, size, _MREMAP_MAYMOVE, None) if address % mmap.PAGESIZE == 0 else _FAILED
+    again = _mapped_again(address, size)
     if again == _FAILED:
         return False
     null = -1
@@ -167,6 +167,12 @@ def move(storage: torch.UntypedStorage, window: Array) -> bool:
     # torch crashes where shared memory is made larger.
     _keep_size(storage)
     return True
+
+
+def _mapped_again(address: int, size: int) -> Any:
+    """A second mapping of the same pages; _FAILED for memory that is not shared, or does not begin with a page."""
+    # An old size of 0 asks for that.
+    return _libc.mremap(address, 0, size, _MREMAP_MAYMOVE, None) if address % mmap.PAGESIZE == 0 else _FAILED
 
 
 def _keep_size(storage: torch.UntypedStorage) -> None:
@@ -195,46 +201,69 @@ def _forget(seen: set[int], moved: dict[int, Moved], key: int) -> None:
     moved.pop(key, None)
 
 
-# A forked child gets pages of its own in place of those that are shared, with what was in them at the fork, as any memory of
-# a process. The parent makes the copies: after the fork it goes on to write.
-_of_process: weakref.WeakSet[SharedStorages] = weakref.WeakSet()
+# A forked child gets pages of its own in place of shared ones, with what was in them at the fork, as any memory of a process.
+# The parent makes the copy, since it goes on to write after the fork. It keeps the copy, whose pages further children share if
+# nothing has changed meanwhile: a DataLoader forks many in a row.
+_shared: dict[int, _Shared] = {}  # by the address of torch's StorageImpl
 _moving = threading.Lock()  # held by the thread that moves a storage, and during a fork
-_copies: list[tuple[torch.UntypedStorage, int]] = []  # during a fork: storages, and the addresses of their copies
+_forking: list[tuple[torch.UntypedStorage, _Shared]] = []
+
+
+@dataclass
+class _Shared:
+    """A storage whose pages other processes share."""
+
+    storage: weakref.ref[torch.UntypedStorage]
+    address: int
+    size: int
+    copy: int = 0  # address; 0: there was no fork
+
+
+def own_in_forks(storage: torch.UntypedStorage) -> None:
+    """Gives forked children a copy of this storage, if it lies in a window. It has its last page to itself."""
+    again = _mapped_again(storage.data_ptr(), storage.nbytes())
+    if again == _FAILED:
+        return
+    _libc.munmap(again, storage.nbytes())
+    weakref.finalize(storage, _has_gone, storage._cdata).atexit = False
+    _shared[storage._cdata] = _Shared(weakref.ref(storage), storage.data_ptr(), storage.nbytes())
+
+
+def _has_gone(key: int) -> None:
+    gone = _shared.pop(key, None)
+    if gone is not None and gone.copy:
+        _libc.munmap(gone.copy, gone.size)
 
 
 def _before_fork() -> None:
     _moving.acquire()
-    for storages in list(_of_process):
-        for moved in list(storages.moved.values()):
-            storage = moved.storage()
-            if storage is None or storage.data_ptr() != moved.address:
-                continue
-            size = storage.nbytes()
-            copy = _libc.mmap(
-                None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0
-            )
+    for shared in list(_shared.values()):
+        storage = shared.storage()
+        if storage is None or storage.data_ptr() != shared.address:
+            continue
+        if not shared.copy:
+            writable, private = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            copy = _libc.mmap(None, shared.size, writable, private, -1, 0)
             if copy == _FAILED:
                 raise MemoryError(
-                    f"no memory for a forked child's copy of a tensor of {size} bytes, which it shares now"
+                    f"no memory for a forked child's copy of a tensor of {shared.size} bytes: it shares it"
                 )
-            ctypes.memmove(copy, moved.address, size)
-            _copies.append((storage, copy))
+            shared.copy = copy
+        if _libc.memcmp(shared.copy, shared.address, shared.size):
+            ctypes.memmove(shared.copy, shared.address, shared.size)
+        _forking.append((storage, shared))
 
 
 def _in_parent() -> None:
-    for storage, copy in _copies:
-        _libc.munmap(copy, storage.nbytes())
-    _copies.clear()
+    _forking.clear()
     _moving.release()
 
 
 def _in_child() -> None:
-    for storage, copy in _copies:
-        size = storage.nbytes()
-        _libc.mremap(copy, size, size, _MREMAP_MAYMOVE | _MREMAP_FIXED, storage.data_ptr())
-    _copies.clear()
-    for storages in list(_of_process):
-        storages.moved.clear()  # a forked child makes no collectives
+    for _, shared in _forking:
+        _libc.mremap(shared.copy, shared.size, shared.size, _MREMAP_MAYMOVE | _MREMAP_FIXED, shared.address)
+    _shared.clear()
+    _forking.clear()
     _moving.release()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -87,6 +88,18 @@ def gradients_stay_in_their_buckets() -> None:
         train(together, mine, set_to_none=set_to_none)
         together(torch.ones(2, 10)).sum().backward()
         assert all(parameter.grad.data_ptr() == place for parameter, place in places.items())
+
+
+def a_forked_child_has_gradients_of_its_own() -> None:
+    together = DataParallel(model())
+    together(torch.ones(2, 10)).sum().backward()
+    before = [parameter.grad.clone() for parameter in together.parameters()]
+    child = os.fork()
+    if child == 0:
+        together.zero_grad(set_to_none=False)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(together.parameters(), before, strict=True))
 
 
 def buffers_and_keys_are_the_models() -> None:
@@ -174,6 +187,7 @@ trains_as_one_process(accumulate=2, set_to_none=False)
 trains_as_one_process(wire="bf16", tolerance=float(sys.argv[1]))
 phases_and_steps_are_counted()
 gradients_stay_in_their_buckets()
+a_forked_child_has_gradients_of_its_own()
 buffers_and_keys_are_the_models()
 unused_parameters_are_named()
 unused_parameters_may_count_as_zero()

@@ -173,6 +173,10 @@ def a_forked_child_has_memory_of_its_own() -> None:
         x.zero_()
         os._exit(0 if is_snapshot else 1)
     x.fill_(rank + 1)
+    later = os.fork()  # the first child still has its pages
+    if later == 0:
+        os._exit(0 if (x == rank + 1).all() else 1)
+    assert os.waitpid(later, 0)[1] == 0
     os.write(write, b"x")
     assert os.waitpid(child, 0)[1] == 0
     os.close(read)
