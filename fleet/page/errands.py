@@ -18,7 +18,7 @@ from fleet import messages as m
 from fleet.client.job_client import JobClient
 from fleet.client.rank_activity import as_values, ask
 from fleet.client.target import Target
-from fleet.errors import FleetError
+from fleet.errors import FleetError, UsageError
 
 THREADS, ACTION_THREADS = 2, 2  # an action does not wait until a trace is written
 WITHIN_S = 25.0  # whoever has asked is told sooner than the HTTP server gives up
@@ -132,6 +132,8 @@ class Errands:
             self._measuring = JobClient(self._target, self._check)
         try:
             return self._measuring.measure(job_id, worker_count)
+        except UsageError:
+            return []  # it has ended meanwhile
         except BaseException:
             self._end_measuring()
             raise

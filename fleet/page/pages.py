@@ -157,13 +157,13 @@ class ClusterPages:
         return _then(self._errands.ranks(_words(request)("id")), lambda ranks: _json({"ranks": ranks}))
 
     def _use(self, request: HttpRequest) -> HttpResponse | Future[HttpResponse]:
-        """What a job that runs uses, by rank and by worker."""
+        """What a job uses, by rank and by worker; nothing, where it does not run, or not any more."""
         job_id = _words(request)("id")
         with self._window.look() as view:
             job = view.scheduler.jobs.get(job_id)
             workers = len(job.workers) if job is not None and job.state is JobState.RUNNING else 0
         if not workers:
-            return _said(f"job {job_id} does not run", HTTPStatus.CONFLICT)
+            return _json({"used": []})
         return _then(self._errands.use(job_id, workers), lambda used: _json({"used": used}))
 
     def _trace(self, request: HttpRequest) -> Future[HttpResponse]:

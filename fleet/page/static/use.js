@@ -39,7 +39,7 @@ export class Use {
     this.asking = true;
     try {
       const { used } = await ask("/api/use", { id: this.job });
-      if (this.job !== null) this.take(used);
+      if (this.job !== null && used.length) this.take(used);
     } catch {
       // The job has ended, or the connection is down: both are said elsewhere.
     } finally {
