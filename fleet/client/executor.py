@@ -25,7 +25,6 @@ from fleet.client.caller_code import cluster_place
 from fleet.client.executor_thread import ExecutorThread
 from fleet.client.local_cluster import local_place
 from fleet.client.pending_tasks import TaskOptions
-from fleet.client.progress_bar import with_progress
 from fleet.client.target import cluster_target
 from fleet.errors import UsageError
 from fleet.values import JobOptions
@@ -189,6 +188,8 @@ def as_completed(
     ended = _as_completed(wanted, timeout)
     if not progress:
         return ended
+    from fleet.client.progress_bar import with_progress  # with the names of all characters in HTML
+
     return with_progress(ended, progress if isinstance(progress, str) else "tasks", len(set(wanted)))
 
 
