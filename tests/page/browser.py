@@ -80,6 +80,20 @@ class Browser:
         pressed = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self.command("actions", actions=[{"type": "key", "id": "keyboard", "actions": pressed}])
 
+    @property
+    def handle(self) -> str:
+        """Of the tab that is seen."""
+        return str(self._ask("GET", f"{self._session}/window"))
+
+    def new_tab(self) -> str:
+        return str(self.command("window/new", type="tab")["handle"])
+
+    def switch(self, tab: str) -> None:
+        self.command("window", handle=tab)
+
+    def close_tab(self) -> None:
+        self._ask("DELETE", f"{self._session}/window")
+
     def window(self, width: int, height: int) -> None:
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.devtools("Emulation.setDeviceMetricsOverride", **metrics)

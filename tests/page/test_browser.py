@@ -34,11 +34,14 @@ for step in range(100000):
     comm.all_reduce(np.ones(1000, np.float32))
     if step < 20:
         print(f"step {{step}}", flush=True)
+    if step == 20:
+        print("10 %\\r20 %\\r", end="", flush=True)
 '''
 FAILS = f'''
 import fleet
 
 comm = fleet.init()
+print(f"rank {{comm.rank}} asks: go on? ", end="", flush=True)
 
 def load_batch(step):
     if comm.rank == 1:
@@ -113,6 +116,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         each_rank_says_what_it_is_doing(visit, job)
         tasks_of_an_executor_have_the_names_of_their_functions(visit)
         it_fits_a_narrow_window_and_the_dark(visit)
+        many_tabs_are_live(visit, job)
         it_can_be_used_by_keyboard_and_read_aloud(visit)
         assert seen.complaints() == []
         a_restarted_orchestrator_is_a_pause(visit, job)
@@ -159,6 +163,7 @@ def a_job_runs_and_what_it_prints_is_shown_and_not_obeyed(visit: Visit) -> str:
     assert f"{HOSTILE} \\x1b]0;title\\x07red \\u202egnp" in log  # colours left out, the rest escaped
     assert log.count("step 19") == 1
     assert "y … (shown: 4000 of 5000 characters)" in log
+    visit.seen.until(r"/r0-1\s*20 %\s*$/.test(document.querySelector('.log').innerText)")  # a line that goes on
     assert re.search(r"r0-1\s*step 19", log)  # the lines of both ranks are one
     assert "fleet" in visit.seen.run("return document.title")  # and neither 1 nor 2
     assert visit.seen.run("return document.querySelectorAll('img, .log script, b b').length") == 0
@@ -180,6 +185,9 @@ def the_first_failure_stands_first(visit: Visit) -> None:
     assert "rank 1 failed" in failure
     assert "in load_batch" in failure
     assert f"ValueError: {HOSTILE} \\x1b[2J shard 7 is cut short" in failure
+    visit.seen.until(
+        "document.querySelector('.log').innerText.includes('rank 1 asks: go on?')"
+    )  # and never ended the line
 
 
 def what_waits_says_why(visit: Visit) -> None:
@@ -226,6 +234,22 @@ def it_fits_a_narrow_window_and_the_dark(visit: Visit) -> None:
         backs.add(visit.seen.run("return getComputedStyle(document.body).backgroundColor"))
     assert len(backs) == 2
     visit.seen.window(1400, 900)
+
+
+def many_tabs_are_live(visit: Visit, job: str) -> None:
+    """A browser has six connections to a host, and a tab that nobody sees has none of them."""
+    first, address = visit.seen.handle, visit.seen.address.partition("#")[0]
+    others = [visit.seen.new_tab() for _ in range(7)]
+    for tab in others:
+        visit.seen.switch(tab)
+        visit.seen.go(address)
+        visit.seen.until(LIVE)
+    for tab in others:
+        visit.seen.switch(tab)
+        visit.seen.close_tab()
+    visit.seen.switch(first)
+    visit.seen.until(LIVE)
+    visit.open(job)
 
 
 def it_can_be_used_by_keyboard_and_read_aloud(visit: Visit) -> None:

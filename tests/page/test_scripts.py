@@ -19,10 +19,12 @@ Date.now = () => now;
 globalThis.matchMedia = () => ({ addEventListener() {} });
 const looks = [];
 globalThis.setInterval = (look) => looks.push(look);
-globalThis.document = { addEventListener() {}, createElement: () => ({}), querySelector: () => ({}) };
+const turns = [];
+globalThis.document = { addEventListener: (_, turn) => turns.push(turn), createElement: () => ({}), querySelector: () => ({}) };
 const pass = (seconds) => { for (let n = 0; n < seconds; n++) (now += 1000), looks.forEach((look) => look()); };
 const sources = [];
 globalThis.EventSource = class {
+  static CONNECTING = 0;
   static CLOSED = 2;
   constructor() { this.readyState = 0; this.heard = {}; sources.push(this); }
   addEventListener(name, heard) { this.heard[name] = heard; }
@@ -44,6 +46,48 @@ const patient = sources.length;
 sources.at(-1).readyState = 2; // refused
 pass(1);
 console.log(JSON.stringify([first, waiting, second, patient, sources.length]));
+"""
+HIDDEN = """
+const { Feed } = await import("./feed.js");
+const feed = new Feed(() => {});
+const turn = (hidden) => ((document.hidden = hidden), turns.forEach((turn) => turn()));
+const told = [], tell = () => told.push([feed.state, sources.length, sources.filter((source) => source.readyState !== 2).length]);
+sources[0].heard.beat({});
+turn(true);
+pass(100);
+tell(); // no connection, and none is lost
+turn(false);
+pass(5);
+tell(); // one that has its time to answer
+sources.at(-1).heard.beat({});
+tell();
+turn(true);
+turn(false);
+pass(13);
+tell(); // no answer at all
+turn(true);
+pass(100);
+tell(); // it is lost still, and nobody tries
+turn(false);
+sources.at(-1).heard.beat({});
+tell();
+console.log(JSON.stringify(told));
+"""
+LOGS = r"""
+const { Logs } = await import("./logs.js");
+const empty = { lines: [], rest: new Map(), decoders: new Map(), begun: [], whole: {} };
+const logs = Object.assign(Object.create(Logs.prototype), empty);
+const told = [], tell = () => told.push([...logs.lines, ...logs.beginnings()].map((line) => [line.text, [...line.ranks]]));
+const print = (rank, text) => logs.take(rank, btoa(text));
+logs.of({ attempt: 1 });
+print(0, "one\ngo on? "), print(1, "one\ngo on? "), print(2, "10 %\r");
+tell();
+for (let turn = 0; turn < 2000; turn++) print(2, `${turn} %\r`); // longer than a line may be
+tell();
+logs.of({ attempt: 2 });
+print(0, "two\n"), print(1, "two"), print(2, "two\r\n");
+tell();
+console.log(JSON.stringify(told));
 """
 USE = """
 const { Use } = await import("./use.js");
@@ -70,6 +114,24 @@ def run(folder: Path, script: str) -> object:
 @pytest.mark.skipif(NODE is None, reason="node is not installed")
 def test_a_connection_has_its_time_before_another_one_is_tried(tmp_path: Path) -> None:
     assert run(tmp_path, FEED) == [2, 2, 3, 3, 4]
+
+
+@pytest.mark.skipif(NODE is None, reason="node is not installed")
+def test_a_tab_that_nobody_sees_has_no_connection(tmp_path: Path) -> None:
+    """Each time: the state, the connections so far, and those that are open."""
+    assert run(tmp_path, HIDDEN) == [
+        ["hidden", 1, 0], ["loading", 2, 1], ["live", 2, 1], ["lost", 4, 1], ["lost", 4, 0], ["live", 5, 1]
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(NODE is None, reason="node is not installed")
+def test_a_line_without_an_end_is_shown_and_is_none_of_the_next_attempt(tmp_path: Path) -> None:
+    begun = [["one", [0, 1]], ["go on? ", [0, 1]]]
+    assert run(tmp_path, LOGS) == [
+        [*begun, ["10 %", [2]]],
+        [*begun, ["1999 %", [2]]],
+        [*begun, ["1999 %", [2]], ["two", [0, 2]], ["two", [1]]],
+    ]
 
 
 @pytest.mark.skipif(NODE is None, reason="node is not installed")

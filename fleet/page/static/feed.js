@@ -1,4 +1,5 @@
-// The live tables: a snapshot, then differences. Says when the connection is lost, and since when.
+// The live tables: a snapshot, then differences. Says when the connection is lost, and since when. A tab that nobody sees has no
+// connection: a browser opens six to a host, and those of more tabs would wait for ever.
 
 const SILENT_S = 12; // the server says something every 5 s
 const PATIENCE_S = 96; // at most, for a snapshot over a slow link
@@ -7,14 +8,26 @@ export class Feed {
   constructor(changed) {
     this.tables = { cluster: new Map(), workers: new Map(), jobs: new Map(), events: new Map() };
     this.instance = "";
-    this.state = "loading"; // or "live", "lost"
+    this.state = "loading"; // or "live", "lost", "hidden"
     this.heardAt = Date.now();
     this.lostAt = 0;
     this.patience = SILENT_S; // of a try to connect: a second one has twice as long
     this.changed = changed;
-    this.connect();
+    this.turn();
     setInterval(() => this.look(), 1000);
-    document.addEventListener("visibilitychange", () => this.look());
+    document.addEventListener("visibilitychange", () => this.turn());
+  }
+
+  // The tab is hidden, or it is seen (again).
+  turn() {
+    this.source?.close();
+    if (document.hidden) {
+      if (this.state !== "lost") this.state = "hidden";
+    } else {
+      if (this.state === "hidden") this.state = "loading", (this.heardAt = Date.now());
+      this.connect();
+    }
+    this.changed(new Set(["link"]), false);
   }
 
   connect() {
@@ -59,8 +72,10 @@ export class Feed {
   }
 
   look() {
+    if (document.hidden) return;
     const silent = (Date.now() - this.heardAt) / 1000, tried = (Date.now() - this.triedAt) / 1000;
-    if (this.state === "live" && silent > SILENT_S) this.lost();
+    const unanswered = this.state === "loading" && this.source.readyState === EventSource.CONNECTING;
+    if ((this.state === "live" || unanswered) && silent > SILENT_S) this.lost();
     // A browser gives up after some errors, and a connection may break without a word: then a new one. One that connects, or
     // takes a snapshot, has its time.
     const broken = silent > SILENT_S && tried > this.patience;

@@ -12,6 +12,7 @@ export class Logs {
     this.instance = "";
     this.lines = []; // { text, ranks, element }
     this.rest = new Map(); // by rank: the line that is not whole yet
+    this.begun = []; // lines of `rest`, as they are drawn
     this.decoders = new Map();
     this.dropped = false;
     this.printed = 0; // lines of all ranks in all, also those that never came here
@@ -34,6 +35,8 @@ export class Logs {
 
   // Of a submitted job the orchestrator keeps the logs.
   of(job) {
+    if (this.attempt !== undefined && this.attempt !== job.attempt) this.end();
+    this.attempt = job.attempt;
     this.world = job.world_size;
     this.whole.hidden = !job.detached;
   }
@@ -75,6 +78,7 @@ export class Logs {
     this.lines = [];
     this.rest.clear();
     this.decoders.clear();
+    this.begun = [];
     this.dropped = true;
     this.text.replaceChildren();
   }
@@ -83,9 +87,31 @@ export class Logs {
     if (!this.decoders.has(rank)) this.decoders.set(rank, new TextDecoder("utf-8"));
     const parts = ((this.rest.get(rank) ?? "") + this.decoders.get(rank).decode(bytes(base64), { stream: true })).split("\n");
     let rest = parts.pop();
+    rest = rest.slice(rest.replace(/\r+$/, "").lastIndexOf("\r") + 1); // what a bar has drawn over is gone
     if (rest.length > LINE_CHARS) parts.push(rest), rest = "";
     this.rest.set(rank, rest);
-    for (const part of parts) this.fold(rank, cut(visible(drawn(part))));
+    for (const part of parts) this.fold(rank, read(part));
+  }
+
+  // What the ranks of an attempt have not ended with a line end is a line all the same.
+  end() {
+    for (const [rank, rest] of this.rest) if (rest) this.fold(rank, read(rest));
+    this.rest.clear();
+    this.decoders.clear();
+  }
+
+  // Lines that ranks have begun, such as questions and bars: equal ones are one. Those that were there before keep their element.
+  beginnings() {
+    const before = new Map(this.begun.map((line) => [line.text, line])), now = new Map();
+    for (const [rank, rest] of this.rest) {
+      const text = read(rest);
+      if (!text) continue;
+      if (!now.has(text)) now.set(text, { text, ranks: new Set(), changed: true, element: before.get(text)?.element ?? null });
+      now.get(text).ranks.add(rank);
+      before.delete(text);
+    }
+    for (const line of before.values()) line.element?.remove();
+    return (this.begun = [...now.values()]);
   }
 
   // A line that other ranks have printed a moment ago joins theirs, if this rank has printed nothing since.
@@ -108,9 +134,10 @@ export class Logs {
 
   show() {
     const wanted = this.search.value.trim().toLowerCase(), ofRank = /^r(\d+)$/.exec(wanted);
-    const found = !wanted ? this.lines : this.lines.filter((line) => (ofRank ? line.ranks.has(Number(ofRank[1])) : line.text.toLowerCase().includes(wanted)));
+    const all = [...this.lines, ...this.beginnings()];
+    const found = !wanted ? all : all.filter((line) => (ofRank ? line.ranks.has(Number(ofRank[1])) : line.text.toLowerCase().includes(wanted)));
     const shown = found.slice(-LINES_SHOWN), keep = new Set(shown);
-    for (const line of this.lines) if (line.element && !keep.has(line)) line.element.remove(), (line.element = null);
+    for (const line of all) if (line.element && !keep.has(line)) line.element.remove(), (line.element = null);
     let at = this.text.firstElementChild;
     for (const line of shown) {
       if (!line.element) line.element = el("span", { class: "line" }, el("b"), el("span", {}, line.text + "\n")), (line.changed = true);
@@ -125,10 +152,10 @@ export class Logs {
       else this.text.insertBefore(line.element, at);
     }
     const parts = [];
-    if (!this.lines.length) parts.push(this.dropped ? "What it printed is not kept here any more: `fleet logs` shows that of submitted jobs." : "Nothing yet: no rank has printed a line.");
-    else if (!found.length) parts.push(`No match among ${this.lines.length} lines.`);
-    else if (of(shown) < Math.max(this.printed, of(this.lines))) parts.push(`shown: ${of(shown)} of ${Math.max(this.printed, of(this.lines))} lines`);
-    if (this.lines.length && this.dropped) parts.push("earlier ones are not kept here");
+    if (!all.length) parts.push(this.dropped ? "What it printed is not kept here any more: `fleet logs` shows that of submitted jobs." : "Nothing yet: no rank has printed a line.");
+    else if (!found.length) parts.push(`No match among ${all.length} lines.`);
+    else if (of(shown) < Math.max(this.printed, of(all))) parts.push(`shown: ${of(shown)} of ${Math.max(this.printed, of(all))} lines`);
+    if (all.length && this.dropped) parts.push("earlier ones are not kept here");
     note(this.said, parts.join("; "));
     if (this.follow.checked) {
       this.text.scrollTop = this.text.scrollHeight;
@@ -155,7 +182,7 @@ export class Logs {
       if (job !== this.job) return;
       const decoder = new TextDecoder();
       const lines = found.slice(0, HITS_AT_MOST).map(([of, line]) => el("span", { class: "line", data: { hue: hue(`rank ${of}`) } }, el("b", {}, `r${of}`),
-        el("span", {}, `${visible(drawn(decoder.decode(bytes(line))))}\n`)));
+        el("span", {}, `${read(decoder.decode(bytes(line)))}\n`)));
       this.hits.replaceChildren(el("p", { class: "note" }, found.length > HITS_AT_MOST ? `shown: the first ${HITS_AT_MOST} lines with “${text}”` : `${many(found.length, "line")} with “${text}” in all that it printed`),
         el("pre", { class: "log", tabIndex: 0, "aria-label": "Lines that were found" }, ...lines));
     } catch (error) {
@@ -174,6 +201,9 @@ const cut = (text) => (text.length > LINE_CHARS ? `${text.slice(0, LINE_CHARS)} 
 const of = (lines) => lines.reduce((sum, line) => sum + line.ranks.size, 0);
 
 const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+
+// A line as it is shown.
+const read = (line) => cut(visible(drawn(line)));
 
 // The last state of a line that draws over itself with carriage returns, as progress bars do. Colours are left out.
 function drawn(line) {

@@ -60,6 +60,8 @@ function link() {
   place.dataset.state = feed.state;
   document.body.classList.toggle("stale", feed.state === "lost");
   if (feed.state === "live") say(place, "live");
+  else if (feed.state === "loading") say(place, "connecting");
+  else if (feed.state === "hidden") document.title = "fleet"; // what runs is not known
   else if (feed.state === "lost") say(place, `connection lost since ${span((Date.now() - feed.lostAt) / 1000)}; trying again`);
 }
 
