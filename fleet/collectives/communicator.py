@@ -51,7 +51,7 @@ class Communicator:
     After all but the first the communicator is broken, what was to be written is undefined, and further calls raise again.
     """
 
-    def __init__(self, endpoint: Endpoint, local_rank: int = 0) -> None:
+    def __init__(self, endpoint: Endpoint, local_rank: int = 0, siblings: set[Communicator] | None = None) -> None:
         self.rank = endpoint.rank
         self.world_size = len(endpoint.members)
         self.local_rank = local_rank
@@ -60,7 +60,10 @@ class Communicator:
         self._path = endpoint.path
         self._conductor = endpoint.conductor
         self._signatures = Signatures(self.world_size)
-        self._children: list[Communicator] = []
+        self._siblings = siblings  # the parent's children
+        self._children: set[Communicator] = (
+            set()
+        )  # until they are closed, and with them goes the memory that ranks share
         self._child_counts: Counter[tuple[int, ...]] = Counter()  # by their members
 
     def __repr__(self) -> str:
@@ -359,9 +362,11 @@ class Communicator:
         self._close_by(monotonic() + within_s)
 
     def _close_by(self, deadline: float) -> None:
-        for child in self._children:
+        for child in list(self._children):
             child._close_by(deadline)
         self._endpoint.close(deadline)
+        if self._siblings is not None:
+            self._siblings.discard(self)
 
     def _scan(self, name: str, x: Any, op: Op, timeout_s: float | None, async_op: bool) -> Work | None:
         if op == "mean":
@@ -384,8 +389,9 @@ class Communicator:
             self.timeout_s,
             forming,
         )
-        self._children.append(Communicator(child, self.local_rank))
-        return self._children[-1]
+        made = Communicator(child, self.local_rank, self._children)
+        self._children.add(made)
+        return made
 
     def _limit(self, timeout_s: float | None) -> float:
         return self._conductor.timeout_s if timeout_s is None else timeout_s

@@ -204,10 +204,12 @@ class Endpoint:
 
     def close(self, deadline: float) -> None:
         """Ends this rank's part of the communicator. Queued calls have time until `deadline` (monotonic)."""
-        broken = self.order.error is not None
+        broken, was_closed = self.order.error is not None, self.order.closed
         self.conductor.close(deadline)
         if self.channel is not None:
             self.channel.close()
+        if self.fabric is not None and not was_closed:
+            self.fabric.generation.forget(self.order.recorder)
         if self.communicator_id == 0 and self.fabric is not None:
             self.fabric.inbox.close(linger=not broken)
 

@@ -6,6 +6,7 @@ it to ranks.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from fleet.collectives.recorder import Recorder
 from fleet.errors import Late, RankEnded, WorldChanged
 from fleet.world import World
 
+CLOSED_KEPT = 64  # recorders of closed communicators
 UNANSWERED = "is not answering: stopped, frozen or cut off"  # the activity of a rank that did not answer
 
 
@@ -46,6 +48,16 @@ class Generation:
     ended: dict[int, EndedRank] = field(default_factory=dict)  # by rank: members that have ended with 0
     lost: WorldChanged | None = None  # of the first member that was lost
     pace: Pace = field(default_factory=Pace)  # of this member, in all of its generations
+    _closed: deque[Recorder] = field(default_factory=deque)  # of communicators that were closed last, oldest first
+
+    def forget(self, closed: Recorder) -> None:
+        """Keeps the recorder of a closed communicator for a while: others may still ask how far this member came in it."""
+        self._closed.append(closed)
+        if len(self._closed) > CLOSED_KEPT:
+            oldest = self._closed.popleft()
+            self.recorders = [
+                kept for kept in self.recorders if kept[1] is not oldest
+            ]  # other threads read the old list
 
     def check(self, awaited: int = -1) -> None:
         """Raises WorldChanged if a member was lost. Called during every wait for other ranks."""

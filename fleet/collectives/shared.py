@@ -139,7 +139,11 @@ class SharedPath:
         arena.tell_window(*lies)
         # The slot is still empty: `_staged` writes it before this rank gives way to a rank with an ordinary tensor.
         word = arena.post(DIRECT)
-        arena.await_all(word, operation.deadline)
+        try:
+            arena.await_all(word, operation.deadline)
+        except BaseException:
+            arena.give_way(word)  # a rank that comes later must not write into this tensor: its owner has it back
+            raise
         # Other windows than this rank's own may be unmapped here.
         if not arena.all_direct(word) or any(arena.window_of(rank)[0] != lies[0] for rank in arena.others):
             self._staged(operation, flat, flat, word)

@@ -312,3 +312,21 @@ def test_what_goes_on_when_a_communicator_closes_says_so(run_world: Any, transpo
     for work in works:
         with pytest.raises(UsageError, match="this communicator is closed"):
             work.wait(SOON_S)
+
+
+def test_asynchronous_sends_that_find_no_room_in_time_end_without_anybody_waiting(run_world: Any) -> None:
+    over, ended = threading.Event(), threading.Semaphore(0)
+
+    def send(comm: Communicator) -> None:
+        if comm.rank == 0:
+            works = []
+            while len(works) < 2000:
+                works.append(comm.send(np.ones(1 << 13), 1, timeout_s=1.0, async_op=True))
+                works[-1].add_done_callback(lambda _: ended.release())
+            assert all(ended.acquire(timeout=SOON_S) for _ in works)
+            assert isinstance(works[-1].exception(), CollectiveTimeout)
+            over.set()
+        else:
+            assert over.wait(LONG_S)
+
+    run_world(2, send)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import combinations
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from grid import TRANSPORTS
 
 from fleet.collectives.communicator import Communicator, child_id
+from fleet.collectives.generations import CLOSED_KEPT
 from fleet.errors import CollectiveTimeout, UsageError
 
 WORLDS = [(n, t) for n in (2, 5, 8) for t in TRANSPORTS] + [(1, "ipc"), (3, "tcp"), (8, 3)]
@@ -153,3 +156,23 @@ def test_ids_differ_by_parent_members_and_number() -> None:
     assert len(set(ids)) == len(ids)
     assert all(number % 2 == 0 and 1 << 62 <= number < 1 << 63 for number in ids)
     assert child_id(0, (1, 2), 1) == child_id(0, (1, 2), 1)
+
+
+@pytest.mark.parametrize("transport", ["shared", 2])
+def test_a_closed_communicator_leaves_nothing_behind(run_world: Any, transport: str | int) -> None:
+    def make_and_close(comm: Communicator) -> None:
+        generation = comm._endpoint.fabric.generation
+        gone = []
+        for number in range(CLOSED_KEPT + 3):
+            made = comm.subgroup(range(comm.world_size))
+            made.all_reduce(np.ones(4))
+            made.close()
+            made.close()
+            if number < 3:
+                gone.append(weakref.ref(made._endpoint._arena))
+        del made
+        gc.collect()
+        assert [arena() for arena in gone] == [None] * 3
+        assert len(generation.recorders) == 1 + CLOSED_KEPT
+
+    run_world(4, make_and_close, transport=transport)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from grid import TRANSPORTS, digest
 from fleet.bus.shared_memory import PAGE_BYTES
 from fleet.collectives.communicator import Communicator
 from fleet.collectives.windows import Windows
+from fleet.errors import CollectiveTimeout, FleetError
 from tests.wanted import torch
 
 COUNTS = (0, 1, 7, 1000, 70_000, 1_200_000)
@@ -160,3 +162,26 @@ def test_an_array_may_go_while_windows_are_looked_through() -> None:
     assert windows.find(np.zeros(3)) is None
     assert windows.find(arrays[0][8:16]) == (0, 8)
     assert list(windows._parts) == [0]
+
+
+def test_a_rank_that_comes_too_late_leaves_the_tensor_of_one_that_has_given_up(run_world: Any) -> None:
+    gave_up, over = threading.Event(), threading.Event()
+
+    def late(comm: Communicator) -> None:
+        x = comm.empty(1 << 19)
+        x[:] = 1
+        comm.all_reduce(x)
+        if comm.rank == 0:
+            with pytest.raises(CollectiveTimeout):
+                comm.all_reduce(x, timeout_s=0.3)
+            x[:] = 7
+            gave_up.set()
+            assert over.wait(20)
+            assert (x == 7).all()
+        else:
+            assert gave_up.wait(20)
+            with pytest.raises(FleetError):
+                comm.all_reduce(x, timeout_s=0.3)
+            over.set()
+
+    run_world(2, late, transport="shared")
