@@ -16,7 +16,7 @@ from fleet import messages as m
 from fleet.orchestrator.job import ON_WORKERS, Job, JobState
 from fleet.orchestrator.scheduler import Scheduler
 from fleet.orchestrator.state import Worker
-from fleet.text import some
+from fleet.text import shown, some
 from fleet.values import WorkerStateName
 
 Health = Literal["good", "attention", "bad"]
@@ -198,7 +198,7 @@ class ClusterView:
             steps = f", step {count}, {per_s:.3g} steps/s"
         slow = job.straggler or job.paces.straggler(job.seats, self.now)
         blamed = "" if slow is None else f"; {slow.told(is_over=False)}"
-        return f"job {job.options.name or job.job_id} runs on {ranks}{steps}{blamed}"
+        return shown(f"job {job.options.name or job.job_id} runs on {ranks}{steps}{blamed}")
 
     def _matching(self, ask: m.ListJobs) -> Iterator[Job]:
         jobs = self.scheduler.jobs

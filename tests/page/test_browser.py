@@ -32,6 +32,7 @@ print("{HOSTILE} \\x1b]0;title\\x07\\x1b[31mred\\x1b[0m \\u202egnp", flush=True)
 for step in range(100000):
     time.sleep(0.02)
     comm.all_reduce(np.ones(1000, np.float32))
+    fleet.step()
     if step < 20:
         print(f"step {{step}}", flush=True)
     if step == 20:
@@ -61,6 +62,26 @@ def load_batch(step):
 with fleet.Executor(max_workers=1, name="calls") as pool:
     pool.submit(pow, 2, 3)
     list(pool.map(load_batch, range(30)))
+"""
+CURVES = """
+return import('/charts.js').then(({ Chart }) => {
+  const place = document.body.appendChild(document.createElement('div')), chart = new Chart(place, 'cores', String);
+  chart.add(1, [0.1, 0.2], ['rank 0', 'rank 1']);
+  chart.add(2, [0.1, 0.2], ['rank 0', 'rank 1']);
+  chart.add(3, [0.2], ['rank 1']);
+  chart.add(4, [0.1, 0.2, 0.3], ['rank 0', 'rank 1', 'rank 2']);
+  const drawn = chart.plot.data.map((curve) => [...curve]);
+  chart.stop();
+  place.remove();
+  return drawn;
+});
+"""
+LISTEN = """
+window.announced = [];
+const look = new MutationObserver((all) => all.forEach((one) => announced.push(one.target.textContent)));
+for (const live of document.querySelectorAll('[aria-live], [role=status]'))
+  look.observe(live, { subtree: true, childList: true, characterData: true });
+document.querySelector('.collectives .scroll').focus();
 """
 LIVE = "document.querySelector('#link').dataset.state === 'live'"
 
@@ -117,6 +138,7 @@ def test_the_page_in_a_browser(tmp_path: Path) -> None:
         tasks_of_an_executor_have_the_names_of_their_functions(visit)
         it_fits_a_narrow_window_and_the_dark(visit)
         many_tabs_are_live(visit, job)
+        curves_stay_with_their_ranks(visit)
         it_can_be_used_by_keyboard_and_read_aloud(visit)
         assert seen.complaints() == []
         a_restarted_orchestrator_is_a_pause(visit, job)
@@ -153,12 +175,15 @@ def workers_come_as_they_join(visit: Visit) -> None:
 
 
 def a_job_runs_and_what_it_prints_is_shown_and_not_obeyed(visit: Visit) -> str:
-    job = visit.submit("trains.py", 2, name="<b>bold</b>")
+    job = visit.submit("trains.py", 2, name="<b>bold</b> \u202egpj.exe")
     visit.seen.until(f"{visit.row(job)}?.dataset.status === 'running'")
-    assert "<b>bold</b>" in visit.seen.run(f"return {visit.row(job)}.innerText")
+    assert "<b>bold</b> \\u202egpj.exe" in visit.seen.run(f"return {visit.row(job)}.innerText")
     visit.seen.until("document.querySelectorAll('#hosts .cell.busy').length === 2")
     visit.open(job)
     visit.seen.until("document.querySelector('.log').innerText.includes('step 19')")
+    assert "<b>bold</b> \\u202egpj.exe" in visit.seen.text("#health")
+    assert "<b>bold</b> \\u202egpj.exe" in visit.seen.text("#job h2")
+    assert not visit.seen.run("return document.documentElement.outerHTML.includes('\\u202e')")
     log = visit.seen.text(".log")
     assert f"{HOSTILE} \\x1b]0;title\\x07red \\u202egnp" in log  # colours left out, the rest escaped
     assert log.count("step 19") == 1
@@ -258,7 +283,10 @@ def it_can_be_used_by_keyboard_and_read_aloud(visit: Visit) -> None:
         ".map(e => e.getAttribute('aria-label') || e.innerText || e.labels?.[0]?.innerText || e.title)"
     )
     assert all(names)
-    assert visit.seen.run("return document.querySelector('#health').getAttribute('aria-live')") == "polite"
+    numbers_change_and_neither_speak_nor_take_the_focus(visit)
+    visit.press(".doing button:not(.trace)")
+    visit.seen.until("document.querySelectorAll('.doing details').length === 2")
+    assert visit.seen.run("return document.activeElement.innerText") == "Ask each rank what it is doing"
     visit.seen.keys(ESCAPE)
     assert visit.seen.run("return document.querySelector('#job').hidden")
     assert (
@@ -268,9 +296,30 @@ def it_can_be_used_by_keyboard_and_read_aloud(visit: Visit) -> None:
     assert visit.seen.run("return document.activeElement.id") == "jobs-filter"
 
 
+def numbers_change_and_neither_speak_nor_take_the_focus(visit: Visit) -> None:
+    visit.seen.until("document.querySelector('.collectives .scroll')?.checkVisibility()")
+    visit.seen.run(LISTEN)
+    for selector in ("#health", ".collectives tbody") * 3:
+        before = visit.seen.text(selector)
+        visit.seen.until("document.querySelector(arguments[0])?.innerText !== arguments[1]", selector, before)
+    assert "step" in visit.seen.text("#health")
+    assert len([said for said in visit.seen.run("return announced") if said]) <= 1  # of jobs that ended a moment ago
+    assert visit.seen.run("return document.activeElement.className") == "scroll"
+    visit.seen.until("document.querySelector('#announced').textContent.includes('2 of 2 workers are ready')")
+
+
+def curves_stay_with_their_ranks(visit: Visit) -> None:
+    """Rank 0 was away, and rank 2 came."""
+    none = None
+    assert visit.seen.run(CURVES) == [
+        [1, 2, 3, 4], [0.1, 0.1, none, 0.1], [0.2, 0.2, 0.2, 0.2], [none, none, none, 0.3]
+    ]  # fmt: skip
+
+
 def a_restarted_orchestrator_is_a_pause(visit: Visit, job: str) -> None:
     visit.place.kill(visit.place.orchestrator)
     visit.seen.until("/connection lost since .* s/.test(document.querySelector('#link').innerText)")
+    assert visit.seen.text("#link [role=status]") == "connection lost"  # the seconds are not read aloud
     visit.place.start_orchestrator()
     visit.seen.until(LIVE)
     visit.seen.until(f"{visit.row(job)}?.dataset.status === 'running'")

@@ -262,9 +262,9 @@ def test_jobs_that_are_prepared_or_stop_are_in_the_sentence() -> None:
     assert ends_with() == "no job runs or waits"
     core.step(o.Received(CLIENT, m.Submit("a", 1, SPEC)), 1.0)
     assert ends_with() == "1 job is being prepared"
-    core.step(o.Received(CLIENT, m.Submit("b", 1, SPEC)), 1.0)
+    core.step(o.Received(CLIENT, m.Submit("b", 1, SPEC, options=m.JobOptions(name="b \u202egpj.exe"))), 1.0)
     assert ends_with() == "2 jobs are being prepared"
     for job_id in ("a", "b"):
         core.step(o.Received(b"w0/1", m.Assigned(job_id, 1, 5)), 1.0)
     core.step(o.Received(CLIENT, m.Cancel("a")), 1.0)
-    assert ends_with() == "job b runs on 1 of 1 rank; 1 job stops"
+    assert ends_with() == "job b \\u202egpj.exe runs on 1 of 1 rank; 1 job stops"

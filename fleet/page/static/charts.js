@@ -1,6 +1,6 @@
 // Curves over time, drawn by uPlot: a line a rank, beyond sixteen of them bands of quartiles. And bars of shares.
 
-import { el, percent, say } from "./dom.js";
+import { el, percent, say, set, visible } from "./dom.js";
 
 const POINTS_KEPT = 600, LINES_AT_MOST = 16, HEIGHT = 150;
 const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -12,7 +12,8 @@ export class Chart {
   constructor(place, title, shown) {
     this.shown = shown;
     this.times = [];
-    this.rows = []; // a row of values a point
+    this.rows = []; // a row of values a point, each at the place of its name
+    this.places = new Map(); // by name, also of what is there no more
     this.place = el("figure", { class: "chart" }, el("figcaption", {}, title, " ", this.now = el("span", { class: "note" })), this.canvas = el("div", { role: "img", "aria-label": title }),
       this.empty = el("p", { class: "note" }, "Nothing yet: the curve begins when you open the job."));
     place.append(this.place);
@@ -30,10 +31,15 @@ export class Chart {
 
   width = () => Math.max(200, this.place.clientWidth - 8);
 
-  // `values` are by rank; an unknown one is null.
+  // `values` are by name; an unknown one is null. A name has its curve and its colour for good.
   add(time, values, names) {
+    const row = [];
+    names.forEach((name, i) => {
+      if (!this.places.has(name)) this.places.set(name, this.places.size);
+      row[this.places.get(name)] = values[i];
+    });
     this.times.push(time);
-    this.rows.push(values);
+    this.rows.push(row);
     if (this.times.length > POINTS_KEPT) this.times.shift(), this.rows.shift();
     const known = values.filter((value) => value !== null).sort((a, b) => a - b);
     const words = known.length === 0 ? "" : known.length === 1 ? this.shown(known[0])
@@ -42,10 +48,9 @@ export class Chart {
     this.canvas.setAttribute("aria-label", `${this.place.firstChild.firstChild.data}: ${words}`);
     this.empty.hidden = this.times.length > 1;
     this.canvas.hidden = !this.empty.hidden;
-    const key = values.length > LINES_AT_MOST ? "bands" : names.join();
+    const key = this.places.size > LINES_AT_MOST ? "bands" : `${this.places.size} lines`;
     if (key !== this.key) {
       this.key = key;
-      this.names = names;
       this.rebuild();
     } else if (this.times.length > 1) {
       this.plot.setData(this.data());
@@ -53,7 +58,7 @@ export class Chart {
   }
 
   data() {
-    if (this.key !== "bands") return [this.times, ...this.names.map((_, i) => this.rows.map((row) => row[i] ?? null))];
+    if (this.key !== "bands") return [this.times, ...[...this.places.values()].map((place) => this.rows.map((row) => row[place] ?? null))];
     const sorted = this.rows.map((row) => row.filter((value) => value !== null).sort((a, b) => a - b));
     return [this.times, ...[0, 0.25, 0.5, 0.75, 1].map((part) => sorted.map((row) => (row.length ? at(row, part) : null)))];
   }
@@ -62,7 +67,7 @@ export class Chart {
     if (this.key === undefined) return;
     this.plot?.destroy();
     const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false }, font: "11px system-ui, sans-serif" };
-    const names = this.key === "bands" ? ["least", "lower quartile", "median", "upper quartile", "most"] : this.names;
+    const names = this.key === "bands" ? ["least", "lower quartile", "median", "upper quartile", "most"] : [...this.places.keys()];
     const line = (label, i) => ({ label, stroke: this.key === "bands" ? colour("--h0") : colour(`--h${i % 8}`), width: this.key === "bands" ? (i === 2 ? 2 : 0.5) : 1.5, dash: i >= 8 && this.key !== "bands" ? [4, 3] : undefined, points: { show: false } });
     const fill = colour("--h0");
     this.plot = new uPlot({
@@ -78,15 +83,17 @@ export class Chart {
 // The value below which a part of the sorted ones lies.
 export const at = (sorted, part) => sorted[Math.min(sorted.length - 1, Math.round(part * (sorted.length - 1)))];
 
+export const bar = () => el("span", { class: "bar", role: "img" });
+
 // A bar of shares with a name each, and the same in words.
-export function bar(parts) {
-  const words = parts.map(([name, share]) => `${name} ${percent(share)}`).join(", ");
-  const made = el("span", { class: "bar", role: "img", "aria-label": words, title: words });
-  for (const [name, share, kind] of parts) {
-    const piece = el("span", { class: `piece ${kind}` }, share > 0.12 ? percent(share) : "");
+export function setBar(made, parts) {
+  const words = visible(parts.map(([name, share]) => `${name} ${percent(share)}`).join(", "));
+  if (made.title === words) return;
+  set(made, "title", words);
+  set(made, "aria-label", words);
+  made.replaceChildren(...parts.map(([name, share, kind]) => {
+    const piece = el("span", { class: `piece ${kind}`, title: `${name} ${percent(share)}` }, share > 0.12 ? percent(share) : "");
     piece.style.width = `${Math.max(0, Math.min(100, 100 * share))}%`;
-    piece.title = `${name} ${percent(share)}`;
-    made.append(piece);
-  }
-  return made;
+    return piece;
+  }));
 }

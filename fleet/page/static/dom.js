@@ -1,4 +1,6 @@
-// Elements and words. Text of jobs and ranks reaches the page through textContent only: whatever it holds is shown, never obeyed.
+// Elements and words. Text of jobs and ranks reaches the page through `el` and `say` only: whatever it holds is shown, never obeyed.
+
+const READ = new Set(["title", "aria-label"]); // attributes that a person reads
 
 export function el(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
@@ -6,10 +8,11 @@ export function el(tag, properties = {}, ...children) {
     if (name === "class") made.className = value;
     else if (name.startsWith("on")) made.addEventListener(name.slice(2), value);
     else if (name === "data") for (const [key, datum] of Object.entries(value)) made.dataset[key] = datum;
+    else if (READ.has(name)) made.setAttribute(name, visible(value));
     else if (name in made && name !== "list") made[name] = value;
     else made.setAttribute(name, value);
   }
-  made.append(...children.filter((child) => child !== null && child !== undefined));
+  made.append(...children.filter((child) => child !== null && child !== undefined).map((child) => (typeof child === "string" ? visible(child) : child)));
   return made;
 }
 
@@ -17,14 +20,31 @@ export const byId = (id) => document.getElementById(id);
 
 // Writes only what has changed, so that a selection and a screen reader are left in peace.
 export function say(element, text) {
-  if (element.textContent !== text) element.textContent = text;
+  const seen = visible(text);
+  if (element.textContent !== seen) element.textContent = seen;
+}
+
+// Elements of a list by key, in their order. One that stays is filled anew, not made anew: the focus, a selection and a reader's place
+// in it stay too.
+export function arrange(parent, made, entries, make, fill) {
+  const kept = new Set(entries.map(([key]) => key)), focused = parent.contains(document.activeElement) ? document.activeElement : null;
+  for (const [key, element] of made) if (!kept.has(key)) element.remove(), made.delete(key);
+  let at = parent.firstElementChild;
+  for (const [key, datum] of entries) {
+    let element = made.get(key);
+    if (!element) made.set(key, element = make(key));
+    fill(element, datum, key);
+    if (element === at) at = at.nextElementSibling;
+    else parent.insertBefore(element, at);
+  }
+  if (focused?.isConnected && focused !== document.activeElement) focused.focus({ preventScroll: true });
 }
 
 export function set(element, name, value) {
   if (element.getAttribute(name) !== value) element.setAttribute(name, value);
 }
 
-const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]/g;
+const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
 
 // Control characters, which begin escape sequences, and marks that turn the direction of text, escaped as in Python.
 export function visible(text) {

@@ -1,7 +1,7 @@
 // One job: its state, its first failure, its ranks, what it prints, and what can be done about it.
 
 import { RANKS_WITHIN_MS, act, ask, confirmed, fetched, tell } from "./ask.js";
-import { byId, clock, el, hue, many, rankSet, say, shownOf, span, visible } from "./dom.js";
+import { byId, clock, el, hue, many, rankSet, say, shownOf, span } from "./dom.js";
 import { isOver, sign, took } from "./jobs.js";
 import { Logs } from "./logs.js";
 import { Use } from "./use.js";
@@ -73,10 +73,11 @@ export class Job {
     say(this.title, `Job ${job.job_id}${job.options.name ? ` (${job.options.name})` : ""}`);
     say(this.state, sign(status));
     this.place.dataset.status = status;
+    if (over && document.activeElement === this.stop) this.title.focus(); // else the focus would be nowhere
     this.stop.hidden = over;
     const spread = new Set(job.workers).size;
     say(this.summary, [
-      visible([job.target, ...job.args].join(" ")),
+      [job.target, ...job.args].join(" "),
       many(job.world_size, "rank") + (spread ? ` on ${many(spread, "worker")}` : ""),
       `submitted ${clock(job.submitted_at)}`,
       job.started_at ? `${over ? "ran" : "runs"} for ${took({ ...job, submitted_at: job.submitted_at })}` : `waits for ${job.waits_for || "its start"}`,
@@ -96,9 +97,9 @@ export class Job {
     const key = `${words}${first?.stderr_tail ?? ""}`;
     if (!words || this.failure.key === key) return;
     this.failure.key = key;
-    this.failure.replaceChildren(el("h3", {}, first ? "First failure" : "Why it ended"), ...words.split("\n").map((line) => el("p", {}, visible(line.replace(/^fleet: /, "")))));
+    this.failure.replaceChildren(el("h3", {}, first ? "First failure" : "Why it ended"), ...words.split("\n").map((line) => el("p", {}, line.replace(/^fleet: /, ""))));
     if (first?.stderr_tail) {
-      this.failure.append(el("pre", { tabIndex: 0, "aria-label": `The end of stderr of rank ${cause}` }, visible(lastTraceback(first.stderr_tail))));
+      this.failure.append(el("pre", { tabIndex: 0, "aria-label": `The end of stderr of rank ${cause}` }, lastTraceback(first.stderr_tail)));
     }
   }
 
@@ -129,7 +130,7 @@ export class Job {
     this.history.key = key;
     this.history.replaceChildren();
     if (job.attempts.length) this.history.append(el("h3", {}, "Attempts"), attempts(job));
-    if (job.left?.length) this.history.append(el("h3", {}, "Files"), el("ul", {}, ...job.left.map((line) => el("li", {}, visible(line)))));
+    if (job.left?.length) this.history.append(el("h3", {}, "Files"), el("ul", {}, ...job.left.map((line) => el("li", {}, line))));
   }
 
   cancel() {
@@ -140,7 +141,7 @@ export class Job {
   // A file for ui.perfetto.dev and chrome://tracing.
   async trace(button) {
     const id = this.id;
-    button.disabled = true;
+    if (!begin(button)) return;
     tell("Asking the ranks for their trace …");
     try {
       const response = await fetched(`/api/trace?${new URLSearchParams({ id })}`, {}, RANKS_WITHIN_MS);
@@ -152,27 +153,36 @@ export class Job {
     } catch (error) {
       tell(error.message, true);
     } finally {
-      button.disabled = false;
+      end(button);
     }
   }
 
   async stacks() {
-    const id = this.id;
-    this.askButton.disabled = true;
+    const id = this.id, button = this.askButton;
+    if (!begin(button)) return;
     say(this.answers, "Asking …");
     try {
       const { ranks } = await ask("/api/ranks", { id }, RANKS_WITHIN_MS);
       if (id !== this.id) return;
       this.answers.replaceChildren(el("p", { class: "note" }, [`As of ${clock(Date.now() / 1000)}`, shownOf(Math.min(RANKS_SHOWN, ranks.length), ranks.length, "ranks")].filter(Boolean).join("; ")), ...ranks.slice(0, RANKS_SHOWN).map((rank) =>
-        el("details", {}, el("summary", {}, el("b", {}, `rank ${rank.rank}`), ` ${visible(rank.host ?? "")} ${rank.pid ? `pid ${rank.pid}` : ""}: ${visible(rank.doing)}`),
-          el("pre", { tabIndex: 0 }, visible([rank.stacks || "", (rank.recent ?? []).length ? `last collectives:\n${rank.recent.join("\n")}` : "it has made no collective yet"].filter(Boolean).join("\n\n"))))));
+        el("details", {}, el("summary", {}, el("b", {}, `rank ${rank.rank}`), ` ${rank.host ?? ""} ${rank.pid ? `pid ${rank.pid}` : ""}: ${rank.doing}`),
+          el("pre", { tabIndex: 0 }, [rank.stacks || "", (rank.recent ?? []).length ? `last collectives:\n${rank.recent.join("\n")}` : "it has made no collective yet"].filter(Boolean).join("\n\n")))));
     } catch (error) {
       say(this.answers, error.message);
     } finally {
-      this.askButton.disabled = false;
+      end(button);
     }
   }
 }
+
+// Whether what a button asks for is not asked for already. A disabled button would lose the focus.
+function begin(button) {
+  if (button.ariaDisabled === "true") return false;
+  button.ariaDisabled = "true";
+  return true;
+}
+
+const end = (button) => (button.ariaDisabled = "false");
 
 // The last traceback of a text, or its last lines.
 function lastTraceback(text) {
@@ -187,7 +197,7 @@ function attempts(job) {
   return el("ol", {}, ...all.map((one, at) => {
     const change = at && changed(all[at - 1], one), from = one.started_at, to = one.ended_at;
     const when = !from ? (to ? "never started" : "") : to ? `${moment(from)} to ${moment(to)}, ${span(to - from)}` : `since ${moment(from)}`;
-    return el("li", {}, `${one.number}. `, el("b", {}, when), one.workers.length ? ` on ${some(one)}` : "", change ? `; ${change}` : "", `: ${visible(one.reason)}`);
+    return el("li", {}, `${one.number}. `, el("b", {}, when), one.workers.length ? ` on ${some(one)}` : "", change ? `; ${change}` : "", `: ${one.reason}`);
   }));
 }
 

@@ -1,6 +1,6 @@
 // The table of jobs: those that run, the queue in its order with what each waits for, then those that have ended.
 
-import { byId, el, many, note, say, shownOf, span } from "./dom.js";
+import { arrange, byId, el, many, note, say, shownOf, span } from "./dom.js";
 
 const AT_FIRST = 100, MORE = 200;
 const RUNS = new Set(["running", "stopping", "assigned"]), WAITS = new Set(["queued", "fetching"]);
@@ -15,8 +15,10 @@ export class Jobs {
     this.filter = byId("jobs-filter");
     this.filter.addEventListener("input", () => this.render());
     byId("jobs-more").addEventListener("click", () => {
+      const first = this.limit;
       this.limit += MORE;
       this.render();
+      if (byId("jobs-more").hidden) byId("jobs-table").tBodies[0].rows[first]?.querySelector("a").focus(); // the button had it
     });
     setInterval(() => this.tick(), 1000);
   }
@@ -30,17 +32,10 @@ export class Jobs {
     const body = byId("jobs-table").tBodies[0];
     byId("jobs-table").hidden = !shown.length;
     say(byId("jobs-count"), count ? `${count}` : "");
-    const kept = new Set(shown.map(([id]) => id));
-    for (const [id, row] of this.made) if (!kept.has(id)) row.remove(), this.made.delete(id);
-    let at = body.firstElementChild;
-    for (const [id, job] of shown) {
-      let row = this.made.get(id);
-      if (!row) this.made.set(id, row = this.row(id));
+    arrange(body, this.made, shown, (id) => this.row(id), (row, job, id) => {
       if (row.job !== job) this.fill(row, job);
       row.classList.toggle("open", id === this.opened);
-      if (row === at) at = at.nextElementSibling;
-      else body.insertBefore(row, at);
-    }
+    });
     note(byId("jobs-note"), count === 0 ? "Nothing yet: no job has been submitted. `fleet run` and `fleet submit` start one."
       : found.length === 0 ? `No match: none of the ${all.size} jobs here has “${wanted}” in its id, name, script or state.`
       : [shownOf(shown.length, found.length, wanted ? "matches" : "jobs"), all.size < count ? `the page has ${all.size} of ${count}; \`fleet jobs --limit\` lists all` : ""].filter(Boolean).join("; "));

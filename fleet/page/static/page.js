@@ -7,7 +7,10 @@ import { Job } from "./job.js";
 import { Jobs } from "./jobs.js";
 import { Workers } from "./workers.js";
 
+const ANNOUNCED_EVERY_MS = 10000;
+
 const due = new Set();
+let announced = { key: "", at: -Infinity };
 let drawing = false, longest = 1;
 
 const feed = new Feed((tables, anew) => {
@@ -34,6 +37,7 @@ function draw() {
   due.clear();
   link();
   if (now.has("cluster")) health();
+  announce();
   if (now.has("workers") || now.has("jobs")) workers.render();
   if (now.has("jobs") || now.has("cluster")) jobs.render();
   if (now.has("events")) workers.events();
@@ -55,14 +59,25 @@ function health() {
   document.title = `${told.jobs_running ? `${told.jobs_running} ▶ ` : ""}fleet`;
 }
 
+// What is read aloud: the sentence once the level or a count in it changes, and no oftener than it can be heard. A step is none.
+function announce() {
+  const told = feed.cluster, now = Date.now();
+  if (!told || now < announced.at + ANNOUNCED_EVERY_MS) return;
+  const key = JSON.stringify([told.level, told.workers, told.jobs_running, told.jobs_waiting, told.jobs_held_up]);
+  if (key === announced.key) return;
+  announced = { key, at: now };
+  say(byId("announced"), byId("health").textContent);
+}
+
 function link() {
-  const place = byId("link");
-  place.dataset.state = feed.state;
+  const place = byId("link-state");
+  byId("link").dataset.state = feed.state;
   document.body.classList.toggle("stale", feed.state === "lost");
+  say(byId("link-since"), feed.state === "lost" ? ` since ${span((Date.now() - feed.lostAt) / 1000)}; trying again` : "");
   if (feed.state === "live") say(place, "live");
   else if (feed.state === "loading") say(place, "connecting");
   else if (feed.state === "hidden") document.title = "fleet"; // what runs is not known
-  else if (feed.state === "lost") say(place, `connection lost since ${span((Date.now() - feed.lostAt) / 1000)}; trying again`);
+  else if (feed.state === "lost") say(place, "connection lost");
 }
 
 function drain(id, worker) {

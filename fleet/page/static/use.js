@@ -1,11 +1,12 @@
 // What a job's ranks use and where their time goes: CPU, memory, steps, shares of their time, collectives.
 
 import { ask } from "./ask.js";
-import { Chart, at, bar } from "./charts.js";
-import { amount, el, many, note, percent, say, shownOf, span, visible } from "./dom.js";
-import { meter } from "./workers.js";
+import { Chart, at, bar, setBar } from "./charts.js";
+import { amount, arrange, el, many, note, percent, say, shownOf, span } from "./dom.js";
+import { meter, setMeter } from "./workers.js";
 
 const BARS_AT_MOST = 16, WORKERS_SHOWN = 16;
+const STREAM = ["what", "path", "in all", "size", "now", "each", "bandwidth"];
 
 export class Use {
   constructor(place, job) {
@@ -13,10 +14,14 @@ export class Use {
     this.before = new Map(); // by rank: the last answer
     this.counted = new Map(); // by worker and collective: the last answer
     this.place = place;
+    this.made = { workers: new Map(), bars: new Map(), streams: new Map() }; // elements
     place.append(
-      this.times = el("div", { class: "times", hidden: true }),
+      this.times = el("div", { class: "times", hidden: true }, el("h3", {}, "Where the time goes"), this.slow = el("p", { class: "slow" }),
+        this.keys = el("p", { class: "note keys" }), el("table", {}, this.bars = el("tbody"))),
       this.charts = el("div", { class: "charts" }),
-      this.collectives = el("div", { class: "collectives", hidden: true }),
+      this.collectives = el("div", { class: "collectives", hidden: true }, el("h3", {}, "Collectives"),
+        el("div", { class: "scroll", tabIndex: 0, role: "region", "aria-label": "Collectives" }, el("table", {},
+          el("thead", {}, el("tr", {}, ...STREAM.map((name) => el("th", { scope: "col" }, name)))), this.streams = el("tbody")))),
       this.workers = el("div", { class: "by-worker" }),
       this.said = el("p", { class: "note" }));
     this.cpu = new Chart(this.charts, "CPU by rank", (cores) => (cores < 0.995 ? percent(cores) : `${cores.toFixed(1)} cores`));
@@ -65,8 +70,14 @@ export class Use {
     if (ranks.length) this.memory.add(now, memory, names);
     const sorted = [...used].sort((a, b) => a.worker_id.localeCompare(b.worker_id, undefined, { numeric: true }));
     const shown = sorted.slice(0, WORKERS_SHOWN);
-    this.workers.replaceChildren(...shown.map((one) => el("div", { class: "use" }, el("b", {}, one.worker_id), " ", el("span", { class: "note" }, one.host), meter(one.load, "CPU"),
-      meter(one.memory_bytes / (one.memory_limit_bytes || 1), "memory"), el("span", { class: "figure" }, amount(one.memory_bytes)))));
+    arrange(this.workers, this.made.workers, shown.map((one) => [one.worker_id, one]),
+      (id) => el("div", { class: "use" }, el("b", {}, id), " ", el("span", { class: "note" }), meter(0, "CPU"), meter(0, "memory"), el("span", { class: "figure" })),
+      ({ children: [, host, cpu, memory, figure] }, one) => {
+        say(host, one.host);
+        setMeter(cpu, one.load, "CPU");
+        setMeter(memory, one.memory_bytes / (one.memory_limit_bytes || 1), "memory");
+        say(figure, amount(one.memory_bytes));
+      });
     note(this.said, [shownOf(shown.length, used.length, "workers"), ranks.length > BARS_AT_MOST ? `bands: least, quartiles, most of ${ranks.length} ranks` : ""].filter(Boolean).join("; "));
   }
 
@@ -74,13 +85,13 @@ export class Use {
   tasks(runner, now) {
     if (!runner) return;
     if (!this.doing) this.place.prepend(this.doing = el("p", { class: "slow" }));
-    const name = runner.function ? ` (${visible(runner.function)})` : "";
+    const name = runner.function ? ` (${runner.function})` : "";
     const current = runner.task > 0 ? `in task ${runner.task}${name} for ${span(runner.task_s)}` : "waiting for a task";
-    const by = [...runner.functions].sort((a, b) => b[1] - a[1]).map(([named, count]) => `${visible(named)} ${count}`).join(", ");
+    const by = [...runner.functions].sort((a, b) => b[1] - a[1]).map(([named, count]) => `${named} ${count}`).join(", ");
     say(this.doing, `An Executor's runner: ${many(runner.tasks_done, "task")} done, ${current}.${by && ` Calls: ${by}.`}`);
-    const before = this.made;
-    this.made = { at: runner.at_s, count: runner.tasks_done };
-    if (!before || runner.at_s <= before.at) return;
+    const before = this.done;
+    this.done = { rank: runner.rank, at: runner.at_s, count: runner.tasks_done };
+    if (before?.rank !== runner.rank || runner.at_s <= before.at) return;
     this.taskRate ??= new Chart(this.charts, "Tasks a second", rate);
     this.taskRate.add(now, [Math.max(0, runner.tasks_done - before.count) / (runner.at_s - before.at)], ["tasks"]);
   }
@@ -92,18 +103,22 @@ export class Use {
     this.times.hidden = !times.length && !slow;
     if (this.times.hidden) return;
     const bars = times.length > BARS_AT_MOST ? notable(times, job.straggler) : times;
-    const kinds = new Set();
-    const rows = bars.map((rank) => {
-      const parts = shares(rank);
-      for (const [name, share, kind] of parts) if (share > 0.005) kinds.add(`${kind}/${name}`);
-      const most = rank.lines?.[0];
-      return el("tr", {}, el("th", { scope: "row" }, rank.label ?? `rank ${rank.rank}`), el("td", { class: "wide" }, bar(parts)),
-        el("td", { class: "reason" }, most ? `${percent(most[1])} at ${visible(most[0])}` : ""));
-    });
-    const told = [...kinds].map((kind) => kind.split("/")).map(([kind, name]) => el("span", { class: "key" }, el("span", { class: `piece ${kind}` }), name));
-    this.times.replaceChildren(el("h3", {}, "Where the time goes"), slow ? el("p", { class: "slow" }, visible(slow)) : "",
-      el("p", { class: "note keys" }, ...told, times.length > bars.length ? ` ${shownOf(bars.length, times.length, "ranks")}: those that wait least and most` : ""),
-      el("table", {}, el("tbody", {}, ...rows)));
+    const kinds = new Map();
+    arrange(this.bars, this.made.bars, bars.map((rank) => [rank.rank, rank]),
+      (rank) => el("tr", {}, el("th", { scope: "row" }, `rank ${rank}`), el("td", { class: "wide" }, bar()), el("td", { class: "reason" })),
+      ({ children: [, wide, reason] }, rank) => {
+        const parts = shares(rank), most = rank.lines?.[0];
+        for (const [name, share, kind] of parts) if (share > 0.005) kinds.set(name, kind);
+        setBar(wide.firstElementChild, parts);
+        say(reason, most ? `${percent(most[1])} at ${most[0]}` : "");
+      });
+    note(this.slow, slow ?? "");
+    const left = times.length > bars.length ? ` ${shownOf(bars.length, times.length, "ranks")}: those that wait least and most` : "";
+    const keys = JSON.stringify([[...kinds], left]);
+    if (this.keys.key !== keys) {
+      this.keys.key = keys;
+      this.keys.replaceChildren(...[...kinds].map(([name, kind]) => el("span", { class: "key" }, el("span", { class: `piece ${kind}` }), name)), left);
+    }
     const stepping = times.filter((rank) => rank.steps_per_s > 0);
     if (stepping.length) {
       this.steps ??= new Chart(this.charts, "Steps a second", (rate) => rate.toPrecision(3));
@@ -144,9 +159,8 @@ export class Use {
       rows.push([one.operation, one.path, many(Math.round(one.count / (this.world || 1)), "call"), amount(one.byte_count / Math.max(1, one.count)), count ? `${rate(count / (this.world || 1))} /s` : "–",
         count ? `${(1000 * seconds / count).toPrecision(3)} ms` : "–", count ? `${amount(bytes / Math.max(1e-9, seconds))}/s` : "–"]);
     }
-    this.collectives.replaceChildren(el("h3", {}, "Collectives"), el("div", { class: "scroll", tabIndex: 0 }, el("table", {},
-      el("thead", {}, el("tr", {}, ...["what", "path", "in all", "size", "now", "each", "bandwidth"].map((name) => el("th", { scope: "col" }, name)))),
-      el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((word) => el("td", {}, word))))))));
+    arrange(this.streams, this.made.streams, rows.map((row) => [`${row[0]}/${row[1]}`, row]), () => el("tr", {}, ...STREAM.map(() => el("td"))),
+      (made, words) => words.forEach((word, i) => say(made.children[i], word)));
     if (found.some((one) => one.known)) {
       this.rates ??= new Chart(this.charts, "Bytes in collectives, all ranks", (bytes) => `${amount(bytes)}/s`);
       this.rates.add(Date.now() / 1000, [sum], ["bytes"]);

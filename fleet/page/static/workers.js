@@ -1,6 +1,6 @@
 // Workers by host: a cell a slot. A cell's state is its colour, its shape and its text; of many hosts, one cell each.
 
-import { byId, clock, el, hue, many, note, percent, say, set, shownOf } from "./dom.js";
+import { arrange, byId, clock, el, hue, many, note, percent, say, set, shownOf } from "./dom.js";
 
 const HOSTS_SHOWN = 300, CELLS_SHOWN = 4000, SLOTS_DRAWN = 64, EVENTS_SHOWN = 100;
 const ORDER = { lost: 0, draining: 1, ready: 2 };
@@ -37,25 +37,12 @@ export class Workers {
       this.made.clear();
       list.replaceChildren();
     }
-    this.put(list, shown, compact ? this.cell : this.host);
+    const fill = compact ? this.cell : this.host;
+    arrange(list, this.made, shown, () => el("li"), (element, workers, host) => fill.call(this, element, host, workers));
     const missing = shownOf(shown.length, hosts.size, "hosts");
     note(byId("workers-note"), all.size === 0 ? "Nothing yet: no worker is connected. `fleet worker` on a machine adds its slots."
       : found === 0 ? `No match: none of ${many(all.size, "worker")} has “${wanted}” in its name, host or state.`
       : compact ? `A square a host, those with trouble first; ${missing || `${hosts.size} hosts`}.` : missing);
-  }
-
-  // Elements by host, in their order; those that stay are not touched.
-  put(list, shown, make) {
-    const kept = new Set(shown.map(([host]) => host));
-    for (const [host, element] of this.made) if (!kept.has(host)) element.remove(), this.made.delete(host);
-    let at = list.firstElementChild;
-    for (const [host, workers] of shown) {
-      let element = this.made.get(host);
-      if (!element) this.made.set(host, element = el("li"));
-      make.call(this, element, host, workers);
-      if (element === at) at = at.nextElementSibling;
-      else list.insertBefore(element, at);
-    }
   }
 
   // A load changes each second, and what the slots hold seldom: only a worker that holds something else is drawn again.
@@ -145,7 +132,7 @@ export function meter(share, what) {
   return made;
 }
 
-function setMeter(made, share, what) {
+export function setMeter(made, share, what) {
   const words = percent(share);
   if (made.lastElementChild.textContent === words) return;
   made.firstElementChild.value = Math.min(1, share);
