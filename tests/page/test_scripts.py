@@ -87,6 +87,8 @@ tell();
 logs.of({ attempt: 2 });
 print(0, "two\n"), print(1, "two"), print(2, "two\r\n");
 tell();
+print(3, "y".repeat(4096)), print(3, "y".repeat(904) + "\n"); // in two parts, as it may come
+told.push(logs.lines.at(-1).text.slice(3999));
 console.log(JSON.stringify(told));
 """
 USE = """
@@ -131,6 +133,7 @@ def test_a_line_without_an_end_is_shown_and_is_none_of_the_next_attempt(tmp_path
         [*begun, ["10 %", [2]]],
         [*begun, ["1999 %", [2]]],
         [*begun, ["1999 %", [2]], ["two", [0, 2]], ["two", [1]]],
+        "y … (shown: 4000 of 5000 characters)",
     ]
 
 

@@ -3,7 +3,7 @@
 import { ask } from "./ask.js";
 import { el, hue, many, note, rankSet, say, visible } from "./dom.js";
 
-const LINES_KEPT = 5000, LINES_SHOWN = 1000, FOLD_OVER = 200, LINE_CHARS = 4000, FOLLOW_EVERY_MS = 1000, PARTS_AT_ONCE = 10, HITS_AT_MOST = 500;
+const LINES_KEPT = 5000, LINES_SHOWN = 1000, FOLD_OVER = 200, LINE_CHARS = 4000, REST_CHARS = 32000, FOLLOW_EVERY_MS = 1000, PARTS_AT_ONCE = 10, HITS_AT_MOST = 500;
 
 export class Logs {
   constructor(place, job) {
@@ -88,7 +88,7 @@ export class Logs {
     const parts = ((this.rest.get(rank) ?? "") + this.decoders.get(rank).decode(bytes(base64), { stream: true })).split("\n");
     let rest = parts.pop();
     rest = rest.slice(rest.replace(/\r+$/, "").lastIndexOf("\r") + 1); // what a bar has drawn over is gone
-    if (rest.length > LINE_CHARS) parts.push(rest), rest = "";
+    if (rest.length > REST_CHARS) parts.push(rest), rest = ""; // a line without an end
     this.rest.set(rank, rest);
     for (const part of parts) this.fold(rank, read(part));
   }
