@@ -93,11 +93,15 @@ console.log(JSON.stringify(told));
 """
 USE = """
 const { Use } = await import("./use.js");
-const use = Object.assign(Object.create(Use.prototype), { counted: new Map() });
+const use = Object.assign(Object.create(Use.prototype), { counted: new Map(), answers: new Map() });
 const made = (count) => [{ operation: "a", path: "p", count, byte_count: 10 * count, seconds: count / 100 }];
 const of = (n, at_s, count) => ({ worker_id: `w${n}`, at_s: at_s + n, collectives: made(count) });
-const at = (at_s, count) => use.rated([of(1, at_s, count), of(2, at_s, count)])[0];
-const told = [at(10, 100), at(12, 104), at(12, 104), at(14, 110), at(16, 3), at(18, 5)];
+const rated = (used) => use.rated(use.latest(used))[0];
+const at = (at_s, count) => rated([of(1, at_s, count), of(2, at_s, count)]);
+use.on = new Set(["w1", "w2"]);
+const told = [at(10, 100), at(12, 104), at(12, 104), at(14, 110), at(16, 3), at(18, 5), rated([of(1, 20, 7)]), at(22, 9)];
+use.on = new Set(["w1"]);
+told.push(rated([of(1, 24, 11)]));
 console.log(JSON.stringify(told.map((one) => [one.count, one.known, one.now.count])));
 """
 
@@ -139,7 +143,8 @@ def test_a_line_without_an_end_is_shown_and_is_none_of_the_next_attempt(tmp_path
 
 @pytest.mark.skipif(NODE is None, reason="node is not installed")
 def test_rates_of_collectives_are_by_the_workers_clocks(tmp_path: Path) -> None:
-    """Of the first answer, the same one again, and a new attempt nothing is known."""
+    """Of the first answer and a new attempt nothing is known; a worker that did not answer has the rate of its last answer."""
     assert run(tmp_path, USE) == [
-        [200, False, 0], [208, True, 4], [208, False, 0], [220, True, 6], [6, False, 0], [10, True, 2]
+        [200, False, 0], [208, True, 4], [208, True, 4], [220, True, 6], [6, False, 0], [10, True, 2],
+        [12, True, 2], [18, True, 2], [11, True, 1]
     ]  # fmt: skip

@@ -12,6 +12,7 @@ export class Use {
   constructor(place, job) {
     this.job = job;
     this.before = new Map(); // by rank: the last answer
+    this.answers = new Map(); // by worker: the last answer
     this.counted = new Map(); // by worker and collective: the last answer
     this.place = place;
     this.made = { workers: new Map(), bars: new Map(), streams: new Map() }; // elements
@@ -56,7 +57,8 @@ export class Use {
     const cpu = [], memory = [], names = [];
     const ranks = used.flatMap((one) => one.ranks.map((rank) => ({ ...rank, at_s: one.at_s }))).sort((a, b) => a.rank - b.rank);
     if (ranks.every((rank) => this.before.get(rank.rank)?.at_s === rank.at_s) && ranks.length) return; // the same answer
-    this.stream(this.rated(used));
+    const latest = this.latest(used);
+    this.stream(this.rated(latest));
     for (const rank of ranks) {
       const before = this.before.get(rank.rank);
       cpu.push(before && before.pid === rank.pid && rank.at_s > before.at_s ? Math.max(0, (rank.cpu_s - before.cpu_s) / (rank.at_s - before.at_s)) : null);
@@ -68,7 +70,7 @@ export class Use {
     this.tasks(ranks.find((rank) => rank.task >= 0), now);
     if (cpu.some((value) => value !== null)) this.cpu.add(now, cpu, names);
     if (ranks.length) this.memory.add(now, memory, names);
-    const sorted = [...used].sort((a, b) => a.worker_id.localeCompare(b.worker_id, undefined, { numeric: true }));
+    const sorted = latest.sort((a, b) => a.worker_id.localeCompare(b.worker_id, undefined, { numeric: true }));
     const shown = sorted.slice(0, WORKERS_SHOWN);
     arrange(this.workers, this.made.workers, shown.map((one) => [one.worker_id, one]),
       (id) => el("div", { class: "use" }, el("b", {}, id), " ", el("span", { class: "note" }), meter(0, "CPU"), meter(0, "memory"), el("span", { class: "figure" })),
@@ -78,7 +80,7 @@ export class Use {
         setMeter(memory, one.memory_bytes / (one.memory_limit_bytes || 1), "memory");
         say(figure, amount(one.memory_bytes));
       });
-    note(this.said, [shownOf(shown.length, used.length, "workers"), ranks.length > BARS_AT_MOST ? `bands: least, quartiles, most of ${ranks.length} ranks` : ""].filter(Boolean).join("; "));
+    note(this.said, [shownOf(shown.length, latest.length, "workers"), ranks.length > BARS_AT_MOST ? `bands: least, quartiles, most of ${ranks.length} ranks` : ""].filter(Boolean).join("; "));
   }
 
   // What a task runner of an Executor is at.
@@ -100,6 +102,7 @@ export class Use {
   show(job, slow) {
     const times = job.times ?? [];
     this.world = job.world_size;
+    this.on = new Set(job.workers);
     this.times.hidden = !times.length && !slow;
     if (this.times.hidden) return;
     const bars = times.length > BARS_AT_MOST ? notable(times, job.straggler) : times;
@@ -126,22 +129,31 @@ export class Use {
     }
   }
 
+  // The last answers of the workers that have the job now: one that has not answered in time is still there.
+  latest(used) {
+    for (const one of used) this.answers.set(one.worker_id, one);
+    for (const id of this.answers.keys()) if (!this.on.has(id)) this.answers.delete(id);
+    return [...this.answers.values()];
+  }
+
   // Collectives of all workers' ranks by what and how, and how much of them is made in a second. A worker's answers say when they
-  // are of; of a new attempt it has counted less than before, and nothing is known of it yet.
+  // are of; of a new attempt it has counted less than before, and nothing is known of it yet. A rate is known if all workers' are.
   rated(used) {
     const sums = new Map(), names = ["count", "byte_count", "seconds"];
     for (const worker of used) {
       for (const one of worker.collectives) {
         const key = `${one.operation}/${one.path}`, counted = `${worker.worker_id}/${key}`, before = this.counted.get(counted);
-        const sum = sums.get(key) ?? { operation: one.operation, path: one.path, count: 0, byte_count: 0, seconds: 0, known: false, now: { count: 0, byte_count: 0, seconds: 0 } };
+        const sum = sums.get(key) ?? { operation: one.operation, path: one.path, count: 0, byte_count: 0, seconds: 0, known: true, now: { count: 0, byte_count: 0, seconds: 0 } };
         const elapsed = before ? worker.at_s - before.at_s : 0, known = elapsed > 0 && one.count >= before.count;
-        for (const name of names) {
+        const same = before && elapsed === 0; // its rates are those of that answer
+        const rates = same ? before.rates : known ? names.map((name) => Math.max(0, one[name] - before[name]) / elapsed) : null;
+        names.forEach((name, i) => {
           sum[name] += one[name];
-          if (known) sum.now[name] += Math.max(0, one[name] - before[name]) / elapsed;
-        }
-        sum.known ||= known;
+          if (rates) sum.now[name] += rates[i];
+        });
+        sum.known &&= rates !== null;
         sums.set(key, sum);
-        if (elapsed !== 0 || !before) this.counted.set(counted, { ...one, at_s: worker.at_s });
+        if (!same) this.counted.set(counted, { ...one, at_s: worker.at_s, rates });
       }
     }
     return [...sums.values()].sort((a, b) => b.seconds - a.seconds);
@@ -154,14 +166,14 @@ export class Use {
     if (!found.length) return;
     let sum = 0;
     for (const one of found) {
-      const { count, byte_count: bytes, seconds } = one.now;
+      const { count, byte_count: bytes, seconds } = one.known ? one.now : { count: 0, byte_count: 0, seconds: 0 };
       sum += bytes;
       rows.push([one.operation, one.path, many(Math.round(one.count / (this.world || 1)), "call"), amount(one.byte_count / Math.max(1, one.count)), count ? `${rate(count / (this.world || 1))} /s` : "–",
         count ? `${(1000 * seconds / count).toPrecision(3)} ms` : "–", count ? `${amount(bytes / Math.max(1e-9, seconds))}/s` : "–"]);
     }
     arrange(this.streams, this.made.streams, rows.map((row) => [`${row[0]}/${row[1]}`, row]), () => el("tr", {}, ...STREAM.map(() => el("td"))),
       (made, words) => words.forEach((word, i) => say(made.children[i], word)));
-    if (found.some((one) => one.known)) {
+    if (found.every((one) => one.known)) {
       this.rates ??= new Chart(this.charts, "Bytes in collectives, all ranks", (bytes) => `${amount(bytes)}/s`);
       this.rates.add(Date.now() / 1000, [sum], ["bytes"]);
     }
