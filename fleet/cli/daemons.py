@@ -63,7 +63,7 @@ def run_orchestrator(
         http_host, http_port = metrics or (None, _page_port(port))  # the page is there in any case, for this machine
         known_as = config.page_at()
         if known_as:
-            parse(known_as, http_port, "FLEET_PAGE_AT")
+            known_as = shown(*parse(known_as, http_port, "FLEET_PAGE_AT"))
         served = serving(http_host or "127.0.0.1", http_port, lock, token_of(lock), partial(_from_here, host), known_as)
         service = Service(
             endpoint(host, port), lock, versions(), runtime, policy, served, keeping, config.health_file()

@@ -58,14 +58,17 @@ def address_of(target: Target, host: str) -> list[str]:
         raise ConfigError(
             f"the orchestrator at {target.name} serves no page; of a job on this machine `fleet run --dashboard` shows one"
         )
+    return places(page_at, host, token_of(target.lock))
+
+
+def places(page_at: str, host: str, token: str) -> list[str]:
+    """As address_of, for a page that the orchestrator says to be at `page_at`."""
     served_at, port = parse(page_at, 0, "the address of the page")
-    token = token_of(target.lock)
     if is_loopback(served_at) and not is_loopback(host):
         return [
             with_token(f"127.0.0.1:{port}", token),
             f"served on loopback of {host} only: `ssh -L {port}:127.0.0.1:{port} {host}` brings it here, "
             "--metrics-host 0.0.0.0 would serve it to the network",
         ]
-    if is_loopback(served_at):
-        host = served_at
-    return [with_token(place(host, port), token)]
+    # An address for all interfaces is none to go to; any other one is where the orchestrator says that people reach it.
+    return [with_token(place(host if served_at in ("*", "0.0.0.0", "::") else served_at, port), token)]

@@ -61,4 +61,5 @@ def activities(job_id: str, target: Target | None, trace_s: float = 0.0, stacks:
         raise UsageError("no job runs on this machine; set ORCHESTRATOR_ADDR to ask a cluster's orchestrator")
     running = [name for reason in reasons if (name := reason.partition("running: ")[2])]
     runs = f"running: {', '.join(running)}" if running else "no job runs"
-    raise UsageError(f"{reasons[0].partition('; ')[0]}; {runs}")
+    what, _, rest = next((reason for reason in reasons if "is unknown here" not in reason), reasons[0]).partition("; ")
+    raise UsageError(f"{what}; {runs if rest == 'no job runs' or rest.startswith('running: ') else rest}")

@@ -61,9 +61,8 @@ class Communicator:
         self._conductor = endpoint.conductor
         self._signatures = Signatures(self.world_size)
         self._siblings = siblings  # the parent's children
-        self._children: set[Communicator] = (
-            set()
-        )  # until they are closed, and with them goes the memory that ranks share
+        # Until they are closed: with them goes the memory that ranks share.
+        self._children: set[Communicator] = set()
         self._child_counts: Counter[tuple[int, ...]] = Counter()  # by their members
 
     def __repr__(self) -> str:

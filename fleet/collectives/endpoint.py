@@ -196,6 +196,7 @@ class Endpoint:
             self.path, self._arena = find_path(fabric, channel, self.windows, forming.deadline)
         except BaseException as error:
             channel.close()
+            fabric.generation.forget(self.order.recorder)
             if isinstance(error, FormingTimeout):
                 raise self.diagnosis.not_formed(forming.call, forming.within_s) from None
             if isinstance(error, Unheard):

@@ -17,7 +17,7 @@ from fleet.collectives.recorder import Recorder
 from fleet.errors import Late, RankEnded, WorldChanged
 from fleet.world import World
 
-CLOSED_KEPT = 64  # recorders of closed communicators
+CLOSED_KEPT = 1000  # recorders of closed communicators: more than can be closed between two times that they are told
 UNANSWERED = "is not answering: stopped, frozen or cut off"  # the activity of a rank that did not answer
 
 
@@ -51,13 +51,12 @@ class Generation:
     _closed: deque[Recorder] = field(default_factory=deque)  # of communicators that were closed last, oldest first
 
     def forget(self, closed: Recorder) -> None:
-        """Keeps the recorder of a closed communicator for a while: others may still ask how far this member came in it."""
+        """Keeps the recorder of a closed communicator for a while: it has yet to be told, and others may ask how far this
+        member came in it."""
         self._closed.append(closed)
         if len(self._closed) > CLOSED_KEPT:
             oldest = self._closed.popleft()
-            self.recorders = [
-                kept for kept in self.recorders if kept[1] is not oldest
-            ]  # other threads read the old list
+            del self.recorders[next(at for at, (_, recorder) in enumerate(self.recorders) if recorder is oldest)]
 
     def check(self, awaited: int = -1) -> None:
         """Raises WorldChanged if a member was lost. Called during every wait for other ranks."""

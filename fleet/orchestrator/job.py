@@ -219,6 +219,9 @@ def recalled(data: bytes, epoch: float) -> Job:
     job.exits = {status.member_id: status for status in beside.exits}
     for number, words in enumerate(beside.history, start=1):
         job.attempts += (m.PastAttempt(number, words.removeprefix(f"attempt {number}: ")),)
+    has_run = job.state in (JobState.RUNNING, JobState.STOPPING, JobState.ENDED)
+    if job.started_at and not job.attempt_started_at and has_run:  # of a version that did not note it
+        job.attempt_started_at = job.started_at if job.attempt == 1 else job.queued_at
     job.move_times(epoch)
     job.queued_at -= epoch
     if job.detached:  # its first record, from before its acceptance, still names its client

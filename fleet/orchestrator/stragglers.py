@@ -86,7 +86,7 @@ class Paces:
     def add(self, rank: int, row: PaceRow, collective_s: float = 0.0) -> None:
         self.since_start.setdefault(rank, PaceSum()).add(row, collective_s)
         self.lately.setdefault(rank, PaceSum()).add(row, collective_s, 0.5 ** (row.elapsed_s / HALF_LIFE_S))
-        self.steps[rank] = row.steps_made
+        self.steps[rank] = row.steps_made or self.steps.get(rank, 0) + row.step_count  # workers of before tell no total
         self._has_more = True
 
     def straggler(self, seats: Sequence[str], now: float) -> Straggler | None:

@@ -141,7 +141,10 @@ class Window:
             printed = self._printed.pop(job_id, None) or OutputTail(*self._emptied.pop(job_id, ()))
             self._printed[job_id] = printed
             if number is not None:
-                if number <= printed.last.get(member_id, (0, 0)):
+                attempt, count = printed.last.get(member_id, (number[0], number[1] - 1))
+                following = count + 1 if number[0] == attempt else 1
+                # What lies behind a gap is left: whoever misses what is in it has the rank say all from there again.
+                if number[0] < attempt or number[1] != following:
                     return
                 printed.last[member_id] = number
             printed.chunks.append(Chunk(member_id, data))

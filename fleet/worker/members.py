@@ -147,7 +147,7 @@ class Members:
         process.output.add(event.stream, event.data)
         self._send_output(process)
         if process.output.turns():
-            self.effects.add(w.ReadOutput(event.key, False))
+            self.effects.add(w.ReadOutput(event.key, not process.output.paused))
         self._put_off_end(process)
 
     def acknowledged(self, ack: m.OutputAck) -> None:
@@ -159,7 +159,7 @@ class Members:
         self._end_if_drained(process)
         if process.output.turns():
             self._put_off_end(process)
-            self.effects.add(w.ReadOutput(process.key, True))
+            self.effects.add(w.ReadOutput(process.key, not process.output.paused))
 
     def repeat(self, attempt: Attempt) -> None:
         """Sends again all output that the client has not acknowledged, and Repeated behind it."""

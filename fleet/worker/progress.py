@@ -55,8 +55,8 @@ class Progress:
         self._words[0] = task_id
 
     def calls(self, function: Callable[..., Any]) -> None:
-        """The task calls this function: said once its pickle was read."""
-        code = function.__code__ if type(function) in _OF_CODE else None
+        """The task calls this function: said once its pickle was read. Raises whatever its attributes raise."""
+        code = getattr(function, "__code__", None) if type(function) in _OF_CODE else None
         if code is None or code is not self._code:
             self._find(function)
             self._code = code

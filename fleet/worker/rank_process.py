@@ -17,6 +17,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
@@ -189,8 +190,18 @@ def _run_python(plan: Plan, at_start: Collection[str]) -> None:
 
 def _says_that_one_is_gone(error: BaseException) -> bool:
     """Whether it is a WorldChanged that came through torch, which leaves of it no more than its text."""
-    text = str(error) if type(error).__name__ == "DistBackendError" else _after(str(error), "DistBackendError: ")
+    if not isinstance(error, RuntimeError):
+        return False
+    text = _text(error)
+    text = text if type(error).__name__ == "DistBackendError" else _after(text, "DistBackendError: ")
     return bool(text) and re.match(r"rank \d+ \(.*\) is gone: .*; generation \d+ has ended", text, re.S) is not None
+
+
+def _text(error: BaseException) -> str:
+    """The error's text; empty where the script's own class fails to make it."""
+    with suppress(Exception):
+        return str(error)
+    return ""
 
 
 def _after(text: str, mark: str) -> str:
@@ -288,7 +299,7 @@ def end_at_users_code(error: BaseException) -> None:
             continue
         seen.append(one)
         ahead += [one.__cause__, one.__context__]
-        if isinstance(one, RuntimeError) and _after(text := str(one), "DistBackendError: "):
+        if isinstance(one, RuntimeError) and _after(text := _text(one), "DistBackendError: "):
             one.args = (text.partition(_FRAMES_OF_CPP)[0],)
         is_told = isinstance(one, FleetError | KeyboardInterrupt) or type(one).__name__ == "DistBackendError"
         last, at = None, one.__traceback__ if is_told else None

@@ -238,7 +238,8 @@ class TaskRunner:
         started = monotonic()
         try:
             function, args, kwargs = self._prepared(call)
-            self._progress.calls(args[0] if function is pickling.call_each else function)
+            with contextlib.suppress(Exception):  # a name for people to read fails no task
+                self._progress.calls(args[0] if function is pickling.call_each else function)
             self._lock.release()
             try:
                 value = function(*args, **kwargs)

@@ -267,19 +267,21 @@ def test_a_job_comes_back_from_the_disk_as_it_was() -> None:
         {"a": 5},
         (m.PastAttempt(1, "lost", 1e9, 1e9 + 5, ("a",), 1),),
     )
-    job.exits[1] = m.RankStatus(1, "b", "i", 9, 0)
+    job.exits[1], job.attempt_started_at = m.RankStatus(1, "b", "i", 9, 0), 1e9 + 4
     assert recalled(record(job, 1e9), 1e9) == job
     later = recalled(record(job, 1e9), 1e9 + 50)  # another monotonic clock, the same moment
     assert later.submitted_at == -49.0
 
 
 def test_a_record_of_a_job_whose_earlier_attempts_are_told_in_words_alone_is_read() -> None:
-    """As 0.1 wrote them."""
-    old = msgspec.msgpack.decode(record(Job("j", b"", 1, SPEC, attempt=3), 1e9))
+    """As 0.1 wrote them. That a running attempt has started is not forgotten, since people are told when it did."""
+    running = Job("j", b"", 1, SPEC, started_at=1.0, queued_at=2.0, state=JobState.RUNNING, attempt=3)
+    old = msgspec.msgpack.decode(record(running, 1e9))
     del old["attempts"], old["attempt_started_at"]
     data = msgspec.msgpack.encode(old | {"history": ["attempt 1: lost", "attempt 2: lost: again"]})
     job = recalled(data, 1e9)
     assert job.attempts == (m.PastAttempt(1, "lost"), m.PastAttempt(2, "lost: again"))
+    assert (job.attempt_started_at, job.started_at) == (1e9 + 2, 1.0)
 
 
 def test_an_exit_before_the_start_was_written_down_begins_the_job_again() -> None:

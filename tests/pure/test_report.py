@@ -151,10 +151,15 @@ def test_an_error_out_of_torchs_backend_blames_the_same_ranks(name: str, error: 
     assert alike(f"{name}: rank 3 is bad") == f"{name}: rank 3 is bad"  # no words of fleet: each is its own
 
 
+class Untold(RuntimeError):
+    def __str__(self) -> str:
+        raise KeyError("no text yet")
+
+
 def test_an_error_that_came_through_torch_ends_with_fleets_text() -> None:
     told = "Got the following error when running the callback: DistBackendError: barrier() #2: not complete after 3 s"
     error, other = RuntimeError(f"{told}\n\nAt:\n  fleet/torch/work.py(111): _settled\n"), RuntimeError("x\n\nAt:\n  y")
-    for one in (error, other):
+    for one in (error, other, Untold()):
         end_at_users_code(one)
     assert (str(error), str(other)) == (told, "x\n\nAt:\n  y")
 

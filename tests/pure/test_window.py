@@ -35,12 +35,25 @@ def test_output_is_read_from_where_the_reader_was(tmp_path: Path) -> None:
 
 def test_output_that_a_worker_says_again_is_kept_once(tmp_path: Path) -> None:
     window = opened(tmp_path)
-    for attempt, number in ((1, 7), (1, 8), (1, 7), (1, 8), (1, 9), (2, 1), (1, 9), (2, 1), (2, 2)):
+    for attempt, number in (
+        (1, 7),
+        (1, 8),
+        (1, 7),
+        (1, 8),
+        (1, 9),
+        (2, 1),
+        (1, 9),
+        (2, 1),
+        (2, 4),
+        (2, 2),
+        (2, 3),
+        (2, 4),
+    ):
         window.note_output("a", 0, b"%d.%d\n" % (attempt, number), (attempt, number))
     window.note_output("a", 1, b"2.1\n", (2, 1))
     printed = window.output("a", 0)
-    assert b"".join(chunk.data for chunk in printed.chunks) == b"1.7\n1.8\n1.9\n2.1\n2.2\n2.1\n"
-    assert printed.lines == 6
+    assert b"".join(chunk.data for chunk in printed.chunks) == b"1.7\n1.8\n1.9\n2.1\n2.2\n2.3\n2.4\n2.1\n"
+    assert printed.lines == 8
 
 
 def test_a_rank_that_prints_without_end_costs_what_is_kept_of_its_job(tmp_path: Path) -> None:

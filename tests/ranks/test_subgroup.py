@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from grid import TRANSPORTS
 
+from fleet.collectives import generations
 from fleet.collectives.communicator import Communicator, child_id
-from fleet.collectives.generations import CLOSED_KEPT
 from fleet.errors import CollectiveTimeout, UsageError
 
 WORLDS = [(n, t) for n in (2, 5, 8) for t in TRANSPORTS] + [(1, "ipc"), (3, "tcp"), (8, 3)]
@@ -159,20 +159,23 @@ def test_ids_differ_by_parent_members_and_number() -> None:
 
 
 @pytest.mark.parametrize("transport", ["shared", 2])
-def test_a_closed_communicator_leaves_nothing_behind(run_world: Any, transport: str | int) -> None:
+def test_a_closed_communicator_leaves_nothing_behind(
+    run_world: Any, transport: str | int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generations, "CLOSED_KEPT", 3)
+
     def make_and_close(comm: Communicator) -> None:
         generation = comm._endpoint.fabric.generation
         gone = []
-        for number in range(CLOSED_KEPT + 3):
+        for _ in range(5):
             made = comm.subgroup(range(comm.world_size))
             made.all_reduce(np.ones(4))
             made.close()
             made.close()
-            if number < 3:
-                gone.append(weakref.ref(made._endpoint._arena))
+            gone.append(weakref.ref(made._endpoint._arena))
         del made
         gc.collect()
-        assert [arena() for arena in gone] == [None] * 3
-        assert len(generation.recorders) == 1 + CLOSED_KEPT
+        assert [arena() for arena in gone] == [None] * 5
+        assert len(generation.recorders) == 1 + 3
 
     run_world(4, make_and_close, transport=transport)
