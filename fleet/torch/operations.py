@@ -56,7 +56,8 @@ class Operations:
 
         def divide() -> None:
             for x in tensors:
-                x.div_(self.comm.world_size, rounding_mode="trunc")
+                with torch.inference_mode(x.is_inference()):  # it has the mode of the call in its own thread alone
+                    x.div_(self.comm.world_size, rounding_mode="trunc")
 
         return self._call(opts, tensors, self.comm.all_reduce, [(x, "sum") for x in tensors]).with_end(divide)
 

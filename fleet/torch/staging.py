@@ -100,7 +100,8 @@ class HostCopies:
             with torch.cuda.stream(stream):
                 for copy, x in self._results:
                     if x.device == device:
-                        x.copy_(copy, non_blocking=True)
+                        with torch.inference_mode(x.is_inference()):
+                            x.copy_(copy, non_blocking=True)
             stream.synchronize()
 
 

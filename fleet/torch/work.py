@@ -44,6 +44,7 @@ class Work(dist.Work):
         self._future: torch.futures.Future[Any] | None = None
         self._devices: list[torch.device] = []  # beside the CPU
         self._left: list[Callable[[], None]] = []  # to do with the results, in order
+        self._ending = threading.Lock()  # held while that is done
 
     def staged(self, tensors: Any, devices: list[torch.device], bring_back: Callable[[], None]) -> Work:
         """This Work, for a call on host copies of `tensors`: it is done when `bring_back` has written the results to them.
@@ -54,13 +55,20 @@ class Work(dist.Work):
         return self.with_end(bring_back)
 
     def with_end(self, act: Callable[[], None]) -> Work:
-        """This Work, which is done when `act` has been called, too: once, by whichever thread first looks after the call."""
-        if not self._left:
-            self._ending = threading.Lock()
+        """This Work, which is done when `act` has been called, too: once, if the call has ended well.
+
+        The thread that ends the call calls it, unless another one looks at this Work before. Nobody need look.
+        """
         self._left.append(act)
         if self._work is None:
             self._end()
+        else:
+            self._work.add_done_callback(self._end_unless_failed)
         return self
+
+    def _end_unless_failed(self, work: FleetWork) -> None:
+        if work.exception() is None:
+            self._end()
 
     def _end(self) -> None:
         with self._ending:

@@ -38,6 +38,23 @@ def functions_that_wait_for_collectives() -> None:
         assert torch.equal(y, torch.full((1000,), 2.0 * SIZE))
 
 
+def averages_of_integers() -> None:
+    """They are divided though nobody looks at the Work, and in inference mode by a thread that is in none."""
+    mean = 4 + SIZE - 1
+    x = torch.tensor([4 + 2 * RANK])
+    dist.all_reduce(x, dist.ReduceOp.AVG, async_op=True)
+    dist.barrier()
+    assert x.item() == mean
+    with torch.inference_mode():
+        x, late = torch.tensor([4 + 2 * RANK]), torch.zeros(1)
+        if RANK > 0:
+            dist.recv(late, 0)
+        future = dist.all_reduce(x, dist.ReduceOp.AVG, async_op=True).get_future()
+        for other in range(1, SIZE if RANK == 0 else 0):
+            dist.send(late, other)
+        assert future.wait()[0].item() == mean
+
+
 def trained(hook: Any, state: Any) -> torch.Tensor:
     torch.manual_seed(0)
     layers = [torch.nn.Linear(64, 64) for _ in range(6)]
@@ -109,6 +126,6 @@ def errors() -> None:
     assert work.is_completed()
 
 
-for part in (functions_that_wait_for_collectives, hooks_of_ddp, time_limits, errors):
+for part in (functions_that_wait_for_collectives, averages_of_integers, hooks_of_ddp, time_limits, errors):
     part()
 dist.destroy_process_group()
