@@ -41,6 +41,8 @@ _libc.memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 # Asynchronous calls in which storages may move, by the address of torch's StorageImpl.
 under_way: dict[int, Work] = {}
+# Storages that another library got through DLPack, by that address. A storage that ends leaves it.
+_given: set[int] = set()
 
 
 def settle(arguments: Sequence[Any]) -> None:
@@ -114,7 +116,7 @@ class SharedStorages:
     def _mover(self, x: torch.Tensor) -> Callable[[Array], bool] | None:
         """A function that moves x into memory that it is given; None if x comes for the first time, or cannot move.
 
-        A storage that NumPy or another process knows is not resizable, or is shared: it stays where they look for it.
+        A storage that NumPy, another library or another process knows stays where they look for it. NumPy's are not resizable.
         """
         storage = x.untyped_storage()
         key = storage._cdata
@@ -123,9 +125,8 @@ class SharedStorages:
             weakref.finalize(storage, _forget, self._seen, self.moved, key).atexit = False
             return None
         is_whole = x.is_contiguous() and storage.nbytes() == x.nbytes
-        if is_whole and storage.resizable() and not storage.is_shared() and not x.is_pinned():
-            return partial(self._move, storage)
-        return None
+        is_known = not storage.resizable() or key in _given or storage.is_shared()
+        return partial(self._move, storage) if is_whole and not is_known and not x.is_pinned() else None
 
     def _move(self, storage: torch.UntypedStorage, window: Array) -> bool:
         """Moves a storage into a window of its size. False: it stays where it is."""
@@ -164,8 +165,8 @@ def move(storage: torch.UntypedStorage, window: Array) -> bool:
     # The storage's file is not its memory any more. A process that is sent the storage gets an error, in place of old values.
     os.dup2(null, descriptor, inheritable=False)
     os.close(null)
-    # torch crashes where shared memory is made larger.
-    _keep_size(storage)
+    # torch crashes where shared memory is made larger. NumPy's view forbids it.
+    torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage).numpy()
     return True
 
 
@@ -175,25 +176,22 @@ def _mapped_again(address: int, size: int) -> Any:
     return _libc.mremap(address, 0, size, _MREMAP_MAYMOVE, None) if address % mmap.PAGESIZE == 0 else _FAILED
 
 
-def _keep_size(storage: torch.UntypedStorage) -> None:
-    """Makes a storage one that cannot be resized, which NumPy's view does to the memory that it knows."""
-    torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-
-
-def _keep_what_is_given(of_torch: Callable[..., Any]) -> Callable[..., Any]:
-    """`Tensor.__dlpack__`, which marks a storage that another library knows from then on as NumPy's view does."""
+def _noting_what_is_given(of_torch: Callable[..., Any]) -> Callable[..., Any]:
+    """`Tensor.__dlpack__`, which notes the storage that another library knows from then on."""
 
     @wraps(of_torch)
     def __dlpack__(self: torch.Tensor, *args: Any, **named: Any) -> Any:
-        if self.device.type == "cpu":
-            _keep_size(self.untyped_storage())
-        return of_torch(self, *args, **named)
+        capsule = of_torch(self, *args, **named)
+        if self.device.type == "cpu" and (storage := self.untyped_storage())._cdata not in _given:
+            _given.add(storage._cdata)
+            weakref.finalize(storage, _given.discard, storage._cdata).atexit = False
+        return capsule
 
     return __dlpack__
 
 
 _tensor: Any = torch.Tensor
-_tensor.__dlpack__ = _keep_what_is_given(_tensor.__dlpack__)
+_tensor.__dlpack__ = _noting_what_is_given(_tensor.__dlpack__)
 
 
 def _forget(seen: set[int], moved: dict[int, Moved], key: int) -> None:

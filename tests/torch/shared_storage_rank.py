@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from fleet.torch import autoload
+from fleet.torch import autoload, shared_storage
 from fleet.torch.shared_storage import move
 
 COUNT = 1 << 19  # elements: 2 MB
@@ -144,6 +144,22 @@ def memory_of_others_stays() -> None:
     shared = torch.empty(COUNT + 3).share_memory_()
     reduces(shared)
     assert moved() == 0
+
+
+def what_another_library_got_can_be_resized() -> None:
+    x = torch.ones(4)
+    known = len(shared_storage._given)
+    array = np.from_dlpack(x)
+    with torch.device("meta"):
+        assert (np.from_dlpack(x) == 1).all()
+    assert len(shared_storage._given) == known + 1
+    del array
+    x.resize_(100)
+    x.untyped_storage().resize_(0)
+    del x
+    assert len(shared_storage._given) == known
+    with pytest.raises(BufferError, match=r"torch\.strided"):
+        torch.eye(2).to_sparse().__dlpack__()
 
 
 def a_storage_that_torch_gives_other_memory_is_found_there() -> None:
@@ -290,6 +306,7 @@ settled()
 a_storage_that_has_moved_keeps_its_size()
 settled()
 memory_of_others_stays()
+what_another_library_got_can_be_resized()
 a_storage_that_torch_gives_other_memory_is_found_there()
 settled()
 a_forked_child_has_memory_of_its_own()
