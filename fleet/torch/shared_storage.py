@@ -235,6 +235,7 @@ def _has_gone(key: int) -> None:
 
 def _before_fork() -> None:
     _moving.acquire()
+    without: list[_Shared] = []
     for shared in list(_shared.values()):
         storage = shared.storage()
         if storage is None or storage.data_ptr() != shared.address:
@@ -243,13 +244,13 @@ def _before_fork() -> None:
             writable, private = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
             copy = _libc.mmap(None, shared.size, writable, private, -1, 0)
             if copy == _FAILED:
-                raise MemoryError(
-                    f"no memory for a forked child's copy of a tensor of {shared.size} bytes: it shares it"
-                )
+                without.append(shared)
+                continue
             shared.copy = copy
         if _libc.memcmp(shared.copy, shared.address, shared.size):
             ctypes.memmove(shared.copy, shared.address, shared.size)
         _forking.append((storage, shared))
+    _say_without_copy(without)
 
 
 def _in_parent() -> None:
@@ -258,11 +259,26 @@ def _in_parent() -> None:
 
 
 def _in_child() -> None:
-    for _, shared in _forking:
-        _libc.mremap(shared.copy, shared.size, shared.size, _MREMAP_MAYMOVE | _MREMAP_FIXED, shared.address)
+    how = _MREMAP_MAYMOVE | _MREMAP_FIXED
+    without = [
+        shared
+        for _, shared in _forking
+        if _libc.mremap(shared.copy, shared.size, shared.size, how, shared.address) != shared.address
+    ]
     _shared.clear()
     _forking.clear()
+    under_way.clear()  # the parent's thread carries them out
     _moving.release()
+    _say_without_copy(without)
+
+
+def _say_without_copy(without: list[_Shared]) -> None:
+    """Raises MemoryError if there are such. A fork goes on then: Python writes the error to stderr."""
+    if without:
+        tensors = f"{len(without)} tensor{'s' * (len(without) != 1)}, {sum(one.size for one in without)} bytes"
+        raise MemoryError(
+            f"no memory for a forked child's copies of {tensors}: the child and its parent write into the same memory"
+        )
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import mmap
 import os
 import resource
+import sys
+import traceback
+import weakref
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,6 +58,19 @@ def reduces(x: torch.Tensor, times: int = 4, async_op: bool = False) -> None:
         if work is not None:
             work.wait()
         assert (x == TOTAL).all()
+
+
+def forked(act: Callable[[], None]) -> int:
+    """The pid of a child that ends with 0 after `act`."""
+    child = os.fork()
+    if child == 0:
+        try:
+            act()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return child
 
 
 def views_follow_a_storage_that_moves() -> None:
@@ -204,6 +223,58 @@ def a_forked_child_has_memory_of_its_own() -> None:
     assert (x == TOTAL).all()
 
 
+def a_child_forked_during_a_call_waits_for_nothing() -> None:
+    x, late = torch.ones(COUNT + 15), torch.zeros(1)
+    dist.all_reduce(x)
+    if rank > 0:
+        dist.recv(late, 0)
+        dist.all_reduce(x)
+    else:
+        work = dist.all_reduce(x, async_op=True)
+
+        def calls_too() -> None:
+            with pytest.raises(dist.DistBackendError, match="was forked from"):
+                dist.all_reduce(x)
+
+        assert os.waitpid(forked(calls_too), 0)[1] == 0
+        for other in range(1, world_size):
+            dist.send(late, other)
+        work.wait()
+    assert (x == float(world_size**2)).all()
+
+
+def a_fork_without_memory_for_copies_says_so() -> None:
+    """Of one tensor, and copies the next."""
+    large, small = torch.empty(1 << 22), torch.empty(COUNT + 16)
+    reduces(large)
+    reduces(small)
+    assert moved() == 2
+
+    def writes_and_loses_a_copy() -> None:
+        small.zero_()
+        storage = small.untyped_storage()
+        nowhere = shared_storage._Shared(weakref.ref(storage), storage.data_ptr(), storage.nbytes(), copy=1)
+        shared_storage._moving.acquire()
+        shared_storage._forking.append((storage, nowhere))
+        with pytest.raises(MemoryError, match=f"1 tensor, {small.nbytes} bytes"):
+            shared_storage._in_child()
+
+    said: list[str] = []
+    sys.unraisablehook = lambda unraisable: said.append(str(unraisable.exc_value))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + large.nbytes // 2, limits[1]))
+        child = forked(writes_and_loses_a_copy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        sys.unraisablehook = sys.__unraisablehook__
+    assert os.waitpid(child, 0)[1] == 0
+    assert (small == TOTAL).all()
+    [text] = said
+    assert f"1 tensor, {large.nbytes} bytes" in text
+
+
 class Adds(torch.utils.data.Dataset[float]):
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x
@@ -310,6 +381,10 @@ what_another_library_got_can_be_resized()
 a_storage_that_torch_gives_other_memory_is_found_there()
 settled()
 a_forked_child_has_memory_of_its_own()
+settled()
+a_child_forked_during_a_call_waits_for_nothing()
+settled()
+a_fork_without_memory_for_copies_says_so()
 settled()
 a_storage_stays_where_there_is_no_descriptor_for_its_move()
 ranks_need_not_be_alike()
