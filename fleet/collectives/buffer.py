@@ -112,10 +112,10 @@ def _from_tensor(torch: Any, x: Any, name: str, written: bool) -> Buffer:
         raise UsageError(f"{name} is a sparse, quantized or lazily conjugated tensor: pass a plain, dense one")
     try:
         if type(x) not in (torch.Tensor, torch.nn.Parameter):
+            # A subclass need not be memory: numpy() raises an error for one that is not.
             is_bfloat16 = x.dtype == torch.bfloat16
-            x = (
-                x.detach().view(torch.uint16) if is_bfloat16 else x.detach()
-            ).numpy()  # says itself whether it is memory
+            x = x.detach().view(torch.uint16) if is_bfloat16 else x.detach()
+            x = x.numpy()
             return _from_array(x, "bfloat16" if is_bfloat16 else str(x.dtype), name, written)
         if x.dtype not in _TORCH_DTYPES:
             dtype = str(x.dtype).removeprefix("torch.")
