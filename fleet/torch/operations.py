@@ -149,15 +149,16 @@ class Operations:
             raise UsageError(f"sparse tensors are reduced with SUM, not with {op}")
         mine = x.detach().coalesce()
         indices, values = mine.indices().t().contiguous(), mine.values()
-        counts = torch.empty(self.comm.world_size, dtype=torch.int64)
-        self.comm.all_gather(counts, torch.tensor([len(values)]), timeout_s=timeout_s)
+        counts = torch.empty(self.comm.world_size, dtype=torch.int64, device="cpu")
+        self.comm.all_gather(counts, torch.tensor([len(values)], device="cpu"), timeout_s=timeout_s)
         parts = []
         for part in (indices, values):
             gathered = [part.new_empty((count, *part.shape[1:])) for count in counts.tolist()]
             self.comm.all_gather(gathered, part, timeout_s=timeout_s)
             parts.append(torch.cat(gathered))
         with torch.no_grad():
-            x.copy_(torch.sparse_coo_tensor(parts[0].t(), parts[1], x.shape, check_invariants=True).coalesce())
+            whole = torch.sparse_coo_tensor(parts[0].t(), parts[1], x.shape, check_invariants=True, device="cpu")
+            x.copy_(whole.coalesce())
 
     # How a call is made
 

@@ -69,7 +69,7 @@ class HostCopies:
         if x is None or not x.is_cuda or x.layout != torch.strided:
             return x  # fleet refuses the last ones
         _say_once(x.device)
-        copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        copy = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
         if read:
             copy.copy_(x.detach(), non_blocking=True)
         if x.device not in self.devices:

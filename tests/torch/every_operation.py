@@ -214,7 +214,8 @@ def uneven() -> Iterator[tuple[str, Case]]:
     def all_reduce_sparse(group: Any) -> Any:
         rows = torch.tensor([[0, RANK, RANK + 1, 0]])
         x = torch.sparse_coo_tensor(rows[:, : 4 - RANK % 2], values((4 - RANK % 2, 3), torch.float32), (SIZE + 1, 3))
-        dist.all_reduce(x, group=group)
+        with torch.device("meta"):  # a script's default device is that of its own tensors
+            dist.all_reduce(x, group=group)
         return x.to_dense()
 
     yield from named(all_gather_uneven, all_to_all_uneven, all_to_all_single_uneven, all_reduce_sparse)
