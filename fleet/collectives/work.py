@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import Protocol
 
@@ -34,24 +33,27 @@ def check_not_own(queue: CallQueue) -> None:
         )
 
 
-@dataclass(eq=False, repr=False)
 class Work:
     """Handle of a call with async_op=True. The call's tensors belong to it until it is done.
 
-    `_queue` holds the call until those before it are done. `_late` makes the error of a call that has not begun by `_deadline`
+    `queue` holds the call until those before it are done. `late` makes the error of a call that has not begun by `deadline`
     (monotonic).
     """
 
-    _deadline: float = 0.0
-    _late: Callable[[], BaseException] | None = None  # None: the call has begun, and keeps its deadline itself
-    _queue: CallQueue | None = None
-    # Of a recv, once it is done: the rank that sent.
-    source: int | None = field(default=None, init=False)
-    _error: BaseException | None = field(default=None, init=False)
-    _ended: threading.Event = field(default_factory=threading.Event, init=False)
-    _callbacks: list[Callable[[Work], object]] = field(default_factory=list, init=False)
-    # Guards `_late`, `_ended` and `_callbacks`.
-    _changing: threading.Lock = field(default_factory=threading.Lock, init=False)
+    def __init__(
+        self,
+        deadline: float = 0.0,
+        late: Callable[[], BaseException] | None = None,
+        queue: CallQueue | None = None,
+    ) -> None:
+        self.source: int | None = None  # of a recv, once it is done: the rank that sent
+        self._deadline = deadline
+        self._late = late  # None: the call has begun, and keeps its deadline itself
+        self._queue = queue
+        self._error: BaseException | None = None
+        self._ended = threading.Event()
+        self._callbacks: list[Callable[[Work], object]] = []
+        self._changing = threading.Lock()  # guards `_late`, `_ended` and `_callbacks`
 
     def wait(self, timeout_s: float | None = None) -> None:
         """Returns once the call is done. Raises the call's error.
