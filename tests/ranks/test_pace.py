@@ -50,7 +50,7 @@ def test_all_ranks_hear_of_the_longest_work(run_world: Any, transport: str | int
                 longest_s = comm._path.longest_work(recorder.last)
                 assert 2 * WORKED_S <= longest_s < 2.5 * WORKED_S, (name, count, longest_s)
                 if comm.rank == slow:
-                    assert pace.waited_s == waited_s
+                    assert pace.waited_s == pytest.approx(waited_s, abs=1e-9)  # work is told in whole ns on some paths
                 else:
                     took_s = recorder.last.ended - recorder.last.started
                     assert pace.waited_s == pytest.approx(waited_s + took_s)  # no rank waits longer than its call takes
