@@ -84,29 +84,34 @@ def parse(words: Sequence[str], known: Mapping[str, bool], command: str = "run")
     if kind != "script":
         return CommandLine(options, kind, target, args)
     until = rest.index("--") if "--" in rest else len(rest)  # what comes after it is meant for the script
-    moved, stays = _sorted_out(rest[:until], known)
-    if not moved:
+    misplaced, moved, stays = _sorted_out(rest[:until], known)
+    if not misplaced:
         return CommandLine(options, kind, target, args)
-    misplaced = tuple(dict.fromkeys(name for word in moved if (name := word.partition("=")[0]) in known))
     instead = shlex.join([*words[:at], *moved, target, *stays, *rest[until:]])
-    return CommandLine(options, kind, target, args, misplaced, f"fleet {command} {instead}")
+    return CommandLine(options, kind, target, args, tuple(misplaced), f"fleet {command} {instead}")
 
 
-def _sorted_out(words: Sequence[str], known: Mapping[str, bool]) -> tuple[list[str], list[str]]:
-    """Options of fleet among the words, by their long names and with their values; and the other words, with --workers."""
+def _sorted_out(words: Sequence[str], known: Mapping[str, bool]) -> tuple[dict[str, None], list[str], list[str]]:
+    """Options of fleet among the words, by their long names; these with their values; and the other words, with --workers.
+
+    A beginning of --workers counts as that option.
+    """
+    names: dict[str, None] = {}
     moved: list[str] = []
     stays: list[str] = []
     at = 0
     while at < len(words):
-        name, equals, _ = words[at].partition("=")
-        if not name.startswith("--") or name in (WORKERS, HELP) or name not in known:
+        name, equals, value = words[at].partition("=")
+        meant = WORKERS if name in ("--work", "--worke", "--worker") else name
+        if not name.startswith("--") or name in (WORKERS, HELP) or meant not in known:
             stays.append(words[at])
             at += 1
         else:
-            taken = 2 if known[name] and not equals else 1
-            moved += words[at : at + taken]
+            taken = 2 if known[meant] and not equals else 1
+            names[name] = None
+            moved += [meant + equals + value, *words[at + 1 : at + taken]]
             at += taken
-    return moved, stays
+    return names, moved, stays
 
 
 def _take_workers(rest: Sequence[str], options: list[str]) -> list[str]:

@@ -64,6 +64,13 @@ def test_command_lines(typed: str, command: CommandLine) -> None:
             "fleet run --workers 2 --gpus=1 {} -- --log-dir",
         ),
         ("{} --log-dir x --gpus 1 --help -o x", "p.add_argument('--log_dir'); p.add_argument('--gpus')", ""),
+        (
+            "{} --worker 4 --lr 1",
+            "",
+            "--worker goes to t.py, which does not name it; an option of fleet stands before the script's name: "
+            "fleet run --workers 4 {} --lr 1",
+        ),
+        ("{} --worker=4", "--worker", ""),
         ("{} -- --insecure", "", ""),
         ("-m pkg --insecure", "", ""),
         ("-- cmd --insecure", "", ""),
