@@ -79,8 +79,8 @@ def test_every_job_has_exactly_one_result_while_workers_and_orchestrator_are_kil
         found = [path.read_text().split() for path in sorted(marks.glob(f"{number}.*"))]
         attempts += len(found)
         assert ["began", "ended"] in found
-        # No attempt ran twice, not even in halves.
-        assert all(words in (["began"], ["began", "ended"]) for words in found), f"job {number}: {found}"
+        # No attempt ran twice, not even in halves. One may have been killed between opening its file and the first word.
+        assert all(words in ([], ["began"], ["began", "ended"]) for words in found), f"job {number}: {found}"
     assert attempts > JOBS, "no job was ever begun again: the workers' deaths hit nothing"
     print(f"{JOBS} jobs, {attempts} attempts, {kills} killed")
 

@@ -181,7 +181,7 @@ def test_a_call_given_up_calls_its_callbacks_outside_of_its_lock() -> None:
 
 def test_a_callback_that_waits_for_its_own_thread_is_told_so(progress: ProgressQueue, order: Order) -> None:
     seen: list[str] = []
-    later = Work(_queue=progress)
+    later = Work(queue=progress)
 
     def waits(_: Work) -> None:
         with pytest.raises(UsageError, match="would wait for a call that comes after the callback"):
@@ -189,7 +189,7 @@ def test_a_callback_that_waits_for_its_own_thread_is_told_so(progress: ProgressQ
         seen.append("told")
 
     with order.running:
-        first = Work(_queue=progress)
+        first = Work(queue=progress)
         first.add_done_callback(waits)
         progress.put(first, lambda: None)
         progress.put(later, lambda: None)
@@ -201,7 +201,7 @@ def test_operations_of_a_callback_come_before_those_that_wait(progress: Progress
     seen: list[str] = []
 
     def put(name: str) -> Work:
-        work = Work(_queue=progress)
+        work = Work(queue=progress)
         progress.put(work, lambda: seen.append(name))
         return work
 
