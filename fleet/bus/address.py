@@ -13,6 +13,7 @@ import socket
 from fleet.errors import ConfigError
 
 NAME_WITHIN_S = 2.0
+EVERY_INTERFACE = ("*", "", "0.0.0.0", "::")  # hosts to listen on, which are no place to go to
 _ADDRESS = re.compile(
     r"(?:\[(?P<bracketed>[^\[\]/]+:[^\[\]/]*)\]|(?P<plain>[^\[\]:/]+))(?::(?P<port>[0-9]{1,5}))?|(?P<bare>[^\[\]/]*:[^\[\]/]*:[^\[\]/]*)"
 )
@@ -82,7 +83,7 @@ def listening_host(advertised: str) -> str:
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`. For a name, all its addresses must be loopback ones."""
-    if host in ("*", "", "0.0.0.0", "::"):
+    if host in EVERY_INTERFACE:
         return False
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fleet.bus.address import is_loopback, parse
+from fleet.bus.address import EVERY_INTERFACE, is_loopback, parse
 from fleet.bus.address import shown as place
 from fleet.bus.lock import Lock, derive_secret
 from fleet.client.queries import welcome
@@ -70,5 +70,5 @@ def places(page_at: str, host: str, token: str) -> list[str]:
             f"served on loopback of {host} only: `ssh -L {port}:127.0.0.1:{port} {host}` brings it here, "
             "--metrics-host 0.0.0.0 would serve it to the network",
         ]
-    # An address for all interfaces is none to go to; any other one is where the orchestrator says that people reach it.
-    return [with_token(place(host if served_at in ("*", "0.0.0.0", "::") else served_at, port), token)]
+    # Any address but one for all interfaces is where the orchestrator says that people reach it.
+    return [with_token(place(host if served_at in EVERY_INTERFACE else served_at, port), token)]

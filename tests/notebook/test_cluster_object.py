@@ -146,7 +146,7 @@ def ends_with_0(cluster: fleet.Cluster, folder: Path, capsys: pytest.CaptureFixt
     cluster.run("if rank == 1: threading.Thread(target=end).start()")
     (folder / "end").write_text("")
     while "idle" in repr(cluster):
-        time.sleep(0.01)
+        time.sleep(0.01)  # a process that has died sends this one no event
     assert cluster.run("rank") == [0, 1, 2]
     assert "exit code 0, which nobody had asked of it" in capsys.readouterr().err
 
@@ -158,7 +158,7 @@ def loses_its_place(cluster: fleet.Cluster, capsys: pytest.CaptureFixture[str]) 
     slots.kill()
     psutil.wait_procs(ranks, 20)
     while "idle" in repr(cluster):
-        time.sleep(0.01)
+        time.sleep(0.01)  # a process that has died sends this one no event
     assert cluster.run("rank") == [0, 1, 2]
     assert "was killed by signal 9; new ranks" in capsys.readouterr().err
 

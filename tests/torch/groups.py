@@ -199,7 +199,7 @@ def a_call_under_way_at_the_end(group: Any = None) -> None:
         dist.destroy_process_group(group)
         work.wait()
     else:
-        time.sleep(1.3)
+        time.sleep(1.3)  # longer than a close waits; nothing tells that rank 0 goes on waiting
         dist.all_reduce(x, group=group)
         dist.destroy_process_group(group)
     assert x[0].item() in (2, 4)
